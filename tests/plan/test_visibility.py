@@ -1,0 +1,44 @@
+"""The predicate against every mask recorded from the reference system."""
+
+import numpy as np
+import pytest
+
+from tests.golden_masks import load
+from wam_kernels.visibility import PROGRAMS, Geometry, dense_mask
+
+CASES = load()
+
+
+def test_recordings_cover_every_program_and_option():
+    geometries = [g for _, g, _ in CASES]
+    assert {g.program for g in geometries} == set(PROGRAMS)
+    assert {kind for kind, _, _ in CASES} == {"plain", "startup", "prefix", "singleton", "conditional", "mixed"}
+    assert len(CASES) == 180
+
+
+@pytest.mark.parametrize("kind", ["plain", "startup", "prefix", "singleton", "conditional", "mixed"])
+def test_matches_recorded_masks_bit_for_bit(kind):
+    for case_kind, geometry, recorded in CASES:
+        if case_kind == kind:
+            np.testing.assert_array_equal(dense_mask(geometry), recorded, err_msg=str(geometry))
+
+
+GOOD = dict(program="joint", video_frames=4, video_tokens=2, action_frames=4, action_tokens=2, chunk_size=2, window=4)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"program": "jiont"}, r"program must be one of .*'jiont'"),
+        ({"history": "none"}, r"history must be one of .*'none'"),
+        ({"chunk_size": 0}, "chunk_size must be at least 1, got 0"),
+        ({"window": 2.5}, "window must be an int, got 2.5"),
+        ({"prefix_frames": 5}, "prefix_frames must be at most 4, got 5"),
+        ({"startup_action_slots": 9}, "startup_action_slots must be at most 8, got 9"),
+        ({"singleton_frame": "0"}, "singleton_frame must be an int or None, got '0'"),
+        ({"conditional_history": "all"}, r"conditional_history must be one of"),
+    ],
+)
+def test_refusals_name_the_field(change, message):
+    with pytest.raises(ValueError, match=message):
+        Geometry(**(GOOD | change))

@@ -1,0 +1,230 @@
+"""Who sees whom: the one predicate that every mask, plan and kernel of this library answers to.
+
+A sample is described by a :class:`Geometry`; :func:`tokens` lists its tokens with integer attributes, and
+:func:`visible` decides one (query, key) pair from those attributes alone. Plans compute the same relation as
+key intervals (``wam_kernels.plan``) and are tested against this file; this file is tested against masks
+recorded from the reference system (``tests/golden/visibility.json``).
+
+Terms: a *chunk* is the group of latent frames denoised together; an *order block* is one stream of one chunk,
+``2 * chunk + rank``, in the order in which the program resolves the streams; the *window* counts order blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+PROGRAMS = (
+    "video_then_action",
+    "action_then_video",
+    "joint",
+    "decoupled_same_step",
+    "video_noisy_to_action",
+    "action_noisy_to_video",
+)
+HISTORIES = ("full", "video_only", "video_queries_video_only")
+CONDITIONAL_HISTORIES = ("previous_boundary_video_only",)
+
+VIDEO, ACTION = 0, 1
+NOISY, CLEAN = 0, 1
+# The four segments of a sample in packed order, each (stream, noise).
+SEGMENTS = ((VIDEO, NOISY), (VIDEO, CLEAN), (ACTION, NOISY), (ACTION, CLEAN))
+
+_ACTION_FIRST = ("action_then_video", "action_noisy_to_video")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Geometry:
+    """One sample of a packed sequence ``[V_noisy | V_clean | A_noisy | A_clean]``, frame-major in each segment.
+
+    Args:
+        program: Interaction program, one of ``PROGRAMS``. Generalist joint denoising uses ``"joint"``.
+        video_frames: Latent frames of each video segment, an external prefix included.
+        video_tokens: Tokens of one video frame.
+        action_frames: Frames of each action segment (a prefix has no actions); may differ from ``video_frames``.
+        action_tokens: Action slots of one frame.
+        chunk_size: Frames of one chunk.
+        window: Largest distance of two order blocks that see each other; two order blocks make a chunk.
+        history: Which earlier clean tokens a query sees, one of ``HISTORIES``.
+        chunk_origin: First frame of chunk 0. 1 makes frame 0 chunk -1: the observed start-up frame.
+        prefix_frames: Leading video frames that are an external clean prefix.
+        singleton_frame: Queries at or after this frame see no key before it (``None``: no such cut).
+        conditional_history: ``"previous_boundary_video_only"`` limits history to the clean video of the last
+            frame before the query's chunk; ``None`` leaves ``history`` in charge.
+        startup_action_slots: Leading action slots that no action reaches; they query but are never keys.
+
+    Raises:
+        ValueError: an unknown name or a number outside its range; the message names the field.
+
+    Source: the packed coupling profile of the reference system, recorded in ``tests/golden/visibility.json``.
+    """
+
+    program: str
+    video_frames: int
+    video_tokens: int
+    action_frames: int
+    action_tokens: int
+    chunk_size: int
+    window: int
+    history: str = "full"
+    chunk_origin: int = 0
+    prefix_frames: int = 0
+    singleton_frame: int | None = None
+    conditional_history: str | None = None
+    startup_action_slots: int = 0
+
+    def __post_init__(self) -> None:
+        for name, choices in (
+            ("program", PROGRAMS),
+            ("history", HISTORIES),
+            ("conditional_history", (None, *CONDITIONAL_HISTORIES)),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"Geometry: {name} must be one of {choices}, got {getattr(self, name)!r}")
+        least = {"video_frames": 0, "video_tokens": 1, "action_frames": 0, "action_tokens": 1, "chunk_size": 1}
+        least |= {"window": 1, "prefix_frames": 0, "startup_action_slots": 0}
+        for field in fields(self):
+            value, low = getattr(self, field.name), least.get(field.name)
+            is_int = isinstance(value, int) and not isinstance(value, bool)
+            if field.type == "int" and not is_int:
+                raise ValueError(f"Geometry: {field.name} must be an int, got {value!r}")
+            if low is not None and value < low:
+                raise ValueError(f"Geometry: {field.name} must be at least {low}, got {value}")
+        if self.singleton_frame is not None and not isinstance(self.singleton_frame, int):
+            raise ValueError(f"Geometry: singleton_frame must be an int or None, got {self.singleton_frame!r}")
+        for name, most in (
+            ("prefix_frames", self.video_frames),
+            ("startup_action_slots", self.action_frames * self.action_tokens),
+        ):
+            if getattr(self, name) > most:
+                raise ValueError(f"Geometry: {name} must be at most {most}, got {getattr(self, name)}")
+
+    @property
+    def segment_lengths(self) -> tuple[int, int, int, int]:
+        """Tokens of V_noisy, V_clean, A_noisy, A_clean."""
+        video, action = self.video_frames * self.video_tokens, self.action_frames * self.action_tokens
+        return video, video, action, action
+
+    @property
+    def length(self) -> int:
+        """Tokens of the whole sample."""
+        return sum(self.segment_lengths)
+
+    def video_rank(self) -> int:
+        """0 when the program resolves video first. A prefix makes every program video-first."""
+        return int(self.program in _ACTION_FIRST and not self.prefix_frames)
+
+    def chunk_of(self, frame):
+        """Chunk of a target frame (int or integer array), the singleton cut included."""
+        chunk = (frame - self.chunk_origin) // self.chunk_size + bool(self.prefix_frames)
+        if self.singleton_frame is None:
+            return chunk
+        s = self.singleton_frame
+        of_s = (s - self.chunk_origin) // self.chunk_size + bool(self.prefix_frames)
+        # a frame before s that would share the chunk of s moves to the chunk before
+        return chunk - ((frame < s) & (chunk == of_s))
+
+    def frames(self, stream: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """``(frame, chunk, block)`` of every frame of a stream, int64 ``[frames]`` each.
+
+        Frames count from the first target frame; all prefix frames share one number below the targets.
+        """
+        if stream == ACTION:
+            frame = np.arange(self.action_frames)
+            chunk = self.chunk_of(frame)
+            return frame, chunk, 2 * chunk + 1 - self.video_rank()
+        p, s = self.prefix_frames, self.singleton_frame
+        frame = np.arange(self.video_frames) - p
+        in_prefix = frame < 0
+        frame = np.where(in_prefix, -1 if s is None else s - 1, frame)
+        prefix_chunk = 0 if s is None else self.chunk_of(max(0, s - 1))
+        chunk = np.where(in_prefix, prefix_chunk, self.chunk_of(frame))
+        return frame, chunk, 2 * chunk + self.video_rank()
+
+    def boundary_frame(self, chunk):
+        """Last frame before a chunk: all the history that ``previous_boundary_video_only`` leaves."""
+        return self.chunk_origin + (chunk - bool(self.prefix_frames)) * self.chunk_size - 1
+
+
+@dataclass(frozen=True, eq=False)
+class Tokens:
+    """Integer attributes of tokens, ``[n]`` each; indexing indexes every attribute."""
+
+    stream: np.ndarray
+    noise: np.ndarray
+    frame: np.ndarray
+    chunk: np.ndarray
+    block: np.ndarray
+    is_key: np.ndarray  # False: a start-up action slot, which queries but is never a key
+
+    def __getitem__(self, index) -> Tokens:
+        return Tokens(*(getattr(self, field.name)[index] for field in fields(self)))
+
+
+def tokens(geometry: Geometry) -> Tokens:
+    """Attributes of all ``geometry.length`` tokens, in packed order."""
+    parts = []
+    for stream, noise in SEGMENTS:
+        per_frame = geometry.action_tokens if stream == ACTION else geometry.video_tokens
+        frame, chunk, block = (np.repeat(a, per_frame) for a in geometry.frames(stream))
+        is_key = (stream == VIDEO) | (np.arange(frame.size) >= geometry.startup_action_slots)
+        parts.append((np.full(frame.size, stream), np.full(frame.size, noise), frame, chunk, block, is_key))
+    return Tokens(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def visible(geometry: Geometry, q: Tokens, k: Tokens) -> np.ndarray:
+    """May query token ``q`` attend to key token ``k`` of the same sample? Broadcasts; returns bool."""
+    program, prefixed = geometry.program, geometry.prefix_frames > 0
+    ordered = program in ("video_then_action", "action_then_video")
+    q_clean, k_clean = q.noise == CLEAN, k.noise == CLEAN
+    same_stream = q.stream == k.stream
+    same_chunk, earlier = q.chunk == k.chunk, k.chunk < q.chunk
+
+    if geometry.conditional_history is not None:
+        history = (k.stream == VIDEO) & (k.frame == geometry.boundary_frame(q.chunk))
+    elif geometry.history == "video_only":
+        history = k.stream == VIDEO
+    elif geometry.history == "video_queries_video_only":
+        history = same_stream | (q.stream == ACTION)
+    else:
+        history = np.True_
+    history = earlier & history
+
+    if prefixed or program == "decoupled_same_step":
+        clean_to_clean = same_chunk & same_stream
+    else:
+        clean_to_clean = same_chunk & (k.block <= q.block)
+
+    if not ordered:
+        noisy_to_clean = np.False_
+    elif prefixed:  # the stream resolved second sees the clean copy of the first
+        second = ACTION if program == "video_then_action" else VIDEO
+        noisy_to_clean = same_chunk & (q.stream == second) & ~same_stream
+    else:
+        noisy_to_clean = same_chunk & (k.block < q.block)
+
+    if program == "joint":
+        noisy_to_noisy = same_chunk
+    elif program == "video_noisy_to_action":
+        noisy_to_noisy = same_chunk & (same_stream | (q.stream == ACTION))
+    elif program == "action_noisy_to_video":
+        noisy_to_noisy = same_chunk & (same_stream | (q.stream == VIDEO))
+    else:
+        noisy_to_noisy = same_chunk & same_stream
+
+    seen = np.where(
+        k_clean,
+        history | np.where(q_clean, clean_to_clean, noisy_to_clean),
+        ~q_clean & noisy_to_noisy,
+    )
+    seen &= k.is_key & (abs(q.block - k.block) <= geometry.window)
+    if geometry.singleton_frame is not None:
+        seen &= ~((q.frame >= geometry.singleton_frame) & (k.frame < geometry.singleton_frame))
+    return seen
+
+
+def dense_mask(geometry: Geometry) -> np.ndarray:
+    """The predicate on every pair, bool ``[length, length]``: for tests, pictures and the reference backend."""
+    t = tokens(geometry)
+    return visible(geometry, t[:, None], t[None, :])
