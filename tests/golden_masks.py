@@ -15,8 +15,9 @@ GOLDEN = Path(__file__).parent / "golden"
 def _geometry(case: dict) -> Geometry:
     valid = case["valid_action"]
     startup = 0 if valid is None else int(np.argmax(valid))
-    # the recordings only ever invalidate leading slots, which is all that Geometry can say
+    # the recordings only ever invalidate whole leading frames, which is all that Geometry can say
     assert valid is None or all(valid[startup:]) and not any(valid[:startup])
+    assert startup % case["action_tokens_per_frame"] == 0
     return Geometry(
         program=case["program"],
         video_frames=case["num_video_frames"],
@@ -30,7 +31,7 @@ def _geometry(case: dict) -> Geometry:
         prefix_frames=case["prefix_condition_frames"],
         singleton_frame=case["singleton_chunk_frame"],
         conditional_history=case["conditional_history_policy"],
-        startup_action_slots=startup,
+        startup_action_frames=startup // case["action_tokens_per_frame"],
     )
 
 

@@ -52,7 +52,7 @@ class Geometry:
         singleton_frame: Queries at or after this frame see no key before it (``None``: no such cut).
         conditional_history: ``"previous_boundary_video_only"`` limits history to the clean video of the last
             frame before the query's chunk; ``None`` leaves ``history`` in charge.
-        startup_action_slots: Leading action slots that no action reaches; they query but are never keys.
+        startup_action_frames: Leading action frames that no action reaches; their slots query but are never keys.
 
     Raises:
         ValueError: an unknown name or a number outside its range; the message names the field.
@@ -72,7 +72,7 @@ class Geometry:
     prefix_frames: int = 0
     singleton_frame: int | None = None
     conditional_history: str | None = None
-    startup_action_slots: int = 0
+    startup_action_frames: int = 0
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -83,7 +83,7 @@ class Geometry:
             if getattr(self, name) not in choices:
                 raise ValueError(f"Geometry: {name} must be one of {choices}, got {getattr(self, name)!r}")
         least = {"video_frames": 0, "video_tokens": 1, "action_frames": 0, "action_tokens": 1, "chunk_size": 1}
-        least |= {"window": 1, "prefix_frames": 0, "startup_action_slots": 0}
+        least |= {"window": 1, "prefix_frames": 0, "startup_action_frames": 0}
         for field in fields(self):
             value, low = getattr(self, field.name), least.get(field.name)
             is_int = isinstance(value, int) and not isinstance(value, bool)
@@ -95,7 +95,7 @@ class Geometry:
             raise ValueError(f"Geometry: singleton_frame must be an int or None, got {self.singleton_frame!r}")
         for name, most in (
             ("prefix_frames", self.video_frames),
-            ("startup_action_slots", self.action_frames * self.action_tokens),
+            ("startup_action_frames", self.action_frames),
         ):
             if getattr(self, name) > most:
                 raise ValueError(f"Geometry: {name} must be at most {most}, got {getattr(self, name)}")
@@ -156,7 +156,7 @@ class Tokens:
     frame: np.ndarray
     chunk: np.ndarray
     block: np.ndarray
-    is_key: np.ndarray  # False: a start-up action slot, which queries but is never a key
+    is_key: np.ndarray  # bool; False: a start-up action slot, which queries but is never a key
 
     def __getitem__(self, index) -> Tokens:
         return Tokens(*(getattr(self, field.name)[index] for field in fields(self)))
@@ -166,15 +166,19 @@ def tokens(geometry: Geometry) -> Tokens:
     """Attributes of all ``geometry.length`` tokens, in packed order."""
     parts = []
     for stream, noise in SEGMENTS:
+        # action frames count from 0, so the start-up test below reads the frame itself
         per_frame = geometry.action_tokens if stream == ACTION else geometry.video_tokens
         frame, chunk, block = (np.repeat(a, per_frame) for a in geometry.frames(stream))
-        is_key = (stream == VIDEO) | (np.arange(frame.size) >= geometry.startup_action_slots)
+        is_key = (stream == VIDEO) | (frame >= geometry.startup_action_frames)
         parts.append((np.full(frame.size, stream), np.full(frame.size, noise), frame, chunk, block, is_key))
     return Tokens(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def visible(geometry: Geometry, q: Tokens, k: Tokens) -> np.ndarray:
-    """May query token ``q`` attend to key token ``k`` of the same sample? Broadcasts; returns bool."""
+    """May query token ``q`` attend to key token ``k`` of the same sample? Broadcasts; returns bool.
+
+    Plain integer arithmetic and logic, so the attributes may be NumPy arrays or torch tensors.
+    """
     program, prefixed = geometry.program, geometry.prefix_frames > 0
     ordered = program in ("video_then_action", "action_then_video")
     q_clean, k_clean = q.noise == CLEAN, k.noise == CLEAN
@@ -188,7 +192,7 @@ def visible(geometry: Geometry, q: Tokens, k: Tokens) -> np.ndarray:
     elif geometry.history == "video_queries_video_only":
         history = same_stream | (q.stream == ACTION)
     else:
-        history = np.True_
+        history = True
     history = earlier & history
 
     if prefixed or program == "decoupled_same_step":
@@ -197,7 +201,7 @@ def visible(geometry: Geometry, q: Tokens, k: Tokens) -> np.ndarray:
         clean_to_clean = same_chunk & (k.block <= q.block)
 
     if not ordered:
-        noisy_to_clean = np.False_
+        noisy_to_clean = False
     elif prefixed:  # the stream resolved second sees the clean copy of the first
         second = ACTION if program == "video_then_action" else VIDEO
         noisy_to_clean = same_chunk & (q.stream == second) & ~same_stream
@@ -213,14 +217,11 @@ def visible(geometry: Geometry, q: Tokens, k: Tokens) -> np.ndarray:
     else:
         noisy_to_noisy = same_chunk & same_stream
 
-    seen = np.where(
-        k_clean,
-        history | np.where(q_clean, clean_to_clean, noisy_to_clean),
-        ~q_clean & noisy_to_noisy,
-    )
-    seen &= k.is_key & (abs(q.block - k.block) <= geometry.window)
+    own_chunk = (q_clean & clean_to_clean) | (~q_clean & noisy_to_clean)
+    seen = (k_clean & (history | own_chunk)) | (~k_clean & ~q_clean & noisy_to_noisy)
+    seen = seen & k.is_key & (abs(q.block - k.block) <= geometry.window)
     if geometry.singleton_frame is not None:
-        seen &= ~((q.frame >= geometry.singleton_frame) & (k.frame < geometry.singleton_frame))
+        seen = seen & ~((q.frame >= geometry.singleton_frame) & (k.frame < geometry.singleton_frame))
     return seen
 
 
