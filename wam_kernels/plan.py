@@ -1,0 +1,286 @@
+"""Plans: a geometry compiled into the tiles that the attention kernels walk, in time O(tokens x ranges).
+
+A plan has two *sides*. The query side lists, for every tile of queries, the keys it visits (forward and dQ); the
+key side lists, for every tile of keys, the queries it visits (dK, dV). Each visit is a *step*:
+
+- a full step: ``STEP_FULL`` consecutive tokens that every row of the tile sees; no masking;
+- a partial step: ``STEP_PART`` listed tokens. What is left of all ranges of the tile is laid end to end, so a tile
+  wastes less than one step however many ranges it has. A row sees token ``t`` iff ``lo <= t < hi`` for one of
+  its few ranges.
+
+Row order decides the efficiency: one action chunk is only 4 to 16 tokens. Tiles take rows by (sample, stream, chunk,
+noise): noisy and clean tokens of a chunk see almost the same history, and an action tile spans few chunks. The
+last, incomplete tile of a group is put first, where the history, and so the waste, is shortest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .intervals import FrameRows, frame_rows, intervals
+from .visibility import SEGMENTS, Geometry, dense_mask
+
+STEP_PART = 32
+
+
+@dataclass(frozen=True)
+class TileShape:
+    """Rows of a tile and tokens of a full step, for one side of a plan."""
+
+    rows: int
+    step: int
+
+
+def tile_shape(visible_per_row: float) -> TileShape:
+    """Tile for a mean number of visible tokens per row.
+
+    Small windows waste most of a large tile (LIBERO ``joint``, chunk 1, window 8: 0.51 of 64 x 64 is useful, 0.79
+    of 32 x 32); long ones want the 64-row tensor-core instruction (chunk 4, window 64: 0.96 of 64 x 64 is useful).
+    The efficiencies are counted; which tile is fastest is not yet measured on a GPU.
+    """
+    return TileShape(32, 32) if visible_per_row < 256 else TileShape(64, 64)
+
+
+class Side:
+    """Tiles of one side; int32 tensors that are views of one buffer.
+
+    ``tiles`` ``[T, 5]``: batch element, begin and end in ``full``, begin and end in ``part`` (in steps), heaviest
+    first. ``rows`` ``[T, tile]``: token of each row, -1 for none. ``groups`` ``[T, tile]``: row of ``bounds``.
+    ``bounds`` ``[G, ranges, 2]``. ``full`` ``[steps]``: first token. ``part`` ``[steps, STEP_PART]``: tokens or -1.
+    """
+
+    FIELDS = ("tiles", "rows", "groups", "bounds", "full", "part")
+
+    def __init__(self, shape: TileShape, tensors: Sequence[Tensor]) -> None:
+        self.shape = shape
+        for name, tensor in zip(self.FIELDS, tensors, strict=True):
+            setattr(self, name, tensor)
+
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.FIELDS]
+
+    @property
+    def computed_pairs(self) -> int:
+        steps = self.full.shape[0] * self.shape.step + self.part.shape[0] * STEP_PART
+        return steps * self.shape.rows
+
+
+class Plan:
+    """What ``block_attention`` needs to know about a batch. Made by :func:`compile_plan`; immutable.
+
+    Attributes:
+        length: Tokens S of one batch element. Tensors of another length are refused.
+        batch: Batch elements; 1 serves any batch size with the same visibility.
+        visible_pairs: (query, key) pairs that see each other, over the batch elements of the plan.
+        device: Where the index tensors live; q, k, v must be there too.
+    """
+
+    def __init__(
+        self,
+        batch_geometries: tuple[tuple[Geometry, ...], ...],
+        length: int,
+        visible_pairs: int,
+        shapes: tuple[TileShape, TileShape],
+        layout: tuple[tuple[int, ...], ...],
+        buffer: Tensor,
+    ) -> None:
+        self.geometries = batch_geometries
+        self.batch = len(batch_geometries)
+        self.length = length
+        self.visible_pairs = visible_pairs
+        self._shapes, self._layout, self._buffer = shapes, layout, buffer
+        views, at = [], 0
+        for shape in layout:
+            n = int(np.prod(shape))
+            view = buffer[at : at + n].view(shape)
+            # lengths differ from plan to plan; a compiled graph must not specialise on them
+            torch._dynamo.maybe_mark_dynamic(view, 0)
+            views.append(view)
+            at += n
+        n = len(Side.FIELDS)
+        self.queries, self.keys = Side(shapes[0], views[:n]), Side(shapes[1], views[n : 2 * n])
+        self.runs = views[2 * n]
+
+    @property
+    def device(self) -> torch.device:
+        return self._buffer.device
+
+    @property
+    def efficiency(self) -> float:
+        """Visible pairs / computed pairs of the forward, with the tiles that the kernel uses."""
+        return self.visible_pairs / max(1, self.queries.computed_pairs)
+
+    @property
+    def density(self) -> float:
+        """Visible pairs / all pairs."""
+        return self.visible_pairs / max(1, self.batch * self.length**2)
+
+    def tensors(self) -> list[Tensor]:
+        """Everything a registered op reads: query side, key side, runs."""
+        return [*self.queries.tensors(), *self.keys.tensors(), self.runs]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Plan:
+        """The same plan on another device, in one copy; itself when it is there already."""
+        if torch.device(device) == self.device:
+            return self
+        buffer = self._buffer.to(device, non_blocking=non_blocking)
+        return Plan(self.geometries, self.length, self.visible_pairs, self._shapes, self._layout, buffer)
+
+    def mask(self) -> Tensor:
+        """Dense bool ``[batch, 1, S, S]`` straight from the predicate: for the reference backend and for tests."""
+        mask = torch.zeros(self.batch, 1, self.length, self.length, dtype=torch.bool)
+        for b, samples in enumerate(self.geometries):
+            start = 0
+            for geometry in samples:
+                end = start + geometry.length
+                mask[b, 0, start:end, start:end] = torch.from_numpy(dense_mask(geometry))
+                start = end
+        return mask.to(self.device)
+
+    def __repr__(self) -> str:
+        return (
+            f"Plan(batch={self.batch}, length={self.length}, density={self.density:.3f}, "
+            f"efficiency={self.efficiency:.3f}, device={self.device})"
+        )
+
+
+def compile_plan(
+    batch: Geometry | Sequence[Geometry | Sequence[Geometry]],
+    *,
+    length: int | None = None,
+    device: torch.device | str = "cpu",
+    tile: TileShape | None = None,
+) -> Plan:
+    """Compile geometries into a :class:`Plan`. Cached by geometry; never builds anything of size S x S.
+
+    Args:
+        batch: One :class:`Geometry` shared by every batch element; or one entry per batch element, each a
+            geometry or a sequence of geometries packed one after another.
+        length: Tokens of every batch element; the rest is padding that sees nothing. Default: the longest element.
+        device: Where the plan's index tensors go.
+        tile: Tile of both sides; default by :func:`tile_shape`. For measurements.
+
+    Raises:
+        ValueError: an empty batch, or ``length`` shorter than the samples.
+        TypeError: an entry that is no geometry.
+    """
+    entries = [batch] if isinstance(batch, Geometry) else list(batch)
+    packed = tuple((e,) if isinstance(e, Geometry) else tuple(e) for e in entries)
+    if not packed:
+        raise ValueError("compile_plan: batch must hold at least one geometry, got none; pass a Geometry")
+    for samples in packed:
+        for g in samples:
+            if not isinstance(g, Geometry):
+                raise TypeError(f"compile_plan: batch must hold Geometry objects, got {type(g).__name__}")
+    longest = max(sum(g.length for g in samples) for samples in packed)
+    if length is None:
+        length = longest
+    if length < longest:
+        raise ValueError(f"compile_plan: length must be at least {longest} (the longest element), got {length}")
+    return _compile(packed, int(length), tile, torch.device(device))
+
+
+@lru_cache(maxsize=64)
+def _compile(packed: tuple, length: int, tile: TileShape | None, device: torch.device) -> Plan:
+    if device.type != "cpu":
+        return _compile(packed, length, tile, torch.device("cpu")).to(device)
+    rows = frame_rows(packed, length)
+    seen, seen_by = intervals(rows), intervals(rows, transposed=True)
+    visible = int((rows.count * (seen[..., 1] - seen[..., 0]).sum(-1)).sum())
+    shape = tile or tile_shape(visible / max(1, int(rows.count.sum())))
+    arrays = [*_side(rows, seen, shape), *_side(rows, seen_by, shape), _runs(rows, seen)]
+    buffer = torch.from_numpy(np.concatenate([a.ravel() for a in arrays]).astype(np.int32))
+    return Plan(packed, length, visible, (shape, shape), tuple(a.shape for a in arrays), buffer)
+
+
+def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """``[s, s+1, .. s+n-1]`` for every (s, n), end to end."""
+    ends = counts.cumsum()
+    return np.repeat(starts - ends + counts, counts) + np.arange(ends[-1] if ends.size else 0)
+
+
+def _starts(counts: np.ndarray) -> np.ndarray:
+    return counts.cumsum() - counts
+
+
+def _side(rows: FrameRows, bounds: np.ndarray, shape: TileShape) -> list[np.ndarray]:
+    """Cut rows into tiles and list each tile's steps; all in whole-array operations."""
+    stream = np.array([*(s for s, _ in SEGMENTS), -1])[rows.segment]
+    order = np.lexsort((rows.start, rows.segment, rows.chunk, stream, rows.sample, rows.batch))
+    start, count, bounds_of = rows.start[order], rows.count[order], bounds[order]
+
+    # groups (batch, sample, stream) are padded in front to whole tiles
+    ids = np.stack([rows.batch, rows.sample, stream])[:, order]
+    new = np.concatenate([[True], (ids[:, 1:] != ids[:, :-1]).any(0)])
+    group = new.cumsum() - 1
+    tokens = np.bincount(group, count).astype(np.int64)
+    slots = -(-tokens // shape.rows) * shape.rows
+    shift = _starts(slots) + slots - tokens - _starts(tokens)  # from position among tokens to slot
+    slot = _starts(count) + shift[group]
+    n_tiles = int(slots.sum()) // shape.rows
+
+    row_token = np.full(n_tiles * shape.rows, -1)
+    row_group = np.zeros_like(row_token)
+    at = _ranges(slot, count)
+    row_token[at] = _ranges(start, count)
+    row_group[at] = np.repeat(order, count)
+
+    # which (row, tile) pairs meet; rows are in slot order, so a tile's rows are consecutive
+    first, last = slot // shape.rows, (slot + np.maximum(count, 1) - 1) // shape.rows
+    meets = last - first + 1
+    tile_of = _ranges(first, meets)
+    lo, hi = np.moveaxis(np.repeat(bounds_of, meets, axis=0), -1, 0)
+    heads = np.flatnonzero(np.concatenate([[True], tile_of[1:] != tile_of[:-1]]))
+    empty = lo >= hi
+    big = np.iinfo(np.int32).max
+    any_lo = np.minimum.reduceat(np.where(empty, big, lo), heads)  # [tiles, ranges]
+    any_hi = np.maximum.reduceat(np.where(empty, 0, hi), heads)
+    all_lo = np.maximum.reduceat(np.where(empty, big, lo), heads)
+    all_hi = np.minimum.reduceat(np.where(empty, 0, hi), heads)
+    any_lo = np.minimum(any_lo, any_hi)
+
+    n_full = np.maximum(all_hi - all_lo, 0) // shape.step
+    full = np.repeat(all_lo.ravel(), n_full.ravel()) + shape.step * _ranges(np.zeros(n_full.size, int), n_full.ravel())
+    # what full steps leave of a range: before and behind them (all of it before, if there is none)
+    cut_lo = np.where(n_full > 0, all_lo, any_hi)
+    cut_hi = np.where(n_full > 0, all_lo + n_full * shape.step, any_hi)
+    piece_start = np.stack([any_lo, cut_hi], -1).reshape(n_tiles, -1)
+    piece_count = np.stack([cut_lo - any_lo, any_hi - cut_hi], -1).reshape(n_tiles, -1)
+    left = piece_count.sum(1)
+    n_part = -(-left // STEP_PART)
+    part = np.full(int(n_part.sum()) * STEP_PART, -1)
+    piece_at = (_starts(n_part) * STEP_PART)[:, None] + piece_count.cumsum(1) - piece_count
+    part[_ranges(piece_at.ravel(), piece_count.ravel())] = _ranges(piece_start.ravel(), piece_count.ravel())
+
+    n_full = n_full.sum(1)
+    batch_of = rows.batch[order][np.repeat(np.arange(order.size), meets)[heads]]
+    tiles = np.stack([batch_of, _starts(n_full), n_full.cumsum(), _starts(n_part), n_part.cumsum()], 1)
+    heavy_first = np.argsort(-(n_full * shape.step + n_part * STEP_PART), kind="stable")
+    grid = (n_tiles, shape.rows)
+    return [
+        tiles[heavy_first],
+        row_token.reshape(grid)[heavy_first],
+        row_group.reshape(grid)[heavy_first],
+        bounds,
+        full,
+        part.reshape(-1, STEP_PART),
+    ]
+
+
+def _runs(rows: FrameRows, bounds: np.ndarray) -> np.ndarray:
+    """Runs of consecutive tokens that see exactly the same keys: ``[R, 3 + 2 * ranges]``.
+
+    (batch element, first token, end, lo, hi, lo, hi, ...): what the CPU backend multiplies.
+    """
+    flat = bounds.reshape(rows.start.size, -1)
+    end = rows.start + rows.count
+    same = (rows.batch[1:] == rows.batch[:-1]) & (end[:-1] == rows.start[1:]) & (flat[1:] == flat[:-1]).all(1)
+    first = np.flatnonzero(np.concatenate([[True], ~same]))
+    last = np.concatenate([first[1:] - 1, [end.size - 1]])
+    return np.concatenate([rows.batch[first, None], rows.start[first, None], end[last, None], flat[first]], 1)
