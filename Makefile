@@ -1,0 +1,51 @@
+# `make demo` and `make test` each do all their set-up in .venv; a fresh machine needs Python 3.11 to 3.13, no GPU.
+# The CUDA extension is built where nvcc is found; WAM_CUDA=0 leaves it out, WAM_CUDA=1 insists (see setup.py).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+# what the installed package is made of, beside the Python files, which an editable install reads in place
+PACKAGE := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make demo    set up .venv and run the demo"
+	@echo "make test    set up .venv and run the whole test suite"
+	@echo "make clean   remove .venv and what was built"
+
+demo: $(VENV)/installed
+	$(BIN)/wam demo
+
+# Two processes: Triton's interpreter, which TRITON_INTERPRET=1 switches on at import, and its compiler do not share one.
+# Both run whatever the first says; either failing fails make.
+test: $(VENV)/installed-test
+	@status=0; \
+	env -u TRITON_INTERPRET $(BIN)/python -m pytest tests --ignore=tests/interpreter || status=1; \
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter || status=1; \
+	exit $$status
+
+$(VENV)/created:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \
+	  echo "make: Python 3.11, 3.12 or 3.13 is needed, but PYTHON=$(PYTHON) is $$($(PYTHON) --version 2>&1);" \
+	    "name another, for example: make PYTHON=python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+	touch $@
+
+# --no-deps: the pinned requirements are all there is to install
+$(VENV)/installed: $(VENV)/created requirements.txt $(PACKAGE)
+	$(PIP) install --quiet -r requirements.txt
+	$(PIP) install --quiet --no-deps --editable .
+	@ls wam_kernels/_C*.so >/dev/null 2>&1 || echo "The CUDA extension was left out (no nvcc, or WAM_CUDA=0)."
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed requirements-test.txt
+	$(PIP) install --quiet -r requirements-test.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info wam_kernels/_C*.so

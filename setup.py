@@ -1,0 +1,84 @@
+"""Build step of wam-kernels: drives CMake for the CUDA extension. Everything else stands in pyproject.toml.
+
+WAM_CUDA=auto (default)  build ``wam_kernels._C`` when nvcc is found, leave it out when it is not
+WAM_CUDA=1               build it; an error without nvcc
+WAM_CUDA=0               leave it out
+
+nvcc is looked for in CUDACXX, CUDA_HOME/bin and PATH. A build that has started and fails is an error in every mode:
+a package that quietly lacks its kernels is worse than none. Neither a GPU nor torch is needed.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).parent.resolve()
+
+
+def find_nvcc() -> str | None:
+    cuda_home = os.environ.get("CUDA_HOME")
+    candidates = (os.environ.get("CUDACXX"), cuda_home and f"{cuda_home}/bin/nvcc", "nvcc")
+    return next((path for name in candidates if name and (path := shutil.which(name))), None)
+
+
+def nvcc_to_use() -> str | None:
+    mode = os.environ.get("WAM_CUDA", "auto")
+    if mode not in ("auto", "0", "1"):
+        raise SystemExit(f"wam-kernels: WAM_CUDA must be 'auto', '0' or '1', got {mode!r}")
+    nvcc = None if mode == "0" else find_nvcc()
+    if mode == "1" and nvcc is None:
+        raise SystemExit(
+            "wam-kernels: WAM_CUDA=1 asks for the CUDA extension, but there is no nvcc in CUDACXX, CUDA_HOME/bin or "
+            "PATH; install the CUDA toolkit, point CUDA_HOME at it, or set WAM_CUDA=auto"
+        )
+    return nvcc
+
+
+class BuildPy(build_py):
+    def run(self):
+        if NVCC is None:
+            why = "WAM_CUDA=0" if os.environ.get("WAM_CUDA") == "0" else "no nvcc in CUDACXX, CUDA_HOME/bin or PATH"
+            print(f"wam-kernels: the CUDA extension wam_kernels._C is left out: {why}")
+        super().run()
+
+
+class CMakeBuild(build_ext):
+    def build_extension(self, ext):
+        import pybind11  # of the build environment, see [build-system] in pyproject.toml
+
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        build_dir = Path(self.build_temp).resolve()
+        self.cmake(
+            "-S", ROOT, "-B", build_dir, "-G", "Ninja",
+            f"-DCMAKE_CUDA_COMPILER={NVCC}",
+            f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+        )  # fmt: skip
+        self.cmake("--build", build_dir)
+        if not target.is_file():
+            raise SystemExit(f"wam-kernels: CMake built no {target.name} in {target.parent}")
+
+    @staticmethod
+    def cmake(*args):
+        try:
+            subprocess.run(["cmake", *map(str, args)], check=True)
+        except (subprocess.CalledProcessError, FileNotFoundError) as error:
+            raise SystemExit(
+                f"wam-kernels: the CUDA extension could not be built with {NVCC} ({error}); the compiler's own message "
+                "stands above. To install without it, set WAM_CUDA=0"
+            ) from None
+
+
+NVCC = nvcc_to_use()
+setup(
+    # without an extension the wheel is a pure Python one
+    ext_modules=[Extension("wam_kernels._C", sources=[])] if NVCC else [],
+    cmdclass={"build_py": BuildPy, "build_ext": CMakeBuild},
+)
