@@ -1,0 +1,3 @@
+from .op import block_attention
+
+__all__ = ["block_attention"]

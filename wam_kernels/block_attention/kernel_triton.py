@@ -1,0 +1,307 @@
+"""Attention under a plan in Triton, forward and backward, one kernel family for all programs.
+
+    forward   s = scale q k^T over the visible keys;  out = softmax(s) v;  lse = logsumexp(s)
+    backward  p = exp(s - lse);  ds = p (dout v^T - delta);  delta = rowsum(dout out) - dlse
+              dq = scale ds k;  dk = scale ds^T q;  dv = p^T dout
+
+One program owns one tile of rows (queries for the forward and dq, keys for dk and dv) of one head and walks that tile's
+steps (``wam_kernels.plan``): first the full steps, which need no mask, then the partial ones, where a row sees
+token t iff lo <= t < hi for one of its RANGES ranges. Tiles come heaviest first. No atomics: every output row is
+written by one program in a fixed order, so results are the same from run to run.
+
+Scores and sums are float32; p and ds are rounded to the input dtype before their products, outputs at the store.
+Softmax works in base 2: LOG2E is folded into the scale. Tokens are gathered by row, so token strides are free.
+
+S tokens, D channels, R rows of the tile, T tokens of a step.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import config
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+# Integers that change with the geometry must not key a compilation of their own.
+_PER_CALL = ["S", "H", "D", "scale", *(f"stride_{t}_b" for t in ("q", "k", "v", "out", "dout", "dk"))]
+
+
+@triton.jit
+def _row_pointers(base, tokens, stride_s, d):
+    # int64 before the stride multiply: S * H * D passes 2**31 on packed batches
+    return base + tokens.to(tl.int64)[:, None] * stride_s + d[None, :]
+
+
+@triton.jit
+def _sees(bounds_ptr, group, tokens, RANGES: tl.constexpr):
+    """bool [R, T]: is ``tokens`` (T) in one of the ranges of each row? -1 never is, for lo >= 0."""
+    seen = tl.full([group.shape[0], tokens.shape[0]], 0, tl.int1)
+    for r in tl.static_range(RANGES):
+        lo = tl.load(bounds_ptr + (group * RANGES + r) * 2)
+        hi = tl.load(bounds_ptr + (group * RANGES + r) * 2 + 1)
+        seen |= (lo[:, None] <= tokens[None, :]) & (tokens[None, :] < hi[:, None])
+    return seen
+
+
+@triton.jit
+def _online_softmax(s, m, total, acc, v, PRECISION: tl.constexpr):
+    """Fold one step of scores (base 2, -inf where masked) into the running max, sum and weighted values."""
+    m_new = tl.maximum(m, tl.max(s, 1))
+    # a row that has seen nothing yet keeps m = -inf; exp2(-inf - -inf) would be NaN
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s - m_safe[:, None])
+    shrink = tl.exp2(m - m_safe)
+    total = total * shrink + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+    return m_new, total, acc
+
+
+@triton.jit(do_not_specialize=_PER_CALL)
+def _block_attention_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
+    tiles_ptr, rows_ptr, groups_ptr, bounds_ptr, full_ptr, part_ptr,
+    stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_s, stride_k_h,
+    stride_v_b, stride_v_s, stride_v_h, stride_out_b, stride_out_s, stride_out_h,
+    S, H, D, scale,
+    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    RANGES: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    tile, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    # a plan of one batch element serves them all: the grid's third axis counts them
+    b = (tl.load(tiles_ptr + tile * 5) + tl.program_id(2)).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    in_d = (d < D)[None, :]
+    rows = tl.load(rows_ptr + tile * BLOCK_R + tl.arange(0, BLOCK_R))
+    group = tl.load(groups_ptr + tile * BLOCK_R + tl.arange(0, BLOCK_R))
+    is_row = (rows >= 0)[:, None]
+
+    q = tl.load(
+        _row_pointers(q_ptr + b * stride_q_b + h * stride_q_h, rows, stride_q_s, d), mask=is_row & in_d, other=0.0
+    )
+    k_base = k_ptr + b * stride_k_b + h * stride_k_h
+    v_base = v_ptr + b * stride_v_b + h * stride_v_h
+    to_base2 = scale * LOG2E
+    m = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_R], tl.float32)
+    acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+
+    for step in tl.range(tl.load(tiles_ptr + tile * 5 + 1), tl.load(tiles_ptr + tile * 5 + 2)):
+        tokens = tl.load(full_ptr + step) + tl.arange(0, BLOCK_T)
+        if EVEN_D:
+            k = tl.load(_row_pointers(k_base, tokens, stride_k_s, d))
+            v = tl.load(_row_pointers(v_base, tokens, stride_v_s, d))
+        else:
+            k = tl.load(_row_pointers(k_base, tokens, stride_k_s, d), mask=in_d, other=0.0)
+            v = tl.load(_row_pointers(v_base, tokens, stride_v_s, d), mask=in_d, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * to_base2
+        m, total, acc = _online_softmax(s, m, total, acc, v, PRECISION)
+
+    for step in tl.range(tl.load(tiles_ptr + tile * 5 + 3), tl.load(tiles_ptr + tile * 5 + 4)):
+        tokens = tl.load(part_ptr + step * BLOCK_P + tl.arange(0, BLOCK_P))
+        is_token = (tokens >= 0)[:, None]
+        k = tl.load(_row_pointers(k_base, tokens, stride_k_s, d), mask=is_token & in_d, other=0.0)
+        v = tl.load(_row_pointers(v_base, tokens, stride_v_s, d), mask=is_token & in_d, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * to_base2
+        s = tl.where(_sees(bounds_ptr, group, tokens, RANGES), s, float("-inf"))
+        m, total, acc = _online_softmax(s, m, total, acc, v, PRECISION)
+
+    nothing = total == 0.0
+    acc = acc / tl.where(nothing, 1.0, total)[:, None]
+    lse = tl.where(nothing, float("-inf"), (m + tl.log2(tl.where(nothing, 1.0, total))) / LOG2E)
+    out_base = out_ptr + b * stride_out_b + h * stride_out_h
+    tl.store(_row_pointers(out_base, rows, stride_out_s, d), acc.to(out_ptr.dtype.element_ty), mask=is_row & in_d)
+    tl.store(lse_ptr + (b * H + h) * S + rows, lse, mask=rows >= 0)
+
+
+@triton.jit(do_not_specialize=_PER_CALL)
+def _block_attention_bwd_dq_kernel(
+    dout_ptr, dlse_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr,
+    tiles_ptr, rows_ptr, groups_ptr, bounds_ptr, full_ptr, part_ptr,
+    stride_dout_b, stride_dout_s, stride_dout_h, stride_q_b, stride_q_s, stride_q_h,
+    stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
+    stride_out_b, stride_out_s, stride_out_h,
+    S, H, D, scale,
+    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    RANGES: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dq of one query tile; also leaves delta [B, H, S] for the dk, dv kernel. out and dq share strides."""
+    tile, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b = (tl.load(tiles_ptr + tile * 5) + tl.program_id(2)).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    in_d = (d < D)[None, :]
+    rows = tl.load(rows_ptr + tile * BLOCK_R + tl.arange(0, BLOCK_R))
+    group = tl.load(groups_ptr + tile * BLOCK_R + tl.arange(0, BLOCK_R))
+    is_row = (rows >= 0)[:, None]
+
+    q = tl.load(
+        _row_pointers(q_ptr + b * stride_q_b + h * stride_q_h, rows, stride_q_s, d), mask=is_row & in_d, other=0.0
+    )
+    dout_base = dout_ptr + b * stride_dout_b + h * stride_dout_h
+    dout = tl.load(_row_pointers(dout_base, rows, stride_dout_s, d), mask=is_row & in_d, other=0.0)
+    out_at = b * stride_out_b + h * stride_out_h
+    out = tl.load(_row_pointers(out_ptr + out_at, rows, stride_out_s, d), mask=is_row & in_d, other=0.0)
+    at = (b * H + h) * S + rows
+    lse = tl.load(lse_ptr + at, mask=rows >= 0, other=float("-inf"))
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1) - tl.load(dlse_ptr + at, mask=rows >= 0, other=0.0)
+    tl.store(delta_ptr + at, delta, mask=rows >= 0)
+
+    # a row that sees nothing has no step it is visible in; 0 keeps exp2 finite where it is masked anyway
+    lse = tl.where(lse == float("-inf"), 0.0, lse * LOG2E)
+    k_base = k_ptr + b * stride_k_b + h * stride_k_h
+    v_base = v_ptr + b * stride_v_b + h * stride_v_h
+    to_base2 = scale * LOG2E
+    dq = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+
+    for step in tl.range(tl.load(tiles_ptr + tile * 5 + 1), tl.load(tiles_ptr + tile * 5 + 2)):
+        tokens = tl.load(full_ptr + step) + tl.arange(0, BLOCK_T)
+        if EVEN_D:
+            k = tl.load(_row_pointers(k_base, tokens, stride_k_s, d))
+            v = tl.load(_row_pointers(v_base, tokens, stride_v_s, d))
+        else:
+            k = tl.load(_row_pointers(k_base, tokens, stride_k_s, d), mask=in_d, other=0.0)
+            v = tl.load(_row_pointers(v_base, tokens, stride_v_s, d), mask=in_d, other=0.0)
+        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * to_base2 - lse[:, None])
+        ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+    for step in tl.range(tl.load(tiles_ptr + tile * 5 + 3), tl.load(tiles_ptr + tile * 5 + 4)):
+        tokens = tl.load(part_ptr + step * BLOCK_P + tl.arange(0, BLOCK_P))
+        is_token = (tokens >= 0)[:, None]
+        k = tl.load(_row_pointers(k_base, tokens, stride_k_s, d), mask=is_token & in_d, other=0.0)
+        v = tl.load(_row_pointers(v_base, tokens, stride_v_s, d), mask=is_token & in_d, other=0.0)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * to_base2 - lse[:, None]
+        # mask before exp2: a masked score may exceed lse by any amount
+        p = tl.exp2(tl.where(_sees(bounds_ptr, group, tokens, RANGES), s, float("-inf")))
+        ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
+
+    dq_at = _row_pointers(dq_ptr + out_at, rows, stride_out_s, d)
+    tl.store(dq_at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=is_row & in_d)
+
+
+@triton.jit(do_not_specialize=_PER_CALL)
+def _block_attention_bwd_dkdv_kernel(
+    dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    tiles_ptr, rows_ptr, groups_ptr, bounds_ptr, full_ptr, part_ptr,
+    stride_dout_b, stride_dout_s, stride_dout_h, stride_q_b, stride_q_s, stride_q_h,
+    stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
+    stride_dk_b, stride_dk_s, stride_dk_h,
+    S, H, D, scale,
+    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    RANGES: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dk and dv of one key tile: rows are keys, steps are queries, products are transposed. dk, dv share strides."""
+    tile, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    b = (tl.load(tiles_ptr + tile * 5) + tl.program_id(2)).to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    in_d = (d < D)[None, :]
+    rows = tl.load(rows_ptr + tile * BLOCK_R + tl.arange(0, BLOCK_R))
+    group = tl.load(groups_ptr + tile * BLOCK_R + tl.arange(0, BLOCK_R))
+    is_row = (rows >= 0)[:, None]
+
+    k_base = k_ptr + b * stride_k_b + h * stride_k_h
+    v_base = v_ptr + b * stride_v_b + h * stride_v_h
+    k = tl.load(_row_pointers(k_base, rows, stride_k_s, d), mask=is_row & in_d, other=0.0)
+    v = tl.load(_row_pointers(v_base, rows, stride_v_s, d), mask=is_row & in_d, other=0.0)
+    q_base = q_ptr + b * stride_q_b + h * stride_q_h
+    dout_base = dout_ptr + b * stride_dout_b + h * stride_dout_h
+    row_base = (b * H + h) * S
+    to_base2 = scale * LOG2E
+    dk = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
+
+    for step in tl.range(tl.load(tiles_ptr + tile * 5 + 1), tl.load(tiles_ptr + tile * 5 + 2)):
+        tokens = tl.load(full_ptr + step) + tl.arange(0, BLOCK_T)
+        if EVEN_D:
+            q = tl.load(_row_pointers(q_base, tokens, stride_q_s, d))
+            dout = tl.load(_row_pointers(dout_base, tokens, stride_dout_s, d))
+        else:
+            q = tl.load(_row_pointers(q_base, tokens, stride_q_s, d), mask=in_d, other=0.0)
+            dout = tl.load(_row_pointers(dout_base, tokens, stride_dout_s, d), mask=in_d, other=0.0)
+        lse = tl.load(lse_ptr + row_base + tokens) * LOG2E
+        delta = tl.load(delta_ptr + row_base + tokens)
+        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * to_base2 - lse[None, :])
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+
+    for step in tl.range(tl.load(tiles_ptr + tile * 5 + 3), tl.load(tiles_ptr + tile * 5 + 4)):
+        tokens = tl.load(part_ptr + step * BLOCK_P + tl.arange(0, BLOCK_P))
+        is_token = tokens >= 0
+        q = tl.load(_row_pointers(q_base, tokens, stride_q_s, d), mask=is_token[:, None] & in_d, other=0.0)
+        dout = tl.load(_row_pointers(dout_base, tokens, stride_dout_s, d), mask=is_token[:, None] & in_d, other=0.0)
+        lse = tl.load(lse_ptr + row_base + tokens, mask=is_token, other=0.0) * LOG2E
+        delta = tl.load(delta_ptr + row_base + tokens, mask=is_token, other=0.0)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * to_base2
+        # subtract lse only where visible: a query that sees nothing has lse = -inf
+        seen = _sees(bounds_ptr, group, tokens, RANGES)
+        p = tl.exp2(tl.where(seen, s - tl.where(seen, lse[None, :], 0.0), float("-inf")))
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+
+    at = b * stride_dk_b + h * stride_dk_h
+    tl.store(
+        _row_pointers(dk_ptr + at, rows, stride_dk_s, d), (dk * scale).to(dk_ptr.dtype.element_ty), mask=is_row & in_d
+    )
+    tl.store(_row_pointers(dv_ptr + at, rows, stride_dk_s, d), dv.to(dv_ptr.dtype.element_ty), mask=is_row & in_d)
+
+
+def _constants(side: list[Tensor], full_step: int, D: int, dtype: torch.dtype) -> dict[str, object]:
+    tiles, rows, _, bounds, _, part = side
+    return {
+        "BLOCK_R": rows.shape[1],
+        "BLOCK_T": full_step,
+        "BLOCK_P": part.shape[1],
+        "BLOCK_D": config.block_d(D),
+        "RANGES": bounds.shape[1],
+        "EVEN_D": config.block_d(D) == D,
+        # float32 means float32: tf32 would miss the error budget by a factor of a thousand
+        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+    }
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [n for t in tensors for n in t.stride()[:3]]
+
+
+def forward(
+    q: Tensor, k: Tensor, v: Tensor, queries: list[Tensor], full_step: int, shared: bool, scale: float
+) -> tuple[Tensor, Tensor]:
+    """out ``[B, S, H, D]`` contiguous, lse ``[B, H, S]`` float32; every element is written by some tile."""
+    B, S, H, D = q.shape
+    out, lse = q.new_empty(q.shape), q.new_empty((B, H, S), dtype=torch.float32)
+    tiles, rows = queries[:2]
+    if q.numel() == 0:
+        return out, lse
+    launch = config.forward(rows.shape[1], D)
+    _block_attention_fwd_kernel[(tiles.shape[0], H, B if shared else 1)](
+        q, k, v, out, lse, *queries, *_strides(q, k, v, out), S, H, D, scale,
+        **_constants(queries, full_step, D, q.dtype), num_warps=launch.num_warps, num_stages=launch.num_stages,
+    )  # fmt: skip
+    return out, lse
+
+
+def backward(
+    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
+    queries: list[Tensor], keys: list[Tensor], full_step: int, shared: bool, scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv ``[B, S, H, D]`` contiguous. Two launches, the second reads the first's delta."""
+    B, S, H, D = q.shape
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
+    if q.numel() == 0:
+        return dq, dk, dv
+    delta = torch.empty_like(lse)
+    launch = config.backward(queries[1].shape[1], D)
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    _block_attention_bwd_dq_kernel[(queries[0].shape[0], H, B if shared else 1)](
+        dout, dlse, q, k, v, out, lse, dq, delta, *queries, *_strides(dout, q, k, v, out), S, H, D, scale,
+        **_constants(queries, full_step, D, q.dtype), **options,
+    )  # fmt: skip
+    _block_attention_bwd_dkdv_kernel[(keys[0].shape[0], H, B if shared else 1)](
+        dout, q, k, v, lse, delta, dk, dv, *keys, *_strides(dout, q, k, v, dk), S, H, D, scale,
+        **_constants(keys, full_step, D, q.dtype), **options,
+    )  # fmt: skip
+    return dq, dk, dv

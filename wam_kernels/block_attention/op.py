@@ -1,0 +1,165 @@
+"""Public op: checks, backend choice, torch.library registration."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from .._checks import bind_dims, same_kind
+from ..plan import Plan
+from . import cpu, reference
+from .config import MAX_D
+
+_OP = "block_attention"
+_IMPLS = ("reference", "cpu", "triton")
+_DTYPES = {
+    "reference": (torch.bfloat16, torch.float16, torch.float32, torch.float64),
+    "cpu": (torch.bfloat16, torch.float16, torch.float32, torch.float64),
+    "triton": (torch.bfloat16, torch.float16, torch.float32),
+}
+_SIDE = 6  # tensors of one side of a plan; a plan's list is query side, key side, runs
+
+
+def _launchers():
+    # triton is optional: imported at the first call that needs it
+    from . import kernel_triton
+
+    return kernel_triton
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, plan: list[Tensor], shared: bool, step: int, scale: float, impl: str):
+    if impl == "cpu":
+        return cpu.forward(q, k, v, plan[-1], shared, scale)
+    return _launchers().forward(q, k, v, plan[:_SIDE], step, shared, scale)
+
+
+def _backward(
+    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: list[Tensor],
+    shared: bool, step: int, scale: float, impl: str,
+):  # fmt: skip
+    if impl == "cpu":
+        return cpu.backward(dout, dlse, q, k, v, out, lse, plan[-1], shared, scale)
+    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    sides = plan[:_SIDE], plan[_SIDE : 2 * _SIDE]
+    return _launchers().backward(dout, dlse.contiguous(), q, k, v, out, lse, *sides, step, shared, scale)
+
+
+def _forward_fake(q, k, v, plan, shared, step, scale, impl):
+    B, S, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, S), dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+def _backward_fake(dout, dlse, q, k, v, out, lse, plan, shared, step, scale, impl):
+    return tuple(t.new_empty(t.shape) for t in (q, k, v))
+
+
+_OPTIONS = "Tensor[] plan, bool shared, int step, float scale, str impl"
+torch.library.define("wam::block_attention", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)")
+torch.library.define(
+    "wam::block_attention_backward",
+    "(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+)
+torch.library.impl("wam::block_attention", ["CPU", "CUDA"], _forward)
+torch.library.impl("wam::block_attention_backward", ["CPU", "CUDA"], _backward)
+torch.library.register_fake("wam::block_attention", _forward_fake)
+torch.library.register_fake("wam::block_attention_backward", _backward_fake)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, v, plan, *ctx.options = inputs
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, lse, *plan)
+
+
+def _autograd(ctx, dout, dlse):
+    q, k, v, out, lse, *plan = ctx.saved_tensors
+    grads = torch.ops.wam.block_attention_backward(dout, dlse, q, k, v, out, lse, plan, *ctx.options)
+    return (*grads, [None] * len(plan), None, None, None, None)
+
+
+torch.library.register_autograd("wam::block_attention", _autograd, setup_context=_save)
+
+
+def _pick(impl: str | None, q: Tensor) -> str:
+    """The backend of a call, or the reason why there is none."""
+    if impl is None:
+        impl = "cpu" if q.device.type == "cpu" else "triton"
+    if impl not in _IMPLS:
+        raise ValueError(f"{_OP}: impl must be None or one of {_IMPLS}, got {impl!r}")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if impl == "cpu" and q.device.type != "cpu":
+        raise ValueError(f"{_OP}: impl='cpu' needs CPU tensors, got {q.device}; use impl=None")
+    if impl == "triton" and q.device.type != "cuda" and not interpreted:
+        raise ValueError(f"{_OP}: impl='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got {q.device}")
+    if q.dtype not in _DTYPES[impl]:
+        names = ", ".join(str(t).removeprefix("torch.") for t in _DTYPES[impl])
+        raise ValueError(f"{_OP}: q must be {names} for impl={impl!r}, got {q.dtype}; impl='reference' takes any")
+    return impl
+
+
+def block_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: Plan,
+    *,
+    scale: float | None = None,
+    impl: str | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Softmax attention in which each token sees what the plan's interaction program lets it see.
+
+    .. math:: out_i = \sum_{j \in N(i)} softmax_j(scale \; q_i \cdot k_j) \; v_j
+
+    Differentiable in q, k, v (and through ``lse``); deterministic; registered, so it traces under
+    ``torch.compile(fullgraph=True)``. A row that sees nothing gives out 0, lse -inf and gradients 0.
+
+    Args:
+        q: ``[B, S, H, D]``, bf16, fp16 or float32; last dim stride 1, others free. D a multiple of 8 from 8 to 256.
+        k: As ``q``.
+        v: As ``q``.
+        plan: From :func:`wam_kernels.compile_plan`, for S tokens, 1 or B batch elements, on the tensors' device.
+        scale: Factor on the scores; default ``D ** -0.5``.
+        impl: ``"reference"`` (dense S x S, any device, also float64), ``"cpu"`` (GEMMs over the plan's runs, also
+            float64), ``"triton"`` (CUDA), or ``None``: ``"cpu"`` for CPU tensors, ``"triton"`` for CUDA tensors.
+        return_lse: Also return the log-sum-exp of every row's scores.
+
+    Returns:
+        out ``[B, S, H, D]``, dtype of ``q``, contiguous; with ``return_lse`` also lse ``[B, H, S]``, float32 (float64 for
+        float64 inputs). Softmax and sums are float32.
+
+    Raises:
+        ValueError: a shape, dtype, device, stride or ``impl`` outside the above, or a plan made for something else.
+        TypeError: ``plan`` is not a Plan.
+
+    Source: Vaswani et al. 2017; the online softmax of Dao 2023 (FlashAttention-2); programs: ``wam_kernels.visibility``.
+    """
+    if not isinstance(plan, Plan):
+        raise TypeError(f"{_OP}: plan must be a Plan from compile_plan, got {type(plan).__name__}")
+    dims = bind_dims(_OP, q=(q, "B S H D"), k=(k, "B S H D"), v=(v, "B S H D"))
+    same_kind(_OP, "q", q, k=k, v=v)
+    if dims["D"] % 8 or not 8 <= dims["D"] <= MAX_D:
+        raise ValueError(f"{_OP}: D must be a multiple of 8 from 8 to {MAX_D}, got {dims['D']}; pad the heads")
+    if dims["S"] != plan.length:
+        raise ValueError(
+            f"{_OP}: q must have S={plan.length} tokens like plan, got {dims['S']}; compile a plan for this geometry"
+        )
+    if plan.batch not in (1, dims["B"]):
+        raise ValueError(f"{_OP}: plan must have 1 or B={dims['B']} batch elements, got {plan.batch}")
+    if plan.device != q.device:
+        raise ValueError(f"{_OP}: plan must be on {q.device} like q, got {plan.device}; use plan.to({str(q.device)!r})")
+    impl = _pick(impl, q)
+    scale = dims["D"] ** -0.5 if scale is None else float(scale)
+    if impl == "reference":
+        out, lse = reference.block_attention(q, k, v, plan.mask(), scale)
+        return (out, lse) if return_lse else out
+    for name, t in (("q", q), ("k", k), ("v", v)):
+        if t.stride(-1) != 1:
+            raise ValueError(f"{_OP}: {name} must have last-dim stride 1, got {t.stride(-1)}; use .contiguous()")
+    out, lse = torch.ops.wam.block_attention(
+        q, k, v, plan.tensors(), plan.batch == 1, plan.queries.shape.step, scale, impl
+    )
+    return (out, lse) if return_lse else out
