@@ -55,7 +55,8 @@ class CMakeBuild(build_ext):
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build_dir = Path(self.build_temp).resolve()
         self.cmake(
-            "-S", ROOT, "-B", build_dir, "-G", "Ninja",
+            # --fresh: a build folder may remember another compiler or a build environment that is gone
+            "--fresh", "-S", ROOT, "-B", build_dir, "-G", "Ninja",
             f"-DCMAKE_CUDA_COMPILER={NVCC}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={target.parent}",
             f"-DPython_EXECUTABLE={sys.executable}",
@@ -69,10 +70,12 @@ class CMakeBuild(build_ext):
     def cmake(*args):
         try:
             subprocess.run(["cmake", *map(str, args)], check=True)
-        except (subprocess.CalledProcessError, FileNotFoundError) as error:
+        except FileNotFoundError:
+            raise SystemExit("wam-kernels: the CUDA extension needs cmake, which is not on PATH") from None
+        except subprocess.CalledProcessError:
             raise SystemExit(
-                f"wam-kernels: the CUDA extension could not be built with {NVCC} ({error}); the compiler's own message "
-                "stands above. To install without it, set WAM_CUDA=0"
+                f"wam-kernels: the CUDA extension could not be built with {NVCC}; the compiler's own message stands "
+                "above. To install without the extension, set WAM_CUDA=0"
             ) from None
 
 

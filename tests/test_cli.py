@@ -1,0 +1,136 @@
+"""The command line: one line and exit code 2 for whatever a user gets wrong, and what `wam doctor` says."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+import types
+
+import pytest
+
+from wam_models import cli, doctor
+
+
+def wam(*args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "wam_models.cli", *args], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("command", [(), *((name,) for name in cli.COMMANDS)], ids=lambda c: " ".join(c) or "none")
+def test_help(command, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*command, "--help"])
+    assert stopped.value.code == 0
+    out = capsys.readouterr().out
+    assert out.startswith("usage: wam") and (command or all(name in out for name in cli.COMMANDS))
+
+
+def test_help_loads_no_torch():
+    loaded = "import sys; from wam_models import cli; cli.make_parser(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", loaded], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    "args, message",
+    [
+        ("", "wam: error: the following arguments are required: COMMAND; see wam --help"),
+        ("dance", "wam: error: argument COMMAND: invalid choice: 'dance'"),
+        ("doctor --fast", "wam: error: unrecognized arguments: --fast; see wam --help"),
+        ("mask --frames many", "wam mask: error: argument --frames: must be a whole number, got 'many'; see wam mask"),
+        ("mask --chunk-size 0", "wam mask: error: argument --chunk-size: must be at least 1, got 0"),
+        ("mask --chunk 4", "wam: error: unrecognized arguments: --chunk 4"),
+        ("demo --seconds -1", "wam demo: error: argument --seconds: must be a positive number of seconds, got -1"),
+        ("demo --seconds nan", "wam demo: error: argument --seconds: must be a positive number of seconds, got nan"),
+        ("train --out x", "wam train: error: the following arguments are required: --data"),
+        ("rollout --data x", "wam rollout: error: the following arguments are required: --checkpoint"),
+    ],
+)
+def test_a_bad_flag_is_one_line(args, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(args.split())
+    assert stopped.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.startswith(message) and err.count("\n") == 1
+
+
+def raise_from_open():
+    open("no/such/file")
+
+
+def raise_from_json():
+    json.loads("{steps: 3}")
+
+
+def raise_user_error():
+    raise cli.UserError("config field 'steps' must be at least 1,\n got 0")
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        (raise_from_open, "no/such/file: No such file or directory"),
+        (raise_from_json, "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        (raise_user_error, "config field 'steps' must be at least 1, got 0"),
+    ],
+)
+def test_a_user_error_in_a_command_is_one_line(fault, message, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, doctor.__name__, types.SimpleNamespace(run=lambda args: fault()))
+    assert cli.main(["doctor"]) == 2
+    assert capsys.readouterr().err == f"wam doctor: error: {message}\n"
+    monkeypatch.setenv("WAM_TRACEBACK", "1")
+    with pytest.raises((cli.UserError, ValueError, OSError)):
+        cli.main(["doctor"])
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    monkeypatch.setitem(sys.modules, doctor.__name__, types.SimpleNamespace(run=lambda args: 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["doctor"])
+
+
+def test_doctor_runs():
+    done = wam("doctor")
+    assert done.returncode == 0 and done.stderr == ""
+    for word in ("python", "torch", "triton", "nvcc", "driver", "wam_kernels._C", "threads"):
+        assert word in done.stdout
+
+
+BARE = doctor.Machine(
+    versions={"wam-kernels": "0.1.0", "torch": "2.13.0", "triton": None, "numpy": "2.4.6"},
+    gpus=(),
+    driver=None,
+    nvcc=None,
+    extension_error="not built",
+    interpreted=False,
+    cpu="a CPU",
+    cpu_cores=2,
+    cpu_threads=2,
+    vector_isa="AVX2",
+)
+H100 = doctor.GPU("NVIDIA H100", (9, 0), 79.6)
+A100 = doctor.GPU("NVIDIA A100", (8, 0), 79.6)
+WITH_TRITON = BARE.versions | {"triton": "3.7.1"}
+
+
+@pytest.mark.parametrize(
+    "change, op, impl, missing",
+    [
+        ({}, "block_attention", "reference", None),
+        ({}, "block_attention", "cpu", None),
+        ({}, "block_attention", "triton", "triton is not installed"),
+        ({"versions": WITH_TRITON}, "block_attention", "triton", "no CUDA device"),
+        ({"versions": WITH_TRITON, "interpreted": True}, "block_attention", "triton", None),
+        ({"versions": WITH_TRITON, "gpus": (A100,)}, "block_attention", "triton", None),
+        ({}, "ada_layer_norm", "csrc", "wam_kernels._C does not load, see above"),
+        ({"extension_error": None}, "ada_layer_norm", "csrc", "capability 9.0, found no CUDA device"),
+        ({"extension_error": None, "gpus": (A100,)}, "ada_layer_norm", "csrc", "capability 9.0, found NVIDIA A100"),
+        ({"extension_error": None, "gpus": (H100,)}, "ada_layer_norm", "csrc", None),
+    ],
+)
+def test_doctor_says_why_a_backend_is_missing(change, op, impl, missing):
+    machine = dataclasses.replace(BARE, **change)
+    (backend,) = (b for b in doctor.BACKENDS if (b.op, b.impl) == (op, impl))
+    found = backend.missing(machine)
+    assert found is None if missing is None else missing in found
+    (row,) = (line for line in doctor.report(machine).splitlines() if line.split()[:2] == [op, impl])
+    assert row.split()[2] == ("yes" if missing is None else "no")

@@ -1,0 +1,136 @@
+"""The command line: ``wam demo | train | rollout | mask | doctor``.
+
+Every subcommand is a function ``run(args: argparse.Namespace)`` of a module that is imported when it is chosen, so
+``wam --help`` needs neither torch nor time. What a user can get wrong (a flag, a file, a config field) is raised there as
+:class:`UserError`, ``ValueError`` or ``OSError`` and ends here as one line on stderr and exit code 2;
+``WAM_TRACEBACK=1`` shows where it came from.
+"""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from pathlib import Path
+
+
+class UserError(Exception):
+    """What the user can mend. The message names the flag or field, what was expected, what came, and the way out."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        # argparse's own prints the whole usage first, and the one line that matters last
+        self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    def whole_number(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+        if value < low:
+            raise argparse.ArgumentTypeError(f"must be at least {low}, got {value}")
+        return value
+
+    return whole_number
+
+
+def positive_seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a number of seconds, got {text!r}") from None
+    if not (0 < value and math.isfinite(value)):
+        raise argparse.ArgumentTypeError(f"must be a positive number of seconds, got {text}")
+    return value
+
+
+def _demo(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of what it writes")
+    parser.add_argument("--data", type=Path, default=Path("data/libero_demo"), help="data set to train on")
+    parser.add_argument("--seconds", type=positive_seconds, default=180.0, help="time to train for")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+
+
+def _train(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data set in LeRobot layout")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of checkpoints and the log")
+    parser.add_argument("--config", type=Path, metavar="FILE.json", help="model and training config")
+    limit = "training ends at whichever of --steps and --seconds comes first"
+    parser.add_argument("--steps", type=at_least(1), metavar="N", help=limit)
+    parser.add_argument("--seconds", type=positive_seconds, metavar="S", help=limit)
+    parser.add_argument("--resume", type=Path, metavar="CKPT", help="checkpoint to go on from")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
+
+
+def _rollout(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data set in LeRobot layout")
+    parser.add_argument("--episode", type=at_least(0), default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--program", metavar="P", help="interaction program; default: the checkpoint's")
+    parser.add_argument("--objective", metavar="O", help="what is denoised given what; default: the checkpoint's")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of what it writes; default: in the checkpoint")
+    parser.add_argument("--steps", type=at_least(1), metavar="N", help="denoising steps; default: the checkpoint's")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+
+
+def _mask(parser: argparse.ArgumentParser) -> None:
+    # names and ranges are checked by wam_kernels.visibility.Geometry, their one home; its errors list the choices
+    parser.add_argument("--program", default="joint", help="interaction program; default: %(default)s")
+    parser.add_argument("--history", default="video_only", help="earlier clean tokens to see; default: %(default)s")
+    sizes = {"chunk-size": 4, "window": 64, "frames": 16, "video-tokens": 32, "action-tokens": 4}
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=at_least(1), default=default, metavar="N", help="default: %(default)s")
+    parser.add_argument("--chunk-origin", type=int, default=0, metavar="F", help="first frame of chunk 0")
+    parser.add_argument("--prefix-frames", type=at_least(0), default=0, metavar="N", help="external clean video prefix")
+    parser.add_argument("--singleton-frame", type=at_least(0), metavar="F", help="frame from which no key before is seen")
+    parser.add_argument("--out", type=Path, metavar="FILE.png", help="write a picture as well")
+
+
+# name -> (module with run(args), its flags, one line of help)
+COMMANDS = {
+    "demo": ("wam_models.demo", _demo, "train a small model on the shipped data and roll it out"),
+    "train": ("wam_models.train", _train, "train a model"),
+    "rollout": ("wam_models.rollout_cli", _rollout, "denoise video and actions of one episode from a checkpoint"),
+    "mask": ("wam_models.mask_picture", _mask, "show which tokens see which"),
+    "doctor": ("wam_models.doctor", lambda parser: None, "show what this machine offers and which op runs where"),
+}
+
+
+def make_parser() -> argparse.ArgumentParser:
+    # no abbreviations: a script that says --s would change its meaning with the next flag
+    parser = _Parser(prog="wam", description="World-action models: train, roll out, look inside.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (_, add_flags, line) in COMMANDS.items():
+        add_flags(commands.add_parser(name, help=line, description=line.capitalize() + ".", allow_abbrev=False))
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = make_parser().parse_args(argv)
+    try:
+        return import_module(COMMANDS[args.command][0]).run(args) or 0
+    except (UserError, ValueError, OSError, ModuleNotFoundError) as error:
+        if os.environ.get("WAM_TRACEBACK") == "1":  # a bug can raise ValueError too
+            raise
+        print(f"wam {args.command}: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f"wam {args.command}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    if isinstance(error, ModuleNotFoundError):
+        return f"{error}; run: pip install {error.name}"
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

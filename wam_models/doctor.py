@@ -1,0 +1,179 @@
+"""``wam doctor``: what this machine offers, and which op runs on which backend here and why not elsewhere.
+
+To add an op or a backend, add a row to ``BACKENDS``.
+"""
+
+import argparse
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from wam_kernels._cuda import extension
+
+
+@dataclass(frozen=True)
+class GPU:
+    name: str
+    capability: tuple[int, int]
+    gib: float
+
+    def __str__(self) -> str:
+        return f"{self.name}, compute capability {self.capability[0]}.{self.capability[1]}, {self.gib:.0f} GiB"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What was found; ``None`` or empty means not there."""
+
+    versions: dict[str, str | None]  # of Python packages
+    gpus: tuple[GPU, ...]
+    driver: str | None
+    nvcc: str | None
+    extension_error: str | None  # why wam_kernels._C does not load
+    interpreted: bool  # TRITON_INTERPRET=1
+    cpu: str
+    cpu_cores: int  # those this process may use
+    cpu_threads: int  # those torch uses
+    vector_isa: str
+
+
+# ---- Backends. A need looks at the machine and says what is missing, or None.
+
+Need = Callable[[Machine], str | None]
+
+
+def _triton(m: Machine) -> str | None:
+    return None if m.versions["triton"] else "triton is not installed; run: pip install triton"
+
+
+def _gpu_or_interpreter(m: Machine) -> str | None:
+    return None if m.gpus or m.interpreted else "no CUDA device; TRITON_INTERPRET=1 runs it slowly on CPU tensors"
+
+
+def _extension(m: Machine) -> str | None:
+    return m.extension_error and "wam_kernels._C does not load, see above"
+
+
+def _sm90(m: Machine) -> str | None:
+    if any(gpu.capability == (9, 0) for gpu in m.gpus):
+        return None
+    found = ", ".join(gpu.name for gpu in m.gpus) or "no CUDA device"
+    return f"needs a GPU of compute capability 9.0, found {found}"
+
+
+@dataclass(frozen=True)
+class Backend:
+    op: str
+    impl: str
+    what: str
+    needs: tuple[Need, ...] = ()
+
+    def missing(self, machine: Machine) -> str | None:
+        return next((reason for need in self.needs if (reason := need(machine))), None)
+
+
+BACKENDS = (
+    Backend("block_attention", "reference", "plain PyTorch, dense S x S, any device"),
+    Backend("block_attention", "cpu", "GEMMs over the plan's runs; the default for CPU tensors"),
+    Backend("block_attention", "triton", "the default for CUDA tensors", (_triton, _gpu_or_interpreter)),
+    Backend("ada_layer_norm", "csrc", "forward only; not yet wired to the model", (_extension, _sm90)),
+)
+
+
+# ---- Looking.
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    path = Path("/proc/driver/nvidia/version")
+    found = re.search(r"Module\D*([\d.]+)", path.read_text()) if path.is_file() else None
+    return found and found[1]
+
+
+def _nvcc() -> str | None:
+    path = shutil.which("nvcc")
+    if path is None:
+        return None
+    output = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+    found = re.search(r"V([\d.]+)", output)
+    return f"{found[1] if found else 'of unknown version'} ({path})"
+
+
+def _extension_error() -> str | None:
+    try:
+        extension()
+    except RuntimeError as error:
+        return str(error)
+    return None
+
+
+def _cpu_name() -> str:
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*: (.+)$", path.read_text(), re.MULTILINE) if path.is_file() else None
+    return found[1] if found else platform.machine()
+
+
+def _gpus() -> Iterable[GPU]:
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        properties = torch.cuda.get_device_properties(i)
+        yield GPU(properties.name, (properties.major, properties.minor), properties.total_memory / 2**30)
+
+
+def probe() -> Machine:
+    return Machine(
+        versions={name: _version(name) for name in ("wam-kernels", "torch", "triton", "numpy")},
+        gpus=tuple(_gpus()),
+        driver=_driver(),
+        nvcc=_nvcc(),
+        extension_error=_extension_error(),
+        interpreted=os.environ.get("TRITON_INTERPRET") == "1",
+        cpu=_cpu_name(),
+        cpu_cores=len(os.sched_getaffinity(0)),
+        cpu_threads=torch.get_num_threads(),
+        vector_isa=torch.backends.cpu.get_cpu_capability(),
+    )
+
+
+# ---- Showing.
+
+
+def _table(rows: Iterable[tuple[str, ...]]) -> str:
+    rows = list(rows)
+    # the last column is ragged
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1] + [0]
+    return "\n".join("  " + "  ".join(map(str.ljust, row, widths)) for row in rows)
+
+
+def report(machine: Machine) -> str:
+    facts = [("python", platform.python_version())]
+    facts += [(name, found or "not installed") for name, found in machine.versions.items()]
+    facts += [
+        ("cpu", f"{machine.cpu}, {machine.cpu_cores} cores, {machine.cpu_threads} threads, {machine.vector_isa}"),
+        ("gpu", "; ".join(map(str, machine.gpus)) or "no CUDA device"),
+        ("driver", machine.driver or "no NVIDIA driver"),
+        ("nvcc", machine.nvcc or "not on PATH"),
+        ("wam_kernels._C", machine.extension_error or "loads"),
+    ]
+    ops = [("op", "impl", "runs here", "why")]
+    for backend in BACKENDS:
+        missing = backend.missing(machine)
+        ops.append((backend.op, backend.impl, "no" if missing else "yes", missing or backend.what))
+    return f"This machine\n{_table(facts)}\n\nOps\n{_table(ops)}"
+
+
+def run(args: argparse.Namespace) -> None:
+    print(report(probe()))
