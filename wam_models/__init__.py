@@ -1,1 +1,25 @@
 """A thin model package on top of wam_kernels: the dual-expert world-action model, its training and its rollout."""
+
+from importlib import import_module
+
+# Names load on first use, so that ``wam --help`` and the data tools do not pay for torch.
+_HOME = {
+    "ModelConfig": "config",
+    "WordEmbedding": "text",
+    "WorldActionModel": "model",
+    "demo_config": "config",
+    "golden_config": "config",
+    "load_checkpoint": "checkpoint",
+    "load_weights": "checkpoint",
+    "save_checkpoint": "checkpoint",
+    "umt5_encoder": "text",
+    "wan_5b_config": "config",
+    "wan_5b_small_action_config": "config",
+}
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str):
+    if name not in _HOME:
+        raise AttributeError(f"module 'wam_models' has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
