@@ -1,0 +1,14 @@
+import pytest
+
+from tests.data import tiny
+
+
+@pytest.fixture
+def tiny_root(tmp_path):
+    return tiny.write(tmp_path / "tiny")
+
+
+@pytest.fixture(scope="session")
+def shared_tiny_root(tmp_path_factory):
+    """For tests that only read."""
+    return tiny.write(tmp_path_factory.mktemp("shared") / "tiny")

@@ -1,0 +1,141 @@
+"""Training clips: latent pictures and the normalised actions that lead from one to the next."""
+
+import numpy as np
+import torch
+
+from wam_models.data.latents import PatchPCA
+from wam_models.data.lerobot import LeRobotDataset
+
+__all__ = ["ClipDataset"]
+
+STRIDE = 4  # video frames, and so actions, per latent frame
+FIT_FRAMES = 512  # 65,536 patches of 128 x 256 pictures: plenty for 768 dimensions, fitted in seconds
+
+
+class ClipDataset:
+    """A whole LeRobot data set as latents in memory, cut into clips.
+
+    Latent frame f stands for video frame 4 f, so the slots of frame f >= 1 are the 4 actions t = 4 (f - 1) .. 4 f - 1
+    that lead from latent frame f - 1 to f. Frame 0 of a clip has no reaching action: its slots are zeros, wherever the
+    clip starts. The mean and std of actions and the default codec come from the training split alone.
+
+    Attributes:
+        tasks: list of instructions; `task` in a clip indexes it.
+        train, held_out: lists of episode numbers. Any split but "train" counts as held out.
+        codec: see wam_models.data.latents.
+        action_mean, action_std: float32 [A]; std below 1e-6 is replaced by 1.
+        constant_actions: bool [A], dimensions that never vary in the training split; leave them out of error averages.
+        latent_shape: (channels, rows, columns) of one latent frame.
+
+    Args:
+        dataset: a LeRobotDataset, or the folder of one.
+        codec: the codec to use; None fits PatchPCA with 48 channels.
+        progress: called with an iterable of episodes and returning it, such as tqdm.
+
+    Raises:
+        ValueError: no training episode, or what the reader and the codec raise.
+        FileNotFoundError: what the reader raises.
+    """
+
+    def __init__(self, dataset, codec=None, progress=iter):
+        if not isinstance(dataset, LeRobotDataset):
+            dataset = LeRobotDataset(dataset)
+        episodes = dataset.episodes
+        self.fps = dataset.fps
+        self.train = [e.index for e in episodes if e.split == "train"]
+        self.held_out = [e.index for e in episodes if e.split and e.split != "train"]
+        if not self.train:
+            raise ValueError(f'{dataset.root / "meta/info.json"}: splits has no episode in "train"')
+        self.tasks = list(dict.fromkeys(e.task for e in episodes))
+        self._task = [self.tasks.index(e.task) for e in episodes]
+
+        # a codec that compresses time itself needs every frame, another one only those that become latents
+        every = STRIDE // (codec.temporal if codec is not None else PatchPCA.temporal)
+        frames = [dataset.frames(e, every) for e in progress(episodes)]
+        if codec is None:
+            pool = [(i, t) for i in self.train for t in range(len(frames[i]))]
+            chosen = np.linspace(0, len(pool) - 1, min(FIT_FRAMES, len(pool))).round().astype(int)
+            codec = PatchPCA.fit(np.stack([frames[pool[c][0]][pool[c][1]] for c in chosen]))
+        self.codec = codec
+        self._video = []
+        for picture in frames:
+            whole = 1 + (len(picture) - 1) // codec.temporal * codec.temporal
+            self._video.append(codec.encode(picture[:whole]))
+        channels, _, rows, columns = self._video[0].shape
+        self.latent_shape = (channels, rows, columns)
+
+        actions = [torch.from_numpy(dataset.action(e)) for e in episodes]
+        known = torch.cat([actions[i] for i in self.train]).to(torch.float64)
+        std = known.std(0, correction=0)
+        self.constant_actions = std < 1e-6
+        self.action_mean = known.mean(0).to(torch.float32)
+        self.action_std = torch.where(self.constant_actions, 1.0, std).to(torch.float32)
+        self._action = []
+        for video, action in zip(self._video, actions, strict=True):
+            steps = video.shape[1] - 1
+            slots = torch.zeros(1 + steps, STRIDE, action.shape[1])
+            slots[1:] = self.normalize_action(action[: STRIDE * steps]).view(steps, STRIDE, action.shape[1])
+            self._action.append(slots)
+
+    def normalize_action(self, action):
+        """float [..., A] in the data set's units -> the same shape in units of the training split's std."""
+        return (action - self.action_mean.to(action.device)) / self.action_std.to(action.device)
+
+    def denormalize_action(self, action):
+        """The reverse of normalize_action."""
+        return action * self.action_std.to(action.device) + self.action_mean.to(action.device)
+
+    def length(self, index):
+        """Latent frames of episode `index`."""
+        return self._video[index].shape[1]
+
+    def sample(self, batch, frames, generator, split="train"):
+        """Draws clips, uniformly over all clips of `frames` latent frames in the split.
+
+        Args:
+            batch: number of clips. frames: latent frames in each. generator: a CPU torch.Generator.
+            split: "train" or "held_out".
+
+        Returns a dict of
+            video: float32 [batch, C, frames, h, w]; action: float32 [batch, frames, 4, A], normalised, frame 0 zeros;
+            task: int64 [batch]; episode: int64 [batch]; start: int64 [batch], the latent frame that the clip starts at.
+
+        Raises ValueError if no episode of the split has so many frames.
+        """
+        if split not in ("train", "held_out"):
+            raise ValueError(f'ClipDataset.sample: split is {split!r}, expected "train" or "held_out"')
+        if batch < 1 or frames < 1:
+            raise ValueError(f"ClipDataset.sample: batch is {batch} and frames {frames}, expected 1 or more")
+        numbers = getattr(self, split)
+        starts = torch.tensor([max(0, self.length(i) - frames + 1) for i in numbers], dtype=torch.int64)
+        ends = starts.cumsum(0)
+        if not numbers or ends[-1] == 0:
+            longest = max((self.length(i) for i in numbers), default=0)
+            raise ValueError(f"ClipDataset.sample: frames is {frames}, but the longest {split} episode has {longest}")
+        drawn = torch.randint(int(ends[-1]), (batch,), generator=generator)
+        rows = torch.searchsorted(ends, drawn, right=True)
+        offsets = drawn - (ends - starts)[rows]
+        clips = [
+            self._clip(numbers[row], start, frames) for row, start in zip(rows.tolist(), offsets.tolist(), strict=True)
+        ]
+        return {key: torch.stack([clip[key] for clip in clips]) for key in clips[0]}
+
+    def episode(self, index):
+        """Episode number `index` (see `held_out`) as a batch of one clip, from its first latent frame to its last.
+
+        Raises IndexError for an unknown episode.
+        """
+        if not 0 <= index < len(self._video):
+            raise IndexError(f"episode {index} does not exist; the data set has {len(self._video)}")
+        return {key: value[None] for key, value in self._clip(index, 0, self.length(index)).items()}
+
+    def _clip(self, index, start, frames):
+        action = self._action[index][start : start + frames].clone()
+        action[0] = 0
+        return {
+            "video": self._video[index][:, start : start + frames].clone(),
+            "action": action,
+            "task": torch.tensor(self._task[index]),
+            "episode": torch.tensor(index),
+            "start": torch.tensor(start),
+        }
