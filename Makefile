@@ -21,7 +21,7 @@ help:
 demo: $(VENV)/installed
 	$(BIN)/wam demo
 
-# Two processes: Triton's interpreter, which TRITON_INTERPRET=1 switches on at import, and its compiler do not share one.
+# Two processes: Triton's interpreter, switched on at import by TRITON_INTERPRET=1, and its compiler do not share one.
 # Both run whatever the first says; either failing fails make.
 test: $(VENV)/installed-test
 	@status=0; \

@@ -1,11 +1,12 @@
 // CUDA on a CPU, enough to run a kernel's own source in a unit test: g++ -x c++ -DWAM_HOST_EMULATION kernel.cu
 //
-// A block runs at a time. Each of its threads is a fiber (ucontext) that runs until it waits at a barrier; when no
-// fiber can go on, the scheduler looks which barriers are complete and releases them. So:
+// A block runs at a time. Each of its threads is a fiber (ucontext) that runs until it waits at a barrier. Warps run
+// one after the other, each as far as it gets before the next block barrier, and so do the lanes of a warp before the
+// next warp barrier. So:
 //
 //   - a barrier that not every thread reaches, or a shuffle in a warp that has lost a lane, is reported, not hung;
-//   - threads between two barriers run one after the other, upwards or downwards (`launch_order`). A kernel whose
-//     answer depends on that order is missing a barrier: run both and compare. That finds many races, not all.
+//   - a kernel whose answer depends on the order of warps or lanes is missing a barrier. `launch_order` turns that
+//     order round: run both and compare the bits. That finds many races, not all.
 //
 // Not here: inline PTX, wgmma, TMA, clusters, dynamic shared memory, atomics across blocks that wait on each other,
 // partial masks. Shared variables keep the last block's values instead of starting undefined.
@@ -102,40 +103,38 @@ inline int count(int begin, int end, State state) {
   return n;
 }
 
-inline void release(int begin, int end, State from) {
+// Opens a barrier of threads [begin, end) if `expected` of them wait there; returns whether it did.
+inline bool release(int begin, int end, State barrier, int expected) {
+  if (expected == 0 || count(begin, end, barrier) != expected) return false;
   for (int i = begin; i < end; ++i) {
-    if (block.threads[i].state == from) block.threads[i].state = State::kReady;
+    if (block.threads[i].state == barrier) block.threads[i].state = State::kReady;
   }
+  return true;
 }
 
-// Opens every complete barrier. Called when no thread is ready; returns whether one has become so.
-inline bool release_barriers(int threads) {
-  bool released = false;
-  for (int begin = 0; begin < threads; begin += kWarp) {
-    // a warp barrier and a shuffle name all 32 lanes, so all 32 must be there
-    if (count(begin, begin + kWarp, State::kAtWarpBarrier) == kWarp) {
-      release(begin, begin + kWarp, State::kAtWarpBarrier);
-      released = true;
-    }
-  }
-  const int alive = threads - count(0, threads, State::kExited);
-  if (!released && alive > 0 && count(0, threads, State::kAtBlockBarrier) == alive) {
-    release(0, threads, State::kAtBlockBarrier);
-    released = true;
-  }
-  return released;
-}
+inline int in_order(int i, int n) { return launch_order == Order::kUpwards ? i : n - 1 - i; }
 
-inline void run_block(int threads) {
+inline void run_warp(int begin) {
   do {
-    for (int i = 0; i < threads; ++i) {
-      block.running = launch_order == Order::kUpwards ? i : threads - 1 - i;
+    for (int lane = 0; lane < kWarp; ++lane) {
+      block.running = begin + in_order(lane, kWarp);
       if (running().state == State::kReady) swapcontext(&block.scheduler, &running().context);
       if (!block.error.empty()) throw std::runtime_error("host emulation: " + std::exchange(block.error, ""));
     }
-  } while (release_barriers(threads));
+    // a warp barrier and a shuffle name all 32 lanes, so all 32 must be there
+  } while (release(begin, begin + kWarp, State::kAtWarpBarrier, kWarp));
+}
 
-  if (const int exited = count(0, threads, State::kExited); exited != threads) {
+inline void run_block(int threads) {
+  const int warps = threads / kWarp;
+  int exited;
+  do {
+    for (int warp = 0; warp < warps; ++warp) run_warp(in_order(warp, warps) * kWarp);
+    exited = count(0, threads, State::kExited);
+    // as on the GPU, __syncthreads waits for the threads that are still there
+  } while (release(0, threads, State::kAtBlockBarrier, threads - exited));
+
+  if (exited != threads) {
     throw std::runtime_error(
         "host emulation: block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", " +
         std::to_string(blockIdx.z) + ") cannot go on: " +

@@ -61,6 +61,10 @@ def raise_from_json():
     json.loads("{steps: 3}")
 
 
+def raise_from_import():
+    import no_such_package  # noqa: F401
+
+
 def raise_user_error():
     raise cli.UserError("config field 'steps' must be at least 1,\n got 0")
 
@@ -70,6 +74,7 @@ def raise_user_error():
     [
         (raise_from_open, "no/such/file: No such file or directory"),
         (raise_from_json, "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
+        (raise_from_import, "the Python package 'no_such_package' is not installed; install it with pip"),
         (raise_user_error, "config field 'steps' must be at least 1, got 0"),
     ],
 )
@@ -78,7 +83,7 @@ def test_a_user_error_in_a_command_is_one_line(fault, message, capsys, monkeypat
     assert cli.main(["doctor"]) == 2
     assert capsys.readouterr().err == f"wam doctor: error: {message}\n"
     monkeypatch.setenv("WAM_TRACEBACK", "1")
-    with pytest.raises((cli.UserError, ValueError, OSError)):
+    with pytest.raises((cli.UserError, ValueError, OSError, ImportError)):
         cli.main(["doctor"])
 
 

@@ -1,8 +1,8 @@
 """The command line: ``wam demo | train | rollout | mask | doctor``.
 
 Every subcommand is a function ``run(args: argparse.Namespace)`` of a module that is imported when it is chosen, so
-``wam --help`` needs neither torch nor time. What a user can get wrong (a flag, a file, a config field) is raised there as
-:class:`UserError`, ``ValueError`` or ``OSError`` and ends here as one line on stderr and exit code 2;
+``wam --help`` needs neither torch nor time. What a user can get wrong (a flag, a file, a config field) is raised there
+as :class:`UserError`, ``ValueError`` or ``OSError`` and ends here as one line on stderr and exit code 2;
 ``WAM_TRACEBACK=1`` shows where it came from.
 """
 
@@ -87,7 +87,7 @@ def _mask(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=at_least(1), default=default, metavar="N", help="default: %(default)s")
     parser.add_argument("--chunk-origin", type=int, default=0, metavar="F", help="first frame of chunk 0")
     parser.add_argument("--prefix-frames", type=at_least(0), default=0, metavar="N", help="external clean video prefix")
-    parser.add_argument("--singleton-frame", type=at_least(0), metavar="F", help="frame from which no key before is seen")
+    parser.add_argument("--singleton-frame", type=at_least(0), metavar="F", help="frame that starts with no history")
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="write a picture as well")
 
 
@@ -115,7 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return import_module(COMMANDS[args.command][0]).run(args) or 0
     except (UserError, ValueError, OSError, ModuleNotFoundError) as error:
-        if os.environ.get("WAM_TRACEBACK") == "1":  # a bug can raise ValueError too
+        own_module = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("wam_")
+        if own_module or os.environ.get("WAM_TRACEBACK") == "1":  # a bug can raise ValueError too
             raise
         print(f"wam {args.command}: error: {_one_line(error)}", file=sys.stderr)
         return 2
@@ -128,7 +129,7 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, ModuleNotFoundError):
-        return f"{error}; run: pip install {error.name}"
+        return f"the Python package {error.name!r} is not installed; install it with pip"
     return " ".join(str(error).split())
 
 

@@ -1,4 +1,4 @@
-"""The CUDA sources run on the CPU: csrc/ada_layer_norm.cu against float64, and the emulation against its own promises."""
+"""CUDA sources run on the CPU: csrc/ada_layer_norm.cu against float64, and the emulation against its own promises."""
 
 import ctypes
 import shutil
@@ -79,11 +79,14 @@ def test_ada_layer_norm_answers_an_index_outside_the_tables_with_nan(emulated, i
     assert case.y[3].isnan().all() and case.y[[0, 1, 2, 4]].isfinite().all()
 
 
+WIDTHS = "must be a multiple of 8 from 8 to 8192"
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"channels": 12}, "channels must be a multiple of 8 from 8 to 8192, got 12; normalise other widths in PyTorch"),
-        ({"channels": 8200}, "channels must be a multiple of 8 from 8 to 8192, got 8200; normalise other widths in PyTorch"),
+        ({"channels": 12}, f"channels {WIDTHS}, got 12; normalise other widths in PyTorch"),
+        ({"channels": 8200}, f"channels {WIDTHS}, got 8200; normalise other widths in PyTorch"),
         ({"rows": 2**31}, "rows must be from 0 to 2147483647, got 2147483648; split the call"),
         ({"frames": 0}, "frames must be at least 1, got 0"),
         ({"x": 0}, "x must be a device address, got 0"),
