@@ -1,0 +1,105 @@
+"""Flow matching: ``x_t = (1 - s) x + s n`` with sigma s from 1 (noise n) to 0 (data x), and flow ``n - x``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TRAIN_TIMESTEPS = 1000
+VIDEO_SHIFT, ACTION_SHIFT = 5.0, 1.0
+COUPLINGS = ("independent", "shared_index", "shared_video_schedule", "matched_sigma")
+
+
+def sigmas(steps: int, shift: float) -> Tensor:
+    """Noise levels of ``steps`` steps, falling from 1, float32 ``[steps]``; the 0 after the last is left out.
+
+    ``shift`` above 1 spends more of the steps near noise: s becomes ``shift * s / (1 + (shift - 1) * s)``.
+
+    Raises:
+        ValueError: ``steps`` below 1 or ``shift`` not positive.
+    """
+    if steps < 1 or not shift > 0:
+        raise ValueError(f"sigmas: steps must be at least 1 and shift positive, got {steps} and {shift}")
+    s = torch.linspace(1, 0, steps + 1)[:-1]
+    return shift * s / (1 + (shift - 1) * s)
+
+
+def timesteps(sigma: Tensor) -> Tensor:
+    """What the model is told: ``1000 * sigma``."""
+    return TRAIN_TIMESTEPS * sigma
+
+
+def like(sigma: Tensor, x: Tensor) -> Tensor:
+    """``sigma`` with trailing dims of size 1, to broadcast over ``x`` from the left."""
+    return sigma.reshape(*sigma.shape, *[1] * (x.ndim - sigma.ndim))
+
+
+def add_noise(x: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
+    """``(1 - s) x + s n``; ``sigma`` covers the leading dims of ``x``, e.g. ``[B, F]`` for ``[B, F, ...]``."""
+    s = like(sigma, x)
+    return (1 - s) * x + s * noise
+
+
+def target(x: Tensor, noise: Tensor) -> Tensor:
+    """The flow that a model learns: ``n - x``."""
+    return noise - x
+
+
+def euler_step(x: Tensor, flow: Tensor, sigma: Tensor | float, next_sigma: Tensor | float) -> Tensor:
+    """From one noise level to the next: ``x + flow * (s_next - s)``, in the dtype of ``x``."""
+    return x + flow.to(x.dtype) * (next_sigma - sigma)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimestepDraw:
+    """How training draws noise levels: one for each frame and stream.
+
+    Args:
+        coupling: Relation of the two streams' draws of a frame. ``"independent"``; ``"shared_index"``: the same index of
+            each stream's own grid; ``"shared_video_schedule"``: actions use the video's noise level itself;
+            ``"matched_sigma"``: actions use the level of their own grid that is nearest to the video's.
+        video_shift: Shift of the video grid.
+        action_shift: Shift of the action grid.
+
+    Raises:
+        ValueError: an unknown coupling.
+    """
+
+    coupling: str = "independent"
+    video_shift: float = VIDEO_SHIFT
+    action_shift: float = ACTION_SHIFT
+
+    def __post_init__(self) -> None:
+        if self.coupling not in COUPLINGS:
+            raise ValueError(f"TimestepDraw: coupling must be one of {COUPLINGS}, got {self.coupling!r}")
+
+    def sigmas(self, batch: int, frames: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Video and action noise levels, float32 ``[batch, frames]`` each, on the generator's device."""
+        video_grid = sigmas(TRAIN_TIMESTEPS, self.video_shift).to(generator.device)
+        action_grid = sigmas(TRAIN_TIMESTEPS, self.action_shift).to(generator.device)
+        # both are always drawn, so that the coupling does not move what the generator gives next
+        video_index, action_index = (
+            torch.randint(TRAIN_TIMESTEPS, (batch, frames), generator=generator, device=generator.device)
+            for _ in range(2)
+        )
+        video = video_grid[video_index]
+        if self.coupling == "shared_index":
+            action_index = video_index
+        if self.coupling == "shared_video_schedule":
+            return video, video.clone()
+        if self.coupling == "matched_sigma":
+            action_index = (action_grid - video[..., None]).abs().argmin(-1)
+        return video, action_grid[action_index]
+
+    def history_sigmas(self, batch: int, frames: int, probability: float, generator: torch.Generator) -> Tensor:
+        """Noise levels of the clean video copy, ``[batch, frames]``: 0 but for samples whose history is noised.
+
+        A noised sample draws each frame from the lower-noise half of the video grid.
+        """
+        device, half = generator.device, TRAIN_TIMESTEPS // 2
+        grid = sigmas(TRAIN_TIMESTEPS, self.video_shift).to(device)
+        noised = torch.rand(batch, 1, generator=generator, device=device) < probability
+        index = torch.randint(half, TRAIN_TIMESTEPS, (batch, frames), generator=generator, device=device)
+        return torch.where(noised, grid[index], 0.0)

@@ -1,0 +1,104 @@
+"""What a sample is trained on: interaction programs, and the three objectives of generalist joint denoising (GJD).
+
+| objective        | noisy slot holds                         | loss on | text   |
+| ---------------- | ---------------------------------------- | ------- | ------ |
+| joint            | noisy video, noisy action                | both    | kept   |
+| forward_dynamics | noisy video, clean action at timestep 0  | video   | zeroed |
+| inverse_dynamics | clean video at timestep 0, noisy action  | action  | zeroed |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from wam_kernels import PROGRAMS, Geometry
+
+GJD = "generalist_joint_denoising"
+MODEL_PROGRAMS = (*PROGRAMS, GJD)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Which streams of the noisy slot are noise (and carry loss), and whether the sample is conditional."""
+
+    name: str
+    video: bool  # noisy, and learned; else the slot holds clean video at timestep 0
+    action: bool  # the same for actions
+
+    @property
+    def conditional(self) -> bool:
+        """One stream given, the other denoised: no text, and one boundary frame for history."""
+        return not (self.video and self.action)
+
+
+OBJECTIVES = {
+    o.name: o
+    for o in (
+        Objective("joint", video=True, action=True),
+        Objective("forward_dynamics", video=True, action=False),
+        Objective("inverse_dynamics", video=False, action=True),
+    )
+}
+GJD_MIXTURE: Mapping[str, float] = {"joint": 0.6, "forward_dynamics": 0.2, "inverse_dynamics": 0.2}
+
+
+def check_program(program: str) -> None:
+    if program not in MODEL_PROGRAMS:
+        raise ValueError(f"program must be one of {MODEL_PROGRAMS}, got {program!r}")
+
+
+def draw_objectives(
+    program: str, batch: int, generator: torch.Generator, mixture: Mapping[str, float] = GJD_MIXTURE
+) -> list[Objective]:
+    """One objective for each sample: drawn from ``mixture`` for GJD, ``joint`` (denoise both) for a fixed program.
+
+    Raises:
+        ValueError: an unknown program or objective, or weights that are negative or all 0.
+    """
+    check_program(program)
+    if program != GJD:
+        return [OBJECTIVES["joint"]] * batch
+    unknown = sorted(set(mixture) - set(OBJECTIVES))
+    if unknown or min(mixture.values(), default=0) < 0 or not sum(mixture.values()) > 0:
+        raise ValueError(f"mixture must give {tuple(OBJECTIVES)} weights of at least 0, not all 0, got {dict(mixture)}")
+    weights = torch.tensor([mixture.get(name, 0.0) for name in OBJECTIVES], device=generator.device)
+    drawn = torch.multinomial(weights, batch, replacement=True, generator=generator)
+    return [tuple(OBJECTIVES.values())[i] for i in drawn.tolist()]
+
+
+def geometry_for(
+    program: str,
+    objective: Objective,
+    *,
+    frames: int,
+    video_tokens: int,
+    action_tokens: int,
+    chunk_size: int,
+    window: int,
+    history: str = "full",
+    start: int = 0,
+    chunk_origin: int | None = None,
+) -> Geometry:
+    """The packed geometry of ``frames`` frames of an episode, of which the first is frame ``start``.
+
+    Frame 0 of an episode is observed before anything is done: a chunk of its own, and no action leads to it.
+    ``chunk_origin`` is an episode's frame with which some chunk begins; default 1, the first after the observed one.
+    """
+    check_program(program)
+    return Geometry(
+        program="joint" if program == GJD else program,
+        video_frames=frames,
+        video_tokens=video_tokens,
+        action_frames=frames,
+        action_tokens=action_tokens,
+        chunk_size=chunk_size,
+        window=window,
+        history=history,
+        chunk_origin=(1 if chunk_origin is None else chunk_origin) - start,
+        singleton_frame=0 if objective.conditional and start == 0 else None,
+        conditional_history="previous_boundary_video_only" if objective.conditional else None,
+        startup_action_frames=min(frames, 1) if start == 0 else 0,
+    )

@@ -1,0 +1,184 @@
+"""One training step: draw everything that is random, build the packed sequence, compare flows.
+
+All randomness comes from one ``torch.Generator``, so a run that restores the generator's state continues with the numbers
+it would have had.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from wam_kernels import compile_plan
+
+from .flow import TimestepDraw, add_noise, target, timesteps
+from .model import WorldActionModel, wide
+from .objectives import GJD, GJD_MIXTURE, Objective, check_program, draw_objectives, geometry_for
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    """What a training step draws from, and how it weighs the losses.
+
+    Args:
+        program: ``"generalist_joint_denoising"`` or one of ``wam_kernels.PROGRAMS``.
+        history: Which earlier clean tokens a query sees, one of ``wam_kernels.HISTORIES``.
+        chunk_sizes: Smallest and largest chunk, in frames; drawn for every step.
+        windows: Smallest and largest window, in order blocks; drawn for every step.
+        mixture: Weights of the GJD objectives, drawn for every sample.
+        timesteps: How noise levels are drawn.
+        noised_history: Probability that the clean video copy of a sample is itself noised.
+        video_weight: Factor on the video loss.
+        action_weight: Factor on the action loss.
+
+    Raises:
+        ValueError: an unknown program or a range that is empty; the message names the field.
+    """
+
+    program: str = GJD
+    history: str = "full"
+    chunk_sizes: tuple[int, int] = (1, 4)
+    windows: tuple[int, int] = (4, 64)
+    mixture: Mapping[str, float] = field(default_factory=lambda: dict(GJD_MIXTURE))
+    timesteps: TimestepDraw = TimestepDraw()
+    noised_history: float = 0.5
+    video_weight: float = 1.0
+    action_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        check_program(self.program)
+        for name in ("chunk_sizes", "windows"):
+            low, high = getattr(self, name)
+            if not 1 <= low <= high:
+                raise ValueError(f"TrainingConfig: {name} must be (low, high) with 1 <= low <= high, got {(low, high)}")
+        if not 0 <= self.noised_history <= 1:
+            raise ValueError(f"TrainingConfig: noised_history must be from 0 to 1, got {self.noised_history}")
+
+
+def training_step(
+    model: WorldActionModel,
+    batch: Mapping[str, Tensor],
+    generator: torch.Generator,
+    config: TrainingConfig = TrainingConfig(),
+    *,
+    impl: str | None = None,
+) -> tuple[Tensor, dict[str, float | int | Tensor]]:
+    """The loss of one batch of clips; the caller does the backward and the optimizer step.
+
+    A sample's loss is the mean squared error of its flows over the tokens that count, the batch's the mean over samples,
+    so a sample weighs the same whatever the objectives of the others. Frame 0 is the observed start-up frame: a rollout
+    never generates it, so it carries no loss; it is read through its clean copy, its action slots by nobody.
+
+    Args:
+        model: The model; its parameters' device is where the step runs.
+        batch: ``video`` ``[B, C, F, y, x]`` clean latents, ``action`` ``[B, F, n, A]`` normalised (frame 0's are ignored),
+            ``text`` ``[B, L, text_dim]`` raw embeddings, through which the loss differentiates. F at least 2.
+        generator: Source of every random number; its device may differ from the model's.
+        config: What is drawn and how it is weighed.
+        impl: Backend of ``block_attention``.
+
+    Returns:
+        The loss, a float32 scalar, and metrics without gradient: ``video_loss``, ``action_loss`` (scalar tensors: means
+        over the samples that count; nan when none does), ``chunk_size``, ``window``, and the number of samples of each
+        objective as ``samples/<name>``.
+
+    Raises:
+        ValueError: a batch entry that is missing or has a shape that does not fit.
+    """
+    video, action, text = _checked(model, batch)
+    B, _, frames, y, x = video.shape
+    device, draws = model.device, generator.device
+
+    chunk_size, window = (
+        int(torch.randint(low, high + 1, (), generator=generator, device=draws))
+        for low, high in (config.chunk_sizes, config.windows)
+    )
+    objectives = draw_objectives(config.program, B, generator, config.mixture)
+    video_sigma, action_sigma = config.timesteps.sigmas(B, frames, generator)
+    history_sigma = config.timesteps.history_sigmas(B, frames, config.noised_history, generator)
+    video_noise, history_noise, action_noise = (
+        torch.randn(t.shape, generator=generator, device=draws).to(device) for t in (video, video, action)
+    )
+
+    # 1 where the sample denoises the stream, 0 where the noisy slot holds the clean stream at timestep 0
+    denoises_video, denoises_action, keeps_text = (
+        torch.tensor([float(flag(o)) for o in objectives], device=device)[:, None]
+        for flag in (lambda o: o.video, lambda o: o.action, lambda o: not o.conditional)
+    )
+    video_sigma = video_sigma.to(device) * denoises_video
+    action_sigma = action_sigma.to(device) * denoises_action
+    history_sigma = history_sigma.to(device)
+
+    rows, columns = model.token_grid(y, x)
+    geometries = [
+        geometry_for(
+            config.program,
+            objective,
+            frames=frames,
+            video_tokens=rows * columns,
+            action_tokens=action.shape[2],
+            chunk_size=chunk_size,
+            window=window,
+            history=config.history,
+        )
+        for objective in objectives
+    ]
+    plan = compile_plan(geometries if len(set(geometries)) > 1 else geometries[0]).to(device)
+    video_flow, action_flow = model(
+        noised_video(video, video_noise, video_sigma),
+        noised_video(video, history_noise, history_sigma),
+        add_noise(action, action_noise, action_sigma),
+        action,
+        timesteps(video_sigma),
+        timesteps(action_sigma),
+        text * keeps_text[:, :, None].to(text.dtype),
+        plan,
+        clean_video_timesteps=timesteps(history_sigma),
+        impl=impl,
+    )
+    # [B] each, over the frames that a rollout generates
+    video_error = (wide(video_flow) - target(video, video_noise))[:, :, 1:].square().flatten(1).mean(1)
+    action_error = (wide(action_flow) - target(action, action_noise))[:, 1:].square().flatten(1).mean(1)
+    counts_video, counts_action = denoises_video[:, 0], denoises_action[:, 0]
+    loss = config.video_weight * video_error * counts_video + config.action_weight * action_error * counts_action
+    metrics: dict[str, float | int | Tensor] = {
+        "video_loss": (video_error.detach() * counts_video).sum() / counts_video.sum(),
+        "action_loss": (action_error.detach() * counts_action).sum() / counts_action.sum(),
+        "chunk_size": chunk_size,
+        "window": window,
+    }
+    return loss.mean(), metrics | _counted(objectives)
+
+
+def noised_video(video_BCFyx: Tensor, noise_BCFyx: Tensor, sigma_BF: Tensor) -> Tensor:
+    """``add_noise`` with one level for each frame."""
+    return add_noise(video_BCFyx.transpose(1, 2), noise_BCFyx.transpose(1, 2), sigma_BF).transpose(1, 2)
+
+
+def _counted(objectives: list[Objective]) -> dict[str, int]:
+    names = [o.name for o in objectives]
+    return {f"samples/{name}": names.count(name) for name in sorted(set(names))}
+
+
+def _checked(model: WorldActionModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    c = model.config
+    missing = sorted({"video", "action", "text"} - set(batch))
+    if missing:
+        raise ValueError(f"training_step: batch lacks {missing}; expected video, action, text")
+    video, action, text = (batch[name].to(model.device) for name in ("video", "action", "text"))
+    if video.ndim != 5 or video.shape[1] != c.latent_channels or video.shape[2] < 2:
+        raise ValueError(
+            f"training_step: video must be [B, {c.latent_channels}, F >= 2, y, x], got {list(video.shape)}"
+        )
+    B, F = video.shape[0], video.shape[2]
+    if tuple(action.shape) != (B, F, c.actions_per_frame, c.action_dim):
+        raise ValueError(
+            f"training_step: action must be {[B, F, c.actions_per_frame, c.action_dim]}, got {list(action.shape)}"
+        )
+    if text.ndim != 3 or text.shape[0] != B or text.shape[2] != c.text_dim:
+        raise ValueError(f"training_step: text must be [{B}, L, {c.text_dim}], got {list(text.shape)}")
+    # losses and noise levels are float32 whatever the data was stored in
+    return wide(video), wide(action), text
