@@ -24,8 +24,9 @@ from . import config
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
-# Integers that change with the geometry must not key a compilation of their own.
-_PER_CALL = ["S", "H", "D", "scale", *(f"stride_{t}_b" for t in ("q", "k", "v", "out", "dout", "dk"))]
+# Numbers that change with the geometry must not key a compilation of their own. Strides do take part in the key: what
+# counts is that they are multiples of 16, which makes 16-byte loads legal, and that holds for every length S.
+_PER_CALL = ["S", "H", "scale"]
 
 
 @triton.jit
@@ -64,9 +65,9 @@ def _block_attention_fwd_kernel(
     tiles_ptr, rows_ptr, groups_ptr, bounds_ptr, full_ptr, part_ptr,
     stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_s, stride_k_h,
     stride_v_b, stride_v_s, stride_v_h, stride_out_b, stride_out_s, stride_out_h,
-    S, H, D, scale,
-    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-    RANGES: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    S, H, scale,
+    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    RANGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     # a plan of one batch element serves them all: the grid's third axis counts them
@@ -89,12 +90,8 @@ def _block_attention_fwd_kernel(
 
     for step in tl.range(tl.load(tiles_ptr + tile * 5 + 1), tl.load(tiles_ptr + tile * 5 + 2)):
         tokens = tl.load(full_ptr + step) + tl.arange(0, BLOCK_T)
-        if EVEN_D:
-            k = tl.load(_row_pointers(k_base, tokens, stride_k_s, d))
-            v = tl.load(_row_pointers(v_base, tokens, stride_v_s, d))
-        else:
-            k = tl.load(_row_pointers(k_base, tokens, stride_k_s, d), mask=in_d, other=0.0)
-            v = tl.load(_row_pointers(v_base, tokens, stride_v_s, d), mask=in_d, other=0.0)
+        k = tl.load(_row_pointers(k_base, tokens, stride_k_s, d), mask=in_d, other=0.0)
+        v = tl.load(_row_pointers(v_base, tokens, stride_v_s, d), mask=in_d, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * to_base2
         m, total, acc = _online_softmax(s, m, total, acc, v, PRECISION)
 
@@ -122,9 +119,9 @@ def _block_attention_bwd_dq_kernel(
     stride_dout_b, stride_dout_s, stride_dout_h, stride_q_b, stride_q_s, stride_q_h,
     stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
     stride_out_b, stride_out_s, stride_out_h,
-    S, H, D, scale,
-    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-    RANGES: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    S, H, scale,
+    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    RANGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one query tile; also leaves delta [B, H, S] for the dk, dv kernel. out and dq share strides."""
     tile, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -156,12 +153,8 @@ def _block_attention_bwd_dq_kernel(
 
     for step in tl.range(tl.load(tiles_ptr + tile * 5 + 1), tl.load(tiles_ptr + tile * 5 + 2)):
         tokens = tl.load(full_ptr + step) + tl.arange(0, BLOCK_T)
-        if EVEN_D:
-            k = tl.load(_row_pointers(k_base, tokens, stride_k_s, d))
-            v = tl.load(_row_pointers(v_base, tokens, stride_v_s, d))
-        else:
-            k = tl.load(_row_pointers(k_base, tokens, stride_k_s, d), mask=in_d, other=0.0)
-            v = tl.load(_row_pointers(v_base, tokens, stride_v_s, d), mask=in_d, other=0.0)
+        k = tl.load(_row_pointers(k_base, tokens, stride_k_s, d), mask=in_d, other=0.0)
+        v = tl.load(_row_pointers(v_base, tokens, stride_v_s, d), mask=in_d, other=0.0)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * to_base2 - lse[:, None])
         ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
@@ -188,9 +181,9 @@ def _block_attention_bwd_dkdv_kernel(
     stride_dout_b, stride_dout_s, stride_dout_h, stride_q_b, stride_q_s, stride_q_h,
     stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
     stride_dk_b, stride_dk_s, stride_dk_h,
-    S, H, D, scale,
-    BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-    RANGES: tl.constexpr, EVEN_D: tl.constexpr, PRECISION: tl.constexpr,
+    S, H, scale,
+    D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
+    RANGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one key tile: rows are keys, steps are queries, products are transposed. dk, dv share strides."""
     tile, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -214,12 +207,8 @@ def _block_attention_bwd_dkdv_kernel(
 
     for step in tl.range(tl.load(tiles_ptr + tile * 5 + 1), tl.load(tiles_ptr + tile * 5 + 2)):
         tokens = tl.load(full_ptr + step) + tl.arange(0, BLOCK_T)
-        if EVEN_D:
-            q = tl.load(_row_pointers(q_base, tokens, stride_q_s, d))
-            dout = tl.load(_row_pointers(dout_base, tokens, stride_dout_s, d))
-        else:
-            q = tl.load(_row_pointers(q_base, tokens, stride_q_s, d), mask=in_d, other=0.0)
-            dout = tl.load(_row_pointers(dout_base, tokens, stride_dout_s, d), mask=in_d, other=0.0)
+        q = tl.load(_row_pointers(q_base, tokens, stride_q_s, d), mask=in_d, other=0.0)
+        dout = tl.load(_row_pointers(dout_base, tokens, stride_dout_s, d), mask=in_d, other=0.0)
         lse = tl.load(lse_ptr + row_base + tokens) * LOG2E
         delta = tl.load(delta_ptr + row_base + tokens)
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * to_base2 - lse[None, :])
@@ -252,14 +241,15 @@ def _block_attention_bwd_dkdv_kernel(
 def _constants(side: list[Tensor], full_step: int, D: int, dtype: torch.dtype) -> dict[str, object]:
     tiles, rows, _, bounds, _, part = side
     return {
+        "D": D,
         "BLOCK_R": rows.shape[1],
         "BLOCK_T": full_step,
         "BLOCK_P": part.shape[1],
         "BLOCK_D": config.block_d(D),
         "RANGES": bounds.shape[1],
-        "EVEN_D": config.block_d(D) == D,
-        # float32 means float32: tf32 would miss the error budget by a factor of a thousand
-        "PRECISION": "ieee" if dtype == torch.float32 else "tf32",
+        # float32 means float32: one tf32 product would miss the error budget by a factor of a thousand, three do not
+        # (and "ieee" leaves the tensor cores: 64 x 64 tiles then spill 100 KB and take a minute to compile)
+        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
     }
 
 
@@ -276,9 +266,9 @@ def forward(
     tiles, rows = queries[:2]
     if q.numel() == 0:
         return out, lse
-    launch = config.forward(rows.shape[1], D)
+    launch = config.forward(D, q.itemsize)
     _block_attention_fwd_kernel[(tiles.shape[0], H, B if shared else 1)](
-        q, k, v, out, lse, *queries, *_strides(q, k, v, out), S, H, D, scale,
+        q, k, v, out, lse, *queries, *_strides(q, k, v, out), S, H, scale,
         **_constants(queries, full_step, D, q.dtype), num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     return out, lse
@@ -294,14 +284,14 @@ def backward(
     if q.numel() == 0:
         return dq, dk, dv
     delta = torch.empty_like(lse)
-    launch = config.backward(queries[1].shape[1], D)
+    launch = config.backward(D, q.itemsize)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     _block_attention_bwd_dq_kernel[(queries[0].shape[0], H, B if shared else 1)](
-        dout, dlse, q, k, v, out, lse, dq, delta, *queries, *_strides(dout, q, k, v, out), S, H, D, scale,
+        dout, dlse, q, k, v, out, lse, dq, delta, *queries, *_strides(dout, q, k, v, out), S, H, scale,
         **_constants(queries, full_step, D, q.dtype), **options,
     )  # fmt: skip
     _block_attention_bwd_dkdv_kernel[(keys[0].shape[0], H, B if shared else 1)](
-        dout, q, k, v, lse, delta, dk, dv, *keys, *_strides(dout, q, k, v, dk), S, H, D, scale,
+        dout, q, k, v, lse, delta, dk, dv, *keys, *_strides(dout, q, k, v, dk), S, H, scale,
         **_constants(keys, full_step, D, q.dtype), **options,
     )  # fmt: skip
     return dq, dk, dv

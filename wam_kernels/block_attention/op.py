@@ -10,7 +10,7 @@ from torch import Tensor
 from .._checks import bind_dims, same_kind
 from ..plan import Plan
 from . import cpu, reference
-from .config import MAX_D
+from .config import MAX_D, fits_triton
 
 _OP = "block_attention"
 _IMPLS = ("reference", "cpu", "triton")
@@ -85,8 +85,9 @@ torch.library.register_autograd("wam::block_attention", _autograd, setup_context
 
 def _pick(impl: str | None, q: Tensor) -> str:
     """The backend of a call, or the reason why there is none."""
+    triton_can = q.dtype in _DTYPES["triton"] and fits_triton(q.shape[-1], q.itemsize)
     if impl is None:
-        impl = "cpu" if q.device.type == "cpu" else "triton"
+        impl = "cpu" if q.device.type == "cpu" else "triton" if triton_can else "reference"
     if impl not in _IMPLS:
         raise ValueError(f"{_OP}: impl must be None or one of {_IMPLS}, got {impl!r}")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -97,6 +98,8 @@ def _pick(impl: str | None, q: Tensor) -> str:
     if q.dtype not in _DTYPES[impl]:
         names = ", ".join(str(t).removeprefix("torch.") for t in _DTYPES[impl])
         raise ValueError(f"{_OP}: q must be {names} for impl={impl!r}, got {q.dtype}; impl='reference' takes any")
+    if impl == "triton" and not triton_can:
+        raise ValueError(f"{_OP}: impl='triton' takes float32 up to D=128, got D={q.shape[-1]}; use impl='reference'")
     return impl
 
 
@@ -124,7 +127,8 @@ def block_attention(
         plan: From :func:`wam_kernels.compile_plan`, for S tokens, 1 or B batch elements, on the tensors' device.
         scale: Factor on the scores; default ``D ** -0.5``.
         impl: ``"reference"`` (dense S x S, any device, also float64), ``"cpu"`` (GEMMs over the plan's runs, also
-            float64), ``"triton"`` (CUDA), or ``None``: ``"cpu"`` for CPU tensors, ``"triton"`` for CUDA tensors.
+            float64), ``"triton"`` (CUDA; float32 up to D = 128), or ``None``: ``"cpu"`` for CPU tensors; for CUDA tensors
+            ``"triton"``, or ``"reference"`` where Triton cannot (float64, and float32 beyond D = 128).
         return_lse: Also return the log-sum-exp of every row's scores.
 
     Returns:

@@ -1,0 +1,69 @@
+"""Every block-attention kernel compiled for sm_90: no spills, tensor cores, within an H100's shared memory."""
+
+import pytest
+
+from tests.aot.compile import compile_sm90
+from wam_kernels.block_attention import config, kernel_triton
+from wam_kernels.plan import STEP_PART
+
+H100_SHARED = 232_448  # bytes that one block may use
+
+KERNELS = {
+    "forward": (kernel_triton._block_attention_fwd_kernel, config.forward),
+    "dq": (kernel_triton._block_attention_bwd_dq_kernel, config.backward),
+    "dkdv": (kernel_triton._block_attention_bwd_dkdv_kernel, config.backward),
+}
+FLOAT32 = {"lse_ptr", "dlse_ptr", "delta_ptr"}
+INDEX = {f"{name}_ptr" for name in ("tiles", "rows", "groups", "bounds", "full", "part")}
+
+
+def build(name: str, D: int, rows: int, dtype: str, ranges: int):
+    kernel, choose = KERNELS[name]
+    block_d = config.block_d(D)
+    constants = {"D": D, "BLOCK_R": rows, "BLOCK_T": rows, "BLOCK_P": STEP_PART, "BLOCK_D": block_d, "RANGES": ranges}
+    constants["PRECISION"] = "tf32x3" if dtype == "fp32" else "tf32"
+    types = {}
+    for p in kernel.params:
+        if p.name in INDEX:
+            types[p.name] = "*i32"
+        elif p.name in FLOAT32:
+            types[p.name] = "*fp32"
+        elif p.name.endswith("_ptr"):
+            types[p.name] = f"*{dtype}"
+        elif p.name not in constants:
+            types[p.name] = "fp32" if p.name == "scale" else "i32"
+    launch = choose(D, 4 if dtype == "fp32" else 2)
+    return compile_sm90(kernel, types, constants, num_warps=launch.num_warps, num_stages=launch.num_stages)
+
+
+@pytest.mark.parametrize("D", [64, 128])
+@pytest.mark.parametrize("name", KERNELS)
+def test_large_tiles_use_wgmma_without_spills(name, D):
+    built = build(name, D, 64, "bf16", ranges=4)
+    assert built.spill_bytes == 0
+    assert built.wgmma > 0 and not built.wgmma_serialised
+    assert built.shared_bytes <= H100_SHARED
+
+
+@pytest.mark.parametrize(
+    "name, D, rows, dtype, ranges",
+    [
+        pytest.param("forward", 128, 32, "bf16", 4, id="small-window-tile"),
+        pytest.param("dq", 128, 32, "bf16", 4, id="small-window-tile-dq"),
+        pytest.param("dkdv", 128, 32, "bf16", 4, id="small-window-tile-dkdv"),
+        pytest.param("forward", 128, 64, "fp16", 6, id="prefix-columns"),
+        pytest.param("forward", 72, 64, "bf16", 4, id="D-not-power-of-two"),
+    ],
+)
+def test_other_launches_compile_without_spills(name, D, rows, dtype, ranges):
+    built = build(name, D, rows, dtype, ranges)
+    assert built.spill_bytes == 0
+    assert built.shared_bytes <= H100_SHARED
+
+
+@pytest.mark.parametrize("D, dtype", [(256, "bf16"), (128, "fp32")])
+@pytest.mark.parametrize("name", KERNELS)
+def test_largest_launches_fit_in_shared_memory(name, D, dtype):
+    # the edge of what config.fits_triton promises; the backward spills there, which costs speed only
+    assert config.fits_triton(D, 4 if dtype == "fp32" else 2)
+    assert build(name, D, 64, dtype, ranges=4).shared_bytes <= H100_SHARED
