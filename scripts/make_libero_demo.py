@@ -35,7 +35,7 @@ SEED = 0
 SETTLE_STEPS = 10  # the stored initial states drop the objects from a small height; not recorded
 CODEC = "libsvtav1"
 EXAMPLE_FRAMES = (0, 40, 80, 120)  # of the first long enough held-out episode, kept unencoded in example.png
-CRF = 32  # 36 to 37 dB at about 0.5 kB a frame; the format's default encoders lose up to 10 dB on pictures this small
+CRF = 34  # 36 to 37 dB at about 0.5 kB a frame; the format's default encoders lose up to 10 dB on pictures this small
 PRESET = 3  # slow: about 70 frames/s; preset 6 is 3 times faster and 15 % larger
 
 

@@ -94,7 +94,7 @@ def test_constant_dimensions(clips):
     assert values.isfinite().all()
     assert not values[:, 3:6].any()
     raw = torch.randn(3, 7)
-    torch.testing.assert_close(clips.denormalize_action(clips.normalize_action(raw)), raw)
+    torch.testing.assert_close(clips.denormalize_action(clips.normalize_action(raw)), raw, atol=1e-4, rtol=0)
 
 
 def test_sampling_is_deterministic(clips):
