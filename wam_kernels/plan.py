@@ -168,7 +168,7 @@ def compile_plan(
         tile: Tile of both sides; default by :func:`tile_shape`. For measurements.
 
     Raises:
-        ValueError: an empty batch, or ``length`` shorter than the samples.
+        ValueError: an empty batch, no tokens at all, or ``length`` shorter than the samples.
         TypeError: an entry that is no geometry.
     """
     entries = [batch] if isinstance(batch, Geometry) else list(batch)
@@ -184,6 +184,8 @@ def compile_plan(
         length = longest
     if length < longest:
         raise ValueError(f"compile_plan: length must be at least {longest} (the longest element), got {length}")
+    if length == 0:
+        raise ValueError("compile_plan: batch must hold at least one token, got empty geometries")
     return _compile(packed, int(length), tile, torch.device(device))
 
 

@@ -1,0 +1,162 @@
+"""block_attention on the CPU: the cpu backend against the reference, registration, refusals."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tests.block_attention.checks import blind_plan, check_against_reference, make_inputs, ragged_plan, run
+from tests.geometries import libero, small
+from wam_kernels import HISTORIES, PROGRAMS, block_attention, compile_plan
+
+
+@pytest.mark.parametrize("history", HISTORIES)
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program(program, history):
+    plan = compile_plan(small(program, history=history))
+    check_against_reference(plan, make_inputs(plan, 2, 3, 16, torch.float32), "cpu")
+
+
+@pytest.mark.parametrize(
+    "plan, B, H, D, dtype",
+    [
+        pytest.param(ragged_plan(), 2, 2, 32, torch.float32, id="ragged-batch"),
+        pytest.param(ragged_plan(), 2, 2, 64, torch.bfloat16, id="bf16"),
+        pytest.param(ragged_plan(), 2, 2, 64, torch.float16, id="fp16"),
+        pytest.param(ragged_plan(), 2, 1, 32, torch.float64, id="float64"),
+        pytest.param(blind_plan(), 1, 2, 32, torch.float32, id="rows-that-see-nothing"),
+        pytest.param(compile_plan(small()), 3, 1, 8, torch.float32, id="smallest-D"),
+        pytest.param(compile_plan(small()), 1, 1, 256, torch.float32, id="largest-D"),
+        pytest.param(compile_plan(small()), 0, 2, 16, torch.float32, id="no-batch"),
+        pytest.param(compile_plan(libero(1, 8, frames=12)), 1, 2, 64, torch.float32, id="libero"),
+    ],
+)
+def test_shapes_and_dtypes(plan, B, H, D, dtype):
+    check_against_reference(plan, make_inputs(plan, B, H, D, dtype), "cpu")
+
+
+def test_scale():
+    plan = compile_plan(small())
+    check_against_reference(plan, make_inputs(plan, 1, 2, 16, torch.float32), "cpu", scale=0.7)
+
+
+LAYOUTS = {
+    "heads-first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "sliced-from-qkv": lambda x: torch.stack((x, x, x), 2)[:, :, 1],
+    "expanded-batch": lambda x: x[:1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_layout_never_changes_the_answer(layout):
+    plan = compile_plan(small())
+    q, k, v, dout, dlse = make_inputs(plan, 2, 3, 16, torch.float32)
+    strided = [layout(t) for t in (q, k, v, dout)]
+    expected = run(plan, [*(t.contiguous() for t in strided), dlse], "cpu")
+    for a, b in zip(run(plan, [*strided, dlse], "cpu"), expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_rows_that_see_nothing_give_zero():
+    plan = blind_plan()
+    out, lse, dq, *_ = run(plan, make_inputs(plan, 1, 2, 16, torch.float32), None)
+    blind = ~plan.mask()[0, 0].any(-1)
+    assert blind.any() and not blind.all()
+    assert (out[0, blind] == 0).all() and (dq[0, blind] == 0).all()
+    assert (lse[0, :, blind] == float("-inf")).all()
+
+
+def test_same_bits_from_run_to_run():
+    plan = ragged_plan()
+    inputs = make_inputs(plan, 2, 2, 32, torch.float32)
+    first, second = run(plan, inputs, None), run(plan, inputs, None)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_memory_is_linear_in_length():
+    # the largest scores tensor of a run is rows x keys of one chunk: bounded by the window, whatever the length
+    largest = {}
+    for frames in (40, 80):
+        runs = compile_plan(libero(chunk_size=4, window=8, frames=frames)).runs
+        keys = (runs[:, 4::2] - runs[:, 3::2]).sum(1)
+        largest[frames] = int(((runs[:, 2] - runs[:, 1]) * keys).max())
+    assert largest[40] == largest[80]
+
+
+def test_registration():
+    plan = ragged_plan()
+    q, k, v, *_ = make_inputs(plan, 2, 2, 16, torch.float32)
+    args = (q, k, v, plan.tensors(), False, plan.queries.shape.step, 0.25, "cpu")
+    torch.library.opcheck(torch.ops.wam.block_attention.default, args)
+    for t in (q, k, v):
+        t.requires_grad_()
+    torch.library.opcheck(torch.ops.wam.block_attention.default, args)
+
+
+def test_compiles_whole_and_only_once_for_all_geometries():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    @torch.compile(fullgraph=True, dynamic=True, backend=counter)
+    def step(q, k, v, plan):
+        return block_attention(q * 2, k, v, plan).sin()
+
+    for changes in ({}, {"window": 6}, {"chunk_size": 3}, {"video_frames": 9, "action_frames": 9}, {"program": "joint"}):
+        plan = compile_plan(small(**changes))
+        q, k, v, *_ = make_inputs(plan, 2, 2, 16, torch.float32)
+        q.requires_grad_()
+        out = step(q, k, v, plan)
+        expected = block_attention(q * 2, k, v, plan).sin()
+        torch.testing.assert_close(out, expected)
+        torch.testing.assert_close(*(torch.autograd.grad(o.sum(), q)[0] for o in (out, expected)))
+    # the first geometry compiles with fixed integers, the second learns that they change
+    assert counter.frame_count <= 2
+
+
+def test_activation_checkpointing():
+    plan = ragged_plan()
+    q, k, v, dout, _ = make_inputs(plan, 2, 2, 16, torch.float32)
+    q.requires_grad_()
+
+    def attend(q):
+        return block_attention(q, k, v, plan)
+
+    expected = torch.autograd.grad(attend(q), q, dout)[0]
+    assert torch.equal(torch.autograd.grad(checkpoint(attend, q, use_reentrant=False), q, dout)[0], expected)
+
+
+def good_call() -> dict:
+    plan = compile_plan(small())
+    q, k, v, *_ = make_inputs(plan, 2, 2, 16, torch.float32)
+    return {"q": q, "k": k, "v": v, "plan": plan}
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"plan": None}, TypeError, "plan must be a Plan from compile_plan, got NoneType"),
+        ({"plan": compile_plan(small(video_frames=7))}, ValueError, "q must have S=94 tokens like plan, got 84"),
+        ({"plan": compile_plan([small()] * 3)}, ValueError, "plan must have 1 or B=2 batch elements, got 3"),
+        ({"plan": compile_plan(small()).to("meta")}, ValueError, r"plan must be on cpu like q, got meta; use plan.to"),
+        ({"k": torch.zeros(2, 84, 1, 16)}, ValueError, r"k must have shape \[B=2, S=84, H=2, D=16\], got \[2, 84, 1, 16\]"),
+        ({"v": torch.zeros(2, 84, 2, 16).double()}, ValueError, "v must be torch.float32 on cpu like q, got torch.float64"),
+        ({"impl": "flash"}, ValueError, "impl must be None or one of .*got 'flash'"),
+        ({"impl": "triton"}, ValueError, r"impl='triton' needs CUDA tensors \(or TRITON_INTERPRET=1\), got cpu"),
+    ],
+)
+def test_refusals_name_the_argument(change, error, message):
+    with pytest.raises(error, match=message):
+        block_attention(**(good_call() | change))
+
+
+@pytest.mark.parametrize("D", [4, 12, 264])
+def test_refuses_head_dims_outside_its_range(D):
+    x = torch.zeros(1, 84, 1, D)
+    with pytest.raises(ValueError, match=f"D must be a multiple of 8 from 8 to 256, got {D}"):
+        block_attention(x, x, x, compile_plan(small()))
+
+
+def test_refuses_a_strided_head_dim():
+    call = good_call()
+    call["k"] = call["k"].transpose(2, 3).contiguous().transpose(2, 3)
+    with pytest.raises(ValueError, match=r"k must have last-dim stride 1, got 2; use .contiguous\(\)"):
+        block_attention(**call)

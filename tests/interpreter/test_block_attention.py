@@ -1,0 +1,72 @@
+"""The Triton kernels of block_attention, run by Triton's interpreter, against the float64 reference."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.block_attention.checks import blind_plan, check_against_reference, make_inputs, ragged_plan, run
+from tests.geometries import libero, small
+from tests.interpreter.bf16 import pack, unpack
+from wam_kernels import PROGRAMS, TileShape, compile_plan
+
+
+def test_interpreted_bf16_rounds_like_torch():
+    x = torch.cat([torch.randn(4096) * 10.0 ** torch.randint(-30, 30, (4096,)), torch.tensor([0.0, -0.0, float("inf")])])
+    bits = pack(x.numpy())
+    np.testing.assert_array_equal(bits, x.bfloat16().view(torch.int16).numpy().view(np.uint16))
+    np.testing.assert_array_equal(unpack(bits), x.bfloat16().float().numpy())
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_every_program(program):
+    plan = compile_plan(small(program, history="full"))
+    check_against_reference(plan, make_inputs(plan, 1, 2, 16, torch.float32), "triton")
+
+
+@pytest.mark.parametrize(
+    "plan, B, H, D, dtype",
+    [
+        pytest.param(ragged_plan(), 2, 1, 32, torch.float32, id="ragged-batch"),
+        pytest.param(ragged_plan(), 2, 1, 64, torch.bfloat16, id="bf16"),
+        pytest.param(ragged_plan(), 2, 1, 64, torch.float16, id="fp16"),
+        pytest.param(blind_plan(), 1, 2, 32, torch.float32, id="rows-that-see-nothing"),
+        pytest.param(blind_plan(), 1, 1, 32, torch.bfloat16, id="rows-that-see-nothing-bf16"),
+        pytest.param(compile_plan(small()), 2, 1, 8, torch.float32, id="smallest-D"),
+        pytest.param(compile_plan(small()), 1, 1, 72, torch.float32, id="D-not-power-of-two"),
+        pytest.param(compile_plan(small()), 0, 1, 16, torch.float32, id="no-batch"),
+        pytest.param(compile_plan(libero(4, 64, frames=12), tile=TileShape(64, 64)), 1, 1, 64, torch.bfloat16, id="full-steps"),
+    ],
+)
+def test_shapes_and_dtypes(plan, B, H, D, dtype):
+    check_against_reference(plan, make_inputs(plan, B, H, D, dtype), "triton")
+
+
+def test_full_steps_are_walked():
+    # the row above must reach the unmasked loop, or it would prove nothing about it
+    plan = compile_plan(libero(4, 64, frames=12), tile=TileShape(64, 64))
+    assert plan.queries.full.numel() > 20 and plan.keys.full.numel() > 20
+
+
+def test_strides_of_batch_token_and_head_are_free():
+    plan = compile_plan(small())
+    q, k, v, dout, dlse = make_inputs(plan, 2, 2, 16, torch.float32)
+    expected = run(plan, [q, k, v, dout, dlse], "triton")
+    heads_first = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    zero_stride = dout[:, :1].expand_as(dout)
+    for a, b in zip(run(plan, [*heads_first, dout, dlse], "triton"), expected, strict=True):
+        assert torch.equal(a, b)
+    expanded = run(plan, [*heads_first, zero_stride, dlse], "triton")
+    for a, b in zip(expanded, run(plan, [q, k, v, zero_stride.contiguous(), dlse], "triton"), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_large_scores_do_not_overflow():
+    # scores near 40,000: exp of them overflows unless the running maximum is taken off first
+    plan = compile_plan(small())
+    q, k, v, dout, dlse = make_inputs(plan, 1, 1, 16, torch.float32)
+    inputs = [q * 100, k * 100, v, dout, dlse]
+    out, lse, *grads = run(plan, inputs, "triton")
+    out_truth, lse_truth, *_ = run(plan, [t.double() for t in inputs], "reference")
+    torch.testing.assert_close(out.double(), out_truth, atol=1e-2, rtol=0)  # a score has 0.002 of rounding itself
+    torch.testing.assert_close(lse.double(), lse_truth, atol=0, rtol=1e-6)
+    assert all(torch.isfinite(g).all() for g in grads)

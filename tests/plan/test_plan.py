@@ -1,0 +1,142 @@
+"""Plans against the predicate: what the tiles compute is exactly what may be seen."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.geometries import geometries, libero, small
+from tests.golden_masks import load
+from wam_kernels import PROGRAMS, TileShape, compile_plan, dense_mask
+from wam_kernels.intervals import frame_rows, intervals
+from wam_kernels.plan import Side, _compile
+
+
+def mask_of_intervals(geometry, transposed: bool) -> np.ndarray:
+    rows = frame_rows(((geometry,),), geometry.length)
+    mask = np.zeros((geometry.length,) * 2, bool)
+    for start, count, ranges in zip(rows.start, rows.count, intervals(rows, transposed), strict=True):
+        for lo, hi in ranges:
+            mask[start : start + count, lo:hi] = True
+    return mask
+
+
+def mask_of_side(side: Side, batch: int, length: int) -> np.ndarray:
+    """Replay the kernel's walk. A pair computed twice, or a row owned by no tile or two, is an error here."""
+    tiles, rows, groups, bounds, full, part = (t.numpy() for t in side.tensors())
+    times = np.zeros((batch, length, length), int)
+    owners = np.zeros((batch, length), int)
+    for (b, full_0, full_1, part_0, part_1), row, group in zip(tiles, rows, groups, strict=True):
+        is_row = row >= 0
+        owners[b, row[is_row]] += 1
+        for step in range(full_0, full_1):
+            times[b, row[is_row][:, None], full[step] + np.arange(side.shape.step)] += 1
+        for step in range(part_0, part_1):
+            tokens = part[step]
+            lo, hi = np.moveaxis(bounds[group], -1, 0)[..., None]
+            sees = ((lo <= tokens) & (tokens < hi)).any(1)
+            assert not sees[:, tokens < 0].any(), "a hole in a partial step must be invisible"
+            times[b, row[is_row][:, None], tokens[tokens >= 0]] += sees[is_row][:, tokens >= 0]
+    assert (owners == 1).all()
+    assert times.max(initial=0) <= 1
+    return times.astype(bool)
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["keys-of-query", "queries-of-key"])
+def test_intervals_match_recorded_masks(transposed):
+    for _, geometry, recorded in load():
+        expected = recorded.T if transposed else recorded
+        np.testing.assert_array_equal(mask_of_intervals(geometry, transposed), expected, err_msg=str(geometry))
+
+
+@settings(max_examples=1500, deadline=None)
+@given(geometries())
+def test_intervals_match_the_predicate(geometry):
+    mask = dense_mask(geometry)
+    if geometry.length:
+        np.testing.assert_array_equal(mask_of_intervals(geometry, False), mask)
+        np.testing.assert_array_equal(mask_of_intervals(geometry, True), mask.T)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    batch=st.lists(st.lists(geometries(), min_size=1, max_size=3), min_size=1, max_size=2),
+    padding=st.sampled_from([0, 0, 5, 40]),
+    tile=st.sampled_from([TileShape(8, 8), TileShape(16, 8), TileShape(64, 64), None]),
+)
+def test_tiles_compute_exactly_the_visible_pairs(batch, padding, tile):
+    length = max(sum(g.length for g in samples) for samples in batch) + padding
+    if length == 0:
+        return
+    plan = compile_plan(batch, length=length, tile=tile)
+    mask = plan.mask()[:, 0].numpy()
+    assert plan.visible_pairs == mask.sum()
+    np.testing.assert_array_equal(mask_of_side(plan.queries, plan.batch, length), mask)
+    np.testing.assert_array_equal(mask_of_side(plan.keys, plan.batch, length), mask.transpose(0, 2, 1))
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_runs_see_what_their_tokens_see(program):
+    plan = compile_plan([[small(program), small(program, chunk_size=1)]], length=180)
+    mask = np.zeros((1, 180, 180), bool)
+    for b, start, end, *bounds in plan.runs.tolist():
+        for lo, hi in zip(bounds[::2], bounds[1::2], strict=True):
+            mask[b, start:end, lo:hi] = True
+    np.testing.assert_array_equal(mask, plan.mask()[:, 0].numpy())
+
+
+def test_efficiency_at_libero_geometry():
+    # counted, not measured: visible pairs over the pairs that the kernel's own tiles compute
+    assert compile_plan(libero(chunk_size=4, window=64)).efficiency >= 0.95
+    assert compile_plan(libero(chunk_size=1, window=8)).efficiency >= 0.70
+
+
+def test_plans_are_cached_by_geometry():
+    assert compile_plan(small()) is compile_plan(small())
+    assert compile_plan(small()) is not compile_plan(small(window=6))
+
+
+def test_building_is_linear_in_length():
+    def seconds(frames: int) -> float:
+        geometry, best = libero(chunk_size=4, window=64, frames=frames), float("inf")
+        for _ in range(5):
+            _compile.cache_clear()
+            start = time.perf_counter()
+            compile_plan(geometry)
+            best = min(best, time.perf_counter() - start)
+        return best
+
+    # 100,000 tokens against 25,000: four times the work, and far from the sixteen of S x S
+    assert seconds(1388) < 8 * seconds(347)
+
+
+def test_index_tensors_stay_small_and_aligned():
+    plan = compile_plan(libero(chunk_size=4, window=64, frames=1388))
+    assert plan.length == 99_936
+    assert plan._buffer.nbytes < 64 * plan.length  # bytes a token; a bool mask would be 100,000
+    assert all(t.data_ptr() % 16 == 0 for t in plan.tensors() if t.numel())
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: compile_plan([]), ValueError, "batch must hold at least one geometry"),
+        (lambda: compile_plan(small(), length=10), ValueError, "length must be at least 84"),
+        (lambda: compile_plan(small(video_frames=0, action_frames=0, startup_action_frames=0)), ValueError, "one token"),
+        (lambda: compile_plan(["joint"]), TypeError, "batch must hold Geometry objects, got str"),
+    ],
+)
+def test_refusals(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_moves_in_one_copy():
+    plan = compile_plan(small())
+    assert plan.to("cpu") is plan
+    moved = plan.to("meta")
+    assert moved.device == torch.device("meta") and moved.length == plan.length
+    assert {t.untyped_storage()._cdata for t in moved.tensors()} == {moved._buffer.untyped_storage()._cdata}
