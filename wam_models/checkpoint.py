@@ -141,9 +141,10 @@ def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu") -> C
             over; the message names the file.
     """
     folder = Path(folder)
-    config, state, extra = (_read(folder / name, device) for name in (CONFIG, MODEL, EXTRA))
+    config = _read(folder / CONFIG, device)
     if not isinstance(config, dict) or "model" not in config:
         raise ValueError(f"load_checkpoint: {folder / CONFIG} must hold an object with a 'model' entry; save it again")
+    state, extra = (_read(folder / name, device) for name in (MODEL, EXTRA))
     model = WorldActionModel(ModelConfig.from_dict(config["model"])).to(device)
     unused = load_weights(model, state)
     if unused:
@@ -170,4 +171,6 @@ def _read(path: Path, device):
             return torch.load(path, map_location=device, weights_only=True)
         return json.loads(path.read_text())
     except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"load_checkpoint: cannot read {path}: {error}; expected a folder of save_checkpoint") from error
+        raise ValueError(
+            f"load_checkpoint: cannot read {path}: {error}; expected a folder of save_checkpoint"
+        ) from error

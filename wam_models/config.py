@@ -93,7 +93,9 @@ class ModelConfig:
         known = {field.name for field in fields(cls)}
         unknown, missing = sorted(set(values) - known), sorted(known - set(values))
         if unknown or missing:
-            raise ValueError(f"ModelConfig: unknown fields {unknown}, missing fields {missing}; expected {sorted(known)}")
+            raise ValueError(
+                f"ModelConfig: unknown fields {unknown}, missing fields {missing}; expected {sorted(known)}"
+            )
         return cls(**values | {"patch": tuple(values["patch"])})
 
 

@@ -380,7 +380,9 @@ class WorldActionModel(nn.Module):
             return [(video, action)] * len(blocks)
         return [(b.video_block.attn2.key_value(video), b.action_block.attn2.key_value(action)) for b in blocks]
 
-    def embed(self, video: Tensor | None, video_t: Tensor | None, action: Tensor | None, action_t: Tensor | None) -> Pair:
+    def embed(
+        self, video: Tensor | None, video_t: Tensor | None, action: Tensor | None, action_t: Tensor | None
+    ) -> Pair:
         """Streams of video latents ``[B, C, F, y, x]`` and actions ``[B, F, n, A]``; None leaves a stream out.
 
         Timesteps run from 0 (clean) to 1000: ``[B, F]``, for actions also ``[B, F, n]``.
@@ -414,7 +416,9 @@ class WorldActionModel(nn.Module):
         """Rows and columns of video tokens of a latent frame."""
         _, py, px = self.config.patch
         if latent_y % py or latent_x % px:
-            raise ValueError(f"video must have rows and columns divisible by patch {(py, px)}, got {(latent_y, latent_x)}")
+            raise ValueError(
+                f"video must have rows and columns divisible by patch {(py, px)}, got {(latent_y, latent_x)}"
+            )
         return latent_y // py, latent_x // px
 
     def forward(
@@ -458,7 +462,9 @@ class WorldActionModel(nn.Module):
         frames = self._check(noisy_video, clean_video, noisy_action, clean_action, video_timesteps, action_timesteps)
         rows, columns = self.token_grid(*noisy_video.shape[-2:])
         if (plan is None) == (attend is None):
-            raise ValueError("WorldActionModel: give either plan or attend, got " + ("neither" if plan is None else "both"))
+            raise ValueError(
+                "WorldActionModel: give either plan or attend, got " + ("neither" if plan is None else "both")
+            )
         if attend is None:
 
             def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -154,7 +154,9 @@ class HistoryCache:
                 k, v = (torch.cat([old, new], 1) for old, new in zip(self.layers[layer], (k, v), strict=True))
             if keep:
                 self.layers[layer] = k, v
-            out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask).transpose(1, 2)
+            out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask).transpose(
+                1, 2
+            )
             return out if blind is None else out.masked_fill(blind, 0)
 
         if keep:
@@ -177,7 +179,9 @@ class RolloutEngine:
         """The state after one observed frame: ``observation`` ``[B, C, 1, y, x]``, ``text`` ``[B, L, text_dim]``."""
         c = self.model.config
         if observation.ndim != 5 or observation.shape[1:3] != (c.latent_channels, 1):
-            raise ValueError(f"start: observation must be [B, {c.latent_channels}, 1, y, x], got {list(observation.shape)}")
+            raise ValueError(
+                f"start: observation must be [B, {c.latent_channels}, 1, y, x], got {list(observation.shape)}"
+            )
         self.model.token_grid(*observation.shape[-2:])
         if text.ndim != 3 or text.shape[0] != observation.shape[0] or text.shape[2] != c.text_dim:
             raise ValueError(f"start: text must be [{observation.shape[0]}, L, {c.text_dim}], got {list(text.shape)}")
@@ -226,7 +230,9 @@ class RolloutEngine:
         denoised = {stream for stage in loops for stream in stage.denoised}
         slots = {
             VIDEO: self._slot("video", VIDEO in denoised, state.video, 2, chunk, video_noise, clean_video, generator),
-            ACTION: self._slot("action", ACTION in denoised, state.action, 1, chunk, action_noise, clean_action, generator),
+            ACTION: self._slot(
+                "action", ACTION in denoised, state.action, 1, chunk, action_noise, clean_action, generator
+            ),
         }
         work = _Chunk(self.model, state, config, goal, chunk, window)
         schedules = {VIDEO: self._schedule(config.video_shift), ACTION: self._schedule(config.action_shift)}
@@ -257,7 +263,9 @@ class RolloutEngine:
             )
         if candidate.video is None or candidate.action is None:
             lacks = "video" if candidate.video is None else "action"
-            raise ValueError(f"commit: candidate must have video and action, got no {lacks}; propose with want='both', or observe")
+            raise ValueError(
+                f"commit: candidate must have video and action, got no {lacks}; propose with want='both', or observe"
+            )
         return self._extended(state, candidate.video, candidate.action, observed=state.observed)
 
     def observe(self, state: RolloutState, video: Tensor, action: Tensor) -> RolloutState:
@@ -291,10 +299,10 @@ class RolloutEngine:
         reach = max(self.config.window // 2 * self.config.chunk_size, 1)
         first = max(state.first_frame, observed - reach)
         drop = first - state.first_frame
-        # cat copies, so no state keeps another's frames alive
+        # clone, so that no state keeps another's frames alive
         return RolloutState(
-            torch.cat([state.video[:, :, drop:], video], 2),
-            torch.cat([state.action[:, drop:], action], 1),
+            torch.cat([state.video, video], 2)[:, :, drop:].clone(),
+            torch.cat([state.action, action], 1)[:, drop:].clone(),
             state.text,
             first,
             observed,
@@ -303,7 +311,9 @@ class RolloutEngine:
     def _goal(self, objective: str, want: str, clean_video: Tensor | None, clean_action: Tensor | None) -> Objective:
         if objective not in OBJECTIVES or (objective != "joint" and self.config.program != GJD):
             choices = tuple(OBJECTIVES) if self.config.program == GJD else ("joint",)
-            raise ValueError(f"propose: objective must be one of {choices} for {self.config.program}, got {objective!r}")
+            raise ValueError(
+                f"propose: objective must be one of {choices} for {self.config.program}, got {objective!r}"
+            )
         if want not in WANTS:
             raise ValueError(f"propose: want must be one of {WANTS}, got {want!r}")
         goal = OBJECTIVES[objective]
@@ -313,7 +323,9 @@ class RolloutEngine:
         ):
             if needed != (clean is not None):
                 expected = "a tensor" if needed else "None"
-                raise ValueError(f"propose: {name} must be {expected} for objective {objective!r}, got {'None' if clean is None else 'a tensor'}")
+                raise ValueError(
+                    f"propose: {name} must be {expected} for objective {objective!r}, got {'None' if clean is None else 'a tensor'}"
+                )
         if want in ("video", "action") and not getattr(goal, want):
             raise ValueError(f"propose: want must be 'both' or what objective {objective!r} denoises, got {want!r}")
         return goal
@@ -357,7 +369,9 @@ class _Chunk:
     Window and chunk are one packed sample, ``geometry``; each pass runs some of its rows.
     """
 
-    def __init__(self, model, state: RolloutState, config: RolloutConfig, goal: Objective, chunk: int, window: int) -> None:
+    def __init__(
+        self, model, state: RolloutState, config: RolloutConfig, goal: Objective, chunk: int, window: int
+    ) -> None:
         self.model, self.state = model, state
         seen = min(window // 2 * chunk, state.video.shape[2])
         self.seen, self.chunk = seen, chunk

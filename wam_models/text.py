@@ -44,7 +44,9 @@ class WordEmbedding(nn.Module):
         self.places = nn.Parameter(torch.randn(tokens, text_dim) / 4)
 
     @classmethod
-    def from_instructions(cls, instructions: Iterable[str], text_dim: int, *, tokens: int | None = None) -> WordEmbedding:
+    def from_instructions(
+        cls, instructions: Iterable[str], text_dim: int, *, tokens: int | None = None
+    ) -> WordEmbedding:
         """The sorted words of these instructions; ``tokens`` defaults to the longest of them."""
         sentences = [words_of(text) for text in instructions]
         longest = max((len(words) for words in sentences), default=1)

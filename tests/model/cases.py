@@ -47,7 +47,15 @@ def packed_inputs(program: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Arguments of the packed forward, and what the reference got."""
     g = load_file(GOLDEN / "dual_expert" / f"{program}.safetensors")
     per_frame = META["actions_per_frame"]
-    names = ("noisy_video", "clean_video", "noisy_action", "clean_action", "video_timesteps", "action_timesteps", "text")
+    names = (
+        "noisy_video",
+        "clean_video",
+        "noisy_action",
+        "clean_action",
+        "video_timesteps",
+        "action_timesteps",
+        "text",
+    )
     inputs = {n: g[n].unflatten(1, (-1, per_frame)) if "action" in n else g[n] for n in names}
     return inputs, {k: v for k, v in g.items() if k not in names}
 

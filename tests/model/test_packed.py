@@ -54,13 +54,13 @@ def test_a_wrong_rope_position_fails_the_packed_goldens(monkeypatch):
         monkeypatch.setattr(model_module, "action_positions", wrong)
         assert max(packed_errors("joint").values()) > 20 * BOUND
     monkeypatch.setattr(model_module, "action_positions", right)
-    y_x_swapped = model_module.video_positions
-    monkeypatch.setattr(model_module, "video_positions", lambda *a: y_x_swapped(*a)[:, [0, 2, 1]])
+    right_video = model_module.video_positions
+    monkeypatch.setattr(model_module, "video_positions", lambda *a: right_video(*a)[:, [0, 2, 1]])
     assert max(packed_errors("joint").values()) > 20 * BOUND
 
 
-def test_frame_start_shifts_rope_only_relatively():
-    # rope is relative but for the fixed row and column of actions, so a shift of all frames changes next to nothing
+def test_frame_start_changes_nothing_but_rounding():
+    # rope is relative: only a chunk that is placed differently from its history would show
     errors = packed_errors("action_then_video", frame_start=0)
     assert max(errors.values()) <= 2 * BOUND, errors
 
