@@ -1,0 +1,501 @@
+"""``wam train``: the training loop, its config file, its checkpoints.
+
+Every random number (clips, objectives, chunk sizes, noise) comes from one generator whose state is saved, so a run that
+is interrupted and resumed goes on with the losses that it would have had.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from wam_kernels import HISTORIES, PROGRAMS
+
+from .checkpoint import Checkpoint, load_weights
+from .config import ModelConfig
+from .data import ClipDataset, LeRobotDataset
+from .flow import ACTION_SHIFT, VIDEO_SHIFT, TimestepDraw
+from .model import WorldActionModel
+from .objectives import GJD, GJD_MIXTURE, OBJECTIVES
+from .policy import Policy
+from .rollout import RolloutConfig
+from .text import WordEmbedding
+from .training import TrainingConfig, training_step
+
+SCHEDULES = ("constant", "cosine")
+
+
+def small_model() -> ModelConfig:
+    """The demo's model: see :class:`TrainConfig` for what was tried."""
+    return ModelConfig(
+        hidden=192,
+        heads=4,
+        head_dim=32,
+        layers=4,
+        ffn=512,
+        action_hidden=128,
+        action_ffn=384,
+        action_dim=7,
+        actions_per_frame=4,
+        text_dim=64,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """All that a training run depends on, beside the data and the seed. JSON in and out.
+
+    Args:
+        model: Sizes of the model.
+        programs: Interaction programs of the ``joint`` objective's samples, equally often. With all six, one
+            checkpoint serves every rollout program.
+        mixture: Share of each objective among the samples.
+        history: Which earlier clean tokens a query sees, one of ``wam_kernels.HISTORIES``.
+        chunk_sizes: Smallest and largest chunk, in frames; drawn for every step.
+        windows: Smallest and largest window, in order blocks; drawn for every step.
+        noised_history: Probability that the clean video copy of a sample is itself noised.
+        video_shift: Shift of the video's noise levels.
+        action_shift: Shift of the actions' noise levels.
+        video_weight: Factor on the video loss.
+        action_weight: Factor on the action loss.
+        batch: Clips of a step.
+        frames: Latent frames of a clip.
+        steps: Steps of the run, and the end of the cosine.
+        learning_rate: After the warm-up.
+        warmup: Steps of linear warm-up.
+        schedule: ``"constant"`` or ``"cosine"`` (down to 0 at ``steps``).
+        beta2: Of AdamW; its beta1 is 0.9.
+        weight_decay: Of AdamW, on matrices alone.
+        clip_norm: Longest gradient.
+        ema: Sharpness of the average of the weights, which is what a checkpoint's model holds; 0 for none. The
+            average always spans the last 1 / (ema + 1) or so of the run, so training may stop at any time, without
+            a learning rate that has to know when.
+        save_every: Steps between checkpoints.
+
+    Raises:
+        ValueError: a value of the wrong type or outside its range; the message names the field.
+    """
+
+    model: ModelConfig = field(default_factory=small_model)
+    programs: tuple[str, ...] = PROGRAMS
+    mixture: Mapping[str, float] = field(default_factory=lambda: dict(GJD_MIXTURE))
+    history: str = "full"
+    chunk_sizes: tuple[int, int] = (1, 4)
+    windows: tuple[int, int] = (4, 16)
+    noised_history: float = 0.5
+    video_shift: float = VIDEO_SHIFT
+    action_shift: float = ACTION_SHIFT
+    video_weight: float = 1.0
+    action_weight: float = 1.0
+    batch: int = 4
+    frames: int = 9
+    steps: int = 2000
+    learning_rate: float = 2e-3
+    warmup: int = 20
+    schedule: str = "constant"
+    beta2: float = 0.99
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    ema: float = 7.0
+    save_every: int = 500
+
+    def __post_init__(self) -> None:
+        def refuse(name: str, expected: str) -> None:
+            raise ValueError(f"TrainConfig: {name} must be {expected}, got {getattr(self, name)!r}")
+
+        for name, low in (("batch", 1), ("frames", 2), ("steps", 1), ("warmup", 0), ("save_every", 1)):
+            if not _is_int(getattr(self, name)) or getattr(self, name) < low:
+                refuse(name, f"a whole number of at least {low}")
+        for name in ("video_weight", "action_weight", "weight_decay", "ema", "noised_history"):
+            if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
+                refuse(name, "a number of at least 0")
+        for name in ("video_shift", "action_shift", "learning_rate", "clip_norm"):
+            if not _is_number(getattr(self, name)) or getattr(self, name) <= 0:
+                refuse(name, "a positive number")
+        if not _is_number(self.beta2) or not 0 <= self.beta2 < 1:
+            refuse("beta2", "a number from 0 to below 1")
+        if self.noised_history > 1:
+            refuse("noised_history", "a number from 0 to 1")
+        for name in ("chunk_sizes", "windows"):
+            pair = getattr(self, name)
+            if not isinstance(pair, tuple) or len(pair) != 2 or not all(map(_is_int, pair)) or not 1 <= pair[0] <= pair[1]:
+                refuse(name, "two whole numbers, 1 <= low <= high")
+        for name, choices in (("history", HISTORIES), ("schedule", SCHEDULES)):
+            if getattr(self, name) not in choices:
+                refuse(name, f"one of {choices}")
+        programs = self.programs
+        if not isinstance(programs, tuple) or not programs or not set(map(str, programs)) <= set(PROGRAMS):
+            refuse("programs", f"some of {PROGRAMS}")
+        if len(set(programs)) != len(programs):
+            refuse("programs", "without repeats")
+        mixture = self.mixture
+        if not isinstance(mixture, Mapping) or not set(mixture) <= set(OBJECTIVES):
+            refuse("mixture", f"weights of {tuple(OBJECTIVES)}")
+        if not all(_is_number(w) and w >= 0 for w in mixture.values()) or not sum(mixture.values()) > 0:
+            refuse("mixture", "weights of at least 0, not all 0")
+        if not isinstance(self.model, ModelConfig):
+            refuse("model", "a ModelConfig")
+
+    def to_dict(self) -> dict:
+        """A dict that ``json.dumps`` takes."""
+        return asdict(self) | {"model": self.model.to_dict(), "mixture": dict(self.mixture)}
+
+    @classmethod
+    def from_dict(cls, values: dict, source: str = "TrainConfig") -> TrainConfig:
+        """From a dict as JSON gives it; fields that are left out keep their defaults, in ``model`` too.
+
+        Raises:
+            ValueError: an unknown field, or a value that is refused; the message names it and ``source``.
+        """
+        if not isinstance(values, dict):
+            raise ValueError(f"{source}: must hold an object of fields, got {type(values).__name__}")
+        known = sorted(f.name for f in fields(cls))
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"{source}: unknown fields {unknown}; expected some of {known}")
+        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        try:
+            if "model" in values:
+                if not isinstance(values["model"], dict):
+                    raise ValueError(f"model must be an object of fields, got {values['model']!r}")
+                values["model"] = ModelConfig.from_dict(small_model().to_dict() | values["model"])
+            return cls(**values)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{source}: {error}") from error
+
+    @classmethod
+    def from_json(cls, path: str | Path) -> TrainConfig:
+        """From a file. Raises ValueError, naming file and field, or OSError where it cannot be read."""
+        try:
+            values = json.loads(Path(path).read_text())
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: not valid JSON: {error}") from error
+        return cls.from_dict(values, str(path))
+
+    def rate(self, step: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        warm = min(1.0, (step + 1) / (self.warmup + 1))
+        decay = 1.0 if self.schedule == "constant" else 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.steps)))
+        return self.learning_rate * warm * decay
+
+    def draws(self) -> list[tuple[float, TrainingConfig]]:
+        """What a step may be trained on, with probabilities, such that the samples keep the mixture.
+
+        A step has one program for all its samples. The conditional objectives and the ``joint`` program share a GJD
+        step, in which each sample draws its objective; each other program has steps of its own.
+        """
+        total = sum(self.mixture.values())
+        share = {name: self.mixture.get(name, 0.0) / total for name in OBJECTIVES}
+        others = [p for p in self.programs if p != "joint"]
+        each = share["joint"] / len(self.programs)
+        gjd = 1.0 - each * len(others)
+        common = TrainingConfig(
+            history=self.history,
+            chunk_sizes=self.chunk_sizes,
+            windows=self.windows,
+            timesteps=TimestepDraw(video_shift=self.video_shift, action_shift=self.action_shift),
+            noised_history=self.noised_history,
+            video_weight=self.video_weight,
+            action_weight=self.action_weight,
+        )
+        kinds = [(each, replace(common, program=p)) for p in others]
+        if gjd > 1e-9:
+            joint = each if "joint" in self.programs else 0.0
+            kinds.append((gjd, replace(common, program=GJD, mixture=share | {"joint": joint})))
+        return kinds
+
+
+def _is_int(value) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What :func:`train` returns: the policy with averaged weights, every step's log row, and the last step."""
+
+    policy: Policy
+    log: list[dict]
+    step: int
+
+
+def train(
+    config: TrainConfig,
+    data: ClipDataset,
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    seconds: float | None = None,
+    out: str | Path | None = None,
+    resume: Checkpoint | None = None,
+    rollout: RolloutConfig | None = None,
+    stop: Callable[[], bool] = lambda: False,
+    progress: bool = True,
+) -> Trained:
+    """Train a model from scratch, or go on from a checkpoint, up to step ``config.steps``.
+
+    float32 on a CPU; on a GPU bf16 autocast over float32 weights.
+
+    Args:
+        config: What to train and how.
+        data: Clips; with ``resume`` made with the checkpoint's codec.
+        seed: Of the weights and of everything that is drawn. Ignored with ``resume``.
+        device: Where the model runs.
+        seconds: Stop after so much time, if that comes before the last step.
+        out: Folder of ``log.jsonl`` (a row a step) and ``checkpoint/``, written every ``config.save_every`` steps
+            and at the end. None writes nothing.
+        resume: From ``load_checkpoint`` on a folder that this function wrote.
+        rollout: Stored with the checkpoint as its default; default: chunks of the largest size trained on.
+        stop: Asked after every step; True ends the run as if its time were up.
+        progress: Show a progress bar.
+
+    Returns:
+        The trained policy, in eval mode, and a log row for each step of this call: ``step`` (from 1), ``loss``,
+        ``video_loss``, ``action_loss`` (None where no sample of the step has it), ``rate``, ``gradient`` (its norm
+        before clipping), ``seconds`` since the start of the call.
+
+    Raises:
+        ValueError: data that does not fit the model, or a checkpoint without a training state.
+        FloatingPointError: a loss that is not finite.
+    """
+    device = torch.device(device)
+    _check_fit(config, data)
+    torch.manual_seed(seed)  # of the initial weights
+    generator = torch.Generator().manual_seed(seed)
+    model = WorldActionModel(config.model)
+    text = WordEmbedding.from_instructions(data.tasks, config.model.text_dim)
+    if resume is not None:
+        if resume.training_state is None or resume.text is None:
+            raise ValueError("train: the checkpoint to resume has no training state; name one that wam train wrote")
+        text = WordEmbedding(resume.text.vocabulary, config.model.text_dim, tokens=resume.text.tokens)
+    learner = nn.ModuleDict({"model": model, "text": text}).to(device).train()
+    optimizer = _optimizer(learner, config)
+    average = {k: v.detach().clone() for k, v in learner.state_dict().items()}
+    step = 0
+    if resume is not None:
+        state = resume.training_state
+        average = {f"model.{k}": v for k, v in resume.model.state_dict().items()}
+        average |= {f"text.{k}": v for k, v in resume.text.state_dict().items()}
+        average = {k: v.detach().to(device, copy=True) for k, v in average.items()}
+        load_weights(learner, state["weights"])
+        optimizer.load_state_dict(state["optimizer"])
+        generator.set_state(state["generator"].cpu())
+        step = state["step"]
+
+    weights, kinds = zip(*config.draws(), strict=True)
+    weights = torch.tensor(weights)
+    rollout = rollout or RolloutConfig(chunk_size=config.chunk_sizes[1], window=4, history=config.history, steps=5)
+    log: list[dict] = []
+    keeper = _Keeper(out, resuming_at=step)
+    began = time.perf_counter()
+
+    def policy() -> Policy:
+        averaged = WorldActionModel(config.model).to(device).requires_grad_(False)
+        words = WordEmbedding(text.vocabulary, config.model.text_dim, tokens=text.tokens).to(device).requires_grad_(False)
+        load_weights(nn.ModuleDict({"model": averaged, "text": words}), average)
+        return Policy.of(averaged, words, data, rollout)
+
+    def save() -> None:
+        keeper.save(
+            policy,
+            training={"config": config.to_dict(), "step": step, "seed": seed},
+            training_state={
+                "weights": learner.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "generator": generator.get_state(),
+                "step": step,
+            },
+        )
+
+    bar = tqdm(total=config.steps, initial=step, desc="train", unit="step", disable=not progress, dynamic_ncols=True)
+    with bar, keeper:
+        while step < config.steps:
+            kind = kinds[int(torch.multinomial(weights, 1, generator=generator))]
+            clips = data.sample(config.batch, config.frames, generator)
+            words = text([data.tasks[i] for i in clips["task"].tolist()])
+            rate = config.rate(step)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                loss, metrics = training_step(model, {**clips, "text": words}, generator, kind)
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"train: the loss of step {step + 1} is {loss.item()}; lower learning_rate")
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            norm = nn.utils.clip_grad_norm_(learner.parameters(), config.clip_norm)
+            optimizer.step()
+            step += 1
+            _follow(average, learner.state_dict(), step, config.ema)
+            row = {
+                "step": step,
+                "loss": loss.item(),
+                **{k: _finite(metrics[k].item()) for k in ("video_loss", "action_loss")},
+                "rate": rate,
+                "gradient": norm.item(),
+                "seconds": time.perf_counter() - began,
+            }
+            log.append(row)
+            keeper.row(row)
+            bar.update()
+            bar.set_postfix_str(" ".join(f"{s} {m:.3f}" for s in STREAMS if (m := recent(log, s)) is not None), refresh=False)
+            done = step == config.steps or stop() or (seconds is not None and row["seconds"] >= seconds)
+            if done or step % config.save_every == 0:
+                save()
+            if done:
+                break
+    return Trained(policy(), log, step)
+
+
+STREAMS = ("video", "action")
+
+
+def recent(log: list[dict], stream: str, steps: int = 30, first: bool = False) -> float | None:
+    """Mean loss of a stream over the last (or first) ``steps`` rows that have one; None where none has."""
+    values = [row[f"{stream}_loss"] for row in (log[:steps] if first else log[-steps:])]
+    values = [v for v in values if v is not None]
+    return sum(values) / len(values) if values else None
+
+
+class _Keeper:
+    """The files of a run: log rows as they come, the latest checkpoint."""
+
+    def __init__(self, out: str | Path | None, resuming_at: int) -> None:
+        self.out, self.file = None if out is None else Path(out), None
+        if self.out is None:
+            return
+        self.out.mkdir(parents=True, exist_ok=True)
+        path = self.out / "log.jsonl"
+        # rows behind the checkpoint belong to steps that are run again
+        kept = path.read_text().splitlines()[:resuming_at] if resuming_at and path.exists() else []
+        path.write_text("".join(line + "\n" for line in kept))
+        self.file = path.open("a")
+
+    def row(self, row: dict) -> None:
+        if self.file is not None:
+            self.file.write(json.dumps(row) + "\n")
+
+    def save(self, policy: Callable[[], Policy], **state) -> None:
+        if self.file is not None:
+            self.file.flush()
+            policy().save(self.out / "checkpoint", **state)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_) -> None:
+        if self.file is not None:
+            self.file.close()
+
+
+def _optimizer(learner: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    matrices = [p for n, p in learner.named_parameters() if p.ndim > 1 and "table" not in n and "text." not in n[:5]]
+    ids = {id(p) for p in matrices}
+    others = [p for p in learner.parameters() if id(p) not in ids]
+    groups = [{"params": matrices, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True)
+
+
+@torch.no_grad()
+def _follow(average: dict, current: dict, step: int, sharpness: float) -> None:
+    """Moves the average of the weights towards the current ones, such that step s has weight ~ s ** sharpness."""
+    keep = (1 - 1 / step) ** (sharpness + 1) if sharpness else 0.0
+    names = list(average)
+    torch._foreach_lerp_([average[n] for n in names], [current[n] for n in names], 1 - keep)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _check_fit(config: TrainConfig, data: ClipDataset) -> None:
+    channels, rows, columns = data.latent_shape
+    model = config.model
+    for name, wants, has in (
+        ("latent_channels", model.latent_channels, channels),
+        ("action_dim", model.action_dim, data.action_mean.numel()),
+        ("actions_per_frame", model.actions_per_frame, 4),
+    ):
+        if wants != has:
+            raise ValueError(f"TrainConfig: model.{name} must be {has} for this data set, got {wants}")
+    if rows % model.patch[1] or columns % model.patch[2]:
+        raise ValueError(
+            f"TrainConfig: model.patch must divide the latent rows and columns {(rows, columns)}, got {model.patch}"
+        )
+    longest = max(data.length(i) for i in data.train)
+    if config.frames > longest:
+        raise ValueError(f"TrainConfig: frames must be at most {longest}, the longest episode, got {config.frames}")
+
+
+def check_device(name: str) -> torch.device:
+    """The device of a ``--device`` flag. Raises ValueError where there is none such."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; see wam doctor")
+    return device
+
+
+def run(args) -> int:
+    """``wam train``."""
+    device = check_device(args.device)
+    resume, codec, seed = None, None, args.seed
+    if args.resume is not None:
+        if args.config is not None:
+            raise ValueError("--config cannot be given with --resume: the checkpoint has its config; leave one out")
+        policy, resume = Policy.load(args.resume)
+        training = resume.metadata["training"]
+        if resume.training_state is None or "config" not in training:
+            raise ValueError(f"--resume: {args.resume} has no training state; name a checkpoint that wam train wrote")
+        config, codec, seed = TrainConfig.from_dict(training["config"], str(args.resume)), policy.codec, training["seed"]
+    else:
+        config = TrainConfig() if args.config is None else TrainConfig.from_json(args.config)
+    if args.steps is not None:
+        config = replace(config, steps=args.steps)
+    if resume is not None and resume.training_state["step"] >= config.steps:
+        raise ValueError(f"--steps must be above {resume.training_state['step']}, the steps done, got {config.steps}")
+    data = read_data(args.data, codec)
+    asked = threading.Event()
+
+    def ask(*_) -> None:
+        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+        asked.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, ask)
+    try:
+        done = train(
+            config, data, seed=seed, device=device, seconds=args.seconds, out=args.out, resume=resume, stop=asked.is_set
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    for stream in STREAMS:
+        first, last = recent(done.log, stream, first=True), recent(done.log, stream)
+        if first is not None and last is not None:
+            print(f"{stream} loss {first:.3f} -> {last:.3f}")
+    print(f"step {done.step} of {config.steps}; checkpoint: {args.out / 'checkpoint'}")
+    return 0
+
+
+def read_data(root: Path, codec=None) -> ClipDataset:
+    """The data set as clips, with a progress bar over its episodes."""
+    return ClipDataset(
+        LeRobotDataset(root), codec, progress=lambda e: tqdm(e, desc="read", unit="episode", dynamic_ncols=True)
+    )
