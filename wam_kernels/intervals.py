@@ -1,9 +1,9 @@
-"""The visibility predicate as intervals: for every frame of tokens, which contiguous token ranges it sees.
+"""The visibility predicate as intervals: for every row of tokens, which contiguous token ranges it sees.
 
-All tokens of one frame of one segment see the same keys, and inside one key *column* (a segment, its external
-prefix apart) those keys are contiguous. So a whole batch is described by ``[frame rows, columns, 2]`` integers,
-whatever the number of tokens, and the mask of a row is ``any_c(lo[c] <= key < hi[c])``. The backward needs the
-transposed relation (which queries see this key); it is intervals again.
+All tokens of one chunk of one segment see the same keys, and inside one key *column* (a segment, its external
+prefix apart) those keys are contiguous. So a whole batch is described by ``[rows, columns, 2]`` integers, whatever
+the number of tokens, and the mask of a row is ``any_c(lo[c] <= key < hi[c])``. The backward needs the transposed
+relation (which queries see this key); it is intervals again.
 
 What a program allows inside a chunk and in the history is read off ``visibility.visible``; this file only adds
 the arithmetic of chunks, windows and cuts. Tests compare it with the predicate on random geometries.
@@ -12,7 +12,7 @@ the arithmetic of chunks, windows and cuts. Tests compare it with the predicate 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -24,14 +24,17 @@ COLUMNS = tuple((segment, False) for segment in range(4)) + tuple((segment, True
 
 
 @dataclass(frozen=True, eq=False)
-class FrameRows:
-    """One entry per frame of every segment of every sample, and one for each run of padding; int64 ``[N]``."""
+class Rows:
+    """Runs of tokens with one visibility: a chunk of a segment of a sample, or padding; int64 ``[N]`` each.
+
+    A conditional history looks at single frames, and start-up frames are no keys: there a row is one frame.
+    """
 
     batch: np.ndarray
     sample: np.ndarray  # counts over the whole batch, in order
     segment: np.ndarray  # index into SEGMENTS; -1: padding
     prefix: np.ndarray  # bool
-    frame: np.ndarray
+    frame: np.ndarray  # the first one
     chunk: np.ndarray
     block: np.ndarray
     is_key: np.ndarray  # bool
@@ -44,9 +47,13 @@ class FrameRows:
     def columns(self) -> int:
         return 6 if self.prefix.any() else 4
 
+    @cached_property
+    def rules(self) -> _Rules:
+        return _Rules(self)
 
-def frame_rows(batch: tuple[tuple[Geometry, ...], ...], length: int) -> FrameRows:
-    """List the frames of ``batch[b] = (sample, sample, ...)``, samples one after another, padded to ``length``."""
+
+def token_rows(batch: tuple[tuple[Geometry, ...], ...], length: int) -> Rows:
+    """List the rows of ``batch[b] = (sample, sample, ...)``, samples one after another, padded to ``length``."""
     parts, geometries, segment_starts = [], [], []
     for b, samples in enumerate(batch):
         start = 0
@@ -55,15 +62,21 @@ def frame_rows(batch: tuple[tuple[Geometry, ...], ...], length: int) -> FrameRow
             starts = []
             for segment, (stream, _) in enumerate(SEGMENTS):
                 frame, chunk, block = streams[stream]
-                n = frame.size
-                count = geometry.action_tokens if stream == ACTION else geometry.video_tokens
-                prefix = np.arange(n) < (geometry.prefix_frames if stream == VIDEO else 0)
+                per_frame = geometry.action_tokens if stream == ACTION else geometry.video_tokens
+                prefix = np.arange(frame.size) < (geometry.prefix_frames if stream == VIDEO else 0)
                 is_key = (stream == VIDEO) | (frame >= geometry.startup_action_frames)
-                at = start + count * np.arange(n)
-                ids = (np.full(n, b), np.full(n, len(geometries)), np.full(n, segment))
-                parts.append((*ids, prefix, frame, chunk, block, is_key, at, np.full(n, count)))
+                new = np.ones(frame.size, bool)
+                if geometry.conditional_history is None:
+                    for a in (chunk, prefix, is_key):
+                        new[1:] &= a[1:] == a[:-1]
+                    new[1:] = ~new[1:]
+                first = np.flatnonzero(new)
+                frames = np.diff(first, append=frame.size)
+                ids = (np.full(first.size, i) for i in (b, len(geometries), segment))
+                places = (start + first * per_frame, frames * per_frame)
+                parts.append((*ids, *(a[first] for a in (prefix, frame, chunk, block, is_key)), *places))
                 starts.append(start)
-                start += n * count
+                start += frame.size * per_frame
             geometries.append(geometry)
             segment_starts.append(tuple(starts))
         if start < length:  # padding: rows that see nothing and that nobody sees
@@ -71,7 +84,7 @@ def frame_rows(batch: tuple[tuple[Geometry, ...], ...], length: int) -> FrameRow
             ids = (np.full(1, b), np.full(1, -1), np.full(1, -1))
             parts.append((*ids, no, zero, zero, zero, no, np.full(1, start), np.full(1, length - start)))
     columns = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return FrameRows(*columns, tuple(geometries), tuple(segment_starts))
+    return Rows(*columns, tuple(geometries), tuple(segment_starts))
 
 
 @lru_cache
@@ -102,12 +115,12 @@ def _allowed(program: str, history: str, prefixed: bool, conditional: bool) -> t
     return visible(probe, q, segments(1)[None, :]), visible(probe, q, segments(0)[None, :])
 
 
-def intervals(rows: FrameRows, transposed: bool = False) -> np.ndarray:
-    """Visible token ranges ``[lo, hi)`` of every frame row, int64 ``[N, columns, 2]``; empty ones are ``[0, 0)``.
+def intervals(rows: Rows, transposed: bool = False) -> np.ndarray:
+    """Visible token ranges ``[lo, hi)`` of every row, int64 ``[N, columns, 2]``; empty ones are ``[0, 0)``.
 
     ``transposed`` reads rows as keys and columns as the queries that see them.
     """
-    rules = _Rules(rows)
+    rules = rows.rules
     out = np.zeros((rows.segment.size, rows.columns, 2), np.int64)
     for column, (segment, prefix) in enumerate(COLUMNS[: rows.columns]):
         find = rules.prefix_column if prefix else rules.target_column
@@ -128,7 +141,7 @@ def intervals(rows: FrameRows, transposed: bool = False) -> np.ndarray:
 class _Rules:
     """Per-row rule parameters, gathered once, and the chunk arithmetic on them."""
 
-    def __init__(self, rows: FrameRows) -> None:
+    def __init__(self, rows: Rows) -> None:
         none = replace(rows.geometries[0], prefix_frames=0, singleton_frame=None) if rows.geometries else None
         geometries = (*rows.geometries, none)  # padding rows have sample -1 and read this one; masked out later
         self.rows = rows

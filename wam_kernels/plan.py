@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .intervals import FrameRows, frame_rows, intervals
+from .intervals import Rows, intervals, token_rows
 from .visibility import SEGMENTS, Geometry, dense_mask
 
 STEP_PART = 32
@@ -193,17 +193,17 @@ def compile_plan(
 def _compile(packed: tuple, length: int, tile: TileShape | None, device: torch.device) -> Plan:
     if device.type != "cpu":
         return _compile(packed, length, tile, torch.device("cpu")).to(device)
-    rows = frame_rows(packed, length)
+    rows = token_rows(packed, length)
     seen, seen_by = intervals(rows), intervals(rows, transposed=True)
     visible = int((rows.count * (seen[..., 1] - seen[..., 0]).sum(-1)).sum())
     shape = tile or tile_shape(visible / max(1, int(rows.count.sum())))
     arrays = [*_side(rows, seen, shape), *_side(rows, seen_by, shape), _runs(rows, seen)]
-    buffer = torch.empty(sum(_aligned(a.size) for a in arrays), dtype=torch.int32)
+    buffer = np.zeros(sum(_aligned(a.size) for a in arrays), np.int32)
     at = 0
     for a in arrays:
-        buffer[at : at + a.size] = torch.from_numpy(a.ravel())
+        buffer[at : at + a.size] = a.ravel()
         at += _aligned(a.size)
-    return Plan(packed, length, visible, (shape, shape), tuple(a.shape for a in arrays), buffer)
+    return Plan(packed, length, visible, (shape, shape), tuple(a.shape for a in arrays), torch.from_numpy(buffer))
 
 
 def _aligned(n: int) -> int:
@@ -212,16 +212,18 @@ def _aligned(n: int) -> int:
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """``[s, s+1, .. s+n-1]`` for every (s, n), end to end."""
+    """``[s, s+1, .. s+n-1]`` for every (s, n), end to end; int32 ``[sum(counts)]``."""
     ends = counts.cumsum()
-    return np.repeat(starts - ends + counts, counts) + np.arange(ends[-1] if ends.size else 0)
+    out = np.repeat((starts - ends + counts).astype(np.int32), counts)
+    out += np.arange(out.size, dtype=np.int32)
+    return out
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:
     return counts.cumsum() - counts
 
 
-def _side(rows: FrameRows, bounds: np.ndarray, shape: TileShape) -> list[np.ndarray]:
+def _side(rows: Rows, bounds: np.ndarray, shape: TileShape) -> list[np.ndarray]:
     """Cut rows into tiles and list each tile's steps; all in whole-array operations."""
     stream = np.array([*(s for s, _ in SEGMENTS), -1])[rows.segment]
     order = np.lexsort((rows.start, rows.segment, rows.chunk, stream, rows.sample, rows.batch))
@@ -237,11 +239,11 @@ def _side(rows: FrameRows, bounds: np.ndarray, shape: TileShape) -> list[np.ndar
     slot = _starts(count) + shift[group]
     n_tiles = int(slots.sum()) // shape.rows
 
-    row_token = np.full(n_tiles * shape.rows, -1)
+    row_token = np.full(n_tiles * shape.rows, -1, np.int32)
     row_group = np.zeros_like(row_token)
     at = _ranges(slot, count)
     row_token[at] = _ranges(start, count)
-    row_group[at] = np.repeat(order, count)
+    row_group[at] = np.repeat(order.astype(np.int32), count)
 
     # which (row, tile) pairs meet; rows are in slot order, so a tile's rows are consecutive
     first, last = slot // shape.rows, (slot + np.maximum(count, 1) - 1) // shape.rows
@@ -258,7 +260,7 @@ def _side(rows: FrameRows, bounds: np.ndarray, shape: TileShape) -> list[np.ndar
     any_lo = np.minimum(any_lo, any_hi)
 
     n_full = np.maximum(all_hi - all_lo, 0) // shape.step
-    full = np.repeat(all_lo.ravel(), n_full.ravel()) + shape.step * _ranges(np.zeros(n_full.size, int), n_full.ravel())
+    full = np.repeat(all_lo.ravel(), n_full.ravel()) + shape.step * _ranges(np.zeros_like(n_full).ravel(), n_full.ravel())
     # what full steps leave of a range: before and behind them (all of it before, if there is none)
     cut_lo = np.where(n_full > 0, all_lo, any_hi)
     cut_hi = np.where(n_full > 0, all_lo + n_full * shape.step, any_hi)
@@ -266,7 +268,7 @@ def _side(rows: FrameRows, bounds: np.ndarray, shape: TileShape) -> list[np.ndar
     piece_count = np.stack([cut_lo - any_lo, any_hi - cut_hi], -1).reshape(n_tiles, -1)
     left = piece_count.sum(1)
     n_part = -(-left // STEP_PART)
-    part = np.full(int(n_part.sum()) * STEP_PART, -1)
+    part = np.full(int(n_part.sum()) * STEP_PART, -1, np.int32)
     piece_at = (_starts(n_part) * STEP_PART)[:, None] + piece_count.cumsum(1) - piece_count
     part[_ranges(piece_at.ravel(), piece_count.ravel())] = _ranges(piece_start.ravel(), piece_count.ravel())
 
@@ -285,7 +287,7 @@ def _side(rows: FrameRows, bounds: np.ndarray, shape: TileShape) -> list[np.ndar
     ]
 
 
-def _runs(rows: FrameRows, bounds: np.ndarray) -> np.ndarray:
+def _runs(rows: Rows, bounds: np.ndarray) -> np.ndarray:
     """Runs of consecutive tokens that see exactly the same keys: ``[R, 3 + 2 * ranges]``.
 
     (batch element, first token, end, lo, hi, lo, hi, ...): what the CPU backend multiplies.

@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from tests.geometries import geometries, libero, small
 from tests.golden_masks import load
 from wam_kernels import PROGRAMS, TileShape, compile_plan, dense_mask
-from wam_kernels.intervals import frame_rows, intervals
+from wam_kernels.intervals import intervals, token_rows
 from wam_kernels.plan import Side, _compile
 
 
 def mask_of_intervals(geometry, transposed: bool) -> np.ndarray:
-    rows = frame_rows(((geometry,),), geometry.length)
+    rows = token_rows(((geometry,),), geometry.length)
     mask = np.zeros((geometry.length,) * 2, bool)
     for start, count, ranges in zip(rows.start, rows.count, intervals(rows, transposed), strict=True):
         for lo, hi in ranges:
@@ -61,7 +61,7 @@ def test_intervals_match_the_predicate(geometry):
         np.testing.assert_array_equal(mask_of_intervals(geometry, True), mask.T)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     batch=st.lists(st.lists(geometries(), min_size=1, max_size=3), min_size=1, max_size=2),
     padding=st.sampled_from([0, 0, 5, 40]),
