@@ -57,8 +57,8 @@ class TimestepDraw:
     """How training draws noise levels: one for each frame and stream.
 
     Args:
-        coupling: Relation of the two streams' draws of a frame. ``"independent"``; ``"shared_index"``: the same index of
-            each stream's own grid; ``"shared_video_schedule"``: actions use the video's noise level itself;
+        coupling: Relation of the two streams' draws of a frame. ``"independent"``; ``"shared_index"``: the same index
+            of each stream's own grid; ``"shared_video_schedule"``: actions use the video's noise level itself;
             ``"matched_sigma"``: actions use the level of their own grid that is nearest to the video's.
         video_shift: Shift of the video grid.
         action_shift: Shift of the action grid.

@@ -258,7 +258,7 @@ class RolloutEngine:
         """
         if candidate.source is not state:
             raise ValueError(
-                f"commit: candidate continues another state (to frame {candidate.source.next_frame}) than the given one "
+                f"commit: candidate continues another state (to frame {candidate.source.next_frame}) than this one "
                 f"(to frame {state.next_frame}); propose again from this state"
             )
         if candidate.video is None or candidate.action is None:
@@ -322,10 +322,8 @@ class RolloutEngine:
             ("clean_action", clean_action, not goal.action),
         ):
             if needed != (clean is not None):
-                expected = "a tensor" if needed else "None"
-                raise ValueError(
-                    f"propose: {name} must be {expected} for objective {objective!r}, got {'None' if clean is None else 'a tensor'}"
-                )
+                expected, got = ("a tensor", "None") if needed else ("None", "a tensor")
+                raise ValueError(f"propose: {name} must be {expected} for objective {objective!r}, got {got}")
         if want in ("video", "action") and not getattr(goal, want):
             raise ValueError(f"propose: want must be 'both' or what objective {objective!r} denoises, got {want!r}")
         return goal

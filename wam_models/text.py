@@ -22,8 +22,8 @@ def words_of(instruction: str) -> list[str]:
 class WordEmbedding(nn.Module):
     """One trained vector a word and one a place in the sentence.
 
-    Words outside the vocabulary share one vector: an instruction with a new word still runs, worse. Places behind the last
-    word are zero, as in the padded text the large models saw, and every instruction fills the same number of places.
+    Words outside the vocabulary share one vector: an instruction with a new word still runs, worse. Places behind the
+    last word are zero, as in the padded text the large models saw, and every instruction fills the same places.
 
     Args:
         vocabulary: Words, lower-cased; see :meth:`from_instructions`.
@@ -75,8 +75,8 @@ def umt5_encoder(folder: str | Path, *, tokens: int = 512, device: str = "cpu") 
     """A function from instructions to frozen ``[B, tokens, 4096]`` embeddings, zero behind the last token.
 
     Args:
-        folder: Local folder with a ``UMT5EncoderModel`` and its tokenizer, as ``save_pretrained`` writes them; nothing is
-            downloaded.
+        folder: Local folder with a ``UMT5EncoderModel`` and its tokenizer, as ``save_pretrained`` writes them; nothing
+            is downloaded.
         tokens: L; longer instructions are cut.
         device: Where the encoder runs.
 

@@ -1,7 +1,7 @@
 """One training step: draw everything that is random, build the packed sequence, compare flows.
 
-All randomness comes from one ``torch.Generator``, so a run that restores the generator's state continues with the numbers
-it would have had.
+All randomness comes from one ``torch.Generator``, so a run that restores the generator's state continues with the
+numbers it would have had.
 """
 
 from __future__ import annotations
@@ -68,14 +68,15 @@ def training_step(
 ) -> tuple[Tensor, dict[str, float | int | Tensor]]:
     """The loss of one batch of clips; the caller does the backward and the optimizer step.
 
-    A sample's loss is the mean squared error of its flows over the tokens that count, the batch's the mean over samples,
-    so a sample weighs the same whatever the objectives of the others. Frame 0 is the observed start-up frame: a rollout
-    never generates it, so it carries no loss; it is read through its clean copy, its action slots by nobody.
+    A sample's loss is the mean squared error of its flows over the tokens that count, the batch's the mean over
+    samples, so a sample weighs the same whatever the objectives of the others. Frame 0 is the observed start-up
+    frame: a rollout never generates it, so it carries no loss; its clean video is read, its action slots by nobody.
+    On a GPU run it under ``torch.autocast`` in bf16, or with a bf16 model.
 
     Args:
         model: The model; its parameters' device is where the step runs.
-        batch: ``video`` ``[B, C, F, y, x]`` clean latents, ``action`` ``[B, F, n, A]`` normalised (frame 0's are ignored),
-            ``text`` ``[B, L, text_dim]`` raw embeddings, through which the loss differentiates. F at least 2.
+        batch: ``video`` ``[B, C, F, y, x]`` clean latents, ``action`` ``[B, F, n, A]`` normalised (frame 0's are
+            ignored), ``text`` ``[B, L, text_dim]`` raw embeddings, through which the loss differentiates. F at least 2.
         generator: Source of every random number; its device may differ from the model's.
         config: What is drawn and how it is weighed.
         impl: Backend of ``block_attention``.

@@ -1,7 +1,8 @@
 """Nine recorded rollouts of three chunks each.
 
-Noise dominates the latents (flows move them by 0.3 of their norm), so what a rollout added to its noise is compared too, and
-more tightly than the issue asks: leaving the clean actions out of an action-first history moved it by 1.5e-5 only.
+Noise dominates the latents (flows move them by 0.3 of their norm), so what a rollout added to its noise is compared
+too, and more tightly than the issue asks: leaving the clean actions out of an action-first history moved it by no more
+than 1.5e-5.
 """
 
 import pytest
@@ -96,7 +97,7 @@ def test_a_wrong_rope_position_fails_the_goldens(name, monkeypatch):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_frames_that_restart_at_each_window_fail_or_change_nothing(name, monkeypatch):
+def test_frames_that_restart_at_each_pass_fail_the_goldens(name, monkeypatch):
     # rope is relative, but the query of a chunk must be as far from its history as the packed frames are
     right = model_module.video_positions
     monkeypatch.setattr(model_module, "video_positions", lambda frames, *grid: right(frames - frames[0], *grid))
