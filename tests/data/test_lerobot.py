@@ -3,6 +3,7 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -51,13 +52,10 @@ def test_demo_counts():
 
 
 def test_demo_starts_apart():
-    import pyarrow.parquet as pq
-
     table = pq.read_table(DEMO / "meta/episodes/chunk-000/file-000.parquet").to_pylist()
-    starts = {
-        split: {(r["libero/suite"], r["libero/task"], r["libero/init_state"]) for r in table if r["libero/split"] == split}
-        for split in ("train", "held_out")
-    }
+    starts = {"train": set(), "held_out": set()}
+    for row in table:
+        starts[row["libero/split"]].add((row["libero/suite"], row["libero/task"], row["libero/init_state"]))
     assert starts["held_out"] and not starts["train"] & starts["held_out"]
 
 
