@@ -118,8 +118,8 @@ def proprioception(obs):
 
 def simulate(env, state, rng):
     """Plays one attempt; returns success, qpos float64 [T, nq], action float32 [T, 7], state float32 [T, 8]."""
-    # reset draws from both generators, and a trace of it survives set_init_state: without this an attempt would depend on
-    # the attempts before it, and so on where a run was cut off (by about 1e-4 in the actions)
+    # reset draws from both generators, and a trace of it survives set_init_state: without this an attempt would
+    # depend on the attempts before it, and so on where a run was cut off (by about 1e-4 in the actions)
     env.seed(SEED)
     np.random.seed(SEED)
     env.reset()
