@@ -5,9 +5,9 @@ from .plan import Plan, TileShape, compile_plan
 from .visibility import HISTORIES, PROGRAMS, Geometry, dense_mask, tokens, visible
 
 __all__ = [
+    "Geometry",
     "HISTORIES",
     "PROGRAMS",
-    "Geometry",
     "Plan",
     "TileShape",
     "block_attention",

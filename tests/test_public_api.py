@@ -1,0 +1,29 @@
+"""The doors of the package: what is public, and that importing it probes nothing."""
+
+import subprocess
+import sys
+
+import pytest
+
+import wam_kernels
+import wam_models
+
+
+@pytest.mark.parametrize("package", [wam_kernels, wam_models], ids=lambda p: p.__name__)
+def test_all_is_sorted_and_there(package):
+    assert list(package.__all__) == sorted(package.__all__)
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+
+
+def test_import_leaves_triton_and_the_extension_alone():
+    # a user without triton or a GPU imports the package; what is missing is said by the call that needs it
+    code = "import sys, wam_kernels; print([m for m in ('triton', 'wam_kernels._C') if m in sys.modules])"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "[]"
+
+
+def test_torch_is_not_initialised_on_a_gpu_at_import():
+    code = "import torch, wam_kernels; print(torch.cuda.is_initialized())"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.strip() == "False"
