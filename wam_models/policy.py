@@ -78,8 +78,8 @@ class Policy:
         """One whole episode in this policy's latents and units; only its own frames are decoded.
 
         Returns:
-            ``video`` float32 ``[1, C, F, y, x]``; ``action`` float32 ``[1, F, 4, A]`` normalised, frame 0 zeros;
-            ``text``, the instruction.
+            ``frames`` uint8 ``[F, H, W, 3]``, the pictures; ``video`` float32 ``[1, C, F, y, x]``, their latents;
+            ``action`` float32 ``[1, F, 4, A]`` normalised, frame 0 zeros; ``text``, the instruction.
 
         Raises:
             ValueError: an episode that does not exist, or actions of another width.
@@ -92,8 +92,10 @@ class Policy:
             raise ValueError(
                 f"{dataset.root}: actions have {action.shape[1]} numbers, those of the checkpoint {len(self.action_mean)}"
             )
-        video = self.codec.encode(dataset.frames(episode, STRIDE))
+        frames = dataset.frames(episode, STRIDE)
+        video = self.codec.encode(frames)
         steps = video.shape[1] - 1
         slots = torch.zeros(1 + steps, STRIDE, action.shape[1])
         slots[1:] = ((action - self.action_mean) / self.action_std)[: STRIDE * steps].unflatten(0, (steps, STRIDE))
-        return {"video": video[None], "action": slots[None], "text": dataset.episodes[episode].task}
+        task = dataset.episodes[episode].task
+        return {"frames": frames, "video": video[None], "action": slots[None], "text": task}

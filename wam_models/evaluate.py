@@ -1,0 +1,274 @@
+"""How well a policy predicts recorded episodes: every objective and program, beside baselines that know nothing.
+
+The robot of a recording cannot act on the prediction, so after each chunk the recorded frames and actions replace it
+(``RolloutEngine.observe``): each chunk is predicted from real history, as in a policy that runs closed loop.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from wam_kernels import PROGRAMS
+
+from .data import psnr
+from .objectives import GJD, OBJECTIVES
+from .policy import Policy
+from .rollout import CONDITIONAL_CHUNK, RolloutEngine
+
+# (objective, program): the conditional objectives are GJD's; its joint objective is the ``joint`` program.
+CASES = (
+    ("forward_dynamics", GJD),
+    ("inverse_dynamics", GJD),
+    *(("joint", program) for program in ("joint", *(p for p in PROGRAMS if p != "joint"))),
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Chunk:
+    """One predicted chunk of a stream: its first frame, the prediction, and how long it took."""
+
+    frame: int
+    video: Tensor  # [B, C, chunk, y, x]
+    action: Tensor  # [B, chunk, n, A]
+    seconds: float
+
+
+def stream(
+    engine: RolloutEngine,
+    video: Tensor,
+    action: Tensor,
+    text: Tensor,
+    *,
+    objective: str,
+    generator: torch.Generator,
+    begin: int = 1,
+    end: int | None = None,
+    closed_loop: bool = True,
+) -> Iterator[Chunk]:
+    """Predict the whole chunks that fit between frames ``begin`` and ``end`` of recorded episodes.
+
+    Args:
+        engine: Decides program, chunk size and steps.
+        video: ``[B, C, F, y, x]`` recorded latents.
+        action: ``[B, F, n, A]`` recorded actions, normalised.
+        text: ``[B, L, text_dim]`` raw embeddings.
+        objective: One of ``wam_models.OBJECTIVES``. What is given to a conditional objective is the recorded stream.
+        generator: Draws the noise.
+        begin: First frame to predict; the frames before it are observed.
+        end: One past the last frame; default F.
+        closed_loop: After a chunk the recording becomes history; else the prediction does.
+
+    Raises:
+        ValueError: what the engine refuses.
+    """
+    goal = OBJECTIVES[objective]
+    size = CONDITIONAL_CHUNK if goal.conditional else engine.config.chunk_size
+    end = video.shape[2] if end is None else end
+    state = engine.start(video[:, :, :1], text)
+    if begin > 1:
+        state = engine.observe(state, video[:, :, 1:begin], action[:, 1:begin])
+    while state.next_frame + size <= end:
+        frame = state.next_frame
+        real_video, real_action = video[:, :, frame : frame + size], action[:, frame : frame + size]
+        began = _now(engine)
+        candidate = engine.propose(
+            state,
+            objective=objective,
+            clean_video=None if goal.video else real_video,
+            clean_action=None if goal.action else real_action,
+            generator=generator,
+        )
+        yield Chunk(frame, candidate.video, candidate.action, _now(engine) - began)
+        if closed_loop:
+            state = engine.observe(state, real_video, real_action)
+        else:
+            state = engine.commit(state, candidate)
+
+
+def _now(engine: RolloutEngine) -> float:
+    if engine.model.device.type == "cuda":
+        torch.cuda.synchronize(engine.model.device)
+    return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Row:
+    """One objective under one program. Errors of what the objective does not predict are None.
+
+    Action errors are root mean squares over the varying dimensions in units of their standard deviation in the
+    training split, so that predicting the mean action costs about 1. PSNRs are means over frames, in dB, against the
+    recorded pictures.
+    """
+
+    objective: str
+    program: str
+    chunk_frames: int
+    chunk_actions: int
+    action_rmse: float | None
+    repeat_action_rmse: float | None  # the last action before the chunk, through the chunk
+    mean_action_rmse: float | None  # the mean action of the training split
+    psnr: float | None
+    repeat_frame_psnr: float | None  # the last frame before the chunk, through the same latent transform
+    repeat_picture_psnr: float | None  # the same as pictures, which no latent transform has touched
+    ceiling_psnr: float | None  # the recorded frames through the latent transform
+    seconds: float  # median time of one chunk of one episode
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What :func:`evaluate` measured, and on what."""
+
+    rows: tuple[Row, ...]
+    episodes: int
+    frames: tuple[int, int]  # predicted: from, to (one past the last)
+    steps: int
+
+    def row(self, objective: str, program: str) -> Row:
+        return next(r for r in self.rows if (r.objective, r.program) == (objective, program))
+
+    def to_dict(self) -> dict:
+        return asdict(self)
+
+
+@torch.no_grad()
+def evaluate(
+    policy: Policy,
+    clips: Sequence[dict],
+    *,
+    chunks: int = 6,
+    steps: int | None = None,
+    seed: int = 0,
+    cases: Sequence[tuple[str, str]] = CASES,
+    timed: int = 5,
+    progress: bool = True,
+) -> Evaluation:
+    """Errors of every case over the same frames of the same episodes.
+
+    The first chunk of frames is observed, so that there is a last action to repeat; then ``chunks`` chunks follow,
+    or as many as the shortest episode has.
+
+    Args:
+        policy: What to evaluate.
+        clips: Episodes, from :meth:`Policy.clip`.
+        chunks: Chunks of each, of the size in ``policy.rollout``.
+        steps: Denoising steps; default ``policy.rollout.steps``.
+        seed: Of the noise; the same for every case.
+        cases: Pairs of objective and program.
+        timed: Chunks to time, of the first episode alone.
+        progress: Show a progress bar.
+
+    Raises:
+        ValueError: no clips, or one that is too short for a single chunk.
+    """
+    config = policy.rollout if steps is None else replace(policy.rollout, steps=steps)
+    size = config.chunk_size
+    begin = 1 + size
+    shortest = min((c["video"].shape[2] for c in clips), default=0)
+    chunks = min(chunks, (shortest - begin) // size)
+    if chunks < 1:
+        raise ValueError(f"evaluate: episodes must have at least {begin + size} latent frames, the shortest has {shortest}")
+    end = begin + chunks * size
+    video = torch.cat([c["video"][:, :, :end] for c in clips])
+    action = torch.cat([c["action"][:, :end] for c in clips])
+    text = policy.text([c["text"] for c in clips])
+    pictures = np.stack([c["frames"][:end] for c in clips])
+    seen = np.stack([policy.codec.decode(v) for v in video])
+    ceiling = mean_psnr(pictures[:, begin:], seen[:, begin:])
+
+    rows = []
+    for objective, program in tqdm(cases, desc="evaluate", unit="case", disable=not progress, dynamic_ncols=True):
+        goal = OBJECTIVES[objective]
+        engine = RolloutEngine(policy.model, replace(config, program=program))
+        rng = torch.Generator().manual_seed(seed)
+        done = list(stream(engine, video, action, text, objective=objective, generator=rng, begin=begin))
+        step = CONDITIONAL_CHUNK if goal.conditional else size
+        before = np.repeat(np.arange(begin, end, step) - 1, step)  # the last frame before each frame's chunk
+        few = min(end, begin + timed * step)
+        alone = stream(
+            engine, video[:1], action[:1], text[:1], objective=objective, generator=rng, begin=begin, end=few
+        )
+        seconds = statistics.median(c.seconds for c in alone)
+        errors = dict.fromkeys(
+            ("action_rmse", "repeat_action_rmse", "mean_action_rmse")
+            + ("psnr", "repeat_frame_psnr", "repeat_picture_psnr", "ceiling_psnr")
+        )
+        if goal.action:
+            real = action[:, begin:end]
+            guess = torch.cat([c.action.cpu() for c in done], 1)
+            last = action[:, before, -1:].expand_as(real)
+            errors["action_rmse"] = rmse(guess, real, policy.varying)
+            errors["repeat_action_rmse"] = rmse(last, real, policy.varying)
+            errors["mean_action_rmse"] = rmse(torch.zeros_like(real), real, policy.varying)
+        if goal.video:
+            guess = torch.cat([c.video.cpu() for c in done], 2)
+            imagined = np.stack([policy.codec.decode(v) for v in guess])
+            errors["psnr"] = mean_psnr(imagined, pictures[:, begin:])
+            errors["repeat_frame_psnr"] = mean_psnr(seen[:, before], pictures[:, begin:])
+            errors["repeat_picture_psnr"] = mean_psnr(pictures[:, before], pictures[:, begin:])
+            errors["ceiling_psnr"] = ceiling
+        rows.append(Row(objective, program, step, step * action.shape[2], **errors, seconds=seconds))
+    return Evaluation(tuple(rows), len(clips), (begin, end), config.steps)
+
+
+def rmse(guess: Tensor, real: Tensor, varying: Tensor) -> float:
+    """Root mean square error of actions ``[..., A]`` over the dimensions marked in the bool ``[A]``."""
+    return (guess - real)[..., varying].double().square().mean().sqrt().item()
+
+
+def mean_psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean over frames of the PSNR of uint8 videos ``[E, F, H, W, 3]``, in dB."""
+    pairs = zip(a.reshape(-1, *a.shape[2:]), b.reshape(-1, *b.shape[2:]), strict=True)
+    # equal frames have no finite PSNR; 99 dB is beyond any codec
+    return float(np.mean([min(psnr(x, y), 99.0) for x, y in pairs]))
+
+
+def table(evaluation: Evaluation) -> str:
+    """The rows as text, one line each, aligned; also valid Markdown."""
+    head = ("objective", "program", "action RMSE", "repeat last", "mean action")
+    head += ("PSNR dB", "repeat last", "ceiling", "s / chunk")
+    lines = []
+    for r in evaluation.rows:
+        numbers = [_number(x, 3) for x in (r.action_rmse, r.repeat_action_rmse, r.mean_action_rmse)]
+        numbers += [_number(x, 2) for x in (r.psnr, r.repeat_frame_psnr, r.ceiling_psnr)]
+        program = "joint" if r.program == GJD else r.program
+        lines.append((r.objective, program, *numbers, f"{r.seconds:.3f}"))
+    widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
+
+    def row(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))) + " |"
+
+    rule = "|" + "|".join("-" * (w + 1) + ("-" if i < 2 else ":") for i, w in enumerate(widths)) + "|"
+    return "\n".join([row(head), rule, *map(row, lines)])
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def imagine(
+    policy: Policy, clip: dict, *, objective: str, chunks: int, steps: int | None = None, seed: int = 0
+) -> np.ndarray:
+    """Open loop from the first frame alone: pictures uint8 ``[1 + frames, H, W, 3]`` of ``chunks`` chunks on end.
+
+    ``objective`` ``"joint"`` imagines actions and video; ``"forward_dynamics"`` is given the recorded actions and
+    takes as many single-frame chunks as needed for the same frames.
+    """
+    config = replace(policy.rollout, program=GJD, steps=steps or policy.rollout.steps)
+    end = min(1 + chunks * config.chunk_size, clip["video"].shape[2])
+    rng = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        text = policy.text([clip["text"]])
+    done = stream(
+        RolloutEngine(policy.model, config), clip["video"], clip["action"], text,
+        objective=objective, generator=rng, end=end, closed_loop=False,
+    )  # fmt: skip
+    frames = [clip["video"][:, :, :1], *(c.video.cpu() for c in done)]
+    return policy.codec.decode(torch.cat(frames, 2)[0])

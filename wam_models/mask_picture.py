@@ -1,0 +1,212 @@
+"""``wam mask``: an interaction program's visibility as a picture, and what its plan costs.
+
+A pixel block is one (query, key) pair: queries go down, keys go right, in packed order
+``[V_noisy | V_clean | A_noisy | A_clean]``. The colour tells the query's stream and which of the segments it reads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from wam_kernels import PROGRAMS, Geometry, compile_plan, dense_mask, tokens
+from wam_kernels.visibility import SEGMENTS
+
+NAMES = ("V_noisy", "V_clean", "A_noisy", "A_clean")
+MAX_TOKENS = 6000  # a picture draws every pair, and nobody can see more
+
+INK, FAINT, PAPER, UNSEEN = (30, 30, 36), (120, 120, 130), (255, 255, 255), (243, 243, 246)
+# One hue for each segment that is read; darker where a noisy token reads it, lighter where a clean one does.
+KEY_HUES = ((214, 93, 62), (43, 108, 176), (217, 158, 38), (47, 141, 98))
+CLEAN_QUERY_TINT = 0.45
+
+
+def font(size: int):
+    return ImageFont.load_default(size)
+
+
+def mask_image(geometry: Geometry, pixels: int) -> Image.Image:
+    """The bare mask, without labels: RGB, about ``pixels`` wide and high, lines between segments and chunks.
+
+    Raises:
+        ValueError: more than ``MAX_TOKENS`` tokens.
+    """
+    n = geometry.length
+    if not 0 < n <= MAX_TOKENS:
+        raise ValueError(f"mask picture: tokens must be from 1 to {MAX_TOKENS}, got {n}; take fewer frames or tokens")
+    mask = dense_mask(geometry)
+    segment = np.repeat(np.arange(4), geometry.segment_lengths)
+    colours = np.array(KEY_HUES, dtype=np.float64)
+    tinted = colours + (255 - colours) * CLEAN_QUERY_TINT
+    clean_query = np.array([noise for _, noise in SEGMENTS])[segment]
+    picture = np.where(clean_query[:, None, None] == 1, tinted[segment][None], colours[segment][None])
+    picture = np.where(mask[:, :, None], picture, np.array(UNSEEN, dtype=np.float64)).astype(np.uint8)
+    if n * 2 <= pixels:  # whole pixels for each pair
+        scale = pixels // n
+        image = Image.fromarray(picture).resize((n * scale, n * scale), Image.Resampling.NEAREST)
+    else:  # BOX averages pairs, so that thin runs fade instead of vanishing
+        image = Image.fromarray(picture).resize((pixels, pixels), Image.Resampling.BOX)
+    _lines(image, geometry)
+    return image
+
+
+def _lines(image: Image.Image, geometry: Geometry) -> None:
+    draw = ImageDraw.Draw(image, "RGBA")
+    size, n = image.width, geometry.length
+    chunk = tokens(geometry).chunk
+    edges = np.flatnonzero(chunk[1:] != chunk[:-1]) + 1
+    segments = np.cumsum(geometry.segment_lengths)[:-1]
+    for edge in edges:
+        at = round(edge * size / n)
+        draw.line([(at, 0), (at, size)], fill=(*INK, 26))
+        draw.line([(0, at), (size, at)], fill=(*INK, 26))
+    for edge in segments:
+        at = round(edge * size / n)
+        draw.line([(at, 0), (at, size)], fill=(*INK, 150))
+        draw.line([(0, at), (size, at)], fill=(*INK, 150))
+    draw.rectangle([0, 0, size - 1, size - 1], outline=(*INK, 150))
+
+
+def draw_mask(geometry: Geometry, pixels: int = 860) -> Image.Image:
+    """The mask with its segments labelled and a title that gives program, chunk, window, history and density."""
+    mask = mask_image(geometry, pixels)
+    plan = compile_plan(geometry)
+    left, top, margin = 92, 100, 16
+    image = Image.new("RGB", (left + mask.width + margin, top + mask.height + 46), PAPER)
+    draw = ImageDraw.Draw(image)
+    draw.text((left, 12), geometry.program, font=font(24), fill=INK)
+    draw.text((left, 44), _subtitle(geometry, plan.density), font=font(14), fill=FAINT)
+    image.paste(mask, (left, top))
+    _labels(draw, geometry, mask.width, left, top)
+    _legend(draw, left, top + mask.height + 14)
+    return image
+
+
+def _subtitle(geometry: Geometry, density: float) -> str:
+    history = geometry.conditional_history or geometry.history
+    extras = [f"prefix {geometry.prefix_frames}"] if geometry.prefix_frames else []
+    if geometry.singleton_frame is not None:
+        extras.append(f"singleton {geometry.singleton_frame}")
+    parts = [f"chunk {geometry.chunk_size}", f"window {geometry.window}", f"history {history}", *extras]
+    return ",  ".join([*parts, f"density {density:.3f}"])
+
+
+def _labels(draw: ImageDraw.ImageDraw, geometry: Geometry, size: int, left: int, top: int) -> None:
+    """Segment names above (keys) and beside (queries); two rows above, because action segments are narrow."""
+    edges = np.concatenate([[0], np.cumsum(geometry.segment_lengths)]) * size / geometry.length
+    face, name_width = font(14), 64
+    crowded = min(np.diff(edges)) < name_width
+    for i, (name, lo, hi) in enumerate(zip(NAMES, edges[:-1], edges[1:], strict=True)):
+        middle = (lo + hi) / 2
+        draw.text((left + middle, top - (24 if crowded and i == 3 else 8)), name, font=face, fill=KEY_HUES[i], anchor="ms")
+        draw.text((left - 10, top + middle), name, font=face, fill=INK, anchor="rm")
+    draw.text((10, top - 8), "query / key", font=font(12), fill=FAINT, anchor="ls")
+
+
+def _legend(draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
+    for name, hue in zip(NAMES, KEY_HUES, strict=True):
+        tint = tuple(round(c + (255 - c) * CLEAN_QUERY_TINT) for c in hue)
+        both = name.endswith("clean")  # no clean token reads a noisy one
+        draw.rectangle([x, y, x + 11, y + 11], fill=hue)
+        if both:
+            draw.rectangle([x + 12, y, x + 23, y + 11], fill=tint)
+        draw.text((x + (30 if both else 18), y + 6), f"reads {name}", font=font(13), fill=INK, anchor="lm")
+        x += 148 if both else 136
+    draw.text((x, y + 6), "dark: noisy query, light: clean query", font=font(13), fill=FAINT, anchor="lm")
+
+
+def small_geometry(program: str) -> Geometry:
+    """A geometry whose picture can be read: few tokens, a start-up frame, a window that cuts the oldest chunk off."""
+    return Geometry(
+        program=program,
+        video_frames=9,
+        video_tokens=4,
+        action_frames=9,
+        action_tokens=2,
+        chunk_size=2,
+        window=4,
+        chunk_origin=1,
+        startup_action_frames=1,
+    )
+
+
+def draw_programs(pixels: int = 324, geometry: Geometry | None = None) -> Image.Image:
+    """The six programs side by side: two rows of three.
+
+    Args:
+        pixels: Of one mask.
+        geometry: What they have in common; its program is ignored. Default: :func:`small_geometry`.
+    """
+    common = geometry or small_geometry("joint")
+    masks = [mask_image(replace(common, program=p), pixels) for p in PROGRAMS]
+    cell, gap, head, top = masks[0].width, 22, 78, 40
+    left = 78
+    image = Image.new("RGB", (left + 3 * cell + 2 * gap + 16, top + 2 * (head + cell) + 44), PAPER)
+    draw = ImageDraw.Draw(image)
+    title = f"Who sees whom: {common.video_frames} frames, chunk {common.chunk_size}, window {common.window}"
+    draw.text((left, 14), title, font=font(20), fill=INK)
+    note = "queries go down, keys go right"
+    draw.text((image.width - 16, 26), note, font=font(14), fill=FAINT, anchor="rm")
+    edges = np.concatenate([[0], np.cumsum(common.segment_lengths)]) * cell / common.length
+    for i, (program, mask) in enumerate(zip(PROGRAMS, masks, strict=True)):
+        geometry = replace(common, program=program)
+        x, y = left + i % 3 * (cell + gap), top + i // 3 * (head + cell) + head
+        density = compile_plan(geometry).density
+        draw.text((x, y - 38), program, font=font(16), fill=INK, anchor="ls")
+        draw.text((x + cell, y - 38), f"density {density:.3f}", font=font(13), fill=FAINT, anchor="rs")
+        image.paste(mask, (x, y))
+        for name, hue, lo, hi in zip(NAMES, KEY_HUES, edges[:-1], edges[1:], strict=True):
+            draw.text((x + (lo + hi) / 2, y - 8), name, font=font(12), fill=hue, anchor="ms")
+            if i % 3 == 0:
+                draw.text((x - 8, y + (lo + hi) / 2), name, font=font(13), fill=INK, anchor="rm")
+    _legend(draw, left, image.height - 28)
+    return image
+
+
+def save_small(image: Image.Image, path: str | Path) -> None:
+    """As a PNG of at most 128 colours: flat colours need no more, and it is a quarter of the size."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    image.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
+def describe(geometry: Geometry) -> str:
+    """Density, visible pairs, and the plan's tiles and efficiency, as aligned text."""
+    plan = compile_plan(geometry)
+    lines = [
+        ("tokens", f"{plan.length}  ({', '.join(f'{n} {s}' for n, s in zip(NAMES, geometry.segment_lengths))})"),
+        ("density", f"{plan.density:.4f}"),
+        ("visible pairs", f"{plan.visible_pairs} of {plan.length**2}"),
+    ]
+    for name, side in (("query side", plan.queries), ("key side", plan.keys)):
+        steps = f"{side.full.shape[0]} full and {side.part.shape[0]} partial steps"
+        useful = plan.visible_pairs / max(1, side.computed_pairs)
+        lines.append((name, f"{side.tiles.shape[0]} tiles of {side.shape.rows} rows, {steps}, efficiency {useful:.3f}"))
+    return "\n".join(f"{name:<15}{value}" for name, value in lines)
+
+
+def run(args) -> int:
+    """``wam mask``."""
+    geometry = Geometry(
+        program=args.program,
+        video_frames=args.frames + args.prefix_frames,
+        video_tokens=args.video_tokens,
+        action_frames=args.frames,
+        action_tokens=args.action_tokens,
+        chunk_size=args.chunk_size,
+        window=args.window,
+        history=args.history,
+        chunk_origin=args.chunk_origin,
+        prefix_frames=args.prefix_frames,
+        singleton_frame=args.singleton_frame,
+    )
+    print(f"program        {geometry.program}")
+    print(describe(geometry))
+    if args.out is not None:
+        if args.out.suffix.lower() != ".png":
+            raise ValueError(f"--out must be a file name that ends in .png, got {args.out}")
+        save_small(draw_mask(geometry), args.out)
+        print(f"picture        {args.out}")
+    return 0
