@@ -2,7 +2,7 @@
 
 LIBERO geometry (32 + 4 tokens a frame), program ``joint`` with ``video_only`` history, 8 heads of 64, chunk 4, window
 64. FLOPs are counted over visible pairs only: 4 H D pairs forward, 2.5 times that backward. Both arms get the same
-tensors; the plan is built outside and timed apart, cold (cache cleared).
+tensors; the plan is built outside and timed apart, cold (cache cleared). Peak memory is that of one call.
 
 On a CUDA device the same command runs bf16 with the Triton kernels; those rows are not recorded yet.
 """
@@ -68,11 +68,12 @@ def bench(frames: int, device: str, repeats: int) -> list[dict]:
     rows = []
     for what, arms, factor in (("forward", forwards, 1.0), ("forward+backward", both, 3.5)):
         times = harness.measure(arms, device, repeats)
+        peaks = {arm: harness.peak_megabytes(fn, device) for arm, fn in arms.items()}
         for arm, t in times.items():
             rows.append({
                 "what": what, "arm": arm, "tokens": plan.length, "heads": HEADS, "D": D, "dtype": str(dtype),
                 "density": round(plan.density, 4), "efficiency": round(plan.efficiency, 4), "plan_ms": round(plan_ms, 2),
-                **{key: round(value, 2) for key, value in t.items()},
+                **{key: round(value, 2) for key, value in t.items()}, "peak_MB": round(peaks[arm], 1),
                 "GFLOP/s_visible": round(factor * 4 * HEADS * D * plan.visible_pairs / t["ms"] / 1e6, 1),
                 "ratio": round(times["sdpa_dense_mask"]["ms"] / t["ms"], 2),
             })  # fmt: skip
@@ -89,7 +90,7 @@ def main() -> None:
     for label, frames in tqdm(list(FRAMES.items())[: 1 if args.quick else None], desc="block_attention"):
         rows += bench(frames, device, args.repeats)
     for r in rows:
-        print("{tokens:6} tokens  {what:17} {arm:16} {ms:9.1f} ms  {GFLOP/s_visible:7.1f} GFLOP/s  {ratio:5.2f}x".format(**r))
+        print("{tokens:6} tokens  {what:17} {arm:16} {ms:9.1f} ms  {GFLOP/s_visible:7.1f} GFLOP/s  {ratio:5.2f}x  {peak_MB:7.1f} MB".format(**r))
     if not args.quick:
         print("recorded", harness.record("block_attention", rows, device))
 

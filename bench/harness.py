@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import platform
@@ -45,6 +46,28 @@ def measure(arms: dict[str, Callable[[], object]], device: str, repeats: int) ->
         p = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values * 9
         out[name] = {"ms_p20": p[1], "ms": p[4], "ms_p80": p[7], "ms_min": min(values)}
     return out
+
+
+def peak_megabytes(fn: Callable[[], object], device: str) -> float:
+    """Memory that one call needs beyond what was held before it: the peak of the device, or of the process on a CPU."""
+    if device == "cuda":
+        held = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        fn()
+        torch.cuda.synchronize()
+        return (torch.cuda.max_memory_allocated() - held) / 1e6
+
+    def status(field: str) -> float:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field):
+                return int(line.split()[1]) / 1e3
+        raise RuntimeError(f"bench: /proc/self/status has no {field}; peak memory needs Linux")
+
+    ctypes.CDLL(None).malloc_trim(0)  # memory that earlier calls freed must not hide what this one takes
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel then counts the peak anew
+    held = status("VmRSS")
+    fn()
+    return status("VmHWM") - held
 
 
 def require_equal(name: str, actual: Tensor, expected: Tensor, rtol: float) -> None:
