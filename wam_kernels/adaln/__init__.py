@@ -1,0 +1,3 @@
+from .op import ada_layer_norm, gate_residual_ada_layer_norm
+
+__all__ = ["ada_layer_norm", "gate_residual_ada_layer_norm"]

@@ -1,0 +1,359 @@
+"""Public ops: checks, backend choice, torch.library registration. Both are variants of one registered pair."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._checks import bind_dims, same_kind
+from ..frame_index import FrameIndex
+from . import cpu, reference
+from .config import DEFAULT_IMPL, MAX_D
+
+_IMPLS = ("reference", "cpu", "triton", "cuda")
+_HALF = (torch.bfloat16, torch.float16, torch.float32)
+_DTYPES = {
+    "reference": (*_HALF, torch.float64),
+    "cpu": (*_HALF, torch.float64),
+    "triton": _HALF,
+    "cuda": _HALF,
+}
+
+
+class _Inputs(NamedTuple):
+    """Tensors of the registered forward, in the order of its schema and of the launchers' arguments."""
+
+    x: Tensor
+    y: Tensor | None = None
+    gate: Tensor | None = None
+    shift: Tensor | None = None
+    scale: Tensor | None = None
+    gate_table: Tensor | None = None
+    shift_table: Tensor | None = None
+    scale_table: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+def _launchers(impl: str):
+    # triton and the compiled extension are optional: imported at the first call that needs them
+    if impl == "cuda":
+        from . import kernel_cuda
+
+        return kernel_cuda
+    from . import kernel_triton
+
+    return kernel_triton
+
+
+def _accumulator(t: Tensor) -> torch.dtype:
+    return torch.promote_types(t.dtype, torch.float32)
+
+
+# ---- the registered forward: (r, h), empty where a variant has none ----
+
+
+def _forward(*args):
+    *tensors, index, eps, impl = args
+    x, row_of_token, segments = tensors[0], index[0], index[1]
+    if impl == "cpu":
+        outputs = cpu.forward(*tensors, segments, eps)
+    else:
+        outputs = _launchers(impl).forward(*tensors, row_of_token, eps)
+    return tuple(x.new_empty(0) if t is None else t for t in outputs)
+
+
+def _forward_fake(*args):
+    t, empty = _Inputs(*args[: len(_Inputs._fields)]), (0,)
+    has_norm = t.scale is not None or t.weight is not None
+    return t.x.new_empty(empty if t.y is None else t.x.shape), t.x.new_empty(t.x.shape if has_norm else empty)
+
+
+# ---- the registered backward: dx, dy, dgate, dshift, dscale, dweight, dbias, empty where a variant has none ----
+# dx is empty without dh, because it equals dr; dy is empty without gate, because it equals dx
+
+
+def _present(dh, gate, scale) -> tuple[bool, ...]:
+    adaptive = dh is not None and scale is not None
+    affine = dh is not None and scale is None
+    return dh is not None, gate is not None, gate is not None, adaptive, adaptive, affine, affine
+
+
+def _backward(dr, dh, r, y, gate, scale, gate_table, scale_table, weight, index, eps, impl):
+    _, segments, row_begin, row_segments = index
+    tensors = [dr, dh, r, y, gate, scale, gate_table, scale_table, weight]
+    for i, t in enumerate(tensors[:2]):
+        # an incoming gradient has any strides: that of a sum is expanded from one number
+        if t is not None and t.stride(-1) != 1:
+            tensors[i] = t.contiguous()
+    if impl == "cpu":
+        grads = cpu.backward(*tensors, segments, row_begin, eps)
+    else:
+        grads = _launchers(impl).backward(*tensors, segments, row_begin, row_segments, eps)
+    like = dr if dh is None else dh
+    present = _present(dh, gate, scale)
+    return tuple(g if wanted else like.new_empty(0) for g, wanted in zip(grads, present, strict=True))
+
+
+def _backward_fake(dr, dh, r, y, gate, scale, gate_table, scale_table, weight, index, eps, impl):
+    like = dr if dh is None else dh
+    B, _, D = like.shape
+    row, sums, channels = like.shape, (B, index[2].shape[0] - 1, D), (D,)
+    shapes = (row, row, sums, sums, sums, channels, channels)
+    dtypes = (like.dtype,) * 2 + (_accumulator(like),) * 5
+    present = _present(dh, gate, scale)
+    return tuple(
+        like.new_empty(shape, dtype=dtype) if wanted else like.new_empty(0)
+        for shape, dtype, wanted in zip(shapes, dtypes, present, strict=True)
+    )
+
+
+_OPTIONS = "Tensor[] index, float eps, str impl"
+torch.library.define(
+    "wam::gate_residual_norm",
+    f"(Tensor x, {', '.join(f'Tensor? {name}' for name in _Inputs._fields[1:])}, {_OPTIONS}) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    "wam::gate_residual_norm_backward",
+    "(Tensor? dr, Tensor? dh, Tensor? r, Tensor? y, Tensor? gate, Tensor? scale, Tensor? gate_table, "
+    f"Tensor? scale_table, Tensor? weight, {_OPTIONS}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.impl("wam::gate_residual_norm", ["CPU", "CUDA"], _forward)
+torch.library.impl("wam::gate_residual_norm_backward", ["CPU", "CUDA"], _backward)
+torch.library.register_fake("wam::gate_residual_norm", _forward_fake)
+torch.library.register_fake("wam::gate_residual_norm_backward", _backward_fake)
+
+
+def _save(ctx, inputs, output) -> None:
+    # a gradient that nobody asked for stays None and costs nothing
+    ctx.set_materialize_grads(False)
+    *tensors, index, ctx.eps, ctx.impl = inputs
+    t = _Inputs(*tensors)
+    has_norm = t.scale is not None or t.weight is not None
+    ctx.has_y = t.y is not None
+    row = (output[0] if ctx.has_y else t.x) if has_norm else None
+    y = t.y if t.gate is not None else None
+    ctx.dtypes = [None if p is None else p.dtype for p in (t.weight, t.bias)]
+    ctx.has_tables = [p is not None for p in (t.gate_table, t.shift_table, t.scale_table)]
+    ctx.save_for_backward(row, y, t.gate, t.scale, t.gate_table, t.scale_table, t.weight, *index)
+
+
+def _autograd(ctx, dr, dh):
+    row, y, gate, scale, gate_table, scale_table, weight, *index = ctx.saved_tensors
+    if not ctx.has_y:
+        dr = None  # of the empty r
+    if row is None:
+        dh = None  # of the empty h
+    if dr is None and dh is None:
+        grads = _Inputs(None)
+    elif dh is None and gate is None:
+        grads = _Inputs(x=dr, y=dr)
+    else:
+        dx, dy, dgate, dshift, dscale, dweight, dbias = torch.ops.wam.gate_residual_norm_backward(
+            dr, dh, row, y, gate, scale, gate_table, scale_table, weight, index, ctx.eps, ctx.impl
+        )
+        _, _, has_gate, has_scale, _, has_weight, _ = _present(dh, gate, scale)
+        dx = dr if dh is None else dx
+        dtables = [
+            g.sum((0, 1)) if has_table and has_rows else None
+            for g, has_table, has_rows in zip(
+                (dgate, dshift, dscale), ctx.has_tables, (has_gate, has_scale, has_scale), strict=True
+            )
+        ]
+        grads = _Inputs(
+            dx,
+            (dy if has_gate else dx) if ctx.has_y else None,
+            dgate if has_gate else None,
+            *((dshift, dscale) if has_scale else (None, None)),
+            *dtables,
+            *((g.to(dtype) for g, dtype in zip((dweight, dbias), ctx.dtypes)) if has_weight else (None, None)),
+        )
+    return (*grads, [None] * len(index), None, None)
+
+
+torch.library.register_autograd("wam::gate_residual_norm", _autograd, setup_context=_save)
+
+
+# ---- checks ----
+
+
+def _pick(op: str, impl: str | None, x: Tensor) -> str:
+    """The backend of a call, or the reason why there is none."""
+    if impl is None:
+        impl = DEFAULT_IMPL.get(x.device.type, "reference") if x.dtype in _HALF else "cpu" if x.is_cpu else "reference"
+    if impl not in _IMPLS:
+        raise ValueError(f"{op}: impl must be None or one of {_IMPLS}, got {impl!r}")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if impl == "cpu" and not x.is_cpu:
+        raise ValueError(f"{op}: impl='cpu' needs CPU tensors, got {x.device}; use impl=None")
+    if impl == "triton" and not x.is_cuda and not interpreted:
+        raise ValueError(f"{op}: impl='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got {x.device}; use impl=None")
+    if impl == "cuda" and not x.is_cuda:
+        raise ValueError(f"{op}: impl='cuda' needs CUDA tensors, got {x.device}; use impl=None")
+    if x.dtype not in _DTYPES[impl]:
+        names = ", ".join(str(t).removeprefix("torch.") for t in _DTYPES[impl])
+        raise ValueError(f"{op}: x must be {names} for impl={impl!r}, got {x.dtype}; impl='reference' also takes float64")
+    return impl
+
+
+def _check(op: str, t: _Inputs, index: FrameIndex) -> None:
+    """Everything that can be told from shapes, dtypes, strides and devices."""
+    if not isinstance(index, FrameIndex):
+        raise TypeError(f"{op}: index must be a FrameIndex, got {type(index).__name__}; see FrameIndex.from_tensor")
+    x = t.x
+    rows = {name: getattr(t, name) for name in ("gate", "shift", "scale") if getattr(t, name) is not None}
+    tables = {name: getattr(t, name) for name in ("gate_table", "shift_table", "scale_table") if getattr(t, name) is not None}
+    affine = {name: getattr(t, name) for name in ("weight", "bias") if getattr(t, name) is not None}
+    tokens = {"x": x} if t.y is None else {"x": x, "y": t.y}
+    specs = {name: (u, "B S D") for name, u in tokens.items()} | {name: (u, "B F D") for name, u in rows.items()}
+    dims = bind_dims(op, **specs, **{name: (u, "D") for name, u in (tables | affine).items()})
+    if dims["D"] % 8 or not 8 <= dims["D"] <= MAX_D:
+        raise ValueError(f"{op}: D must be a multiple of 8 from 8 to {MAX_D}, got {dims['D']}; pad the channels")
+    if dims["S"] != index.length:
+        raise ValueError(f"{op}: x must have S={index.length} tokens like index, got {dims['S']}; make an index for this S")
+    if rows and dims["F"] != index.frames:
+        raise ValueError(
+            f"{op}: {', '.join(rows)} must have F={index.frames} rows like index, got {dims['F']}; "
+            "pass frames= when making the index"
+        )
+    if index.device != x.device:
+        raise ValueError(f"{op}: index must be on {x.device} like x, got {index.device}; use index.to({str(x.device)!r})")
+    if t.y is not None:
+        same_kind(op, "x", x, y=t.y)
+    acc = _accumulator(x)
+    for name, u in (rows | tables | affine).items():
+        allowed = (acc, x.dtype) if name in affine else (acc,)
+        if u.dtype not in allowed or u.device != x.device:
+            raise ValueError(
+                f"{op}: {name} must be {' or '.join(dict.fromkeys(map(str, allowed)))} on {x.device}, "
+                f"got {u.dtype} on {u.device}; use .to({str(x.device)!r}, {acc})"
+            )
+    for name, u in (tokens | rows | tables | affine).items():
+        if u.stride(-1) != 1:
+            raise ValueError(f"{op}: {name} must have last-dim stride 1, got {u.stride(-1)}; use .contiguous()")
+
+
+def _call(op: str, t: _Inputs, index: FrameIndex, eps: float, impl: str | None) -> tuple[Tensor, Tensor]:
+    _check(op, t, index)
+    impl = _pick(op, impl, t.x)
+    if impl == "reference":
+        return reference.gate_residual_norm(*t, index.row_of_token, eps)
+    return torch.ops.wam.gate_residual_norm(*t, index.tensors(), float(eps), impl)
+
+
+# ---- public ----
+
+
+def ada_layer_norm(
+    x: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    index: FrameIndex,
+    *,
+    shift_table: Tensor | None = None,
+    scale_table: Tensor | None = None,
+    eps: float = 1e-6,
+    impl: str | None = None,
+) -> Tensor:
+    r"""LayerNorm without affine, then one shift and scale for each frame (or sample, or token).
+
+    .. math:: y_s = \frac{x_s - mean(x_s)}{\sqrt{var(x_s) + eps}} (1 + scale_f + scale\_table) + shift_f + shift\_table,
+        \quad f = index(s)
+
+    Differentiable in all tensors; deterministic; registered, so it traces under ``torch.compile(fullgraph=True)``.
+    Arithmetic is float32 (float64 for float64), rounded once. Nothing is expanded from frames to tokens.
+
+    Args:
+        x: ``[B, S, D]``, bf16, fp16 or float32; last dim stride 1, others free. D a multiple of 8 from 8 to 8192.
+        shift: ``[B, F, D]`` float32 (float64 with float64 x); last dim stride 1, so a view ``t_proj[:, :, 0]`` will do.
+        scale: As ``shift``.
+        index: Row f of every token, for S tokens and F rows, on the device of ``x``.
+        shift_table: ``[D]``, dtype of ``shift``, added to every row of it; None for none.
+        scale_table: As ``shift_table``, for ``scale``.
+        eps: Added to the variance.
+        impl: ``"reference"`` (plain PyTorch, any device, also float64), ``"cpu"`` (also float64), ``"triton"`` or
+            ``"cuda"`` (CUDA tensors), or ``None``: ``"cpu"`` for CPU tensors; for CUDA tensors ``"triton"``, or
+            ``"reference"`` for float64.
+
+    Returns:
+        ``[B, S, D]``, dtype of ``x``, contiguous.
+
+    Raises:
+        ValueError: a shape, dtype, device, stride or ``impl`` outside the above, or an index made for something else.
+        TypeError: ``index`` is not a FrameIndex.
+
+    Source: Ba et al. 2016 (LayerNorm); Peebles and Xie 2023 (adaLN of DiT).
+    """
+    t = _Inputs(x, shift=shift, scale=scale, shift_table=shift_table, scale_table=scale_table)
+    return _call("ada_layer_norm", t, index, eps, impl)[1]
+
+
+def gate_residual_ada_layer_norm(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    index: FrameIndex,
+    *,
+    gate_table: Tensor | None = None,
+    shift_table: Tensor | None = None,
+    scale_table: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    r"""Gated residual sum and the norm that follows it, in one pass over x and y.
+
+    .. math:: r_s = x_s + (gate_f + gate\_table) \, y_s, \quad f = index(s)
+    .. math:: h_s = LN(r_s) (1 + scale_f + scale\_table) + shift_f + shift\_table
+        \quad\text{or}\quad LN(r_s) \, weight + bias
+
+    r is rounded to the dtype of x and the norm is of the rounded r, so this equals the two steps one after the
+    other. Otherwise as :func:`ada_layer_norm`: differentiable in all tensors, deterministic, float32 inside.
+
+    Args:
+        x: ``[B, S, D]``, bf16, fp16 or float32; last dim stride 1, others free. D a multiple of 8 from 8 to 8192.
+        y: As ``x``: the output of the attention or feed-forward.
+        gate: ``[B, F, D]`` float32 (float64 with float64 x), last dim stride 1; None for ``r = x + y``.
+        shift: As ``gate``, for the adaptive norm; None, together with ``scale``, for another norm or none.
+        scale: As ``shift``.
+        index: Row f of every token, for S tokens and F rows, on the device of ``x``.
+        gate_table: ``[D]``, dtype of ``gate``, added to every row of it; None for none.
+        shift_table: As ``gate_table``, for ``shift``.
+        scale_table: As ``gate_table``, for ``scale``.
+        weight: ``[D]``, float32 or dtype of ``x``, with ``bias`` and without ``shift`` and ``scale``: the affine norm.
+        bias: As ``weight``.
+        eps: Added to the variance.
+        impl: As for :func:`ada_layer_norm`.
+
+    Returns:
+        r and h, ``[B, S, D]``, dtype of ``x``, contiguous; h is None when neither ``scale`` nor ``weight`` is given.
+
+    Raises:
+        ValueError: a shape, dtype, device, stride or ``impl`` outside the above, tensors that do not go together, or an
+            index made for something else.
+        TypeError: ``index`` is not a FrameIndex.
+
+    Source: Ba et al. 2016 (LayerNorm); Peebles and Xie 2023 (adaLN of DiT).
+    """
+    op = "gate_residual_ada_layer_norm"
+    t = _Inputs(x, y, gate, shift, scale, gate_table, shift_table, scale_table, weight, bias)
+    if y is None:
+        raise ValueError(f"{op}: y must be a tensor, got None; without a residual use ada_layer_norm")
+    for a, b in (("shift", "scale"), ("weight", "bias")):
+        if (getattr(t, a) is None) != (getattr(t, b) is None):
+            absent, given = (a, b) if getattr(t, a) is None else (b, a)
+            raise ValueError(f"{op}: {absent} must be given with {given}, got None; give both or neither")
+    if scale is not None and weight is not None:
+        raise ValueError(f"{op}: weight must be None with scale, got both; choose the adaptive or the affine norm")
+    for name in ("gate", "shift", "scale"):
+        if getattr(t, f"{name}_table") is not None and getattr(t, name) is None:
+            raise ValueError(f"{op}: {name}_table must be None without {name}, got a tensor; leave it out")
+    r, h = _call(op, t, index, eps, impl)
+    return r, None if scale is None and weight is None else h

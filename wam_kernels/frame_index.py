@@ -1,0 +1,165 @@
+"""Which modulation row each token reads, as the tensors that the adaLN kernels walk.
+
+Timesteps are drawn per frame, so the shift, scale and gate of a block are ``[B, F, D]`` and all tokens of a frame read
+the same row. The forward looks a token's row up. The backward sums over the tokens of a row in two fixed steps: tokens
+are cut into *segments*, stretches of at most ``SEGMENT`` tokens with one row, that are summed on their own; then the
+segments of a row are added in order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# The sums of a segment cost one write and one read of float32 rows, so short segments cost traffic: with 16 tokens
+# about an eighth of a bf16 backward. Long ones leave too few programs to fill a GPU. Not yet measured on one.
+SEGMENT = 16
+
+
+class FrameIndex:
+    """Modulation row of every token, shared by the batch elements. Immutable; made by one of its constructors.
+
+    Attributes:
+        length: Tokens S of one batch element.
+        frames: Rows F of the modulation tensors ``[B, F, D]``.
+        row_of_token: int32 ``[S]``.
+        segments: int32 ``[N, 3]``: first token, end, row. In token order; every token is in exactly one.
+        row_begin: int32 ``[F + 1]``: the segments of row f are ``row_segments[row_begin[f] : row_begin[f + 1]]``.
+        row_segments: int32 ``[N]``: the segments of each row, in token order.
+        device: Where these tensors are; those of an op must be there too.
+    """
+
+    FIELDS = ("row_of_token", "segments", "row_begin", "row_segments")
+
+    def __init__(self, layout: tuple[tuple[int, ...], ...], buffer: Tensor) -> None:
+        self._layout, self._buffer = layout, buffer
+        self.length, self.frames = layout[0][0], layout[2][0] - 1
+        at = 0
+        for name, shape in zip(self.FIELDS, layout, strict=True):
+            n = math.prod(shape)
+            view = buffer[at : at + n].view(shape)
+            # lengths differ from batch to batch; a compiled graph must not specialise on them
+            torch._dynamo.maybe_mark_dynamic(view, 0)
+            setattr(self, name, view)
+            at += _aligned(n)
+
+    @classmethod
+    def from_runs(
+        cls,
+        lengths: Sequence[int],
+        rows: Sequence[int] | None = None,
+        frames: int | None = None,
+        *,
+        device: torch.device | str = "cpu",
+    ) -> FrameIndex:
+        """Run i has ``lengths[i]`` tokens, all of row ``rows[i]``. Cached.
+
+        Args:
+            lengths: Tokens of each run, in order; 0 is allowed.
+            rows: Row of each run, default 0, 1, 2, ...; runs may share one, as noisy and clean copies do.
+            frames: Rows F of the modulation tensors, default the highest row + 1.
+            device: Where the index tensors go.
+
+        Raises:
+            ValueError: a negative length or row, another number of rows than of lengths, or a row >= ``frames``.
+        """
+        lengths = tuple(int(n) for n in lengths)
+        rows = tuple(range(len(lengths))) if rows is None else tuple(int(r) for r in rows)
+        if any(n < 0 for n in lengths):
+            raise ValueError(f"FrameIndex.from_runs: lengths must not be negative, got {min(lengths)}")
+        if len(rows) != len(lengths):
+            raise ValueError(f"FrameIndex.from_runs: rows must have one entry for each of {len(lengths)} lengths, got {len(rows)}")
+        return _compile(lengths, rows, _frames("from_runs", rows, frames), torch.device(device))
+
+    @classmethod
+    def per_sample(cls, length: int, *, device: torch.device | str = "cpu") -> FrameIndex:
+        """One row for all tokens: modulation ``[B, 1, D]``."""
+        return cls.from_runs([length], [0], 1, device=device)
+
+    @classmethod
+    def per_token(cls, length: int, *, device: torch.device | str = "cpu") -> FrameIndex:
+        """A row for every token: modulation ``[B, S, D]``."""
+        return cls.from_runs([1] * length, device=device)
+
+    @classmethod
+    def from_tensor(
+        cls, index: Tensor, frames: int | None = None, *, device: torch.device | str = "cpu"
+    ) -> FrameIndex:
+        """The row of every token, any integer ``[S]`` tensor on the CPU, in any order. Cached by value.
+
+        Raises:
+            ValueError: not a 1-D integer CPU tensor, a negative row, or a row >= ``frames``.
+        """
+        integer = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
+        if index.ndim != 1 or not integer or index.device.type != "cpu":
+            raise ValueError(
+                "FrameIndex.from_tensor: index must be a 1-D integer tensor on the CPU, "
+                f"got {index.dtype} {list(index.shape)} on {index.device}"
+            )
+        rows = tuple(index.tolist())
+        return _compile((1,) * len(rows), rows, _frames("from_tensor", rows, frames), torch.device(device))
+
+    @property
+    def device(self) -> torch.device:
+        return self._buffer.device
+
+    def tensors(self) -> list[Tensor]:
+        """Everything a registered op reads, in the order of ``FIELDS``."""
+        return [getattr(self, name) for name in self.FIELDS]
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> FrameIndex:
+        """The same index on another device, in one copy; itself when it is there already."""
+        if torch.device(device) == self.device:
+            return self
+        return FrameIndex(self._layout, self._buffer.to(device, non_blocking=non_blocking))
+
+    def __repr__(self) -> str:
+        return (
+            f"FrameIndex(length={self.length}, frames={self.frames}, segments={self._layout[1][0]}, "
+            f"device={self.device})"
+        )
+
+
+def _frames(constructor: str, rows: tuple[int, ...], frames: int | None) -> int:
+    if rows and min(rows) < 0:
+        raise ValueError(f"FrameIndex.{constructor}: rows must not be negative, got {min(rows)}")
+    needed = max(rows, default=-1) + 1
+    if frames is not None and frames < needed:
+        raise ValueError(f"FrameIndex.{constructor}: frames must be at least {needed} (the highest row + 1), got {frames}")
+    return needed if frames is None else int(frames)
+
+
+def _aligned(n: int) -> int:
+    """Room for n ints: every view starts on 16 bytes, whatever the lengths, or Triton would compile anew."""
+    return -(-n // 4) * 4
+
+
+@lru_cache(maxsize=64)
+def _compile(lengths: tuple[int, ...], rows: tuple[int, ...], frames: int, device: torch.device) -> FrameIndex:
+    if device.type != "cpu":
+        return _compile(lengths, rows, frames, torch.device("cpu")).to(device)
+    row_of_token = np.repeat(np.array(rows, np.int32), np.array(lengths, np.int64))
+    # stretches of one row, whether one run or several that touch, each cut into segments
+    starts = np.flatnonzero(np.diff(row_of_token, prepend=-1))
+    pieces = -(-np.diff(starts, append=row_of_token.size) // SEGMENT)
+    piece = np.arange(pieces.sum()) - np.repeat(pieces.cumsum() - pieces, pieces)
+    first = np.repeat(starts, pieces) + SEGMENT * piece
+    end = np.append(first[1:], row_of_token.size)[: first.size]
+    row = row_of_token[first]
+    arrays = [
+        row_of_token,
+        np.stack([first, end, row], 1),
+        np.searchsorted(np.sort(row), np.arange(frames + 1)),
+        np.argsort(row, kind="stable"),
+    ]
+    buffer = np.zeros(sum(_aligned(a.size) for a in arrays), np.int32)
+    at = 0
+    for a in arrays:
+        buffer[at : at + a.size] = a.ravel()
+        at += _aligned(a.size)
+    return FrameIndex(tuple(a.shape for a in arrays), torch.from_numpy(buffer))
