@@ -70,11 +70,13 @@ def _train(parser: argparse.ArgumentParser) -> None:
 def _rollout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data set in LeRobot layout")
-    parser.add_argument("--episode", type=at_least(0), default=0, metavar="N", help="default: %(default)s")
+    parser.add_argument("--episode", type=at_least(0), metavar="N", help="default: the first held-out one")
     parser.add_argument("--program", metavar="P", help="interaction program; default: the checkpoint's")
-    parser.add_argument("--objective", metavar="O", help="what is denoised given what; default: the checkpoint's")
+    parser.add_argument("--objective", metavar="O", help="what is denoised given what; default: joint")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of what it writes; default: in the checkpoint")
     parser.add_argument("--steps", type=at_least(1), metavar="N", help="denoising steps; default: the checkpoint's")
+    parser.add_argument("--open-loop", action="store_true", help="continue from predictions, not from recorded frames")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
     parser.add_argument("--seed", type=at_least(0), default=0)
 
 

@@ -277,6 +277,7 @@ def train(
     torch.manual_seed(seed)  # of the initial weights
     generator = torch.Generator().manual_seed(seed)
     model = WorldActionModel(config.model)
+    prepare(model)
     text = WordEmbedding.from_instructions(data.tasks, config.model.text_dim)
     if resume is not None:
         if resume.training_state is None or resume.text is None:
@@ -358,6 +359,36 @@ def train(
             if done:
                 break
     return Trained(policy(), log, step)
+
+
+def prepare(model: WorldActionModel, gate: float = 0.1, locality: float = 1.0) -> None:
+    """Start a fresh model near what any trained one does, which saves it the first few hundred steps.
+
+    - The video head undoes the patch embedding: near noise the flow is the noise itself, so passing the input
+      through is the best first guess.
+    - The modulation starts small: each block adds little, and adds it alike at every noise level.
+    - Attention starts with a liking for the same place in the neighbouring frames: a constant part of q and k that
+      rope turns apart with the distance, on the pairs that turn fast enough to tell neighbours apart.
+    """
+    config = model.config
+    core = model.core
+    patch, proj = core.patch_embedding_mlp.weight, core.proj_out.weight
+    nn.init.orthogonal_(patch)
+    per_patch = config.patch_width // config.latent_channels
+    with torch.no_grad():
+        # the head's patches are ordered (place, channel), those of the embedding (channel, place)
+        undo = patch.T.unflatten(0, (config.latent_channels, per_patch)).transpose(0, 1).flatten(0, 1)
+        # LayerNorm scales the embedded patch, of width patch_width, to one number's size in each of hidden places
+        proj.copy_(undo * min(1.0, config.patch_width / config.hidden) ** 0.5)
+        for side in (core, model.action_expert):
+            side.time_conditioner.time_proj.weight.mul_(gate)
+            side.time_conditioner.time_embedder.linear_2.weight.mul_(gate)
+        turns = torch.cat([config.rope_theta ** -(torch.arange(0, w, 2) / w) for w in config.rope_split])
+        liking = locality * (turns > 0.1).repeat_interleave(2).float().repeat(config.heads)
+        for block in model.packed_block_stack.packed_blocks:
+            for expert in (block.video_block, block.action_block):
+                expert.attn1.to_q.bias.copy_(liking)
+                expert.attn1.to_k.bias.copy_(liking)
 
 
 STREAMS = ("video", "action")
@@ -494,8 +525,8 @@ def run(args) -> int:
     return 0
 
 
-def read_data(root: Path, codec=None) -> ClipDataset:
+def read_data(root: Path, codec=None, progress: bool = True) -> ClipDataset:
     """The data set as clips, with a progress bar over its episodes."""
     return ClipDataset(
-        LeRobotDataset(root), codec, progress=lambda e: tqdm(e, desc="read", unit="episode", dynamic_ncols=True)
+        LeRobotDataset(root), codec, progress=lambda e: tqdm(e, desc="read", unit="episode", disable=not progress, dynamic_ncols=True)
     )

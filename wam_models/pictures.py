@@ -1,0 +1,121 @@
+"""Pictures of a run: loss curves, and imagined frames beside real ones. Pillow only."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from .mask_picture import FAINT, INK, PAPER, font, save_small
+
+COLOURS = ((43, 108, 176), (214, 93, 62), (47, 141, 98))
+LABEL_HEIGHT = 22
+
+
+def enlarged(frame: np.ndarray, scale: float) -> Image.Image:
+    """A uint8 frame ``[H, W, 3]`` as an image, ``scale`` times as large."""
+    height, width = frame.shape[:2]
+    return Image.fromarray(frame).resize((round(width * scale), round(height * scale)), Image.Resampling.BICUBIC)
+
+
+def film_strip(rows: Mapping[str, np.ndarray], path: Path, *, title: str, columns: int = 4, scale: float = 1.5) -> None:
+    """A PNG with a labelled row for each video, at the same evenly spread frames.
+
+    Args:
+        rows: Label to uint8 ``[F, H, W, 3]``, the same shape in every row.
+        path: The file.
+        title: One line above.
+        columns: Frames to show.
+        scale: Enlargement.
+    """
+    videos = list(rows.values())
+    shown = np.linspace(0, len(videos[0]) - 1, columns).round().astype(int)
+    height, width = (round(n * scale) for n in videos[0].shape[1:3])
+    gap, top, left = 6, 58, 8
+    image = Image.new("RGB", (left * 2 + columns * (width + gap) - gap, top + len(rows) * (LABEL_HEIGHT + height + gap)), PAPER)
+    draw = ImageDraw.Draw(image)
+    draw.text((left, 8), title, font=font(18), fill=INK)
+    for c, f in enumerate(shown):
+        draw.text((left + c * (width + gap), 36), f"frame {f}", font=font(13), fill=FAINT)
+    for r, (label, video) in enumerate(rows.items()):
+        y = top + r * (LABEL_HEIGHT + height + gap)
+        draw.text((left, y + 3), label, font=font(15), fill=INK)
+        for c, f in enumerate(shown):
+            image.paste(enlarged(video[f], scale), (left + c * (width + gap), y + LABEL_HEIGHT))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, optimize=True)
+
+
+def film(rows: Mapping[str, np.ndarray], path: Path, *, milliseconds: int, scale: float = 1.5) -> None:
+    """A GIF that plays the videos one above the other, each with its label; arguments as :func:`film_strip`."""
+    videos = list(rows.values())
+    height, width = (round(n * scale) for n in videos[0].shape[1:3])
+    pictures = []
+    for f in range(len(videos[0])):
+        image = Image.new("RGB", (width, len(rows) * (LABEL_HEIGHT + height)), PAPER)
+        draw = ImageDraw.Draw(image)
+        for r, (label, video) in enumerate(rows.items()):
+            y = r * (LABEL_HEIGHT + height)
+            draw.text((4, y + 3), f"{label}, frame {f}", font=font(14), fill=INK)
+            image.paste(enlarged(video[f], scale), (0, y + LABEL_HEIGHT))
+        pictures.append(image.quantize(128))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
+
+
+def curves(series: Mapping[str, Sequence[float | None]], path: Path, *, title: str, x_label: str, smooth: int = 30) -> None:
+    """A PNG of several series over steps 1, 2, ..: each a faint line, and its running mean over ``smooth`` steps.
+
+    None marks steps without a value.
+    """
+    width, height, left, right, top, bottom = 900, 460, 64, 24, 60, 52
+    image = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(image)
+    points = {
+        name: [(i + 1, v) for i, v in enumerate(values) if v is not None] for name, values in series.items()
+    }
+    last = max((p[-1][0] for p in points.values() if p), default=1)
+    high = max((v for p in points.values() for _, v in p), default=1.0) or 1.0
+    tick = _tick(high / 5)
+    high = tick * int(np.ceil(high / tick))
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        return (
+            left + (x - 1) / max(1, last - 1) * (width - left - right),
+            height - bottom - y / high * (height - top - bottom),
+        )
+
+    draw.text((left, 16), title, font=font(18), fill=INK)
+    for k in range(round(high / tick) + 1):
+        _, y = place(1, k * tick)
+        draw.line([(left, y), (width - right, y)], fill=(228, 228, 232))
+        draw.text((left - 8, y), f"{k * tick:g}", font=font(13), fill=FAINT, anchor="rm")
+    for x in sorted({1, *range(_tick(last / 5, whole=True), last, _tick(last / 5, whole=True)), last}):
+        if x in (1, last) or x < last * 0.93:
+            draw.text((place(x, 0)[0], height - bottom + 8), str(x), font=font(13), fill=FAINT, anchor="mt")
+    draw.text((width - right, height - 8), x_label, font=font(13), fill=FAINT, anchor="rb")
+    at = left
+    for (name, p), colour in zip(points.items(), COLOURS):
+        if len(p) > 1:
+            faint = tuple(round(c + (255 - c) * 0.7) for c in colour)
+            draw.line([place(*xy) for xy in p], fill=faint, width=1)
+    for (name, p), colour in zip(points.items(), COLOURS):
+        values = np.array([v for _, v in p])
+        if len(p) > 1:
+            total = np.concatenate([[0], values.cumsum()])
+            first = np.maximum(np.arange(len(p)) + 1 - smooth, 0)
+            mean = (total[1:] - total[first]) / (np.arange(len(p)) + 1 - first)
+            draw.line([place(x, m) for (x, _), m in zip(p, mean, strict=True)], fill=colour, width=3)
+        draw.line([(at, 48), (at + 24, 48)], fill=colour, width=3)
+        draw.text((at + 30, 48), name, font=font(14), fill=INK, anchor="lm")
+        at += 60 + draw.textlength(name, font=font(14))
+    save_small(image, path)
+
+
+def _tick(rough: float, whole: bool = False) -> float:
+    """A round number (1, 2 or 5 times a power of ten) of at least ``rough``."""
+    power = 10.0 ** np.floor(np.log10(max(rough, 1e-9)))
+    tick = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * (1 - 1e-9))
+    return max(1, round(tick)) if whole else float(tick)
