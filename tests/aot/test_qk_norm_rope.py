@@ -1,0 +1,52 @@
+"""The qk_norm_rope kernels compiled for sm_90: no spills, 16-byte accesses."""
+
+import re
+
+import pytest
+
+from tests.aot.compile import Compiled, compile_sm90
+from wam_kernels.qk_norm_rope import config, kernel_triton
+
+KERNELS = {
+    "forward": kernel_triton._qk_norm_rope_fwd_kernel,
+    "backward": kernel_triton._qk_norm_rope_bwd_kernel,
+}
+FLOAT32 = {"table_ptr", "partials_ptr"}
+
+
+def build(name: str, heads: int, D: int, per_head: bool, interleaved: bool, dtype: str, weight: str) -> Compiled:
+    kernel = KERNELS[name]
+    constants = kernel_triton._constants(heads * D, D, per_head, interleaved)
+    num_warps = constants.pop("num_warps")
+    types = {}
+    for p in kernel.params:
+        if p.name in FLOAT32:
+            types[p.name] = "*fp32"
+        elif p.name.startswith("weight"):
+            types[p.name] = f"*{weight}"
+        elif p.name.endswith("_ptr"):
+            types[p.name] = f"*{dtype}"
+        elif p.name not in constants:
+            types[p.name] = "fp32" if p.name == "eps" else "i32"
+    return compile_sm90(kernel, types, constants, num_warps=num_warps, num_stages=1)
+
+
+def accesses(ptx: str, what: str) -> set[int]:
+    """Bytes of the ``ld.global`` or ``st.global`` of a kernel."""
+    found = re.findall(rf"{what}\.global(?:\.\w+(?:::\w+)*)*?(?:\.v(\d))?\.b(\d+)", ptx)
+    return {int(vector or 1) * int(bits) // 8 for vector, bits in found}
+
+
+@pytest.mark.parametrize("name", KERNELS)
+@pytest.mark.parametrize(
+    "heads, D, per_head, interleaved, weight",
+    [
+        pytest.param(24, 128, False, True, "bf16", id="wan"),
+        pytest.param(24, 128, False, True, "fp32", id="wan-fp32-weights"),
+        pytest.param(16, 128, True, False, "bf16", id="cosmos"),
+    ],
+)
+def test_compiles_without_spills_and_with_wide_accesses(name, heads, D, per_head, interleaved, weight):
+    built = build(name, heads, D, per_head, interleaved, "bf16", weight)
+    assert built.spill_bytes == 0
+    assert 16 in accesses(built.ptx, "ld") and 16 in accesses(built.ptx, "st")

@@ -1,0 +1,123 @@
+"""What every backend must pass; called by the CPU suite, the interpreter suite and the GPU suite."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.block_attention.checks import poisoned_allocations
+from tests.budget import assert_within_budget
+from wam_kernels.qk_norm_rope import qk_norm_rope, rope_table
+
+NAMES = ("q_out", "k_out", "dq", "dk", "dweight_q", "dweight_k")
+VARIANTS = {
+    "wan": {"per_head": False, "interleaved": True},
+    "cosmos": {"per_head": True, "interleaved": False},
+    "row-norm-rotate-half": {"per_head": False, "interleaved": False},
+    "head-norm-interleaved": {"per_head": True, "interleaved": True},
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: B samples of S tokens, H heads of D channels."""
+
+    B: int
+    S: int
+    H: int
+    D: int
+    dtype: torch.dtype = torch.float32
+    weight_dtype: torch.dtype | None = None
+    device: str = "cpu"
+
+    def inputs(self, per_head: bool, seed: int = 0) -> dict[str, Tensor]:
+        """Drawn on the CPU so that devices see the same numbers; dq_out, dk_out are what flows back."""
+        g = torch.Generator().manual_seed(seed)
+        inner, dtype = self.H * self.D, self.weight_dtype or self.dtype
+        width = self.D if per_head else inner
+        x = {name: torch.randn(self.B, self.S, inner, generator=g).to(self.dtype) for name in ("q", "k")}
+        # weights around one, far from symmetric: a weight applied to the wrong channel must show
+        w = {f"weight_{n}": (1 + 0.5 * torch.randn(width, generator=g)).to(dtype) for n in ("q", "k")}
+        heads = (self.B, self.S, self.H, self.D)
+        d = {f"d{n}_out": torch.randn(heads, generator=g).to(self.dtype) for n in ("q", "k")}
+        positions = torch.rand(self.S, 3, generator=g, dtype=torch.float64) * 60 - 10
+        return {n: t.to(self.device) for n, t in (x | w | {"table": rope_table(positions, self.D)} | d).items()}
+
+
+SHAPES = [
+    pytest.param(Case(1, 3, 24, 128), id="typical"),
+    pytest.param(Case(2, 4, 3, 32), id="heads-not-a-power-of-two"),
+    pytest.param(Case(2, 2, 5, 72), id="D-not-a-power-of-two"),
+    pytest.param(Case(1, 1, 1, 8), id="smallest"),
+    pytest.param(Case(1, 1, 32, 256), id="largest"),
+    pytest.param(Case(2, 0, 3, 16), id="no-tokens"),
+    pytest.param(Case(0, 4, 3, 16), id="no-batch"),
+    pytest.param(Case(2, 3, 3, 32, torch.bfloat16), id="bf16"),
+    pytest.param(Case(2, 3, 3, 32, torch.float16), id="fp16"),
+    pytest.param(Case(2, 3, 3, 32, torch.bfloat16, torch.float32), id="bf16-float32-weights"),
+]
+
+
+def run(inputs: dict[str, Tensor], impl: str | None, **options) -> list[Tensor]:
+    """q_out, k_out, dq, dk, dweight_q, dweight_k."""
+    leaves = {n: inputs[n].detach().requires_grad_() for n in ("q", "k", "weight_q", "weight_k")}
+    head_dim = inputs["dq_out"].shape[-1]
+    outs = qk_norm_rope(**leaves, table=inputs["table"], head_dim=head_dim, impl=impl, **options)
+    grads = torch.autograd.grad(outs, list(leaves.values()), [inputs["dq_out"], inputs["dk_out"]])
+    return [t.detach() for t in outs] + list(grads)
+
+
+def check_against_reference(case: Case, impl: str | None, per_head: bool, interleaved: bool) -> None:
+    options = {"per_head": per_head, "interleaved": interleaved}
+    inputs = case.inputs(per_head)
+    with poisoned_allocations():
+        actual = run(inputs, impl, **options)
+    eager = run(inputs, "reference", **options)
+    truth = run({n: t.double() for n, t in inputs.items()}, "reference", **options)
+    for name, a, e, t in zip(NAMES, actual, eager, truth, strict=True):
+        assert a.dtype == e.dtype and a.is_contiguous(), name
+        assert_within_budget(name, a, e, t)
+
+
+def check_strides_are_free(case: Case, impl: str | None) -> None:
+    """Slices of one qkv projection, gradients laid out head by head: the same bits as from dense tensors."""
+    inputs = case.inputs(per_head=False)
+    expected = run(inputs, impl)
+    qkv = torch.cat((inputs["q"], inputs["q"] + 1, inputs["k"]), -1)
+    q, _, k = qkv.chunk(3, -1)
+    heads_first = {n: inputs[n].transpose(1, 2).contiguous().transpose(1, 2) for n in ("dq_out", "dk_out")}
+    for a, b in zip(run(inputs | {"q": q, "k": k} | heads_first, impl), expected, strict=True):
+        assert torch.equal(a, b)
+    # the gradient of a sum: one number, expanded over everything
+    ones = {n: torch.ones_like(inputs[n]) for n in heads_first}
+    expanded = {n: torch.ones_like(inputs[n][:1, :1, :1, :1]).expand_as(inputs[n]) for n in heads_first}
+    for a, b in zip(run(inputs | expanded, impl), run(inputs | ones, impl), strict=True):
+        assert torch.equal(a, b)
+
+
+def check_out_into_a_cache_slot(case: Case, impl: str | None) -> None:
+    """The slot holds what a call without ``out`` returns; the rest of the cache is untouched. Also head-first caches."""
+    inputs = case.inputs(per_head=False)
+    call = {n: inputs[n] for n in ("q", "k", "weight_q", "weight_k", "table")} | {"head_dim": case.D, "impl": impl}
+    expected = qk_norm_rope(**call)
+    B, S, H, D = expected[0].shape
+    start, length = 3, S + 7
+    for heads_first in (False, True):
+        shape = (B, H, length, D) if heads_first else (B, length, H, D)
+        caches = [torch.full(shape, torch.nan, dtype=case.dtype, device=case.device) for _ in range(2)]
+        views = [c.transpose(1, 2) if heads_first else c for c in caches]
+        slots = tuple(v[:, start : start + S] for v in views)
+        got = qk_norm_rope(**call, out=slots)
+        for g, slot, view, e in zip(got, slots, views, expected, strict=True):
+            assert g is slot and torch.equal(slot, e)
+            rest = torch.cat((view[:, :start], view[:, start + S :]), 1)
+            assert rest.isnan().all()
+
+
+def check_same_bits_from_run_to_run(case: Case, impl: str | None, per_head: bool) -> None:
+    inputs = case.inputs(per_head)
+    first, second = (run(inputs, impl, per_head=per_head) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

@@ -1,0 +1,44 @@
+"""Launch choices for qk_norm_rope, and what is known about each.
+
+Nothing here has been timed on a GPU yet. The Triton choices follow from counting registers and from ahead-of-time
+compilation for sm_90 (``tests/aot``): 16-byte accesses, no spills at 24 x 128 and 16 x 128.
+"""
+
+from dataclasses import dataclass
+
+MAX_INNER = 8192
+MAX_HEAD_DIM = 256
+
+# Which kernels impl=None takes on a CUDA device. Not yet measured against impl="cuda": Triton until it is.
+CUDA_DEFAULT = "triton"
+
+# CPU: float32 numbers of one chunk of rows. 0.5 MB a buffer, up to three of them: they stay in a core's L2 cache.
+CPU_CHUNK = 2**17
+
+# Backward: programs of each of q and k, so also rows of partial weight gradients. 100 to 116 registers (sm_90, 24 x 128)
+# let two programs of 8 warps live on an SM, so 2 x 128 fill the 132 SMs of an H100 in one wave; at 8,704 x 3,072 writing
+# and reading the partials adds 2 % to the traffic. A constant, not the number of SMs: the order of summation, so every
+# bit, is then the same on every GPU.
+PROGRAMS = 128
+
+# Second pass: a tile of partials, rows x columns.
+REDUCE_ROWS, REDUCE_COLUMNS = 64, 32
+
+
+@dataclass(frozen=True)
+class Config:
+    """Triton launch options of the forward and the backward kernel."""
+
+    block_h: int
+    block_p: int
+    num_warps: int
+
+
+def launch(heads: int, head_dim: int) -> Config:
+    """Heads and pairs padded to powers of two; 16 numbers of a row to a thread: two 16-byte loads in bf16."""
+    block_h, block_p = _power_of_two(heads), _power_of_two(head_dim // 2)
+    return Config(block_h, block_p, num_warps=min(16, max(1, 2 * block_h * block_p // (16 * 32))))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

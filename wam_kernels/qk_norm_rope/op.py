@@ -1,0 +1,250 @@
+"""Public op: checks, backend choice, torch.library registration."""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from .._checks import bind_dims, same_kind
+from . import cpu, reference
+from .config import CUDA_DEFAULT, MAX_HEAD_DIM, MAX_INNER
+
+_OP = "qk_norm_rope"
+_GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_DTYPES = {
+    "reference": (*_GPU_DTYPES, torch.float64),
+    "cpu": (*_GPU_DTYPES, torch.float64),
+    "triton": _GPU_DTYPES,
+    "cuda": _GPU_DTYPES,
+}
+
+
+def _launchers(impl: str) -> ModuleType:
+    """The module with ``forward`` and ``backward``. Triton and the CUDA extension are optional: imported when called."""
+    if impl == "cpu":
+        return cpu
+    if impl == "triton":
+        from . import kernel_triton
+
+        return kernel_triton
+    from . import kernel_cuda
+
+    return kernel_cuda
+
+
+def _heads(q: Tensor, head_dim: int) -> tuple[int, int, int, int]:
+    B, S, inner = q.shape
+    return B, S, inner // head_dim, head_dim
+
+
+def _forward(
+    q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, table: Tensor,
+    head_dim: int, per_head: bool, interleaved: bool, eps: float, impl: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    outs = q.new_empty(_heads(q, head_dim)), k.new_empty(_heads(k, head_dim))
+    _launchers(impl).forward(q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, eps, *outs)
+    return outs
+
+
+def _forward_out(
+    q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, table: Tensor,
+    head_dim: int, per_head: bool, interleaved: bool, eps: float, impl: str, q_out: Tensor, k_out: Tensor,
+) -> None:  # fmt: skip
+    _launchers(impl).forward(q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, eps, q_out, k_out)
+
+
+def _backward(
+    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, table: Tensor,
+    head_dim: int, per_head: bool, interleaved: bool, eps: float, impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    # the gradient of a sum arrives expanded, with stride 0 in the last dim
+    dq_out, dk_out = (t if t.stride(-1) == 1 else t.contiguous() for t in (dq_out, dk_out))
+    return _launchers(impl).backward(
+        dq_out, dk_out, q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, eps
+    )
+
+
+def _forward_fake(q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, eps, impl):
+    return q.new_empty(_heads(q, head_dim)), k.new_empty(_heads(k, head_dim))
+
+
+def _forward_out_fake(
+    q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, eps, impl, q_out, k_out
+) -> None:  # fmt: skip
+    return None
+
+
+def _backward_fake(
+    dq_out, dk_out, q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, eps, impl
+):  # fmt: skip
+    return tuple(t.new_empty(t.shape) for t in (q, k, weight_q, weight_k))
+
+
+_INPUTS = "Tensor q, Tensor k, Tensor weight_q, Tensor weight_k, Tensor table"
+_OPTIONS = "int head_dim, bool per_head, bool interleaved, float eps, str impl"
+torch.library.define("wam::qk_norm_rope", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
+torch.library.define(
+    "wam::qk_norm_rope_out", f"({_INPUTS}, {_OPTIONS}, Tensor(a!) q_out, Tensor(b!) k_out) -> ()"
+)
+torch.library.define(
+    "wam::qk_norm_rope_backward",
+    f"(Tensor dq_out, Tensor dk_out, {_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+torch.library.impl("wam::qk_norm_rope", ["CPU", "CUDA"], _forward)
+torch.library.impl("wam::qk_norm_rope_out", ["CPU", "CUDA"], _forward_out)
+torch.library.impl("wam::qk_norm_rope_backward", ["CPU", "CUDA"], _backward)
+torch.library.register_fake("wam::qk_norm_rope", _forward_fake)
+torch.library.register_fake("wam::qk_norm_rope_out", _forward_out_fake)
+torch.library.register_fake("wam::qk_norm_rope_backward", _backward_fake)
+
+
+def _save(ctx, inputs, output) -> None:
+    q, k, weight_q, weight_k, table, *ctx.options = inputs
+    ctx.save_for_backward(q, k, weight_q, weight_k, table)
+
+
+def _autograd(ctx, dq_out, dk_out):
+    grads = torch.ops.wam.qk_norm_rope_backward(dq_out, dk_out, *ctx.saved_tensors, *ctx.options)
+    return (*grads, None, *(None for _ in ctx.options))
+
+
+torch.library.register_autograd("wam::qk_norm_rope", _autograd, setup_context=_save)
+
+
+def _pick(impl: str | None, q: Tensor) -> str:
+    """The backend of a call, or the reason why there is none."""
+    if impl is None:
+        on_gpu = CUDA_DEFAULT if q.dtype in _DTYPES[CUDA_DEFAULT] else "reference"
+        impl = "cpu" if q.device.type == "cpu" else on_gpu
+    if impl not in _DTYPES:
+        raise ValueError(f"{_OP}: impl must be None or one of {tuple(_DTYPES)}, got {impl!r}")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if impl == "cpu" and q.device.type != "cpu":
+        raise ValueError(f"{_OP}: impl='cpu' needs CPU tensors, got {q.device}; use impl=None")
+    if impl == "triton" and q.device.type != "cuda" and not interpreted:
+        raise ValueError(f"{_OP}: impl='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got {q.device}")
+    if impl == "cuda" and q.device.type != "cuda":
+        raise ValueError(f"{_OP}: impl='cuda' needs CUDA tensors, got {q.device}; use impl=None")
+    if q.dtype not in _DTYPES[impl]:
+        names = ", ".join(str(t).removeprefix("torch.") for t in _DTYPES[impl])
+        raise ValueError(f"{_OP}: q must be {names} for impl={impl!r}, got {q.dtype}; impl='reference' takes float64")
+    return impl
+
+
+def _check(q: Tensor, k: Tensor, weights: dict[str, Tensor], table: Tensor, head_dim: int, per_head: bool) -> None:
+    dims = bind_dims(_OP, q=(q, "B S inner"), k=(k, "B S inner"))
+    same_kind(_OP, "q", q, k=k)
+    inner = dims["inner"]
+    if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(f"{_OP}: head_dim must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {head_dim}")
+    if inner % head_dim or not head_dim <= inner <= MAX_INNER:
+        raise ValueError(
+            f"{_OP}: q must have inner a multiple of head_dim={head_dim} from {head_dim} to {MAX_INNER}, got {inner}"
+        )
+    width = head_dim if per_head else inner
+    for name, w in weights.items():
+        if w.shape != (width,):
+            covers = "a head, since per_head=True" if per_head else "all heads, since per_head=False"
+            raise ValueError(f"{_OP}: {name} must have shape [{width}] ({covers}), got {list(w.shape)}")
+        if w.dtype not in (q.dtype, torch.float32) or w.device != q.device:
+            raise ValueError(
+                f"{_OP}: {name} must be {q.dtype} or torch.float32 on {q.device}, got {w.dtype} on {w.device}"
+            )
+    same_kind(_OP, "weight_q", weights["weight_q"], weight_k=weights["weight_k"])
+    if table.shape != (dims["S"], head_dim // 2, 2):
+        raise ValueError(
+            f"{_OP}: table must have shape [S={dims['S']}, {head_dim // 2}, 2], got {list(table.shape)}; "
+            "use rope_table(positions, head_dim)"
+        )
+    if table.device != q.device or table.dtype not in (torch.float32, torch.promote_types(q.dtype, torch.float32)):
+        raise ValueError(f"{_OP}: table must be torch.float32 on {q.device}, got {table.dtype} on {table.device}")
+    for name, t in (("q", q), ("k", k), *weights.items()):
+        if t.stride(-1) != 1:
+            raise ValueError(f"{_OP}: {name} must have last-dim stride 1, got {t.stride(-1)}; use .contiguous()")
+    if not table.is_contiguous():
+        raise ValueError(f"{_OP}: table must be contiguous, got strides {table.stride()}; use .contiguous()")
+
+
+def _check_out(q: Tensor, head_dim: int, out: tuple[Tensor, Tensor]) -> None:
+    want = list(_heads(q, head_dim))
+    for name, t in zip(("out[0]", "out[1]"), out, strict=True):
+        if list(t.shape) != want:
+            raise ValueError(f"{_OP}: {name} must have shape [B, S, H, D] = {want}, got {list(t.shape)}")
+        same_kind(_OP, "q", q, **{name: t})
+        if t.stride(-1) != 1:
+            raise ValueError(f"{_OP}: {name} must have last-dim stride 1, got {t.stride(-1)}")
+        if any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)):
+            raise ValueError(f"{_OP}: {name} must not be expanded, got strides {t.stride()}: its tokens share memory")
+
+
+def qk_norm_rope(
+    q: Tensor,
+    k: Tensor,
+    weight_q: Tensor,
+    weight_k: Tensor,
+    table: Tensor,
+    *,
+    head_dim: int,
+    per_head: bool = False,
+    interleaved: bool = True,
+    eps: float = 1e-6,
+    out: tuple[Tensor, Tensor] | None = None,
+    impl: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    r"""RMSNorm of queries and keys, then their rotary position embedding, in one pass over both.
+
+    .. math:: n = \frac{x}{\sqrt{mean(x^2) + \epsilon}} \; w, \qquad
+              (y_a, y_b) = (n_a \cos - n_b \sin, \; n_a \sin + n_b \cos)
+
+    The mean runs over all heads together (Wan) or with ``per_head`` over each head (Cosmos). Everything is float32
+    until the one rounding at the end; plain PyTorch rounds n to the dtype of q before it rotates. Differentiable in q, k
+    and the weights, not in the table; deterministic; registered, so it traces under ``torch.compile(fullgraph=True)``.
+
+    Args:
+        q: ``[B, S, inner]``, bf16, fp16 or float32; last dim stride 1, others free (a slice of a fused projection).
+            inner = heads x head_dim, up to 8192.
+        k: As ``q``.
+        weight_q: ``[inner]``, or ``[head_dim]`` with ``per_head``; dtype of ``q`` or float32.
+        weight_k: As ``weight_q``.
+        table: ``[S, head_dim // 2, 2]`` from :func:`wam_kernels.rope_table`, float32, contiguous; all of B share it.
+        head_dim: Channels of a head, a multiple of 8 from 8 to 256.
+        per_head: One norm for each head, its weight shared by them, instead of one over the whole row.
+        interleaved: Pairs are ``(x[2i], x[2i + 1])`` of a head (Wan); False: ``(x[i], x[i + head_dim / 2])`` (Cosmos).
+        eps: Added to the mean square.
+        out: Where to write, instead of new tensors: two ``[B, S, H, D]`` of the dtype of ``q``, last dim stride 1, other
+            strides free, such as the slot ``cache[:, start : start + S]`` of a key cache. They must overlap neither
+            each other nor q and k. Inference only: no gradient flows through them.
+        impl: ``"reference"`` (plain PyTorch, any device, also float64), ``"cpu"`` (also float64), ``"triton"`` and
+            ``"cuda"`` (CUDA tensors), or ``None``: ``"cpu"`` for CPU tensors; for CUDA tensors the one that ``config.py``
+            records, or ``"reference"`` for float64.
+
+    Returns:
+        ``(q_out, k_out)``, ``[B, S, H, D]`` each, dtype of ``q``; contiguous, or the tensors of ``out``.
+
+    Raises:
+        ValueError: a shape, dtype, device, stride or ``impl`` outside the above; ``out`` where a gradient is needed.
+        RuntimeError: ``impl="cuda"`` and the CUDA extension was not built.
+
+    Source: Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019; Su et al., "RoFormer", 2021.
+    """
+    weights = {"weight_q": weight_q, "weight_k": weight_k}
+    _check(q, k, weights, table, head_dim, per_head)
+    impl = _pick(impl, q)
+    graded = torch.is_grad_enabled()
+    if graded and table.requires_grad:
+        raise ValueError(f"{_OP}: table must not require a gradient, there is none for it; use table.detach()")
+    args = q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, float(eps)
+    if out is None:
+        return reference.qk_norm_rope(*args) if impl == "reference" else torch.ops.wam.qk_norm_rope(*args, impl)
+    _check_out(q, head_dim, out)
+    if graded and any(t.requires_grad for t in (q, k, weight_q, weight_k, *out)):
+        raise ValueError(f"{_OP}: out is for inference, but an input requires a gradient; use torch.no_grad() or out=None")
+    if impl == "reference":
+        for t, value in zip(out, reference.qk_norm_rope(*args), strict=True):
+            t.copy_(value)
+    else:
+        torch.ops.wam.qk_norm_rope_out(*args, impl, *out)
+    return tuple(out)
