@@ -30,38 +30,38 @@ def demo_training() -> TrainConfig:
 
 
 def verdicts(evaluation: Evaluation) -> list[str]:
-    """One sentence for each row and stream: better or worse than each baseline, and by how much."""
-    return [line for row in evaluation.rows for line in (*_action_verdict(row), *_video_verdict(row))]
+    """What the rows say, in words: each objective against each baseline, with the programs of ``joint`` together."""
+    said = []
+    for objective in dict.fromkeys(r.objective for r in evaluation.rows):
+        rows = [r for r in evaluation.rows if r.objective == objective]
+        name = objective.replace("_", " ")
+        if rows[0].action_rmse is not None:
+            for baseline, label in (
+                ("mean_action_rmse", "the mean action"),
+                ("repeat_action_rmse", f"repeating the last action for {rows[0].chunk_actions} steps"),
+            ):
+                said.append(_compared(name, rows, "action_rmse", baseline, label))
+        if rows[0].psnr is not None:
+            label = f"repeating the last frame for {rows[0].chunk_frames}"
+            said.append(_compared(name, rows, "psnr", "repeat_frame_psnr", label))
+    return said
 
 
-def _name(row: Row) -> str:
-    return row.objective.replace("_", " ") if row.program == GJD else f"joint objective, program {row.program}"
-
-
-def _action_verdict(row: Row) -> list[str]:
-    if row.action_rmse is None:
-        return []
-    mean, last = (100 * (1 - row.action_rmse / b) for b in (row.mean_action_rmse, row.repeat_action_rmse))
-    return [
-        f"{_name(row)}: the action error {row.action_rmse:.3f} is {_percent(mean)} than that of the mean action "
-        f"({row.mean_action_rmse:.3f}) and {_percent(last)} than that of repeating the last action for "
-        f"{row.chunk_actions} steps ({row.repeat_action_rmse:.3f})."
-    ]
-
-
-def _percent(gain: float) -> str:
-    return f"{abs(gain):.0f} % {'lower' if gain > 0 else 'HIGHER'}"
-
-
-def _video_verdict(row: Row) -> list[str]:
-    if row.psnr is None:
-        return []
-    gain = row.psnr - row.repeat_frame_psnr
-    return [
-        f"{_name(row)}: imagined frames reach {row.psnr:.2f} dB, {abs(gain):.2f} dB {'above' if gain > 0 else 'BELOW'} "
-        f"repeating the last frame for {row.chunk_frames} ({row.repeat_frame_psnr:.2f} dB) and "
-        f"{row.ceiling_psnr - row.psnr:.2f} dB below the ceiling of the latent transform."
-    ]
+def _compared(name: str, rows: list[Row], mine: str, baseline: str, label: str) -> str:
+    """One sentence: the range of the rows' values, and which of them are better than the baseline."""
+    higher_is_better = mine == "psnr"
+    what, unit, digits = ("imagined frames", " dB", 2) if higher_is_better else ("action error", "", 3)
+    values, bar = {r.program: getattr(r, mine) for r in rows}, getattr(rows[0], baseline)
+    low, high = (f"{f(values.values()):.{digits}f}" for f in (min, max))
+    spread = f"{low}{unit}" if len(rows) == 1 else f"{low} to {high}{unit}"
+    better = [p for p, v in values.items() if (v > bar if higher_is_better else v < bar)]
+    if len(better) == len(rows):
+        verdict = "beats" if len(rows) == 1 else "every program beats"
+    elif not better:
+        verdict = "does NOT beat" if len(rows) == 1 else "NO program beats"
+    else:
+        verdict = f"{', '.join(better)} beat{'s' if len(better) == 1 else ''}, the others do NOT beat,"
+    return f"{name}, {what} {spread}: {verdict} {label} ({bar:.{digits}f}{unit})."
 
 
 def beaten(evaluation: Evaluation) -> dict[str, bool]:

@@ -169,7 +169,10 @@ class TrainConfig:
             if "model" in values:
                 if not isinstance(values["model"], dict):
                     raise ValueError(f"model must be an object of fields, got {values['model']!r}")
-                values["model"] = ModelConfig.from_dict(small_model().to_dict() | values["model"])
+                model = small_model().to_dict() | values["model"]
+                if not isinstance(model["patch"], list | tuple):
+                    raise ValueError(f"ModelConfig: patch must be three whole numbers, got {model['patch']!r}")
+                values["model"] = ModelConfig.from_dict(model)
             return cls(**values)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{source}: {error}") from error
@@ -361,20 +364,28 @@ def train(
     return Trained(policy(), log, step)
 
 
-def prepare(model: WorldActionModel, gate: float = 0.1, locality: float = 1.0) -> None:
-    """Start a fresh model near what any trained one does, which saves it the first few hundred steps.
+def prepare(model: WorldActionModel, *, gate: float = 0.1, content: float = 0.3, sharp: float = 2.0, copy: float = 0.5) -> None:
+    """Start a fresh model near what any trained one does, which saves the first few hundred steps.
 
     - The video head undoes the patch embedding: near noise the flow is the noise itself, so passing the input
       through is the best first guess.
-    - The modulation starts small: each block adds little, and adds it alike at every noise level.
-    - Attention starts with a liking for the same place in the neighbouring frames: a constant part of q and k that
-      rope turns apart with the distance, on the pairs that turn fast enough to tell neighbours apart.
+    - The first block passes on minus what it reads from other tokens, unchanged: the flow is noise minus picture.
+    - Attention starts out looking at places rather than contents, through constant parts of q and k that rope turns
+      apart with the distance: video tokens look at their own place in all frames, the heads of the action expert at
+      places spread over the picture.
+    - The modulation starts small: the blocks act alike at every noise level.
+
+    Args:
+        gate: Factor on the modulation that depends on the timestep.
+        content: Factor on the parts of q and k that depend on contents.
+        sharp: Factor on the scores.
+        copy: How much the first block passes on.
     """
-    config = model.config
-    core = model.core
+    config, core = model.config, model.core
     patch, proj = core.patch_embedding_mlp.weight, core.proj_out.weight
     nn.init.orthogonal_(patch)
     per_patch = config.patch_width // config.latent_channels
+    blocks = model.packed_block_stack.packed_blocks
     with torch.no_grad():
         # the head's patches are ordered (place, channel), those of the embedding (channel, place)
         undo = patch.T.unflatten(0, (config.latent_channels, per_patch)).transpose(0, 1).flatten(0, 1)
@@ -383,12 +394,41 @@ def prepare(model: WorldActionModel, gate: float = 0.1, locality: float = 1.0) -
         for side in (core, model.action_expert):
             side.time_conditioner.time_proj.weight.mul_(gate)
             side.time_conditioner.time_embedder.linear_2.weight.mul_(gate)
-        turns = torch.cat([config.rope_theta ** -(torch.arange(0, w, 2) / w) for w in config.rope_split])
-        liking = locality * (turns > 0.1).repeat_interleave(2).float().repeat(config.heads)
-        for block in model.packed_block_stack.packed_blocks:
+        for i, block in enumerate(blocks):
             for expert in (block.video_block, block.action_block):
-                expert.attn1.to_q.bias.copy_(liking)
-                expert.attn1.to_k.bias.copy_(liking)
+                attention = expert.attn1
+                for layer in (attention.to_q, attention.to_k):
+                    layer.weight.mul_(content)
+                    layer.bias.copy_(_looking(config, [(0, 0)] * config.heads))
+                attention.norm_q.weight.fill_(sharp)
+            places = [_place(i * config.heads + h, len(blocks) * config.heads) for h in range(config.heads)]
+            block.action_block.attn1.to_q.bias.copy_(_looking(config, places))
+        first = blocks[0].video_block
+        nn.init.orthogonal_(first.attn1.to_v.weight)
+        first.attn1.to_out[0].weight.copy_(-first.attn1.to_v.weight.T)
+        first.scale_shift_table[0, 2] = copy
+
+
+ROWS, COLUMNS = 4, 8  # the token grid over which the action expert's heads are spread
+
+
+def _place(i: int, count: int) -> tuple[int, int]:
+    """Where head i of ``count`` looks, in rows and columns from an action token, which sits at row and column -1."""
+    at = i * ROWS * COLUMNS // count
+    return 1 + at // COLUMNS, 1 + at % COLUMNS
+
+
+def _looking(config: ModelConfig, places: list[tuple[int, int]]) -> torch.Tensor:
+    """A q bias ``[inner]`` whose heads score the keys at these offsets best; with offset 0 also the k bias."""
+    bias = torch.zeros(config.heads, config.head_dim)
+    frame, row, column = config.rope_split
+    for h, place in enumerate(places):
+        for offset, start, width in ((place[0], frame, row), (place[1], frame + row, column)):
+            for pair in range(min(2, width // 2)):  # the pairs that turn fast enough to tell neighbours apart
+                angle = offset * config.rope_theta ** -(2 * pair / width)
+                bias[h, start + 2 * pair] = math.cos(angle)
+                bias[h, start + 2 * pair + 1] = math.sin(angle)
+    return bias.flatten()
 
 
 STREAMS = ("video", "action")

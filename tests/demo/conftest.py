@@ -1,0 +1,34 @@
+import pytest
+
+from tests.data import tiny
+from wam_models.data import ClipDataset
+from wam_models.train import TrainConfig
+
+TINY_MODEL = {
+    "hidden": 32,
+    "heads": 2,
+    "head_dim": 16,
+    "layers": 1,
+    "ffn": 32,
+    "action_hidden": 32,
+    "action_ffn": 32,
+    "text_dim": 8,
+    "freq_dim": 16,
+}
+# the tiny episodes have 5 or 6 latent frames: one observed, one chunk of 2 to observe, one to predict
+TINY = {"model": TINY_MODEL, "frames": 5, "batch": 2, "chunk_sizes": [1, 2], "windows": [3, 6], "steps": 8, "warmup": 2}
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory):
+    return tiny.write(tmp_path_factory.mktemp("demo") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def data(root):
+    return ClipDataset(root)
+
+
+@pytest.fixture(scope="session")
+def config():
+    return TrainConfig.from_dict(TINY)

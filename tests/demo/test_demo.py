@@ -1,0 +1,204 @@
+"""The demo end to end on tiny data, the rollout of its checkpoint, and the mask pictures."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from wam_kernels import PROGRAMS, Geometry, dense_mask
+from wam_models import GJD, cli
+from wam_models.data import LeRobotDataset
+from wam_models.demo import make_demo, verdicts
+from wam_models.evaluate import CASES, Evaluation, Row, evaluate, rmse
+from wam_models.mask_picture import draw_programs, save_small
+from wam_models.policy import Policy
+
+
+@pytest.fixture(scope="module")
+def demo(root, config, tmp_path_factory):
+    """(folder, report) of a demo of six steps."""
+    out = tmp_path_factory.mktemp("out") / "demo"
+    return out, make_demo(out, root, seconds=60, config=replace(config, steps=6), progress=False)
+
+
+def test_the_demo_writes_a_report(demo):
+    out, report = demo
+    assert json.loads((out / "report.json").read_text()) == json.loads(json.dumps(report))
+    rows = report["evaluation"]["rows"]
+    assert [(r["objective"], r["program"]) for r in rows] == list(CASES)
+    for row in rows:
+        has_action, has_video = row["objective"] != "forward_dynamics", row["objective"] != "inverse_dynamics"
+        for name in ("action_rmse", "repeat_action_rmse", "mean_action_rmse"):
+            assert (row[name] is not None) == has_action and (not has_action or 0 < row[name] < 100)
+        for name in ("psnr", "repeat_frame_psnr", "ceiling_psnr"):
+            assert (row[name] is not None) == has_video and (not has_video or 0 < row[name] < 100)
+        assert row["seconds"] > 0
+    assert report["steps"] == 6 and report["evaluation"]["frames"] == (3, 5)
+    page = (out / "report.md").read_text()
+    assert all(program in page for program in PROGRAMS) and all(s in page for s in report["verdicts"])
+
+
+def test_the_demo_draws(demo):
+    out, _ = demo
+    for name in ("loss.png", "imagined.png", "masks.png", *(f"masks/{p}.png" for p in PROGRAMS)):
+        with Image.open(out / name) as image:
+            assert min(image.size) > 100 and np.unique(np.asarray(image.convert("L"))).size > 5
+    with Image.open(out / "imagined.gif") as film:
+        assert film.n_frames == 5
+
+
+@pytest.mark.parametrize(
+    "flags, objective, program",
+    [
+        ([], "joint", GJD),
+        (["--program", "video_then_action", "--open-loop"], "joint", "video_then_action"),
+        (["--objective", "forward_dynamics", "--steps", "2", "--episode", "0"], "forward_dynamics", GJD),
+    ],
+)
+def test_rollout_loads_the_checkpoint(demo, root, tmp_path, capsys, flags, objective, program):
+    out, _ = demo
+    base = ["rollout", "--checkpoint", str(out / "checkpoint"), "--data", str(root), "--out", str(tmp_path)]
+    assert cli.main(base + flags) == 0
+    said = capsys.readouterr().out
+    for words in ("p50", "p95", "actions/second", "peak memory", "dB PSNR", f"program {program}"):
+        assert words in said
+    (film,) = tmp_path.glob(f"*_{objective}_{program}.gif")
+    with Image.open(film) as pictures:
+        assert pictures.n_frames == (6 if "0" in flags else 5)
+
+
+def test_rollout_of_inverse_dynamics_has_no_video(demo, root, tmp_path, capsys):
+    base = ["rollout", "--checkpoint", str(demo[0] / "checkpoint"), "--data", str(root), "--out", str(tmp_path)]
+    assert cli.main([*base, "--objective", "inverse_dynamics"]) == 0
+    said = capsys.readouterr().out
+    assert "action error" in said and "dB" not in said and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--checkpoint {tmp}", "config.json"),
+        ("--objective dreams", "--objective must be one of"),
+        ("--program waltz", "--program must be one of"),
+        ("--program joint --objective inverse_dynamics", "--program must be generalist_joint_denoising"),
+        ("--episode 9", "--episode must be below 4, got 9"),
+        ("--data {tmp}", "meta/info.json"),
+        ("--device toaster", "--device must be cpu"),
+    ],
+)
+def test_rollout_mistakes_are_one_line(flags, message, demo, root, tmp_path, capsys):
+    base = ["rollout", "--checkpoint", str(demo[0] / "checkpoint"), "--data", str(root)]
+    assert cli.main(base + flags.format(tmp=tmp_path).split()) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_a_foreign_checkpoint_is_refused(demo, tmp_path, capsys):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in (demo[0] / "checkpoint").iterdir():
+        (broken / file.name).write_bytes(file.read_bytes())
+    settings = json.loads((broken / "config.json").read_text())
+    del settings["metadata"]["rollout"]
+    (broken / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match="no checkpoint of wam train"):
+        Policy.load(broken)
+
+
+def test_a_policy_survives_its_checkpoint(demo, root, config, data):
+    policy, found = Policy.load(demo[0] / "checkpoint")
+    assert found.training_state["step"] == 6 and policy.rollout.chunk_size == 2
+    assert torch.equal(policy.action_std, data.action_std)
+    clip = policy.clip(LeRobotDataset(root), 3)
+    whole = data.episode(3)
+    assert torch.equal(clip["video"], whole["video"]) and torch.allclose(clip["action"], whole["action"], atol=1e-6)
+
+
+def test_errors_against_a_model_that_knows_nothing(demo, root):
+    """With no flow at all the prediction is the noise it started from: the errors must say so."""
+    policy, _ = Policy.load(demo[0] / "checkpoint")
+    with torch.no_grad():
+        for p in policy.model.parameters():
+            p.zero_()
+    clips = [policy.clip(LeRobotDataset(root), i) for i in range(4)]
+    case = ("inverse_dynamics", GJD)
+    result = evaluate(policy, clips, cases=[case], seed=5, progress=False)
+    (row,) = result.rows
+    first, end = result.frames
+    real = torch.cat([c["action"][:, first:end] for c in clips])
+    assert row.mean_action_rmse == pytest.approx(rmse(real * 0, real, policy.varying))
+    last = torch.cat([c["action"][:, first - 1 : end - 1, -1:].expand(-1, -1, 4, -1) for c in clips])
+    assert row.repeat_action_rmse == pytest.approx(rmse(last, real, policy.varying))
+    assert row.action_rmse == pytest.approx((1 + row.mean_action_rmse**2) ** 0.5, rel=0.25)
+
+
+def test_verdicts_follow_the_numbers():
+    inverse = Row("inverse_dynamics", GJD, 1, 4, 0.5, 1.0, 2.0, None, None, None, None, 0.1)
+    joint = Row("joint", "joint", 4, 16, 1.5, 1.0, 1.2, 20.0, 21.0, 22.0, 30.0, 0.1)
+    other = replace(joint, program="video_then_action", action_rmse=1.1)
+    said = verdicts(Evaluation((inverse, joint, other), 1, (5, 9), 1))
+    assert said == [
+        "inverse dynamics, action error 0.500: beats the mean action (2.000).",
+        "inverse dynamics, action error 0.500: beats repeating the last action for 4 steps (1.000).",
+        "joint, action error 1.100 to 1.500: video_then_action beats, the others do NOT beat, the mean action (1.200).",
+        "joint, action error 1.100 to 1.500: NO program beats repeating the last action for 16 steps (1.000).",
+        "joint, imagined frames 20.00 to 20.00 dB: NO program beats repeating the last frame for 4 (21.00 dB).",
+    ]
+
+
+def test_mask_prints_the_density_and_draws(tmp_path, capsys):
+    path = tmp_path / "mask.png"
+    sizes = ["--frames", "6", "--video-tokens", "4", "--action-tokens", "2", "--chunk-size", "2", "--window", "3"]
+    for program in PROGRAMS:
+        assert cli.main(["mask", "--program", program, *sizes, "--chunk-origin", "1", "--out", str(path)]) == 0
+        geometry = Geometry(
+            program=program, video_frames=6, video_tokens=4, action_frames=6, action_tokens=2, chunk_size=2, window=3,
+            history="video_only", chunk_origin=1,
+        )  # fmt: skip
+        mask = dense_mask(geometry)
+        said = capsys.readouterr().out
+        assert f"density        {mask.mean():.4f}" in said and f"visible pairs  {mask.sum()} of {mask.size}" in said
+        with Image.open(path) as image:
+            assert min(image.size) > 500
+
+
+def test_a_mask_pixel_is_a_pair():
+    """The picture of a small mask has a colour exactly where a pair is visible (centres of the pixel blocks)."""
+    from wam_models.mask_picture import UNSEEN, mask_image, small_geometry
+
+    for program in PROGRAMS:
+        geometry = small_geometry(program)
+        n = geometry.length
+        image = mask_image(geometry, 5 * n)
+        centres = np.asarray(image)[2::5, 2::5].astype(int)
+        assert np.array_equal((np.abs(centres - UNSEEN) > 12).any(-1), dense_mask(geometry))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--program waltz", "program must be one of"),
+        ("--history none", "history must be one of"),
+        ("--out {tmp}/mask.gif", "--out must be a file name that ends in .png"),
+        ("--frames 400 --out {tmp}/mask.png", "take fewer frames or tokens"),
+    ],
+)
+def test_mask_mistakes_are_one_line(flags, message, tmp_path, capsys):
+    assert cli.main(["mask", *flags.format(tmp=tmp_path).split()]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1
+
+
+def test_the_readme_picture_is_current(tmp_path):
+    from pathlib import Path
+
+    save_small(draw_programs(), tmp_path / "masks.png")
+    stored = Path(__file__).parents[2] / "docs/masks.png"
+    with Image.open(tmp_path / "masks.png") as new, Image.open(stored) as old:
+        new, old = (np.asarray(i.convert("RGB")).astype(int) for i in (new, old))
+    # another FreeType may draw letters a little differently
+    assert new.shape == old.shape and np.abs(new - old).mean() < 2
+    assert stored.stat().st_size < 200_000

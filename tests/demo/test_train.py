@@ -1,0 +1,169 @@
+"""The training loop: configs that refuse nonsense, runs that resume exactly, draws that keep the mixture."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from tests.demo.conftest import TINY
+from wam_kernels import PROGRAMS
+from wam_models import GJD, cli, load_checkpoint
+from wam_models.data import ClipDataset
+from wam_models.policy import Policy
+from wam_models.train import TrainConfig, prepare, train
+from wam_models.model import WorldActionModel
+
+
+def losses(log):
+    return [(row["step"], row["loss"], row["video_loss"], row["action_loss"], row["gradient"]) for row in log]
+
+
+def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(config, data, root, tmp_path):
+    whole = train(config, data, seed=3, progress=False)
+    rows = []
+    cut = train(config, data, seed=3, out=tmp_path, stop=lambda: rows.append(0) or len(rows) == 5, progress=False)
+    assert cut.step == 5
+    policy, found = Policy.load(tmp_path / "checkpoint")
+    # another process would read the data again, with the checkpoint's codec
+    again = ClipDataset(root, policy.codec)
+    rest = train(config, again, seed=99, out=tmp_path, resume=found, progress=False)
+    assert losses(cut.log) + losses(rest.log) == losses(whole.log)
+    for a, b in zip(whole.policy.model.parameters(), rest.policy.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert losses(logged) == losses(whole.log)
+
+
+def test_seeds_and_threads_of_randomness(config, data):
+    short = replace(config, steps=2)
+    torch.manual_seed(1)
+    a = train(short, data, seed=0, progress=False)
+    torch.manual_seed(2)  # nothing is drawn from the global generator that the seed does not set
+    b = train(short, data, seed=0, progress=False)
+    c = train(short, data, seed=1, progress=False)
+    assert losses(a.log) == losses(b.log) != losses(c.log)
+
+
+def test_training_lowers_the_loss(config, data):
+    log = train(replace(config, steps=60, learning_rate=5e-3), data, progress=False).log
+    mean = [sum(row["loss"] for row in part) / len(part) for part in (log[:10], log[-10:])]
+    assert mean[1] < 0.8 * mean[0]
+
+
+@pytest.mark.parametrize("programs", [PROGRAMS, ("joint",), ("video_then_action", "decoupled_same_step")])
+def test_steps_keep_the_mixture(programs):
+    config = TrainConfig(programs=programs)
+    share = dict.fromkeys([*programs, "forward_dynamics", "inverse_dynamics"], 0.0)
+    total = 0.0
+    for probability, kind in config.draws():
+        total += probability
+        if kind.program == GJD:
+            weight = sum(kind.mixture.values())
+            for name, w in kind.mixture.items():
+                share[name] = share.get(name, 0.0) + probability * w / weight
+        else:
+            share[kind.program] += probability
+    assert total == pytest.approx(1)
+    assert share["forward_dynamics"] == pytest.approx(0.2) and share["inverse_dynamics"] == pytest.approx(0.2)
+    for program in programs:
+        assert share[program] == pytest.approx(0.6 / len(programs))
+
+
+def test_a_prepared_model_passes_noise_through(config):
+    """Near noise, the flow of a fresh model is close to its input."""
+    torch.manual_seed(0)
+    big = replace(config.model, hidden=192, heads=4, layers=2)
+    model = WorldActionModel(big)
+    prepare(model)
+    x = torch.randn(1, 48, 3, 2, 4)
+    stream, _ = model.embed(x, torch.full((1, 3), 1000.0), None, None)
+    flow, _ = model.flows((stream, None), 3, 1, 2)
+    assert (flow - x).norm() < 0.3 * x.norm()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"stepz": 3}, "unknown fields ['stepz']"),
+        ({"batch": 0}, "batch must be a whole number of at least 1, got 0"),
+        ({"batch": True}, "batch must be a whole number"),
+        ({"frames": 2.5}, "frames must be a whole number of at least 2, got 2.5"),
+        ({"learning_rate": "fast"}, "learning_rate must be a positive number, got 'fast'"),
+        ({"chunk_sizes": [4, 1]}, "chunk_sizes must be two whole numbers, 1 <= low <= high, got (4, 1)"),
+        ({"windows": 4}, "windows must be two whole numbers"),
+        ({"programs": ["waltz"]}, "programs must be some of"),
+        ({"programs": []}, "programs must be some of"),
+        ({"mixture": {"joint": -1}}, "mixture must be weights of at least 0"),
+        ({"mixture": {"dreams": 1}}, "mixture must be weights of"),
+        ({"history": "none"}, "history must be one of"),
+        ({"schedule": "zigzag"}, "schedule must be one of"),
+        ({"beta2": 1}, "beta2 must be a number from 0 to below 1"),
+        ({"noised_history": 1.5}, "noised_history must be a number from 0 to 1"),
+        ({"model": {"depth": 3}}, "unknown fields ['depth']"),
+        ({"model": {"hidden": 0}}, "hidden must be a positive int"),
+        ({"model": {"patch": 2}}, "patch"),
+        ({"model": 7}, "model must be an object of fields"),
+        ([], "must hold an object of fields"),
+    ],
+)
+def test_malformed_configs_are_refused_by_name(change, message, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(change))
+    with pytest.raises(ValueError, match="config.json") as error:
+        TrainConfig.from_json(path)
+    assert message in str(error.value)
+
+
+def test_a_config_survives_json(config):
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+def test_data_that_does_not_fit_is_refused(config, data):
+    for change, message in (
+        ({"frames": 7}, "frames must be at most 6"),
+        ({"model": replace(config.model, action_dim=6)}, "model.action_dim must be 7"),
+        ({"model": replace(config.model, latent_channels=16)}, "model.latent_channels must be 48"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train(replace(config, **change), data, progress=False)
+
+
+def test_the_command_trains_and_resumes(root, tmp_path, capsys):
+    path, out = tmp_path / "config.json", tmp_path / "run"
+    path.write_text(json.dumps(TINY))
+    base = ["train", "--data", str(root), "--out", str(out)]
+    assert cli.main([*base, "--config", str(path), "--steps", "2"]) == 0
+    assert "step 2 of 2; checkpoint:" in capsys.readouterr().out
+    assert cli.main([*base, "--resume", str(out / "checkpoint"), "--steps", "4"]) == 0
+    assert len((out / "log.jsonl").read_text().splitlines()) == 4
+    assert load_checkpoint(out / "checkpoint").training_state["step"] == 4
+    assert cli.main([*base, "--resume", str(out / "checkpoint"), "--steps", "4"]) == 2
+    assert "--steps must be above 4, the steps done, got 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ("--config {tmp}/none.json", "none.json: No such file or directory"),
+        ("--config {tmp}/bad.json", "bad.json: not valid JSON"),
+        ("--config {tmp}/field.json", "field.json: unknown fields ['stepz']"),
+        ("--resume {tmp}/none", "cannot read"),
+        ("--device toaster", "--device must be cpu, cuda or cuda:N, got 'toaster'"),
+        ("--device cuda:99", "--device cuda:99: this machine has"),
+    ],
+)
+def test_mistakes_are_one_line(flags, message, root, tmp_path, capsys):
+    (tmp_path / "bad.json").write_text("{")
+    (tmp_path / "field.json").write_text('{"stepz": 1}')
+    flags = flags.format(tmp=tmp_path).split()
+    assert cli.main(["train", "--data", str(root), "--out", str(tmp_path / "run"), *flags]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and err.startswith("wam train: error: ")
+
+
+def test_missing_data_is_one_line(tmp_path, capsys):
+    for command in (["train", "--out", str(tmp_path)], ["demo", "--out", str(tmp_path)]):
+        assert cli.main([*command, "--data", str(tmp_path / "none")]) == 2
+        err = capsys.readouterr().err
+        assert "meta/info.json" in err and err.count("\n") == 1
