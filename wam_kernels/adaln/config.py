@@ -11,9 +11,8 @@ DEFAULT_IMPL = {"cpu": "cpu", "cuda": "triton"}
 # Tile of the second pass: segments that are loaded together, and channels.
 SUM_SEGMENTS, SUM_CHANNELS = 16, 128
 
-# Elements that the CPU backend works on at a time, per thread: 256 KB of float32, so that temporaries stay in a
-# core's own cache.
-CPU_CHUNK = 65536
+# Elements of a chunk that the CPU backend works on at a time, and of a run that gets chunks of its own; per thread.
+CPU_CHUNK, CPU_LONG_RUN = 262144, 32768
 
 
 def block_d(D: int) -> int:

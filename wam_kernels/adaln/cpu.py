@@ -4,10 +4,10 @@
     backward  g = dh (1 + scale);  t = dr + LN'(g; r);  dx = t;  dy = gate t
               dgate = sum t y;  dshift = sum dh;  dscale = sum dh n      over the tokens of a row of the modulation
 
-A chunk is a few consecutive segments of equal length (``wam_kernels.frame_index``), viewed as [n, run, D]: its
-modulation is [n, 1, D] and broadcasts, its sums over dim 1 are [n, D] and are added to their rows in order. Nothing is saved
-between forward and backward but inputs and r, and nothing of the size of x is allocated but outputs. Work is float32
-(float64 for float64).
+A chunk is n runs of one length, viewed as [n, run, D]: either a piece of one long run (n = 1), where 1 + scale and shift
+are simply the weight and bias of PyTorch's LayerNorm, or many short runs, whose modulation [n, 1, D] broadcasts. Sums
+over dim 1 are [n, D] and are added to their rows in order. Nothing is saved between forward and backward but inputs and
+r, and nothing of the size of x is allocated but outputs. Work is float32 (float64 for float64).
 
 B batch elements, S tokens, F rows of the modulation, D channels.
 """
@@ -20,26 +20,37 @@ from torch import Tensor
 
 from . import config
 
+Chunk = tuple[slice, tuple[int, int, int], Tensor]
 
-def _chunks(segments: Tensor, D: int) -> Iterator[tuple[slice, tuple[int, int, int], Tensor]]:
-    """Tokens of each chunk, the shape that splits them into its segments, and the segments' rows."""
-    first, end, row = segments.numpy().T
-    if first.size == 0:
+
+def _chunks(row_of_token: Tensor, D: int) -> Iterator[Chunk]:
+    """Tokens of each chunk, its shape [n, run, D], and the rows of its n runs."""
+    rows_S = row_of_token.numpy()
+    threads = torch.get_num_threads()
+    tokens = max(1, config.CPU_CHUNK * threads // D)
+    if rows_S.size == 0:
         return
-    run = end - first
-    budget = config.CPU_CHUNK * torch.get_num_threads()
-    starts = np.flatnonzero(np.diff(run, prepend=-1))
-    rows = torch.from_numpy(row.astype(np.int64))
-    for a, b in zip(starts, np.append(starts[1:], run.size), strict=True):
-        length = int(run[a])
-        step = max(1, budget // (length * D))
-        for i in range(a, b, step):
-            j = min(i + step, b)
-            yield slice(int(first[i]), int(end[j - 1])), (int(j - i), length, D), rows[i:j]
+    first = np.flatnonzero(np.diff(rows_S, prepend=-1))
+    run = np.diff(first, append=rows_S.size)
+    row = torch.from_numpy(rows_S[first].astype(np.int64))
+    # neighbouring runs of one length go together, as many as fit
+    group = np.flatnonzero(np.diff(run, prepend=-1))
+    for i, end in zip(group.tolist(), [*group[1:].tolist(), run.size], strict=True):
+        length = int(run[i])
+        if length * D >= config.CPU_LONG_RUN * threads:
+            for k in range(i, end):
+                for a in range(int(first[k]), int(first[k]) + length, tokens):
+                    b = min(a + tokens, int(first[k]) + length)
+                    yield slice(a, b), (1, b - a, D), row[k : k + 1]
+            continue
+        step = max(1, tokens // length)
+        for k in range(i, end, step):
+            n = min(step, end - k)
+            yield slice(int(first[k]), int(first[k]) + n * length), (n, length, D), row[k : k + n]
 
 
 def _modulation(rows_FD: Tensor, table_D: Tensor | None, rows: Tensor) -> Tensor:
-    """``[n, 1, D]`` for the rows of a chunk."""
+    """``[n, 1, D]`` for the runs of a chunk."""
     value = rows_FD.index_select(0, rows)
     return (value if table_D is None else value.add_(table_D))[:, None]
 
@@ -47,82 +58,85 @@ def _modulation(rows_FD: Tensor, table_D: Tensor | None, rows: Tensor) -> Tensor
 def forward(
     x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
     gate_table: Tensor | None, shift_table: Tensor | None, scale_table: Tensor | None,
-    weight: Tensor | None, bias: Tensor | None, segments: Tensor, eps: float,
+    weight: Tensor | None, bias: Tensor | None, row_of_token: Tensor, eps: float,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+    """r (None without y) and h (None without a norm)."""
     B, _, D = x.shape
     acc = torch.promote_types(x.dtype, torch.float32)
-    if weight is not None:
-        weight, bias = weight.to(acc), bias.to(acc)
     r = None if y is None else x.new_empty(x.shape)
     h = None if scale is None and weight is None else x.new_empty(x.shape)
-    for tokens, shape, rows in _chunks(segments, D):
+    if weight is not None:
+        weight, bias = weight.to(acc), bias.to(acc)
+    for tokens, shape, rows in _chunks(row_of_token, D):
         for b in range(B):
             row = x[b, tokens]
-            if y is not None:
-                row = _add_update(row, y[b, tokens], gate, gate_table, b, rows, shape, acc, out=r[b, tokens])
+            if gate is not None:
+                update, factor = y[b, tokens].to(acc).view(shape), _modulation(gate[b], gate_table, rows)
+                row = torch.addcmul(row.to(acc).view(shape), update, factor, out=r[b, tokens].view(shape)).view(row.shape)
+            elif y is not None:
+                row = torch.add(row, y[b, tokens], out=r[b, tokens])
             if h is None:
                 continue
+            if scale is not None:
+                factor, offset = 1 + _modulation(scale[b], scale_table, rows), _modulation(shift[b], shift_table, rows)
+                weight, bias = (factor[0, 0], offset[0, 0]) if shape[0] == 1 else (None, None)
             normed, _, _ = torch.native_layer_norm(row.to(acc), (D,), weight, bias, eps)
-            if weight is not None:
+            if weight is None:
+                torch.addcmul(offset, normed.view(shape), factor, out=h[b, tokens].view(shape))
+            else:
                 h[b, tokens] = normed
-                continue
-            factor = 1 + _modulation(scale[b], scale_table, rows)
-            shift_n1D = _modulation(shift[b], shift_table, rows)
-            torch.addcmul(shift_n1D, normed.view(shape), factor, out=h[b, tokens].view(shape))
     return r, h
-
-
-def _add_update(row, y, gate, gate_table, b, rows, shape, acc, out: Tensor) -> Tensor:
-    if gate is None:
-        return torch.add(row, y, out=out)
-    row, y = (t.to(acc).view(shape) for t in (row, y))
-    torch.addcmul(row, y, _modulation(gate[b], gate_table, rows), out=out.view(shape))
-    return out
 
 
 def backward(
     dr: Tensor | None, dh: Tensor | None, r: Tensor | None, y: Tensor | None, gate: Tensor | None,
     scale: Tensor | None, gate_table: Tensor | None, scale_table: Tensor | None, weight: Tensor | None,
-    segments: Tensor, row_begin: Tensor, eps: float,
+    row_of_token: Tensor, row_begin: Tensor, eps: float,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """dx, dy, dgate, dshift, dscale, dweight, dbias as in ``kernel_triton.backward``."""
+    """dx, dy, dgate, dshift, dscale, dweight, dbias, as in ``kernel_triton.backward``."""
     like = dr if dh is None else dh
     B, _, D = like.shape
+    F = row_begin.shape[0] - 1
     acc = torch.promote_types(like.dtype, torch.float32)
+    adaptive, affine = dh is not None and scale is not None, dh is not None and scale is None
 
     def zeros(wanted: bool, *shape: int) -> Tensor | None:
         return like.new_zeros(shape, dtype=acc) if wanted else None
 
-    adaptive, affine, gated = dh is not None and scale is not None, dh is not None and scale is None, gate is not None
-    F = row_begin.shape[0] - 1
-    dgate, dshift, dscale = zeros(gated, B, F, D), zeros(adaptive, B, F, D), zeros(adaptive, B, F, D)
+    dgate, dshift, dscale = zeros(gate is not None, B, F, D), zeros(adaptive, B, F, D), zeros(adaptive, B, F, D)
     dweight, dbias = zeros(affine, D), zeros(affine, D)
     dx = None if dh is None else like.new_empty(like.shape)
     dy = None if gate is None else like.new_empty(like.shape)
     if affine:
         weight = weight.to(acc)
-    for tokens, shape, rows in _chunks(segments, D):
+    for tokens, shape, rows in _chunks(row_of_token, D):
         for b in range(B):
-            total = None if dr is None else dr[b, tokens].to(acc)
+            total = None if dr is None else dr[b, tokens]
             if dh is not None:
                 g, row = dh[b, tokens].to(acc), r[b, tokens].to(acc)
                 normed, mean, rstd = torch.native_layer_norm(row, (D,), None, None, eps)
-                normed *= g
                 if adaptive:
+                    factor = 1 + _modulation(scale[b], scale_table, rows)
+                    weight = factor[0, 0] if shape[0] == 1 else None
+                if weight is None:
                     dshift[b].index_add_(0, rows, g.view(shape).sum(1))
-                    dscale[b].index_add_(0, rows, normed.view(shape).sum(1))
-                    g = (g.view(shape) * (1 + _modulation(scale[b], scale_table, rows))).view(row.shape)
-                else:
-                    dbias += g.sum(0)
-                    dweight += normed.sum(0)
-                    g = g * weight
-                through = torch.ops.aten.native_layer_norm_backward(
-                    g, row, (D,), mean, rstd, None, None, [True, False, False]
-                )[0]
-                total = through if total is None else through.add_(total)
-                dx[b, tokens] = total
-            if gated:
-                total = total.view(shape)
+                    dscale[b].index_add_(0, rows, normed.mul_(g).view(shape).sum(1))
+                    g = (g.view(shape) * factor).view(row.shape)
+                fused = weight is not None
+                # the bias gives no more than its shape
+                through, dw, db = torch.ops.aten.native_layer_norm_backward(
+                    g, row, (D,), mean, rstd, weight, weight, [True, fused, fused]
+                )
+                if fused:
+                    (dweight if affine else dscale[b, rows[0]]).add_(dw)
+                    (dbias if affine else dshift[b, rows[0]]).add_(db)
+                # the gate below takes what is not rounded: in half precision that is not dx itself
+                out = dx[b, tokens] if acc == dx.dtype else through
+                total = out.copy_(through) if total is None else torch.add(through, total, out=out)
+                if out is through:
+                    dx[b, tokens] = total
+            if gate is not None:
+                total = total.to(acc).view(shape)
                 torch.mul(total, _modulation(gate[b], gate_table, rows), out=dy[b, tokens].view(shape))
                 dgate[b].index_add_(0, rows, (total * y[b, tokens].view(shape)).sum(1))
     return dx, dy, dgate, dshift, dscale, dweight, dbias

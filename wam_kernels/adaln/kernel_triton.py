@@ -106,7 +106,7 @@ def _gate_residual_norm_bwd_kernel(
     n, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     in_d = d < D
-    first, end = tl.load(segments_ptr + n * 3), tl.load(segments_ptr + n * 3 + 1)
+    first, end = tl.load(segments_ptr + n * 3).to(tl.int64), tl.load(segments_ptr + n * 3 + 1).to(tl.int64)
     f = tl.load(segments_ptr + n * 3 + 2).to(tl.int64)
 
     if HAS_GATE:
@@ -121,8 +121,7 @@ def _gate_residual_norm_bwd_kernel(
         dshift = tl.zeros([BLOCK_D], tl.float32)
         dscale = tl.zeros([BLOCK_D], tl.float32)
 
-    for token in tl.range(first, end):
-        s = token.to(tl.int64)
+    for s in tl.range(first, end):
         total = tl.zeros([BLOCK_D], tl.float32)
         if HAS_DR:
             total = _load_row(dr_ptr, b * stride_dr_b + s * stride_dr_s, d, in_d)

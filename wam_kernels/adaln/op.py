@@ -39,6 +39,8 @@ class _Inputs(NamedTuple):
 
 
 def _launchers(impl: str):
+    if impl == "cpu":
+        return cpu
     # triton and the compiled extension are optional: imported at the first call that needs them
     if impl == "cuda":
         from . import kernel_cuda
@@ -58,12 +60,8 @@ def _accumulator(t: Tensor) -> torch.dtype:
 
 def _forward(*args):
     *tensors, index, eps, impl = args
-    x, row_of_token, segments = tensors[0], index[0], index[1]
-    if impl == "cpu":
-        outputs = cpu.forward(*tensors, segments, eps)
-    else:
-        outputs = _launchers(impl).forward(*tensors, row_of_token, eps)
-    return tuple(x.new_empty(0) if t is None else t for t in outputs)
+    outputs = _launchers(impl).forward(*tensors, index[0], eps)
+    return tuple(tensors[0].new_empty(0) if t is None else t for t in outputs)
 
 
 def _forward_fake(*args):
@@ -83,14 +81,14 @@ def _present(dh, gate, scale) -> tuple[bool, ...]:
 
 
 def _backward(dr, dh, r, y, gate, scale, gate_table, scale_table, weight, index, eps, impl):
-    _, segments, row_begin, row_segments = index
+    row_of_token, segments, row_begin, row_segments = index
     tensors = [dr, dh, r, y, gate, scale, gate_table, scale_table, weight]
     for i, t in enumerate(tensors[:2]):
         # an incoming gradient has any strides: that of a sum is expanded from one number
         if t is not None and t.stride(-1) != 1:
             tensors[i] = t.contiguous()
     if impl == "cpu":
-        grads = cpu.backward(*tensors, segments, row_begin, eps)
+        grads = cpu.backward(*tensors, row_of_token, row_begin, eps)
     else:
         grads = _launchers(impl).backward(*tensors, segments, row_begin, row_segments, eps)
     like = dr if dh is None else dh

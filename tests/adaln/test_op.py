@@ -1,0 +1,186 @@
+"""The adaLN ops on the CPU: the cpu backend against the reference, registration, refusals."""
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from tests.adaln.checks import (
+    FULL, LAYOUTS, SHAPES, SHARED, UNEVEN, VARIANTS, check_against_reference, check_fused_equals_parts, check_layout,
+    check_one_gradient, check_same_bits, make_inputs, run,
+)  # fmt: skip
+from wam_kernels.adaln import ada_layer_norm, config, gate_residual_ada_layer_norm
+from wam_kernels.frame_index import FrameIndex
+
+each_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+
+
+@each_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_variant(variant, dtype):
+    check_against_reference(variant, SHARED, make_inputs(SHARED, 2, 72, dtype), "cpu")
+
+
+@pytest.mark.parametrize("index, B, D, dtype", SHAPES)
+def test_shapes_and_dtypes(index, B, D, dtype):
+    for variant in (FULL, VARIANTS["gate-and-affine-norm"]):
+        check_against_reference(variant, index, make_inputs(index, B, D, dtype), "cpu")
+
+
+def test_float64():
+    check_against_reference(FULL, UNEVEN, make_inputs(UNEVEN, 2, 64, torch.float64), None)
+
+
+@pytest.mark.parametrize("chunk, long_run", [(64, 1 << 30), (640, 1 << 30), (640, 64), (1 << 20, 64)])
+@pytest.mark.parametrize("name", ["gate-and-norm", "gate-and-affine-norm"])
+def test_chunks_of_the_cpu_backend(monkeypatch, name, chunk, long_run):
+    # chunks of one token, of a part of a run, of some runs, of a whole run
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    monkeypatch.setattr(config, "CPU_CHUNK", chunk)
+    monkeypatch.setattr(config, "CPU_LONG_RUN", long_run)
+    for index in (UNEVEN, SHARED):
+        check_against_reference(VARIANTS[name], index, make_inputs(index, 2, 64, torch.bfloat16), "cpu")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_layout_never_changes_the_answer(layout):
+    check_layout(layout, UNEVEN, "cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_equals_its_parts(dtype):
+    check_fused_equals_parts(SHARED, make_inputs(SHARED, 2, 72, dtype), "cpu")
+
+
+def test_only_one_output_used():
+    check_one_gradient(SHARED, make_inputs(SHARED, 2, 64, torch.float32), "cpu")
+
+
+def test_same_bits_from_run_to_run():
+    check_same_bits(SHARED, make_inputs(SHARED, 2, 72, torch.float32), "cpu")
+
+
+def test_nothing_of_the_size_of_the_tokens_is_saved():
+    index = FrameIndex.from_runs([64] * 8)
+    inputs = make_inputs(index, 1, 64, torch.bfloat16)
+    x, y = (inputs[n].requires_grad_() for n in ("x", "y"))
+    shift, scale, gate, *_ = inputs["t_proj"].unbind(2)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        r, _ = gate_residual_ada_layer_norm(x, y, gate, shift, scale, index)
+    large = {t.data_ptr() for t in saved if t.numel() >= x.numel()}
+    assert large == {r.data_ptr(), y.data_ptr()}
+
+
+@each_variant
+def test_registration(variant):
+    calls = []
+    op = torch.ops.wam.gate_residual_norm
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is op.default:
+                calls.append(args)
+            return func(*args, **(kwargs or {}))
+
+    inputs = make_inputs(SHARED, 2, 16, torch.float32)
+    with Recorder():
+        run(variant, SHARED, inputs, "cpu")
+    args = [a.detach() if isinstance(a, torch.Tensor) else a for a in calls[0]]
+    torch.library.opcheck(op.default, args)
+    for a in args:
+        if isinstance(a, torch.Tensor):
+            a.requires_grad_()
+    torch.library.opcheck(op.default, args)
+
+
+def test_compiles_whole_and_only_once_for_all_lengths():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+
+    def step(x, y, t_proj, table, index):
+        rows, tables = t_proj.unbind(2), table.unbind(0)
+        h = ada_layer_norm(x * 2, rows[0], rows[1], index, shift_table=tables[0], scale_table=tables[1])
+        return gate_residual_ada_layer_norm(h, y, rows[2], rows[3], rows[4], index, gate_table=tables[2])
+
+    compilations = []
+    compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    for lengths in ([3, 5, 20, 1, 7], [7, 7], [40, 1, 2, 3, 4], [2, 2, 2, 9]):
+        index = FrameIndex.from_runs(lengths)
+        inputs = make_inputs(index, 2, 64, torch.float32)
+        leaves = [inputs[n].requires_grad_() for n in ("x", "y", "t_proj", "table")]
+        results = []
+        for f in (compiled, step):
+            outputs = f(*leaves, index)
+            results.append([*outputs, *torch.autograd.grad(outputs, leaves, (inputs["dr"], inputs["dh"]))])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+        compilations.append(counter.frame_count)
+    # the first index may compile with numbers that happen to be equal; the second learns which of them change
+    assert len(set(compilations[1:])) == 1
+
+
+def test_activation_checkpointing():
+    inputs = make_inputs(SHARED, 2, 64, torch.bfloat16)
+    x = inputs["x"].requires_grad_()
+    shift, scale, gate, *_ = inputs["t_proj"].unbind(2)
+
+    def block(x):
+        r, h = gate_residual_ada_layer_norm(x, inputs["y"], gate, shift, scale, SHARED)
+        return r + h
+
+    expected = torch.autograd.grad(block(x), x, inputs["dr"])[0]
+    assert torch.equal(torch.autograd.grad(checkpoint(block, x, use_reentrant=False), x, inputs["dr"])[0], expected)
+
+
+def good_call() -> dict:
+    inputs = make_inputs(UNEVEN, 2, 64, torch.bfloat16)
+    shift, scale, gate, *_ = inputs["t_proj"].unbind(2)
+    return {"x": inputs["x"], "y": inputs["y"], "gate": gate, "shift": shift, "scale": scale, "index": UNEVEN}
+
+
+D64 = torch.zeros(64)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"index": None}, TypeError, "index must be a FrameIndex, got NoneType; see FrameIndex.from_tensor"),
+        ({"index": FrameIndex.per_sample(54)}, ValueError, "x must have S=54 tokens like index, got 55; make an index"),
+        ({"index": FrameIndex.per_sample(55)}, ValueError, "gate, shift, scale must have F=1 rows like index, got 5"),
+        ({"index": UNEVEN.to("meta")}, ValueError, "index must be on cpu like x, got meta; use index.to"),
+        ({"y": None}, ValueError, "y must be a tensor, got None; without a residual use ada_layer_norm"),
+        ({"y": torch.zeros(2, 55, 64)}, ValueError, "y must be torch.bfloat16 on cpu like x, got torch.float32"),
+        ({"y": torch.zeros(2, 55, 32)}, ValueError, r"y must have shape \[B=2, S=55, D=64\], got \[2, 55, 32\]"),
+        ({"gate": torch.zeros(2, 5, 64).bfloat16()}, ValueError, "gate must be torch.float32 on cpu, got torch.bfloat16 on"),
+        ({"scale": None}, ValueError, "scale must be given with shift, got None; give both or neither"),
+        ({"weight": D64, "bias": D64}, ValueError, "weight must be None with scale, got both"),
+        ({"shift": None, "scale": None, "weight": D64}, ValueError, "bias must be given with weight, got None"),
+        ({"gate": None, "gate_table": D64}, ValueError, "gate_table must be None without gate, got a tensor; leave it out"),
+        ({"gate_table": D64.double()}, ValueError, "gate_table must be torch.float32 on cpu, got torch.float64"),
+        (
+            {"shift": None, "scale": None, "weight": D64.half(), "bias": D64},
+            ValueError,
+            "weight must be torch.float32 or torch.bfloat16 on cpu, got torch.float16",
+        ),
+        ({"impl": "liger"}, ValueError, "impl must be None or one of .*got 'liger'"),
+        ({"impl": "triton"}, ValueError, r"impl='triton' needs CUDA tensors \(or TRITON_INTERPRET=1\), got cpu"),
+        ({"impl": "cuda"}, ValueError, "impl='cuda' needs CUDA tensors, got cpu; use impl=None"),
+    ],
+)
+def test_refusals_name_the_argument(change, error, message):
+    with pytest.raises(error, match=f"gate_residual_ada_layer_norm: {message}"):
+        gate_residual_ada_layer_norm(**(good_call() | change))
+
+
+@pytest.mark.parametrize("D", [4, 12, 8200])
+def test_refuses_widths_outside_its_range(D):
+    rows = torch.zeros(1, 1, D)
+    with pytest.raises(ValueError, match=f"ada_layer_norm: D must be a multiple of 8 from 8 to 8192, got {D}"):
+        ada_layer_norm(torch.zeros(1, 3, D), rows, rows, FrameIndex.per_sample(3))
+
+
+def test_refuses_strided_channels():
+    call = good_call()
+    call["x"] = call["x"].mT.contiguous().mT
+    with pytest.raises(ValueError, match=r"x must have last-dim stride 1, got 55; use .contiguous\(\)"):
+        gate_residual_ada_layer_norm(**call)
