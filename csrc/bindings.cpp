@@ -1,19 +1,27 @@
-// The Python module wam_kernels._C: one function per op, taking device addresses and a stream as integers.
+// The Python module wam_kernels._C: one function per launch, taking device addresses and a stream as integers.
 //
 // It does not link libtorch, so one build serves every torch version; tensors are taken apart in Python, where the
 // shapes, dtypes and devices are checked. What is checked here is what would otherwise crash.
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
-#include "ada_layer_norm.cuh"
+#include <array>
+
+#include "adaln.cuh"
 
 namespace py = pybind11;
 
 namespace {
 
+using Address = std::uintptr_t;            // 0: no tensor
+using Row3 = std::array<std::int64_t, 3>;  // address, batch stride, row stride: a wam::Rows
+
 template <class T = void>
-T* pointer(std::uintptr_t address) {
+T* pointer(Address address) {
   return reinterpret_cast<T*>(address);
 }
+
+wam::Rows rows(const Row3& t) { return {pointer(static_cast<Address>(t[0])), t[1], t[2]}; }
 
 wam::DType dtype_from(const char* op, const std::string& name) {
   if (name == "bfloat16") return wam::DType::kBFloat16;
@@ -22,29 +30,81 @@ wam::DType dtype_from(const char* op, const std::string& name) {
   throw py::value_error(std::string(op) + ": dtype must be 'bfloat16', 'float16' or 'float32', got '" + name + "'");
 }
 
-void ada_layer_norm(std::uintptr_t x, std::uintptr_t scale, std::uintptr_t shift, std::uintptr_t frame_of_row,
-                    std::uintptr_t y, std::int64_t rows, std::int64_t frames, std::int32_t channels, float eps,
-                    const std::string& dtype, std::uintptr_t stream) {
-  wam::AdaLayerNormParams params{};
-  params.x = pointer(x);
-  params.scale = pointer<const float>(scale);
-  params.shift = pointer<const float>(shift);
-  params.frame_of_row = pointer<const std::int32_t>(frame_of_row);
-  params.y = pointer(y);
-  params.rows = rows;
-  params.frames = frames;
-  params.channels = channels;
-  params.eps = eps;
-  wam::ada_layer_norm(params, dtype_from("ada_layer_norm", dtype), pointer(stream));
+// shape is (B, S, F, D). A norm with weight is affine.
+wam::AdalnParams adaln_params(const std::array<std::int64_t, 4>& shape, const Row3& gate, const Row3& scale,
+                              Address gate_table, Address scale_table, Address weight, bool has_norm, float eps) {
+  wam::AdalnParams p{};
+  p.batch = shape[0];
+  p.tokens = shape[1];
+  p.rows = shape[2];
+  p.channels = static_cast<std::int32_t>(shape[3]);
+  p.gate = rows(gate);
+  p.scale = rows(scale);
+  p.gate_table = pointer<const float>(gate_table);
+  p.scale_table = pointer<const float>(scale_table);
+  p.weight = pointer<const float>(weight);
+  p.eps = eps;
+  p.norm = !has_norm ? wam::Norm::kNone : weight != 0 ? wam::Norm::kAffine : wam::Norm::kAdaptive;
+  return p;
+}
+
+void adaln_forward(const std::array<std::int64_t, 4>& shape, const Row3& x, const Row3& y, const Row3& gate,
+                   const Row3& shift, const Row3& scale, Address gate_table, Address shift_table, Address scale_table,
+                   Address weight, Address bias, Address row_of_token, const Row3& r, const Row3& h,
+                   bool has_norm, std::int32_t tokens_per_block, float eps, const std::string& dtype, Address stream) {
+  auto p = adaln_params(shape, gate, scale, gate_table, scale_table, weight, has_norm, eps);
+  p.x = rows(x);
+  p.y = rows(y);
+  p.shift = rows(shift);
+  p.shift_table = pointer<const float>(shift_table);
+  p.bias = pointer<const float>(bias);
+  p.row_of_token = pointer<const std::int32_t>(row_of_token);
+  p.r = rows(r);
+  p.h = rows(h);
+  p.tokens_per_block = tokens_per_block;
+  wam::adaln_forward(p, dtype_from("adaln_forward", dtype), pointer(stream));
+}
+
+void adaln_backward(const std::array<std::int64_t, 4>& shape, const Row3& dr, const Row3& dh, const Row3& r,
+                    const Row3& y, const Row3& gate, const Row3& scale, Address gate_table, Address scale_table,
+                    Address weight, Address segments, std::int64_t segment_count, Address row_begin,
+                    Address row_segments, const Row3& dx, const Row3& dy, Address dgate, Address dshift, Address dscale,
+                    Address dweight, Address dbias, Address partials, bool has_norm, float eps, const std::string& dtype,
+                    Address stream) {
+  auto p = adaln_params(shape, gate, scale, gate_table, scale_table, weight, has_norm, eps);
+  p.dr = rows(dr);
+  p.dh = rows(dh);
+  p.r = rows(r);
+  p.y = rows(y);
+  p.segments = pointer<const std::int32_t>(segments);
+  p.segment_count = segment_count;
+  p.row_begin = pointer<const std::int32_t>(row_begin);
+  p.row_segments = pointer<const std::int32_t>(row_segments);
+  p.dx = rows(dx);
+  p.dy = rows(dy);
+  p.dgate = pointer<float>(dgate);
+  p.dshift = pointer<float>(dshift);
+  p.dscale = pointer<float>(dscale);
+  p.dweight = pointer<float>(dweight);
+  p.dbias = pointer<float>(dbias);
+  p.partials = pointer<float>(partials);
+  wam::adaln_backward(p, dtype_from("adaln_backward", dtype), pointer(stream));
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CUDA kernels of wam_kernels, compiled for sm_90a. Importing it touches no driver; a call does.";
-  m.def("ada_layer_norm", &ada_layer_norm,
-        "y = LN(x) * (1 + scale[frame_of_row]) + shift[frame_of_row], on the current device; see ada_layer_norm.cuh.",
-        // by name only: eleven integers in a row are too easily swapped
-        py::kw_only(), py::arg("x"), py::arg("scale"), py::arg("shift"), py::arg("frame_of_row"), py::arg("y"),
-        py::arg("rows"), py::arg("frames"), py::arg("channels"), py::arg("eps"), py::arg("dtype"), py::arg("stream"));
+  // by name only: so many integers in a row are too easily swapped
+  m.def("adaln_forward", &adaln_forward, "r and h of a gated residual and LayerNorm; see adaln.cuh.", py::kw_only(),
+        py::arg("shape"), py::arg("x"), py::arg("y"), py::arg("gate"), py::arg("shift"), py::arg("scale"),
+        py::arg("gate_table"), py::arg("shift_table"), py::arg("scale_table"), py::arg("weight"), py::arg("bias"),
+        py::arg("row_of_token"), py::arg("r"), py::arg("h"), py::arg("has_norm"), py::arg("tokens_per_block"), py::arg("eps"),
+        py::arg("dtype"), py::arg("stream"));
+  m.def("adaln_backward", &adaln_backward, "The gradients of adaln_forward, in two launches; see adaln.cuh.",
+        py::kw_only(), py::arg("shape"), py::arg("dr"), py::arg("dh"), py::arg("r"), py::arg("y"), py::arg("gate"),
+        py::arg("scale"), py::arg("gate_table"), py::arg("scale_table"), py::arg("weight"), py::arg("segments"),
+        py::arg("segment_count"), py::arg("row_begin"), py::arg("row_segments"), py::arg("dx"), py::arg("dy"),
+        py::arg("dgate"), py::arg("dshift"), py::arg("dscale"), py::arg("dweight"), py::arg("dbias"),
+        py::arg("partials"), py::arg("has_norm"), py::arg("eps"), py::arg("dtype"), py::arg("stream"));
 }

@@ -1,104 +1,17 @@
-"""CUDA sources run on the CPU: csrc/ada_layer_norm.cu against float64, and the emulation against its own promises."""
+"""The host emulation against its own promises: 16-bit conversions, barriers, shuffles, the order of threads."""
 
 import ctypes
-import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from .ada_layer_norm import DTYPES, SHAPES, assert_correct, make_case
-
 HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
-
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="the host emulation is compiled with g++")
 
 
-@pytest.fixture(scope="module")
-def compile_emulated(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("emulated")
-
-    def compile_one(source: Path) -> ctypes.CDLL:
-        library = folder / f"{source.stem}.so"
-        subprocess.run(
-            ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-shared",
-             # a 16-byte access off its alignment or an index outside an array ends the process with a message
-             "-fsanitize=alignment,bounds", "-fno-sanitize-recover",
-             "-DWAM_HOST_EMULATION", f"-I{CSRC}", "-x", "c++", source, "-o", library],
-            check=True,
-        )  # fmt: skip
-        return ctypes.CDLL(str(library))
-
-    return compile_one
-
-
-@pytest.fixture(scope="module")
-def emulated(compile_emulated):
-    library = compile_emulated(HERE / "emulated_ada_layer_norm.cpp")
-    library.ada_layer_norm.restype = ctypes.c_char_p
-    address, i64, i32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    library.ada_layer_norm.argtypes = [*[address] * 5, i64, i64, i32, ctypes.c_float, ctypes.c_int, ctypes.c_int]
-    return library
-
-
-def run_emulated(library: ctypes.CDLL, *, downwards: bool = False, **arguments) -> str | None:
-    arguments["dtype"] = DTYPES.index(arguments["dtype"])
-    error = library.ada_layer_norm(*arguments.values(), downwards)
-    return error and error.decode()
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows, channels, frame_rows", SHAPES)
-def test_ada_layer_norm(emulated, rows, channels, frame_rows, dtype):
-    case = make_case(rows, channels, frame_rows, dtype)
-    assert run_emulated(emulated, **case.arguments()) is None
-    assert_correct(case)
-
-    # Threads in the other order: the same bits, unless a barrier is missing.
-    expected = case.y.clone()
-    case.y.fill_(torch.nan)
-    assert run_emulated(emulated, downwards=True, **case.arguments()) is None
-    assert torch.equal(case.y, expected)
-
-
-def test_ada_layer_norm_rows_need_not_be_in_frame_order(emulated):
-    case = make_case(9, 64, (1, 4, 3, 1), "float32")
-    case.frame_of_row.copy_(case.frame_of_row.flip(0))
-    assert run_emulated(emulated, **case.arguments()) is None
-    assert_correct(case)
-
-
-@pytest.mark.parametrize("index", [-1, 3, 2**31 - 1])
-def test_ada_layer_norm_answers_an_index_outside_the_tables_with_nan(emulated, index):
-    case = make_case(5, 64, (2, 2, 1), "float32")
-    case.frame_of_row[3] = index
-    assert run_emulated(emulated, **case.arguments()) is None
-    assert case.y[3].isnan().all() and case.y[[0, 1, 2, 4]].isfinite().all()
-
-
-WIDTHS = "must be a multiple of 8 from 8 to 8192"
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"channels": 12}, f"channels {WIDTHS}, got 12; normalise other widths in PyTorch"),
-        ({"channels": 8200}, f"channels {WIDTHS}, got 8200; normalise other widths in PyTorch"),
-        ({"rows": 2**31}, "rows must be from 0 to 2147483647, got 2147483648; split the call"),
-        ({"frames": 0}, "frames must be at least 1, got 0"),
-        ({"x": 0}, "x must be a device address, got 0"),
-        ({"y": 8200}, "y must be aligned to 16 bytes, got address 8200; pass a contiguous copy"),
-    ],
-)
-def test_ada_layer_norm_refusals_name_the_argument(emulated, change, message):
-    case = make_case(5, 64, (5,), "float32")
-    assert run_emulated(emulated, **case.arguments() | change) == f"ada_layer_norm: {message}"
-
-
-def test_16_bit_conversions(emulated):
+def test_16_bit_conversions(emulation):
+    emulated = emulation.door
     codes = np.arange(2**16, dtype=np.uint16)
     bf16, fp16 = np.empty(codes.size, np.float32), np.empty(codes.size, np.float32)
     pointers = [ctypes.c_void_p(a.ctypes.data) for a in (bf16, fp16)]
@@ -127,7 +40,7 @@ NONE, EXITS_BEFORE_BLOCK_BARRIER, LANE_EXITS_BEFORE_SHUFFLE, PARTIAL_MASK, NO_BA
 
 @pytest.fixture(scope="module")
 def rotate(compile_emulated):
-    library = compile_emulated(HERE / "faulty_kernels.cu")
+    library = ctypes.CDLL(str(compile_emulated("faulty_kernels.so", [HERE / "faulty_kernels.cu"])))
     library.run.restype = ctypes.c_char_p
 
     def run(fault: int, *, threads: int = 96, downwards: bool = False):

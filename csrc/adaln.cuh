@@ -1,0 +1,310 @@
+// Gated residual and LayerNorm of a DiT block, forward and backward: one kernel family for every variant.
+//
+//     forward    r = x + gate * y      n = (r - mean_r) * rstd_r      h = n * factor + shift
+//     backward   g = dh * factor       t = dr + rstd_r * (g - mean(g) - n * mean(g * n))       dx = t     dy = gate * t
+//                dgate = sum t * y     dshift = sum dh                dscale = sum dh * n
+//
+//     kAdaptive  factor = 1 + scale, and gate, shift, scale are row f = row_of_token[token] plus a table, if there is one
+//     kAffine    factor = weight, shift = bias, one for all tokens: dweight = sum dh * n, dbias = sum dh
+//     kNone      no norm: no h forwards, t = dr backwards
+//
+// Without y, r is x; without gate, r = x + y (and dy = dx, which the caller knows).
+//
+// Forward: one block owns `tokens_per_block` neighbouring tokens of one batch element and walks them. It keeps the
+// modulation in registers while the row f stays the same, so that reading it costs little beside x and y.
+// Backward: one block owns one segment (tokens of one row f, at most 16) of one batch element, walks its tokens with
+// their statistics recomputed from r, keeps the three sums in registers and stores them once, as partials. The sums
+// over segments are a second launch (sum_partials.cuh). No atomics: the same bits from run to run.
+//
+// A row is read once and stays in registers; the variance is taken around the mean, which E[r^2] - mean^2 would lose to
+// cancellation. Arithmetic is float32. Rounding to the dtype of x happens at the stores of r, h, dx and dy only; the
+// norm is of the rounded r. A row f outside the modulation gives NaN, not a stray read.
+#pragma once
+
+#include "rows.cuh"
+
+namespace wam {
+
+enum class Norm : int32_t { kNone, kAdaptive, kAffine };
+
+// Rows of tokens have the dtype of x; rows of modulation, tables, weights and sums are float32.
+struct AdalnParams {
+  Rows x, y;                // forward
+  Rows r, h;                // forward: outputs; r is not stored without y. Backward: r is an input (x where there is no y)
+  Rows dr, dh, dx, dy;      // backward, with y; dr, dx and dy may be absent
+  Rows gate, shift, scale;  // [batch, rows, channels]
+  const float *gate_table, *shift_table, *scale_table;  // [channels] or null
+  const float *weight, *bias;                           // [channels]
+  const int32_t* row_of_token;                          // [tokens], forward
+  const int32_t* segments;                              // [count, 3] = first token, end, row f; backward, as the next
+  const int32_t *row_begin, *row_segments;              // [rows + 1], [count]: the segments of each row
+  float* partials;  // [batch, segment_count, sums, channels]: dshift, dscale unless kNone, then dgate if there is a gate
+  float *dgate, *dshift, *dscale;  // [batch, rows, channels], contiguous
+  float *dweight, *dbias;          // [channels]
+  int64_t batch, tokens, rows, segment_count;
+  int32_t tokens_per_block;
+  int32_t channels;
+  float eps;
+  Norm norm;
+};
+
+// Check and launch, the backward with its second pass. They throw std::invalid_argument (ValueError) for a shape,
+// stride or address that the kernels do not take, std::runtime_error (RuntimeError) for a launch that CUDA refuses. The
+// caller has made the device of x current and built the segments to fit the tokens.
+void adaln_forward(const AdalnParams& params, DType dtype, void* stream);
+void adaln_backward(const AdalnParams& params, DType dtype, void* stream);
+
+namespace adaln_detail {
+
+enum class Pass { kForward, kBackward };
+
+// The kernels alone, of one dtype: adaln_<dtype>.cu.
+template <DType DTYPE>
+void launch_rows(Pass pass, const AdalnParams& params, void* stream);
+
+#ifdef WAM_DEVICE_CODE
+
+// Row f of the modulation plus its table; NaN where f is no row.
+__device__ inline Pack<float> modulation(const Rows& rows, const float* table, int64_t b, int64_t f, int64_t count,
+                                         int channel, int channels) {
+  const bool exists = f >= 0 && f < count;
+  Pack<float> v = load(exists ? row_of<const float>(rows, b, f) : nullptr, channel, channels);
+  const Pack<float> of_table = load(table, channel, channels);
+#pragma unroll
+  for (int i = 0; i < kChannels; ++i) v.at[i] = exists ? v.at[i] + of_table.at[i] : NAN;
+  return v;
+}
+
+// What multiplies the normalised row.
+__device__ inline Pack<float> factor_of(const AdalnParams& p, int64_t b, int64_t f, int channel) {
+  if (p.norm == Norm::kAffine) return load(p.weight, channel, p.channels);
+  Pack<float> v = modulation(p.scale, p.scale_table, b, f, p.rows, channel, p.channels);
+#pragma unroll
+  for (int i = 0; i < kChannels; ++i) v.at[i] += 1.0f;
+  return v;
+}
+
+template <class T, int VECTORS>
+__global__ void __launch_bounds__(kRowThreads) forward_kernel(const __grid_constant__ AdalnParams p) {
+  __shared__ float partial[2][1][kRowWarps];
+
+  const int64_t b = blockIdx.y, begin = static_cast<int64_t>(blockIdx.x) * p.tokens_per_block;
+  const int64_t end = begin + p.tokens_per_block < p.tokens ? begin + p.tokens_per_block : p.tokens;
+  const bool has_y = p.y.data != nullptr, has_gate = p.gate.data != nullptr;
+  const bool has_rows = has_gate || p.norm == Norm::kAdaptive;
+
+  Pack<float> gate[VECTORS], shift[VECTORS], factor[VECTORS];
+  int64_t f = 0;
+  for (int64_t token = begin; token < end; ++token) {
+    Pack<T> x[VECTORS], y[VECTORS];
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+      x[i] = load(row_of<const T>(p.x, b, token), channel_of(i), p.channels);
+      y[i] = load(row_of<const T>(p.y, b, token), channel_of(i), p.channels);
+    }
+    // the same branch in the whole block
+    const int64_t f_of_token = has_rows ? p.row_of_token[token] : 0;
+    if (token == begin || f_of_token != f) {
+      f = f_of_token;
+#pragma unroll
+      for (int i = 0; i < VECTORS; ++i) {
+        const int channel = channel_of(i);
+        if (has_gate) gate[i] = modulation(p.gate, p.gate_table, b, f, p.rows, channel, p.channels);
+        if (p.norm == Norm::kAdaptive) {
+          shift[i] = modulation(p.shift, p.shift_table, b, f, p.rows, channel, p.channels);
+        } else {
+          shift[i] = load(p.bias, channel, p.channels);
+        }
+        if (p.norm != Norm::kNone) factor[i] = factor_of(p, b, f, channel);
+      }
+    }
+
+    float v[VECTORS][kChannels], sum[1] = {0.0f};
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+      if (has_y) {
+#pragma unroll
+        for (int j = 0; j < kChannels; ++j) {
+          const float update = has_gate ? gate[i].at[j] * to_float(y[i].at[j]) : to_float(y[i].at[j]);
+          x[i].at[j] = from_float<T>(to_float(x[i].at[j]) + update);
+        }
+        store(row_of<T>(p.r, b, token), channel_of(i), p.channels, x[i]);
+      }
+#pragma unroll
+      for (int j = 0; j < kChannels; ++j) {
+        // a channel past the row is 0: it adds nothing here, even where the modulation is NaN
+        v[i][j] = channel_of(i) < p.channels ? to_float(x[i].at[j]) : 0.0f;
+        sum[0] += v[i][j];
+      }
+    }
+    if (p.norm == Norm::kNone) continue;
+    block_sum(sum, partial[0]);
+    const float mean = sum[0] / p.channels;
+
+    float squares[1] = {0.0f};
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+#pragma unroll
+      for (int j = 0; j < kChannels; ++j) {
+        // without the condition a channel past the row would add mean^2
+        v[i][j] = channel_of(i) < p.channels ? v[i][j] - mean : 0.0f;
+        squares[0] += v[i][j] * v[i][j];
+      }
+    }
+    block_sum(squares, partial[1]);
+    const float rstd = rsqrtf(squares[0] / p.channels + p.eps);
+
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+      Pack<T> h;
+#pragma unroll
+      for (int j = 0; j < kChannels; ++j) {
+        h.at[j] = from_float<T>(v[i][j] * rstd * factor[i].at[j] + shift[i].at[j]);
+      }
+      store(row_of<T>(p.h, b, token), channel_of(i), p.channels, h);
+    }
+  }
+}
+
+template <class T, int VECTORS>
+__global__ void __launch_bounds__(kRowThreads) backward_kernel(const __grid_constant__ AdalnParams p) {
+  // In the widest blocks dr and y do not fit in registers beside the rest; they are read after the statistics there.
+  constexpr bool kEarly = sizeof(T) * VECTORS <= 4;
+  __shared__ float partial_1[2][kRowWarps], partial_2[2][kRowWarps];
+
+  const int64_t b = blockIdx.y, n = blockIdx.x;
+  const int64_t begin = p.segments[3 * n], end = p.segments[3 * n + 1], f = p.segments[3 * n + 2];
+  const bool has_norm = p.norm != Norm::kNone, has_gate = p.gate.data != nullptr;
+
+  float dshift[VECTORS][kChannels] = {}, dscale[VECTORS][kChannels] = {}, dgate[VECTORS][kChannels] = {};
+  for (int64_t token = begin; token < end; ++token) {
+    Pack<T> r[VECTORS], dh[VECTORS], dr[VECTORS], y[VECTORS];
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+      r[i] = load(row_of<const T>(p.r, b, token), channel_of(i), p.channels);
+      dh[i] = load(row_of<const T>(p.dh, b, token), channel_of(i), p.channels);
+    }
+    if (kEarly) {
+#pragma unroll
+      for (int i = 0; i < VECTORS; ++i) {
+        dr[i] = load(row_of<const T>(p.dr, b, token), channel_of(i), p.channels);
+        y[i] = load(row_of<const T>(p.y, b, token), channel_of(i), p.channels);
+      }
+    }
+
+    float g[VECTORS][kChannels], mean = 0.0f, rstd = 0.0f, mean_g = 0.0f, mean_gn = 0.0f;
+    if (has_norm) {
+      float sums[2] = {};  // of r and g
+#pragma unroll
+      for (int i = 0; i < VECTORS; ++i) {
+        // read again for every token: it comes from L1, and keeping it would cost registers that the sums need
+        const Pack<float> factor = factor_of(p, b, f, channel_of(i));
+#pragma unroll
+        for (int j = 0; j < kChannels; ++j) {
+          const float dh_j = to_float(dh[i].at[j]);
+          g[i][j] = channel_of(i) < p.channels ? dh_j * factor.at[j] : 0.0f;
+          dshift[i][j] += dh_j;
+          sums[0] += to_float(r[i].at[j]);
+          sums[1] += g[i][j];
+        }
+      }
+      block_sum(sums, partial_1);
+      mean = sums[0] / p.channels;
+      mean_g = sums[1] / p.channels;
+
+      float products[2] = {};  // of r - mean with itself and with g
+#pragma unroll
+      for (int i = 0; i < VECTORS; ++i) {
+#pragma unroll
+        for (int j = 0; j < kChannels; ++j) {
+          const float centred = channel_of(i) < p.channels ? to_float(r[i].at[j]) - mean : 0.0f;
+          products[0] += centred * centred;
+          products[1] += centred * g[i][j];
+        }
+      }
+      block_sum(products, partial_2);
+      rstd = rsqrtf(products[0] / p.channels + p.eps);
+      mean_gn = products[1] / p.channels * rstd;
+    }
+
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+      if (!kEarly) {
+        dr[i] = load(row_of<const T>(p.dr, b, token), channel_of(i), p.channels);
+        y[i] = load(row_of<const T>(p.y, b, token), channel_of(i), p.channels);
+      }
+      float t[kChannels];
+#pragma unroll
+      for (int j = 0; j < kChannels; ++j) t[j] = to_float(dr[i].at[j]);
+      if (has_norm) {
+        Pack<T> dx;
+#pragma unroll
+        for (int j = 0; j < kChannels; ++j) {
+          const float normed = (to_float(r[i].at[j]) - mean) * rstd;
+          dscale[i][j] += to_float(dh[i].at[j]) * normed;
+          t[j] += rstd * (g[i][j] - mean_g - normed * mean_gn);
+          dx.at[j] = from_float<T>(t[j]);
+        }
+        store(row_of<T>(p.dx, b, token), channel_of(i), p.channels, dx);
+      }
+      if (has_gate) {
+        const Pack<float> gate = modulation(p.gate, p.gate_table, b, f, p.rows, channel_of(i), p.channels);
+        Pack<T> dy;
+#pragma unroll
+        for (int j = 0; j < kChannels; ++j) {
+          dgate[i][j] += t[j] * to_float(y[i].at[j]);
+          dy.at[j] = from_float<T>(t[j] * gate.at[j]);
+        }
+        store(row_of<T>(p.dy, b, token), channel_of(i), p.channels, dy);
+      }
+    }
+  }
+
+  const int sums = 2 * has_norm + has_gate;
+  float* partials = p.partials + (b * p.segment_count + n) * sums * p.channels;
+#pragma unroll
+  for (int i = 0; i < VECTORS; ++i) {
+    Pack<float> v;
+    if (has_norm) {
+#pragma unroll
+      for (int j = 0; j < kChannels; ++j) v.at[j] = dshift[i][j];
+      store(partials, channel_of(i), p.channels, v);
+#pragma unroll
+      for (int j = 0; j < kChannels; ++j) v.at[j] = dscale[i][j];
+      store(partials + p.channels, channel_of(i), p.channels, v);
+    }
+    if (has_gate) {
+#pragma unroll
+      for (int j = 0; j < kChannels; ++j) v.at[j] = dgate[i][j];
+      store(partials + 2 * has_norm * p.channels, channel_of(i), p.channels, v);
+    }
+  }
+}
+
+template <DType DTYPE>
+void launch_rows(Pass pass, const AdalnParams& p, void* stream) {
+  using T = typename OfDType<DTYPE>::T;
+  const bool forward = pass == Pass::kForward;
+  const int64_t blocks = forward ? ceil_div(p.tokens, p.tokens_per_block) : p.segment_count;
+  if (p.batch * p.tokens * blocks == 0) return;
+  const char* op = forward ? "adaln_forward" : "adaln_backward";
+
+  const int vectors = p.channels / kChannels;
+  auto run = [&](void (*kernel)(AdalnParams), int of_thread) {
+    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.batch));
+    launch(op, kernel, grid, dim3(threads_of_row(vectors, of_thread)), stream, p);
+  };
+  if (vectors <= kRowThreads) {
+    run(forward ? forward_kernel<T, 1> : backward_kernel<T, 1>, 1);
+  } else if (vectors <= 2 * kRowThreads) {
+    run(forward ? forward_kernel<T, 2> : backward_kernel<T, 2>, 2);
+  } else {
+    run(forward ? forward_kernel<T, 4> : backward_kernel<T, 4>, 4);
+  }
+}
+
+#endif  // WAM_DEVICE_CODE
+
+}  // namespace adaln_detail
+
+}  // namespace wam

@@ -1,0 +1,144 @@
+"""The kernels of csrc on both machines that can run them: emulated on any CPU, compiled on a GPU."""
+
+import ctypes
+import importlib.machinery
+import importlib.util
+import re
+import shutil
+import subprocess
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import import_module
+from math import prod
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+
+from wam_kernels import _cuda
+
+ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+SOURCES = re.findall(r"csrc/\S+\.(?:cpp|cu)", (ROOT / "CMakeLists.txt").read_text())
+EMULATED = [
+    "g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-DWAM_HOST_EMULATION",
+    # a 16-byte access off its alignment or an index outside an array ends the process with a message
+    "-fsanitize=alignment,bounds", "-fno-sanitize-recover", f"-I{ROOT / 'csrc'}",
+]  # fmt: skip
+GUARD = 64  # poisoned elements on both sides of an output: a store outside it lands here
+
+
+@pytest.fixture(scope="session")
+def compile_emulated(tmp_path_factory):
+    """Compiles CUDA sources with g++ into a shared library; returns its path."""
+    if shutil.which("g++") is None:
+        pytest.skip("the host emulation is compiled with g++")
+    folder = tmp_path_factory.mktemp("emulated")
+
+    def object_of(source: Path) -> Path:
+        out = folder / f"{source.name}.o"
+        # the bindings hold no device code; pybind11 is slow enough to compile as it is
+        flags = ["g++", "-std=c++17", "-O0", "-fPIC"] if source.name == "bindings.cpp" else [*EMULATED, "-x", "c++"]
+        subprocess.run([*flags, *includes(source), "-c", source, "-o", out], check=True)
+        return out
+
+    def includes(source: Path) -> list[str]:
+        if source.name != "bindings.cpp":
+            return []
+        import pybind11
+
+        return [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+
+    def compile_all(name: str, sources: list[Path]) -> Path:
+        with ThreadPoolExecutor(2) as two:
+            objects = list(two.map(object_of, sources))
+        library = folder / name
+        subprocess.run([*EMULATED, "-shared", *objects, "-o", library], check=True)
+        return library
+
+    return compile_all
+
+
+@dataclass(frozen=True)
+class Emulation:
+    extension: ModuleType  # as wam_kernels._C
+    door: ctypes.CDLL  # emulated.cpp
+
+
+@pytest.fixture(scope="session")
+def emulation(compile_emulated) -> Emulation:
+    library = compile_emulated("_C.so", [HERE / "emulated.cpp", *(ROOT / source for source in SOURCES)])
+    loader = importlib.machinery.ExtensionFileLoader("_C", str(library))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
+    loader.exec_module(module)
+    return Emulation(module, ctypes.CDLL(str(library)))
+
+
+class Machine:
+    """Runs launchers, each time with NaN in every output and around it."""
+
+    def __init__(self, device: str, launch_downwards=None):
+        self.device, self._launch_downwards = device, launch_downwards
+
+    def run(self, function, *args):
+        """The result of ``function``, which is the same, bit for bit, in the other order of threads or a second time."""
+        with poisoned_allocations():
+            first = function(*args)
+        try:
+            if self._launch_downwards is not None:
+                self._launch_downwards(1)
+            with poisoned_allocations():
+                second = function(*args)
+        finally:
+            if self._launch_downwards is not None:
+                self._launch_downwards(0)
+        for a, b in zip(first, second, strict=True):
+            assert (a is None) == (b is None)
+            # integers: NaN differs from itself
+            assert a is None or torch.equal(a.cpu().view(torch.uint8), b.cpu().view(torch.uint8)), "not deterministic"
+        return first
+
+
+@contextmanager
+def poisoned_allocations():
+    """``Tensor.new_empty`` gives NaN between guards of NaN, which must still be there at the end."""
+    guarded, new_empty = [], torch.Tensor.new_empty
+
+    def poisoned(self, shape, dtype=None):
+        n = prod(shape)
+        buffer = torch.full((n + 2 * GUARD,), torch.nan, dtype=dtype or self.dtype, device=self.device)
+        guarded.append(buffer)
+        return buffer[GUARD : GUARD + n].view(shape)
+
+    torch.Tensor.new_empty = poisoned
+    try:
+        yield
+    finally:
+        torch.Tensor.new_empty = new_empty
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    for buffer in guarded:
+        assert buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all(), "stored outside an output"
+
+
+def compiled_extension() -> ModuleType:
+    try:
+        return import_module("wam_kernels._C")
+    except ModuleNotFoundError as error:
+        pytest.skip(f"{error}: it is built at install time where nvcc is found, see setup.py")
+
+
+@pytest.fixture(params=["emulated", "gpu"])
+def machine(request, monkeypatch) -> Machine:
+    if request.param == "gpu":
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device")
+        compiled_extension()
+        return Machine("cuda")
+    emulation = request.getfixturevalue("emulation")
+    monkeypatch.setattr(_cuda, "extension", lambda: emulation.extension)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
+    return Machine("cpu", emulation.door.launch_downwards)

@@ -1,0 +1,25 @@
+// Beside the kernels of the emulated module, a C door for ctypes: the order of threads, and the 16-bit conversions.
+#include "cuda_or_host.h"
+
+extern "C" {
+
+void launch_downwards(int downwards) {
+  host_emulation::launch_order = downwards ? host_emulation::Order::kDownwards : host_emulation::Order::kUpwards;
+}
+
+// The emulation's own 16-bit conversions, for n codes and for any float32.
+void decode(uint16_t first, int n, float* bf16, float* fp16) {
+  for (int i = 0; i < n; ++i) {
+    bf16[i] = __bfloat162float({static_cast<uint16_t>(first + i)});
+    fp16[i] = __half2float({static_cast<uint16_t>(first + i)});
+  }
+}
+
+void encode(const float* v, int n, uint16_t* bf16, uint16_t* fp16) {
+  for (int i = 0; i < n; ++i) {
+    bf16[i] = __float2bfloat16_rn(v[i]).bits;
+    fp16[i] = __float2half_rn(v[i]).bits;
+  }
+}
+
+}  // extern "C"
