@@ -12,7 +12,7 @@ import torch
 
 from wam_kernels import PROGRAMS
 
-from .data import LeRobotDataset
+from .data import ClipDataset, LeRobotDataset
 from .evaluate import Evaluation, Row, evaluate, imagine, table
 from .mask_picture import draw_mask, draw_programs, save_small, small_geometry
 from .objectives import GJD, GJD_MIXTURE
@@ -84,6 +84,23 @@ def loss_line(trained: Trained) -> str:
     return "loss (means of the first and the last 30 steps): " + ", ".join(parts)
 
 
+def pick_threads(config: TrainConfig, data: ClipDataset) -> int:
+    """Threads that train fastest here: all, or one. On a busy machine threads that wait for each other lose a lot."""
+    every = torch.get_num_threads()
+    if every == 1:
+        return 1
+    speed = {}
+    for threads in (1, every):
+        torch.set_num_threads(threads)
+        # the second try needs no longer than the first took to be the slower one
+        tried = train(replace(config, steps=5), data, seconds=speed.get(1, (0, None))[1], progress=False).log
+        rest = tried[-1]["seconds"] - tried[0]["seconds"]  # the first step also allocates
+        speed[threads] = ((len(tried) - 1) / max(rest, 1e-9), tried[-1]["seconds"])
+    best = max(speed, key=lambda threads: speed[threads][0])
+    torch.set_num_threads(best)
+    return best
+
+
 def run(args) -> int:
     """``wam demo``."""
     make_demo(args.out, args.data, seconds=args.seconds, seed=args.seed)
@@ -116,7 +133,6 @@ def make_demo(
     """
     began = time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = "bf16 autocast" if device.type == "cuda" else f"float32, {torch.get_num_threads()} threads"
     config = config or demo_training()
     print(f"1. read {root}")
     data = read_data(root, progress=progress)
@@ -124,6 +140,11 @@ def make_demo(
     if not data.held_out:
         raise ValueError(f"--data: {root} has no held-out episodes to evaluate on; give meta/info.json such a split")
 
+    if device.type == "cpu":
+        threads = pick_threads(config, data)
+        precision = f"float32, {threads} thread{'s' if threads > 1 else ''}"
+    else:
+        precision = "bf16 autocast"
     print(f"2. train for {seconds:.0f} s on {len(data.train)} episodes ({device}, {precision})")
     trained = train(config, data, seed=seed, device=device, seconds=seconds, out=out, progress=progress)
     policy = trained.policy

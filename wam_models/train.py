@@ -40,9 +40,9 @@ def small_model() -> ModelConfig:
     """The demo's model: see :class:`TrainConfig` for what was tried."""
     return ModelConfig(
         hidden=192,
-        heads=4,
+        heads=6,
         head_dim=32,
-        layers=4,
+        layers=2,
         ffn=512,
         action_hidden=128,
         action_ffn=384,
@@ -93,12 +93,12 @@ class TrainConfig:
     history: str = "full"
     chunk_sizes: tuple[int, int] = (1, 4)
     windows: tuple[int, int] = (4, 16)
-    noised_history: float = 0.5
+    noised_history: float = 0.2
     video_shift: float = VIDEO_SHIFT
     action_shift: float = ACTION_SHIFT
     video_weight: float = 1.0
     action_weight: float = 1.0
-    batch: int = 4
+    batch: int = 2
     frames: int = 9
     steps: int = 2000
     learning_rate: float = 2e-3
@@ -302,7 +302,8 @@ def train(
 
     weights, kinds = zip(*config.draws(), strict=True)
     weights = torch.tensor(weights)
-    rollout = rollout or RolloutConfig(chunk_size=config.chunk_sizes[1], window=4, history=config.history, steps=5)
+    # one step from noise gives the mean of what may follow: the best guess that an error can ask for
+    rollout = rollout or RolloutConfig(chunk_size=config.chunk_sizes[1], window=4, history=config.history, steps=1)
     log: list[dict] = []
     keeper = _Keeper(out, resuming_at=step)
     began = time.perf_counter()
@@ -364,22 +365,24 @@ def train(
     return Trained(policy(), log, step)
 
 
-def prepare(model: WorldActionModel, *, gate: float = 0.1, content: float = 0.3, sharp: float = 2.0, copy: float = 0.5) -> None:
+def prepare(model: WorldActionModel, *, gate: float = 0.1, content: float = 0.3, sharp: float = 2.0, copy: float = 1.0, video: float = 0.1, action: float = 0.3) -> None:
     """Start a fresh model near what any trained one does, which saves the first few hundred steps.
 
-    - The video head undoes the patch embedding: near noise the flow is the noise itself, so passing the input
+    - Both heads undo the embedding of their stream: near noise the flow is the noise itself, so passing the input
       through is the best first guess.
     - The first block passes on minus what it reads from other tokens, unchanged: the flow is noise minus picture.
     - Attention starts out looking at places rather than contents, through constant parts of q and k that rope turns
       apart with the distance: video tokens look at their own place in all frames, the heads of the action expert at
       places spread over the picture.
-    - The modulation starts small: the blocks act alike at every noise level.
+    - The gates of the blocks start a little open; what the timestep adds to them starts small.
 
     Args:
         gate: Factor on the modulation that depends on the timestep.
         content: Factor on the parts of q and k that depend on contents.
         sharp: Factor on the scores.
         copy: How much the first block passes on.
+        video: Gates of the video expert.
+        action: Gates of the action expert.
     """
     config, core = model.config, model.core
     patch, proj = core.patch_embedding_mlp.weight, core.proj_out.weight
@@ -391,6 +394,7 @@ def prepare(model: WorldActionModel, *, gate: float = 0.1, content: float = 0.3,
         undo = patch.T.unflatten(0, (config.latent_channels, per_patch)).transpose(0, 1).flatten(0, 1)
         # LayerNorm scales the embedded patch, of width patch_width, to one number's size in each of hidden places
         proj.copy_(undo * min(1.0, config.patch_width / config.hidden) ** 0.5)
+        _pass_actions_through(model.action_expert)
         for side in (core, model.action_expert):
             side.time_conditioner.time_proj.weight.mul_(gate)
             side.time_conditioner.time_embedder.linear_2.weight.mul_(gate)
@@ -403,10 +407,23 @@ def prepare(model: WorldActionModel, *, gate: float = 0.1, content: float = 0.3,
                 attention.norm_q.weight.fill_(sharp)
             places = [_place(i * config.heads + h, len(blocks) * config.heads) for h in range(config.heads)]
             block.action_block.attn1.to_q.bias.copy_(_looking(config, places))
+            for expert, opening in ((block.video_block, video), (block.action_block, action)):
+                expert.scale_shift_table[0, (2, 5), :] = opening
         first = blocks[0].video_block
         nn.init.orthogonal_(first.attn1.to_v.weight)
         first.attn1.to_out[0].weight.copy_(-first.attn1.to_v.weight.T)
         first.scale_shift_table[0, 2] = copy
+
+
+def _pass_actions_through(expert: nn.Module) -> None:
+    """An action is far narrower than its token: a constant part keeps LayerNorm from taking its size away."""
+    embedder = expert.action_embedder
+    width, numbers = embedder.weight.shape
+    # orthonormal columns without mean; the last is the constant part, of one number's size in each place
+    columns = torch.linalg.qr(torch.cat([torch.ones(width, 1), torch.randn(width, numbers + 1)], 1))[0][:, 1:]
+    embedder.weight.copy_(columns[:, :numbers])
+    embedder.bias.copy_(columns[:, numbers] * width**0.5)
+    expert.action_proj_out.weight.copy_(columns[:, :numbers].T)
 
 
 ROWS, COLUMNS = 4, 8  # the token grid over which the action expert's heads are spread
