@@ -1,8 +1,12 @@
-"""The qk_norm_rope kernels compiled for sm_90: no spills, 16-byte accesses."""
+"""The qk_norm_rope kernels compiled for sm_90: no spills, 16-byte accesses, one compilation for all lengths."""
 
 import re
 
 import pytest
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from tests.aot.compile import Compiled, compile_sm90
 from wam_kernels.qk_norm_rope import config, kernel_triton
@@ -50,3 +54,26 @@ def test_compiles_without_spills_and_with_wide_accesses(name, heads, D, per_head
     built = build(name, heads, D, per_head, interleaved, "bf16", weight)
     assert built.spill_bytes == 0
     assert 16 in accesses(built.ptx, "ld") and 16 in accesses(built.ptx, "st")
+
+
+def forward_key(B: int, S: int, D: int, out: torch.Tensor) -> str:
+    """What Triton would look its compiled forward up by, with the arguments that ``forward`` passes."""
+    kernel = kernel_triton._qk_norm_rope_fwd_kernel
+    bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
+    qkv = torch.empty(B, S, 3 * 24 * D, dtype=torch.bfloat16, device="meta")
+    strides = [*qkv.stride()[:2] * 2, *out.stride()[:3] * 2]
+    x, weight, table = torch.empty(8, dtype=torch.bfloat16), torch.empty(8), torch.empty(8)  # only addresses take part
+    constants = kernel_triton._constants(24 * D, D, False, True)
+    _, specialization, options = bind(x, x, weight, weight, table, x, x, *strides, S, 1e-6, **constants, debug=False)
+    return str((specialization, sorted(options.items())))
+
+
+def test_one_key_for_all_lengths_and_cache_slots():
+    keys = set()
+    for B, S in ((1, 1), (1, 16), (2, 33), (1, 144), (4, 4896), (1, 8704)):
+        contiguous = torch.empty(B, S, 24, 128, device="meta")
+        caches = [torch.empty(B, length, 24, 128, device="meta") for length in (S + 7, 2048 + S)]
+        keys |= {forward_key(B, S, 128, out) for out in (contiguous, *(c[:, 7 : 7 + S] for c in caches))}
+    assert len(keys) == 1
+    # a constant would pass: another head dim is another kernel
+    assert forward_key(1, 16, 64, torch.empty(1, 16, 24, 64, device="meta")) not in keys

@@ -3,8 +3,9 @@
     forward   xh = x rstd;  y = R(xh w);  rstd = (mean(x^2) + eps)^-1/2;  R turns pairs by the table's angles
     backward  dn = R^T(dy);  dw = sum dn xh;  dx = rstd (dn w - xh mean(dn w xh))
 
-Chunks are visited in order, so weight gradients sum in the same order every time. Work is float32 (float64 for float64)
-in buffers that all chunks share; results are rounded when they are copied out.
+Chunks are visited in order, so weight gradients sum in the same order every time (with as many threads: they set the
+size of a chunk). Work is float32 (float64 for float64) in buffers that all chunks share; results are rounded when they
+are copied out.
 """
 
 from collections.abc import Iterator
@@ -15,10 +16,15 @@ from torch import Tensor
 from .config import CPU_CHUNK
 
 
+def _chunk_rows(x: Tensor) -> int:
+    # every operation splits its chunk over all threads: the cache and the cost of a barrier are theirs together
+    return max(1, CPU_CHUNK * torch.get_num_threads() // x.shape[-1])
+
+
 def _chunks(x: Tensor) -> Iterator[tuple[int, slice]]:
     """(batch element, tokens) of every chunk."""
-    B, S, inner = x.shape
-    step = max(1, CPU_CHUNK // inner)
+    B, S, _ = x.shape
+    step = _chunk_rows(x)
     for b in range(B):
         for start in range(0, S, step):
             yield b, slice(start, min(start + step, S))
@@ -27,7 +33,7 @@ def _chunks(x: Tensor) -> Iterator[tuple[int, slice]]:
 def _buffers(x: Tensor, head_dim: int, count: int) -> tuple[Tensor, ...]:
     _, S, inner = x.shape
     acc = torch.promote_types(x.dtype, torch.float32)
-    rows = min(S, max(1, CPU_CHUNK // inner))
+    rows = min(S, _chunk_rows(x))
     return tuple(x.new_empty((rows, inner // head_dim, head_dim), dtype=acc) for _ in range(count))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .._checks import bind_dims, same_kind
 from . import cpu, reference
-from .config import CUDA_DEFAULT, MAX_HEAD_DIM, MAX_INNER
+from .config import DEFAULT_IMPL, MAX_HEAD_DIM, MAX_INNER
 
 _OP = "qk_norm_rope"
 _GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
@@ -23,7 +23,7 @@ _DTYPES = {
 
 
 def _launchers(impl: str) -> ModuleType:
-    """The module with ``forward`` and ``backward``. Triton and the CUDA extension are optional: imported when called."""
+    """The module with ``forward`` and ``backward``; Triton and the CUDA extension are optional, so imported late."""
     if impl == "cpu":
         return cpu
     if impl == "triton":
@@ -117,8 +117,8 @@ torch.library.register_autograd("wam::qk_norm_rope", _autograd, setup_context=_s
 def _pick(impl: str | None, q: Tensor) -> str:
     """The backend of a call, or the reason why there is none."""
     if impl is None:
-        on_gpu = CUDA_DEFAULT if q.dtype in _DTYPES[CUDA_DEFAULT] else "reference"
-        impl = "cpu" if q.device.type == "cpu" else on_gpu
+        impl = DEFAULT_IMPL.get(q.device.type, "reference")
+        impl = impl if q.dtype in _DTYPES[impl] else "reference"
     if impl not in _DTYPES:
         raise ValueError(f"{_OP}: impl must be None or one of {tuple(_DTYPES)}, got {impl!r}")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
@@ -150,9 +150,8 @@ def _check(q: Tensor, k: Tensor, weights: dict[str, Tensor], table: Tensor, head
             covers = "a head, since per_head=True" if per_head else "all heads, since per_head=False"
             raise ValueError(f"{_OP}: {name} must have shape [{width}] ({covers}), got {list(w.shape)}")
         if w.dtype not in (q.dtype, torch.float32) or w.device != q.device:
-            raise ValueError(
-                f"{_OP}: {name} must be {q.dtype} or torch.float32 on {q.device}, got {w.dtype} on {w.device}"
-            )
+            choices = "torch.float32" if q.dtype == torch.float32 else f"{q.dtype} or torch.float32"
+            raise ValueError(f"{_OP}: {name} must be {choices} on {q.device}, got {w.dtype} on {w.device}")
     same_kind(_OP, "weight_q", weights["weight_q"], weight_k=weights["weight_k"])
     if table.shape != (dims["S"], head_dim // 2, 2):
         raise ValueError(
@@ -200,8 +199,9 @@ def qk_norm_rope(
               (y_a, y_b) = (n_a \cos - n_b \sin, \; n_a \sin + n_b \cos)
 
     The mean runs over all heads together (Wan) or with ``per_head`` over each head (Cosmos). Everything is float32
-    until the one rounding at the end; plain PyTorch rounds n to the dtype of q before it rotates. Differentiable in q, k
-    and the weights, not in the table; deterministic; registered, so it traces under ``torch.compile(fullgraph=True)``.
+    until the one rounding at the end; plain PyTorch rounds n to the dtype of q before it rotates. Differentiable in q,
+    k and the weights, not in the table; deterministic; registered, so it traces under
+    ``torch.compile(fullgraph=True)``.
 
     Args:
         q: ``[B, S, inner]``, bf16, fp16 or float32; last dim stride 1, others free (a slice of a fused projection).
@@ -214,12 +214,12 @@ def qk_norm_rope(
         per_head: One norm for each head, its weight shared by them, instead of one over the whole row.
         interleaved: Pairs are ``(x[2i], x[2i + 1])`` of a head (Wan); False: ``(x[i], x[i + head_dim / 2])`` (Cosmos).
         eps: Added to the mean square.
-        out: Where to write, instead of new tensors: two ``[B, S, H, D]`` of the dtype of ``q``, last dim stride 1, other
-            strides free, such as the slot ``cache[:, start : start + S]`` of a key cache. They must overlap neither
-            each other nor q and k. Inference only: no gradient flows through them.
+        out: Where to write, instead of new tensors: two ``[B, S, H, D]`` of the dtype of ``q``, last dim stride 1,
+            other strides free, such as the slot ``cache[:, start : start + S]`` of a key cache. They must not overlap
+            each other or an input. Inference only: no gradient flows through them.
         impl: ``"reference"`` (plain PyTorch, any device, also float64), ``"cpu"`` (also float64), ``"triton"`` and
-            ``"cuda"`` (CUDA tensors), or ``None``: ``"cpu"`` for CPU tensors; for CUDA tensors the one that ``config.py``
-            records, or ``"reference"`` for float64.
+            ``"cuda"`` (CUDA tensors), or ``None``: ``"cpu"`` for CPU tensors, for CUDA tensors what ``config.py``
+            records (``"triton"``), or ``"reference"`` for float64.
 
     Returns:
         ``(q_out, k_out)``, ``[B, S, H, D]`` each, dtype of ``q``; contiguous, or the tensors of ``out``.
@@ -241,7 +241,7 @@ def qk_norm_rope(
         return reference.qk_norm_rope(*args) if impl == "reference" else torch.ops.wam.qk_norm_rope(*args, impl)
     _check_out(q, head_dim, out)
     if graded and any(t.requires_grad for t in (q, k, weight_q, weight_k, *out)):
-        raise ValueError(f"{_OP}: out is for inference, but an input requires a gradient; use torch.no_grad() or out=None")
+        raise ValueError(f"{_OP}: out is for inference, but an input requires a gradient; use torch.no_grad()")
     if impl == "reference":
         for t, value in zip(out, reference.qk_norm_rope(*args), strict=True):
             t.copy_(value)

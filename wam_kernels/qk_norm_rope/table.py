@@ -11,7 +11,7 @@ _OP = "rope_table"
 
 
 def default_split(head_dim: int) -> tuple[int, int, int]:
-    """Channels of a head that frame, row and column turn: ``2 (h // 6)`` for row and column each, the rest for frame."""
+    """Channels of a head for frame, row and column: ``2 (h // 6)`` for row and column each, the rest for frame."""
     side = 2 * (head_dim // 6)
     return head_dim - 2 * side, side, side
 
@@ -30,7 +30,7 @@ def rope_table(
 
     with p the frame, row or column of token s and d the channels of that axis; the three axes follow each other.
 
-    Angles, cosines and sines are float64 and rounded once, so an entry is within 2^-25 + 1e-15 \|p\| of the exact value:
+    Angles, cosines and sines are float64, rounded once, so an entry is within 2^-25 + 1e-15 \|p\| of the exact value:
     3.0e-8, and 3.1e-8 for positions up to 1e6. (Angles in float32 would be wrong by 6e-8 \|p\|: 0.06 at 1e6.)
 
     Compute it once per forward. A token's row is 512 bytes at head_dim 128, read beside the 24 KB that q and k of 24
