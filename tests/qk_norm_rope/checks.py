@@ -83,32 +83,36 @@ def check_against_reference(case: Case, impl: str | None, per_head: bool, interl
 
 
 def check_strides_are_free(case: Case, impl: str | None) -> None:
-    """Slices of one qkv projection, gradients laid out head by head: the same bits as from dense tensors."""
+    """Slices of fused projections, gradients in unequal layouts: the same bits as from dense tensors."""
     inputs = case.inputs(per_head=False)
     expected = run(inputs, impl)
-    qkv = torch.cat((inputs["q"], inputs["q"] + 1, inputs["k"]), -1)
-    q, _, k = qkv.chunk(3, -1)
-    heads_first = {n: inputs[n].transpose(1, 2).contiguous().transpose(1, 2) for n in ("dq_out", "dk_out")}
-    for a, b in zip(run(inputs | {"q": q, "k": k} | heads_first, impl), expected, strict=True):
+    # every stride of q differs from that of k, so one taken for the other shows
+    strided = {
+        "q": torch.cat((inputs["q"], inputs["k"] + 1, inputs["k"]), -1).chunk(3, -1)[0],
+        "k": torch.cat((inputs["q"] + 1, inputs["k"]), -1).chunk(2, -1)[1],
+        "dq_out": inputs["dq_out"].transpose(1, 2).contiguous().transpose(1, 2),
+        "dk_out": torch.cat((inputs["dk_out"], inputs["dk_out"] + 1), 1)[:, : case.S],
+    }
+    for a, b in zip(run(inputs | strided, impl), expected, strict=True):
         assert torch.equal(a, b)
     # the gradient of a sum: one number, expanded over everything
-    ones = {n: torch.ones_like(inputs[n]) for n in heads_first}
-    expanded = {n: torch.ones_like(inputs[n][:1, :1, :1, :1]).expand_as(inputs[n]) for n in heads_first}
+    ones = {n: torch.ones_like(inputs[n]) for n in ("dq_out", "dk_out")}
+    expanded = {n: t[:1, :1, :1, :1].expand_as(t) for n, t in ones.items()}
     for a, b in zip(run(inputs | expanded, impl), run(inputs | ones, impl), strict=True):
         assert torch.equal(a, b)
 
 
 def check_out_into_a_cache_slot(case: Case, impl: str | None) -> None:
-    """The slot holds what a call without ``out`` returns, the rest what it held; also in head-first caches."""
+    """The slot holds what a call without ``out`` returns, the rest what it held; also where heads come first."""
     inputs = case.inputs(per_head=False)
     call = {n: inputs[n] for n in ("q", "k", "weight_q", "weight_k", "table")} | {"head_dim": case.D, "impl": impl}
     expected = qk_norm_rope(**call)
     B, S, H, D = expected[0].shape
     start, length = 3, S + 7
-    for heads_first in (False, True):
-        shape = (B, H, length, D) if heads_first else (B, length, H, D)
-        caches = [torch.full(shape, torch.nan, dtype=case.dtype, device=case.device) for _ in range(2)]
-        views = [c.transpose(1, 2) if heads_first else c for c in caches]
+    for heads_first in ((False, True), (True, False)):
+        shapes = [(B, H, length, D) if first else (B, length, H, D) for first in heads_first]
+        caches = [torch.full(shape, torch.nan, dtype=case.dtype, device=case.device) for shape in shapes]
+        views = [c.transpose(1, 2) if first else c for c, first in zip(caches, heads_first, strict=True)]
         slots = tuple(v[:, start : start + S] for v in views)
         got = qk_norm_rope(**call, out=slots)
         for g, slot, view, e in zip(got, slots, views, expected, strict=True):
