@@ -43,7 +43,7 @@ def test_chunks_of_the_cpu_backend(monkeypatch, name, chunk, long_run):
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
 def test_layout_never_changes_the_answer(layout):
-    check_layout(layout, UNEVEN, "cpu")
+    check_layout(layout, "cpu")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -145,12 +145,12 @@ D64 = torch.zeros(64)
     "change, error, message",
     [
         ({"index": None}, TypeError, "index must be a FrameIndex, got NoneType; see FrameIndex.from_tensor"),
-        ({"index": FrameIndex.per_sample(54)}, ValueError, "x must have S=54 tokens like index, got 55; make an index"),
-        ({"index": FrameIndex.per_sample(55)}, ValueError, "gate, shift, scale must have F=1 rows like index, got 5"),
+        ({"index": FrameIndex.per_sample(54)}, ValueError, "x must have S=54 tokens like index, got 26; make an index"),
+        ({"index": FrameIndex.per_sample(26)}, ValueError, "gate, shift, scale must have F=1 rows like index, got 5"),
         ({"index": UNEVEN.to("meta")}, ValueError, "index must be on cpu like x, got meta; use index.to"),
         ({"y": None}, ValueError, "y must be a tensor, got None; without a residual use ada_layer_norm"),
-        ({"y": torch.zeros(2, 55, 64)}, ValueError, "y must be torch.bfloat16 on cpu like x, got torch.float32"),
-        ({"y": torch.zeros(2, 55, 32)}, ValueError, r"y must have shape \[B=2, S=55, D=64\], got \[2, 55, 32\]"),
+        ({"y": torch.zeros(2, 26, 64)}, ValueError, "y must be torch.bfloat16 on cpu like x, got torch.float32"),
+        ({"y": torch.zeros(2, 26, 32)}, ValueError, r"y must have shape \[B=2, S=26, D=64\], got \[2, 26, 32\]"),
         ({"gate": torch.zeros(2, 5, 64).bfloat16()}, ValueError, "gate must be torch.float32 on cpu, got torch.bfloat16 on"),
         ({"scale": None}, ValueError, "scale must be given with shift, got None; give both or neither"),
         ({"weight": D64, "bias": D64}, ValueError, "weight must be None with scale, got both"),
@@ -182,5 +182,5 @@ def test_refuses_widths_outside_its_range(D):
 def test_refuses_strided_channels():
     call = good_call()
     call["x"] = call["x"].mT.contiguous().mT
-    with pytest.raises(ValueError, match=r"x must have last-dim stride 1, got 55; use .contiguous\(\)"):
+    with pytest.raises(ValueError, match=r"x must have last-dim stride 1, got 26; use .contiguous\(\)"):
         gate_residual_ada_layer_norm(**call)

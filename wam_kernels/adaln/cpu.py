@@ -114,15 +114,17 @@ def backward(
             total = None if dr is None else dr[b, tokens]
             if dh is not None:
                 g, row = dh[b, tokens].to(acc), r[b, tokens].to(acc)
+                # PyTorch's backward multiplies the mean out and loses digits where it is large: take it off before
+                row = row - row.mean(-1, keepdim=True)
                 normed, mean, rstd = torch.native_layer_norm(row, (D,), None, None, eps)
                 if adaptive:
                     factor = 1 + _modulation(scale[b], scale_table, rows)
                     weight = factor[0, 0] if shape[0] == 1 else None
-                if weight is None:
+                fused = weight is not None
+                if not fused:
                     dshift[b].index_add_(0, rows, g.view(shape).sum(1))
                     dscale[b].index_add_(0, rows, normed.mul_(g).view(shape).sum(1))
                     g = (g.view(shape) * factor).view(row.shape)
-                fused = weight is not None
                 # the bias gives no more than its shape
                 through, dw, db = torch.ops.aten.native_layer_norm_backward(
                     g, row, (D,), mean, rstd, weight, weight, [True, fused, fused]

@@ -122,19 +122,23 @@ def _gate_residual_norm_bwd_kernel(
         dscale = tl.zeros([BLOCK_D], tl.float32)
 
     for s in tl.range(first, end):
+        # all loads of a token are asked for before its reductions, whose barriers nothing moves across
         total = tl.zeros([BLOCK_D], tl.float32)
         if HAS_DR:
             total = _load_row(dr_ptr, b * stride_dr_b + s * stride_dr_s, d, in_d)
+        if HAS_GATE:
+            y = _load_row(y_ptr, b * stride_y_b + s * stride_y_s, d, in_d)
         if NORM != NONE:
             dh = _load_row(dh_ptr, b * stride_dh_b + s * stride_dh_s, d, in_d)
-            normed, rstd = _normalise(_load_row(r_ptr, b * stride_r_b + s * stride_r_s, d, in_d), in_d, eps, D)
+            r = _load_row(r_ptr, b * stride_r_b + s * stride_r_s, d, in_d)
+            normed, rstd = _normalise(r, in_d, eps, D)
             dshift += dh
             dscale += dh * normed
             g = dh * factor
             total += rstd * (g - tl.sum(g, 0) / D - normed * (tl.sum(g * normed, 0) / D))
             tl.store(dx_ptr + b * stride_dx_b + s * stride_dx_s + d, total.to(dx_ptr.dtype.element_ty), mask=in_d)
         if HAS_GATE:
-            dgate += total * _load_row(y_ptr, b * stride_y_b + s * stride_y_s, d, in_d)
+            dgate += total * y
             dy = (total * gate).to(dy_ptr.dtype.element_ty)
             tl.store(dy_ptr + b * stride_dx_b + s * stride_dx_s + d, dy, mask=in_d)
 

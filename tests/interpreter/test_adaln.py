@@ -1,0 +1,44 @@
+"""The Triton kernels of the adaLN ops, run by Triton's interpreter, against the float64 reference."""
+
+import pytest
+import torch
+
+from tests.adaln.checks import (
+    FULL, LAYOUTS, SHAPES, SHARED, UNEVEN, VARIANTS, check_against_reference, check_fused_equals_parts, check_layout,
+    check_one_gradient, check_same_bits, make_inputs,
+)  # fmt: skip
+from wam_kernels.frame_index import FrameIndex
+
+
+@pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
+def test_every_variant(variant):
+    check_against_reference(variant, SHARED, make_inputs(SHARED, 1, 72, torch.float32), "triton")
+
+
+@pytest.mark.parametrize("name", ["norm", "gate-and-affine-norm", "sum-alone"])
+def test_variants_in_bf16(name):
+    check_against_reference(VARIANTS[name], UNEVEN, make_inputs(UNEVEN, 1, 72, torch.bfloat16), "triton")
+
+
+@pytest.mark.parametrize("index, B, D, dtype", SHAPES)
+def test_shapes_and_dtypes(index, B, D, dtype):
+    check_against_reference(FULL, index, make_inputs(index, B, D, dtype), "triton")
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_layout_never_changes_the_answer(layout):
+    check_layout(layout, "triton")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_equals_its_parts(dtype):
+    check_fused_equals_parts(SHARED, make_inputs(SHARED, 1, 72, dtype), "triton")
+
+
+def test_only_one_output_used():
+    check_one_gradient(SHARED, make_inputs(SHARED, 1, 64, torch.float32), "triton")
+
+
+def test_same_bits_from_run_to_run():
+    index = FrameIndex.from_runs([3, 2], rows=[0, 0])
+    check_same_bits(index, make_inputs(index, 2, 72, torch.float32), "triton")
