@@ -8,6 +8,7 @@
 #include <array>
 
 #include "adaln.cuh"
+#include "qk_norm_rope.cuh"
 
 namespace py = pybind11;
 
@@ -15,6 +16,7 @@ namespace {
 
 using Address = std::uintptr_t;            // 0: no tensor
 using Row3 = std::array<std::int64_t, 3>;  // address, batch stride, row stride: a wam::Rows
+using Row4 = std::array<std::int64_t, 4>;  // address, batch stride, token stride, head stride: a wam::Heads
 
 template <class T = void>
 T* pointer(Address address) {
@@ -22,6 +24,8 @@ T* pointer(Address address) {
 }
 
 wam::Rows rows(const Row3& t) { return {pointer(static_cast<Address>(t[0])), t[1], t[2]}; }
+
+wam::Heads heads(const Row4& t) { return {pointer(static_cast<Address>(t[0])), t[1], t[2], t[3]}; }
 
 wam::DType dtype_from(const char* op, const std::string& name) {
   if (name == "bfloat16") return wam::DType::kBFloat16;
@@ -91,6 +95,53 @@ void adaln_backward(const std::array<std::int64_t, 4>& shape, const Row3& dr, co
   wam::adaln_backward(p, dtype_from("adaln_backward", dtype), pointer(stream));
 }
 
+// shape is (B, S, H, head_dim).
+wam::QkNormRopeParams qk_params(const std::array<std::int64_t, 4>& shape, const Row4& q, const Row4& k,
+                                Address weight_q, Address weight_k, Address table, bool per_head, bool interleaved,
+                                float eps) {
+  wam::QkNormRopeParams p{};
+  p.batch = shape[0];
+  p.tokens = shape[1];
+  p.heads = static_cast<std::int32_t>(shape[2]);
+  p.head_dim = static_cast<std::int32_t>(shape[3]);
+  p.q.x = heads(q);
+  p.k.x = heads(k);
+  p.q.weight = pointer<const float>(weight_q);
+  p.k.weight = pointer<const float>(weight_k);
+  p.table = pointer<const float>(table);
+  p.per_head = per_head;
+  p.interleaved = interleaved;
+  p.eps = eps;
+  return p;
+}
+
+void qk_norm_rope_forward(const std::array<std::int64_t, 4>& shape, const Row4& q, const Row4& k, Address weight_q,
+                          Address weight_k, Address table, const Row4& q_out, const Row4& k_out, bool per_head,
+                          bool interleaved, float eps, const std::string& dtype, Address stream) {
+  auto p = qk_params(shape, q, k, weight_q, weight_k, table, per_head, interleaved, eps);
+  p.q.y = heads(q_out);
+  p.k.y = heads(k_out);
+  wam::qk_norm_rope_forward(p, dtype_from("qk_norm_rope_forward", dtype), pointer(stream));
+}
+
+void qk_norm_rope_backward(const std::array<std::int64_t, 4>& shape, const Row4& dq_out, const Row4& dk_out,
+                           const Row4& q, const Row4& k, Address weight_q, Address weight_k, Address table,
+                           const Row4& dq, const Row4& dk, Address dweight_q, Address dweight_k, Address partials,
+                           std::int64_t programs, std::int64_t tokens_per_program, bool per_head, bool interleaved,
+                           float eps, const std::string& dtype, Address stream) {
+  auto p = qk_params(shape, q, k, weight_q, weight_k, table, per_head, interleaved, eps);
+  p.q.y = heads(dq_out);
+  p.k.y = heads(dk_out);
+  p.q.dx = heads(dq);
+  p.k.dx = heads(dk);
+  p.q.dweight = pointer<float>(dweight_q);
+  p.k.dweight = pointer<float>(dweight_k);
+  p.partials = pointer<float>(partials);
+  p.programs = programs;
+  p.tokens_per_program = tokens_per_program;
+  wam::qk_norm_rope_backward(p, dtype_from("qk_norm_rope_backward", dtype), pointer(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -107,4 +158,14 @@ PYBIND11_MODULE(_C, m) {
         py::arg("segment_count"), py::arg("row_begin"), py::arg("row_segments"), py::arg("dx"), py::arg("dy"),
         py::arg("dgate"), py::arg("dshift"), py::arg("dscale"), py::arg("dweight"), py::arg("dbias"),
         py::arg("partials"), py::arg("has_norm"), py::arg("eps"), py::arg("dtype"), py::arg("stream"));
+  m.def("qk_norm_rope_forward", &qk_norm_rope_forward, "RMSNorm and rope of q and k; see qk_norm_rope.cuh.",
+        py::kw_only(), py::arg("shape"), py::arg("q"), py::arg("k"), py::arg("weight_q"), py::arg("weight_k"),
+        py::arg("table"), py::arg("q_out"), py::arg("k_out"), py::arg("per_head"), py::arg("interleaved"),
+        py::arg("eps"), py::arg("dtype"), py::arg("stream"));
+  m.def("qk_norm_rope_backward", &qk_norm_rope_backward,
+        "The gradients of qk_norm_rope_forward, in two launches; see qk_norm_rope.cuh.", py::kw_only(),
+        py::arg("shape"), py::arg("dq_out"), py::arg("dk_out"), py::arg("q"), py::arg("k"), py::arg("weight_q"),
+        py::arg("weight_k"), py::arg("table"), py::arg("dq"), py::arg("dk"), py::arg("dweight_q"),
+        py::arg("dweight_k"), py::arg("partials"), py::arg("programs"), py::arg("tokens_per_program"),
+        py::arg("per_head"), py::arg("interleaved"), py::arg("eps"), py::arg("dtype"), py::arg("stream"));
 }

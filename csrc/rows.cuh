@@ -66,9 +66,9 @@ inline void require_rows(const char* op, const std::string& name, const Rows& t,
 #ifdef WAM_DEVICE_CODE
 
 // The alignment is what makes the compiler move these in 16-byte accesses.
-template <class T>
-struct alignas(16) Pack {
-  T at[kChannels];
+template <class T, int N = kChannels>
+struct alignas(N * sizeof(T) < 16 ? N * sizeof(T) : 16) Pack {
+  T at[N];
 };
 
 template <DType>

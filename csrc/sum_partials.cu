@@ -9,9 +9,7 @@ constexpr int kSumThreads = 256;
 constexpr int kGroups = 8;
 constexpr int kSumChannels = 4;  // of one thread: 16 bytes
 
-struct alignas(16) Quad {
-  float at[kSumChannels];
-};
+using Quad = Pack<float, kSumChannels>;
 
 __device__ inline void add(Quad& total, const Quad& v) {
 #pragma unroll

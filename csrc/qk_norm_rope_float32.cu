@@ -1,0 +1,3 @@
+#include "qk_norm_rope.cuh"
+
+template void wam::qk_norm_rope_detail::launch_rows<wam::DType::kFloat32>(Pass, const QkNormRopeParams&, void*);

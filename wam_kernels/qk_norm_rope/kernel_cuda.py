@@ -1,0 +1,72 @@
+"""RMSNorm and rope of q and k, the CUDA kernels: ``csrc/qk_norm_rope.cuh`` has the formulas and what a block owns.
+
+Tensors go to the extension as (address, batch stride, token stride, head stride). Launched on the current stream of
+their device; errors come from csrc and name the argument.
+"""
+
+import torch
+from torch import Tensor
+
+from .. import _cuda
+
+# Backward: blocks of each of q and k, so also rows of partial weight gradients: three blocks on each of an H100's 132
+# SMs, which is what 108 registers and 192 threads (24 x 128) leave room for. A constant, not the number of SMs, so that
+# every bit is the same on every GPU. Reckoned, not yet measured.
+PROGRAMS = 198
+
+
+def _heads(name: str, t: Tensor, head_dim: int) -> tuple[int, int, int, int]:
+    """Of ``[B, S, H, D]``, or of ``[B, S, inner]`` with heads side by side."""
+    if t.stride(-1) != 1:
+        raise ValueError(
+            f"qk_norm_rope (impl='cuda'): {name} must have last-dim stride 1, got {t.stride(-1)}; pass a contiguous copy"
+        )
+    return t.data_ptr(), t.stride(0), t.stride(1), t.stride(2) if t.ndim == 4 else head_dim
+
+
+def _call(function: str, like: Tensor, head_dim: int, **arguments) -> None:
+    B, S, inner = like.shape
+    dtype = str(like.dtype).removeprefix("torch.")
+    with torch.cuda.device_of(like):
+        stream = torch.cuda.current_stream().cuda_stream
+        launch = getattr(_cuda.extension(), function)
+        launch(shape=(B, S, inner // head_dim, head_dim), **arguments, dtype=dtype, stream=stream)
+
+
+def forward(
+    q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, table: Tensor,
+    head_dim: int, per_head: bool, interleaved: bool, eps: float, q_out: Tensor, k_out: Tensor,
+) -> None:  # fmt: skip
+    """Fills ``q_out`` and ``k_out`` ``[B, S, H, D]``, whatever their batch, token and head strides. One launch."""
+    # weights may have the dtype of q; these must outlive the call
+    weight_q, weight_k = weight_q.float(), weight_k.float()
+    _call(
+        "qk_norm_rope_forward", q, head_dim, q=_heads("q", q, head_dim), k=_heads("k", k, head_dim),
+        weight_q=weight_q.data_ptr(), weight_k=weight_k.data_ptr(), table=table.data_ptr(),
+        q_out=_heads("q_out", q_out, head_dim), k_out=_heads("k_out", k_out, head_dim),
+        per_head=per_head, interleaved=interleaved, eps=eps,
+    )  # fmt: skip
+
+
+def backward(
+    dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, table: Tensor,
+    head_dim: int, per_head: bool, interleaved: bool, eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk ``[B, S, inner]`` contiguous, dweight_q, dweight_k in the weights' dtype. Two launches."""
+    dtype = weight_q.dtype
+    weight_q, weight_k = weight_q.float(), weight_k.float()
+    dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
+    dweight_q, dweight_k = weight_q.new_empty(weight_q.shape), weight_k.new_empty(weight_k.shape)
+    tokens = q.shape[0] * q.shape[1]
+    tokens_per_program = -(-tokens // PROGRAMS)
+    programs = -(-tokens // max(1, tokens_per_program))
+    partials = weight_q.new_empty((programs, 2, weight_q.numel()))
+    _call(
+        "qk_norm_rope_backward", q, head_dim, dq_out=_heads("dq_out", dq_out, head_dim),
+        dk_out=_heads("dk_out", dk_out, head_dim), q=_heads("q", q, head_dim), k=_heads("k", k, head_dim),
+        weight_q=weight_q.data_ptr(), weight_k=weight_k.data_ptr(), table=table.data_ptr(),
+        dq=_heads("dq", dq, head_dim), dk=_heads("dk", dk, head_dim), dweight_q=dweight_q.data_ptr(),
+        dweight_k=dweight_k.data_ptr(), partials=partials.data_ptr(), programs=programs,
+        tokens_per_program=tokens_per_program, per_head=per_head, interleaved=interleaved, eps=eps,
+    )  # fmt: skip
+    return dq, dk, dweight_q.to(dtype), dweight_k.to(dtype)
