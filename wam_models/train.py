@@ -347,6 +347,9 @@ def train(
         )
 
     bar = tqdm(total=config.steps, initial=step, desc="train", unit="step", disable=not progress, dynamic_ncols=True)
+    if seconds is not None:  # time is what ends the run, as a rule
+        shown = "{l_bar}{bar}| {n:.0f}/{total:.0f} s{postfix}"
+        bar = tqdm(total=seconds, desc="train", bar_format=shown, disable=not progress, dynamic_ncols=True)
     with bar, keeper:
         while step < config.steps:
             kind = kinds[int(torch.multinomial(weights, 1, generator=generator))]
@@ -375,8 +378,9 @@ def train(
             }
             log.append(row)
             keeper.row(row)
-            bar.update()
-            bar.set_postfix_str(" ".join(f"{s} {m:.3f}" for s in STREAMS if (m := recent(log, s)) is not None), refresh=False)
+            bar.update(1 if seconds is None else min(row["seconds"], seconds) - bar.n)
+            means = [f"{s} loss {m:.3f}" for s in STREAMS if (m := recent(log, s)) is not None]
+            bar.set_postfix_str(", ".join([f"step {step}", *means]), refresh=False)
             done = step == config.steps or stop() or (seconds is not None and row["seconds"] >= seconds)
             if done or step % config.save_every == 0:
                 save()
