@@ -427,7 +427,7 @@ def prepare(model: WorldActionModel, *, gate: float = 0.1, content: float = 0.3,
                 attention = expert.attn1
                 for layer in (attention.to_q, attention.to_k):
                     layer.weight.mul_(content)
-                    layer.bias.copy_(_looking(config, [(0, 0)] * config.heads))
+                    layer.bias.copy_(_looking(config, [(None if layer is attention.to_q else 0, 0, 0)] * config.heads))
                 attention.norm_q.weight.fill_(sharp)
             places = [_place(i * config.heads + h, len(blocks) * config.heads) for h in range(config.heads)]
             block.action_block.attn1.to_q.bias.copy_(_looking(config, places))
@@ -453,22 +453,33 @@ def _pass_actions_through(expert: nn.Module) -> None:
 ROWS, COLUMNS = 4, 8  # the token grid over which the action expert's heads are spread
 
 
-def _place(i: int, count: int) -> tuple[int, int]:
-    """Where head i of ``count`` looks, in rows and columns from an action token, which sits at row and column -1."""
-    at = i * ROWS * COLUMNS // count
-    return 1 + at // COLUMNS, 1 + at % COLUMNS
+def _place(i: int, count: int) -> tuple[float, int, int]:
+    """Where head i of ``count`` looks, in frames, rows and columns from an action token.
+
+    The token sits about half a frame behind the frame that it leads to, at row and column -1. Heads come in pairs: one
+    looks at that frame, the other at the one before, because motion is what tells actions.
+    """
+    at = i // 2 * 2 * ROWS * COLUMNS // count
+    return -0.5 - i % 2, 1 + at // COLUMNS, 1 + at % COLUMNS
 
 
-def _looking(config: ModelConfig, places: list[tuple[int, int]]) -> torch.Tensor:
-    """A q bias ``[inner]`` whose heads score the keys at these offsets best; with offset 0 also the k bias."""
+def _looking(config: ModelConfig, places: list[tuple[float | None, int, int]]) -> torch.Tensor:
+    """A q bias ``[inner]`` whose heads score the keys at these offsets best; with offset 0 also the k bias.
+
+    None is no preference.
+    """
     bias = torch.zeros(config.heads, config.head_dim)
     frame, row, column = config.rope_split
     for h, place in enumerate(places):
-        for offset, start, width in ((place[0], frame, row), (place[1], frame + row, column)):
-            for pair in range(min(2, width // 2)):  # the pairs that turn fast enough to tell neighbours apart
+        starts = (0, frame, frame + row)
+        # the pairs that turn fast enough to tell neighbours apart; for frames only one does
+        for offset, start, width, pairs, weight in zip(place, starts, config.rope_split, (1, 2, 2), (1.5, 1, 1)):
+            if offset is None:
+                continue
+            for pair in range(min(pairs, width // 2)):
                 angle = offset * config.rope_theta ** -(2 * pair / width)
-                bias[h, start + 2 * pair] = math.cos(angle)
-                bias[h, start + 2 * pair + 1] = math.sin(angle)
+                bias[h, start + 2 * pair] = weight * math.cos(angle)
+                bias[h, start + 2 * pair + 1] = weight * math.sin(angle)
     return bias.flatten()
 
 
