@@ -3,6 +3,9 @@
 from importlib import import_module
 from types import ModuleType
 
+import torch
+from torch import Tensor
+
 
 def extension() -> ModuleType:
     """The module ``wam_kernels._C``. Loading it needs no driver; calling its functions needs a GPU.
@@ -18,3 +21,11 @@ def extension() -> ModuleType:
             "or newer) on PATH and run `WAM_CUDA=1 pip install --no-deps --force-reinstall .` in a checkout of "
             "wam-kernels"
         ) from error
+
+
+def launch(function: str, like: Tensor, **arguments: object) -> None:
+    """Calls ``function`` of the extension with the dtype of ``like``, on its device and that device's current stream."""
+    with torch.cuda.device_of(like):
+        stream = torch.cuda.current_stream().cuda_stream
+        dtype = str(like.dtype).removeprefix("torch.")
+        getattr(extension(), function)(**arguments, dtype=dtype, stream=stream)

@@ -19,8 +19,10 @@ _ABSENT = (0, 0, 0)
 def _rows(name: str, t: Tensor | None) -> tuple[int, int, int]:
     if t is None:
         return _ABSENT
-    if t.shape[-1] > 1 and t.stride(-1) != 1:
-        raise ValueError(f"adaln (impl='cuda'): {name} must have last-dim stride 1, got {t.stride(-1)}; pass a contiguous copy")
+    if t.stride(-1) != 1:
+        raise ValueError(
+            f"adaln (impl='cuda'): {name} must have last-dim stride 1, got {t.stride(-1)}; pass a contiguous copy"
+        )
     return t.data_ptr(), t.stride(0), t.stride(1)
 
 
@@ -31,13 +33,6 @@ def _address(t: Tensor | None) -> int:
 def _float(t: Tensor | None) -> Tensor | None:
     """A norm's weight or bias may have the dtype of x."""
     return None if t is None else t.float().contiguous()
-
-
-def _call(function: str, like: Tensor, eps: float, **arguments) -> None:
-    dtype = str(like.dtype).removeprefix("torch.")
-    with torch.cuda.device_of(like):
-        stream = torch.cuda.current_stream().cuda_stream
-        getattr(_cuda.extension(), function)(**arguments, eps=eps, dtype=dtype, stream=stream)
 
 
 def forward(
@@ -51,13 +46,13 @@ def forward(
     r = None if y is None else x.new_empty(x.shape)
     h = None if scale is None and weight is None else x.new_empty(x.shape)
     weight, bias = _float(weight), _float(bias)
-    _call(
-        "adaln_forward", x, eps, shape=(B, S, 0 if rows is None else rows.shape[1], D),
+    _cuda.launch(
+        "adaln_forward", x, shape=(B, S, 0 if rows is None else rows.shape[1], D),
         x=_rows("x", x), y=_rows("y", y), gate=_rows("gate", gate), shift=_rows("shift", shift),
         scale=_rows("scale", scale), gate_table=_address(gate_table), shift_table=_address(shift_table),
         scale_table=_address(scale_table), weight=_address(weight), bias=_address(bias),
         row_of_token=_address(row_of_token), r=_rows("r", r), h=_rows("h", h), has_norm=h is not None,
-        tokens_per_block=max(1, min(TOKENS_PER_BLOCK, B * S // BLOCKS)),
+        tokens_per_block=max(1, min(TOKENS_PER_BLOCK, B * S // BLOCKS)), eps=eps,
     )  # fmt: skip
     return r, h
 
@@ -89,13 +84,13 @@ def backward(
     dweight, dbias = (sums(D) if affine else None for _ in range(2))
     partials = sums(B, N, (gate is not None) + 2 * (dh is not None), D)
     weight = _float(weight)
-    _call(
-        "adaln_backward", like, eps, shape=(B, S, F, D),
+    _cuda.launch(
+        "adaln_backward", like, shape=(B, S, F, D),
         dr=_rows("dr", dr), dh=_rows("dh", dh), r=_rows("r", r), y=_rows("y", None if gate is None else y),
         gate=_rows("gate", gate), scale=_rows("scale", scale), gate_table=_address(gate_table),
         scale_table=_address(scale_table), weight=_address(weight), segments=_address(segments), segment_count=N,
         row_begin=_address(row_begin), row_segments=_address(row_segments), dx=_rows("dx", dx), dy=_rows("dy", dy),
         dgate=_address(dgate), dshift=_address(dshift), dscale=_address(dscale), dweight=_address(dweight),
-        dbias=_address(dbias), partials=_address(partials), has_norm=dh is not None,
+        dbias=_address(dbias), partials=_address(partials), has_norm=dh is not None, eps=eps,
     )  # fmt: skip
     return dx, dy, dgate, dshift, dscale, dweight, dbias

@@ -4,7 +4,6 @@ Tensors go to the extension as (address, batch stride, token stride, head stride
 their device; errors come from csrc and name the argument.
 """
 
-import torch
 from torch import Tensor
 
 from .. import _cuda
@@ -24,15 +23,6 @@ def _heads(name: str, t: Tensor, head_dim: int) -> tuple[int, int, int, int]:
     return t.data_ptr(), t.stride(0), t.stride(1), t.stride(2) if t.ndim == 4 else head_dim
 
 
-def _call(function: str, like: Tensor, head_dim: int, **arguments) -> None:
-    B, S, inner = like.shape
-    dtype = str(like.dtype).removeprefix("torch.")
-    with torch.cuda.device_of(like):
-        stream = torch.cuda.current_stream().cuda_stream
-        launch = getattr(_cuda.extension(), function)
-        launch(shape=(B, S, inner // head_dim, head_dim), **arguments, dtype=dtype, stream=stream)
-
-
 def forward(
     q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, table: Tensor,
     head_dim: int, per_head: bool, interleaved: bool, eps: float, q_out: Tensor, k_out: Tensor,
@@ -40,8 +30,9 @@ def forward(
     """Fills ``q_out`` and ``k_out`` ``[B, S, H, D]``, whatever their batch, token and head strides. One launch."""
     # weights may have the dtype of q; these must outlive the call
     weight_q, weight_k = weight_q.float(), weight_k.float()
-    _call(
-        "qk_norm_rope_forward", q, head_dim, q=_heads("q", q, head_dim), k=_heads("k", k, head_dim),
+    B, S, inner = q.shape
+    _cuda.launch(
+        "qk_norm_rope_forward", q, shape=(B, S, inner // head_dim, head_dim), q=_heads("q", q, head_dim), k=_heads("k", k, head_dim),
         weight_q=weight_q.data_ptr(), weight_k=weight_k.data_ptr(), table=table.data_ptr(),
         q_out=_heads("q_out", q_out, head_dim), k_out=_heads("k_out", k_out, head_dim),
         per_head=per_head, interleaved=interleaved, eps=eps,
@@ -53,16 +44,18 @@ def backward(
     head_dim: int, per_head: bool, interleaved: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk ``[B, S, inner]`` contiguous, dweight_q, dweight_k in the weights' dtype. Two launches."""
+    B, S, inner = q.shape
     dtype = weight_q.dtype
     weight_q, weight_k = weight_q.float(), weight_k.float()
     dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
     dweight_q, dweight_k = weight_q.new_empty(weight_q.shape), weight_k.new_empty(weight_k.shape)
-    tokens = q.shape[0] * q.shape[1]
+    tokens = B * S
     tokens_per_program = -(-tokens // PROGRAMS)
     programs = -(-tokens // max(1, tokens_per_program))
     partials = weight_q.new_empty((programs, 2, weight_q.numel()))
-    _call(
-        "qk_norm_rope_backward", q, head_dim, dq_out=_heads("dq_out", dq_out, head_dim),
+    _cuda.launch(
+        "qk_norm_rope_backward", q, shape=(B, S, inner // head_dim, head_dim),
+        dq_out=_heads("dq_out", dq_out, head_dim),
         dk_out=_heads("dk_out", dk_out, head_dim), q=_heads("q", q, head_dim), k=_heads("k", k, head_dim),
         weight_q=weight_q.data_ptr(), weight_k=weight_k.data_ptr(), table=table.data_ptr(),
         dq=_heads("dq", dq, head_dim), dk=_heads("dk", dk, head_dim), dweight_q=dweight_q.data_ptr(),
