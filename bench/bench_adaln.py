@@ -135,7 +135,8 @@ def bench(op: str, S: int, D: int, tokens: int, device: str, repeats: int, copy:
                 "op": op, "what": what, "arm": arm, "tokens": S, "D": D, "tokens_a_frame": tokens, "dtype": str(dtype),
                 "MB": round(moved / 1e6, 2), **{key: round(value, 4) for key, value in t.items()},
                 "GB/s": round(moved / t["ms"] / 1e6, 1), "copy_GB/s": round(copy, 1),
-                "%_of_copy": round(100 * moved / t["ms"] / 1e6 / copy, 1), "ratio": round(times["eager"]["ms"] / t["ms"], 2),
+                "%_of_copy": round(100 * moved / t["ms"] / 1e6 / copy, 1),
+                "ratio": round(times["eager"]["ms"] / t["ms"], 2),
             })  # fmt: skip
     return rows
 

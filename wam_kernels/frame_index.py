@@ -73,7 +73,9 @@ class FrameIndex:
         if any(n < 0 for n in lengths):
             raise ValueError(f"FrameIndex.from_runs: lengths must not be negative, got {min(lengths)}")
         if len(rows) != len(lengths):
-            raise ValueError(f"FrameIndex.from_runs: rows must have one entry for each of {len(lengths)} lengths, got {len(rows)}")
+            raise ValueError(
+                f"FrameIndex.from_runs: rows must have one entry for each of {len(lengths)} lengths, got {len(rows)}"
+            )
         return _compile(lengths, rows, _frames("from_runs", rows, frames), torch.device(device))
 
     @classmethod
@@ -130,7 +132,9 @@ def _frames(constructor: str, rows: tuple[int, ...], frames: int | None) -> int:
         raise ValueError(f"FrameIndex.{constructor}: rows must not be negative, got {min(rows)}")
     needed = max(rows, default=-1) + 1
     if frames is not None and frames < needed:
-        raise ValueError(f"FrameIndex.{constructor}: frames must be at least {needed} (the highest row + 1), got {frames}")
+        raise ValueError(
+            f"FrameIndex.{constructor}: frames must be at least {needed} (the highest row + 1), got {frames}"
+        )
     return needed if frames is None else int(frames)
 
 

@@ -122,10 +122,10 @@ LAYOUTS = {
 }
 
 
-def check_layout(layout, impl: str | None) -> None:
+def check_layout(layout, impl: str | None, device: str = "cpu") -> None:
     """Strides of batch and token, of inputs and incoming gradients, never change the answer."""
-    index = FrameIndex.from_runs([3, 2])
-    inputs = make_inputs(index, 2, 64, torch.float32)
+    index = FrameIndex.from_runs([3, 2], device=device)
+    inputs = make_inputs(index, 2, 64, torch.float32, device)
     strided = inputs | {name: layout(inputs[name]) for name in ("x", "y", "dr", "dh")}
     dense = strided | {name: strided[name].contiguous() for name in ("x", "y", "dr", "dh")}
     for variant in (FULL, VARIANTS["norm"], VARIANTS["gate-alone"]):
@@ -151,7 +151,7 @@ def check_fused_equals_parts(index: FrameIndex, inputs: dict[str, Tensor], impl:
 def check_one_gradient(index: FrameIndex, inputs: dict[str, Tensor], impl: str | None) -> None:
     """Where only r, or only h, is used, the gradient is as if the other brought zeros."""
     shift, scale, gate, *_ = inputs["t_proj"].unbind(2)
-    leaves = [inputs[n].detach().requires_grad_() for n in ("x", "y")] + [t.detach().requires_grad_() for t in (gate, scale)]
+    leaves = [t.detach().requires_grad_() for t in (inputs["x"], inputs["y"], gate, scale)]
     outputs = gate_residual_ada_layer_norm(*leaves[:3], shift, leaves[3], index, impl=impl)
     for i, name in enumerate(("dr", "dh")):
         got = torch.autograd.grad(outputs[i], leaves, inputs[name], retain_graph=True, allow_unused=True)

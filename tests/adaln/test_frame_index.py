@@ -56,7 +56,7 @@ def test_built_once_and_moved_in_one_buffer():
         (lambda: FrameIndex.from_runs([3, 4], [0]), "rows must have one entry for each of 2 lengths, got 1"),
         (lambda: FrameIndex.from_runs([3, 4], frames=1), r"frames must be at least 2 \(the highest row \+ 1\), got 1"),
         (lambda: FrameIndex.from_tensor(torch.zeros(3)), "1-D integer tensor on the CPU, got torch.float32"),
-        (lambda: FrameIndex.from_tensor(torch.zeros(3, 1).int()), r"1-D integer tensor on the CPU, got torch.int32 \[3, 1\]"),
+        (lambda: FrameIndex.from_tensor(torch.zeros(3, 1).int()), r"1-D integer .*, got torch.int32 \[3, 1\] on cpu"),
         (lambda: FrameIndex.from_tensor(torch.tensor([0, -1])), "from_tensor: rows must not be negative, got -1"),
     ],
 )

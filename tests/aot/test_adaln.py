@@ -39,7 +39,8 @@ def build(kernel, D: int, dtype: str, num_warps: int, constants: dict):
 
 
 def flags(gate: bool, norm: int, tables: bool) -> dict:
-    return {"HAS_GATE": gate, "NORM": norm, "HAS_GATE_TABLE": tables and gate, "HAS_SCALE_TABLE": tables and norm == ADAPTIVE}
+    has_tables = {"HAS_GATE_TABLE": tables and gate, "HAS_SCALE_TABLE": tables and norm == ADAPTIVE}
+    return {"HAS_GATE": gate, "NORM": norm} | has_tables
 
 
 def forward(D: int, dtype: str, y: bool = True, gate: bool = True, norm: int = ADAPTIVE, tables: bool = True):

@@ -4,10 +4,10 @@
     backward  g = dh (1 + scale);  t = dr + LN'(g; r);  dx = t;  dy = gate t
               dgate = sum t y;  dshift = sum dh;  dscale = sum dh n      over the tokens of a row of the modulation
 
-A chunk is n runs of one length, viewed as [n, run, D]: either a piece of one long run (n = 1), where 1 + scale and shift
-are simply the weight and bias of PyTorch's LayerNorm, or many short runs, whose modulation [n, 1, D] broadcasts. Sums
-over dim 1 are [n, D] and are added to their rows in order. Nothing is saved between forward and backward but inputs and
-r, and nothing of the size of x is allocated but outputs. Work is float32 (float64 for float64).
+A chunk is n runs of one length, viewed as [n, run, D]: either a piece of one long run (n = 1), where 1 + scale and
+shift are simply the weight and bias of PyTorch's LayerNorm, or many short runs, whose modulation [n, 1, D] broadcasts.
+Sums over dim 1 are [n, D] and are added to their rows in order. Nothing is saved between forward and backward but
+inputs and r, and nothing of the size of x is allocated but outputs. Work is float32 (float64 for float64).
 
 B batch elements, S tokens, F rows of the modulation, D channels.
 """
@@ -23,6 +23,11 @@ from . import config
 Chunk = tuple[slice, tuple[int, int, int], Tensor]
 
 
+def _starts(values: np.ndarray) -> np.ndarray:
+    """Where each stretch of equal values begins."""
+    return np.append(0, np.flatnonzero(values[1:] != values[:-1]) + 1)
+
+
 def _chunks(row_of_token: Tensor, D: int) -> Iterator[Chunk]:
     """Tokens of each chunk, its shape [n, run, D], and the rows of its n runs."""
     rows_S = row_of_token.numpy()
@@ -30,12 +35,12 @@ def _chunks(row_of_token: Tensor, D: int) -> Iterator[Chunk]:
     tokens = max(1, config.CPU_CHUNK * threads // D)
     if rows_S.size == 0:
         return
-    first = np.flatnonzero(np.diff(rows_S, prepend=-1))
-    run = np.diff(first, append=rows_S.size)
+    first = _starts(rows_S)
+    run = np.append(first[1:], rows_S.size) - first
     row = torch.from_numpy(rows_S[first].astype(np.int64))
     # neighbouring runs of one length go together, as many as fit
-    group = np.flatnonzero(np.diff(run, prepend=-1))
-    for i, end in zip(group.tolist(), [*group[1:].tolist(), run.size], strict=True):
+    group = _starts(run).tolist()
+    for i, end in zip(group, [*group[1:], run.size], strict=True):
         length = int(run[i])
         if length * D >= config.CPU_LONG_RUN * threads:
             for k in range(i, end):
@@ -72,7 +77,9 @@ def forward(
             row = x[b, tokens]
             if gate is not None:
                 update, factor = y[b, tokens].to(acc).view(shape), _modulation(gate[b], gate_table, rows)
-                row = torch.addcmul(row.to(acc).view(shape), update, factor, out=r[b, tokens].view(shape)).view(row.shape)
+                out = r[b, tokens]
+                torch.addcmul(row.to(acc).view(shape), update, factor, out=out.view(shape))
+                row = out
             elif y is not None:
                 row = torch.add(row, y[b, tokens], out=r[b, tokens])
             if h is None:

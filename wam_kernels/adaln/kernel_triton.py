@@ -7,8 +7,8 @@
 Forward: one program owns one token and keeps its D channels in registers. Backward: one program owns one segment (at
 most 16 tokens of one modulation row, see ``wam_kernels.frame_index``) of one batch element; it walks the segment's
 tokens, recomputes their statistics from r, and keeps the sums in registers, to store them once as partials
-[B, N, sums, D]. A second kernel adds the partials of each row in order: one program owns some channels of one row. There
-are no atomics, so results are the same from run to run.
+[B, N, sums, D]. A second kernel adds the partials of each row in order: one program owns some channels of one row.
+There are no atomics, so results are the same from run to run.
 
 Arithmetic is float32. Rounding to the dtype of x happens at the stores of r, h, dx and dy, and nowhere else; the norm
 is of the rounded r. HAS_Y, HAS_GATE and NORM (0 none, 1 shift and scale, 2 weight and bias) leave out what a variant

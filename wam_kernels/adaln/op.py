@@ -14,6 +14,7 @@ from . import cpu, reference
 from .config import DEFAULT_IMPL, MAX_D
 
 _IMPLS = ("reference", "cpu", "triton", "cuda")
+_TABLES = ("gate_table", "shift_table", "scale_table")
 _HALF = (torch.bfloat16, torch.float16, torch.float32)
 _DTYPES = {
     "reference": (*_HALF, torch.float64),
@@ -182,19 +183,22 @@ torch.library.register_autograd("wam::gate_residual_norm", _autograd, setup_cont
 def _pick(op: str, impl: str | None, x: Tensor) -> str:
     """The backend of a call, or the reason why there is none."""
     if impl is None:
-        impl = DEFAULT_IMPL.get(x.device.type, "reference") if x.dtype in _HALF else "cpu" if x.is_cpu else "reference"
+        impl = DEFAULT_IMPL.get(x.device.type, "reference")
+        impl = impl if x.dtype in _DTYPES[impl] else "reference"
     if impl not in _IMPLS:
         raise ValueError(f"{op}: impl must be None or one of {_IMPLS}, got {impl!r}")
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if impl == "cpu" and not x.is_cpu:
         raise ValueError(f"{op}: impl='cpu' needs CPU tensors, got {x.device}; use impl=None")
     if impl == "triton" and not x.is_cuda and not interpreted:
-        raise ValueError(f"{op}: impl='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got {x.device}; use impl=None")
+        raise ValueError(
+            f"{op}: impl='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got {x.device}; use impl=None"
+        )
     if impl == "cuda" and not x.is_cuda:
         raise ValueError(f"{op}: impl='cuda' needs CUDA tensors, got {x.device}; use impl=None")
     if x.dtype not in _DTYPES[impl]:
         names = ", ".join(str(t).removeprefix("torch.") for t in _DTYPES[impl])
-        raise ValueError(f"{op}: x must be {names} for impl={impl!r}, got {x.dtype}; impl='reference' also takes float64")
+        raise ValueError(f"{op}: x must be {names} for impl={impl!r}, got {x.dtype}; use .to() or impl='reference'")
     return impl
 
 
@@ -203,23 +207,28 @@ def _check(op: str, t: _Inputs, index: FrameIndex) -> None:
     if not isinstance(index, FrameIndex):
         raise TypeError(f"{op}: index must be a FrameIndex, got {type(index).__name__}; see FrameIndex.from_tensor")
     x = t.x
-    rows = {name: getattr(t, name) for name in ("gate", "shift", "scale") if getattr(t, name) is not None}
-    tables = {name: getattr(t, name) for name in ("gate_table", "shift_table", "scale_table") if getattr(t, name) is not None}
-    affine = {name: getattr(t, name) for name in ("weight", "bias") if getattr(t, name) is not None}
-    tokens = {"x": x} if t.y is None else {"x": x, "y": t.y}
+    given = {name: u for name, u in t._asdict().items() if u is not None}
+    tokens, rows, tables, affine = (
+        {name: given[name] for name in names if name in given}
+        for names in (("x", "y"), ("gate", "shift", "scale"), _TABLES, ("weight", "bias"))
+    )
     specs = {name: (u, "B S D") for name, u in tokens.items()} | {name: (u, "B F D") for name, u in rows.items()}
     dims = bind_dims(op, **specs, **{name: (u, "D") for name, u in (tables | affine).items()})
     if dims["D"] % 8 or not 8 <= dims["D"] <= MAX_D:
         raise ValueError(f"{op}: D must be a multiple of 8 from 8 to {MAX_D}, got {dims['D']}; pad the channels")
     if dims["S"] != index.length:
-        raise ValueError(f"{op}: x must have S={index.length} tokens like index, got {dims['S']}; make an index for this S")
+        raise ValueError(
+            f"{op}: x must have S={index.length} tokens like index, got {dims['S']}; make an index for this S"
+        )
     if rows and dims["F"] != index.frames:
         raise ValueError(
             f"{op}: {', '.join(rows)} must have F={index.frames} rows like index, got {dims['F']}; "
             "pass frames= when making the index"
         )
     if index.device != x.device:
-        raise ValueError(f"{op}: index must be on {x.device} like x, got {index.device}; use index.to({str(x.device)!r})")
+        raise ValueError(
+            f"{op}: index must be on {x.device} like x, got {index.device}; use index.to({str(x.device)!r})"
+        )
     if t.y is not None:
         same_kind(op, "x", x, y=t.y)
     acc = _accumulator(x)
