@@ -151,7 +151,9 @@ def make_demo(
     parameters = sum(p.numel() for p in policy.model.parameters())
     took = trained.log[-1]["seconds"]
     losses = loss_line(trained)
-    print(f"   {parameters / 1e6:.2f} M parameters, {trained.step} steps of {config.batch} clips in {took:.0f} s; {losses}")
+    print(
+        f"   {parameters / 1e6:.2f} M parameters, {trained.step} steps of {config.batch} clips in {took:.0f} s; {losses}"
+    )
     curves(
         {s: [row[f"{s}_loss"] for row in trained.log] for s in STREAMS},
         out / "loss.png",
@@ -170,7 +172,7 @@ def make_demo(
         f"chunk, {evaluation.steps} denoising step{'s' if evaluation.steps > 1 else ''}. Action errors are root mean squares "
         "over the dimensions that vary, in units of their standard deviation in training; a chunk has 16 actions (4 frames), "
         "of a conditional objective 4 (1 frame). PSNR is against the recorded pictures; "
-        "\"repeat last\" repeats the last latent frame before the chunk; seconds are the median for one episode."
+        '"repeat last" repeats the last latent frame before the chunk; seconds are the median for one episode.'
     ).replace("16 actions (4 frames)", f"{4 * policy.rollout.chunk_size} actions ({policy.rollout.chunk_size} frames)")
     rows = table(evaluation)
     print(f"\n{rows}\n")
@@ -205,9 +207,7 @@ def make_demo(
         "steps": trained.step,
         "training_seconds": took,
         "total_seconds": total,
-        "losses": {
-            s: {"first": recent(trained.log, s, first=True), "last": recent(trained.log, s)} for s in STREAMS
-        },
+        "losses": {s: {"first": recent(trained.log, s, first=True), "last": recent(trained.log, s)} for s in STREAMS},
         "episodes": chosen,
         "config": config.to_dict(),
         "evaluation": evaluation.to_dict(),

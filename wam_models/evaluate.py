@@ -174,7 +174,9 @@ def evaluate(
     shortest = min((c["video"].shape[2] for c in clips), default=0)
     chunks = min(chunks, (shortest - begin) // size)
     if chunks < 1:
-        raise ValueError(f"evaluate: episodes must have at least {begin + size} latent frames, the shortest has {shortest}")
+        raise ValueError(
+            f"evaluate: episodes must have at least {begin + size} latent frames, the shortest has {shortest}"
+        )
     end = begin + chunks * size
     video = torch.cat([c["video"][:, :, :end] for c in clips])
     action = torch.cat([c["action"][:, :end] for c in clips])
@@ -243,7 +245,9 @@ def table(evaluation: Evaluation) -> str:
     widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
 
     def row(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))) + " |"
+        return (
+            "| " + " | ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))) + " |"
+        )
 
     rule = "|" + "|".join("-" * (w + 1) + ("-" if i < 2 else ":") for i, w in enumerate(widths)) + "|"
     return "\n".join([row(head), rule, *map(row, lines)])

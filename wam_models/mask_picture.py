@@ -101,7 +101,9 @@ def _labels(draw: ImageDraw.ImageDraw, geometry: Geometry, size: int, left: int,
     crowded = min(np.diff(edges)) < name_width
     for i, (name, lo, hi) in enumerate(zip(NAMES, edges[:-1], edges[1:], strict=True)):
         middle = (lo + hi) / 2
-        draw.text((left + middle, top - (24 if crowded and i == 3 else 8)), name, font=face, fill=KEY_HUES[i], anchor="ms")
+        draw.text(
+            (left + middle, top - (24 if crowded and i == 3 else 8)), name, font=face, fill=KEY_HUES[i], anchor="ms"
+        )
         draw.text((left - 10, top + middle), name, font=face, fill=INK, anchor="rm")
     draw.text((10, top - 8), "query / key", font=font(12), fill=FAINT, anchor="ls")
 

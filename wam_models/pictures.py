@@ -34,7 +34,9 @@ def film_strip(rows: Mapping[str, np.ndarray], path: Path, *, title: str, column
     shown = np.linspace(0, len(videos[0]) - 1, columns).round().astype(int)
     height, width = (round(n * scale) for n in videos[0].shape[1:3])
     gap, top, left = 6, 58, 8
-    image = Image.new("RGB", (left * 2 + columns * (width + gap) - gap, top + len(rows) * (LABEL_HEIGHT + height + gap)), PAPER)
+    image = Image.new(
+        "RGB", (left * 2 + columns * (width + gap) - gap, top + len(rows) * (LABEL_HEIGHT + height + gap)), PAPER
+    )
     draw = ImageDraw.Draw(image)
     draw.text((left, 8), title, font=font(18), fill=INK)
     for c, f in enumerate(shown):
@@ -65,7 +67,9 @@ def film(rows: Mapping[str, np.ndarray], path: Path, *, milliseconds: int, scale
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
 
 
-def curves(series: Mapping[str, Sequence[float | None]], path: Path, *, title: str, x_label: str, smooth: int = 30) -> None:
+def curves(
+    series: Mapping[str, Sequence[float | None]], path: Path, *, title: str, x_label: str, smooth: int = 30
+) -> None:
     """A PNG of several series over steps 1, 2, ..: each a faint line, and its running mean over ``smooth`` steps.
 
     None marks steps without a value.
@@ -73,9 +77,7 @@ def curves(series: Mapping[str, Sequence[float | None]], path: Path, *, title: s
     width, height, left, right, top, bottom = 900, 460, 64, 24, 60, 52
     image = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(image)
-    points = {
-        name: [(i + 1, v) for i, v in enumerate(values) if v is not None] for name, values in series.items()
-    }
+    points = {name: [(i + 1, v) for i, v in enumerate(values) if v is not None] for name, values in series.items()}
     last = max((p[-1][0] for p in points.values() if p), default=1)
     high = max((v for p in points.values() for _, v in p), default=1.0) or 1.0
     tick = _tick(high / 5)

@@ -69,7 +69,9 @@ class Policy:
             units = [found.extra[name].cpu() for name in ("action_mean", "action_std", "varying")]
             rollout = RolloutConfig(**found.metadata["rollout"])
         except (KeyError, TypeError) as error:
-            raise ValueError(f"{folder}: no checkpoint of wam train, {error} is missing or unknown; train again") from error
+            raise ValueError(
+                f"{folder}: no checkpoint of wam train, {error} is missing or unknown; train again"
+            ) from error
         if found.text is None:
             raise ValueError(f"{folder}: no checkpoint of wam train, it has no vocabulary; train again")
         return cls(found.model, found.text, PatchPCA.from_state_dict(codec), *units, rollout), found

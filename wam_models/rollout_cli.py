@@ -63,7 +63,9 @@ def run(args) -> int:
     actions = size * clip["action"].shape[2]
     split = dataset.episodes[number].split or "no split"
     print(f'episode        {number} ({split}), {frames} latent frames: "{clip["text"]}"')
-    print(f"objective      {objective}, program {config.program}, {config.steps} denoising steps, {policy.model.device}")
+    print(
+        f"objective      {objective}, program {config.program}, {config.steps} denoising steps, {policy.model.device}"
+    )
     history = "predicted frames become history" if args.open_loop else "recorded frames become history"
     print(f"chunks         {len(done)} of {size} frames ({actions} actions); {history}")
     print(f"seconds/chunk  p50 {p50:.4f}, p95 {p95:.4f}")
