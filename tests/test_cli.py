@@ -126,10 +126,10 @@ WITH_TRITON = BARE.versions | {"triton": "3.7.1"}
         ({"versions": WITH_TRITON}, "block_attention", "triton", "no CUDA device"),
         ({"versions": WITH_TRITON, "interpreted": True}, "block_attention", "triton", None),
         ({"versions": WITH_TRITON, "gpus": (A100,)}, "block_attention", "triton", None),
-        ({}, "ada_layer_norm", "csrc", "wam_kernels._C does not load, see above"),
-        ({"extension_error": None}, "ada_layer_norm", "csrc", "capability 9.0, found no CUDA device"),
-        ({"extension_error": None, "gpus": (A100,)}, "ada_layer_norm", "csrc", "capability 9.0, found NVIDIA A100"),
-        ({"extension_error": None, "gpus": (H100,)}, "ada_layer_norm", "csrc", None),
+        ({}, "ada_layer_norm", "cuda", "wam_kernels._C does not load, see above"),
+        ({"extension_error": None}, "ada_layer_norm", "cuda", "capability 9.0, found no CUDA device"),
+        ({"extension_error": None, "gpus": (A100,)}, "ada_layer_norm", "cuda", "capability 9.0, found NVIDIA A100"),
+        ({"extension_error": None, "gpus": (H100,)}, "ada_layer_norm", "cuda", None),
     ],
 )
 def test_doctor_says_why_a_backend_is_missing(change, op, impl, missing):

@@ -1,18 +1,26 @@
-"""Kernels for world-action models: attention under video-action interaction programs."""
+"""Kernels for world-action models: attention under video-action interaction programs, and the glue of their blocks."""
 
+from .adaln import ada_layer_norm, gate_residual_ada_layer_norm
 from .block_attention import block_attention
+from .frame_index import FrameIndex
 from .plan import Plan, TileShape, compile_plan
+from .qk_norm_rope import qk_norm_rope, rope_table
 from .visibility import HISTORIES, PROGRAMS, Geometry, dense_mask, tokens, visible
 
 __all__ = [
+    "FrameIndex",
     "Geometry",
     "HISTORIES",
     "PROGRAMS",
     "Plan",
     "TileShape",
+    "ada_layer_norm",
     "block_attention",
     "compile_plan",
     "dense_mask",
+    "gate_residual_ada_layer_norm",
+    "qk_norm_rope",
+    "rope_table",
     "tokens",
     "visible",
 ]

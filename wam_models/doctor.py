@@ -84,7 +84,16 @@ BACKENDS = (
     Backend("block_attention", "reference", "plain PyTorch, dense S x S, any device"),
     Backend("block_attention", "cpu", "GEMMs over the plan's runs; the default for CPU tensors"),
     Backend("block_attention", "triton", "the default for CUDA tensors", (_triton, _gpu_or_interpreter)),
-    Backend("ada_layer_norm", "csrc", "forward only; not yet wired to the model", (_extension, _sm90)),
+    *(
+        backend
+        for op in ("ada_layer_norm", "qk_norm_rope")
+        for backend in (
+            Backend(op, "reference", "plain PyTorch, any device"),
+            Backend(op, "cpu", "in chunks that stay in cache; the default for CPU tensors"),
+            Backend(op, "triton", "the default for CUDA tensors", (_triton, _gpu_or_interpreter)),
+            Backend(op, "cuda", "CUDA tensors, when asked for", (_extension, _sm90)),
+        )
+    ),
 )
 
 

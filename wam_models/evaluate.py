@@ -145,6 +145,7 @@ def evaluate(
     *,
     chunks: int = 6,
     steps: int | None = None,
+    samples: int = 1,
     seed: int = 0,
     cases: Sequence[tuple[str, str]] = CASES,
     timed: int = 5,
@@ -160,6 +161,7 @@ def evaluate(
         clips: Episodes, from :meth:`Policy.clip`.
         chunks: Chunks of each, of the size in ``policy.rollout``.
         steps: Denoising steps; default ``policy.rollout.steps``.
+        samples: Predictions, each from its own noise, whose mean is compared: squared errors are least at the mean.
         seed: Of the noise; the same for every case.
         cases: Pairs of objective and program.
         timed: Chunks to time, of the first episode alone.
@@ -190,7 +192,8 @@ def evaluate(
         goal = OBJECTIVES[objective]
         engine = RolloutEngine(policy.model, replace(config, program=program))
         rng = torch.Generator().manual_seed(seed)
-        done = list(stream(engine, video, action, text, objective=objective, generator=rng, begin=begin))
+        many = (t.repeat_interleave(samples, 0) for t in (video, action, text))
+        done = list(stream(engine, *many, objective=objective, generator=rng, begin=begin))
         step = CONDITIONAL_CHUNK if goal.conditional else size
         before = np.repeat(np.arange(begin, end, step) - 1, step)  # the last frame before each frame's chunk
         few = min(end, begin + timed * step)
@@ -204,13 +207,13 @@ def evaluate(
         )
         if goal.action:
             real = action[:, begin:end]
-            guess = torch.cat([c.action.cpu() for c in done], 1)
+            guess = torch.cat([c.action.cpu() for c in done], 1).unflatten(0, (-1, samples)).mean(1)
             last = action[:, before, -1:].expand_as(real)
             errors["action_rmse"] = rmse(guess, real, policy.varying)
             errors["repeat_action_rmse"] = rmse(last, real, policy.varying)
             errors["mean_action_rmse"] = rmse(torch.zeros_like(real), real, policy.varying)
         if goal.video:
-            guess = torch.cat([c.video.cpu() for c in done], 2)
+            guess = torch.cat([c.video.cpu() for c in done], 2).unflatten(0, (-1, samples)).mean(1)
             imagined = np.stack([policy.codec.decode(v) for v in guess])
             errors["psnr"] = mean_psnr(imagined, pictures[:, begin:])
             errors["repeat_frame_psnr"] = mean_psnr(seen[:, before], pictures[:, begin:])
