@@ -40,8 +40,8 @@ def small_model() -> ModelConfig:
     """The demo's model: see :class:`TrainConfig` for what was tried."""
     return ModelConfig(
         hidden=192,
-        heads=6,
-        head_dim=32,
+        heads=12,
+        head_dim=16,
         layers=2,
         ffn=512,
         action_hidden=128,
@@ -114,7 +114,7 @@ class TrainConfig:
     windows: tuple[int, int] = (4, 16)
     noised_history: float = 0.0
     video_shift: float = VIDEO_SHIFT
-    action_shift: float = 5.0
+    action_shift: float = 15.0
     video_weight: float = 1.0
     action_weight: float = 1.0
     batch: int = 2
@@ -408,7 +408,7 @@ def prepare(
     *,
     gate: float = 0.1,
     content: float = 0.3,
-    sharp: float = 2.0,
+    sharp: tuple[float, float] = (2.8, 2.0),
     copy: float = 1.0,
     video: float = 0.1,
     action: float = 0.3,
@@ -426,7 +426,7 @@ def prepare(
     Args:
         gate: Factor on the modulation that depends on the timestep.
         content: Factor on the parts of q and k that depend on contents.
-        sharp: Factor on the scores.
+        sharp: Factor on the scores of the video and of the action expert.
         copy: How much the first block passes on.
         video: Gates of the video expert.
         action: Gates of the action expert.
@@ -446,12 +446,12 @@ def prepare(
             side.time_conditioner.time_proj.weight.mul_(gate)
             side.time_conditioner.time_embedder.linear_2.weight.mul_(gate)
         for i, block in enumerate(blocks):
-            for expert in (block.video_block, block.action_block):
+            for expert, factor in zip((block.video_block, block.action_block), sharp, strict=True):
                 attention = expert.attn1
                 for layer in (attention.to_q, attention.to_k):
                     layer.weight.mul_(content)
                     layer.bias.copy_(_looking(config, [(None if layer is attention.to_q else 0, 0, 0)] * config.heads))
-                attention.norm_q.weight.fill_(sharp)
+                attention.norm_q.weight.fill_(factor)
             places = [_place(i * config.heads + h, len(blocks) * config.heads) for h in range(config.heads)]
             block.action_block.attn1.to_q.bias.copy_(_looking(config, places))
             for expert, opening in ((block.video_block, video), (block.action_block, action)):
