@@ -408,7 +408,7 @@ def prepare(
     *,
     gate: float = 0.1,
     content: float = 0.3,
-    sharp: tuple[float, float] = (2.8, 2.0),
+    sharp: float = 2.0,
     copy: float = 1.0,
     video: float = 0.1,
     action: float = 0.3,
@@ -426,7 +426,7 @@ def prepare(
     Args:
         gate: Factor on the modulation that depends on the timestep.
         content: Factor on the parts of q and k that depend on contents.
-        sharp: Factor on the scores of the video and of the action expert.
+        sharp: Factor on the scores.
         copy: How much the first block passes on.
         video: Gates of the video expert.
         action: Gates of the action expert.
@@ -446,12 +446,12 @@ def prepare(
             side.time_conditioner.time_proj.weight.mul_(gate)
             side.time_conditioner.time_embedder.linear_2.weight.mul_(gate)
         for i, block in enumerate(blocks):
-            for expert, factor in zip((block.video_block, block.action_block), sharp, strict=True):
+            for expert in (block.video_block, block.action_block):
                 attention = expert.attn1
                 for layer in (attention.to_q, attention.to_k):
                     layer.weight.mul_(content)
                     layer.bias.copy_(_looking(config, [(None if layer is attention.to_q else 0, 0, 0)] * config.heads))
-                attention.norm_q.weight.fill_(factor)
+                attention.norm_q.weight.fill_(sharp)
             places = [_place(i * config.heads + h, len(blocks) * config.heads) for h in range(config.heads)]
             block.action_block.attn1.to_q.bias.copy_(_looking(config, places))
             for expert, opening in ((block.video_block, video), (block.action_block, action)):

@@ -39,53 +39,58 @@ def _put(t: Tensor, slices: _Slices, rows: Tensor) -> None:
 
 
 def _heads(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[B, S, H, D]`` to contiguous ``[B, H, S, D]``: GEMMs over a head then read one dense matrix."""
-    return t.transpose(1, 2).to(dtype).contiguous()
+    """``[B, S, H, D]`` to contiguous ``[G = B * H, S, D]``: GEMMs over a head then read one dense matrix."""
+    return t.transpose(1, 2).to(dtype).contiguous().flatten(0, 1)
+
+
+def _unheads(t: Tensor, like: Tensor) -> Tensor:
+    B, _, H, _ = like.shape
+    return t.unflatten(0, (B, H)).transpose(1, 2).to(like.dtype).contiguous()
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, shared: bool, scale: float) -> tuple[Tensor, Tensor]:
-    B, S, H, D = q.shape
+    B, S, H, _ = q.shape
     acc = torch.promote_types(q.dtype, torch.float32)
-    q_BHSD, k_BHSD, v_BHSD = (_heads(t, acc) for t in (q, k, v))
-    out_BHSD = torch.zeros_like(q_BHSD)
-    lse = q_BHSD.new_full((B, H, S), float("-inf"))
-    for plan_b, queries, keys in _runs(runs):
-        for b in range(B) if shared else (plan_b,):
-            q_run = _take(q_BHSD[b], queries) * scale
-            s = q_run.new_empty(H, q_run.shape[1], sum(hi - lo for lo, hi in keys))
-            parts = s.split([hi - lo for lo, hi in keys], -1)
-            for (lo, hi), s_r in zip(keys, parts, strict=True):
-                torch.bmm(q_run, k_BHSD[b, :, lo:hi].mT, out=s_r)
-            m = s.amax(-1, keepdim=True)
-            total = s.sub_(m).exp_().sum(-1, keepdim=True)
-            out_run = torch.zeros_like(q_run)
-            for (lo, hi), p_r in zip(keys, parts, strict=True):
-                out_run.baddbmm_(p_r, v_BHSD[b, :, lo:hi])
-            _put(out_BHSD[b], queries, out_run / total)
-            _put(lse[b], queries, (m + total.log())[..., 0])
-    return out_BHSD.transpose(1, 2).to(q.dtype).contiguous(), lse
+    q_GSD, k_GSD, v_GSD = (_heads(t, acc) for t in (q, k, v))
+    out_GSD = torch.zeros_like(q_GSD)
+    lse_GS = q_GSD.new_full((B * H, S), float("-inf"))
+    for b, queries, keys in _runs(runs):
+        g = slice(None) if shared else slice(b * H, (b + 1) * H)
+        q_run = _take(q_GSD[g], queries) * scale
+        s = q_run.new_empty(*q_run.shape[:2], sum(hi - lo for lo, hi in keys))
+        parts = s.split([hi - lo for lo, hi in keys], -1)
+        for (lo, hi), s_r in zip(keys, parts, strict=True):
+            torch.bmm(q_run, k_GSD[g, lo:hi].mT, out=s_r)
+        m = s.amax(-1, keepdim=True)
+        total = s.sub_(m).exp_().sum(-1, keepdim=True)
+        out_run = torch.zeros_like(q_run)
+        for (lo, hi), p_r in zip(keys, parts, strict=True):
+            out_run.baddbmm_(p_r, v_GSD[g, lo:hi])
+        _put(out_GSD[g], queries, out_run / total)
+        _put(lse_GS[g], queries, (m + total.log())[..., 0])
+    return _unheads(out_GSD, q), lse_GS.unflatten(0, (B, H))
 
 
 def backward(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, runs: Tensor,
     shared: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    B, S, H, D = q.shape
-    acc = lse.dtype
-    q_BHSD, k_BHSD, v_BHSD, dout_BHSD = (_heads(t, acc) for t in (q, k, v, dout))
-    dq_BHSD, dk_BHSD, dv_BHSD = (torch.zeros_like(q_BHSD) for _ in range(3))
-    delta = (dout_BHSD * _heads(out, acc)).sum(-1) - dlse
-    for plan_b, queries, keys in _runs(runs):
-        for b in range(B) if shared else (plan_b,):
-            q_run, dout_run = _take(q_BHSD[b], queries) * scale, _take(dout_BHSD[b], queries)
-            lse_run, delta_run = (_take(t[b], queries)[..., None] for t in (lse, delta))
-            dq_run = torch.zeros_like(q_run)
-            for lo, hi in keys:
-                k_r, v_r = k_BHSD[b, :, lo:hi], v_BHSD[b, :, lo:hi]
-                p = torch.baddbmm(lse_run, q_run, k_r.mT, beta=-1).exp_()
-                dv_BHSD[b, :, lo:hi].baddbmm_(p.mT, dout_run)
-                ds = torch.baddbmm(delta_run, dout_run, v_r.mT, beta=-1).mul_(p)
-                dq_run.baddbmm_(ds, k_r, alpha=scale)
-                dk_BHSD[b, :, lo:hi].baddbmm_(ds.mT, q_run)
-            _put(dq_BHSD[b], queries, dq_run)
-    return tuple(t.transpose(1, 2).to(q.dtype).contiguous() for t in (dq_BHSD, dk_BHSD, dv_BHSD))
+    H, acc = q.shape[2], lse.dtype
+    q_GSD, k_GSD, v_GSD, dout_GSD = (_heads(t, acc) for t in (q, k, v, dout))
+    dq_GSD, dk_GSD, dv_GSD = (torch.zeros_like(q_GSD) for _ in range(3))
+    lse_GS = lse.flatten(0, 1)
+    delta_GS = (dout_GSD * _heads(out, acc)).sum(-1) - dlse.flatten(0, 1)
+    for b, queries, keys in _runs(runs):
+        g = slice(None) if shared else slice(b * H, (b + 1) * H)
+        q_run, dout_run = _take(q_GSD[g], queries) * scale, _take(dout_GSD[g], queries)
+        lse_run, delta_run = (_take(t[g], queries)[..., None] for t in (lse_GS, delta_GS))
+        dq_run = torch.zeros_like(q_run)
+        for lo, hi in keys:
+            k_r, v_r = k_GSD[g, lo:hi], v_GSD[g, lo:hi]
+            p = torch.baddbmm(lse_run, q_run, k_r.mT, beta=-1).exp_()
+            dv_GSD[g, lo:hi].baddbmm_(p.mT, dout_run)
+            ds = torch.baddbmm(delta_run, dout_run, v_r.mT, beta=-1).mul_(p)
+            dq_run.baddbmm_(ds, k_r, alpha=scale)
+            dk_GSD[g, lo:hi].baddbmm_(ds.mT, q_run)
+        _put(dq_GSD[g], queries, dq_run)
+    return tuple(_unheads(t, like) for t, like in ((dq_GSD, q), (dk_GSD, k), (dv_GSD, v)))
