@@ -82,7 +82,7 @@ def bench(frames: int, device: str, repeats: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--quick", action="store_true", help="only 2,448 tokens, and record nothing")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
