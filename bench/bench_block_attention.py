@@ -21,7 +21,7 @@ from wam_kernels import Geometry, block_attention, compile_plan
 from wam_kernels.plan import _compile
 
 HEADS, D = 8, 64
-FRAMES = {"2,448 tokens": 34, "4,896 tokens": 68, "9,360 tokens": 130, "14,400 tokens": 200}
+FRAMES = {"2,448 tokens": 34, "4,896 tokens": 68, "9,360 tokens": 130}
 
 
 def geometry(frames: int) -> Geometry:
@@ -82,7 +82,7 @@ def bench(frames: int, device: str, repeats: int) -> list[dict]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=2)
     parser.add_argument("--quick", action="store_true", help="only 2,448 tokens, and record nothing")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
