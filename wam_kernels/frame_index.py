@@ -8,13 +8,14 @@ segments of a row are added in order.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from . import _index_buffer
 
 # The sums of a segment cost one write and one read of float32 rows, so short segments cost traffic: with 16 tokens
 # about an eighth of a bf16 backward. Long ones leave too few programs to fill a GPU. Not yet measured on one.
@@ -39,14 +40,8 @@ class FrameIndex:
     def __init__(self, layout: tuple[tuple[int, ...], ...], buffer: Tensor) -> None:
         self._layout, self._buffer = layout, buffer
         self.length, self.frames = layout[0][0], layout[2][0] - 1
-        at = 0
-        for name, shape in zip(self.FIELDS, layout, strict=True):
-            n = math.prod(shape)
-            view = buffer[at : at + n].view(shape)
-            # lengths differ from batch to batch; a compiled graph must not specialise on them
-            torch._dynamo.maybe_mark_dynamic(view, 0)
+        for name, view in zip(self.FIELDS, _index_buffer.views(layout, buffer), strict=True):
             setattr(self, name, view)
-            at += _aligned(n)
 
     @classmethod
     def from_runs(
@@ -138,11 +133,6 @@ def _frames(constructor: str, rows: tuple[int, ...], frames: int | None) -> int:
     return needed if frames is None else int(frames)
 
 
-def _aligned(n: int) -> int:
-    """Room for n ints: every view starts on 16 bytes, whatever the lengths, or Triton would compile anew."""
-    return -(-n // 4) * 4
-
-
 @lru_cache(maxsize=64)
 def _compile(lengths: tuple[int, ...], rows: tuple[int, ...], frames: int, device: torch.device) -> FrameIndex:
     if device.type != "cpu":
@@ -161,9 +151,4 @@ def _compile(lengths: tuple[int, ...], rows: tuple[int, ...], frames: int, devic
         np.searchsorted(np.sort(row), np.arange(frames + 1)),
         np.argsort(row, kind="stable"),
     ]
-    buffer = np.zeros(sum(_aligned(a.size) for a in arrays), np.int32)
-    at = 0
-    for a in arrays:
-        buffer[at : at + a.size] = a.ravel()
-        at += _aligned(a.size)
-    return FrameIndex(tuple(a.shape for a in arrays), torch.from_numpy(buffer))
+    return FrameIndex(*_index_buffer.pack(arrays))

@@ -15,7 +15,6 @@ last, incomplete tile of a group is put first, where the history, and so the was
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import _index_buffer
 from .intervals import Rows, intervals, token_rows
 from .visibility import SEGMENTS, Geometry, dense_mask
 
@@ -96,15 +96,7 @@ class Plan:
         self.length = length
         self.visible_pairs = visible_pairs
         self._shapes, self._layout, self._buffer = shapes, layout, buffer
-        views, at = [], 0
-        for shape in layout:
-            n = math.prod(shape)
-            view = buffer[at : at + n].view(shape)
-            # lengths differ from plan to plan; a compiled graph must not specialise on them
-            torch._dynamo.maybe_mark_dynamic(view, 0)
-            views.append(view)
-            at += _aligned(n)
-        n = len(Side.FIELDS)
+        n, views = len(Side.FIELDS), _index_buffer.views(layout, buffer)
         self.queries, self.keys = Side(shapes[0], views[:n]), Side(shapes[1], views[n : 2 * n])
         self.runs = views[2 * n]
 
@@ -198,17 +190,7 @@ def _compile(packed: tuple, length: int, tile: TileShape | None, device: torch.d
     visible = int((rows.count * (seen[..., 1] - seen[..., 0]).sum(-1)).sum())
     shape = tile or tile_shape(visible / max(1, int(rows.count.sum())))
     arrays = [*_side(rows, seen, shape), *_side(rows, seen_by, shape), _runs(rows, seen)]
-    buffer = np.zeros(sum(_aligned(a.size) for a in arrays), np.int32)
-    at = 0
-    for a in arrays:
-        buffer[at : at + a.size] = a.ravel()
-        at += _aligned(a.size)
-    return Plan(packed, length, visible, (shape, shape), tuple(a.shape for a in arrays), torch.from_numpy(buffer))
-
-
-def _aligned(n: int) -> int:
-    """Room for n ints: every view starts on 16 bytes, whatever the geometry, or Triton would compile anew."""
-    return -(-n // 4) * 4
+    return Plan(packed, length, visible, (shape, shape), *_index_buffer.pack(arrays))
 
 
 def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
