@@ -4,7 +4,7 @@
 //     backward   g = dh * factor       t = dr + rstd_r * (g - mean(g) - n * mean(g * n))       dx = t     dy = gate * t
 //                dgate = sum t * y     dshift = sum dh                dscale = sum dh * n
 //
-//     kAdaptive  factor = 1 + scale, and gate, shift, scale are row f = row_of_token[token] plus a table, if there is one
+//     kAdaptive  factor = 1 + scale, and gate, shift, scale are row f = row_of_token[token] plus a table, if any
 //     kAffine    factor = weight, shift = bias, one for all tokens: dweight = sum dh * n, dbias = sum dh
 //     kNone      no norm: no h forwards, t = dr backwards
 //
@@ -30,7 +30,7 @@ enum class Norm : int32_t { kNone, kAdaptive, kAffine };
 // Rows of tokens have the dtype of x; rows of modulation, tables, weights and sums are float32.
 struct AdalnParams {
   Rows x, y;                // forward
-  Rows r, h;                // forward: outputs; r is not stored without y. Backward: r is an input (x where there is no y)
+  Rows r, h;                // forward: outputs; r only with y. Backward: r is an input (x where there is no y)
   Rows dr, dh, dx, dy;      // backward, with y; dr, dx and dy may be absent
   Rows gate, shift, scale;  // [batch, rows, channels]
   const float *gate_table, *shift_table, *scale_table;  // [channels] or null
@@ -38,7 +38,7 @@ struct AdalnParams {
   const int32_t* row_of_token;                          // [tokens], forward
   const int32_t* segments;                              // [count, 3] = first token, end, row f; backward, as the next
   const int32_t *row_begin, *row_segments;              // [rows + 1], [count]: the segments of each row
-  float* partials;  // [batch, segment_count, sums, channels]: dshift, dscale unless kNone, then dgate if there is a gate
+  float* partials;  // [batch, segment_count, sums, channels]: dshift, dscale unless kNone, then dgate with a gate
   float *dgate, *dshift, *dscale;  // [batch, rows, channels], contiguous
   float *dweight, *dbias;          // [channels]
   int64_t batch, tokens, rows, segment_count;

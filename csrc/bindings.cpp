@@ -16,6 +16,7 @@ namespace {
 
 using Address = std::uintptr_t;            // 0: no tensor
 using Row3 = std::array<std::int64_t, 3>;  // address, batch stride, row stride: a wam::Rows
+using Table = std::array<std::int64_t, 2>;  // address, batch stride
 using Row4 = std::array<std::int64_t, 4>;  // address, batch stride, token stride, head stride: a wam::Heads
 
 template <class T = void>
@@ -73,8 +74,8 @@ void adaln_backward(const std::array<std::int64_t, 4>& shape, const Row3& dr, co
                     const Row3& y, const Row3& gate, const Row3& scale, Address gate_table, Address scale_table,
                     Address weight, Address segments, std::int64_t segment_count, Address row_begin,
                     Address row_segments, const Row3& dx, const Row3& dy, Address dgate, Address dshift, Address dscale,
-                    Address dweight, Address dbias, Address partials, bool has_norm, float eps, const std::string& dtype,
-                    Address stream) {
+                    Address dweight, Address dbias, Address partials, bool has_norm, float eps,
+                    const std::string& dtype, Address stream) {
   auto p = adaln_params(shape, gate, scale, gate_table, scale_table, weight, has_norm, eps);
   p.dr = rows(dr);
   p.dh = rows(dh);
@@ -97,7 +98,7 @@ void adaln_backward(const std::array<std::int64_t, 4>& shape, const Row3& dr, co
 
 // shape is (B, S, H, head_dim).
 wam::QkNormRopeParams qk_params(const std::array<std::int64_t, 4>& shape, const Row4& q, const Row4& k,
-                                Address weight_q, Address weight_k, Address table, bool per_head, bool interleaved,
+                                Address weight_q, Address weight_k, const Table& table, bool per_head, bool interleaved,
                                 float eps) {
   wam::QkNormRopeParams p{};
   p.batch = shape[0];
@@ -108,24 +109,28 @@ wam::QkNormRopeParams qk_params(const std::array<std::int64_t, 4>& shape, const 
   p.k.x = heads(k);
   p.q.weight = pointer<const float>(weight_q);
   p.k.weight = pointer<const float>(weight_k);
-  p.table = pointer<const float>(table);
+  p.table = pointer<const float>(static_cast<Address>(table[0]));
+  p.table_stride_batch = table[1];
   p.per_head = per_head;
   p.interleaved = interleaved;
   p.eps = eps;
   return p;
 }
 
-void qk_norm_rope_forward(const std::array<std::int64_t, 4>& shape, const Row4& q, const Row4& k, Address weight_q,
-                          Address weight_k, Address table, const Row4& q_out, const Row4& k_out, bool per_head,
-                          bool interleaved, float eps, const std::string& dtype, Address stream) {
+void qk_norm_rope_forward(const std::array<std::int64_t, 4>& shape, const Row4& q, const Row4& k, const Row4& v,
+                          Address weight_q, Address weight_k, const Table& table, const Row4& q_out, const Row4& k_out,
+                          const Row4& v_out, bool per_head, bool interleaved, float eps, const std::string& dtype,
+                          Address stream) {
   auto p = qk_params(shape, q, k, weight_q, weight_k, table, per_head, interleaved, eps);
   p.q.y = heads(q_out);
   p.k.y = heads(k_out);
+  p.v = heads(v);
+  p.v_out = heads(v_out);
   wam::qk_norm_rope_forward(p, dtype_from("qk_norm_rope_forward", dtype), pointer(stream));
 }
 
 void qk_norm_rope_backward(const std::array<std::int64_t, 4>& shape, const Row4& dq_out, const Row4& dk_out,
-                           const Row4& q, const Row4& k, Address weight_q, Address weight_k, Address table,
+                           const Row4& q, const Row4& k, Address weight_q, Address weight_k, const Table& table,
                            const Row4& dq, const Row4& dk, Address dweight_q, Address dweight_k, Address partials,
                            std::int64_t programs, std::int64_t tokens_per_program, bool per_head, bool interleaved,
                            float eps, const std::string& dtype, Address stream) {
@@ -150,17 +155,18 @@ PYBIND11_MODULE(_C, m) {
   m.def("adaln_forward", &adaln_forward, "r and h of a gated residual and LayerNorm; see adaln.cuh.", py::kw_only(),
         py::arg("shape"), py::arg("x"), py::arg("y"), py::arg("gate"), py::arg("shift"), py::arg("scale"),
         py::arg("gate_table"), py::arg("shift_table"), py::arg("scale_table"), py::arg("weight"), py::arg("bias"),
-        py::arg("row_of_token"), py::arg("r"), py::arg("h"), py::arg("has_norm"), py::arg("tokens_per_block"), py::arg("eps"),
-        py::arg("dtype"), py::arg("stream"));
+        py::arg("row_of_token"), py::arg("r"), py::arg("h"), py::arg("has_norm"), py::arg("tokens_per_block"),
+        py::arg("eps"), py::arg("dtype"), py::arg("stream"));
   m.def("adaln_backward", &adaln_backward, "The gradients of adaln_forward, in two launches; see adaln.cuh.",
         py::kw_only(), py::arg("shape"), py::arg("dr"), py::arg("dh"), py::arg("r"), py::arg("y"), py::arg("gate"),
         py::arg("scale"), py::arg("gate_table"), py::arg("scale_table"), py::arg("weight"), py::arg("segments"),
         py::arg("segment_count"), py::arg("row_begin"), py::arg("row_segments"), py::arg("dx"), py::arg("dy"),
         py::arg("dgate"), py::arg("dshift"), py::arg("dscale"), py::arg("dweight"), py::arg("dbias"),
         py::arg("partials"), py::arg("has_norm"), py::arg("eps"), py::arg("dtype"), py::arg("stream"));
-  m.def("qk_norm_rope_forward", &qk_norm_rope_forward, "RMSNorm and rope of q and k; see qk_norm_rope.cuh.",
-        py::kw_only(), py::arg("shape"), py::arg("q"), py::arg("k"), py::arg("weight_q"), py::arg("weight_k"),
-        py::arg("table"), py::arg("q_out"), py::arg("k_out"), py::arg("per_head"), py::arg("interleaved"),
+  m.def("qk_norm_rope_forward", &qk_norm_rope_forward,
+        "RMSNorm and rope of q and k, and a copy of v; see qk_norm_rope.cuh.", py::kw_only(), py::arg("shape"),
+        py::arg("q"), py::arg("k"), py::arg("v"), py::arg("weight_q"), py::arg("weight_k"), py::arg("table"),
+        py::arg("q_out"), py::arg("k_out"), py::arg("v_out"), py::arg("per_head"), py::arg("interleaved"),
         py::arg("eps"), py::arg("dtype"), py::arg("stream"));
   m.def("qk_norm_rope_backward", &qk_norm_rope_backward,
         "The gradients of qk_norm_rope_forward, in two launches; see qk_norm_rope.cuh.", py::kw_only(),

@@ -40,6 +40,10 @@ void check(const char* op, const QkNormRopeParams& p, DType dtype, bool backward
     if (backward) require_heads(op, "d" + name, side.dx, p, dtype);
     require_present(op, "weight_" + name, side.weight, 16);
   }
+  require_stride(op, "table's batch stride", p.table_stride_batch, p.batch, DType::kFloat32);
+  if (p.v.data == nullptr) return;
+  require_heads(op, "v", p.v, p, dtype);
+  require_heads(op, "v_out", p.v_out, p, dtype);
 }
 
 void launch_dtype(Pass pass, const QkNormRopeParams& p, DType dtype, void* stream) {

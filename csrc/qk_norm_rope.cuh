@@ -4,14 +4,15 @@
 //     backward   u = R^T(dy)       g = u * weight          dx = rstd * (g - n * mean(g * n))      dweight = sum u * n
 //
 // R turns pairs of a head's channels by the angles of the token, cos and sin of which are in the table: (2i, 2i + 1) if
-// interleaved, else (i, i + head_dim / 2). The mean is over the row, or with per_head over each head.
+// interleaved, else (i, i + head_dim / 2). The mean is over the row, or with per_head over each head. The forward also
+// copies v, where there is one: q, k and v of a chunk then reach their cache in one launch.
 //
 // A thread owns UNITS units: a unit is WIDTH neighbouring channels in the first half of a head and those at the same
 // place in its second half, so that either kind of pair lies within a thread. WIDTH is 8 (16 bytes of bf16), or 4 where
 // half a head is no multiple of 8.
-// Forward: one block owns one token of q or of k. Backward: one block owns `tokens_per_program` neighbouring tokens of
-// q or of k (batch elements follow each other), walks them with rstd recomputed, keeps its sums for dweight in
-// registers and stores them once, as partials, with per_head added over the heads. Their sum is a second launch
+// Forward: one block owns one token of q, of k or of v. Backward: one block owns `tokens_per_program` neighbouring
+// tokens of q or of k (batch elements follow each other), walks them with rstd recomputed, keeps its sums for dweight
+// in registers and stores them once, as partials, with per_head added over the heads. Their sum is a second launch
 // (sum_partials.cuh). No atomics: the same bits from run to run.
 //
 // Arithmetic is float32; the only rounding to the dtype of q is at the stores of y and dx.
@@ -39,8 +40,10 @@ struct QkNormRopeSide {
 
 struct QkNormRopeParams {
   QkNormRopeSide q, k;
-  const float* table;  // [tokens, head_dim / 2, 2]: cos and sin; contiguous
-  float* partials;     // [programs, 2, width of weight]: q, then k; backward
+  Heads v, v_out;              // forward; no data: there is no v
+  const float* table;          // [batch, tokens, head_dim / 2, 2]: cos and sin; contiguous but for the batch
+  int64_t table_stride_batch;  // in elements; 0: the batch shares one table
+  float* partials;             // [programs, 2, width of weight]: q, then k; backward
   int64_t batch, tokens, tokens_per_program, programs;
   int32_t heads, head_dim;
   float eps;
@@ -109,6 +112,14 @@ __device__ inline void store_halves(T* head, const Unit& unit, const Halves<WIDT
   *reinterpret_cast<Pack<T, WIDTH>*>(head + unit.second) = b;
 }
 
+template <int WIDTH, class T>
+__device__ inline void copy_halves(const T* from, T* to, const Unit& unit) {
+  if (!unit.exists) return;
+  using Half = Pack<T, WIDTH>;
+  *reinterpret_cast<Half*>(to + unit.first) = *reinterpret_cast<const Half*>(from + unit.first);
+  *reinterpret_cast<Half*>(to + unit.second) = *reinterpret_cast<const Half*>(from + unit.second);
+}
+
 template <class T>
 __device__ inline T* head_of(const Heads& t, int64_t batch, int64_t token, const Unit& unit) {
   return static_cast<T*>(t.data) + batch * t.stride_batch + token * t.stride_token + unit.head * t.stride_head;
@@ -127,14 +138,15 @@ __device__ inline void turn(float& x, float& y, float cos, float sin) {
 
 // Turns the unit's pairs by the token's angles, or back by their negatives.
 template <int WIDTH>
-__device__ inline void rotate(Halves<WIDTH>& v, const QkNormRopeParams& p, int64_t token, const Unit& unit, bool back) {
+__device__ inline void rotate(Halves<WIDTH>& v, const QkNormRopeParams& p, int64_t batch, int64_t token,
+                              const Unit& unit, bool back) {
   // the angles of `a` and of `b` if interleaved, else the first and the last half of those that pair a with b
   Unit angles = unit;
   if (!p.interleaved) {
     angles.first = 2 * unit.first;
     angles.second = angles.first + WIDTH;
   }
-  Halves<WIDTH> t = load_halves<WIDTH>(p.table + token * p.head_dim, angles);
+  Halves<WIDTH> t = load_halves<WIDTH>(p.table + batch * p.table_stride_batch + token * p.head_dim, angles);
 #pragma unroll
   for (int j = 0; j < WIDTH; j += 2) {
     const float sin_a = back ? -t.a[j + 1] : t.a[j + 1], sin_b = back ? -t.b[j + 1] : t.b[j + 1];
@@ -191,8 +203,16 @@ __device__ inline void group_mean(float (&v)[UNITS][N], const QkNormRopeParams& 
 template <class T, int WIDTH, int UNITS>
 __global__ void __launch_bounds__(kRowThreads) forward_kernel(const __grid_constant__ QkNormRopeParams p) {
   __shared__ float of_unit[1][UNITS * kRowThreads], partial[1][kRowWarps];
-  const QkNormRopeSide& side = blockIdx.z == 0 ? p.q : p.k;
   const int64_t token = blockIdx.x, b = blockIdx.y;
+  if (blockIdx.z == 2) {
+#pragma unroll
+    for (int i = 0; i < UNITS; ++i) {
+      const Unit unit(i, WIDTH, p);
+      copy_halves<WIDTH>(head_of<const T>(p.v, b, token, unit), head_of<T>(p.v_out, b, token, unit), unit);
+    }
+    return;
+  }
+  const QkNormRopeSide& side = blockIdx.z == 0 ? p.q : p.k;
 
   Halves<WIDTH> x[UNITS];
   float square[UNITS][1];
@@ -216,7 +236,7 @@ __global__ void __launch_bounds__(kRowThreads) forward_kernel(const __grid_const
       x[i].a[j] *= rstd * weight.a[j];
       x[i].b[j] *= rstd * weight.b[j];
     }
-    rotate(x[i], p, token, unit, /*back=*/false);
+    rotate(x[i], p, b, token, unit, /*back=*/false);
     store_halves(head_of<T>(side.y, b, token, unit), unit, x[i]);
   }
 }
@@ -252,7 +272,7 @@ __global__ void __launch_bounds__(kRowThreads) backward_kernel(const __grid_cons
     for (int i = 0; i < UNITS; ++i) {
       const Unit unit(i, WIDTH, p);
       const Halves<WIDTH> weight = weight_of<WIDTH>(side.weight, p, unit);
-      rotate(u[i], p, token, unit, /*back=*/true);
+      rotate(u[i], p, b, token, unit, /*back=*/true);
       mean[i][0] = mean[i][1] = 0.0f;
 #pragma unroll
       for (int j = 0; j < WIDTH; ++j) {
@@ -303,7 +323,7 @@ void launch_rows(Pass pass, const QkNormRopeParams& p, void* stream) {
   const bool forward = pass == Pass::kForward;
   const char* op = forward ? "qk_norm_rope_forward" : "qk_norm_rope_backward";
   const dim3 grid(static_cast<unsigned>(forward ? p.tokens : p.programs),
-                  static_cast<unsigned>(forward ? p.batch : 1), 2);
+                  static_cast<unsigned>(forward ? p.batch : 1), forward && p.v.data != nullptr ? 3 : 2);
   auto run = [&](void (*kernel)(QkNormRopeParams), int width, int units_of_thread) {
     const int units = p.heads * p.head_dim / (2 * width);
     launch(op, kernel, grid, dim3(threads_of_row(units, units_of_thread)), stream, p);

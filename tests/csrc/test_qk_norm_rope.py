@@ -24,14 +24,17 @@ SHAPES = [  # heads, head_dim
 ]
 
 
-def make_inputs(B, S, heads, head_dim, dtype, per_head, device, weight_dtype=torch.float32):
+def make_inputs(
+    B, S, heads, head_dim, dtype, per_head, device, weight_dtype=torch.float32, table_per_sample=False
+):  # fmt: skip
     """dq_out, dk_out ``[B, S, H, D]``, q, k ``[B, S, inner]``, weights, table."""
     g = torch.Generator().manual_seed(0)
     inner, dtype = heads * head_dim, getattr(torch, dtype)
     dq_out, dk_out = (torch.randn(B, S, heads, head_dim, generator=g).to(dtype) for _ in range(2))
     q, k = (torch.randn(B, S, inner, generator=g).to(dtype) for _ in range(2))
     weights = (torch.randn(head_dim if per_head else inner, generator=g).to(weight_dtype) for _ in range(2))
-    table = rope_table(10 * torch.randn(S, 3, generator=g), head_dim)
+    tokens = (B, S) if table_per_sample else (S,)
+    table = rope_table(10 * torch.randn(*tokens, 3, generator=g), head_dim)
     return [t.to(device) for t in (dq_out, dk_out, q, k, *weights, table)]
 
 
@@ -73,6 +76,12 @@ def test_every_dtype(machine, dtype, weight_dtype):
     check(machine, inputs, 48, True, True)
 
 
+@pytest.mark.parametrize("B, S", [(3, 4), (0, 4), (2, 0)])
+def test_a_table_per_sample(machine, B, S):
+    inputs = make_inputs(B, S, 2, 24, "float32", False, machine.device, table_per_sample=True)
+    check(machine, inputs, 24, False, True)
+
+
 @pytest.mark.parametrize("programs", [1, 3, 198])
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("B, S", [(2, 7), (1, 1), (0, 3), (2, 0)])
@@ -92,13 +101,28 @@ def test_free_strides_and_a_cache_slot(machine):
     options = D, False, True
     check(machine, inputs, *options)
 
-    caches = torch.full((2, B, H, S + 5, D), torch.nan, dtype=q.dtype, device=machine.device)
-    slots = [cache[:, :, 2 : 2 + S].transpose(1, 2) for cache in caches]
-    kernel_cuda.forward(*inputs[2:], *options, EPS, *slots)
+    caches = torch.full((3, B, H, S + 5, D), torch.nan, dtype=q.dtype, device=machine.device)
+    *slots, v_slot = [cache[:, :, 2 : 2 + S].transpose(1, 2) for cache in caches]
+    v = torch.cat([q, k + q], -1).split(H * D, -1)[1]
+    kernel_cuda.forward(*inputs[2:], *options, EPS, *slots, v, v_slot)
     own, true = (expected(*inputs, *options, dtype=dtype) for dtype in (None, torch.float64))
     for slot, *values in zip(slots, own[:2], true[:2], strict=True):
         assert_within_budget("slot", slot, *values)
+    assert torch.equal(v_slot, v.unflatten(-1, (H, D)))
     assert caches[:, :, :, :2].isnan().all() and caches[:, :, :, 2 + S :].isnan().all(), "stored outside the slot"
+
+
+@pytest.mark.parametrize("heads, head_dim", [(33, 128), (90, 88), (3, 24)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_are_copied_by_every_kernel(machine, dtype, heads, head_dim):
+    _, _, q, k, *rest = make_inputs(2, 2, heads, head_dim, dtype, True, machine.device)
+
+    def forward():
+        outs = [q.new_empty((2, 2, heads, head_dim)) for _ in range(3)]
+        kernel_cuda.forward(q, k, *rest, head_dim, True, True, EPS, *outs[:2], k - q, outs[2])
+        return outs
+
+    assert torch.equal(machine.run(forward)[2], (k - q).unflatten(-1, (heads, head_dim)))
 
 
 def test_refusals_name_the_argument(machine):
@@ -107,9 +131,10 @@ def test_refusals_name_the_argument(machine):
     outs = [torch.empty_like(t) for t in inputs[:2]]
     odd = torch.zeros(2 * 3 * 36 + 4, dtype=q.dtype, device=q.device)
 
-    def refuses(message, head_dim=16, q=q, k=k):
+    def refuses(message, head_dim=16, q=q, k=k, v=k, table=rest[-1]):
         with pytest.raises(ValueError, match=message):
-            kernel_cuda.forward(q, k, *rest, head_dim, False, True, EPS, *outs)
+            options = head_dim, False, True, EPS
+            kernel_cuda.forward(q, k, *rest[:-1], table, *options, *outs, v, torch.empty_like(outs[0]))
 
     refuses(
         r"qk_norm_rope_forward: k's batch stride must be a multiple of 8 elements \(16 bytes\), got 108; pass",
@@ -117,4 +142,9 @@ def test_refusals_name_the_argument(machine):
     )
     refuses(r"qk_norm_rope_forward: q must be aligned to 16 bytes, got address \d+; pass", q=odd[4:196].view(2, 3, 32))
     refuses(r"qk_norm_rope_forward: head_dim must be a multiple of 8, got 4; use impl='reference'", head_dim=4)
+    refuses(r"qk_norm_rope_forward: v must be aligned to 16 bytes, got address \d+; pass", v=odd[4:196].view(2, 3, 32))
+    refuses(
+        r"table's batch stride must be a multiple of 4 elements \(16 bytes\), got 50; pass a contiguous copy",
+        table=torch.zeros(2, 25, 2, device=q.device)[:, :24].view(2, 3, 8, 2),
+    )
     refuses(r"q must have last-dim stride 1, got 2; pass a contiguous copy", q=q.repeat_interleave(2, -1)[..., ::2])

@@ -1,4 +1,4 @@
-"""The adaLN ops on a GPU: the Triton kernels as compiled, at the sizes that matter."""
+"""The adaLN ops on a GPU: the Triton and CUDA kernels as compiled, at the sizes that matter."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from tests.adaln import checks
 from wam_kernels.adaln import ada_layer_norm
 from wam_kernels.frame_index import FrameIndex
 
-IMPLS = ["triton"]
+IMPLS = ["triton", "cuda"]
 each_impl = pytest.mark.parametrize("impl", IMPLS)
 
 

@@ -1,4 +1,4 @@
-"""qk_norm_rope on a GPU: the Triton kernels as compiled, at the sizes that matter."""
+"""qk_norm_rope on a GPU: the Triton and CUDA kernels as compiled, at the sizes that matter."""
 
 import dataclasses
 
@@ -8,7 +8,7 @@ import torch
 from tests.qk_norm_rope import checks
 from tests.qk_norm_rope.checks import Case
 
-IMPLS = ["triton"]
+IMPLS = ["triton", "cuda"]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -44,6 +44,11 @@ def test_longer_than_int32(impl):
 def test_strides_and_cache_slots(dtype, impl):
     checks.check_strides_are_free(Case(2, 37, 24, 128, dtype, device="cuda"), impl)
     checks.check_out_into_a_cache_slot(Case(2, 37, 24, 128, dtype, device="cuda"), impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_a_table_per_sample_is_one_call_a_sample(impl):
+    checks.check_a_table_per_sample_is_one_call_a_sample(impl, "cuda")
 
 
 @pytest.mark.parametrize("impl", IMPLS)

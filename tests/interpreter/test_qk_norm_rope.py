@@ -35,6 +35,10 @@ def test_strides_are_free(dtype):
     checks.check_strides_are_free(checks.Case(2, 2, 3, 16, dtype), "triton")
 
 
+def test_a_table_per_sample_is_one_call_a_sample():
+    checks.check_a_table_per_sample_is_one_call_a_sample("triton")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_out_into_a_cache_slot(dtype):
     checks.check_out_into_a_cache_slot(checks.Case(2, 2, 3, 16, dtype), "triton")

@@ -32,6 +32,7 @@ class Case:
     dtype: torch.dtype = torch.float32
     weight_dtype: torch.dtype | None = None
     device: str = "cpu"
+    table_per_sample: bool = False
 
     def inputs(self, per_head: bool, seed: int = 0) -> dict[str, Tensor]:
         """Drawn on the CPU so that devices see the same numbers; dq_out, dk_out are what flows back."""
@@ -43,7 +44,8 @@ class Case:
         w = {f"weight_{n}": (1 + 0.5 * torch.randn(width, generator=g)).to(dtype) for n in ("q", "k")}
         heads = (self.B, self.S, self.H, self.D)
         d = {f"d{n}_out": torch.randn(heads, generator=g).to(self.dtype) for n in ("q", "k")}
-        positions = torch.rand(self.S, 3, generator=g, dtype=torch.float64) * 60 - 10
+        tokens = (self.B, self.S) if self.table_per_sample else (self.S,)
+        positions = torch.rand(*tokens, 3, generator=g, dtype=torch.float64) * 60 - 10
         return {n: t.to(self.device) for n, t in (x | w | {"table": rope_table(positions, self.D)} | d).items()}
 
 
@@ -58,6 +60,8 @@ SHAPES = [
     pytest.param(Case(2, 3, 3, 32, torch.bfloat16), id="bf16"),
     pytest.param(Case(2, 3, 3, 32, torch.float16), id="fp16"),
     pytest.param(Case(2, 3, 3, 32, torch.bfloat16, torch.float32), id="bf16-float32-weights"),
+    pytest.param(Case(3, 2, 3, 24, table_per_sample=True), id="table-per-sample"),
+    pytest.param(Case(0, 4, 3, 16, table_per_sample=True), id="table-per-sample-no-batch"),
 ]
 
 
@@ -102,20 +106,39 @@ def check_strides_are_free(case: Case, impl: str | None) -> None:
         assert torch.equal(a, b)
 
 
+def check_a_table_per_sample_is_one_call_a_sample(impl: str | None, device: str = "cpu") -> None:
+    case = Case(3, 5, 3, 16, device=device, table_per_sample=True)
+    inputs = case.inputs(per_head=False)
+    both = run(inputs, impl)
+    alone = []
+    for b in range(case.B):
+        of_sample = {n: t if n.startswith("weight") else t[b : b + 1] for n, t in inputs.items()}
+        alone.append(run(of_sample | {"table": inputs["table"][b]}, impl))
+    for name, actual, parts in zip(NAMES, both, zip(*alone, strict=True), strict=True):
+        if name.startswith("dweight"):
+            torch.testing.assert_close(actual, sum(parts))
+        else:
+            assert torch.equal(actual, torch.cat(parts)), name
+
+
 def check_out_into_a_cache_slot(case: Case, impl: str | None) -> None:
-    """The slot holds what a call without ``out`` returns, the rest what it held; also where heads come first."""
+    """A slot holds what a call without ``out`` returns, or v itself; the rest of a cache what it held. Any layout."""
     inputs = case.inputs(per_head=False)
     call = {n: inputs[n] for n in ("q", "k", "weight_q", "weight_k", "table")} | {"head_dim": case.D, "impl": impl}
     expected = qk_norm_rope(**call)
     B, S, H, D = expected[0].shape
+    # a slice of a fused projection, as q and k may be; its strides differ from theirs
+    v = torch.cat((inputs["k"], inputs["q"] + 1), -1).chunk(2, -1)[1]
     start, length = 3, S + 7
-    for heads_first in ((False, True), (True, False)):
+    for heads_first in ((False, True), (True, False), (False, True, True), (True, True, False), (True, False, False)):
         shapes = [(B, H, length, D) if first else (B, length, H, D) for first in heads_first]
         caches = [torch.full(shape, torch.nan, dtype=case.dtype, device=case.device) for shape in shapes]
         views = [c.transpose(1, 2) if first else c for c, first in zip(caches, heads_first, strict=True)]
-        slots = tuple(v[:, start : start + S] for v in views)
-        got = qk_norm_rope(**call, out=slots)
-        for g, slot, view, e in zip(got, slots, views, expected, strict=True):
+        slots = tuple(view[:, start : start + S] for view in views)
+        with_v = len(slots) == 3
+        got = qk_norm_rope(**call, v=v if with_v else None, out=slots)
+        wanted = (*expected, v.unflatten(-1, (H, D))) if with_v else expected
+        for g, slot, view, e in zip(got, slots, views, wanted, strict=True):
             assert g is slot and torch.equal(slot, e)
             rest = torch.cat((view[:, :start], view[:, start + S :]), 1)
             assert rest.isnan().all()

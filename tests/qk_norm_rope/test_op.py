@@ -36,6 +36,11 @@ def test_out_into_a_cache_slot(dtype, impl):
     checks.check_out_into_a_cache_slot(Case(2, 6, 3, 16, dtype), impl)
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_a_table_per_sample_is_one_call_a_sample(impl):
+    checks.check_a_table_per_sample_is_one_call_a_sample(impl)
+
+
 @pytest.mark.parametrize("per_head", [False, True])
 def test_same_bits_from_run_to_run(per_head):
     checks.check_same_bits_from_run_to_run(Case(2, 200, 6, 64), None, per_head)
@@ -115,7 +120,9 @@ def test_registration(variant):
     args = (*tensors, inputs["table"], 16, options["per_head"], options["interleaved"], 1e-6, "cpu")
     torch.library.opcheck(torch.ops.wam.qk_norm_rope.default, args)
     outs = [torch.empty_like(inputs["dq_out"]) for _ in range(2)]
-    torch.library.opcheck(torch.ops.wam.qk_norm_rope_out.default, (*args, *outs))
+    torch.library.opcheck(torch.ops.wam.qk_norm_rope_out.default, (*args, *outs, None, None))
+    v, v_out = torch.ones_like(inputs["q"]), torch.empty_like(inputs["dq_out"])
+    torch.library.opcheck(torch.ops.wam.qk_norm_rope_out.default, (*args, *outs, v, v_out))
     backward = (inputs["dq_out"], inputs["dk_out"], *args)
     torch.library.opcheck(torch.ops.wam.qk_norm_rope_backward.default, backward)
     for t in tensors:
@@ -152,17 +159,21 @@ def test_compiles_with_a_cache_slot():
     inputs = Case(2, 4, 3, 16).inputs(per_head=False)
     call = {n: inputs[n] for n in ("q", "k", "weight_q", "weight_k", "table")} | {"head_dim": 16}
 
-    def step(cache, q_buffer):
-        qk_norm_rope(**call, out=(q_buffer, cache[:, 2:6]))
-        return cache.sum(), q_buffer + 1
+    def step(caches, q_buffer):
+        if len(caches) == 1:
+            qk_norm_rope(**call, out=(q_buffer, caches[0][:, 2:6]))
+        else:
+            qk_norm_rope(**call, v=inputs["q"], out=(q_buffer, *(cache[:, 2:6] for cache in caches)))
+        return sum(cache.sum() for cache in caches), q_buffer + 1
 
-    results = []
-    for fn in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
-        cache, q_buffer = torch.zeros(2, 9, 3, 16), torch.empty(2, 4, 3, 16)
-        results.append([*fn(cache, q_buffer), cache, q_buffer])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b)
-    assert results[0][2][:, 2:6].abs().sum() > 0
+    for count in (1, 2):
+        results = []
+        for fn in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+            caches, q_buffer = [torch.zeros(2, 9, 3, 16) for _ in range(count)], torch.empty(2, 4, 3, 16)
+            results.append([*fn(caches, q_buffer), *caches, q_buffer])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+        assert all(cache[:, 2:6].abs().sum() > 0 for cache in results[0][2:-1])
 
 
 def test_activation_checkpointing():
@@ -198,6 +209,9 @@ def pair(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype), torch.empty(shape, dtype=dtype)
 
 
+WITH_V = {"v": torch.zeros(2, 5, 48), "out": tuple(torch.zeros(3, 2, 5, 3, 16))}
+
+
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -211,7 +225,9 @@ def pair(*shape, dtype=torch.float32):
         ({"per_head": True}, r"weight_q must have shape \[16\] \(a head, since per_head=True\), got \[48\]"),
         ({"weight_q": torch.zeros(48).half()}, "weight_q must be torch.float32 on cpu, got torch.float16"),
         ({"weight_k": torch.zeros(48, device="meta")}, "weight_k must be .* on cpu, got torch.float32 on meta"),
-        ({"table": torch.zeros(5, 8)}, r"table must have shape \[S=5, 8, 2\], got \[5, 8\]; use rope_table"),
+        ({"table": torch.zeros(5, 8)}, r"table must have shape \[S=5, 8, 2\] or .*, got \[5, 8\]; use rope_table"),
+        ({"table": torch.zeros(3, 5, 8, 2)}, r"table must have shape .* or \[B=2, S=5, 8, 2\], got \[3, 5, 8, 2\]"),
+        ({"table": torch.zeros(5, 8, 2).expand(2, 5, 8, 2)}, "table must be contiguous, got strides"),
         ({"table": torch.zeros(5, 8, 2).half()}, "table must be torch.float32 on cpu, got torch.float16 on cpu"),
         ({"table": torch.zeros(5, 2, 8).mT}, "table must be contiguous, got strides"),
         ({"table": torch.zeros(5, 8, 2).requires_grad_()}, "table must not require a gradient"),
@@ -223,6 +239,13 @@ def pair(*shape, dtype=torch.float32):
         ({"out": pair(2, 5, 3, 16, dtype=torch.float16)}, r"out\[0\] must be torch.float32 on cpu like q, got torch.f"),
         ({"out": [t.mT for t in pair(2, 5, 16, 3)]}, r"out\[0\] must have last-dim stride 1, got 3"),
         ({"out": [t.expand(2, 5, 3, 16) for t in pair(1, 5, 3, 16)]}, r"out\[0\] must not be expanded"),
+        ({"v": torch.zeros(2, 5, 48)}, r"v must be None without out, got a tensor; pass out=\(q_out, k_out, v_out\)"),
+        (WITH_V | {"out": pair(2, 5, 3, 16)}, r"out must be \(q_out, k_out, v_out\) with v, got 2 tensors"),
+        (WITH_V | {"v": None}, r"out must be \(q_out, k_out\) without v, got 3 tensors; v and v_out go together"),
+        (WITH_V | {"v": torch.zeros(2, 5, 32)}, r"v must have shape \[B=2, S=5, inner=48\], got \[2, 5, 32\]"),
+        (WITH_V | {"v": torch.zeros(2, 5, 48).half()}, "v must be torch.float32 on cpu like q, got torch.float16"),
+        (WITH_V | {"v": torch.zeros(2, 48, 5).mT}, "v must have last-dim stride 1, got 5"),
+        (WITH_V | {"out": (*WITH_V["out"][:2], torch.zeros(2, 5, 48))}, r"out\[2\] must have shape .*got \[2, 5, 48\]"),
     ],
 )
 def test_refusals_name_the_argument(change, message):

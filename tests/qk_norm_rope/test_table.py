@@ -56,6 +56,13 @@ def test_split_and_theta():
     assert largest_error(table[0], exact(position, (0, 10, 6), 100.0)) <= 2**-24
 
 
+def test_positions_of_each_sample():
+    positions = torch.rand(2, 4, 7, 3, dtype=torch.float64) * 50
+    table = rope_table(positions, 32)
+    assert table.shape == (2, 4, 7, 16, 2) and table.is_contiguous()
+    assert torch.equal(table[1, 2], rope_table(positions[1, 2], 32))
+
+
 def test_no_tokens():
     assert rope_table(torch.zeros(0, 3), 16).shape == (0, 8, 2)
 
@@ -63,8 +70,8 @@ def test_no_tokens():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"positions": torch.zeros(4)}, r"positions must have shape \[S, 3\] \(frame, row, column\), got \[4\]"),
-        ({"positions": torch.zeros(4, 2)}, r"positions must have shape \[S, 3\] .*got \[4, 2\]"),
+        ({"positions": torch.zeros(4)}, r"positions must have shape \[..., S, 3\] \(frame, row, column\), got \[4\]"),
+        ({"positions": torch.zeros(4, 2)}, r"positions must have shape \[..., S, 3\] .*got \[4, 2\]"),
         ({"positions": torch.zeros(4, 3).bfloat16()}, "positions must be float32 or float64, got torch.bfloat16"),
         ({"dtype": torch.bfloat16}, "dtype must be torch.float32 or torch.float64, got torch.bfloat16"),
         ({"head_dim": 15}, "head_dim must be even and at least 2, got 15"),

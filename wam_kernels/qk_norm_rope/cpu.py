@@ -62,11 +62,15 @@ def _rotate(x_nHD: Tensor, scratch_nHD: Tensor, table_nP2: Tensor, interleaved: 
 def forward(
     q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, table: Tensor,
     head_dim: int, per_head: bool, interleaved: bool, eps: float, q_out: Tensor, k_out: Tensor,
+    v: Tensor | None = None, v_out: Tensor | None = None,
 ) -> None:  # fmt: skip
+    """Fills ``q_out``, ``k_out`` and, with v, ``v_out`` ``[B, S, H, D]``, whatever their strides but the last."""
+    if v is not None:
+        v_out.copy_(v.unflatten(-1, (-1, head_dim)))
     if q.numel() == 0:
         return
     buffers = _buffers(q, head_dim, 1 if interleaved else 2)
-    table = table.to(buffers[0].dtype)
+    table = table.to(buffers[0].dtype).expand(q.shape[0], -1, -1, -1)
     for x, weight, out in ((q, weight_q, q_out), (k, weight_k, k_out)):
         weight = weight.to(table.dtype).view(-1, head_dim)
         for b, tokens in _chunks(x):
@@ -74,7 +78,7 @@ def forward(
             y, scratch = buffers[0][:n], buffers[-1][:n]
             y.view(n, -1).copy_(x[b, tokens])
             y.mul_(_rstd(y, per_head, eps)).mul_(weight)
-            _rotate(y, scratch, table[tokens], interleaved, back=False)
+            _rotate(y, scratch, table[b, tokens], interleaved, back=False)
             out[b, tokens].copy_(y)
 
 
@@ -85,7 +89,7 @@ def backward(
     """dq, dk ``[B, S, inner]``, dweight_q, dweight_k in the weights' dtype."""
     buffers = _buffers(q, head_dim, 3)
     acc = buffers[0].dtype
-    table = table.to(acc)
+    table = table.to(acc).expand(q.shape[0], -1, -1, -1)
     dims = (-1,) if per_head else (-2, -1)
     group = head_dim if per_head else q.shape[-1]
     dxs, dweights = [], []
@@ -100,7 +104,7 @@ def backward(
             rstd = _rstd(xh, per_head, eps)
             xh.mul_(rstd)
             g.copy_(dout[b, tokens])
-            _rotate(g, t, table[tokens], interleaved, back=True)
+            _rotate(g, t, table[b, tokens], interleaved, back=True)
             torch.mul(g, xh, out=t)
             dw_HD += t.sum((0, 1) if per_head else 0)
             projection = t.mul_(w_HD).sum(dims, keepdim=True).div_(group)

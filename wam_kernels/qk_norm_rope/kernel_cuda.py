@@ -14,28 +14,44 @@ from .. import _cuda
 PROGRAMS = 198
 
 
-def _heads(name: str, t: Tensor, head_dim: int) -> tuple[int, int, int, int]:
+_ABSENT = (0, 0, 0, 0)
+
+
+def _heads(name: str, t: Tensor | None, head_dim: int) -> tuple[int, int, int, int]:
     """Of ``[B, S, H, D]``, or of ``[B, S, inner]`` with heads side by side."""
+    if t is None:
+        return _ABSENT
     if t.stride(-1) != 1:
         raise ValueError(
-            f"qk_norm_rope (impl='cuda'): {name} must have last-dim stride 1, got {t.stride(-1)}; pass a contiguous copy"
+            f"qk_norm_rope (impl='cuda'): {name} must have last-dim stride 1, got {t.stride(-1)}; "
+            "pass a contiguous copy"
         )
     return t.data_ptr(), t.stride(0), t.stride(1), t.stride(2) if t.ndim == 4 else head_dim
+
+
+def _table(t: Tensor) -> tuple[int, int]:
+    """Address, and batch stride: 0 where all samples share the table."""
+    return t.data_ptr(), t.stride(0) if t.ndim == 4 else 0
 
 
 def forward(
     q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, table: Tensor,
     head_dim: int, per_head: bool, interleaved: bool, eps: float, q_out: Tensor, k_out: Tensor,
+    v: Tensor | None = None, v_out: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Fills ``q_out`` and ``k_out`` ``[B, S, H, D]``, whatever their batch, token and head strides. One launch."""
+    """Fills ``q_out``, ``k_out`` and, with v, ``v_out`` ``[B, S, H, D]``, whatever their strides but the last.
+
+    One launch.
+    """
     # weights may have the dtype of q; these must outlive the call
     weight_q, weight_k = weight_q.float(), weight_k.float()
     B, S, inner = q.shape
     _cuda.launch(
-        "qk_norm_rope_forward", q, shape=(B, S, inner // head_dim, head_dim), q=_heads("q", q, head_dim), k=_heads("k", k, head_dim),
-        weight_q=weight_q.data_ptr(), weight_k=weight_k.data_ptr(), table=table.data_ptr(),
+        "qk_norm_rope_forward", q, shape=(B, S, inner // head_dim, head_dim),
+        q=_heads("q", q, head_dim), k=_heads("k", k, head_dim), v=_heads("v", v, head_dim),
+        weight_q=weight_q.data_ptr(), weight_k=weight_k.data_ptr(), table=_table(table),
         q_out=_heads("q_out", q_out, head_dim), k_out=_heads("k_out", k_out, head_dim),
-        per_head=per_head, interleaved=interleaved, eps=eps,
+        v_out=_heads("v_out", v_out, head_dim), per_head=per_head, interleaved=interleaved, eps=eps,
     )  # fmt: skip
 
 
@@ -57,7 +73,7 @@ def backward(
         "qk_norm_rope_backward", q, shape=(B, S, inner // head_dim, head_dim),
         dq_out=_heads("dq_out", dq_out, head_dim),
         dk_out=_heads("dk_out", dk_out, head_dim), q=_heads("q", q, head_dim), k=_heads("k", k, head_dim),
-        weight_q=weight_q.data_ptr(), weight_k=weight_k.data_ptr(), table=table.data_ptr(),
+        weight_q=weight_q.data_ptr(), weight_k=weight_k.data_ptr(), table=_table(table),
         dq=_heads("dq", dq, head_dim), dk=_heads("dk", dk, head_dim), dweight_q=dweight_q.data_ptr(),
         dweight_k=dweight_k.data_ptr(), partials=partials.data_ptr(), programs=programs,
         tokens_per_program=tokens_per_program, per_head=per_head, interleaved=interleaved, eps=eps,

@@ -7,14 +7,16 @@
               dx = rstd (dn w - x rstd mean(dn w x rstd))
 
 Forward: one program owns one token of q (grid axis 1 = 0) or of k (1) and holds its row, all heads, in registers as two
-[BLOCK_H, BLOCK_P] halves of pairs. Backward: one program owns a run of tokens of q or of k and sums their weight
-gradient in registers; the sums go to one row of partials each, which a second kernel adds. No atomics, and a
-fixed order: results are the same from run to run. Nothing but the inputs is kept for the backward.
+[BLOCK_H, BLOCK_P] halves of pairs; or it copies one token of v (2), where a call that fills a cache brings it along.
+Backward: one program owns a run of tokens of q or of k and sums their weight gradient in registers; the sums go to one
+row of partials each, which a second kernel adds. No atomics, and a fixed order: results are the same from run to run.
+Nothing but the inputs is kept for the backward.
 
 Everything between load and store is float32: one rounding, at the store. Heads and pairs beyond H and D / 2 are masked
 and hold 0, which adds nothing to any sum.
 
-Rows of q, k, their gradients and the weights are dense; batch, token and head strides of the rotated side are free.
+Rows of q, k, v, their gradients and the weights are dense; batch, token and head strides of the outputs' side are free.
+The table is [tokens of all samples, D], or [S, D] shared by them.
 """
 
 import torch
@@ -25,7 +27,7 @@ from torch import Tensor
 from . import config
 
 # Numbers that change with the geometry must not key a compilation of their own.
-_PER_CALL = ["S", "tokens", "per_program", "programs", "eps"]
+_PER_CALL = ["S", "table_S", "tokens", "per_program", "programs", "eps"]
 
 
 @triton.jit
@@ -84,6 +86,17 @@ def _load_weight(
 
 
 @triton.jit
+def _copy_row(
+    from_ptr, to_ptr, stride_to_h, H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr
+):  # fmt: skip
+    """A dense row [H, D] to one with any head stride."""
+    h = tl.arange(0, BLOCK_H).to(tl.int64)[:, None]
+    d = tl.arange(0, 2 * BLOCK_P)[None, :]
+    there = (h < H) & (d < D)
+    tl.store(to_ptr + h * stride_to_h + d, tl.load(from_ptr + h * D + d, mask=there, other=0.0), mask=there)
+
+
+@triton.jit
 def _mean(x, H: tl.constexpr, D: tl.constexpr, PER_HEAD: tl.constexpr):
     """Mean over what one norm covers, from the sums of pairs [BLOCK_H, BLOCK_P]: [BLOCK_H, 1] or [1, 1]."""
     total = tl.sum(x, 1, keep_dims=True)
@@ -95,17 +108,25 @@ def _mean(x, H: tl.constexpr, D: tl.constexpr, PER_HEAD: tl.constexpr):
 
 @triton.jit(do_not_specialize=_PER_CALL)
 def _qk_norm_rope_fwd_kernel(
-    q_ptr, k_ptr, weight_q_ptr, weight_k_ptr, table_ptr, q_out_ptr, k_out_ptr,
-    stride_q_b, stride_q_s, stride_k_b, stride_k_s,
+    q_ptr, k_ptr, v_ptr, weight_q_ptr, weight_k_ptr, table_ptr, q_out_ptr, k_out_ptr, v_out_ptr,
+    stride_q_b, stride_q_s, stride_k_b, stride_k_s, stride_v_b, stride_v_s,
     stride_q_out_b, stride_q_out_s, stride_q_out_h, stride_k_out_b, stride_k_out_s, stride_k_out_h,
-    S, eps,
+    stride_v_out_b, stride_v_out_s, stride_v_out_h,
+    S, table_S, eps,
     H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
-    PER_HEAD: tl.constexpr, INTERLEAVED: tl.constexpr,
+    PER_HEAD: tl.constexpr, INTERLEAVED: tl.constexpr, HAS_V: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0)
+    """``table_S``: rows of a sample in the table, 0 where the batch shares one table."""
+    token, side = tl.program_id(0), tl.program_id(1)
     # int64 before the stride multiply: B * S * H * D passes 2**31 on packed batches
     b, s = (token // S).to(tl.int64), (token % S).to(tl.int64)
-    if tl.program_id(1) == 0:
+    if HAS_V:
+        if side == 2:
+            v_row = v_ptr + b * stride_v_b + s * stride_v_s
+            v_out_row = v_out_ptr + b * stride_v_out_b + s * stride_v_out_s
+            _copy_row(v_row, v_out_row, stride_v_out_h, H, D, BLOCK_H, BLOCK_P)
+            return
+    if side == 0:
         x_ptr, weight_ptr = q_ptr + b * stride_q_b + s * stride_q_s, weight_q_ptr
         out_ptr, stride_out_h = q_out_ptr + b * stride_q_out_b + s * stride_q_out_s, stride_q_out_h
     else:
@@ -114,7 +135,7 @@ def _qk_norm_rope_fwd_kernel(
 
     x_a, x_b = _load_pairs(x_ptr, D, H, D, BLOCK_H, BLOCK_P, INTERLEAVED)
     w_a, w_b = _load_weight(weight_ptr, H, D, BLOCK_H, BLOCK_P, PER_HEAD, INTERLEAVED)
-    cos, sin = _load_pairs(table_ptr + s * D, 0, 1, D, 1, BLOCK_P, True)
+    cos, sin = _load_pairs(table_ptr + (b * table_S + s) * D, 0, 1, D, 1, BLOCK_P, True)
     rstd = tl.rsqrt(_mean(x_a * x_a + x_b * x_b, H, D, PER_HEAD) + eps)
     n_a, n_b = x_a * rstd * w_a, x_b * rstd * w_b
     _store_pairs(
@@ -127,7 +148,7 @@ def _qk_norm_rope_bwd_kernel(
     dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, weight_q_ptr, weight_k_ptr, table_ptr, dq_ptr, dk_ptr, partials_ptr,
     stride_dq_out_b, stride_dq_out_s, stride_dq_out_h, stride_dk_out_b, stride_dk_out_s, stride_dk_out_h,
     stride_q_b, stride_q_s, stride_k_b, stride_k_s,
-    S, tokens, per_program, eps,
+    S, table_S, tokens, per_program, eps,
     H: tl.constexpr, D: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_P: tl.constexpr,
     PER_HEAD: tl.constexpr, INTERLEAVED: tl.constexpr,
 ):  # fmt: skip
@@ -154,7 +175,7 @@ def _qk_norm_rope_bwd_kernel(
         dy_a, dy_b = _load_pairs(dout_row, stride_dout_h, H, D, BLOCK_H, BLOCK_P, INTERLEAVED)
         x_row = x_ptr + b * stride_x_b + s * stride_x_s
         x_a, x_b = _load_pairs(x_row, D, H, D, BLOCK_H, BLOCK_P, INTERLEAVED)
-        cos, sin = _load_pairs(table_ptr + s * D, 0, 1, D, 1, BLOCK_P, True)
+        cos, sin = _load_pairs(table_ptr + (b * table_S + s) * D, 0, 1, D, 1, BLOCK_P, True)
         rstd = tl.rsqrt(_mean(x_a * x_a + x_b * x_b, H, D, PER_HEAD) + eps)
         x_a, x_b = x_a * rstd, x_b * rstd
         dn_a, dn_b = dy_a * cos + dy_b * sin, dy_b * cos - dy_a * sin
@@ -196,6 +217,10 @@ def _sum_partials_kernel(
         tl.store(dweight_k_ptr + w, dweight.to(dweight_k_ptr.dtype.element_ty), mask=w < W)
 
 
+def _table_S(table: Tensor) -> int:
+    return table.shape[1] if table.ndim == 4 else 0
+
+
 def _constants(inner: int, head_dim: int, per_head: bool, interleaved: bool) -> dict[str, object]:
     H = inner // head_dim
     launch = config.launch(H, head_dim)
@@ -208,15 +233,20 @@ def _constants(inner: int, head_dim: int, per_head: bool, interleaved: bool) -> 
 def forward(
     q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, table: Tensor,
     head_dim: int, per_head: bool, interleaved: bool, eps: float, q_out: Tensor, k_out: Tensor,
+    v: Tensor | None = None, v_out: Tensor | None = None,
 ) -> None:  # fmt: skip
-    """Fills ``q_out`` and ``k_out`` ``[B, S, H, D]``, whatever their batch, token and head strides."""
+    """Fills ``q_out``, ``k_out`` and, with v, ``v_out`` ``[B, S, H, D]``, whatever their strides but the last."""
     B, S, inner = q.shape
     if q.numel() == 0:
         return
-    _qk_norm_rope_fwd_kernel[(B * S, 2)](
-        q, k, weight_q, weight_k, table, q_out, k_out,
-        *q.stride()[:2], *k.stride()[:2], *q_out.stride()[:3], *k_out.stride()[:3],
-        S, eps, **_constants(inner, head_dim, per_head, interleaved),
+    has_v = v is not None
+    # the kernel without v reads nothing of what stands in for it
+    v, v_out = (v, v_out) if has_v else (q, q_out)
+    _qk_norm_rope_fwd_kernel[(B * S, 2 + has_v)](
+        q, k, v, weight_q, weight_k, table, q_out, k_out, v_out,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        *q_out.stride()[:3], *k_out.stride()[:3], *v_out.stride()[:3],
+        S, _table_S(table), eps, HAS_V=has_v, **_constants(inner, head_dim, per_head, interleaved),
     )  # fmt: skip
 
 
@@ -237,7 +267,7 @@ def backward(
     _qk_norm_rope_bwd_kernel[(programs, 2)](
         dq_out, dk_out, q, k, weight_q, weight_k, table, dq, dk, partials,
         *dq_out.stride()[:3], *dk_out.stride()[:3], *q.stride()[:2], *k.stride()[:2],
-        S, tokens, per_program, eps, **_constants(inner, head_dim, per_head, interleaved),
+        S, _table_S(table), tokens, per_program, eps, **_constants(inner, head_dim, per_head, interleaved),
     )  # fmt: skip
     _sum_partials_kernel[(triton.cdiv(width, config.REDUCE_COLUMNS), 2)](
         partials, dweight_q, dweight_k, programs,

@@ -52,8 +52,10 @@ def _forward(
 def _forward_out(
     q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, table: Tensor,
     head_dim: int, per_head: bool, interleaved: bool, eps: float, impl: str, q_out: Tensor, k_out: Tensor,
+    v: Tensor | None, v_out: Tensor | None,
 ) -> None:  # fmt: skip
-    _launchers(impl).forward(q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, eps, q_out, k_out)
+    args = q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, eps, q_out, k_out, v, v_out
+    _launchers(impl).forward(*args)
 
 
 def _backward(
@@ -72,7 +74,7 @@ def _forward_fake(q, k, weight_q, weight_k, table, head_dim, per_head, interleav
 
 
 def _forward_out_fake(
-    q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, eps, impl, q_out, k_out
+    q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, eps, impl, q_out, k_out, v, v_out
 ) -> None:  # fmt: skip
     return None
 
@@ -87,7 +89,8 @@ _INPUTS = "Tensor q, Tensor k, Tensor weight_q, Tensor weight_k, Tensor table"
 _OPTIONS = "int head_dim, bool per_head, bool interleaved, float eps, str impl"
 torch.library.define("wam::qk_norm_rope", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
 torch.library.define(
-    "wam::qk_norm_rope_out", f"({_INPUTS}, {_OPTIONS}, Tensor(a!) q_out, Tensor(b!) k_out) -> ()"
+    "wam::qk_norm_rope_out",
+    f"({_INPUTS}, {_OPTIONS}, Tensor(a!) q_out, Tensor(b!) k_out, Tensor? v, Tensor(c!)? v_out) -> ()",
 )
 torch.library.define(
     "wam::qk_norm_rope_backward",
@@ -134,9 +137,12 @@ def _pick(impl: str | None, q: Tensor) -> str:
     return impl
 
 
-def _check(q: Tensor, k: Tensor, weights: dict[str, Tensor], table: Tensor, head_dim: int, per_head: bool) -> None:
-    dims = bind_dims(_OP, q=(q, "B S inner"), k=(k, "B S inner"))
-    same_kind(_OP, "q", q, k=k)
+def _check(
+    q: Tensor, k: Tensor, v: Tensor | None, weights: dict[str, Tensor], table: Tensor, head_dim: int, per_head: bool
+) -> None:
+    rows = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
+    dims = bind_dims(_OP, **{name: (t, "B S inner") for name, t in rows.items()})
+    same_kind(_OP, "q", q, **rows)
     inner = dims["inner"]
     if head_dim % 8 or not 8 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(f"{_OP}: head_dim must be a multiple of 8 from 8 to {MAX_HEAD_DIM}, got {head_dim}")
@@ -153,23 +159,32 @@ def _check(q: Tensor, k: Tensor, weights: dict[str, Tensor], table: Tensor, head
             choices = "torch.float32" if q.dtype == torch.float32 else f"{q.dtype} or torch.float32"
             raise ValueError(f"{_OP}: {name} must be {choices} on {q.device}, got {w.dtype} on {w.device}")
     same_kind(_OP, "weight_q", weights["weight_q"], weight_k=weights["weight_k"])
-    if table.shape != (dims["S"], head_dim // 2, 2):
+    row = dims["S"], head_dim // 2, 2
+    if table.shape not in (row, (dims["B"], *row)):
+        want = ", ".join(map(str, row[1:]))
         raise ValueError(
-            f"{_OP}: table must have shape [S={dims['S']}, {head_dim // 2}, 2], got {list(table.shape)}; "
-            "use rope_table(positions, head_dim)"
+            f"{_OP}: table must have shape [S={row[0]}, {want}] or [B={dims['B']}, S={row[0]}, {want}], "
+            f"got {list(table.shape)}; use rope_table(positions, head_dim)"
         )
     if table.device != q.device or table.dtype not in (torch.float32, torch.promote_types(q.dtype, torch.float32)):
         raise ValueError(f"{_OP}: table must be torch.float32 on {q.device}, got {table.dtype} on {table.device}")
-    for name, t in (("q", q), ("k", k), *weights.items()):
+    for name, t in (rows | weights).items():
         if t.stride(-1) != 1:
             raise ValueError(f"{_OP}: {name} must have last-dim stride 1, got {t.stride(-1)}; use .contiguous()")
     if not table.is_contiguous():
         raise ValueError(f"{_OP}: table must be contiguous, got strides {table.stride()}; use .contiguous()")
 
 
-def _check_out(q: Tensor, head_dim: int, out: tuple[Tensor, Tensor]) -> None:
+def _check_out(q: Tensor, v: Tensor | None, head_dim: int, out: tuple[Tensor, ...]) -> None:
+    slots, count = ("q_out, k_out", 2) if v is None else ("q_out, k_out, v_out", 3)
+    if len(out) != count:
+        raise ValueError(
+            f"{_OP}: out must be ({slots}) {'without' if v is None else 'with'} v, got {len(out)} tensors; "
+            "v and v_out go together"
+        )
     want = list(_heads(q, head_dim))
-    for name, t in zip(("out[0]", "out[1]"), out, strict=True):
+    for i, t in enumerate(out):
+        name = f"out[{i}]"
         if list(t.shape) != want:
             raise ValueError(f"{_OP}: {name} must have shape [B, S, H, D] = {want}, got {list(t.shape)}")
         same_kind(_OP, "q", q, **{name: t})
@@ -190,9 +205,10 @@ def qk_norm_rope(
     per_head: bool = False,
     interleaved: bool = True,
     eps: float = 1e-6,
-    out: tuple[Tensor, Tensor] | None = None,
+    v: Tensor | None = None,
+    out: tuple[Tensor, ...] | None = None,
     impl: str | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     r"""RMSNorm of queries and keys, then their rotary position embedding, in one pass over both.
 
     .. math:: n = \frac{x}{\sqrt{mean(x^2) + \epsilon}} \; w, \qquad
@@ -209,42 +225,50 @@ def qk_norm_rope(
         k: As ``q``.
         weight_q: ``[inner]``, or ``[head_dim]`` with ``per_head``; dtype of ``q`` or float32.
         weight_k: As ``weight_q``.
-        table: ``[S, head_dim // 2, 2]`` from :func:`wam_kernels.rope_table`, float32, contiguous; all of B share it.
+        table: ``[S, head_dim // 2, 2]`` from :func:`wam_kernels.rope_table`, float32, contiguous, shared by the batch;
+            or ``[B, S, head_dim // 2, 2]``, where its samples are at different positions.
         head_dim: Channels of a head, a multiple of 8 from 8 to 256.
         per_head: One norm for each head, its weight shared by them, instead of one over the whole row.
         interleaved: Pairs are ``(x[2i], x[2i + 1])`` of a head (Wan); False: ``(x[i], x[i + head_dim / 2])`` (Cosmos).
         eps: Added to the mean square.
-        out: Where to write, instead of new tensors: two ``[B, S, H, D]`` of the dtype of ``q``, last dim stride 1,
-            other strides free, such as the slot ``cache[:, start : start + S]`` of a key cache. They must not overlap
-            each other or an input. Inference only: no gradient flows through them.
+        v: As ``q``: values that go with the keys into a cache, unchanged, in the same launch. Only with ``out``.
+        out: Where to write, instead of new tensors: ``(q_out, k_out)``, with ``v`` ``(q_out, k_out, v_out)``, each
+            ``[B, S, H, D]`` of the dtype of ``q``, last dim stride 1, other strides free, such as the slot
+            ``cache[:, start : start + S]`` of a key cache. They must not overlap each other or an input. Inference
+            only: no gradient flows through them.
         impl: ``"reference"`` (plain PyTorch, any device, also float64), ``"cpu"`` (also float64), ``"triton"`` and
             ``"cuda"`` (CUDA tensors), or ``None``: ``"cpu"`` for CPU tensors, for CUDA tensors what ``config.py``
             records (``"triton"``), or ``"reference"`` for float64.
 
     Returns:
-        ``(q_out, k_out)``, ``[B, S, H, D]`` each, dtype of ``q``; contiguous, or the tensors of ``out``.
+        ``(q_out, k_out)``, ``[B, S, H, D]`` each, dtype of ``q``, contiguous; or the tensors of ``out``.
 
     Raises:
-        ValueError: a shape, dtype, device, stride or ``impl`` outside the above; ``out`` where a gradient is needed.
+        ValueError: a shape, dtype, device, stride or ``impl`` outside the above; ``out`` where a gradient is needed;
+            ``v`` without ``v_out`` or the reverse.
         RuntimeError: ``impl="cuda"`` and the CUDA extension was not built.
 
     Source: Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019; Su et al., "RoFormer", 2021.
     """
     weights = {"weight_q": weight_q, "weight_k": weight_k}
-    _check(q, k, weights, table, head_dim, per_head)
+    _check(q, k, v, weights, table, head_dim, per_head)
     impl = _pick(impl, q)
     graded = torch.is_grad_enabled()
     if graded and table.requires_grad:
         raise ValueError(f"{_OP}: table must not require a gradient, there is none for it; use table.detach()")
     args = q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, float(eps)
     if out is None:
+        if v is not None:
+            raise ValueError(f"{_OP}: v must be None without out, got a tensor; pass out=(q_out, k_out, v_out)")
         return reference.qk_norm_rope(*args) if impl == "reference" else torch.ops.wam.qk_norm_rope(*args, impl)
-    _check_out(q, head_dim, out)
-    if graded and any(t.requires_grad for t in (q, k, weight_q, weight_k, *out)):
+    _check_out(q, v, head_dim, out)
+    if graded and any(t is not None and t.requires_grad for t in (q, k, v, weight_q, weight_k, *out)):
         raise ValueError(f"{_OP}: out is for inference, but an input requires a gradient; use torch.no_grad()")
     if impl == "reference":
-        for t, value in zip(out, reference.qk_norm_rope(*args), strict=True):
+        values = reference.qk_norm_rope(*args) + (() if v is None else (v.unflatten(-1, (-1, head_dim)),))
+        for t, value in zip(out, values, strict=True):
             t.copy_(value)
     else:
-        torch.ops.wam.qk_norm_rope_out(*args, impl, *out)
+        q_out, k_out, *v_out = out
+        torch.ops.wam.qk_norm_rope_out(*args, impl, q_out, k_out, v, *(v_out or (None,)))
     return tuple(out)

@@ -19,7 +19,7 @@ def norm_rope(
         first, second = normed.unflatten(-1, (head_dim // 2, 2)).unbind(-1)
     else:
         first, second = normed.split(head_dim // 2, -1)
-    cos, sin = table.to(acc)[:, None].unbind(-1)
+    cos, sin = table.to(acc).unsqueeze(-3).unbind(-1)
     rotated = first * cos - second * sin, first * sin + second * cos
     return torch.stack(rotated, -1).flatten(-2) if interleaved else torch.cat(rotated, -1)
 

@@ -38,7 +38,8 @@ def rope_table(
     for q and for k, to save 2 % of the traffic (it mostly comes from the L2 cache, q and k being rotated together).
 
     Args:
-        positions: ``[S, 3]`` frame, row, column; float32 or float64; fractional and negative values are fine.
+        positions: ``[..., S, 3]`` frame, row, column; float32 or float64; fractional and negative values are fine.
+            ``[B, S, 3]`` where the samples of a batch are at different positions.
         head_dim: Channels of a head; even.
         theta: Base of the geometric series of frequencies; positive.
         split: Channels of frame, row, column: even, sum ``head_dim``. Default ``2 (h // 6)`` for row and for column and
@@ -46,15 +47,17 @@ def rope_table(
         dtype: float32, or float64 for a model that is float64.
 
     Returns:
-        ``[S, head_dim // 2, 2]``: (cos, sin), ``dtype``, contiguous, on the device of ``positions``. No gradient.
+        ``[..., S, head_dim // 2, 2]``: (cos, sin), ``dtype``, contiguous, on the device of ``positions``. No gradient.
 
     Raises:
         ValueError: a shape, dtype, head_dim, theta or split outside the above.
 
     Source: Su et al., "RoFormer", 2021; three axes as in Wan (``diffusers.WanRotaryPosEmbed``).
     """
-    if positions.ndim != 2 or positions.shape[1] != 3:
-        raise ValueError(f"{_OP}: positions must have shape [S, 3] (frame, row, column), got {list(positions.shape)}")
+    if positions.ndim < 2 or positions.shape[-1] != 3:
+        raise ValueError(
+            f"{_OP}: positions must have shape [..., S, 3] (frame, row, column), got {list(positions.shape)}"
+        )
     if positions.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"{_OP}: positions must be float32 or float64, got {positions.dtype}; half precision drifts, integers: "
@@ -73,6 +76,6 @@ def rope_table(
     angles = []
     for axis, d in enumerate(split):
         power = torch.arange(0, d, 2, dtype=torch.float64, device=positions.device) / max(d, 1)
-        angles.append(positions[:, axis : axis + 1] * theta**-power)
+        angles.append(positions[..., axis : axis + 1] * theta**-power)
     angle = torch.cat(angles, -1)
     return torch.stack((angle.cos(), angle.sin()), -1).to(dtype)
