@@ -2,6 +2,7 @@
 
 from .adaln import ada_layer_norm, gate_residual_ada_layer_norm
 from .block_attention import block_attention
+from .cached_attention import cached_attention
 from .frame_index import FrameIndex
 from .plan import Plan, TileShape, compile_plan
 from .qk_norm_rope import qk_norm_rope, rope_table
@@ -16,6 +17,7 @@ __all__ = [
     "TileShape",
     "ada_layer_norm",
     "block_attention",
+    "cached_attention",
     "compile_plan",
     "dense_mask",
     "gate_residual_ada_layer_norm",

@@ -1,0 +1,3 @@
+from .op import cached_attention
+
+__all__ = ["cached_attention"]

@@ -1,0 +1,140 @@
+"""Public op: checks, backend choice, torch.library registration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .._checks import bind_dims, same_kind
+from . import cpu, reference
+from .config import DEFAULT_IMPL, MAX_D
+
+_OP = "cached_attention"
+_GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+_DTYPES = {
+    "reference": (*_GPU_DTYPES, torch.float64),
+    "cpu": (*_GPU_DTYPES, torch.float64),
+}
+
+
+def _forward(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, group_rows: Sequence[int], scale: float, impl: str
+) -> tuple[Tensor, Tensor]:
+    return cpu.forward(q, k_cache, v_cache, ranges, group_rows, scale)
+
+
+def _forward_fake(q, k_cache, v_cache, ranges, group_rows, scale, impl):
+    B, S, H, _ = q.shape
+    return q.new_empty(q.shape), q.new_empty((B, H, S), dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+torch.library.define(
+    "wam::cached_attention",
+    "(Tensor q, Tensor k_cache, Tensor v_cache, Tensor ranges, int[] group_rows, float scale, str impl) "
+    "-> (Tensor, Tensor)",
+)
+torch.library.impl("wam::cached_attention", ["CPU", "CUDA"], _forward)
+torch.library.register_fake("wam::cached_attention", _forward_fake)
+
+
+def _pick(impl: str | None, q: Tensor) -> str:
+    """The backend of a call, or the reason why there is none."""
+    if impl is None:
+        impl = DEFAULT_IMPL.get(q.device.type, "reference")
+        impl = impl if q.dtype in _DTYPES[impl] else "reference"
+    if impl not in _DTYPES:
+        raise ValueError(f"{_OP}: impl must be None or one of {tuple(_DTYPES)}, got {impl!r}")
+    if impl == "cpu" and q.device.type != "cpu":
+        raise ValueError(f"{_OP}: impl='cpu' needs CPU tensors, got {q.device}; use impl=None")
+    if q.dtype not in _DTYPES[impl]:
+        names = ", ".join(str(t).removeprefix("torch.") for t in _DTYPES[impl])
+        raise ValueError(f"{_OP}: q must be {names} for impl={impl!r}, got {q.dtype}; impl='reference' takes any")
+    return impl
+
+
+def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, group_rows: tuple[int, ...]) -> None:
+    dims = bind_dims(
+        _OP, q=(q, "B S H D"), k_cache=(k_cache, "B N H D"), v_cache=(v_cache, "B N H D"), ranges=(ranges, "B G R 2")
+    )
+    same_kind(_OP, "q", q, k_cache=k_cache, v_cache=v_cache)
+    if dims["D"] % 8 or not 8 <= dims["D"] <= MAX_D:
+        raise ValueError(f"{_OP}: D must be a multiple of 8 from 8 to {MAX_D}, got {dims['D']}; pad the heads")
+    if dims["2"] != 2 or dims["G"] < 1 or dims["R"] < 1:
+        raise ValueError(f"{_OP}: ranges must have shape [B, G >= 1, R >= 1, 2], got {list(ranges.shape)}")
+    if ranges.dtype != torch.int32 or ranges.device != q.device:
+        raise ValueError(
+            f"{_OP}: ranges must be torch.int32 on {q.device} like q, got {ranges.dtype} on {ranges.device}"
+        )
+    if not ranges.is_contiguous():
+        raise ValueError(f"{_OP}: ranges must be contiguous, got strides {ranges.stride()}; use .contiguous()")
+    if len(group_rows) != dims["G"] or any(rows < 0 for rows in group_rows) or sum(group_rows) != dims["S"]:
+        raise ValueError(
+            f"{_OP}: group_rows must be G={dims['G']} counts (as ranges has groups) that sum to S={dims['S']} (the rows of "
+            f"q), got {group_rows}"
+        )
+    for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
+        if t.stride(-1) != 1:
+            raise ValueError(f"{_OP}: {name} must have last-dim stride 1, got {t.stride(-1)}; use .contiguous()")
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (q, k_cache, v_cache)):
+        raise ValueError(
+            f"{_OP}: is for inference and has no gradient, but an input requires one; use torch.no_grad(), or "
+            "block_attention to train"
+        )
+
+
+def cached_attention(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    ranges: Tensor,
+    *,
+    group_rows: tuple[int, ...],
+    scale: float | None = None,
+    impl: str | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    r"""Softmax attention of the current chunk's queries over ranges of a key/value cache with fixed slots.
+
+    .. math:: out_i = \sum_{j \in N(i)} softmax_j(scale \; q_i \cdot k_j) \; v_j
+
+    N(i) are the slots in the ranges of row i's group: the rows that see the same slots, such as the video rows or the
+    action rows of a chunk. The chunk's own keys and values stand in slots as well (``qk_norm_rope(out=...)`` writes
+    them there). Slots outside all ranges are never read into a result, whatever they hold. Inference only;
+    deterministic; registered, so it traces under ``torch.compile(fullgraph=True)``.
+
+    Args:
+        q: ``[B, S, H, D]``, bf16, fp16 or float32; last dim stride 1, others free. D a multiple of 8 from 8 to 256.
+        k_cache: ``[B, N, H, D]``, dtype and device of ``q``; last dim stride 1, others free: a view of a
+            ``[layers, 2, B, N, H, D]`` buffer.
+        v_cache: As ``k_cache``.
+        ranges: ``[B, G, R, 2]``, int32, contiguous, on the device of ``q``: slots ``[start, end)`` that group g of
+            sample b sees. ``end <= start`` is empty. Ranges of a group must lie in the N slots and must not overlap;
+            ``impl="cpu"`` refuses those that do, the GPU kernels cannot look without stopping for the host: they cut
+            ranges off at 0 and N, and count a slot as often as it comes. Values may change from launch to launch of
+            one CUDA graph; nothing on the host depends on them there.
+        group_rows: How many rows of ``q`` each group has, in order; they sum to S. 0 is allowed.
+        scale: Factor on the scores; default ``D ** -0.5``.
+        impl: ``"reference"`` (dense, any device, also float64), ``"cpu"`` (also float64), or ``None``: ``"cpu"`` for CPU
+            tensors, ``"reference"`` elsewhere.
+        return_lse: Also return the log-sum-exp of every row's scores.
+
+    Returns:
+        out ``[B, S, H, D]``, dtype of ``q``, contiguous; with ``return_lse`` also lse ``[B, H, S]``, float32 (float64 for
+        float64 inputs). A row whose ranges are all empty gives out 0 and lse -inf.
+
+    Raises:
+        ValueError: a shape, dtype, device, stride or ``impl`` outside the above; an input that requires a gradient.
+
+    Source: Vaswani et al. 2017; splitting the keys: Dao et al. 2023, "Flash-Decoding for long-context inference".
+    """
+    group_rows = tuple(group_rows)
+    _check(q, k_cache, v_cache, ranges, group_rows)
+    impl = _pick(impl, q)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if impl == "reference":
+        out, lse = reference.cached_attention(q, k_cache, v_cache, ranges, group_rows, scale)
+    else:
+        out, lse = torch.ops.wam.cached_attention(q, k_cache, v_cache, ranges, group_rows, scale, impl)
+    return (out, lse) if return_lse else out
