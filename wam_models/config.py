@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
 
+from wam_kernels.qk_norm_rope.table import default_split
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -76,8 +78,7 @@ class ModelConfig:
     @property
     def rope_split(self) -> tuple[int, int, int]:
         """Head dimensions of frame, row and column; each even."""
-        row = 2 * (self.head_dim // 6)
-        return self.head_dim - 2 * row, row, row
+        return default_split(self.head_dim)
 
     def to_dict(self) -> dict:
         """A dict that ``json.dumps`` takes."""

@@ -5,11 +5,13 @@ F frames, n action slots of a frame, A numbers of an action, C latent channels, 
 stream, H heads, h head width, L text tokens.
 
 A stream's tokens come in runs that share one timestep (the tokens of a frame). Everything that depends on the timestep
-stays at ``[B, T, ...]`` and meets the tokens as ``[B, T, run, D]``, so nothing is ever expanded to one row per token.
+stays at ``[B, T, D]``; a ``FrameIndex`` tells the fused ops which row a token reads, so nothing is ever expanded to one row
+per token. Attention, norms, modulation, gates, residuals and rope are ``wam_kernels`` ops; matrix products are PyTorch's.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -18,98 +20,72 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from wam_kernels import Plan, block_attention
+from wam_kernels import (
+    FrameIndex,
+    Plan,
+    ada_layer_norm,
+    block_attention,
+    gate_residual_ada_layer_norm,
+    qk_norm_rope,
+    rope_table,
+)
 
 from .config import ModelConfig
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-# ---- the glue of a block: sums and modulations in float32, results in the dtype that came in ----
-
-
 def wide(x: Tensor) -> Tensor:
-    """``x`` in the dtype of sums: float32, or float64 where the model is float64."""
+    """``x`` in the dtype of sums and modulations: float32, or float64 where the model is float64."""
     return x if x.dtype == torch.float64 else x.float()
 
 
-def by_timestep(x_BSD: Tensor, timesteps: int) -> Tensor:
-    """Tokens grouped by the timestep they share: ``[B, S, D]`` to ``[B, T, S / T, D]``, no copy."""
-    return x_BSD.unflatten(1, (timesteps, -1))
-
-
-def layer_norm(x: Tensor, eps: float) -> Tensor:
-    """LayerNorm without affine over the last dim, in float32 (and left there)."""
-    return F.layer_norm(wide(x), x.shape[-1:], eps=eps)
-
-
-def ada_layer_norm(x_BSD: Tensor, shift_BTD: Tensor, scale_BTD: Tensor, eps: float) -> Tensor:
-    """``LN(x) * (1 + scale) + shift`` with one scale and shift for each run of tokens."""
-    x_BTRD = by_timestep(layer_norm(x_BSD, eps), scale_BTD.shape[1])
-    return (x_BTRD * (1 + scale_BTD[:, :, None]) + shift_BTD[:, :, None]).flatten(1, 2).to(x_BSD.dtype)
-
-
-def gated_residual(x_BSD: Tensor, update_BSD: Tensor, gate_BTD: Tensor) -> Tensor:
-    """``x + gate * update`` with one gate for each run of tokens."""
-    update_BTRD = by_timestep(update_BSD, gate_BTD.shape[1]) * gate_BTD[:, :, None]
-    return (wide(x_BSD) + update_BTRD.flatten(1, 2)).to(x_BSD.dtype)
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """RMSNorm over the last dim: for q and k that is all heads together."""
+    """RMSNorm over the last dim (all heads together) of the cross-attention's q and k, which have no rope."""
     return (F.rms_norm(wide(x), weight.shape, eps=eps) * wide(weight)).to(x.dtype)
-
-
-def rotate(x_BSHh: Tensor, rope: Rope) -> Tensor:
-    """Rotary position embedding of the pairs ``(x[2i], x[2i+1])``."""
-    even, odd = wide(x_BSHh).unflatten(-1, (-1, 2)).unbind(-1)
-    rotated = even * rope.cos - odd * rope.sin, even * rope.sin + odd * rope.cos
-    return torch.stack(rotated, -1).flatten(-2).to(x_BSHh.dtype)
 
 
 # ---- positions ----
 
 
-class Rope(NamedTuple):
-    """Cosines and sines ``[S, 1, h / 2]`` of the tokens' rotation angles, float32 (float64 in a float64 model)."""
-
-    cos: Tensor
-    sin: Tensor
-
-
-def video_positions(frames_F: Tensor, rows: int, columns: int) -> Tensor:
-    """``(frame, row, column)`` of the tokens of the given frames, float64 ``[F * rows * columns, 3]``."""
-    y, x = (torch.arange(n, dtype=torch.float64, device=frames_F.device) for n in (rows, columns))
-    return torch.cartesian_prod(frames_F.double(), y, x).reshape(-1, 3)
+def video_positions(frames: Tensor, rows: int, columns: int) -> Tensor:
+    """``(frame, row, column)`` of the tokens of frames ``[..., F]``, float64 ``[..., F * rows * columns, 3]``."""
+    places = [torch.arange(n, dtype=torch.float64, device=frames.device) for n in (rows, columns)]
+    places = torch.cartesian_prod(*places).expand(*frames.shape, -1, 2)
+    return torch.cat([frames.double()[..., None, None].expand(*places.shape[:-1], 1), places], -1).flatten(-3, -2)
 
 
-def action_positions(frames_F: Tensor, slots: int) -> Tensor:
-    """Positions of action slots, float64 ``[F * slots, 3]``: spread between two frames, at row and column -1."""
-    inside = torch.arange(1, slots + 1, dtype=torch.float64, device=frames_F.device) / (slots + 1)
-    frame = (frames_F.double()[:, None] + inside).reshape(-1, 1)
+def action_positions(frames: Tensor, slots: int) -> Tensor:
+    """Positions of action slots, float64 ``[..., F * slots, 3]``: spread between two frames, at row and column -1."""
+    inside = torch.arange(1, slots + 1, dtype=torch.float64, device=frames.device) / (slots + 1)
+    frame = (frames.double()[..., None] + inside).flatten(-2)[..., None]
     return F.pad(frame, (0, 2), value=-1.0)
-
-
-def rope_of(positions_S3: Tensor, config: ModelConfig, dtype: torch.dtype) -> Rope:
-    """Rotation of each token; angles in float64, because bf16 or float32 frame numbers drift over a long episode."""
-    angles = []
-    for axis, width in enumerate(config.rope_split):
-        power = torch.arange(0, width, 2, dtype=torch.float64, device=positions_S3.device) / max(width, 1)
-        angles.append(positions_S3[:, axis : axis + 1] * config.rope_theta**-power)
-    angle = torch.cat(angles, -1)[:, None]
-    dtype = torch.promote_types(dtype, torch.float32)
-    return Rope(angle.cos().to(dtype), angle.sin().to(dtype))
 
 
 # ---- modules; attribute names are state-dict keys, see wam_models.checkpoint ----
 
 
 class Stream(NamedTuple):
-    """What one stream (video or action) brings to the blocks; one row of the timestep tensors serves S / T tokens."""
+    """What one stream (video or action) brings to the blocks; row t of the modulation serves the tokens of timestep t."""
 
     x: Tensor  # [B, S, D]
-    t_proj: Tensor  # [B, T, 6, D] float32, modulation of the blocks
-    head: Tensor  # [B, T, 2, D] or [B, T, 1, D] float32, modulation of the head
+    modulation: tuple[Tensor, ...]  # shift1, scale1, gate1, shift2, scale2, gate2 of the blocks: [B, T, D] float32 each
+    head: tuple[Tensor, Tensor]  # shift and scale of the head, likewise
+    index: FrameIndex  # the row of every token
+
+
+class Slots(NamedTuple):
+    """Where a block writes its normed and rotated q and k, and its v: ``[B, S, H, h]``, k and v slots of a cache."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+
+def stream_of(x_BSD: Tensor, t_proj_BT6D: Tensor, head: tuple[Tensor, Tensor]) -> Stream:
+    T = t_proj_BT6D.shape[1]
+    index = FrameIndex.from_runs([x_BSD.shape[1] // T] * T, device=x_BSD.device)
+    return Stream(x_BSD, t_proj_BT6D.unbind(2), head, index)
 
 
 class Attention(nn.Module):
@@ -127,8 +103,16 @@ class Attention(nn.Module):
         for norm in (self.norm_q, self.norm_k):
             norm.weight = nn.Parameter(torch.ones(config.inner))
 
+    def rotated(self, x_BSD: Tensor, rope_Sh2: Tensor, slots: Slots | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v ``[B, S, H, h]``; q and k are normed and rotated. Written to ``slots`` where given."""
+        q, k, v = self.to_q(x_BSD), self.to_k(x_BSD), self.to_v(x_BSD)
+        weights, options = (self.norm_q.weight, self.norm_k.weight), {"head_dim": self.head_dim, "eps": self.eps}
+        if slots is not None:
+            return qk_norm_rope(q, k, *weights, rope_Sh2, v=v, out=slots, **options)
+        return *qk_norm_rope(q, k, *weights, rope_Sh2, **options), v.unflatten(-1, (-1, self.head_dim))
+
     def query(self, x_BSD: Tensor) -> Tensor:
-        """``[B, S, H, h]``, normed."""
+        """``[B, S, H, h]``, normed. For the cross-attention, whose q and k have no positions."""
         return rms_norm(self.to_q(x_BSD), self.norm_q.weight, self.eps).unflatten(-1, (-1, self.head_dim))
 
     def key_value(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
@@ -163,26 +147,37 @@ class ExpertBlock(nn.Module):
         self.norm2 = nn.LayerNorm(width, eps=config.eps)
         self.ffn = FeedForward(width, ffn)
 
-    def modulation(self, stream: Stream) -> tuple[Tensor, ...]:
-        """shift1, scale1, gate1, shift2, scale2, gate2: ``[B, T, D]`` each, float32."""
-        return (wide(self.scale_shift_table) + stream.t_proj).unbind(2)
+    def tables(self) -> tuple[Tensor, ...]:
+        """What the block adds to each modulation of a stream: six ``[D]``, float32."""
+        return wide(self.scale_shift_table)[0].unbind(0)
 
-    def before(self, stream: Stream, modulation: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        shift, scale = modulation[:2]
-        h = ada_layer_norm(stream.x, shift, scale, self.eps)
-        return self.attn1.query(h), *self.attn1.key_value(h)
+    def before(self, stream: Stream, rope: Tensor, slots: Slots | None) -> tuple[Tensor, Tensor, Tensor]:
+        (shift, scale, *_), (shift_table, scale_table, *_) = stream.modulation, self.tables()
+        tables = {"shift_table": shift_table, "scale_table": scale_table}
+        h = ada_layer_norm(stream.x, shift, scale, stream.index, **tables, eps=self.eps)
+        return self.attn1.rotated(h, rope, slots)
 
-    def after(self, stream: Stream, out_BSHh: Tensor, text: TextKV, modulation: tuple[Tensor, ...]) -> Stream:
-        _, _, gate1, shift2, scale2, gate2 = modulation
-        x = gated_residual(stream.x, self.attn1.output(out_BSHh), gate1)
-        x = x + self.cross_attention(x, text)
-        h = ada_layer_norm(x, shift2, scale2, self.eps)
-        return stream._replace(x=gated_residual(x, self.ffn(h), gate2))
-
-    def cross_attention(self, x_BSD: Tensor, text: TextKV) -> Tensor:
+    def after(self, stream: Stream, out_BSHh: Tensor, text: TextKV) -> Stream:
+        x, index = stream.x, stream.index
+        _, _, gate1, shift2, scale2, gate2 = stream.modulation
+        _, _, gate1_table, shift2_table, scale2_table, gate2_table = self.tables()
         norm = self.norm2
-        x = F.layer_norm(wide(x_BSD), norm.normalized_shape, wide(norm.weight), wide(norm.bias), norm.eps)
-        q = self.attn2.query(x.to(x_BSD.dtype))
+
+        def add(x, update, gate, shift=None, scale=None, **options):
+            # under autocast an update comes in a narrower dtype than the residual stream
+            return gate_residual_ada_layer_norm(
+                x, update.to(x.dtype), gate, shift, scale, index, eps=self.eps, **options
+            )
+
+        affine = {"weight": norm.weight, "bias": norm.bias}
+        x, h = add(x, self.attn1.output(out_BSHh), gate1, gate_table=gate1_table, **affine)
+        tables = {"shift_table": shift2_table, "scale_table": scale2_table}
+        x, h = add(x, self.cross_attention(h, text), None, shift2, scale2, **tables)
+        x, _ = add(x, self.ffn(h), gate2, gate_table=gate2_table)
+        return stream._replace(x=x)
+
+    def cross_attention(self, h_BSD: Tensor, text: TextKV) -> Tensor:
+        q = self.attn2.query(h_BSD)
         k, v = text if isinstance(text, tuple) else self.attn2.key_value(text)
         out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
         return self.attn2.output(out.transpose(1, 2))
@@ -200,17 +195,21 @@ class PackedBlock(nn.Module):
         self.video_block = ExpertBlock(config, config.hidden, config.ffn)
         self.action_block = ExpertBlock(config, config.action_hidden, config.action_ffn)
 
-    def forward(self, streams: Pair, rope: Rope, text: Pair, attend: Callable) -> Pair:
+    def forward(
+        self, streams: Pair, rope: Pair, text: Pair, attend: Callable, slots: Slots | None, wanted: Sequence[int]
+    ) -> Pair:
         experts = (self.video_block, self.action_block)
         present = [i for i, stream in enumerate(streams) if stream is not None]
-        modulations = {i: experts[i].modulation(streams[i]) for i in present}
-        parts = [experts[i].before(streams[i], modulations[i]) for i in present]
-        q, k, v = (torch.cat(part, 1) for part in zip(*parts, strict=True))
-        out = attend(rotate(q, rope), rotate(k, rope), v)
-        outs = out.split([streams[i].x.shape[1] for i in present], 1)
+        lengths = [streams[i].x.shape[1] for i in present]
+        places = [None] * len(present) if slots is None else zip(*(t.split(lengths, 1) for t in slots), strict=True)
+        parts = [experts[i].before(streams[i], rope[i], place) for i, place in zip(present, places, strict=True)]
         done: list[Stream | None] = [None, None]
-        for i, part in zip(present, outs, strict=True):
-            done[i] = experts[i].after(streams[i], part, text[i], modulations[i])
+        if not set(present) & set(wanted):
+            return done[0], done[1]
+        q, k, v = (torch.cat(part, 1) for part in zip(*parts, strict=True)) if slots is None else slots
+        for i, out in zip(present, attend(q, k, v).split(lengths, 1), strict=True):
+            if i in wanted:
+                done[i] = experts[i].after(streams[i], out, text[i])
         return done[0], done[1]
 
 
@@ -224,17 +223,37 @@ class PackedBlockStack(nn.Module):
         self.packed_blocks = nn.ModuleList(PackedBlock(config) for _ in range(config.layers))
         self.checkpoint_activations = False
 
-    def forward(self, streams: Pair, rope: Rope, text: Sequence[Pair], attend: Attend) -> Pair:
-        """``text[i]`` is the (video, action) text of block i; ``attend(i, q, k, v)`` is its attention."""
+    def forward(
+        self,
+        streams: Pair,
+        rope: Pair,
+        text: Sequence[Pair],
+        attend: Attend,
+        slots: Callable[[int], Slots] | None = None,
+        wanted: Sequence[int] = (0, 1),
+    ) -> Pair:
+        """The (video, action) streams after the last block; None for a stream that is absent or not wanted.
+
+        Args:
+            streams: What goes in; None leaves a stream out.
+            rope: Rope table of each stream.
+            text: ``text[i]`` is the (video, action) text of block i.
+            attend: ``attend(i, q, k, v)`` is the attention of block i over ``[video tokens | action tokens]``.
+            slots: ``slots(i)`` is where block i writes q, k and v; default new tensors. Inference only.
+            wanted: Streams whose result the caller needs: the last block computes nothing else but keys and values.
+        """
+        last = len(self.packed_blocks) - 1
         for i, block in enumerate(self.packed_blocks):
 
             def attend_here(q, k, v, i=i):
                 return attend(i, q, k, v)
 
+            places = None if slots is None else slots(i)
+            inputs = streams, rope, text[i], attend_here, places, wanted if i == last else (0, 1)
             if self.checkpoint_activations and torch.is_grad_enabled():
-                streams = checkpoint(block, streams, rope, text[i], attend_here, use_reentrant=False)
+                streams = checkpoint(block, *inputs, use_reentrant=False)
             else:
-                streams = block(streams, rope, text[i], attend_here)
+                streams = block(*inputs)
         return streams
 
 
@@ -258,7 +277,7 @@ def sinusoid(timesteps_BT: Tensor, width: int) -> Tensor:
     half = width // 2
     t = wide(timesteps_BT)
     power = torch.arange(half, dtype=t.dtype, device=t.device) / half
-    angle = t[..., None] * torch.exp(-torch.log(torch.tensor(10000.0, dtype=t.dtype, device=t.device)) * power)
+    angle = t[..., None] * torch.exp(-math.log(10000.0) * power)
     return torch.cat([angle.cos(), angle.sin()], -1)
 
 
@@ -293,7 +312,7 @@ class VideoSide(nn.Module):
         _, py, px = self.config.patch
         patches = video_BCFyx.reshape(B, C, frames, y // py, py, x // px, px).permute(0, 2, 3, 5, 1, 4, 6)
         temb, t_proj = self.time_conditioner(timesteps_BF)
-        return Stream(self.patch_embedding_mlp(patches.flatten(4).flatten(1, 3)), t_proj, temb[:, :, None])
+        return stream_of(self.patch_embedding_mlp(patches.flatten(4).flatten(1, 3)), t_proj, (temb, temb))
 
     def flow(self, stream: Stream, frames: int, rows: int, columns: int) -> Tensor:
         _, py, px = self.config.patch
@@ -317,7 +336,7 @@ class ActionSide(nn.Module):
 
     def embed(self, action_BFnA: Tensor, timesteps_BT: Tensor) -> Stream:
         _, t_proj = self.time_conditioner(timesteps_BT)
-        return Stream(self.action_embedder(action_BFnA.flatten(1, 2)), t_proj, t_proj[:, :, :2])
+        return stream_of(self.action_embedder(action_BFnA.flatten(1, 2)), t_proj, (t_proj[:, :, 0], t_proj[:, :, 1]))
 
     def flow(self, stream: Stream, frames: int) -> Tensor:
         out = self.action_proj_out(head_norm(stream, self.scale_shift_table, self.config.eps))
@@ -325,8 +344,9 @@ class ActionSide(nn.Module):
 
 
 def head_norm(stream: Stream, table_12D: Tensor, eps: float) -> Tensor:
-    shift, scale = (wide(table_12D) + stream.head).unbind(2)
-    return ada_layer_norm(stream.x, shift, scale, eps)
+    shift_table, scale_table = wide(table_12D)[0].unbind(0)
+    tables = {"shift_table": shift_table, "scale_table": scale_table}
+    return ada_layer_norm(stream.x, *stream.head, stream.index, **tables, eps=eps)
 
 
 class WorldActionModel(nn.Module):
@@ -392,17 +412,29 @@ class WorldActionModel(nn.Module):
             None if action is None else self.action_expert.embed(action.to(self.dtype), action_t.flatten(1)),
         )
 
-    def rope(self, video_frames: Tensor | None, rows: int, columns: int, action_frames: Tensor | None) -> Rope:
-        """Rotation of the tokens of the given absolute frames (1-D tensors; None leaves a stream out)."""
-        parts = []
-        if video_frames is not None:
-            parts.append(video_positions(video_frames, rows, columns))
-        if action_frames is not None:
-            parts.append(action_positions(action_frames, self.config.actions_per_frame))
-        return rope_of(torch.cat(parts), self.config, self.dtype)
+    def rope(self, video_frames: Tensor | None, rows: int, columns: int, action_frames: Tensor | None) -> Pair:
+        """Rope tables of the tokens of absolute frames ``[F]``, or ``[B, F]`` where samples differ; None: no stream."""
 
-    def blocks(self, streams: Pair, rope: Rope, text: Sequence[Pair], attend: Attend) -> Pair:
-        return self.packed_block_stack(streams, rope, text, attend)
+        def table(positions: Tensor) -> Tensor:
+            c, dtype = self.config, torch.promote_types(self.dtype, torch.float32)
+            return rope_table(positions, c.head_dim, theta=c.rope_theta, dtype=dtype)
+
+        return (
+            None if video_frames is None else table(video_positions(video_frames, rows, columns)),
+            None if action_frames is None else table(action_positions(action_frames, self.config.actions_per_frame)),
+        )
+
+    def blocks(
+        self,
+        streams: Pair,
+        rope: Pair,
+        text: Sequence[Pair],
+        attend: Attend,
+        slots: Callable[[int], Slots] | None = None,
+        wanted: Sequence[int] = (0, 1),
+    ) -> Pair:
+        """Through all blocks; see :class:`PackedBlockStack`."""
+        return self.packed_block_stack(streams, rope, text, attend, slots, wanted)
 
     def flows(self, streams: Pair, frames: int, rows: int, columns: int) -> tuple[Tensor | None, Tensor | None]:
         """Flow of video ``[B, C, F, y, x]`` and of actions ``[B, F, n, A]``; None where the stream is None."""
@@ -503,6 +535,8 @@ class WorldActionModel(nn.Module):
 
 
 def first_half(stream: Stream) -> Stream:
-    """The noisy half of a packed stream."""
-    S, T = stream.x.shape[1] // 2, stream.head.shape[1] // 2
-    return Stream(stream.x[:, :S], stream.t_proj[:, :T], stream.head[:, :T])
+    """The noisy half of a packed stream, as far as a head needs it."""
+    shift, scale = stream.head
+    S, T = stream.x.shape[1] // 2, shift.shape[1] // 2
+    index = FrameIndex.from_runs([S // max(T, 1)] * T, device=stream.x.device)
+    return Stream(stream.x[:, :S], (), (shift[:, :T], scale[:, :T]), index)
