@@ -1,31 +1,56 @@
-"""Timing and recording shared by every ``bench_*.py``: a number is kept with what redoes it."""
+"""Timing, checking, recording and printing shared by every ``bench_*.py``: a number is kept with what redoes it."""
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import lru_cache, partial
+from importlib.metadata import PackageNotFoundError, version
+from itertools import cycle
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 ROOT = Path(__file__).parent.parent
-RESULTS = Path(__file__).parent / "results"
+# `wam bench` collects the rows of its parts in a folder of its own before it decides what to keep.
+RESULTS = Path(os.environ.get("WAM_BENCH_RESULTS") or Path(__file__).parent / "results")
+
+# Every version that a row depends on is recorded; a package that is not installed is left out.
+PACKAGES = ("triton", "numpy")
+PEER_PACKAGES = (
+    "flash-attn", "flash-attn-4", "flash-attn-3", "xformers", "flashinfer-python", "nvidia-cudnn-frontend",
+    "liger-kernel", "quack-kernels", "openwam",
+)  # fmt: skip
+
+# Larger than the 50 MB (H100, H200) of L2 by enough that nothing of an arm's input survives between calls.
+FLUSH_BYTES = 1 << 28
+
+
+# ---- measuring ----
 
 
 def measure(arms: dict[str, Callable[[], object]], device: str, repeats: int) -> dict[str, dict[str, float]]:
-    """Milliseconds of every arm: 20th, 50th and 80th percentile. Arms take turns, so a busy moment hits them all."""
+    """Milliseconds of every arm: percentiles and the least. Arms take turns, so a busy moment hits them all.
+
+    On a GPU the L2 cache is overwritten before every call, and device events are read, not the host's clock.
+    """
+    flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
 
     def once(fn: Callable[[], object]) -> float:
-        if device == "cuda":
+        if flush is not None:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            flush.zero_()
             start.record()
             fn()
             end.record()
@@ -41,11 +66,19 @@ def measure(arms: dict[str, Callable[[], object]], device: str, repeats: int) ->
     for _ in range(repeats):
         for name, fn in arms.items():
             times[name].append(once(fn))
-    out = {}
-    for name, values in times.items():
-        p = statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else values * 9
-        out[name] = {"ms_p20": p[1], "ms": p[4], "ms_p80": p[7], "ms_min": min(values)}
-    return out
+    return {name: percentiles(values) for name, values in times.items()}
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """``ms`` is the median; the 20th, 80th and 95th percentile and the least stand beside it."""
+    p = statistics.quantiles(values, n=20, method="inclusive") if len(values) > 1 else list(values) * 19
+    return {"ms_p20": p[3], "ms": p[9], "ms_p80": p[15], "ms_p95": p[18], "ms_min": min(values)}
+
+
+def rotated(fn: Callable[..., object], inputs: Sequence[Sequence[object]]) -> Callable[[], object]:
+    """A call of ``fn`` on the next of ``inputs`` each time; every arm that is made so sees the same sequence."""
+    turn = cycle(inputs)
+    return lambda: fn(*next(turn))
 
 
 def peak_megabytes(fn: Callable[[], object], device: str) -> float:
@@ -70,6 +103,30 @@ def peak_megabytes(fn: Callable[[], object], device: str) -> float:
     return status("VmHWM") - held
 
 
+@lru_cache
+def ceilings(device: str) -> dict[str, float]:
+    """What this machine reaches here and now: GB/s of a copy (read + write), GFLOP/s of bf16 and float32 products.
+
+    Random data: a product of zeros draws less power and runs faster than any real one. float32 means float32 (no tf32).
+    """
+    generator = torch.Generator().manual_seed(0)
+    cuda = device == "cuda"
+    size, products = (1 << 31, {"bf16": 8192, "float32": 4096}) if cuda else (1 << 28, {"bf16": 256, "float32": 1024})
+    source = torch.randint(0, 255, (1 << 20,), dtype=torch.uint8, generator=generator).to(device).repeat(size >> 20)
+    target = torch.empty_like(source)
+    repeats = 20 if cuda else 5
+    ms = measure({"": partial(target.copy_, source)}, device, repeats)[""]["ms"]
+    out = {"copy_GB/s": 2 * size / ms / 1e6}
+    del source, target
+    for name, n in products.items():
+        a, b = (torch.randn(n, n, generator=generator).to(device) for _ in range(2))
+        if name == "bf16":
+            a, b = a.bfloat16(), b.bfloat16()
+        ms = measure({"": lambda a=a, b=b: a @ b}, device, repeats)[""]["ms"]
+        out[f"{name}_GFLOP/s"] = 2 * n**3 / ms / 1e6
+    return {key: round(value, 1) for key, value in out.items()}
+
+
 def require_equal(name: str, actual: Tensor, expected: Tensor, rtol: float) -> None:
     """No speed is printed for a wrong answer.
 
@@ -81,6 +138,9 @@ def require_equal(name: str, actual: Tensor, expected: Tensor, rtol: float) -> N
         raise RuntimeError(f"bench: {name} is wrong: relative error {error:.2e}, allowed {rtol:.0e}; no speed for it")
 
 
+# ---- recording ----
+
+
 def environment(device: str) -> dict[str, object]:
     """Machine, versions, commit and date of a row."""
 
@@ -88,14 +148,20 @@ def environment(device: str) -> dict[str, object]:
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
     dirty = git("status", "--porcelain", "--", "wam_kernels", "wam_models", "csrc", "bench/*.py")
+    # a machine that got the files without their history says which commit they are
+    commit = os.environ.get("WAM_BENCH_COMMIT") or git("rev-parse", "--short", "HEAD") + ("+dirty" if dirty else "")
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": git("rev-parse", "--short", "HEAD") + ("+dirty" if dirty else ""),
+        "commit": commit or "unknown",
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
+        "driver": _driver() if device == "cuda" else None,
+        "cuda": torch.version.cuda if device == "cuda" else None,
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        **{name: found for name in PACKAGES if (found := _version(name))},
+        "peers": {name: found for name in PEER_PACKAGES if (found := _version(name))},
     }
 
 
@@ -109,8 +175,102 @@ def record(name: str, rows: list[dict], device: str) -> Path:
     return path
 
 
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    path = Path("/proc/driver/nvidia/version")
+    found = re.search(r"Module\D*([\d.]+)", path.read_text()) if path.is_file() else None
+    return found and found[1]
+
+
 def _cpu_name() -> str:
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         if line.startswith("model name"):
             return line.split(":", 1)[1].strip()
     return platform.processor()
+
+
+# ---- the command line of a bench module ----
+
+
+@dataclass(frozen=True)
+class Options:
+    """What every benchmark of this folder is asked."""
+
+    device: str
+    quick: bool
+    seed: int
+
+
+def main(
+    name: str, description: str, bench: Callable[[Options], Iterable[dict]], argv: Sequence[str] | None = None
+) -> None:
+    """Run ``bench`` for its rows, print them as a table and record them under ``name``."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small sizes and few repeats; record nothing")
+    parser.add_argument("--no-record", action="store_true", help="print only")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args(argv)
+    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA device, found none; use --device cpu")
+    options = Options(device, args.quick, args.seed)
+    rows = [{"seed": args.seed, **row} for row in bench(options)]
+    print(table(rows))
+    print("ceilings of this machine, same run: " + ", ".join(f"{k} {v:,.1f}" for k, v in ceilings(device).items()))
+    collected = "WAM_BENCH_RESULTS" in os.environ
+    if rows and (collected or not (args.quick or args.no_record)):
+        path = record(name, rows, device)
+        if not collected:
+            print("recorded", path)
+
+
+# Columns that say how a row was made, and those that only matter to a program, stay out of a printed table.
+HIDDEN = (
+    "seed", "date", "commit", "device", "driver", "cuda", "threads", "load", "torch", "python", "triton", "numpy",
+    "peers", "dtype", "heads", "D", "ms_p20", "ms_p80", "ms_p95", "copy_GB/s", "bf16_GFLOP/s", "float32_GFLOP/s",
+)  # fmt: skip
+
+
+def table(rows: Sequence[dict]) -> str:
+    """Rows in aligned columns, one block for each set of columns; a row with an ``error`` is a line of its own."""
+    blocks: dict[tuple, list[dict]] = {}
+    failed = []
+    for row in rows:
+        if row.get("error"):
+            failed.append(row)
+        else:
+            blocks.setdefault(tuple(key for key in row if key not in HIDDEN), []).append(row)
+    lines = []
+    for columns, block in blocks.items():
+        cells = [list(columns), *([_cell(row[c]) for c in columns] for row in block)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        number = [all(isinstance(row[c], int | float) for row in block) for c in columns]
+        for line in cells:
+            parts = (t.rjust(w) if right else t.ljust(w) for t, w, right in zip(line, widths, number, strict=True))
+            lines.append("  ".join(parts).rstrip())
+        lines.append("")
+    for row in failed:
+        where = row.get("where") or ["all"]
+        lines.append(f"no speed: {row['arm']}: {row['error']} ({len(where)} cases, first: {where[0]})")
+    return "\n".join(lines).rstrip()
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return "" if value is None else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return f"{value:,.4g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def first_line(error: BaseException) -> str:
+    """An exception as one line, for a row's ``error``."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}"[:300]
