@@ -5,15 +5,22 @@ from .block_attention import block_attention
 from .cached_attention import cached_attention
 from .frame_index import FrameIndex
 from .plan import Plan, TileShape, compile_plan
+from .programs import NAMED_PROGRAMS, Program
 from .qk_norm_rope import qk_norm_rope, rope_table
+from .ranges import Ranges
+from .streaming_cache import StreamingCache
 from .visibility import HISTORIES, PROGRAMS, Geometry, dense_mask, tokens, visible
 
 __all__ = [
     "FrameIndex",
     "Geometry",
     "HISTORIES",
+    "NAMED_PROGRAMS",
     "PROGRAMS",
     "Plan",
+    "Program",
+    "Ranges",
+    "StreamingCache",
     "TileShape",
     "ada_layer_norm",
     "block_attention",

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import NamedTuple
 
 import numpy as np
 
-from .visibility import ACTION, CLEAN, SEGMENTS, VIDEO, Geometry, Tokens, visible
+from .ranges import Ranges
+from .visibility import ACTION, SEGMENTS, VIDEO, Geometry, Tokens, visible
 
 # Key columns of a sample. Prefix frames share one chunk number that need not be below their successors', so they
 # are columns of their own; batches without a prefix only use the first four.
@@ -248,3 +250,58 @@ class _Rules:
         seen &= abs(rows.block - self.prefix_block) <= self.window
         seen &= ~((query_frame >= self.singleton) & (key_frame < self.singleton))
         return np.zeros_like(self.prefix), np.where(seen, self.prefix, 0)
+
+
+class SideRows(NamedTuple):
+    """Rows of one side of a batch and the ranges of the other side's tokens that each of them meets."""
+
+    batch: np.ndarray  # int64 [N]; -1 in sample and segment: padding
+    sample: np.ndarray
+    segment: np.ndarray
+    order: np.ndarray  # inside (batch, sample, stream): rows next to each other see nearly the same
+    start: np.ndarray
+    count: np.ndarray
+    bounds: np.ndarray  # int64 [N, columns, 2]
+
+
+def side_rows(batch: tuple[tuple[Geometry | Ranges, ...], ...], lengths: tuple[int, int]) -> tuple[SideRows, SideRows]:
+    """Query side and key side of ``batch[b] = (sample, sample, ...)``, padded to ``lengths`` = (queries, keys)."""
+    if lengths[0] == lengths[1] and all(isinstance(s, Geometry) for samples in batch for s in samples):
+        rows = token_rows(batch, lengths[0])
+        shared = (rows.batch, rows.sample, rows.segment, rows.chunk, rows.start, rows.count)
+        return SideRows(*shared, intervals(rows)), SideRows(*shared, intervals(rows, transposed=True))
+    parts: tuple[list[SideRows], list[SideRows]] = ([], [])
+    number = 0
+    for b, samples in enumerate(batch):
+        starts = [0, 0]
+        for sample in samples:
+            for side, piece in enumerate(_sample_rows(sample)):
+                bounds = np.where(piece.bounds[..., :1] < piece.bounds[..., 1:], piece.bounds + starts[1 - side], 0)
+                ids = {"batch": piece.batch + b, "sample": piece.sample + number}
+                parts[side].append(piece._replace(**ids, start=piece.start + starts[side], bounds=bounds))
+            starts[0] += sample.length
+            starts[1] += sample.key_length
+            number += 1
+        for side, start in enumerate(starts):
+            if start < lengths[side]:
+                one, zero = np.ones(1, np.int64), np.zeros(1, np.int64)
+                ids = (one * b, -one, -one, zero, one * start, one * (lengths[side] - start))
+                parts[side].append(SideRows(*ids, np.zeros((1, 1, 2), np.int64)))
+    return tuple(_concatenate(pieces) for pieces in parts)
+
+
+def _sample_rows(sample: Geometry | Ranges) -> tuple[SideRows, SideRows]:
+    """Both sides of one sample that begins at token 0 of batch element 0."""
+    if isinstance(sample, Geometry):
+        return side_rows(((sample,),), (sample.length, sample.length))
+    sides = []
+    for rows in (sample.rows, sample.key_rows):
+        zero = np.zeros(rows.start.size, np.int64)
+        sides.append(SideRows(zero, zero, zero, rows.order, rows.start, rows.count, rows.bounds))
+    return tuple(sides)
+
+
+def _concatenate(pieces: list[SideRows]) -> SideRows:
+    columns = max(piece.bounds.shape[1] for piece in pieces)
+    bounds = [np.pad(p.bounds, ((0, 0), (0, columns - p.bounds.shape[1]), (0, 0))) for p in pieces]
+    return SideRows(*(np.concatenate(a) for a in zip(*(p[:-1] for p in pieces), strict=True)), np.concatenate(bounds))

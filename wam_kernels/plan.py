@@ -24,10 +24,15 @@ import torch
 from torch import Tensor
 
 from . import _index_buffer
-from .intervals import Rows, intervals, token_rows
+from .intervals import SideRows, side_rows
+from .programs import Program
+from .ranges import Ranges, expand
 from .visibility import SEGMENTS, Geometry, dense_mask
 
 STEP_PART = 32
+
+# What a plan is made of: one sample, whose tokens see each other and nothing else.
+Sample = Geometry | Program | Ranges
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,8 @@ class Plan:
     """What ``block_attention`` needs to know about a batch. Made by :func:`compile_plan`; immutable.
 
     Attributes:
-        length: Tokens S of one batch element. Tensors of another length are refused.
+        length: Query tokens S of one batch element. Tensors of another length are refused.
+        key_length: Key tokens T of one batch element; S unless the plan was made from rectangular ``Ranges``.
         batch: Batch elements; 1 serves any batch size with the same visibility.
         visible_pairs: (query, key) pairs that see each other, over the batch elements of the plan.
         device: Where the index tensors live; q, k, v must be there too.
@@ -84,8 +90,8 @@ class Plan:
 
     def __init__(
         self,
-        batch_geometries: tuple[tuple[Geometry, ...], ...],
-        length: int,
+        batch_geometries: tuple[tuple[Geometry | Ranges, ...], ...],
+        lengths: tuple[int, int],
         visible_pairs: int,
         shapes: tuple[TileShape, TileShape],
         layout: tuple[tuple[int, ...], ...],
@@ -93,7 +99,7 @@ class Plan:
     ) -> None:
         self.geometries = batch_geometries
         self.batch = len(batch_geometries)
-        self.length = length
+        self.length, self.key_length = lengths
         self.visible_pairs = visible_pairs
         self._shapes, self._layout, self._buffer = shapes, layout, buffer
         n, views = len(Side.FIELDS), _index_buffer.views(layout, buffer)
@@ -112,7 +118,7 @@ class Plan:
     @property
     def density(self) -> float:
         """Visible pairs / all pairs."""
-        return self.visible_pairs / max(1, self.batch * self.length**2)
+        return self.visible_pairs / max(1, self.batch * self.length * self.key_length)
 
     def tensors(self) -> list[Tensor]:
         """Everything a registered op reads: query side, key side, runs."""
@@ -123,17 +129,18 @@ class Plan:
         if torch.device(device) == self.device:
             return self
         buffer = self._buffer.to(device, non_blocking=non_blocking)
-        return Plan(self.geometries, self.length, self.visible_pairs, self._shapes, self._layout, buffer)
+        lengths = (self.length, self.key_length)
+        return Plan(self.geometries, lengths, self.visible_pairs, self._shapes, self._layout, buffer)
 
     def mask(self) -> Tensor:
-        """Dense bool ``[batch, 1, S, S]`` straight from the predicate: for the reference backend and for tests."""
-        mask = torch.zeros(self.batch, 1, self.length, self.length, dtype=torch.bool)
+        """Dense bool ``[batch, 1, S, T]`` straight from the predicate: for the reference backend and for tests."""
+        mask = torch.zeros(self.batch, 1, self.length, self.key_length, dtype=torch.bool)
         for b, samples in enumerate(self.geometries):
-            start = 0
-            for geometry in samples:
-                end = start + geometry.length
-                mask[b, 0, start:end, start:end] = torch.from_numpy(dense_mask(geometry))
-                start = end
+            q, k = 0, 0
+            for sample in samples:
+                dense = sample.dense_mask() if isinstance(sample, Ranges) else dense_mask(sample)
+                mask[b, 0, q : q + sample.length, k : k + sample.key_length] = torch.from_numpy(dense)
+                q, k = q + sample.length, k + sample.key_length
         return mask.to(self.device)
 
     def __repr__(self) -> str:
@@ -144,71 +151,72 @@ class Plan:
 
 
 def compile_plan(
-    batch: Geometry | Sequence[Geometry | Sequence[Geometry]],
+    batch: Sample | Sequence[Sample | Sequence[Sample]],
     *,
     length: int | None = None,
+    key_length: int | None = None,
     device: torch.device | str = "cpu",
     tile: TileShape | None = None,
 ) -> Plan:
     """Compile geometries into a :class:`Plan`. Cached by geometry; never builds anything of size S x S.
 
     Args:
-        batch: One :class:`Geometry` shared by every batch element; or one entry per batch element, each a
-            geometry or a sequence of geometries packed one after another.
-        length: Tokens of every batch element; the rest is padding that sees nothing. Default: the longest element.
+        batch: One sample (a :class:`Geometry`, a :class:`Program` or :class:`Ranges`) shared by every batch element; or
+            one entry per batch element, each a sample or a sequence of samples packed one after another.
+        length: Query tokens of every batch element; the rest is padding that sees nothing. Default: the longest one.
+        key_length: Key tokens of every batch element, the rest unseen. Default: ``length`` where all samples have as
+            many keys as queries, else the longest element.
         device: Where the plan's index tensors go.
         tile: Tile of both sides; default by :func:`tile_shape`. For measurements.
 
     Raises:
-        ValueError: an empty batch, no tokens at all, or ``length`` shorter than the samples.
-        TypeError: an entry that is no geometry.
+        ValueError: an empty batch, no tokens at all, or ``length`` or ``key_length`` shorter than the samples.
+        TypeError: an entry that is none of the three.
     """
-    entries = [batch] if isinstance(batch, Geometry) else list(batch)
-    packed = tuple((e,) if isinstance(e, Geometry) else tuple(e) for e in entries)
+    entries = [batch] if isinstance(batch, Sample) else list(batch)
+    packed = tuple((e,) if isinstance(e, Sample) else tuple(e) for e in entries)
     if not packed:
         raise ValueError("compile_plan: batch must hold at least one geometry, got none; pass a Geometry")
     for samples in packed:
-        for g in samples:
-            if not isinstance(g, Geometry):
-                raise TypeError(f"compile_plan: batch must hold Geometry objects, got {type(g).__name__}")
-    longest = max(sum(g.length for g in samples) for samples in packed)
-    if length is None:
-        length = longest
-    if length < longest:
-        raise ValueError(f"compile_plan: length must be at least {longest} (the longest element), got {length}")
-    if length == 0:
+        for s in samples:
+            if not isinstance(s, Sample):
+                kind = type(s).__name__
+                raise TypeError(f"compile_plan: batch must hold Geometry, Program or Ranges objects, got {kind}")
+    packed = tuple(tuple(s.ranges if isinstance(s, Program) else s for s in samples) for samples in packed)
+    square = all(s.length == s.key_length for samples in packed for s in samples)
+    longest = max(sum(s.length for s in samples) for samples in packed)
+    longest_keys = max(sum(s.key_length for s in samples) for samples in packed)
+    length = longest if length is None else length
+    if key_length is None:
+        key_length = length if square else longest_keys
+    for name, value, least in (("length", length, longest), ("key_length", key_length, longest_keys)):
+        if value < least:
+            raise ValueError(f"compile_plan: {name} must be at least {least} (the longest element), got {value}")
+    if length == 0 or key_length == 0:
         raise ValueError("compile_plan: batch must hold at least one token, got empty geometries")
-    return _compile(packed, int(length), tile, torch.device(device))
+    return _compile(packed, (int(length), int(key_length)), tile, torch.device(device))
 
 
 @lru_cache(maxsize=64)
-def _compile(packed: tuple, length: int, tile: TileShape | None, device: torch.device) -> Plan:
+def _compile(packed: tuple, lengths: tuple[int, int], tile: TileShape | None, device: torch.device) -> Plan:
     if device.type != "cpu":
-        return _compile(packed, length, tile, torch.device("cpu")).to(device)
-    rows = token_rows(packed, length)
-    seen, seen_by = intervals(rows), intervals(rows, transposed=True)
-    visible = int((rows.count * (seen[..., 1] - seen[..., 0]).sum(-1)).sum())
-    shape = tile or tile_shape(visible / max(1, int(rows.count.sum())))
-    arrays = [*_side(rows, seen, shape), *_side(rows, seen_by, shape), _runs(rows, seen)]
-    return Plan(packed, length, visible, (shape, shape), *_index_buffer.pack(arrays))
-
-
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """``[s, s+1, .. s+n-1]`` for every (s, n), end to end; int32 ``[sum(counts)]``."""
-    ends = counts.cumsum()
-    out = np.repeat((starts - ends + counts).astype(np.int32), counts)
-    out += np.arange(out.size, dtype=np.int32)
-    return out
+        return _compile(packed, lengths, tile, torch.device("cpu")).to(device)
+    queries, keys = side_rows(packed, lengths)
+    visible = int((queries.count * (queries.bounds[..., 1] - queries.bounds[..., 0]).sum(-1)).sum())
+    shape = tile or tile_shape(visible / max(1, int(queries.count.sum())))
+    arrays = [*_side(queries, shape), *_side(keys, shape), _runs(queries)]
+    return Plan(packed, lengths, visible, (shape, shape), *_index_buffer.pack(arrays))
 
 
 def _starts(counts: np.ndarray) -> np.ndarray:
     return counts.cumsum() - counts
 
 
-def _side(rows: Rows, bounds: np.ndarray, shape: TileShape) -> list[np.ndarray]:
+def _side(rows: SideRows, shape: TileShape) -> list[np.ndarray]:
     """Cut rows into tiles and list each tile's steps; all in whole-array operations."""
+    bounds = rows.bounds
     stream = np.array([*(s for s, _ in SEGMENTS), -1])[rows.segment]
-    order = np.lexsort((rows.start, rows.segment, rows.chunk, stream, rows.sample, rows.batch))
+    order = np.lexsort((rows.start, rows.segment, rows.order, stream, rows.sample, rows.batch))
     start, count, bounds_of = rows.start[order], rows.count[order], bounds[order]
 
     # groups (batch, sample, stream) are padded in front to whole tiles
@@ -223,14 +231,14 @@ def _side(rows: Rows, bounds: np.ndarray, shape: TileShape) -> list[np.ndarray]:
 
     row_token = np.full(n_tiles * shape.rows, -1, np.int32)
     row_group = np.zeros_like(row_token)
-    at = _ranges(slot, count)
-    row_token[at] = _ranges(start, count)
+    at = expand(slot, count)
+    row_token[at] = expand(start, count)
     row_group[at] = np.repeat(order.astype(np.int32), count)
 
     # which (row, tile) pairs meet; rows are in slot order, so a tile's rows are consecutive
     first, last = slot // shape.rows, (slot + np.maximum(count, 1) - 1) // shape.rows
     meets = last - first + 1
-    tile_of = _ranges(first, meets)
+    tile_of = expand(first, meets)
     lo, hi = np.moveaxis(np.repeat(bounds_of, meets, axis=0), -1, 0)
     heads = np.flatnonzero(np.concatenate([[True], tile_of[1:] != tile_of[:-1]]))
     empty = lo >= hi
@@ -242,7 +250,9 @@ def _side(rows: Rows, bounds: np.ndarray, shape: TileShape) -> list[np.ndarray]:
     any_lo = np.minimum(any_lo, any_hi)
 
     n_full = np.maximum(all_hi - all_lo, 0) // shape.step
-    full = np.repeat(all_lo.ravel(), n_full.ravel()) + shape.step * _ranges(np.zeros_like(n_full).ravel(), n_full.ravel())
+    full = np.repeat(all_lo.ravel(), n_full.ravel()) + shape.step * expand(
+        np.zeros_like(n_full).ravel(), n_full.ravel()
+    )
     # what full steps leave of a range: before and behind them (all of it before, if there is none)
     cut_lo = np.where(n_full > 0, all_lo, any_hi)
     cut_hi = np.where(n_full > 0, all_lo + n_full * shape.step, any_hi)
@@ -252,7 +262,7 @@ def _side(rows: Rows, bounds: np.ndarray, shape: TileShape) -> list[np.ndarray]:
     n_part = -(-left // STEP_PART)
     part = np.full(int(n_part.sum()) * STEP_PART, -1, np.int32)
     piece_at = (_starts(n_part) * STEP_PART)[:, None] + piece_count.cumsum(1) - piece_count
-    part[_ranges(piece_at.ravel(), piece_count.ravel())] = _ranges(piece_start.ravel(), piece_count.ravel())
+    part[expand(piece_at.ravel(), piece_count.ravel())] = expand(piece_start.ravel(), piece_count.ravel())
 
     n_full = n_full.sum(1)
     batch_of = rows.batch[order][np.repeat(np.arange(order.size), meets)[heads]]
@@ -269,12 +279,12 @@ def _side(rows: Rows, bounds: np.ndarray, shape: TileShape) -> list[np.ndarray]:
     ]
 
 
-def _runs(rows: Rows, bounds: np.ndarray) -> np.ndarray:
+def _runs(rows: SideRows) -> np.ndarray:
     """Runs of consecutive tokens that see exactly the same keys: ``[R, 3 + 2 * ranges]``.
 
     (batch element, first token, end, lo, hi, lo, hi, ...): what the CPU backend multiplies.
     """
-    flat = bounds.reshape(rows.start.size, -1)
+    flat = rows.bounds.reshape(rows.start.size, -1)
     end = rows.start + rows.count
     same = (rows.batch[1:] == rows.batch[:-1]) & (end[:-1] == rows.start[1:]) & (flat[1:] == flat[:-1]).all(1)
     first = np.flatnonzero(np.concatenate([[True], ~same]))

@@ -111,6 +111,11 @@ class Geometry:
         """Tokens of the whole sample."""
         return sum(self.segment_lengths)
 
+    @property
+    def key_length(self) -> int:
+        """Every token is a query and a key."""
+        return self.length
+
     def video_rank(self) -> int:
         """0 when the program resolves video first. A prefix makes every program video-first."""
         return int(self.program in _ACTION_FIRST and not self.prefix_frames)

@@ -24,10 +24,10 @@ def mask_of_intervals(geometry, transposed: bool) -> np.ndarray:
     return mask
 
 
-def mask_of_side(side: Side, batch: int, length: int) -> np.ndarray:
+def mask_of_side(side: Side, batch: int, length: int, others: int | None = None) -> np.ndarray:
     """Replay the kernel's walk. A pair computed twice, or a row owned by no tile or two, is an error here."""
     tiles, rows, groups, bounds, full, part = (t.numpy() for t in side.tensors())
-    times = np.zeros((batch, length, length), int)
+    times = np.zeros((batch, length, length if others is None else others), int)
     owners = np.zeros((batch, length), int)
     for (b, full_0, full_1, part_0, part_1), row, group in zip(tiles, rows, groups, strict=True):
         is_row = row >= 0
@@ -120,13 +120,16 @@ def test_index_tensors_stay_small_and_aligned():
     assert all(t.data_ptr() % 16 == 0 for t in plan.tensors() if t.numel())
 
 
+NO_TOKENS = small(video_frames=0, action_frames=0, startup_action_frames=0)
+
+
 @pytest.mark.parametrize(
     "call, error, message",
     [
         (lambda: compile_plan([]), ValueError, "batch must hold at least one geometry"),
         (lambda: compile_plan(small(), length=10), ValueError, "length must be at least 84"),
-        (lambda: compile_plan(small(video_frames=0, action_frames=0, startup_action_frames=0)), ValueError, "one token"),
-        (lambda: compile_plan(["joint"]), TypeError, "batch must hold Geometry objects, got str"),
+        (lambda: compile_plan(NO_TOKENS), ValueError, "one token"),
+        (lambda: compile_plan(["joint"]), TypeError, "batch must hold Geometry, Program or Ranges objects, got str"),
     ],
 )
 def test_refusals(call, error, message):

@@ -1,0 +1,181 @@
+"""Visibility given as ranges: these queries see those keys. What a plan takes where no interaction program fits.
+
+``Ranges`` is the general door of the plan language. Programs of other systems (``wam_kernels.programs``), lists of
+``(q_range, k_range)`` pairs and converted mask functions all end here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
+
+import numpy as np
+
+# Key columns of one side: a row tests a token against every column's range, and Triton unrolls that test.
+MAX_COLUMNS = 32
+
+
+class RangeRows(NamedTuple):
+    """Runs of tokens with one visibility. Inside a column a row sees one range, and columns do not overlap."""
+
+    start: np.ndarray  # int64 [N]
+    count: np.ndarray  # int64 [N]
+    order: np.ndarray  # int64 [N]: rows next to each other here see nearly the same, so they should share a tile
+    bounds: np.ndarray  # int64 [N, columns, 2]; an empty range is [0, 0)
+
+
+@dataclass(frozen=True, eq=False)
+class Ranges:
+    """Query tokens ``q_ranges[i]`` see key tokens ``k_ranges[i]``, for every i. What a token sees is the union.
+
+    Equal contents are equal and hash alike, so plans are cached by them.
+
+    Args:
+        q_ranges: int ``[R, 2]``, begin and end of query tokens; pairs may repeat and overlap, a key still counts once.
+        k_ranges: int ``[R, 2]``, begin and end of key tokens.
+        length: Query tokens.
+        key_length: Key tokens; default ``length``. Another number makes a rectangular plan: queries over a cache.
+
+    Raises:
+        ValueError: a shape, a range that leaves the tokens or runs backwards, or lengths below 0.
+
+    Source: the (q_ranges, k_ranges) lists of MagiAttention's flexible flash attention.
+    """
+
+    q_ranges: np.ndarray
+    k_ranges: np.ndarray
+    length: int
+    key_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.key_length is None:
+            object.__setattr__(self, "key_length", self.length)
+        for name in ("length", "key_length"):
+            value = getattr(self, name)
+            if not isinstance(value, int | np.integer) or value < 0:
+                raise ValueError(f"Ranges: {name} must be an int of at least 0, got {value!r}")
+            object.__setattr__(self, name, int(value))
+        for name, tokens in (("q_ranges", self.length), ("k_ranges", self.key_length)):
+            array = np.array(getattr(self, name), dtype=np.int64)  # a copy: nobody else may change it
+            if array.size == 0:
+                array = array.reshape(0, 2)
+            if array.ndim != 2 or array.shape[1] != 2:
+                raise ValueError(f"Ranges: {name} must have shape [R, 2], got {list(array.shape)}")
+            bad = np.flatnonzero((array[:, 0] < 0) | (array[:, 1] < array[:, 0]) | (array[:, 1] > tokens))
+            if bad.size:
+                i, got = int(bad[0]), array[bad[0]].tolist()
+                raise ValueError(
+                    f"Ranges: {name}[{i}] must be [begin, end) with 0 <= begin <= end <= {tokens}, got {got}"
+                )
+            array.setflags(write=False)
+            object.__setattr__(self, name, array)
+        if len(self.q_ranges) != len(self.k_ranges):
+            raise ValueError(
+                f"Ranges: k_ranges must have R={len(self.q_ranges)} rows like q_ranges, got {len(self.k_ranges)}"
+            )
+
+    @cached_property
+    def _content(self) -> tuple:
+        return self.length, self.key_length, self.q_ranges.tobytes(), self.k_ranges.tobytes()
+
+    def __hash__(self) -> int:
+        return hash(self._content)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Ranges) and self._content == other._content
+
+    def __repr__(self) -> str:
+        return f"Ranges({len(self.q_ranges)} pairs, length={self.length}, key_length={self.key_length})"
+
+    def dense_mask(self) -> np.ndarray:
+        """bool ``[length, key_length]``: for tests, pictures and the reference backend."""
+        mask = np.zeros((self.length, self.key_length), bool)
+        for (q_begin, q_end), (k_begin, k_end) in zip(self.q_ranges, self.k_ranges, strict=True):
+            mask[q_begin:q_end, k_begin:k_end] = True
+        return mask
+
+    @cached_property
+    def rows(self) -> RangeRows:
+        """Runs of queries and the keys that they see."""
+        return _rows(self.q_ranges, self.k_ranges, self.length, self.key_length)
+
+    @cached_property
+    def key_rows(self) -> RangeRows:
+        """Runs of keys and the queries that see them."""
+        return _rows(self.k_ranges, self.q_ranges, self.key_length, self.length)
+
+
+def expand(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """``[s, s+1, .. s+n-1]`` for every (s, n), end to end; int32 ``[sum(counts)]``."""
+    ends = counts.cumsum()
+    out = np.repeat((starts - ends + counts).astype(np.int32), counts)
+    out += np.arange(out.size, dtype=np.int32)
+    return out
+
+
+def _rows(q_ranges: np.ndarray, k_ranges: np.ndarray, length: int, key_length: int) -> RangeRows:
+    """Cut the queries wherever a pair begins or ends, and give every piece its keys, sorted into columns."""
+    used = (q_ranges[:, 0] < q_ranges[:, 1]) & (k_ranges[:, 0] < k_ranges[:, 1])
+    q_ranges, k_ranges = q_ranges[used], k_ranges[used]
+    edges = np.unique(np.concatenate([[0, length], q_ranges.ravel()]))
+    start, count = edges[:-1], np.diff(edges)
+
+    # every pair on every piece that it covers, in order of (piece, begin)
+    first, last = np.searchsorted(edges, q_ranges).T
+    row = expand(first, last - first).astype(np.int64)
+    lo, hi = np.repeat(k_ranges, last - first, axis=0).T
+    order = np.lexsort((lo, row))
+    row, lo, hi = row[order], lo[order], hi[order]
+    # ranges of a piece that touch or overlap become one; an offset keeps the pieces apart
+    offset = row * (key_length + 1)
+    reach = np.maximum.accumulate(hi + offset) if hi.size else hi
+    new = np.flatnonzero(np.concatenate([np.ones(min(1, hi.size), bool), (lo + offset)[1:] > reach[:-1]]))
+    end_of = np.concatenate([new[1:], [hi.size]])[: new.size] - 1
+    row, lo, hi = row[new], lo[new], (reach - offset)[end_of]
+
+    cuts = _columns(row, lo, hi)
+    first, last = np.searchsorted(cuts, lo, "right"), np.searchsorted(cuts, hi - 1, "right")
+    meets = last - first + 1
+    column = expand(first, meets)
+    edges = np.concatenate([[0], cuts, [key_length]])
+    row, lo, hi = (np.repeat(a, meets) for a in (row, lo, hi))
+    width = 1 << len(cuts).bit_length()  # a power of two: programs of nearly the same shape share a kernel
+    bounds = np.zeros((start.size, width, 2), np.int64)
+    bounds[row, column, 0] = np.maximum(lo, edges[column])
+    bounds[row, column, 1] = np.minimum(hi, edges[column + 1])
+    return RangeRows(start, count, _order(start, count, bounds), bounds)
+
+
+def _columns(row: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
+    """The fewest key positions that separate all ranges of every row.
+
+    Two ranges of one row that follow each other need a cut in the gap between them. The fewest points that stab all
+    gaps: take the gaps by their ends, and cut at the end of the first one that no cut has stabbed yet.
+    """
+    follows = row[1:] == row[:-1]
+    gaps = np.unique(np.stack([lo[1:][follows], hi[:-1][follows]], 1), axis=0)  # (end, begin), by end
+    cuts: list[int] = []
+    while gaps.size:
+        if len(cuts) == MAX_COLUMNS - 1:
+            raise ValueError(
+                f"Ranges: the ranges must fit {MAX_COLUMNS} columns (cut the keys at {MAX_COLUMNS - 1} places, and a "
+                "token sees one range of each piece), got more; use fewer, longer ranges, or split the call"
+            )
+        cuts.append(int(gaps[0, 0]))
+        gaps = gaps[gaps[:, 1] > cuts[-1]]
+    return np.array(cuts, np.int64)
+
+
+def _order(start: np.ndarray, count: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """Rank of each row when rows are sorted by what they see, the column with the most visible pairs first.
+
+    So the noisy and clean tokens of a chunk, which share their history, come to lie side by side.
+    """
+    area = (count[:, None] * (bounds[..., 1] - bounds[..., 0])).sum(0)
+    keys = [start]  # the last key decides first
+    for column in np.argsort(area, kind="stable"):
+        keys += [bounds[:, column, 0], bounds[:, column, 1]]
+    rank = np.empty(start.size, np.int64)
+    rank[np.lexsort(keys)] = np.arange(start.size)
+    return rank
