@@ -72,8 +72,12 @@ CASES = [
     pytest.param(Case([[[(3, 50)]]], (9,), 64, H=2, D=72), id="D-not-a-power-of-two"),
     pytest.param(Case([[WRAPPED]], (20,), 80, spread=30.0), id="peaked-softmax"),
     pytest.param(Case([[WRAPPED]], (20,), 80, scale=0.7), id="own-scale"),
-    pytest.param(Case([[WRAPPED, [(64, 73)]], [[(0, 73)], []]], (33, 16), 80, H=3, D=64, dtype=torch.bfloat16), id="bf16"),
-    pytest.param(Case([[WRAPPED, [(64, 73)]], [[(0, 73)], []]], (33, 16), 80, H=3, D=64, dtype=torch.float16), id="fp16"),
+    pytest.param(
+        Case([[WRAPPED, [(64, 73)]], [[(0, 73)], []]], (33, 16), 80, H=3, D=64, dtype=torch.bfloat16), id="bf16"
+    ),
+    pytest.param(
+        Case([[WRAPPED, [(64, 73)]], [[(0, 73)], []]], (33, 16), 80, H=3, D=64, dtype=torch.float16), id="fp16"
+    ),
 ]
 
 

@@ -1,10 +1,10 @@
 """The CPU path: PyTorch's flash kernel over the visible slots alone; nothing masked is ever computed.
 
-Groups with the same ranges are one call, and so are samples. One contiguous run of slots is a view of the cache; several
-are copied side by side, heads first, which also makes the rows of a head dense. On one busy core of an AMD EPYC (144
-queries, three ranges, 8 x 64 and 24 x 128, float32 and bf16, 400 to 8,784 slots) that took 0.7 to 1.1 times as long as a
-call for each range merged by their lse. GEMMs over the ranges, as in block_attention, took 0.9 to 1.7 times as long in
-float32 and over 30 times in bf16.
+Groups with the same ranges are one call, and so are samples. One contiguous run of slots is a view of the cache;
+several are copied side by side, heads first, which also makes the rows of a head dense. On one busy core of an AMD
+EPYC (144 queries, three ranges, 8 x 64 and 24 x 128, float32 and bf16, 400 to 8,784 slots) that took 0.7 to 1.1 times
+as long as a call for each range merged by their lse. GEMMs over the ranges, as in block_attention, took 0.9 to 1.7
+times as long in float32 and over 30 times in bf16.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,9 @@ def _runs(group: list[list[int]], b: int, g: int, slots: int) -> tuple[tuple[int
 
 def _calls(ranges: Tensor, group_rows: Sequence[int], slots: int) -> Iterator[tuple[slice, _Slices, _Slices]]:
     """(samples, rows of q, slots) of every call; rows that see nothing are left out."""
-    samples = [[_runs(group, b, g, slots) for g, group in enumerate(groups)] for b, groups in enumerate(ranges.tolist())]
+    samples = [
+        [_runs(group, b, g, slots) for g, group in enumerate(groups)] for b, groups in enumerate(ranges.tolist())
+    ]
     alike = all(groups == samples[0] for groups in samples)
     for b, groups in enumerate(samples[:1] if alike else samples):
         rows: dict[tuple, _Slices] = {}
@@ -58,7 +60,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out ``[B, S, H, D]`` contiguous, lse ``[B, H, S]``."""
     B, S, H, _ = q.shape
-    out, lse = q.new_zeros(q.shape), q.new_full((B, H, S), float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
+    out, lse = (
+        q.new_zeros(q.shape),
+        q.new_full((B, H, S), float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32)),
+    )
     if q.numel() == 0:
         return out, lse
     for samples, rows, slots in _calls(ranges, group_rows, k_cache.shape[1]):

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from .._checks import bind_dims, same_kind
 from . import cpu, reference
-from .config import DEFAULT_IMPL, MAX_D
+from .config import DEFAULT_IMPL, MAX_D, MAX_GROUPS, MAX_KERNEL_D
 
 _OP = "cached_attention"
 _GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _DTYPES = {
     "reference": (*_GPU_DTYPES, torch.float64),
     "cpu": (*_GPU_DTYPES, torch.float64),
+    "triton": _GPU_DTYPES,
 }
+
+
+def _launchers(impl: str) -> ModuleType:
+    """The module with ``forward``; Triton is optional, so imported late."""
+    if impl == "cpu":
+        return cpu
+    from . import kernel_triton
+
+    return kernel_triton
 
 
 def _forward(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, group_rows: Sequence[int], scale: float, impl: str
 ) -> tuple[Tensor, Tensor]:
-    return cpu.forward(q, k_cache, v_cache, ranges, group_rows, scale)
+    return _launchers(impl).forward(q, k_cache, v_cache, ranges, group_rows, scale)
 
 
 def _forward_fake(q, k_cache, v_cache, ranges, group_rows, scale, impl):
@@ -39,18 +51,28 @@ torch.library.impl("wam::cached_attention", ["CPU", "CUDA"], _forward)
 torch.library.register_fake("wam::cached_attention", _forward_fake)
 
 
-def _pick(impl: str | None, q: Tensor) -> str:
+def _pick(impl: str | None, q: Tensor, groups: int) -> str:
     """The backend of a call, or the reason why there is none."""
+    fits_kernels = q.shape[-1] <= MAX_KERNEL_D and groups <= MAX_GROUPS
     if impl is None:
         impl = DEFAULT_IMPL.get(q.device.type, "reference")
-        impl = impl if q.dtype in _DTYPES[impl] else "reference"
+        if q.dtype not in _DTYPES[impl] or impl != "cpu" and not fits_kernels:
+            impl = "reference"
     if impl not in _DTYPES:
         raise ValueError(f"{_OP}: impl must be None or one of {tuple(_DTYPES)}, got {impl!r}")
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if impl == "cpu" and q.device.type != "cpu":
         raise ValueError(f"{_OP}: impl='cpu' needs CPU tensors, got {q.device}; use impl=None")
+    if impl == "triton" and q.device.type != "cuda" and not interpreted:
+        raise ValueError(f"{_OP}: impl='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got {q.device}")
     if q.dtype not in _DTYPES[impl]:
         names = ", ".join(str(t).removeprefix("torch.") for t in _DTYPES[impl])
-        raise ValueError(f"{_OP}: q must be {names} for impl={impl!r}, got {q.dtype}; impl='reference' takes any")
+        raise ValueError(f"{_OP}: q must be {names} for impl={impl!r}, got {q.dtype}; use impl='reference'")
+    if impl not in ("reference", "cpu") and not fits_kernels:
+        raise ValueError(
+            f"{_OP}: impl={impl!r} takes D up to {MAX_KERNEL_D} and up to {MAX_GROUPS} groups, got D={q.shape[-1]} and "
+            f"{groups} groups; use impl='reference'"
+        )
     return impl
 
 
@@ -71,8 +93,8 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, group_ro
         raise ValueError(f"{_OP}: ranges must be contiguous, got strides {ranges.stride()}; use .contiguous()")
     if len(group_rows) != dims["G"] or any(rows < 0 for rows in group_rows) or sum(group_rows) != dims["S"]:
         raise ValueError(
-            f"{_OP}: group_rows must be G={dims['G']} counts (as ranges has groups) that sum to S={dims['S']} (the rows of "
-            f"q), got {group_rows}"
+            f"{_OP}: group_rows must be G={dims['G']} counts (one for each group of ranges) that sum to S={dims['S']} "
+            f"(the rows of q), got {group_rows}"
         )
     for name, t in (("q", q), ("k_cache", k_cache), ("v_cache", v_cache)):
         if t.stride(-1) != 1:
@@ -116,13 +138,14 @@ def cached_attention(
             one CUDA graph; nothing on the host depends on them there.
         group_rows: How many rows of ``q`` each group has, in order; they sum to S. 0 is allowed.
         scale: Factor on the scores; default ``D ** -0.5``.
-        impl: ``"reference"`` (dense, any device, also float64), ``"cpu"`` (also float64), or ``None``: ``"cpu"`` for CPU
-            tensors, ``"reference"`` elsewhere.
+        impl: ``"reference"`` (dense, any device, also float64), ``"cpu"`` (also float64), ``"triton"`` (CUDA tensors,
+            D up to 128, up to 4 groups), or ``None``: ``"cpu"`` for CPU tensors; for CUDA tensors what ``config.py``
+            records (``"triton"``), or ``"reference"`` where that cannot (float64, larger D, more groups).
         return_lse: Also return the log-sum-exp of every row's scores.
 
     Returns:
-        out ``[B, S, H, D]``, dtype of ``q``, contiguous; with ``return_lse`` also lse ``[B, H, S]``, float32 (float64 for
-        float64 inputs). A row whose ranges are all empty gives out 0 and lse -inf.
+        out ``[B, S, H, D]``, dtype of ``q``, contiguous; with ``return_lse`` also lse ``[B, H, S]``, float32 (float64
+        for float64 inputs). A row whose ranges are all empty gives out 0 and lse -inf.
 
     Raises:
         ValueError: a shape, dtype, device, stride or ``impl`` outside the above; an input that requires a gradient.
@@ -131,7 +154,7 @@ def cached_attention(
     """
     group_rows = tuple(group_rows)
     _check(q, k_cache, v_cache, ranges, group_rows)
-    impl = _pick(impl, q)
+    impl = _pick(impl, q, len(group_rows))
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if impl == "reference":
         out, lse = reference.cached_attention(q, k_cache, v_cache, ranges, group_rows, scale)
