@@ -131,8 +131,7 @@ def bench(work: Workload, peers: tuple[str, ...], repeats: int, options: harness
             unavailable = isinstance(error, Unavailable)
             refused[name] = f"not run here: {error}" if unavailable else harness.first_line(error)
     del truth
-    ceilings = harness.ceilings(device)
-    matmul = ceilings["float32_GFLOP/s" if dtype == torch.float32 else "bf16_GFLOP/s"]
+    matmul = harness.ceilings(device)["float32_GFLOP/s" if dtype == torch.float32 else "bf16_GFLOP/s"]
     rows = []
     for what, ready, missing, times_forward in (
         ("forward", arms, errors, 1.0),
@@ -156,7 +155,7 @@ def bench(work: Workload, peers: tuple[str, ...], repeats: int, options: harness
                 "%_of_matmul": round(100 * gflops * plan.visible_pairs / matmul, 1),
                 "peak_MB": round(harness.peak_megabytes(calls[name], device), 1),
                 "build_ms": None if built is None else round(built, 3),
-                "plan_warm_ms": round(warm_ms, 4) if name.startswith("wam") else None, **ceilings,
+                "plan_warm_ms": round(warm_ms, 4) if name.startswith("wam") else None,
             })  # fmt: skip
         rows += [{"arm": name, "error": reason, "where": f"{what} {work.name}"} for name, reason in missing.items()]
     return rows

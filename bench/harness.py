@@ -222,13 +222,15 @@ def main(
         parser.error("--device cuda needs a CUDA device, found none; use --device cpu")
     options = Options(device, args.quick, args.seed)
     rows = [{"seed": args.seed, **row} for row in bench(options)]
+    limits = ceilings(device)
+    rows = [row if "error" in row else row | limits for row in rows]
+    if "WAM_BENCH_RESULTS" in os.environ:  # `wam bench` prints and keeps
+        record(name, rows, device)
+        return
     print(table(rows))
-    print("ceilings of this machine, same run: " + ", ".join(f"{k} {v:,.1f}" for k, v in ceilings(device).items()))
-    collected = "WAM_BENCH_RESULTS" in os.environ
-    if rows and (collected or not (args.quick or args.no_record)):
-        path = record(name, rows, device)
-        if not collected:
-            print("recorded", path)
+    print("ceilings of this machine, same run: " + ", ".join(f"{k} {v:,.1f}" for k, v in limits.items()))
+    if rows and not (args.quick or args.no_record):
+        print("recorded", record(name, rows, device))
 
 
 # Columns that say how a row was made, and those that only matter to a program, stay out of a printed table.

@@ -1,4 +1,4 @@
-"""The command line: ``wam demo | train | rollout | mask | doctor``.
+"""The command line: ``wam demo | train | rollout | mask | bench | doctor``.
 
 Every subcommand is a function ``run(args: argparse.Namespace)`` of a module that is imported when it is chosen, so
 ``wam --help`` needs neither torch nor time. What a user can get wrong (a flag, a file, a config field) is raised there
@@ -93,12 +93,24 @@ def _mask(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="write a picture as well")
 
 
+def _bench(parser: argparse.ArgumentParser) -> None:
+    what = "run the suites, draw and print the rows that exist, or tune launch choices on this GPU; default: run"
+    parser.add_argument("action", nargs="?", choices=("run", "report", "tune"), default="run", help=what)
+    # suite names are checked by bench.run, their one home; its error lists the choices
+    parser.add_argument("--suite", action="append", metavar="S", help="run only this one; may be repeated")
+    parser.add_argument("--quick", action="store_true", help="small sizes, two minutes on a CPU; records nothing")
+    parser.add_argument("--no-record", action="store_true", help="print only; bench/results stays as it is")
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+
+
 # name -> (module with run(args), its flags, one line of help)
 COMMANDS = {
     "demo": ("wam_models.demo", _demo, "train a small model on the shipped data and roll it out"),
     "train": ("wam_models.train", _train, "train a model"),
     "rollout": ("wam_models.rollout_cli", _rollout, "denoise video and actions of one episode from a checkpoint"),
     "mask": ("wam_models.mask_picture", _mask, "show which tokens see which"),
+    "bench": ("wam_models.bench_cli", _bench, "measure this machine: kernels, peers, training step, rollout"),
     "doctor": ("wam_models.doctor", lambda parser: None, "show what this machine offers and which op runs where"),
 }
 

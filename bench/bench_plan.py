@@ -1,0 +1,77 @@
+"""Building plans: milliseconds of a cold and of a warm ``compile_plan``, of a cold frame index, and of the dense mask.
+
+python -m bench.bench_plan
+
+A training step draws its chunk size and window, so a plan is built for every step: it must cost a few milliseconds at
+100,000 packed tokens. Cold means that nothing about the geometry is cached; warm that the plan itself is. One thread.
+The least of 20 calls is what the code costs, the median what a busy machine makes of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from tqdm import tqdm
+
+from bench import harness
+from bench.workloads import LENGTHS, ROBOTWIN, cold_plan, packed
+from wam_kernels import FrameIndex
+from wam_kernels import frame_index as frame_index_module
+
+REPEATS = 20
+MASK_TOKENS = 5_000  # the largest dense mask that is built for comparison: it is what a plan replaces
+
+
+def suite(options: harness.Options) -> Iterable[dict]:
+    size = {"heads": 1, "head_dim": 64}
+    lengths = [n for n in LENGTHS if not options.quick or n in (1_000, 10_000, 100_000)]
+    works = [packed(n, chunk=c, window=w, **size) for n in lengths for c, w in ((4, 64), (1, 8))]
+    works += [packed(n, per_frame=ROBOTWIN, window=30, **size) for n in lengths if n >= 10_000]
+    for work in tqdm(works, desc="plan", unit="workload"):
+        plan = work.plan(options.device)
+
+        def cold(work=work) -> None:
+            cold_plan(work, options.device)
+            _synchronize(options.device)
+
+        def warm(work=work) -> None:
+            work.plan(options.device)
+
+        def frames(work=work) -> None:
+            frame_index_module._compile.cache_clear()
+            lengths = [g.video_tokens for g in work.samples for _ in range(2 * g.video_frames)]
+            FrameIndex.from_runs(lengths, device=options.device)
+            _synchronize(options.device)
+
+        arms = {"plan cold": cold, "plan warm": warm, "frame index cold": frames}
+        times = harness.measure(arms, "cpu", REPEATS)  # the host's clock: this is work of the host
+        if work.tokens <= MASK_TOKENS:
+            times |= harness.measure({"dense mask": lambda plan=plan: plan.mask()}, "cpu", 3)
+        for arm, t in times.items():
+            yield {
+                "workload": work.name,
+                "tokens": work.tokens,
+                "samples": len(work.samples),
+                "arm": arm,
+                "ms_min": round(t.pop("ms_min"), 4),
+                **{key: round(value, 4) for key, value in t.items()},
+                "tiles": plan.queries.tiles.shape[0],
+                "ranges": plan.queries.bounds.shape[1],
+                "plan_MB": round(sum(x.numel() for x in plan.tensors()) * 4 / 1e6, 3),
+                "efficiency": round(plan.efficiency, 4),
+            }
+
+
+def _synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def main(argv: list[str] | None = None) -> None:
+    torch.set_num_threads(1)
+    harness.main("plan", __doc__, suite, argv)
+
+
+if __name__ == "__main__":
+    main()

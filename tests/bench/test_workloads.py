@@ -1,0 +1,88 @@
+"""The workloads are what their names say, and the truth of the benchmarks is the reference backend's."""
+
+import pytest
+import torch
+
+from bench import peers, workloads
+from bench.workloads import LIBERO, ROBOTWIN, block_causal, dense, gjd, packed
+from wam_kernels import PROGRAMS, block_attention
+
+SIZE = {"heads": 2, "head_dim": 16}
+
+
+@pytest.mark.parametrize("per_frame", [LIBERO, ROBOTWIN])
+@pytest.mark.parametrize("target", workloads.LENGTHS)
+def test_lengths(target, per_frame):
+    work = packed(target, per_frame=per_frame, **SIZE)
+    assert abs(work.tokens - target) <= 0.05 * target
+    assert max(g.video_frames for g in work.samples) <= per_frame[2]
+
+
+def test_figures_of_the_literature():
+    plan = dense(96, **SIZE).plan("cpu")
+    assert plan.length == 192 and plan.visible_pairs == 2 * 96**2
+    work = block_causal(4 * 32, 2, block=32, **SIZE)
+    # two documents of two blocks: block 0 sees itself, block 1 both
+    assert work.tokens == 128 and work.plan("cpu").visible_pairs == 2 * 3 * 32**2
+
+
+def test_programs_and_the_mixture():
+    names = [w.name for w in workloads.all_programs(800, **SIZE)]
+    assert len(set(names)) == 7 and all(any(p in name for name in names) for p in (*PROGRAMS, "gjd"))
+    conditional = [g for g in gjd(800, **SIZE).samples if g.conditional_history is not None]
+    assert len(conditional) == 2
+
+
+SMALL = [
+    packed(300, chunk=2, window=8, **SIZE),
+    gjd(400, **SIZE),
+    dense(40, **SIZE),
+    block_causal(128, 2, block=32, **SIZE),
+]
+
+
+@pytest.mark.parametrize("work", SMALL, ids=lambda w: w.name)
+def test_truth_is_the_reference(work):
+    inputs = work.inputs("cpu", torch.float64, 0)
+    leaves = [t.requires_grad_() for t in inputs[:3]]
+    out = block_attention(*leaves, work.plan("cpu"), impl="reference")
+    expected = [out, *torch.autograd.grad(out, leaves, inputs[3])]
+    got = workloads.truth(work, [t.detach() for t in inputs], [1], rows=50)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b[:, :, 1:], atol=1e-12, rtol=1e-9)
+
+
+@pytest.mark.parametrize("work", SMALL, ids=lambda w: w.name)
+def test_bounds_are_the_mask(work):
+    plan = work.plan("cpu")
+    lo, hi = peers.bounds(plan).unbind(-1)
+    keys = torch.arange(plan.length)
+    seen = ((lo[:, :, None] <= keys) & (keys < hi[:, :, None])).any(1)
+    assert torch.equal(seen, plan.mask()[0, 0])
+
+
+def test_a_peer_says_why_it_cannot():
+    work = SMALL[0]
+    plan = work.plan("cpu")
+    by_name = {peer.name: peer for peer in peers.ATTENTION}
+    for name, reason in (
+        ("sdpa_cudnn", "runs on cuda only"),
+        ("sdpa_flash", "cannot express this visibility"),
+        ("flash_attn_4", "runs on cuda only"),
+    ):
+        with pytest.raises(peers.Unavailable, match=reason):
+            by_name[name].arm(work, plan, torch.float32)
+    missing = peers.Peer("none", lambda *_: None, "no_such_module.at_all", "no-such-package", ("cpu",))
+    with pytest.raises(peers.Unavailable, match="no-such-package is not installed"):
+        missing.arm(work, plan, torch.float32)
+
+
+@pytest.mark.parametrize(
+    "name, work", [("sdpa_dense_mask", SMALL[0]), ("sdpa_dense_mask", SMALL[1]), ("sdpa_flash", SMALL[2])]
+)
+def test_peers_that_run_here_are_right(name, work):
+    arm = {peer.name: peer for peer in peers.ATTENTION}[name].arm(work, work.plan("cpu"), torch.float64)
+    inputs = work.inputs("cpu", torch.float64, 0)
+    truth = workloads.truth(work, inputs, [0, 1])
+    torch.testing.assert_close(arm.attend(*inputs[:3]), truth[0], atol=1e-12, rtol=1e-9)
+    assert arm.computed_pairs >= work.plan("cpu").visible_pairs
