@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import shutil
 import statistics
 import subprocess
 import time
@@ -145,6 +146,8 @@ def environment(device: str) -> dict[str, object]:
     """Machine, versions, commit and date of a row."""
 
     def git(*args: str) -> str:
+        if shutil.which("git") is None:
+            return ""
         return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
 
     dirty = git("status", "--porcelain", "--", "wam_kernels", "wam_models", "csrc", "bench/*.py")

@@ -2,7 +2,8 @@
 
 Every module runs in a process of its own: it meets a clean memory and a clean compiler, and a crash takes no other's
 rows with it. Its rows come back through a folder that ``bench.harness.record`` writes to; they are printed as one
-table at the end, and appended to ``bench/results`` unless ``--quick`` or ``--no-record`` says otherwise.
+table at the end, and appended to ``bench/results``; with ``--quick`` only if ``--record`` says so, and never with
+``--no-record``.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def run(args: argparse.Namespace) -> int:
             bar.update()
     print(summary(outcomes))
     rows = [row for outcome in outcomes for row in outcome.rows]
-    if rows and not (args.quick or args.no_record):
+    if rows and (args.record or not (args.quick or args.no_record)):
         store(rows)
         print(f"recorded in {RESULTS}; `wam bench report` draws and prints what the README shows")
     return int(any(outcome.code for outcome in outcomes))

@@ -98,8 +98,10 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("action", nargs="?", choices=("run", "report", "tune"), default="run", help=what)
     # suite names are checked by bench.run, their one home; its error lists the choices
     parser.add_argument("--suite", action="append", metavar="S", help="run only this one; may be repeated")
-    parser.add_argument("--quick", action="store_true", help="small sizes, two minutes on a CPU; records nothing")
-    parser.add_argument("--no-record", action="store_true", help="print only; bench/results stays as it is")
+    parser.add_argument("--quick", action="store_true", help="small sizes (on a GPU few repeats); records nothing")
+    keep = parser.add_mutually_exclusive_group()
+    keep.add_argument("--record", action="store_true", help="append to bench/results even with --quick")
+    keep.add_argument("--no-record", action="store_true", help="print only; bench/results stays as it is")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--seed", type=at_least(0), default=0)
 

@@ -1,0 +1,136 @@
+#!/usr/bin/env bash
+# Proves or refutes on an H100 or H200 what this repository claims: builds the extension, runs the GPU tests and the
+# sanitizers, and measures. Needs no network: Python 3.11+, torch with CUDA, triton, numpy, tqdm, pytest, hypothesis,
+# pybind11, nvcc, cmake and ninja; compute-sanitizer for its part.
+#
+#   bench/gpu.sh                    all parts in order of importance, in under 9 minutes
+#   bench/gpu.sh tests_norms plan   only these parts, again if they were done
+#   bench/gpu.sh --dry-run          runs nothing; checks that every file, module, test and flag below exists
+#   bench/gpu.sh --list             names of the parts
+#
+# A part that succeeded leaves a stamp in build/gpu, named after the commit: run the script again and it goes on after
+# it. A part that fails or runs out of its time is said at the end and does not stop the others. WAM_BENCH_COMMIT names
+# the commit where there is no .git. GPU_SECONDS is the time for all parts (default 530). PYTHON is the interpreter.
+# Rows are appended to bench/results/*.jsonl. With OUT set, log, rows and tuned choices are copied there. Clocks, power
+# limits and other settings of the GPU are never touched.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+PYTHON=${PYTHON:-python3}
+SECONDS_IN_ALL=${GPU_SECONDS:-530}
+PARTS=(
+  machine build tests_attention tests_norms tests_cached tests_cuda attention norms train_step memcheck racecheck plan
+)
+
+# ---- parts: run SECONDS COMMAND...; the seconds are a cap, a part is its commands in order ----
+
+machine() {
+  run 30 nvidia-smi
+  run 60 "$PYTHON" -m wam_models.cli doctor
+}
+
+build() {
+  run 150 cmake --fresh -S . -B build/cuda -G Ninja \
+    "-DCMAKE_CUDA_COMPILER=$(command -v nvcc || echo nvcc)" \
+    "-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$PWD/wam_kernels" "-DPython_EXECUTABLE=$(command -v "$PYTHON")" \
+    "-Dpybind11_DIR=$("$PYTHON" -m pybind11 --cmakedir)" &&
+    run 150 cmake --build build/cuda &&
+    run 60 "$PYTHON" -c "from wam_kernels._cuda import extension; print(extension())"
+}
+
+# GPU suites: float64 budgets, every backend, torch.compile, CUDA graphs, the same bits over 100 runs
+tests_attention() { run 150 "$PYTHON" -m pytest -q --maxfail=5 tests/gpu/test_block_attention.py; }
+tests_norms() { run 150 "$PYTHON" -m pytest -q --maxfail=5 tests/gpu/test_adaln.py tests/gpu/test_qk_norm_rope.py; }
+tests_cached() { run 150 "$PYTHON" -m pytest -q --maxfail=5 tests/gpu/test_cached_attention.py; }
+# the CUDA launchers on the compiled extension; on a CPU the same tests run on the host emulation
+tests_cuda() {
+  run 150 "$PYTHON" -m pytest -q --maxfail=5 tests/csrc/test_adaln.py tests/csrc/test_qk_norm_rope.py -k gpu
+}
+
+memcheck() {
+  # without torch's cache every tensor is an allocation of its own, so that a step outside it is seen
+  run 120 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
+    "$PYTHON" -m bench.sanitize
+}
+
+racecheck() { run 120 compute-sanitizer --tool racecheck --error-exitcode 9 "$PYTHON" -m bench.sanitize; }
+
+# the core of the benchmarks: --quick on a GPU is the real sizes with few repeats
+plan() { run 90 "$PYTHON" -m bench --suite plan --quick --record --device cuda; }
+attention() { run 240 "$PYTHON" -m bench --suite attention --quick --record --device cuda; }
+norms() { run 150 "$PYTHON" -m bench --suite norms --quick --record; }
+train_step() { run 180 "$PYTHON" -m bench --suite train_step --quick --record --device cuda; }
+
+# ---- machinery ----
+
+DRY=""
+run() {
+  local cap=$1 left
+  shift
+  if [ -n "$DRY" ]; then
+    printf '%s\t' "$PART" && printf '%q ' "$@" && printf '\n'
+    return 0
+  fi
+  left=$((SECONDS_IN_ALL - SECONDS))
+  if [ "$left" -lt 10 ]; then
+    echo "gpu.sh: no time left for: $*"
+    return 124
+  fi
+  echo "+ $*"
+  timeout --kill-after=10 "$((left < cap ? left : cap))" "$@"
+}
+
+case "${1:-}" in
+  --list)
+    printf '%s\n' "${PARTS[@]}"
+    exit 0
+    ;;
+  --dry-run)
+    DRY=1
+    for PART in "${PARTS[@]}"; do "$PART"; done | "$PYTHON" -m bench.dry_run
+    exit $?
+    ;;
+esac
+
+for name in "$@"; do
+  case " ${PARTS[*]} " in
+    *" $name "*) ;;
+    *)
+      echo "gpu.sh: $name must be one of: ${PARTS[*]}" >&2
+      exit 2
+      ;;
+  esac
+done
+
+COMMIT=${WAM_BENCH_COMMIT:-$(git rev-parse --short HEAD 2>/dev/null || echo unknown)}
+export WAM_BENCH_COMMIT=$COMMIT
+STAMPS=build/gpu/$COMMIT
+mkdir -p "$STAMPS"
+LOG=$STAMPS/log.txt
+rm -f "$STAMPS/summary.txt"
+
+for PART in "${@:-${PARTS[@]}}"; do
+  if [ $# -eq 0 ] && [ -e "$STAMPS/$PART.ok" ]; then
+    echo "$PART: done before" >>"$STAMPS/summary.txt"
+    continue
+  fi
+  begin=$SECONDS
+  echo "=== $PART, $(date -u +%H:%M:%S)" | tee -a "$LOG"
+  "$PART" 2>&1 | tee -a "$LOG"
+  code=${PIPESTATUS[0]}
+  if [ "$code" -eq 0 ]; then
+    touch "$STAMPS/$PART.ok"
+    echo "$PART: ok, $((SECONDS - begin)) s" >>"$STAMPS/summary.txt"
+  else
+    echo "$PART: FAILED with $code (124: out of time), $((SECONDS - begin)) s" >>"$STAMPS/summary.txt"
+  fi
+done
+
+echo "=== commit $COMMIT, $SECONDS s" | tee -a "$LOG"
+tee -a "$LOG" <"$STAMPS/summary.txt"
+if [ -n "${OUT:-}" ]; then
+  mkdir -p "$OUT"
+  cp "$LOG" "$OUT/gpu.log"
+  tar -czf "$OUT/results.tgz" bench/results $(ls wam_kernels/tuned/*.json 2>/dev/null)
+fi
+! grep -q FAILED "$STAMPS/summary.txt"

@@ -1,0 +1,75 @@
+"""bench/gpu.sh as far as a machine without a GPU can tell: all that it names exists, and the check would notice."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from bench import dry_run
+
+SCRIPT = dry_run.ROOT / "bench" / "gpu.sh"
+
+
+def script(*args: str, **environment: str) -> subprocess.CompletedProcess:
+    env = os.environ | {"PYTHON": sys.executable} | environment
+    return subprocess.run(["bash", SCRIPT, *args], capture_output=True, text=True, env=env)
+
+
+@pytest.fixture(scope="module")
+def parts() -> list[str]:
+    return script("--list").stdout.split()
+
+
+def test_dry_run(parts):
+    done = script("--dry-run")
+    assert done.returncode == 0, done.stdout
+    lines = done.stdout.splitlines()
+    assert [line for line in lines if "WRONG" in line] == []
+    assert {line.partition(":")[0] for line in lines if ": ok" in line} == set(parts)
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("python3 -m pytest -q tests/gpu/test_nothing.py", "no file tests/gpu/test_nothing.py"),
+        ("python3 -m pytest -q tests/plan/test_visibility.py -k no_such_test", "pytest collects nothing"),
+        ("python3 -m bench.no_such_part", "no module bench.no_such_part"),
+        ("python3 -m bench --suite speed", "--suite must be one of"),
+        ("python3 -m bench --fast", "is refused, exit code 2"),
+        ("no-such-program --version", "no program 'no-such-program'"),
+    ],
+)
+def test_the_check_notices(command, message, capsys):
+    assert dry_run.main([f"part\t{command}\n"]) == 1
+    assert message in capsys.readouterr().out
+
+
+def test_an_unknown_part_is_refused(parts):
+    done = script("everything")
+    assert done.returncode == 2 and "everything must be one of: " + " ".join(parts) in done.stderr
+
+
+def test_it_goes_on_after_what_is_done(parts, tmp_path):
+    """A copy of the script with harmless parts: one fails, and the second run repeats that one alone."""
+    text = SCRIPT.read_text()
+    head, _, rest = text.partition("# ---- parts")
+    machinery = rest.partition("# ---- machinery ----")[2]
+    head = head[: head.index("PARTS=(")] + "PARTS=(one two three)\n"
+    fake = "one() { run 5 echo first; }\ntwo() { run 5 test -e here; }\nthree() { run 5 echo last; }\n"
+    (tmp_path / "bench").mkdir()
+    copy = tmp_path / "bench" / "gpu.sh"
+    copy.write_text(head + fake + machinery)
+
+    def run(*args: str) -> subprocess.CompletedProcess:
+        env = os.environ | {"WAM_BENCH_COMMIT": "abc", "GPU_SECONDS": "60"}
+        return subprocess.run(["bash", copy, *args], capture_output=True, text=True, env=env)
+
+    first = run()
+    assert first.returncode == 1 and "first" in first.stdout and "last" in first.stdout
+    assert "one: ok" in first.stdout and "two: FAILED with 1" in first.stdout and "three: ok" in first.stdout
+    (tmp_path / "here").touch()
+    second = run()
+    assert second.returncode == 0 and "one: done before" in second.stdout and "two: ok" in second.stdout
+    assert "echo last" not in second.stdout
+    assert "echo last" in run("three").stdout  # named parts run again
