@@ -8,6 +8,7 @@ from .plan import Plan, TileShape, compile_plan
 from .programs import NAMED_PROGRAMS, Program
 from .qk_norm_rope import qk_norm_rope, rope_table
 from .ranges import Ranges
+from .streaming_cache import StreamingCache
 from .visibility import HISTORIES, PROGRAMS, Geometry, dense_mask, tokens, visible
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Plan",
     "Program",
     "Ranges",
+    "StreamingCache",
     "TileShape",
     "ada_layer_norm",
     "block_attention",

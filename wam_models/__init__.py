@@ -6,6 +6,7 @@ from importlib import import_module
 _HOME = {
     "Candidate": "rollout",
     "Checkpoint": "checkpoint",
+    "Episode": "rollout",
     "GJD": "objectives",
     "GJD_MIXTURE": "objectives",
     "MODEL_PROGRAMS": "objectives",
@@ -13,7 +14,6 @@ _HOME = {
     "OBJECTIVES": "objectives",
     "RolloutConfig": "rollout",
     "RolloutEngine": "rollout",
-    "RolloutState": "rollout",
     "TimestepDraw": "flow",
     "TrainingConfig": "training",
     "WordEmbedding": "text",

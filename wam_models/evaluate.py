@@ -1,7 +1,7 @@
 """How well a policy predicts recorded episodes: every objective and program, beside baselines that know nothing.
 
 The robot of a recording cannot act on the prediction, so after each chunk the recorded frames and actions replace it
-(``RolloutEngine.observe``): each chunk is predicted from real history, as in a policy that runs closed loop.
+(``Episode.observe``): each chunk is predicted from real history, as in a policy that runs closed loop.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CASES = (
 
 @dataclass(frozen=True, eq=False)
 class Chunk:
-    """One predicted chunk of a stream: its first frame, the prediction, and how long it took."""
+    """One predicted chunk: its first frame, the prediction, and how long that and its way into history took."""
 
     frame: int
     video: Tensor  # [B, C, chunk, y, x]
@@ -70,27 +70,24 @@ def stream(
         ValueError: what the engine refuses.
     """
     goal = OBJECTIVES[objective]
-    size = CONDITIONAL_CHUNK if goal.conditional else engine.config.chunk_size
     end = video.shape[2] if end is None else end
-    state = engine.start(video[:, :, :1], text)
+    episode = engine.start(video[:, :, :1], text, objective=objective)
     if begin > 1:
-        state = engine.observe(state, video[:, :, 1:begin], action[:, 1:begin])
-    while state.next_frame + size <= end:
-        frame = state.next_frame
+        episode.observe(video[:, :, 1:begin], action[:, 1:begin])
+    size = episode.chunk_size
+    for frame in range(begin, end - size + 1, size):
         real_video, real_action = video[:, :, frame : frame + size], action[:, frame : frame + size]
         began = _now(engine)
-        candidate = engine.propose(
-            state,
-            objective=objective,
+        candidate = episode.propose(
             clean_video=None if goal.video else real_video,
             clean_action=None if goal.action else real_action,
             generator=generator,
         )
-        yield Chunk(frame, candidate.video, candidate.action, _now(engine) - began)
         if closed_loop:
-            state = engine.observe(state, real_video, real_action)
+            episode.observe(real_video, real_action)
         else:
-            state = engine.commit(state, candidate)
+            episode.accept(candidate)
+        yield Chunk(frame, candidate.video, candidate.action, _now(engine) - began)
 
 
 def _now(engine: RolloutEngine) -> float:

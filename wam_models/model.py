@@ -5,8 +5,9 @@ F frames, n action slots of a frame, A numbers of an action, C latent channels, 
 stream, H heads, h head width, L text tokens.
 
 A stream's tokens come in runs that share one timestep (the tokens of a frame). Everything that depends on the timestep
-stays at ``[B, T, D]``; a ``FrameIndex`` tells the fused ops which row a token reads, so nothing is ever expanded to one row
-per token. Attention, norms, modulation, gates, residuals and rope are ``wam_kernels`` ops; matrix products are PyTorch's.
+stays at ``[B, T, D]``; a ``FrameIndex`` tells the fused ops which row a token reads, so nothing is ever expanded to
+one row per token. Attention, norms, modulation, gates, residuals and rope are ``wam_kernels`` ops; matrix products are
+PyTorch's.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ def action_positions(frames: Tensor, slots: int) -> Tensor:
 
 
 class Stream(NamedTuple):
-    """What one stream (video or action) brings to the blocks; row t of the modulation serves the tokens of timestep t."""
+    """What one stream (video or action) brings to the blocks; row t of the modulation serves timestep t's tokens."""
 
     x: Tensor  # [B, S, D]
     modulation: tuple[Tensor, ...]  # shift1, scale1, gate1, shift2, scale2, gate2 of the blocks: [B, T, D] float32 each

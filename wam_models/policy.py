@@ -92,7 +92,8 @@ class Policy:
         action = torch.from_numpy(dataset.action(episode))
         if action.shape[1:] != self.action_mean.shape:
             raise ValueError(
-                f"{dataset.root}: actions have {action.shape[1]} numbers, those of the checkpoint {len(self.action_mean)}"
+                f"{dataset.root}: actions have {action.shape[1]} numbers, those of the checkpoint "
+                f"{len(self.action_mean)}"
             )
         frames = dataset.frames(episode, STRIDE)
         video = self.codec.encode(frames)

@@ -1,33 +1,37 @@
-"""Rollout: denoise one chunk after the other over an immutable history.
+"""Streaming rollout: denoise one chunk after the other; what is accepted becomes history, once.
 
-    state = engine.start(observation, text)               # one observed frame
-    candidate = engine.propose(state, generator=g)        # a chunk of video and actions; state is untouched
-    state = engine.commit(state, candidate)               # imagine on: the prediction becomes history
-    state = engine.observe(state, video, action)          # or act: what really happened becomes history
+    episode = engine.start(observation, text)        # one observed frame; all memory is allocated here
+    candidate = episode.propose(generator=g)         # a chunk of video and actions; the episode is as it was
+    episode.accept(candidate)                        # imagine on: the prediction becomes history
+    episode.observe(video, action)                   # or act: what really happened becomes history
 
-A chunk costs one pass over the clean history that it sees (:class:`HistoryCache`), and for each denoising step one pass
-over the chunk's own noisy tokens. It equals the packed forward over the same frames, because a clean token never
-sees a noisy one: its keys and values do not change while a chunk is denoised.
+A denoising step runs the noisy tokens of its chunk and nothing else. A clean token never sees a noisy one, so its keys
+and values are computed once, by one pass when its chunk is accepted, and stay in the slots of a
+:class:`wam_kernels.StreamingCache`; those of the text are computed once an episode. A chunk therefore costs the same
+at the end of an hour as at the beginning, and equals the packed forward over the whole episode, which is what training
+saw.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
-import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from wam_kernels import HISTORIES, Geometry, tokens, visible
-from wam_kernels.visibility import ACTION, CLEAN, NOISY, SEGMENTS, VIDEO
+from wam_kernels import HISTORIES, FrameIndex, Geometry, StreamingCache, cached_attention
+from wam_kernels.streaming_cache import MAX_RANGES
+from wam_kernels.visibility import ACTION, CLEAN, NOISY, VIDEO
 
-from .flow import ACTION_SHIFT, VIDEO_SHIFT, euler_step, sigmas, timesteps
-from .model import Attend, WorldActionModel, wide
+from .flow import ACTION_SHIFT, VIDEO_SHIFT, sigmas, timesteps
+from .model import Slots, WorldActionModel, wide
 from .objectives import GJD, OBJECTIVES, Objective, check_program, geometry_for
 
 WANTS = ("both", "video", "action")
+NAMES = {VIDEO: "video", ACTION: "action"}
+FRAME_DIM = {VIDEO: 2, ACTION: 1}  # of [B, C, F, y, x] and [B, F, n, A]
+CACHES = ("persistent", "recomputed")
 # The conditional objectives denoise one frame at a time, over one frame of history.
 CONDITIONAL_CHUNK, CONDITIONAL_WINDOW = 1, 3
 
@@ -39,11 +43,20 @@ class RolloutConfig:
     Args:
         program: ``"generalist_joint_denoising"`` or one of ``wam_kernels.PROGRAMS``.
         chunk_size: Frames of a chunk.
-        window: In order blocks, two a chunk; a chunk sees the ``window // 2 * chunk_size`` frames before it.
+        window: In order blocks, two a chunk; a chunk sees the ``window // 2`` chunks before it.
         history: Which earlier clean tokens a query sees, one of ``wam_kernels.HISTORIES``.
         steps: Denoising steps of a stage.
         video_shift: Shift of the video's noise levels.
         action_shift: Shift of the actions' noise levels.
+        guidance: Strength g of classifier-free guidance, ``flow(no text) + g (flow(text) - flow(no text))``; 1 is none
+            and costs nothing, else every pass is a batch of two.
+        cache: What frames that have left the window leave behind. ``"persistent"``: the keys of the frames in it were
+            computed when those were visible, and stay; equals a packed forward over the whole episode, as in
+            training. ``"recomputed"``: before each chunk the window is computed anew, as if the episode began with
+            it; equals a packed forward over the window, as in rollouts of the reference system, and costs a pass
+            for each chunk of the window.
+        lookahead: Chunks that may be accepted beyond the last observation and still be replaced by one: the rings
+            keep so many chunks more than the window.
 
     Raises:
         ValueError: an unknown name or a number outside its range; the message names the field.
@@ -56,34 +69,19 @@ class RolloutConfig:
     steps: int = 10
     video_shift: float = VIDEO_SHIFT
     action_shift: float = ACTION_SHIFT
+    guidance: float = 1.0
+    cache: str = "persistent"
+    lookahead: int = 1
 
     def __post_init__(self) -> None:
         check_program(self.program)
-        if self.history not in HISTORIES:
-            raise ValueError(f"RolloutConfig: history must be one of {HISTORIES}, got {self.history!r}")
+        for name, choices in (("history", HISTORIES), ("cache", CACHES)):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"RolloutConfig: {name} must be one of {choices}, got {getattr(self, name)!r}")
         # a window of 1 would hide the chunk before: no frame of history
-        for name, low in (("chunk_size", 1), ("window", 2), ("steps", 1)):
+        for name, low in (("chunk_size", 1), ("window", 2), ("steps", 1), ("lookahead", 1), ("guidance", 0)):
             if not getattr(self, name) >= low:
                 raise ValueError(f"RolloutConfig: {name} must be at least {low}, got {getattr(self, name)}")
-
-
-@dataclass(frozen=True, eq=False)
-class RolloutState:
-    """The accepted history. Never changed in place: every transition returns a new state.
-
-    Holds what the next chunk sees, and what it would see if the predicted frames were discarded.
-    """
-
-    video: Tensor  # [B, C, T, y, x] float32, clean latents of frames first_frame .. next_frame - 1
-    action: Tensor  # [B, T, n, A] float32, the actions that lead to each of these frames; zeros for frame 0
-    text: Tensor  # [B, L, text_dim] raw embeddings
-    first_frame: int  # absolute frame of video[:, :, 0]
-    observed: int  # frames below this absolute frame are observations, the others predictions
-
-    @property
-    def next_frame(self) -> int:
-        """Absolute frame at which the next chunk begins."""
-        return self.first_frame + self.video.shape[2]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +90,7 @@ class Candidate:
 
     video: Tensor | None  # [B, C, chunk, y, x] float32
     action: Tensor | None  # [B, chunk, n, A] float32
-    source: RolloutState  # the state it continues
+    source: tuple[Episode, int]  # the episode that it continues, and how often that had changed
 
 
 @dataclass(frozen=True)
@@ -124,48 +122,8 @@ def stages(program: str, objective: Objective, want: str) -> tuple[Stage, ...]:
     return (Stage(both, both),)
 
 
-class HistoryCache:
-    """Every layer's keys and values of the clean tokens that one chunk reads.
-
-    Filled by one pass over the visible history, extended by the promoted stream of an ordered program, read by every
-    denoising step, and dropped with the chunk: the next chunk's window starts later, and a clean token's keys depend
-    on what it saw, so keeping them would no longer equal a packed forward over the window. A streaming cache that
-    persists across chunks belongs here, behind the same :meth:`attend`.
-
-    ``held`` are the packed indices (in ``geometry``, the window and the chunk as one sample) of the tokens in
-    ``layers``, whose entries are ``(k, v)`` of ``[B, len(held), H, h]``.
-    """
-
-    def __init__(self, geometry: Geometry, layers: int, device: torch.device) -> None:
-        self.geometry, self.device = geometry, device
-        self.tokens = tokens(geometry)
-        self.held = np.empty(0, dtype=np.int64)
-        self.layers: list[tuple[Tensor, Tensor] | None] = [None] * layers
-
-    def attend(self, rows: np.ndarray, keep: bool = False) -> Attend:
-        """Attention of the tokens ``rows`` over the held tokens and each other; ``keep`` adds them to the held."""
-        keys = np.concatenate([self.held, rows])
-        mask = visible(self.geometry, self.tokens[rows][:, None], self.tokens[keys][None, :])
-        blind = None if mask.any(1).all() else torch.from_numpy(~mask.any(1)).to(self.device)[:, None, None]
-        mask = torch.from_numpy(mask).to(self.device)
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            if self.layers[layer] is not None:
-                k, v = (torch.cat([old, new], 1) for old, new in zip(self.layers[layer], (k, v), strict=True))
-            if keep:
-                self.layers[layer] = k, v
-            out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask).transpose(
-                1, 2
-            )
-            return out if blind is None else out.masked_fill(blind, 0)
-
-        if keep:
-            self.held = keys
-        return attend
-
-
 class RolloutEngine:
-    """Generates chunks with a model. Keeps no history of its own, so one engine serves any number of episodes.
+    """Starts episodes of a model.
 
     Args:
         model: In eval mode, on its device. Latents and actions stay float32 whatever the model's dtype.
@@ -175,26 +133,102 @@ class RolloutEngine:
     def __init__(self, model: WorldActionModel, config: RolloutConfig) -> None:
         self.model, self.config = model, config
 
-    def start(self, observation: Tensor, text: Tensor) -> RolloutState:
-        """The state after one observed frame: ``observation`` ``[B, C, 1, y, x]``, ``text`` ``[B, L, text_dim]``."""
+    @torch.no_grad()
+    def start(self, observation: Tensor, text: Tensor, *, objective: str = "joint") -> Episode:
+        """A batch of episodes after one observed frame each.
+
+        Args:
+            observation: ``[B, C, 1, y, x]`` latents of frame 0.
+            text: ``[B, L, text_dim]`` raw embeddings.
+            objective: ``"joint"``, or with GJD also ``"forward_dynamics"`` and ``"inverse_dynamics"``: one frame a
+                chunk, text zeroed.
+
+        Raises:
+            ValueError: shapes that do not fit the model or each other, or an objective that the program lacks.
+        """
         c = self.model.config
-        if observation.ndim != 5 or observation.shape[1:3] != (c.latent_channels, 1):
+        if objective not in OBJECTIVES or (objective != "joint" and self.config.program != GJD):
+            choices = tuple(OBJECTIVES) if self.config.program == GJD else ("joint",)
+            raise ValueError(f"start: objective must be one of {choices} for {self.config.program}, got {objective!r}")
+        if observation.ndim != 5 or observation.shape[1:3] != (c.latent_channels, 1) or not observation.shape[0]:
             raise ValueError(
-                f"start: observation must be [B, {c.latent_channels}, 1, y, x], got {list(observation.shape)}"
+                f"start: observation must be [B >= 1, {c.latent_channels}, 1, y, x], got {list(observation.shape)}"
             )
         self.model.token_grid(*observation.shape[-2:])
-        if text.ndim != 3 or text.shape[0] != observation.shape[0] or text.shape[2] != c.text_dim:
-            raise ValueError(f"start: text must be [{observation.shape[0]}, L, {c.text_dim}], got {list(text.shape)}")
-        video = self._own(observation)
-        action = video.new_zeros(video.shape[0], 1, c.actions_per_frame, c.action_dim)
-        return RolloutState(video, action, text.detach().to(self.model.device, copy=True), first_frame=0, observed=1)
+        episode = Episode(self.model, self.config, OBJECTIVES[objective], observation, text)
+        episode.restart(range(observation.shape[0]), observation, text)
+        return episode
+
+
+class Episode:
+    """A batch of B rollouts, each at a frame of its own. Made by :meth:`RolloutEngine.start`.
+
+    A call that raises leaves what was accepted as it was. Not for several threads at once.
+
+    Attributes:
+        next_frame: For each rollout, the frame at which its next chunk begins.
+        observed: For each rollout, the frame up to which its history was observed; the rest is predicted.
+        chunk_size: Frames of a chunk: of the config, or 1 for a conditional objective.
+    """
+
+    def __init__(
+        self, model: WorldActionModel, config: RolloutConfig, goal: Objective, observation: Tensor, text: Tensor
+    ) -> None:
+        c = model.config
+        self.model, self.config, self.goal = model, config, goal
+        self.chunk_size = CONDITIONAL_CHUNK if goal.conditional else config.chunk_size
+        self._window = CONDITIONAL_WINDOW if goal.conditional else config.window
+        self._batch, self._grid = observation.shape[0], model.token_grid(*observation.shape[-2:])
+        self._guided = config.guidance != 1 and not goal.conditional
+        samples = 2 if self._guided else 1  # with and without text
+        # A query of the stream resolved first sees its other stream one block further back: half a chunk, if the window
+        # is odd. Rollouts of the reference system cut that off.
+        chunks = (self._window + 1) // 2 if config.cache == "persistent" else self._window // 2
+        self._reach = chunks * self.chunk_size
+        tokens = {VIDEO: self._grid[0] * self._grid[1], ACTION: c.actions_per_frame}
+        self.cache = StreamingCache(
+            layers=c.layers,
+            batch=self._batch * samples,
+            heads=c.heads,
+            head_dim=c.head_dim,
+            video_tokens=tokens[VIDEO],
+            action_tokens=tokens[ACTION],
+            chunk_size=self.chunk_size,
+            frames=self._reach + config.lookahead * self.chunk_size,
+            dtype=model.dtype,
+            device=model.device,
+        )
+        # Where only video is read across chunks, clean actions matter only to the clean video of their own chunk, and
+        # that looks at them where the program resolves actions first.
+        video_only = goal.conditional or config.history == "video_only"
+        action_first = self._geometry(0, 0).video_rank() == 1
+        self._history_streams = (VIDEO,) if video_only and not action_first else (VIDEO, ACTION)
+        kind = {"device": model.device, "dtype": wide(observation).dtype}
+        frames = {VIDEO: observation.shape, ACTION: (self._batch, 1, c.actions_per_frame, c.action_dim)}
+        # accepted frames, in the same places as their keys; and the chunk at work, clean or noisy
+        self._accepted = {
+            s: torch.zeros(_with_frames(s, shape, self.cache.frames), **kind) for s, shape in frames.items()
+        }
+        self._chunk = {s: torch.zeros(_with_frames(s, shape, self.chunk_size), **kind) for s, shape in frames.items()}
+        self._step = torch.zeros(1, dtype=torch.int64, device=model.device)
+        shifts = {VIDEO: config.video_shift, ACTION: config.action_shift}
+        self._sigmas = {
+            s: torch.tensor([*sigmas(config.steps, shift).tolist(), 0.0], **kind) for s, shift in shifts.items()
+        }
+        self._passes: dict[tuple, _Pass] = {}
+        self._loops: dict[Stage, Callable[[], None]] = {}
+        self._text: list | None = None
+        self._text_shape = (self._batch, text.shape[1] if text.ndim == 3 else None, c.text_dim)
+        self._version = 0
+        self._stale = False  # the rings must be computed anew before they are read
+        self.next_frame, self.observed = [0] * self._batch, [0] * self._batch
+
+    # ---- requests ----
 
     @torch.no_grad()
     def propose(
         self,
-        state: RolloutState,
         *,
-        objective: str = "joint",
         want: str = "both",
         video_noise: Tensor | None = None,
         action_noise: Tensor | None = None,
@@ -202,239 +236,434 @@ class RolloutEngine:
         clean_action: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Candidate:
-        """Denoise the chunk that follows ``state``, which stays as it is.
+        """Denoise the chunk that comes next. What was accepted stays as it is.
 
         Args:
-            state: The accepted history.
-            objective: ``"joint"``, or with GJD also ``"forward_dynamics"`` (needs ``clean_action``) and
-                ``"inverse_dynamics"`` (needs ``clean_video``): one frame each, text zeroed.
             want: ``"both"``, ``"video"`` or ``"action"``: what the caller needs. What nothing needs is not computed.
             video_noise: ``[B, C, chunk, y, x]`` to start from; default drawn from ``generator``.
             action_noise: ``[B, chunk, n, A]``; default drawn from ``generator``, after the video's.
-            clean_video: ``[B, C, 1, y, x]``, the frame that the actions should reach.
-            clean_action: ``[B, 1, n, A]``, the actions whose outcome is asked for.
+            clean_video: ``[B, C, 1, y, x]``, the frame that the actions should reach; for inverse dynamics alone.
+            clean_action: ``[B, 1, n, A]``, the actions whose outcome is asked for; for forward dynamics alone.
             generator: Draws the noise that is not given; both streams' always, so ``want`` does not change the numbers.
 
         Returns:
             The chunk, with every stream that was resolved or given.
 
         Raises:
-            ValueError: an objective or ``want`` that does not fit, a missing or mis-shaped tensor.
+            ValueError: ``want`` that does not fit the objective, a missing or mis-shaped tensor.
         """
-        goal = self._goal(objective, want, clean_video, clean_action)
-        config = self.config
-        chunk, window = config.chunk_size, config.window
-        if goal.conditional:
-            chunk, window = CONDITIONAL_CHUNK, CONDITIONAL_WINDOW
-        loops = stages(config.program, goal, want)
+        self._check_request(want, clean_video, clean_action)
+        loops = stages(self.config.program, self.goal, want)
         denoised = {stream for stage in loops for stream in stage.denoised}
-        slots = {
-            VIDEO: self._slot("video", VIDEO in denoised, state.video, 2, chunk, video_noise, clean_video, generator),
-            ACTION: self._slot(
-                "action", ACTION in denoised, state.action, 1, chunk, action_noise, clean_action, generator
-            ),
+        starts = {
+            VIDEO: self._start_of(VIDEO, VIDEO in denoised, video_noise, clean_video, generator),
+            ACTION: self._start_of(ACTION, ACTION in denoised, action_noise, clean_action, generator),
         }
-        work = _Chunk(self.model, state, config, goal, chunk, window)
-        schedules = {VIDEO: self._schedule(config.video_shift), ACTION: self._schedule(config.action_shift)}
-        work.read_history()
+        if self._stale:
+            self._recompute()
+        for stream, start in starts.items():
+            if start is not None:
+                self._chunk[stream].copy_(start)
         for stage in loops:
-            run = work.noisy(stage.slots)
-            for step in range(config.steps):
-                # a stream that is given stays at timestep 0
-                now = {s: schedules[s][step] if s in stage.denoised else 0.0 for s in stage.slots}
-                flows = run(slots, now)
-                for s in stage.denoised:
-                    slots[s] = euler_step(slots[s], flows[s], now[s], schedules[s][step + 1])
+            self._pass(stage.slots, NOISY).aim(self.next_frame, [self.chunk_size] * self._batch)
+            self._step.zero_()
+            loop = self._loop(stage)
+            for _ in range(self.config.steps):
+                loop()
             if stage.promoted is not None:
-                work.promote(stage.promoted, slots)
+                promotion = self._pass((stage.promoted,), CLEAN)
+                promotion.aim(self.next_frame, [self.chunk_size] * self._batch)
+                promotion.run()
         done = denoised | {s for stage in loops for s in stage.slots}
-        return Candidate(*(slots[s] if s in done else None for s in (VIDEO, ACTION)), source=state)
+        chunk = (self._chunk[s].clone() if s in done else None for s in (VIDEO, ACTION))
+        return Candidate(*chunk, source=(self, self._version))
 
-    def commit(self, state: RolloutState, candidate: Candidate) -> RolloutState:
-        """The state with a predicted chunk accepted as history.
+    @torch.no_grad()
+    def accept(self, candidate: Candidate) -> None:
+        """The predicted chunk becomes history, until an observation replaces it.
 
         Raises:
-            ValueError: a candidate of another state, or one that lacks a stream.
+            ValueError: a candidate of another episode or of an earlier moment of this one, or one that lacks a stream.
         """
-        if candidate.source is not state:
+        if candidate.source != (self, self._version):
+            which = "an earlier moment of this episode" if candidate.source[0] is self else "another episode"
             raise ValueError(
-                f"commit: candidate continues another state (to frame {candidate.source.next_frame}) than this one "
-                f"(to frame {state.next_frame}); propose again from this state"
+                f"accept: candidate must continue the episode as it is now, got one of {which}; propose again"
             )
         if candidate.video is None or candidate.action is None:
             lacks = "video" if candidate.video is None else "action"
             raise ValueError(
-                f"commit: candidate must have video and action, got no {lacks}; propose with want='both', or observe"
+                f"accept: candidate must have video and action, got no {lacks}; propose with want='both', or observe"
             )
-        return self._extended(state, candidate.video, candidate.action, observed=state.observed)
+        frames = {VIDEO: candidate.video, ACTION: candidate.action}
+        self._append(frames, [self.chunk_size] * self._batch)
 
-    def observe(self, state: RolloutState, video: Tensor, action: Tensor) -> RolloutState:
-        """The state after K frames were really executed and seen.
+    @torch.no_grad()
+    def observe(
+        self,
+        video: Tensor,
+        action: Tensor,
+        *,
+        frames: Sequence[int] | None = None,
+        first_frame: int | Sequence[int] | None = None,
+    ) -> None:
+        """What was really executed and seen becomes history.
 
-        They follow the last observed frame and replace every prediction after it: of the executed interval because
-        the truth is known, of the rest because it was not executed. The next chunk begins after them, so its chunk grid
-        starts there, wherever the predicted chunks began.
+        It follows the last observed frame and replaces every prediction after it: of the executed interval because the
+        truth is known, of the rest because it was not executed. The next chunk begins after it, so its chunk
+        grid starts there, wherever the predicted chunks began.
 
         Args:
-            state: Any state of the episode.
-            video: ``[B, C, K, y, x]`` latents of frames ``state.observed`` and following.
+            video: ``[B, C, K, y, x]`` latents of the frames ``observed`` and following.
             action: ``[B, K, n, A]``, the actions that led to each.
+            frames: How many of the K frames each rollout brings; 0 leaves that rollout alone, predictions
+                included. Default K for all.
+            first_frame: The frame, of each rollout or of all, that the caller takes the first one for. Give it where
+                observations can come late, twice or not at all.
 
         Raises:
-            ValueError: shapes that do not fit the state or each other.
+            ValueError: shapes that do not fit; an observation that was there already or that has a gap before it; or
+                the history before it has left the rings.
         """
-        self._expect("observe: video", video, state.video, 2)
-        frames = video.shape[2]
-        if frames < 1:
-            raise ValueError("observe: video must have at least 1 frame, got 0")
-        self._expect("observe: action", action, state.action, 1, frames)
-        known = state.observed - state.first_frame
-        real = replace(state, video=state.video[:, :, :known], action=state.action[:, :known])
-        return self._extended(real, self._own(video), self._own(action), observed=state.observed + frames)
+        K = video.shape[2] if video.ndim == 5 else -1
+        self._expect("observe: video", video, VIDEO, K)
+        self._expect("observe: action", action, ACTION, K)
+        counts = [K] * self._batch if frames is None else [int(n) for n in frames]
+        if len(counts) != self._batch or min(counts) < 0 or max(counts) > K or not max(counts):
+            raise ValueError(f"observe: frames must be {self._batch} numbers from 0 to K={K}, not all 0, got {counts}")
+        given = (
+            [first_frame] * self._batch if first_frame is None or isinstance(first_frame, int) else list(first_frame)
+        )
+        if len(given) != self._batch:
+            raise ValueError(f"observe: first_frame must be a number or {self._batch} of them, got {len(given)}")
+        for b, count in enumerate(counts):
+            if not count:
+                continue
+            known, reached = self.observed[b], self.next_frame[b]
+            if given[b] is not None and given[b] != known:
+                what = "was observed already" if given[b] < known else "has a gap before it"
+                raise ValueError(
+                    f"observe: first_frame[{b}] must be {known}, the frame after the last observed one, "
+                    f"got {given[b]}, which {what}"
+                )
+            if reached - self.cache.frames > max(known - self._reach, 0):
+                raise ValueError(
+                    f"observe: rollout {b} was predicted to frame {reached}, so the history before frame {known} has "
+                    f"left the cache; restart it, or raise RolloutConfig.lookahead, now {self.config.lookahead} chunks"
+                )
+        self._replace({VIDEO: video, ACTION: action}, counts)
 
-    # ---- inside ----
+    @torch.no_grad()
+    def restart(self, rollouts: Sequence[int], observation: Tensor, text: Tensor) -> None:
+        """Begin anew with some rollouts of the batch; the others go on.
 
-    def _extended(self, state: RolloutState, video: Tensor, action: Tensor, *, observed: int) -> RolloutState:
-        """``state`` and further frames, less the frames that no later chunk can see, predictions discarded or not."""
-        reach = max(self.config.window // 2 * self.config.chunk_size, 1)
-        first = max(state.first_frame, observed - reach)
-        drop = first - state.first_frame
-        # clone, so that no state keeps another's frames alive
-        return RolloutState(
-            torch.cat([state.video, video], 2)[:, :, drop:].clone(),
-            torch.cat([state.action, action], 1)[:, drop:].clone(),
-            state.text,
-            first,
-            observed,
+        Args:
+            rollouts: Which, from 0 to B - 1; the tensors are in this order.
+            observation: ``[len(rollouts), C, 1, y, x]``.
+            text: ``[len(rollouts), L, text_dim]``; L as at the start.
+
+        Raises:
+            ValueError: rollouts that do not exist or repeat, or shapes that do not fit.
+        """
+        rollouts = list(rollouts)
+        if len(set(rollouts)) != len(rollouts) or not set(rollouts) <= set(range(self._batch)) or not rollouts:
+            raise ValueError(f"restart: rollouts must be different numbers from 0 to {self._batch - 1}, got {rollouts}")
+        shape = [len(rollouts), *_with_frames(VIDEO, self._chunk[VIDEO].shape, 1)[1:]]
+        if list(observation.shape) != shape:
+            raise ValueError(f"restart: observation must have shape {shape}, got {list(observation.shape)}")
+        want = [len(rollouts), *self._text_shape[1:]]
+        if list(text.shape) != want:
+            raise ValueError(f"text must have shape [B, L, text_dim] = {want}, got {list(text.shape)}")
+        self._set_text(rollouts, text)
+        video = torch.zeros(_with_frames(VIDEO, self._chunk[VIDEO].shape, 1), device=observation.device)
+        video = video.to(observation.dtype)
+        video[rollouts] = observation
+        for b in rollouts:
+            self.next_frame[b] = self.observed[b] = 0
+        # no action leads to frame 0: its slots are never a key
+        action = torch.zeros(_with_frames(ACTION, self._chunk[ACTION].shape, 1))
+        self._replace({VIDEO: video, ACTION: action}, [int(b in rollouts) for b in range(self._batch)])
+
+    def accepted(self, rollout: int = 0) -> tuple[Tensor, Tensor]:
+        """Copies of the accepted frames that are still held: video ``[C, T, y, x]`` and actions ``[T, n, A]``.
+
+        They are the T frames before ``next_frame``, which are all that the next chunk can see.
+        """
+        end = self.next_frame[rollout]
+        places = torch.arange(max(end - self._reach, 0), end, device=self.model.device) % self.cache.frames
+        video, action = (self._accepted[s][rollout] for s in (VIDEO, ACTION))
+        return video[:, places], action[places]
+
+    # ---- transitions ----
+
+    def _append(self, frames: dict[int, Tensor], counts: list[int]) -> None:
+        """``counts[b]`` further frames of each rollout, chunk by chunk."""
+        longest = max(counts)
+        for first in range(0, longest, self.chunk_size):
+            size = min(self.chunk_size, longest - first)
+            now = [min(max(n - first, 0), self.chunk_size) for n in counts]
+            piece = {s: t.narrow(FRAME_DIM[s], first, size) for s, t in frames.items()}
+            if self.config.cache == "persistent":
+                self._remember(piece, self.next_frame, now, [self._first_seen(f) for f in self.next_frame])
+            for s, t in piece.items():
+                for b, count in enumerate(now):
+                    for i in range(count):
+                        place = (self.next_frame[b] + i) % self.cache.frames
+                        dim = FRAME_DIM[s] - 1
+                        self._accepted[s][b].select(dim, place).copy_(t[b].select(dim, i))
+            self.next_frame = [f + n for f, n in zip(self.next_frame, now, strict=True)]
+            self._version += 1
+        self._stale = self.config.cache == "recomputed"
+
+    def _replace(self, frames: dict[int, Tensor], counts: list[int]) -> None:
+        """Observed frames in place of all predictions of the rollouts that bring any."""
+        self._version += 1
+        self.next_frame = [o if n else f for f, o, n in zip(self.next_frame, self.observed, counts, strict=True)]
+        self._append(frames, counts)
+        self.observed = [f if n else o for f, o, n in zip(self.next_frame, self.observed, counts, strict=True)]
+
+    def _remember(self, frames: dict[int, Tensor], firsts: list[int], counts: list[int], seen_from: list[int]) -> None:
+        """Compute the keys and values of clean frames, and put them into the rings."""
+        for s, t in frames.items():
+            self._chunk[s].narrow(FRAME_DIM[s], 0, t.shape[FRAME_DIM[s]]).copy_(t)
+        work = self._pass(self._history_streams, CLEAN)
+        work.aim(firsts, counts, seen_from)
+        work.run()
+        self.cache.keep(self._history_streams, firsts, counts, samples=2 if self._guided else 1)
+
+    def _recompute(self) -> None:
+        """All keys and values that the next chunk sees, as if its window were the whole episode."""
+        lows = [self._first_seen(f) for f in self.next_frame]
+        for back in range(self._reach, 0, -self.chunk_size):
+            firsts = [max(f - back, low) for f, low in zip(self.next_frame, lows, strict=True)]
+            ends = [max(f - back + self.chunk_size, low) for f, low in zip(self.next_frame, lows, strict=True)]
+            counts = [end - first for first, end in zip(firsts, ends, strict=True)]
+            if not max(counts):
+                continue
+            frames = {s: torch.zeros_like(t) for s, t in self._chunk.items()}
+            for s, t in frames.items():
+                dim = FRAME_DIM[s] - 1
+                for b, (first, count) in enumerate(zip(firsts, counts, strict=True)):
+                    for i in range(count):
+                        t[b].select(dim, i).copy_(self._accepted[s][b].select(dim, (first + i) % self.cache.frames))
+            self._remember(frames, firsts, counts, lows)
+        self._stale = False
+
+    def _set_text(self, rollouts: list[int], text: Tensor) -> None:
+        """Text keys and values of every block, once an episode. With guidance the second half has none."""
+        text = torch.zeros_like(text) if self.goal.conditional else text
+        text = torch.cat([text, torch.zeros_like(text)]) if self._guided else text
+        fresh = self.model.embed_text(text.to(self.model.device), keys_values=True)
+        if self._text is None:
+            # all rollouts at once, in order: from start
+            self._text = fresh
+            return
+        for old, new in zip(self._text, fresh, strict=True):
+            for old_stream, new_stream in zip(old, new, strict=True):
+                for old_tensor, new_tensor in zip(old_stream, new_stream, strict=True):
+                    for i, b in enumerate(rollouts):
+                        old_tensor[b].copy_(new_tensor[i])
+                        if self._guided:
+                            old_tensor[self._batch + b].copy_(new_tensor[len(rollouts) + i])
+
+    # ---- passes ----
+
+    def _geometry(self, start: int, seen: int) -> Geometry:
+        """The frames from ``start``, ``seen`` of them history, then a chunk, as one packed sample."""
+        return geometry_for(
+            self.config.program,
+            self.goal,
+            frames=seen + self.chunk_size,
+            video_tokens=self._grid[0] * self._grid[1],
+            action_tokens=self.model.config.actions_per_frame,
+            chunk_size=self.chunk_size,
+            window=self._window,
+            history=self.config.history,
+            start=start,
+            chunk_origin=start + seen,
         )
 
-    def _goal(self, objective: str, want: str, clean_video: Tensor | None, clean_action: Tensor | None) -> Objective:
-        if objective not in OBJECTIVES or (objective != "joint" and self.config.program != GJD):
-            choices = tuple(OBJECTIVES) if self.config.program == GJD else ("joint",)
-            raise ValueError(
-                f"propose: objective must be one of {choices} for {self.config.program}, got {objective!r}"
-            )
+    def _first_seen(self, frame: int) -> int:
+        """First frame that a chunk beginning with ``frame`` may see."""
+        return max(frame - self._reach, 0)
+
+    def _pass(self, streams: tuple[int, ...], noise: int) -> _Pass:
+        streams = tuple(sorted(streams))
+        if (streams, noise) not in self._passes:
+            self._passes[streams, noise] = _Pass(self, streams, noise)
+        return self._passes[streams, noise]
+
+    def _loop(self, stage: Stage) -> Callable[[], None]:
+        """One denoising step of a stage; on a GPU a CUDA graph, captured once and replayed from then on."""
+        if stage not in self._loops:
+            work = self._pass(stage.slots, NOISY)
+
+            def step() -> None:
+                now = {s: self._sigmas[s].index_select(0, self._step) for s in stage.denoised}
+                flows = work.flows(stage.denoised, now)
+                for s in stage.denoised:
+                    after = self._sigmas[s].index_select(0, self._step + 1)
+                    self._chunk[s] += flows[s].to(after.dtype) * (after - now[s])
+                self._step += 1
+
+            changed = [self._step, *(self._chunk[s] for s in stage.denoised)]
+            self._loops[stage] = _replayed(step, self.model.device, changed)
+        return self._loops[stage]
+
+    # ---- checks ----
+
+    def _check_request(self, want: str, clean_video: Tensor | None, clean_action: Tensor | None) -> None:
+        goal = self.goal
         if want not in WANTS:
             raise ValueError(f"propose: want must be one of {WANTS}, got {want!r}")
-        goal = OBJECTIVES[objective]
         for name, clean, needed in (
             ("clean_video", clean_video, not goal.video),
             ("clean_action", clean_action, not goal.action),
         ):
             if needed != (clean is not None):
                 expected, got = ("a tensor", "None") if needed else ("None", "a tensor")
-                raise ValueError(f"propose: {name} must be {expected} for objective {objective!r}, got {got}")
+                raise ValueError(f"propose: {name} must be {expected} for objective {goal.name!r}, got {got}")
         if want in ("video", "action") and not getattr(goal, want):
-            raise ValueError(f"propose: want must be 'both' or what objective {objective!r} denoises, got {want!r}")
-        return goal
+            raise ValueError(f"propose: want must be 'both' or what objective {goal.name!r} denoises, got {want!r}")
 
-    def _slot(self, name, denoised, like, dim, chunk, noise, clean, generator) -> Tensor | None:
+    def _start_of(self, stream, denoised, noise, clean, generator) -> Tensor | None:
         """What a stream's noisy slot starts from: the given clean tensor, the given noise, or drawn noise."""
-        shape = list(like.shape)
-        shape[dim] = chunk
+        name, shape = NAMES[stream], list(self._chunk[stream].shape)
         drawn = None
         if generator is not None and noise is None:
             drawn = torch.randn(shape, generator=generator, device=generator.device)
         if clean is not None:
-            self._expect(f"propose: clean_{name}", clean, like, dim, chunk)
-            return self._own(clean)
+            self._expect(f"propose: clean_{name}", clean, stream, self.chunk_size)
+            return clean
         if noise is not None:
-            self._expect(f"propose: {name}_noise", noise, like, dim, chunk)
-            return self._own(noise)
+            self._expect(f"propose: {name}_noise", noise, stream, self.chunk_size)
+            return noise
         if drawn is None and denoised:
             raise ValueError(f"propose: {name}_noise must be a tensor {shape} where no generator is given, got None")
-        return None if drawn is None else self._own(drawn)
+        return drawn
 
-    def _expect(self, name: str, tensor: Tensor, like: Tensor, dim: int, frames: int | None = None) -> None:
-        expected = list(like.shape)
-        got = list(tensor.shape)
-        if len(got) == len(expected):
-            expected[dim] = got[dim] if frames is None else frames
-        if got != expected:
-            raise ValueError(f"{name} must have shape {expected}, got {got}")
-
-    def _own(self, tensor: Tensor) -> Tensor:
-        """A copy on the model's device: what the caller does to its tensor later does not reach a state."""
-        return wide(tensor.detach()).to(self.model.device, copy=True)
-
-    def _schedule(self, shift: float) -> list[float]:
-        return [*sigmas(self.config.steps, shift).tolist(), 0.0]
+    def _expect(self, name: str, tensor: Tensor, stream: int, frames: int) -> None:
+        expected = _with_frames(stream, self._chunk[stream].shape, frames)
+        if frames < 1 or list(tensor.shape) != expected:
+            expected[FRAME_DIM[stream]] = frames if frames > 0 else "at least 1 frame"
+            raise ValueError(f"{name} must have shape {expected}, got {list(tensor.shape)}")
 
 
-class _Chunk:
-    """The passes of one chunk: over its visible history, over its noisy slots, over its promoted stream.
+class _Pass:
+    """The forward of one chunk's tokens over the cache: which streams, noisy or clean. All its inputs stay in place.
 
-    Window and chunk are one packed sample, ``geometry``; each pass runs some of its rows.
+    Built once; :meth:`aim` points it at a frame of each rollout, :meth:`run` fills the chunk's slots, and
+    :meth:`flows` also gives what the heads say.
     """
 
-    def __init__(
-        self, model, state: RolloutState, config: RolloutConfig, goal: Objective, chunk: int, window: int
-    ) -> None:
-        self.model, self.state = model, state
-        seen = min(window // 2 * chunk, state.video.shape[2])
-        self.seen, self.chunk = seen, chunk
-        self.start = state.next_frame - seen
-        self.grid = model.token_grid(*state.video.shape[-2:])
-        self.geometry = geometry_for(
-            config.program,
-            goal,
-            frames=seen + chunk,
-            video_tokens=self.grid[0] * self.grid[1],
-            action_tokens=model.config.actions_per_frame,
-            chunk_size=chunk,
-            window=window,
-            history=config.history,
-            start=self.start,
-            chunk_origin=state.next_frame,
-        )
-        self.cache = HistoryCache(self.geometry, model.config.layers, model.device)
-        text = torch.zeros_like(state.text) if goal.conditional else state.text
-        self.text = model.embed_text(text, keys_values=True)
-        # Where only video is read across chunks, clean actions matter only to the clean video of their own chunk, and
-        # that looks at them where the program resolves actions first.
-        video_only = goal.conditional or config.history == "video_only"
-        self.history_streams = (VIDEO,) if video_only and self.geometry.video_rank() == 0 else (VIDEO, ACTION)
+    def __init__(self, episode: Episode, streams: tuple[int, ...], noise: int) -> None:
+        self.episode, self.streams, self.noise = episode, streams, noise
+        cache, model = episode.cache, episode.model
+        device, c = model.device, model.config
+        self.rows, self.slots = cache.rows(streams), cache.chunk_slots(streams, noise)
+        self.queries = torch.empty(cache.batch, sum(self.rows), c.heads, c.head_dim, dtype=model.dtype, device=device)
+        self.ranges = torch.zeros(cache.batch, len(streams), MAX_RANGES, 2, dtype=torch.int32, device=device)
+        self.rope: list[Tensor | None] = [None, None]
+        # held here, because a captured graph reads their memory
+        self.indices: list[FrameIndex | None] = [None, None]
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        for stream, rows in zip(streams, self.rows, strict=True):
+            self.rope[stream] = torch.empty(cache.batch, rows, c.head_dim // 2, 2, dtype=dtype, device=device)
+        self.frames = torch.arange(cache.chunk_size, device=device)
+        self.zero = torch.zeros(1, dtype=episode._chunk[VIDEO].dtype, device=device)
 
-    def read_history(self) -> None:
-        """One pass over the visible clean frames; a stream that no later token reads is left out."""
-        slots = {VIDEO: self.state.video[:, :, -self.seen :], ACTION: self.state.action[:, -self.seen :]}
-        run = self._pass(self.history_streams, CLEAN, 0, self.seen, keep=True)
-        run(slots, {s: 0.0 for s in self.history_streams})
+    def aim(self, firsts: Sequence[int], counts: Sequence[int], seen_from: Sequence[int] | None = None) -> None:
+        """At the chunks that begin with frames ``firsts`` and have ``counts`` frames, of each rollout.
 
-    def noisy(self, streams: tuple[int, ...]) -> Callable:
-        return self._pass(streams, NOISY, self.seen, self.seen + self.chunk)
-
-    def promote(self, stream: int, slots: dict[int, Tensor]) -> None:
-        """One pass over a stream that is resolved: later stages read its clean copy."""
-        self._pass((stream,), CLEAN, self.seen, self.seen + self.chunk, keep=True)(slots, {stream: 0.0})
-
-    def _pass(self, streams: tuple[int, ...], noise: int, first: int, last: int, keep: bool = False) -> Callable:
-        """A function from slots and noise levels to flows, over frames ``first`` to ``last - 1`` of the window.
-
-        What does not change from one denoising step to the next (mask, rope) is computed here.
+        They see no frame before ``seen_from``; default the window's first.
         """
-        streams = tuple(sorted(streams))  # packed order: video before action
-        model, device = self.model, self.model.device
-        attend = self.cache.attend(np.concatenate([self._rows(s, noise, first, last) for s in streams]), keep)
-        frames = torch.arange(self.start + first, self.start + last, device=device)
-        rope = model.rope(frames if VIDEO in streams else None, *self.grid, frames if ACTION in streams else None)
+        e, model = self.episode, self.episode.model
+        starts = [e._first_seen(f) for f in firsts] if seen_from is None else list(seen_from)
+        seen = [f - s for f, s in zip(firsts, starts, strict=True)]
+        copies = e.cache.batch // len(firsts)
+        geometries = [e._geometry(s, n) for s, n in zip(starts, seen, strict=True)]
+        table = e.cache.ranges(
+            *(list(x) * copies for x in (geometries, starts, seen, counts)), self.streams, self.noise
+        )
+        self.ranges.copy_(table, non_blocking=True)
+        frames = torch.tensor(list(firsts) * copies).to(model.device, non_blocking=True)[:, None] + self.frames
+        video, action = (frames if s in self.streams else None for s in (VIDEO, ACTION))
+        for kept, table in zip(self.rope, model.rope(video, *e._grid, action), strict=True):
+            if kept is not None:
+                kept.copy_(table)
 
-        def run(slots: dict[int, Tensor], sigma: dict[int, float]) -> dict[int, Tensor | None]:
-            def inputs(stream: int) -> tuple[Tensor | None, Tensor | None]:
-                if stream not in streams:
-                    return None, None
-                x = slots[stream]
-                return x, timesteps(x.new_full((x.shape[0], last - first), sigma[stream]))
+    def run(self) -> None:
+        """Keys and values of the chunk's clean tokens, at timestep 0, into its slots."""
+        self._forward({}, ())
 
-            embedded = model.embed(*inputs(VIDEO), *inputs(ACTION))
-            done = model.blocks(embedded, rope, self.text, attend)
-            return {} if keep else dict(zip((VIDEO, ACTION), model.flows(done, last - first, *self.grid), strict=True))
+    def flows(self, denoised: Sequence[int], sigma: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Flow of each denoised stream at its noise level ``[1]``; a stream that is given stays at timestep 0."""
+        e = self.episode
+        done = self._forward(sigma, denoised)
+        flows = e.model.flows(done, e.chunk_size, *e._grid)
+        flows = {s: flows[s] for s in denoised}
+        if e._guided:
+            halves = {s: flow.chunk(2) for s, flow in flows.items()}
+            flows = {s: without + e.config.guidance * (text - without) for s, (text, without) in halves.items()}
+        return flows
 
-        return run
+    def _forward(self, sigma: dict[int, Tensor], wanted: Sequence[int]) -> tuple:
+        e, model, cache = self.episode, self.episode.model, self.episode.cache
 
-    def _rows(self, stream: int, noise: int, first: int, last: int) -> np.ndarray:
-        """Packed indices of a run of frames of one segment."""
-        segment = SEGMENTS.index((stream, noise))
-        offset = sum(self.geometry.segment_lengths[:segment])
-        per_frame = self.geometry.action_tokens if stream == ACTION else self.geometry.video_tokens
-        return np.arange(offset + first * per_frame, offset + last * per_frame)
+        def inputs(stream: int) -> tuple[Tensor | None, Tensor | None]:
+            if stream not in self.streams:
+                return None, None
+            x, s = e._chunk[stream], sigma.get(stream, self.zero)
+            x = torch.cat([x, x]) if e._guided else x
+            return x, timesteps(s).expand(cache.batch, e.chunk_size)
+
+        def slots(layer: int) -> Slots:
+            return Slots(self.queries, cache.keys(layer)[:, self.slots], cache.values(layer)[:, self.slots])
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            # k and v stand in the cache already
+            return cached_attention(q, cache.keys(layer), cache.values(layer), self.ranges, group_rows=self.rows)
+
+        streams = model.embed(*inputs(VIDEO), *inputs(ACTION))
+        self.indices = [None if s is None else s.index for s in streams]
+        return model.blocks(streams, tuple(self.rope), e._text, attend, slots, wanted)
+
+
+def _with_frames(stream: int, shape: Sequence[int], frames: int) -> list[int]:
+    """``shape`` with so many frames."""
+    shape = list(shape)
+    shape[FRAME_DIM[stream]] = frames
+    return shape
+
+
+def _replayed(step: Callable[[], None], device: torch.device, changed: Sequence[Tensor]) -> Callable[[], None]:
+    """``step`` as a CUDA graph that is captured at the first call; without CUDA ``step`` itself.
+
+    Args:
+        step: Reads and writes tensors that stay where they are, and never waits for the device.
+        device: Where they are.
+        changed: The tensors whose values it changes.
+    """
+    if device.type != "cuda":
+        return step
+    graph: torch.cuda.CUDAGraph | None = None
+
+    def replay() -> None:
+        nonlocal graph
+        if graph is None:
+            # kernels compile and libraries set up in a run that does not count
+            before = [t.clone() for t in changed]
+            side = torch.cuda.Stream(device)
+            side.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(side):
+                step()
+            torch.cuda.current_stream(device).wait_stream(side)
+            for t, value in zip(changed, before, strict=True):
+                t.copy_(value)
+            captured = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(captured):
+                step()
+            graph = captured
+        graph.replay()
+
+    return replay

@@ -1,19 +1,39 @@
-"""The rollout engine: equal to packed forwards, sparing, and without side effects."""
+"""The streaming rollout: equal to packed forwards, sparing, flat over an episode, and without side effects."""
 
+import contextlib
 import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
-from wam_kernels import HISTORIES, PROGRAMS, Geometry, dense_mask
-from wam_models import GJD, MODEL_PROGRAMS, RolloutConfig, RolloutEngine, WorldActionModel, golden_config
+from wam_kernels import HISTORIES, PROGRAMS, Geometry, StreamingCache, dense_mask
+from wam_models import GJD, MODEL_PROGRAMS, OBJECTIVES, RolloutConfig, RolloutEngine, WorldActionModel, golden_config
 from wam_models.flow import sigmas
+from wam_models.objectives import geometry_for
 
 from .cases import error
 
 B, C, GRID, SLOTS, A = 2, 48, (2, 4), 2, 7
+TOKENS = GRID[0] * GRID[1] // 4
 SMALL = dataclasses.replace(golden_config(), text_dim=8, freq_dim=16)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def poisoned():
+    """Slots that nothing has written hold NaN: whoever reads one shows it."""
+    make = StreamingCache.__init__
+
+    def made(self, **sizes):
+        make(self, **sizes)
+        self.buffer.fill_(float("nan"))
+
+    patch = pytest.MonkeyPatch()
+    patch.setattr(StreamingCache, "__init__", made)
+    yield
+    patch.undo()
 
 
 def small_model(dtype=torch.float64) -> WorldActionModel:
@@ -30,49 +50,73 @@ def randn(*shape, seed=0, dtype=torch.float64):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def engine_and_state(program=GJD, dtype=torch.float64, **config):
+def started(program=GJD, dtype=torch.float64, objective="joint", batch=B, **config):
     values = {"chunk_size": 2, "window": 4, "steps": 2}
     engine = RolloutEngine(small_model(dtype), RolloutConfig(program=program, **values | config))
-    return engine, engine.start(randn(B, C, 1, *GRID, dtype=dtype), randn(B, 3, 8, seed=1, dtype=dtype))
+    observation, text = randn(B, C, 1, *GRID, dtype=dtype), randn(B, 3, 8, seed=1, dtype=dtype)
+    return engine.start(observation[:batch], text[:batch], objective=objective)
 
 
-def noises(chunk, seed, dtype=torch.float64):
+def noises(chunk, seed, dtype=torch.float64, batch=B):
     return {
-        "video_noise": randn(B, C, chunk, *GRID, seed=2 * seed + 10, dtype=dtype),
-        "action_noise": randn(B, chunk, SLOTS, A, seed=2 * seed + 11, dtype=dtype),
+        "video_noise": randn(B, C, chunk, *GRID, seed=2 * seed + 10, dtype=dtype)[:batch],
+        "action_noise": randn(B, chunk, SLOTS, A, seed=2 * seed + 11, dtype=dtype)[:batch],
     }
 
 
-def dense_chunk(model, state, config, video, action, *, update=("video", "action"), conditional=False):
-    """A chunk denoised by packed forwards with dense masks over window and chunk, written from the spec alone.
+def real(frames, seed, dtype=torch.float64):
+    return randn(B, C, frames, *GRID, seed=seed, dtype=dtype), randn(B, frames, SLOTS, A, seed=seed + 1, dtype=dtype)
 
-    Everything that the chunk must not read (noisy slots of history, clean copies of the unresolved) holds junk.
-    """
-    chunk, window = (1, 3) if conditional else (config.chunk_size, config.window)
-    seen = min(window // 2 * chunk, state.next_frame)
-    start = state.next_frame - seen
-    program = "joint" if config.program == GJD else config.program
-    geometry = Geometry(
-        program=program,
-        video_frames=seen + chunk,
-        video_tokens=GRID[0] * GRID[1] // 4,
-        action_frames=seen + chunk,
-        action_tokens=SLOTS,
-        chunk_size=chunk,
-        window=window,
-        history=config.history,
-        chunk_origin=seen,
-        startup_action_frames=int(start == 0),
-        conditional_history="previous_boundary_video_only" if conditional else None,
-    )
+
+def request(objective, noise):
+    """Arguments of ``propose`` from both streams' noise: what is given instead of denoised is just another tensor."""
+    goal, given = OBJECTIVES[objective], dict(noise)
+    for stream in ("video", "action"):
+        if not getattr(goal, stream):
+            given[f"clean_{stream}"] = given.pop(f"{stream}_noise")
+    return given
+
+
+def attend_densely(geometry):
     mask = torch.from_numpy(dense_mask(geometry))
 
     def attend(layer, q, k, v):
         out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)), attn_mask=mask)
         return torch.nan_to_num(out).transpose(1, 2)
 
-    junk_video, junk_action = randn(B, C, seen, *GRID, seed=90), randn(B, seen, SLOTS, A, seed=91)
-    text = torch.zeros_like(state.text) if conditional else state.text
+    return attend
+
+
+def dense_chunk(episode, video, action, *, update=("video", "action")):
+    """A chunk denoised by packed forwards with dense masks over window and chunk, written from the spec alone.
+
+    Everything that the chunk must not read (noisy slots of history, clean copies of the unresolved) holds junk.
+    """
+    config, model, conditional = episode.config, episode.model, episode.goal.conditional
+    chunk, window = (1, 3) if conditional else (config.chunk_size, config.window)
+    (next_frame,) = set(episode.next_frame)
+    seen = min(window // 2 * chunk, next_frame)
+    start = next_frame - seen
+    past_video, past_action = (torch.stack(t) for t in zip(*(episode.accepted(b) for b in range(B)), strict=True))
+    program = "joint" if config.program == GJD else config.program
+    attend = attend_densely(
+        Geometry(
+            program=program,
+            video_frames=seen + chunk,
+            video_tokens=TOKENS,
+            action_frames=seen + chunk,
+            action_tokens=SLOTS,
+            chunk_size=chunk,
+            window=window,
+            history=config.history,
+            chunk_origin=seen,
+            startup_action_frames=int(start == 0),
+            conditional_history="previous_boundary_video_only" if conditional else None,
+        )
+    )
+    junk_video, junk_action = real(seen, 90)
+    text = randn(B, 3, 8, seed=1)
+    text = torch.zeros_like(text) if conditional else text
     order = {"video_then_action": ("video", "action"), "action_then_video": ("action", "video")}
     stages = [(s,) for s in order[program]] if program in order else [update]
     clean = {"video": torch.full_like(video, 7.0), "action": torch.full_like(action, 7.0)}
@@ -89,9 +133,9 @@ def dense_chunk(model, state, config, video, action, *, update=("video", "action
                 t[k][:, seen:] = 1000 * s[k]
             flow_video, flow_action = model(
                 torch.cat([junk_video, now["video"]], 2),
-                torch.cat([state.video[:, :, -seen:], clean["video"]], 2),
+                torch.cat([past_video[:, :, -seen:], clean["video"]], 2),
                 torch.cat([junk_action, now["action"]], 1),
-                torch.cat([state.action[:, -seen:], clean["action"]], 1),
+                torch.cat([past_action[:, -seen:], clean["action"]], 1),
                 t["video"],
                 t["action"],
                 text,
@@ -110,136 +154,265 @@ def assert_same(got, want):
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
+def assert_candidates(got, want):
+    for name in ("video", "action"):
+        assert_same(getattr(got, name), getattr(want, name))
+
+
+# ---- equal to packed forwards over the whole episode: what training saw ----
+
+
+@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_streaming_equals_one_packed_forward_over_the_whole_episode(data):
+    """One denoising step from pure noise shows the flow itself; clean copies are what the rollout accepted."""
+    program = data.draw(st.sampled_from(MODEL_PROGRAMS), "program")
+    objective = data.draw(st.sampled_from(tuple(OBJECTIVES) if program == GJD else ("joint",)), "objective")
+    history = data.draw(st.sampled_from(HISTORIES), "history")
+    goal = OBJECTIVES[objective]
+    size = 1 if goal.conditional else data.draw(st.integers(1, 4), "chunk")
+    window = 3 if goal.conditional else data.draw(st.integers(2, 7), "window")
+    chunks = data.draw(st.integers(1, 4 + 4 // size), "chunks")
+    ring = data.draw(st.integers(1, 3), "lookahead")
+    episode = started(
+        program, objective=objective, chunk_size=size, window=window, steps=1, history=history, lookahead=ring
+    )
+    check_against_one_packed_forward(episode, size, window, chunks)
+
+
+def check_against_one_packed_forward(episode, size, window, chunks):
+    goal, config = episode.goal, episode.config
+    noise, clean = [noises(size, i) for i in range(chunks)], []
+    for n in noise:
+        clean.append(episode.propose(**request(goal.name, n)))
+        episode.accept(clean[-1])
+    frames = 1 + chunks * size
+    first_video, first_action = randn(B, C, 1, *GRID), randn(B, 1, SLOTS, A, seed=5)
+    noisy_video = torch.cat([first_video, *(n["video_noise"] for n in noise)], 2)
+    noisy_action = torch.cat([first_action, *(n["action_noise"] for n in noise)], 1)
+    geometry = geometry_for(
+        config.program, goal, frames=frames, video_tokens=TOKENS, action_tokens=SLOTS, chunk_size=size, window=window,
+        history=config.history,
+    )  # fmt: skip
+    text = randn(B, 3, 8, seed=1)
+    flows = episode.model(
+        noisy_video,
+        torch.cat([first_video, *(c.video for c in clean)], 2),
+        noisy_action,
+        torch.cat([torch.zeros_like(first_action), *(c.action for c in clean)], 1),
+        torch.full((B, frames), 1000.0 * goal.video, dtype=torch.float64),
+        torch.full((B, frames), 1000.0 * goal.action, dtype=torch.float64),
+        text * (not goal.conditional),
+        attend=attend_densely(geometry),
+    )
+    if goal.video:
+        assert_same(noisy_video[:, :, 1:] - torch.cat([c.video for c in clean], 2), flows[0][:, :, 1:])
+    if goal.action:
+        assert_same(noisy_action[:, 1:] - torch.cat([c.action for c in clean], 1), flows[1][:, 1:])
+
+
+def test_a_ring_that_forgets_too_early_is_noticed(monkeypatch):
+    ranges = StreamingCache.ranges
+
+    def short(self, geometries, starts, seen, *rest):
+        table = ranges(self, geometries, starts, seen, *rest)
+        if max(starts) > 0:
+            table[:, :, 0] = 0
+        return table
+
+    monkeypatch.setattr(StreamingCache, "ranges", short)
+    with pytest.raises(AssertionError):
+        check_against_one_packed_forward(started("joint", steps=1), 2, 4, 4)
+
+
+# ---- equal to packed forwards over the window: rollouts of the reference system ----
+
 # (chunk, window, chunks): exact window, evictions with an even and an odd window, chunks of one frame
 LAYOUTS = [(2, 4, 4), (1, 5, 4), (3, 2, 2)]
 
 
 @pytest.mark.parametrize("history", HISTORIES)
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_rollout_equals_packed_forwards_over_the_window(program, history):
+def test_recomputed_history_equals_packed_forwards_over_the_window(program, history):
     for chunk, window, chunks in LAYOUTS:
-        engine, state = engine_and_state(program, chunk_size=chunk, window=window, history=history)
+        episode = started(program, chunk_size=chunk, window=window, history=history, cache="recomputed")
         for i in range(chunks):
             noise = noises(chunk, i)
-            candidate = engine.propose(state, **noise)
-            video, action = dense_chunk(engine.model, state, engine.config, *noise.values())
+            candidate = episode.propose(**noise)
+            video, action = dense_chunk(episode, *noise.values())
             assert_same(candidate.video, video)
             assert_same(candidate.action, action)
-            state = engine.commit(state, candidate)
+            episode.accept(candidate)
 
 
-def test_conditional_rollouts_equal_packed_forwards():
-    engine, state = engine_and_state(GJD)
+@pytest.mark.parametrize("objective,update", [("forward_dynamics", "video"), ("inverse_dynamics", "action")])
+def test_recomputed_conditional_rollouts_equal_packed_forwards(objective, update):
+    episode = started(GJD, objective=objective, cache="recomputed")
     for i in range(3):
         noise = noises(1, i)
-        given = randn(B, 1, SLOTS, A, seed=50 + i)
-        forward = engine.propose(
-            state, objective="forward_dynamics", clean_action=given, video_noise=noise["video_noise"]
-        )
-        video, action = dense_chunk(
-            engine.model, state, engine.config, noise["video_noise"], given, update=("video",), conditional=True
-        )
-        assert_same(forward.video, video)
-        assert torch.equal(forward.action, given)
-        inverse = engine.propose(
-            state, objective="inverse_dynamics", clean_video=forward.video, action_noise=noise["action_noise"]
-        )
-        _, action = dense_chunk(
-            engine.model,
-            state,
-            engine.config,
-            forward.video,
-            noise["action_noise"],
-            update=("action",),
-            conditional=True,
-        )
-        assert_same(inverse.action, action)
-        state = engine.commit(state, forward)
+        candidate = episode.propose(**request(objective, noise))
+        video, action = dense_chunk(episode, *noise.values(), update=(update,))
+        assert_same(candidate.video, video)
+        assert_same(candidate.action, action)
+        episode.accept(candidate)
 
 
-@pytest.mark.parametrize("program", ["joint", "action_then_video"])
-def test_observations_replace_predictions_and_the_tail(program):
-    engine, state = engine_and_state(program, chunk_size=3, window=4)
-    for executed in (2, 3, 1, 2):  # of chunks of 3: the next chunk starts off the predicted grid
-        imagined = engine.commit(state, engine.propose(state, **noises(3, executed)))
-        imagined = engine.commit(imagined, engine.propose(imagined, **noises(3, executed + 1)))
-        video, action = randn(B, C, executed, *GRID, seed=70), randn(B, executed, SLOTS, A, seed=71)
-        after, direct = (engine.observe(s, video, action) for s in (imagined, state))
-        for name in ("video", "action", "text"):
-            assert torch.equal(getattr(after, name), getattr(direct, name))
-        assert (after.first_frame, after.observed) == (direct.first_frame, direct.observed)
-        assert after.next_frame == after.observed == state.next_frame + executed
-        assert torch.equal(after.video[:, :, -executed:], video)
-        assert torch.equal(after.action[:, -executed:], action)
-        state = after
-        noise = noises(3, 9)
-        candidate = engine.propose(state, **noise)
-        for got, want in zip(
-            (candidate.video, candidate.action),
-            dense_chunk(engine.model, state, engine.config, *noise.values()),
-            strict=True,
-        ):
-            assert_same(got, want)
-
-
-def test_a_state_keeps_what_observation_brings_back():
-    # open loop past the window, then the truth: the window before the first real frame must still be there
-    engine, state = engine_and_state("joint", chunk_size=2, window=4)
-    video, action = randn(B, C, 6, *GRID, seed=3), randn(B, 6, SLOTS, A, seed=4)
-    state = engine.observe(state, video, action)
-    assert (state.first_frame, state.next_frame) == (3, 7) and state.video.shape[2] == 4
-    far = state
+def test_the_two_caches_differ_after_eviction_and_only_then():
+    kept, anew = started("joint"), started("joint", cache="recomputed")
     for i in range(4):
-        far = engine.commit(far, engine.propose(far, **noises(2, i)))
-    assert far.first_frame == 3 and far.next_frame == 15
-    a, b = (engine.observe(s, video[:, :, :1], action[:, :1]) for s in (far, state))
-    assert torch.equal(a.video, b.video) and a.first_frame == b.first_frame == 4
+        a, b = (e.propose(**noises(2, i)) for e in (kept, anew))
+        assert torch.allclose(a.video, b.video, atol=1e-10) == (i <= 1)  # the third chunk does not see frame 0
+        for e, c in ((kept, a), (anew, b)):
+            e.observe(*real(2, 40 + i))
 
 
-def snapshot(state):
-    return {
-        f.name: v.clone() if isinstance(v := getattr(state, f.name), torch.Tensor) else v
-        for f in dataclasses.fields(state)
-    }
+# ---- observations ----
 
 
-def assert_unchanged(state, before):
-    for name, value in before.items():
-        now = getattr(state, name)
-        assert torch.equal(now, value) if isinstance(value, torch.Tensor) else now == value
+@pytest.mark.parametrize("cache", ["persistent", "recomputed"])
+@pytest.mark.parametrize("program", ["joint", "action_then_video"])
+def test_observations_replace_predictions_and_the_tail(program, cache):
+    imagined, direct = (started(program, chunk_size=3, window=4, cache=cache, lookahead=2) for _ in range(2))
+    for executed in (2, 3, 1, 2):  # of chunks of 3: the next chunk starts off the predicted grid
+        before = direct.next_frame[0]
+        for i in range(2):
+            imagined.accept(imagined.propose(**noises(3, executed + i)))
+        assert imagined.next_frame == [before + 6] * B and imagined.observed == [before] * B
+        video, action = real(executed, 70 + executed)
+        for episode in (imagined, direct):
+            episode.observe(video, action, first_frame=before)
+            assert episode.next_frame == episode.observed == [before + executed] * B
+        for b in range(B):
+            for got, want in zip(imagined.accepted(b), direct.accepted(b), strict=True):
+                assert torch.equal(got, want)
+        assert torch.equal(direct.accepted(0)[0][:, -executed:], video[0])
+        assert torch.equal(direct.accepted(0)[1][-executed:], action[0])
+        a, b = (e.propose(**noises(3, 9)) for e in (imagined, direct))
+        assert_candidates(a, b)
+        if cache == "recomputed":
+            want = dense_chunk(direct, *noises(3, 9).values())
+            assert_same(b.video, want[0])
+            assert_same(b.action, want[1])
 
 
-def test_nothing_changes_a_state():
-    engine, state = engine_and_state("video_then_action", torch.float32)
-    observation = randn(B, C, 1, *GRID, dtype=torch.float32)
-    started = engine.start(observation, state.text)
-    observation.zero_()
-    assert started.video.abs().sum() > 0
-    before = snapshot(state)
+def test_observing_many_frames_at_once_is_observing_chunk_by_chunk():
+    at_once, by_chunk = started("joint"), started("joint")
+    video, action = real(7, 3)
+    at_once.observe(video, action)
+    for first in (0, 2, 4, 6):
+        by_chunk.observe(video[:, :, first : first + 2], action[:, first : first + 2])
+    assert_candidates(at_once.propose(**noises(2, 0)), by_chunk.propose(**noises(2, 0)))
+
+
+def test_a_prediction_beyond_the_lookahead_cannot_be_taken_back():
+    episode = started("joint", lookahead=1)
+    episode.observe(*real(6, 3))
+    for i in range(2):
+        episode.accept(episode.propose(**noises(2, i)))
+    with pytest.raises(ValueError, match=r"frame 11, so the history before frame 7 has left.*lookahead, now 1"):
+        episode.observe(*real(1, 4))
+    episode.accept(episode.propose(**noises(2, 2)))  # imagining on is fine
+    episode.restart([0, 1], randn(B, C, 1, *GRID), randn(B, 3, 8, seed=1))
+    assert_candidates(episode.propose(**noises(2, 0)), started("joint").propose(**noises(2, 0)))
+
+
+@pytest.mark.parametrize("cache", ["persistent", "recomputed"])
+@pytest.mark.parametrize("program", ["joint", "video_then_action", "decoupled_same_step"])
+def test_robots_at_different_frames(program, cache):
+    """A batch in which robots execute different numbers of frames and start anew equals robots on their own."""
+    together = started(program, chunk_size=3, window=4, cache=cache, lookahead=2)
+    alone = [started(program, chunk_size=3, window=4, cache=cache, lookahead=2, batch=1) for _ in range(B)]
+    texts = [randn(B, 3, 8, seed=1)[b : b + 1] for b in range(B)]
+    observations = [randn(B, C, 1, *GRID)[b : b + 1] for b in range(B)]
+    for b, episode in enumerate(alone):
+        episode.restart([0], observations[b], texts[b])
+    for turn, counts in enumerate([(2, 3), (0, 1), (3, 3), (5, 2), None, (1, 4)]):
+        if counts is None:  # the second robot is done and begins another episode
+            fresh = randn(1, C, 1, *GRID, seed=33), randn(1, 3, 8, seed=34)
+            together.restart([1], *fresh)
+            alone[1].restart([0], *fresh)
+            continue
+        noise = noises(3, turn)
+        candidate = together.propose(**noise)
+        for b, episode in enumerate(alone):
+            single = episode.propose(**{k: v[b : b + 1] for k, v in noise.items()})
+            assert_same(candidate.video[b : b + 1], single.video)
+            assert_same(candidate.action[b : b + 1], single.action)
+            if turn == 1:
+                episode.accept(single)
+        if turn == 1:
+            together.accept(candidate)
+        video, action = real(5, 60 + turn)
+        together.observe(video, action, frames=counts)
+        for b, episode in enumerate(alone):
+            if counts[b]:
+                episode.observe(video[b : b + 1, :, : counts[b]], action[b : b + 1, : counts[b]])
+            assert episode.next_frame == [together.next_frame[b]] and episode.observed == [together.observed[b]]
+
+
+# ---- no side effects ----
+
+
+def snapshot(episode):
+    """Everything that was accepted: slots, latents, counters. The chunk at work may hold anything."""
+    cache = episode.cache
+    rings = cache.buffer[:, :, :, : cache.chunk_slots((0,), 1).start].clone()
+    frames = [t.clone() for t in episode._accepted.values()]
+    return rings, *frames, list(episode.next_frame), list(episode.observed)
+
+
+def assert_unchanged(episode, before):
+    for now, then in zip(snapshot(episode), before, strict=True):
+        if isinstance(then, list):
+            assert now == then
+        else:
+            assert torch.equal(now.nan_to_num(9e9), then.nan_to_num(9e9))
+
+
+@pytest.mark.parametrize("program", MODEL_PROGRAMS)
+def test_a_candidate_that_is_not_accepted_leaves_no_trace(program):
+    episode, other = started(program), started(program)
+    for e in (episode, other):
+        e.observe(*real(3, 3))
+    before = snapshot(episode)
+    for i in range(3):
+        episode.propose(**noises(2, 20 + i))
+    assert_unchanged(episode, before)
+    assert_candidates(episode.propose(**noises(2, 0)), other.propose(**noises(2, 0)))
+
+
+def test_tensors_of_the_caller_stay_the_callers():
+    episode = started("video_then_action", torch.float32)
     noise = noises(2, 0, torch.float32)
     kept = {k: v.clone() for k, v in noise.items()}
-    candidate = engine.propose(state, **noise)
+    first = episode.propose(**noise)
     assert all(torch.equal(noise[k], kept[k]) for k in noise)
-    assert_unchanged(state, before)
-    after = engine.commit(state, candidate)
-    candidate.video.zero_()
-    assert after.video[:, :, -2:].abs().sum() > 0
-    video, action = randn(B, C, 1, *GRID, dtype=torch.float32), randn(B, 1, SLOTS, A, dtype=torch.float32)
-    real = engine.observe(after, video, action)
-    video.zero_()
-    assert real.video[:, :, -1:].abs().sum() > 0
-    real.video.zero_()
-    assert_unchanged(state, before)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        state.observed = 3
+    video = first.video.clone()
+    episode.propose(**noises(2, 1, torch.float32))
+    assert torch.equal(first.video, video)
+    seen, done = real(1, 8, torch.float32)
+    episode.observe(seen, done)
+    seen.zero_()
+    history = episode.accepted()[0]
+    assert history[:, -1].abs().sum() > 0
+    history.zero_()
+    assert episode.accepted()[0].abs().sum() > 0
+
+
+def test_same_noise_same_numbers():
+    episode = started(GJD, torch.float32)
+    a, b = (episode.propose(generator=torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(a.video, b.video) and torch.equal(a.action, b.action)
+
+
+# ---- sparing ----
 
 
 @pytest.mark.parametrize("program", MODEL_PROGRAMS)
 def test_pruned_requests_give_the_same_numbers(program):
-    engine, state = engine_and_state(program)
+    episode = started(program)
     full, video, action = (
-        engine.propose(state, want=want, generator=torch.Generator().manual_seed(5))
-        for want in ("both", "video", "action")
+        episode.propose(want=want, generator=torch.Generator().manual_seed(5)) for want in ("both", "video", "action")
     )
     assert_same(video.video, full.video)
     assert_same(action.action, full.action)
@@ -248,117 +421,244 @@ def test_pruned_requests_give_the_same_numbers(program):
     assert (action.video is None) == (program in ("action_then_video", "decoupled_same_step", "action_noisy_to_video"))
 
 
-def counted_rows(engine):
+def counted_rows(model):
     """(video rows, action rows) of every pass through the blocks."""
     rows = []
 
     def note(module, args):
         rows.append(tuple(0 if s is None else s.x.shape[1] for s in args[0]))
 
-    engine.model.packed_block_stack.register_forward_pre_hook(note)
+    model.packed_block_stack.register_forward_pre_hook(note)
     return rows
 
 
+VIDEO, ACTION, BOTH = (2 * TOKENS, 0), (0, 2 * SLOTS), (2 * TOKENS, 2 * SLOTS)
+
+
 @pytest.mark.parametrize("program", MODEL_PROGRAMS)
-def test_history_is_read_once_a_chunk(program):
+def test_a_step_runs_the_rows_that_change(program):
     steps = 4
-    engine, state = engine_and_state(program, steps=steps)
-    state = engine.observe(state, randn(B, C, 6, *GRID), randn(B, 6, SLOTS, A))
-    rows = counted_rows(engine)
-    tokens = GRID[0] * GRID[1] // 4
-    history, video, action = (4 * tokens, 4 * SLOTS), (2 * tokens, 0), (0, 2 * SLOTS)
-    both = (2 * tokens, 2 * SLOTS)
+    episode = started(program, steps=steps)
+    episode.observe(*real(6, 3))
+    rows = counted_rows(episode.model)
+    candidate = episode.propose(**noises(2, 0))
     expected = {
-        "video_then_action": [history, *[video] * steps, video, *[action] * steps],
-        "action_then_video": [history, *[action] * steps, action, *[video] * steps],
-        "decoupled_same_step": [history, *[video] * steps, *[action] * steps],
-    }.get(program, [history, *[both] * steps])
-    engine.propose(state, **noises(2, 0))
+        "video_then_action": [*[VIDEO] * steps, VIDEO, *[ACTION] * steps],
+        "action_then_video": [*[ACTION] * steps, ACTION, *[VIDEO] * steps],
+        "decoupled_same_step": [*[VIDEO] * steps, *[ACTION] * steps],
+    }.get(program, [BOTH] * steps)
     assert rows == expected
     rows.clear()
-    engine.propose(state, want="action", **noises(2, 0))
-    pruned = {
-        "action_then_video": [history, *[action] * steps],
-        "decoupled_same_step": [history, *[action] * steps],
-        "action_noisy_to_video": [history, *[action] * steps],
-    }
-    assert rows == pruned.get(program, expected)
+    episode.accept(candidate)  # one pass over the clean chunk, and the history is never read again
+    assert rows == [BOTH]
+    rows.clear()
+    episode.propose(want="action", **noises(2, 0))
+    alone = program in ("action_then_video", "decoupled_same_step", "action_noisy_to_video")
+    assert rows == ([ACTION] * steps if alone else expected)
 
 
-def test_history_rows_do_not_grow_with_the_episode():
-    engine, state = engine_and_state("joint", window=4)
-    rows = counted_rows(engine)
-    for i in range(5):
-        state = engine.commit(state, engine.propose(state, **noises(2, i)))
-    assert max(r[0] for r in rows) == 4 * 2  # four frames of two tokens
+def linear_flops(model):
+    """Counts multiplications and additions of every linear map by the first parts of its name."""
+    count = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+
+            def note(module, args, out, name=name):
+                count[name] = count.get(name, 0) + 2 * args[0].numel() * module.out_features
+
+            module.register_forward_hook(note)
+    return count
+
+
+@pytest.mark.parametrize(
+    "program,objective,updated",
+    [("joint", "joint", (0, 1)), ("video_then_action", "joint", None), (GJD, "inverse_dynamics", (1,))],
+)
+def test_flops_of_a_step(program, objective, updated):
+    """No linear map of history or text, a finished stream, a head that is not asked for, or after the last use."""
+    episode = started(program, objective=objective, steps=1, window=8)
+    size = episode.chunk_size
+    for i in range(3):
+        episode.observe(*real(size, 3 + i))
+    count = linear_flops(episode.model)
+    episode.propose(**request(objective, noises(size, 0)))
+    c = SMALL
+    rows = (B * size * TOKENS, B * size * SLOTS)
+    width, ffn = (c.hidden, c.action_hidden), (c.ffn, c.action_ffn)
+    if updated is None:  # ordered: video denoised, its clean copy read once more, then action
+        runs = [((0,), (0,)), ((0,), ()), ((1,), (1,))]
+    else:
+        runs = [((0, 1), updated)]
+    expected = 0
+    for streams, wanted in runs:
+        for s in streams:
+            inner = c.heads * c.head_dim
+            keys = 3 * width[s] * inner
+            rest = inner * width[s] + 2 * width[s] * inner + 2 * width[s] * ffn[s]
+            per_row = c.layers * keys + (c.layers - (s not in wanted)) * rest
+            data = (c.patch_width, c.action_dim)[s]
+            per_row += data * width[s] * (1 + (s in wanted))  # embedding, and the head where asked for
+            time = c.freq_dim * width[s] + 7 * width[s] ** 2
+            expected += 2 * (rows[s] * per_row + B * size * time)
+    assert sum(count.values()) == expected
+    assert not any(part in name for name in count for part in ("attn2.to_k", "attn2.to_v", "text_proj", "context_proj"))
+
+
+def test_flat_over_500_chunks():
+    """Memory and work of a chunk do not grow with the episode: same buffers, same rows, same number of kernels."""
+    episode = started("joint", torch.float32, batch=1, steps=1)
+    rows = counted_rows(episode.model)
+
+    class Kernels(torch.utils._python_dispatch.TorchDispatchMode):
+        def __init__(self):
+            super().__init__()
+            self.launched = self.bytes = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            self.launched += 1
+            outs = out if isinstance(out, (tuple, list)) else (out,)
+            self.bytes += sum(t.numel() * t.element_size() for t in outs if isinstance(t, torch.Tensor))
+            return out
+
+    noise = noises(2, 0, torch.float32, batch=1)
+    place = episode.cache.buffer.data_ptr()
+    period = 6  # chunks after which the rings (3 chunks) and the alternation below (2) are where they were
+    counted = {**dict.fromkeys(range(period, 2 * period)), **dict.fromkeys(range(492, 492 + period))}
+    for i in range(500):
+        rows.clear()
+        with Kernels() if i in counted else contextlib.nullcontext() as kernels:
+            candidate = episode.propose(**noise)
+            if i % 2:
+                episode.accept(candidate)  # predicted at first, then seen
+            episode.observe(candidate.video, candidate.action)
+        if i in counted:
+            counted[i] = kernels.launched, kernels.bytes, tuple(rows)
+    assert episode.next_frame == [1001] and episode.cache.buffer.data_ptr() == place
+    assert len(episode._passes) == 2 and len(episode._loops) == 1
+    early, late = (list(counted.values())[i : i + period] for i in (0, period))
+    assert early == late and None not in early
+
+
+# ---- guidance, precision, faults ----
+
+
+def test_guidance_mixes_the_flows_with_and_without_text():
+    g = 3.0
+    guided, plain, blind = started("joint", guidance=g, steps=1), started("joint", steps=1), started("joint", steps=1)
+    text, nothing = randn(B, 3, 8, seed=1), torch.zeros(B, 3, 8, dtype=torch.float64)
+    blind.restart([0, 1], randn(B, C, 1, *GRID), nothing)
+    for i in range(4):
+        noise = noises(2, i)
+        got, with_text, without = (e.propose(**noise) for e in (guided, plain, blind))
+        for name in ("video", "action"):
+            a, b = getattr(with_text, name), getattr(without, name)
+            assert_same(getattr(got, name), b + g * (a - b))
+        for e in (guided, plain, blind):
+            e.observe(*real(2, 40 + i))
+    guided.restart([1], randn(1, C, 1, *GRID, seed=9), text[:1])
+    plain.restart([1], randn(1, C, 1, *GRID, seed=9), text[:1])
+    blind.restart([1], randn(1, C, 1, *GRID, seed=9), nothing[:1])
+    got, with_text, without = (e.propose(**noises(2, 7)) for e in (guided, plain, blind))
+    assert_same(got.video, without.video + g * (with_text.video - without.video))
 
 
 def test_samples_of_a_batch_do_not_mix():
-    engine, state = engine_and_state("joint")
-    noise = noises(2, 0)
-    together = engine.propose(state, **noise)
-    for i in range(B):
-        alone = engine.start(state.video[i : i + 1], state.text[i : i + 1])
-        single = engine.propose(alone, **{k: v[i : i + 1] for k, v in noise.items()})
-        assert_same(single.video, together.video[i : i + 1])
-        assert_same(single.action, together.action[i : i + 1])
+    together, alone = started("joint"), started("joint", batch=1)
+    for i in range(3):
+        a, b = together.propose(**noises(2, i)), alone.propose(**noises(2, i, batch=1))
+        assert_same(a.video[:1], b.video)
+        together.accept(a)
+        alone.accept(b)
 
 
-def test_bad_requests_are_refused_and_leave_the_state_usable():
-    engine, state = engine_and_state(GJD, torch.float32)
-    fixed, fixed_state = engine_and_state("joint", torch.float32)
-    good = noises(2, 0, torch.float32)
-    frame, act = randn(B, C, 1, *GRID), randn(B, 1, SLOTS, A)
-    before = snapshot(state)
+def test_faults_are_refused_and_leave_the_accepted_state_usable():
+    dtype = torch.float32
+    episode, twin = started(GJD, dtype), started(GJD, dtype)
+    for e in (episode, twin):
+        e.observe(*real(3, 3, dtype))
+    good = noises(2, 0, dtype)
+    video, action = real(1, 5, dtype)
+    before = snapshot(episode)
+    engine = RolloutEngine(episode.model, episode.config)
+    fixed = RolloutEngine(episode.model, RolloutConfig(program="joint"))
+    forward, inverse = (started(GJD, dtype, objective=o) for o in ("forward_dynamics", "inverse_dynamics"))
     refused = [
-        (lambda: engine.propose(state, objective="dream", **good), "objective must be one of"),
-        (
-            lambda: fixed.propose(fixed_state, objective="forward_dynamics", clean_action=act),
-            "objective must be one of",
-        ),
-        (lambda: engine.propose(state, want="words", **good), "want must be one of"),
-        (lambda: engine.propose(state), "video_noise must be a tensor"),
-        (
-            lambda: engine.propose(state, **good | {"video_noise": good["video_noise"][:, :, :1]}),
-            "video_noise must have shape",
-        ),
-        (
-            lambda: engine.propose(state, **good | {"action_noise": good["action_noise"][0]}),
-            "action_noise must have shape",
-        ),
-        (lambda: engine.propose(state, clean_video=frame, **good), "clean_video must be None"),
-        (lambda: engine.propose(state, objective="forward_dynamics", **good), "clean_action must be a tensor"),
-        (
-            lambda: engine.propose(state, objective="inverse_dynamics", clean_video=frame, want="video", **good),
-            "want must be 'both'",
-        ),
-        (lambda: engine.observe(state, frame[:, :5], act), "video must have shape"),
-        (lambda: engine.observe(state, frame, act[:, :0]), "action must have shape"),
-        (lambda: engine.observe(state, frame[:, :, :0], act[:, :0]), "at least 1 frame"),
-        (lambda: engine.start(frame[:, :, :0], state.text), "observation must be"),
-        (lambda: engine.start(frame, state.text[..., :2]), "text must be"),
+        (lambda: engine.start(video, randn(B, 3, 8), objective="dream"), "objective must be one of"),
+        (lambda: fixed.start(video, randn(B, 3, 8), objective="inverse_dynamics"), "objective must be one of"),
+        (lambda: engine.start(video[:, :, :0], randn(B, 3, 8)), "observation must be"),
+        (lambda: engine.start(video, randn(B, 3, 2)), "text must have shape"),
+        (lambda: episode.propose(want="words", **good), "want must be one of"),
+        (lambda: episode.propose(), "video_noise must be a tensor"),
+        (lambda: episode.propose(**good | {"video_noise": good["video_noise"][:, :, :1]}), "video_noise must have"),
+        (lambda: episode.propose(**good | {"action_noise": good["action_noise"][0]}), "action_noise must have shape"),
+        (lambda: episode.propose(clean_video=video, **good), "clean_video must be None"),
+        (lambda: forward.propose(**noises(1, 0, dtype)), "clean_action must be a tensor"),
+        (lambda: inverse.propose(clean_video=video, want="video"), "want must be 'both'"),
+        # wrongly shaped, missing, late, partial, repeated
+        (lambda: episode.observe(video[:, :5], action), "observe: video must have shape"),
+        (lambda: episode.observe(video[:, 0], action), "observe: video must have shape"),
+        (lambda: episode.observe(video, action[:, :0]), "observe: action must have shape"),
+        (lambda: episode.observe(video[:, :, :0], action[:, :0]), "at least 1 frame"),
+        (lambda: episode.observe(video, action, first_frame=5), r"first_frame\[0\] must be 4.*gap before"),
+        (lambda: episode.observe(video, action, first_frame=[4, 3]), r"first_frame\[1\] must be 4.*observed already"),
+        (lambda: episode.observe(video, action, first_frame=[4]), "first_frame must be a number or 2"),
+        (lambda: episode.observe(video, action, frames=[1]), "frames must be 2 numbers"),
+        (lambda: episode.observe(video, action, frames=[2, 0]), "frames must be 2 numbers from 0 to K=1"),
+        (lambda: episode.observe(video, action, frames=[0, 0]), "not all 0"),
+        (lambda: episode.restart([2], video[:1], randn(1, 3, 8)), "different numbers from 0 to 1"),
+        (lambda: episode.restart([0, 0], video, randn(B, 3, 8)), "different numbers"),
+        (lambda: episode.restart([0], video, randn(1, 3, 8)), "observation must have shape"),
+        (lambda: episode.restart([0], video[:1], randn(1, 4, 8)), "text must have shape"),
+        (lambda: episode.accept(twin.propose(**good)), "another episode"),
         (lambda: RolloutConfig(window=1), "window must be at least 2"),
         (lambda: RolloutConfig(history="none"), "history must be one of"),
         (lambda: RolloutConfig(program="none"), "program must be one of"),
+        (lambda: RolloutConfig(cache="none"), "cache must be one of"),
     ]
     for call, message in refused:
         with pytest.raises(ValueError, match=message):
             call()
-    decoupled, start = engine_and_state("decoupled_same_step", torch.float32)
+        assert_unchanged(episode, before)
+    decoupled = started("decoupled_same_step", dtype)
     with pytest.raises(ValueError, match="no video.*observe"):
-        decoupled.commit(start, decoupled.propose(start, want="action", **good))
-    candidate = engine.propose(state, **good)
-    moved = engine.observe(state, frame, act)
-    with pytest.raises(ValueError, match="another state"):
-        engine.commit(moved, candidate)
-    assert_unchanged(state, before)
-    engine.commit(state, candidate)
+        decoupled.accept(decoupled.propose(want="action", **good))
+    candidate = episode.propose(**good)
+    episode.observe(video, action)
+    with pytest.raises(ValueError, match="earlier moment"):
+        episode.accept(candidate)
+    twin.observe(video, action)
+    assert_candidates(episode.propose(**good), twin.propose(**good))
 
 
-def test_bfloat16_model_keeps_float32_states():
-    engine, state = engine_and_state("video_then_action", torch.bfloat16)
-    exact, start = engine_and_state("video_then_action", torch.float32)
-    noise = noises(2, 0, torch.float32)
-    got, want = engine.propose(state, **noise), exact.propose(start, **noise)
-    assert got.video.dtype == got.action.dtype == state.video.dtype == torch.float32
-    assert error(got.video, want.video) < 0.1 and error(got.action, want.action) < 0.1
+def test_a_model_that_fails_leaves_the_accepted_state_usable(monkeypatch):
+    episode, twin = started("joint"), started("joint")
+    candidate = episode.propose(**noises(2, 0))
+    right = WorldActionModel.blocks
+
+    def broken(*args):
+        right(*args)
+        raise RuntimeError("out of memory")
+
+    before = snapshot(episode)
+    monkeypatch.setattr(WorldActionModel, "blocks", broken)
+    for call in (lambda: episode.accept(candidate), lambda: episode.propose(**noises(2, 1))):
+        with pytest.raises(RuntimeError, match="out of memory"):
+            call()
+    monkeypatch.setattr(WorldActionModel, "blocks", right)
+    assert_unchanged(episode, before)
+    for e in (episode, twin):
+        e.accept(e.propose(**noises(2, 0)))
+    assert_candidates(episode.propose(**noises(2, 1)), twin.propose(**noises(2, 1)))
+
+
+def test_bfloat16_model_keeps_float32_latents():
+    rough, exact = started("video_then_action", torch.bfloat16), started("video_then_action", torch.float32)
+    rough.restart([0, 1], randn(B, C, 1, *GRID, dtype=torch.float32), randn(B, 3, 8, seed=1, dtype=torch.float32))
+    for i in range(2):
+        noise = noises(2, i, torch.float32)
+        got, want = rough.propose(**noise), exact.propose(**noise)
+        assert got.video.dtype == got.action.dtype == torch.float32
+        assert error(got.video, want.video) < 0.1 and error(got.action, want.action) < 0.1
+        for e in (rough, exact):
+            e.observe(*real(2, 40 + i, torch.float32))

@@ -1,0 +1,191 @@
+"""Keys and values of a rollout in fixed slots, and which of them a chunk's queries see.
+
+A rollout denoises one chunk of frames after the other. The clean tokens of earlier chunks never see a noisy token, so
+their keys and values are computed once and stay. Every layer has the same slots, allocated once:
+
+    [ video ring | action ring | clean chunk | noisy chunk ]
+
+Frame f lies in place ``f % frames`` of each ring. The last two hold the chunk at work: its noisy tokens are
+overwritten at every denoising step, its clean copies are copied into the rings when the chunk is accepted
+(:meth:`keep`), so a chunk that is not accepted leaves no trace. What a query sees is a handful of slot ranges (:meth:`ranges`), which change from
+chunk to chunk but not from step to step; ``cached_attention`` reads them from device memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .visibility import ACTION, CLEAN, NOISY, SEGMENTS, VIDEO, Geometry, tokens, visible
+
+# Both rings may wrap around and the chunk adds its clean and its noisy copies of both streams; two of these touch.
+MAX_RANGES = 8
+
+# One stream's visible copies: (stream, noise, first frame, end), frames counted from the first of the geometry.
+_Span = tuple[int, int, int, int]
+
+
+@lru_cache(maxsize=1024)
+def key_spans(geometry: Geometry, seen: int, streams: tuple[int, ...], noise: int) -> tuple[tuple[_Span, ...], ...]:
+    """Which frames the chunk that begins ``seen`` frames into ``geometry`` sees, for its queries of each stream.
+
+    Args:
+        geometry: History and chunk as one sample; the chunk is its last frames and a chunk of its grid.
+        seen: Frames of history.
+        streams: Streams that query, each of ``VIDEO`` and ``ACTION``.
+        noise: ``NOISY`` or ``CLEAN`` queries.
+    """
+    # every token of a frame sees the same, so one stands for all
+    one = Geometry(**vars(geometry) | {"video_tokens": 1, "action_tokens": 1})
+    t, frames = tokens(one), one.video_frames
+    seen_by = []
+    for stream in streams:
+        start = SEGMENTS.index((stream, noise)) * frames
+        mask = visible(one, t[start + seen : start + frames][:, None], t[None, :])
+        assert (mask == mask[:1]).all(), "the frames of a chunk see the same"
+        spans = []
+        for segment, (key_stream, key_noise) in enumerate(SEGMENTS):
+            found = np.flatnonzero(mask[0, segment * frames : (segment + 1) * frames])
+            if found.size:
+                first, end = int(found[0]), int(found[-1]) + 1
+                assert end - first == found.size, "a stream's visible frames are one stretch"
+                spans.append((key_stream, key_noise, first, end))
+        seen_by.append(tuple(spans))
+    return tuple(seen_by)
+
+
+class StreamingCache:
+    """Keys and values of all layers in fixed slots, for a batch of rollouts.
+
+    Args:
+        layers: Layers of the model.
+        batch: Rollouts B, each at a frame of its own.
+        heads: Attention heads H.
+        head_dim: Width D of a head.
+        video_tokens: Tokens of one video frame.
+        action_tokens: Action slots of one frame.
+        chunk_size: Frames of a chunk, at most.
+        frames: Frames that each ring holds.
+        dtype: Of keys and values.
+        device: Where they are.
+
+    Attributes:
+        buffer: ``[layers, 2, B, N, H, D]``, keys and values; not initialised.
+        length: N slots.
+
+    Raises:
+        ValueError: a size below 1, or rings that do not hold one chunk.
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: int,
+        batch: int,
+        heads: int,
+        head_dim: int,
+        video_tokens: int,
+        action_tokens: int,
+        chunk_size: int,
+        frames: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        for name, value in list(locals().items()):
+            if name not in ("self", "dtype", "device") and value < 1:
+                raise ValueError(f"StreamingCache: {name} must be at least 1, got {value}")
+        if frames < chunk_size:
+            raise ValueError(f"StreamingCache: frames must be at least chunk_size={chunk_size}, got {frames}")
+        self.batch, self.chunk_size, self.frames = batch, chunk_size, frames
+        self.per_frame = {VIDEO: video_tokens, ACTION: action_tokens}
+        self._ring = {VIDEO: 0, ACTION: frames * video_tokens}
+        rings, chunk = frames * (video_tokens + action_tokens), chunk_size * (video_tokens + action_tokens)
+        self._chunk = {
+            (stream, noise): rings + (chunk if noise == NOISY else 0) + (chunk_size * video_tokens) * (stream == ACTION)
+            for stream, noise in SEGMENTS
+        }
+        self.length = rings + 2 * chunk
+        self.buffer = torch.empty(layers, 2, batch, self.length, heads, head_dim, dtype=dtype, device=device)
+
+    def keys(self, layer: int) -> Tensor:
+        """``[B, N, H, D]`` of a layer, a view."""
+        return self.buffer[layer, 0]
+
+    def values(self, layer: int) -> Tensor:
+        """As :meth:`keys`."""
+        return self.buffer[layer, 1]
+
+    def rows(self, streams: Sequence[int]) -> tuple[int, ...]:
+        """Tokens of a chunk in each stream."""
+        return tuple(self.chunk_size * self.per_frame[s] for s in streams)
+
+    def chunk_slots(self, streams: Sequence[int], noise: int) -> slice:
+        """Where the chunk at work keeps its noisy tokens or clean copies: one stretch, video before action."""
+        start = self._chunk[streams[0], noise]
+        return slice(start, start + sum(self.rows(streams)))
+
+    def ring_slots(self, stream: int, first: int, end: int) -> list[tuple[int, int]]:
+        """Slot ranges of the frames ``first`` to ``end - 1`` of an episode, in order; at most two."""
+        assert 0 <= first <= end <= first + self.frames
+        per, ring = self.per_frame[stream], self._ring[stream]
+        place, count = first % self.frames, end - first
+        parts = [(place, min(place + count, self.frames)), (0, place + count - self.frames)]
+        return [(ring + a * per, ring + b * per) for a, b in parts if a < b]
+
+    def ranges(
+        self, geometries: Sequence[Geometry], starts: Sequence[int], seen: Sequence[int], counts: Sequence[int],
+        streams: Sequence[int], noise: int,
+    ) -> Tensor:  # fmt: skip
+        """What a chunk's queries see, for ``cached_attention`` with a group for each stream.
+
+        Args:
+            geometries: Of each sample: its history and chunk, see :func:`key_spans`.
+            starts: Episode frame with which each geometry begins.
+            seen: Frames of history in each geometry.
+            counts: Frames of each sample's chunk that are there; the queries of the others see the same and may be
+                thrown away. 0: the sample sees nothing.
+            streams: Streams that query.
+            noise: ``NOISY`` or ``CLEAN`` queries.
+
+        Returns:
+            int32 ``[B, len(streams), MAX_RANGES, 2]`` on the CPU.
+        """
+        table = np.zeros((self.batch, len(streams), MAX_RANGES, 2), np.int32)
+        for b, (geometry, start, before, count) in enumerate(zip(geometries, starts, seen, counts, strict=True)):
+            for g, spans in enumerate(key_spans(geometry, before, tuple(streams), noise) if count else ()):
+                found: list[tuple[int, int]] = []
+                for stream, key_noise, first, end in spans:
+                    if key_noise == CLEAN:
+                        found += self.ring_slots(stream, start + min(first, before), start + min(end, before))
+                    # of its own chunk, a query sees the frames that are there
+                    own, per = self._chunk[stream, key_noise], self.per_frame[stream]
+                    own_first, own_end = max(first - before, 0), min(end - before, count)
+                    if own_first < own_end:
+                        found.append((own + own_first * per, own + own_end * per))
+                table[b, g, : len(found)] = np.reshape(found, (-1, 2))
+        return torch.from_numpy(table)
+
+    def keep(self, streams: Sequence[int], firsts: Sequence[int], counts: Sequence[int], samples: int = 1) -> None:
+        """Copy the clean chunk's first ``counts[b]`` frames to the places of the frames ``firsts[b]`` and following.
+
+        ``samples`` > 1: the batch is that many copies of the rollouts, as in classifier-free guidance.
+        """
+        rollouts = len(firsts)
+        assert rollouts * samples == self.batch
+        groups: dict[tuple[int, int], list[int]] = {}
+        for b, key in enumerate(zip(firsts, counts, strict=True)):
+            groups.setdefault(key, []).extend(b + i * rollouts for i in range(samples))
+        for (first, count), members in groups.items():
+            # no index tensor: it would have to be copied from the host, and wait for it
+            whole = len(members) == self.batch
+            for chosen in [slice(None)] if whole else [slice(m, m + 1) for m in members]:
+                for stream in streams:
+                    source = self._chunk[stream, CLEAN]
+                    for start, end in self.ring_slots(stream, first, first + count):
+                        part = self.buffer[:, :, chosen, source : source + end - start]
+                        self.buffer[:, :, chosen, start:end] = part
+                        source += end - start
