@@ -20,7 +20,7 @@ def launch_key(plan, B: int, H: int, D: int, side) -> str:
     launch = config.forward(D, q.itemsize)
     _, specialization, options = bind(
         q, q, q, q, lse, *side.tensors(), *kernel_triton._strides(q, q, q, q), plan.length, H, D**-0.5,
-        **kernel_triton._constants(side.tensors(), side.shape.step, D, q.dtype),
+        **kernel_triton._constants(side.tensors(), side.shape.step, q, q),
         num_warps=launch.num_warps, num_stages=launch.num_stages, debug=False,
     )  # fmt: skip
     return str((specialization, sorted(options.items())))
@@ -30,7 +30,8 @@ def test_one_key_for_all_geometries():
     plans = [compile_plan(small(p, history="full"), tile=libero_tile()) for p in PROGRAMS]
     plans += [compile_plan(small(chunk_size=c, window=w), tile=libero_tile()) for c in (1, 2, 3) for w in (1, 5, 64)]
     plans += [compile_plan(libero(c, 64, frames=f), tile=libero_tile()) for c in (2, 4) for f in (17, 40, 68)]
-    plans += [compile_plan([[libero(4, 64, frames=9), small()]], length=n, tile=libero_tile()) for n in (800, 801, 1024)]
+    packed = [[libero(4, 64, frames=9), small()]]
+    plans += [compile_plan(packed, length=n, tile=libero_tile()) for n in (800, 801, 1024)]
     lengths = {p.length for p in plans}
     assert len(lengths) > 6 and any(n % 16 for n in lengths) and any(n % 16 == 0 for n in lengths)
     keys = {launch_key(plan, 1, 8, 64, side) for plan in plans for side in (plan.queries, plan.keys)}

@@ -6,7 +6,7 @@ import torch
 
 from tests.budget import assert_within_budget
 from tests.geometries import small
-from wam_kernels import Plan, block_attention, compile_plan
+from wam_kernels import NAMED_PROGRAMS, Plan, Ranges, block_attention, compile_plan
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
@@ -22,11 +22,14 @@ def poisoned_allocations():
         torch.use_deterministic_algorithms(False)
 
 
-def make_inputs(plan: Plan, B: int, H: int, D: int, dtype: torch.dtype, device: str = "cpu") -> list[torch.Tensor]:
-    """q, k, v, dout ``[B, S, H, D]`` and dlse ``[B, H, S]``, drawn on the CPU so that devices see the same numbers."""
+def make_inputs(
+    plan: Plan, B: int, H: int, D: int, dtype: torch.dtype, device: str = "cpu", kv_heads: int | None = None
+) -> list[torch.Tensor]:
+    """q, dout ``[B, S, H, D]``, k, v ``[B, T, kv_heads, D]``, dlse ``[B, H, S]``, drawn on the CPU for every device."""
     g = torch.Generator().manual_seed(0)
-    qkvo = [torch.randn(B, plan.length, H, D, generator=g).to(dtype) for _ in range(4)]
-    return [t.to(device) for t in (*qkvo, torch.randn(B, H, plan.length, generator=g))]
+    queries, keys = (B, plan.length, H, D), (B, plan.key_length, kv_heads or H, D)
+    q, k, v, dout = (torch.randn(shape, generator=g).to(dtype) for shape in (queries, keys, keys, queries))
+    return [t.to(device) for t in (q, k, v, dout, torch.randn(B, H, plan.length, generator=g))]
 
 
 def run(plan: Plan, inputs: list[torch.Tensor], impl: str | None, scale: float | None = None) -> list[torch.Tensor]:
@@ -40,7 +43,9 @@ def run(plan: Plan, inputs: list[torch.Tensor], impl: str | None, scale: float |
     return [out.detach(), lse.detach(), *grads]
 
 
-def check_against_reference(plan: Plan, inputs: list[torch.Tensor], impl: str | None, scale: float | None = None) -> None:
+def check_against_reference(
+    plan: Plan, inputs: list[torch.Tensor], impl: str | None, scale: float | None = None
+) -> None:
     with poisoned_allocations():
         actual = run(plan, inputs, impl, scale)
     eager = run(plan, inputs, "reference", scale)
@@ -62,6 +67,15 @@ def ragged_plan() -> Plan:
         ],
         length=180,
     )
+
+
+def rectangular_plan() -> Plan:
+    """Two batch elements of queries over more keys: a program, and ranges with keys and queries that meet nothing."""
+    text = NAMED_PROGRAMS["lingbot_va_text"](samples=2, video=7, actions=3, text_tokens=20, padding=3)
+    loose = Ranges([(0, 9), (4, 30), (30, 40)], [(3, 50), (60, 61), (20, 45)], 45, 70)
+    plan = compile_plan([[text], [loose]])
+    assert plan.length != plan.key_length and (plan.mask().sum(-1) == 0).any() and (plan.mask().sum(-2) == 0).any()
+    return plan
 
 
 def blind_plan() -> Plan:

@@ -4,9 +4,16 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tests.block_attention.checks import blind_plan, check_against_reference, make_inputs, ragged_plan, run
+from tests.block_attention.checks import (
+    blind_plan,
+    check_against_reference,
+    make_inputs,
+    ragged_plan,
+    rectangular_plan,
+    run,
+)
 from tests.geometries import libero, small
-from wam_kernels import HISTORIES, PROGRAMS, block_attention, compile_plan
+from wam_kernels import HISTORIES, NAMED_PROGRAMS, PROGRAMS, block_attention, compile_plan
 
 
 @pytest.mark.parametrize("history", HISTORIES)
@@ -32,6 +39,50 @@ def test_every_program(program, history):
 )
 def test_shapes_and_dtypes(plan, B, H, D, dtype):
     check_against_reference(plan, make_inputs(plan, B, H, D, dtype), "cpu")
+
+
+@pytest.mark.parametrize(
+    "plan, B, H, kv_heads, D, dtype",
+    [
+        pytest.param(ragged_plan(), 2, 6, 2, 32, torch.float32, id="groups-of-three"),
+        pytest.param(ragged_plan(), 2, 4, 1, 64, torch.bfloat16, id="one-kv-head-bf16"),
+        pytest.param(compile_plan(small()), 3, 4, 2, 16, torch.float32, id="shared-plan"),
+        pytest.param(compile_plan(small()), 0, 4, 2, 16, torch.float32, id="no-batch"),
+        pytest.param(rectangular_plan(), 2, 2, 2, 32, torch.float32, id="rectangular"),
+        pytest.param(rectangular_plan(), 2, 8, 1, 256, torch.bfloat16, id="rectangular-pi-heads"),
+    ],
+)
+def test_grouped_query_heads_and_rectangular_plans(plan, B, H, kv_heads, D, dtype):
+    check_against_reference(plan, make_inputs(plan, B, H, D, dtype, kv_heads=kv_heads), "cpu")
+
+
+def test_a_group_is_its_key_head_repeated():
+    # the reference repeats key heads itself, so say once what that means: heads (0 1 2) (3 4 5) read key heads 0, 1
+    plan = compile_plan(small())
+    q, k, v, dout, dlse = make_inputs(plan, 1, 6, 16, torch.float64, kv_heads=2)
+    head = torch.tensor([0, 0, 0, 1, 1, 1])
+    out, lse, dq, dk, dv = run(plan, [q, k, v, dout, dlse], "cpu")
+    expected = run(plan, [q, k[:, :, head], v[:, :, head], dout, dlse], "cpu")
+    torch.testing.assert_close([out, lse, dq], expected[:3])
+    torch.testing.assert_close([dk, dv], [g.unflatten(2, (2, 3)).sum(3) for g in expected[3:]])
+
+
+SYSTEMS = {
+    "fast_wam_uncond": {"video_frames": 3, "video_tokens": 6, "actions": 5},
+    "fast_wam_idm": {"video_frames": 3, "video_tokens": 6, "actions": 5},
+    "lingbot_va_train": {"samples": 2, "video_frames": 5, "video_tokens": 4, "action_frames": 5}
+    | {"action_tokens": 3, "chunk_size": 2, "window": 3, "padding": 7},
+    "dreamzero_train": {"video_frames": 5, "video_tokens": 6, "frames_per_block": 2, "action_tokens": 3}
+    | {"state_tokens": 1, "window": 3},
+    "dreamzero_cached": {"cached": 40, "video": 12, "actions": 5, "states": 1},
+    "prefix_suffix": {"prefix": 40, "actions": 8, "states": 1, "padding": ((20, 26),)},
+}
+
+
+@pytest.mark.parametrize("name", SYSTEMS)
+def test_programs_of_other_systems(name):
+    plan = compile_plan(NAMED_PROGRAMS[name](**SYSTEMS[name]))
+    check_against_reference(plan, make_inputs(plan, 2, 2, 16, torch.float32), "cpu")
 
 
 def test_scale():
@@ -100,7 +151,8 @@ def test_compiles_whole_and_only_once_for_all_geometries():
     def step(q, k, v, plan):
         return block_attention(q * 2, k, v, plan).sin()
 
-    for changes in ({}, {"window": 6}, {"chunk_size": 3}, {"video_frames": 9, "action_frames": 9}, {"program": "joint"}):
+    longer = {"video_frames": 9, "action_frames": 9}
+    for changes in ({}, {"window": 6}, {"chunk_size": 3}, longer, {"program": "joint"}):
         plan = compile_plan(small(**changes))
         q, k, v, *_ = make_inputs(plan, 2, 2, 16, torch.float32)
         q.requires_grad_()
@@ -124,6 +176,10 @@ def test_activation_checkpointing():
     assert torch.equal(torch.autograd.grad(checkpoint(attend, q, use_reentrant=False), q, dout)[0], expected)
 
 
+def _kv(tokens: int, heads: int) -> dict:
+    return {"k": torch.zeros(2, tokens, heads, 16), "v": torch.zeros(2, tokens, heads, 16)}
+
+
 def good_call() -> dict:
     plan = compile_plan(small())
     q, k, v, *_ = make_inputs(plan, 2, 2, 16, torch.float32)
@@ -137,8 +193,15 @@ def good_call() -> dict:
         ({"plan": compile_plan(small(video_frames=7))}, ValueError, "q must have S=94 tokens like plan, got 84"),
         ({"plan": compile_plan([small()] * 3)}, ValueError, "plan must have 1 or B=2 batch elements, got 3"),
         ({"plan": compile_plan(small()).to("meta")}, ValueError, r"plan must be on cpu like q, got meta; use plan.to"),
-        ({"k": torch.zeros(2, 84, 1, 16)}, ValueError, r"k must have shape \[B=2, S=84, H=2, D=16\], got \[2, 84, 1, 16\]"),
-        ({"v": torch.zeros(2, 84, 2, 16).double()}, ValueError, "v must be torch.float32 on cpu like q, got torch.float64"),
+        ({"k": torch.zeros(2, 84, 2, 8)}, ValueError, r"k must have shape \[B=2, T=84, Hkv=2, D=16\], got .*8\]"),
+        ({"v": torch.zeros(2, 84, 1, 16)}, ValueError, r"v must have shape \[B=2, T=84, Hkv=2, D=16\]"),
+        (_kv(84, 3), ValueError, "k must have a number of heads that divides H=2, got 3"),
+        (_kv(83, 2), ValueError, "k must have T=84 tokens like plan, got 83"),
+        (
+            {"v": torch.zeros(2, 84, 2, 16).double()},
+            ValueError,
+            "v must be torch.float32 on cpu like q, got torch.float64",
+        ),
         ({"impl": "flash"}, ValueError, "impl must be None or one of .*got 'flash'"),
         ({"impl": "triton"}, ValueError, r"impl='triton' needs CUDA tensors \(or TRITON_INTERPRET=1\), got cpu"),
     ],

@@ -3,7 +3,14 @@
 import pytest
 import torch
 
-from tests.block_attention.checks import blind_plan, check_against_reference, make_inputs, ragged_plan, run
+from tests.block_attention.checks import (
+    blind_plan,
+    check_against_reference,
+    make_inputs,
+    ragged_plan,
+    rectangular_plan,
+    run,
+)
 from tests.geometries import libero, small
 from wam_kernels import HISTORIES, PROGRAMS, block_attention, compile_plan
 
@@ -32,6 +39,20 @@ def test_every_program(program, history):
 def test_shapes_and_dtypes(make_plan, B, H, D, dtype):
     plan = make_plan().to("cuda")
     check_against_reference(plan, make_inputs(plan, B, H, D, dtype, "cuda"), "triton")
+
+
+@pytest.mark.parametrize(
+    "make_plan, B, H, kv_heads, D, dtype",
+    [
+        pytest.param(lambda: compile_plan(libero(4, 64)), 1, 4, 2, 128, torch.bfloat16, id="groups-of-two"),
+        pytest.param(ragged_plan, 2, 6, 2, 64, torch.float32, id="groups-of-three-float32"),
+        pytest.param(rectangular_plan, 2, 2, 2, 128, torch.bfloat16, id="rectangular"),
+        pytest.param(rectangular_plan, 2, 8, 1, 256, torch.bfloat16, id="rectangular-pi-heads"),
+    ],
+)
+def test_grouped_query_heads_and_rectangular_plans(make_plan, B, H, kv_heads, D, dtype):
+    plan = make_plan().to("cuda")
+    check_against_reference(plan, make_inputs(plan, B, H, D, dtype, "cuda", kv_heads), "triton")
 
 
 def test_same_bits_over_100_runs():

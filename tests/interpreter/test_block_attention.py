@@ -4,14 +4,23 @@ import numpy as np
 import pytest
 import torch
 
-from tests.block_attention.checks import blind_plan, check_against_reference, make_inputs, ragged_plan, run
+from tests.block_attention.checks import (
+    blind_plan,
+    check_against_reference,
+    make_inputs,
+    ragged_plan,
+    rectangular_plan,
+    run,
+)
 from tests.geometries import libero, small
 from tests.interpreter.bf16 import pack, unpack
 from wam_kernels import PROGRAMS, TileShape, compile_plan
 
 
 def test_interpreted_bf16_rounds_like_torch():
-    x = torch.cat([torch.randn(4096) * 10.0 ** torch.randint(-30, 30, (4096,)), torch.tensor([0.0, -0.0, float("inf")])])
+    x = torch.cat(
+        [torch.randn(4096) * 10.0 ** torch.randint(-30, 30, (4096,)), torch.tensor([0.0, -0.0, float("inf")])]
+    )
     bits = pack(x.numpy())
     np.testing.assert_array_equal(bits, x.bfloat16().view(torch.int16).numpy().view(np.uint16))
     np.testing.assert_array_equal(unpack(bits), x.bfloat16().float().numpy())
@@ -34,11 +43,29 @@ def test_every_program(program):
         pytest.param(compile_plan(small()), 2, 1, 8, torch.float32, id="smallest-D"),
         pytest.param(compile_plan(small()), 1, 1, 72, torch.float32, id="D-not-power-of-two"),
         pytest.param(compile_plan(small()), 0, 1, 16, torch.float32, id="no-batch"),
-        pytest.param(compile_plan(libero(4, 64, frames=12), tile=TileShape(64, 64)), 1, 1, 64, torch.bfloat16, id="full-steps"),
+        pytest.param(
+            compile_plan(libero(4, 64, frames=12), tile=TileShape(64, 64)), 1, 1, 64, torch.bfloat16, id="full-steps"
+        ),
     ],
 )
 def test_shapes_and_dtypes(plan, B, H, D, dtype):
     check_against_reference(plan, make_inputs(plan, B, H, D, dtype), "triton")
+
+
+@pytest.mark.parametrize(
+    "plan, B, H, kv_heads, D, dtype",
+    [
+        pytest.param(blind_plan(), 1, 3, 1, 16, torch.float32, id="group-of-three"),
+        pytest.param(compile_plan(small()), 1, 2, 1, 16, torch.bfloat16, id="one-kv-head-bf16"),
+        pytest.param(rectangular_plan(), 2, 1, 1, 32, torch.float32, id="rectangular"),
+        pytest.param(rectangular_plan(), 2, 2, 1, 32, torch.float32, id="rectangular-groups"),
+        pytest.param(
+            compile_plan(libero(4, 64, frames=8), tile=TileShape(64, 64)), 1, 2, 1, 32, torch.float32, id="full-steps"
+        ),
+    ],
+)
+def test_grouped_query_heads_and_rectangular_plans(plan, B, H, kv_heads, D, dtype):
+    check_against_reference(plan, make_inputs(plan, B, H, D, dtype, kv_heads=kv_heads), "triton")
 
 
 def test_full_steps_are_walked():

@@ -3,11 +3,15 @@
 A *run* is a set of queries that see exactly the same keys, at most one contiguous slice per range: one stream of one
 chunk, or both where their keys agree. So a run needs no mask: score its slices, softmax over them, multiply.
 
-    forward   s_r = scale q k_r^T;  m = max s;  p_r = exp(s_r - m);  l = sum p;  out = sum_r p_r v_r / l;  lse = m + log l
+    forward   s_r = scale q k_r^T;  m = max s;  p_r = exp(s_r - m);  l = sum p
+              out = sum_r p_r v_r / l;  lse = m + log l
     backward  p_r = exp(scale q k_r^T - lse);  dv_r += p_r^T dout;  ds_r = p_r (dout v_r^T - delta)
               dq = scale sum_r ds_r k_r;  dk_r += scale ds_r^T q;  delta = rowsum(dout out) - dlse
 
 Runs are visited in order, so dk and dv sum in the same order every time. Work is float32 (float64 for float64).
+Query heads that share a key head are laid under each other as more rows of one GEMM, which also sums their dk and dv.
+
+G = B * H, rows of all heads; N = B * Hkv, rows of all key heads.
 """
 
 import torch
@@ -43,6 +47,11 @@ def _heads(t: Tensor, dtype: torch.dtype) -> Tensor:
     return t.transpose(1, 2).to(dtype).contiguous().flatten(0, 1)
 
 
+def _stack(t_GR: Tensor, heads: int) -> Tensor:
+    """``[G, R, *]`` to ``[N, G / N * R, *]``: the rows of all query heads that share a key head."""
+    return t_GR.reshape(heads, t_GR.shape[0] // max(1, heads) * t_GR.shape[1], *t_GR.shape[2:])
+
+
 def _unheads(t: Tensor, like: Tensor) -> Tensor:
     B, _, H, _ = like.shape
     return t.unflatten(0, (B, H)).transpose(1, 2).to(like.dtype).contiguous()
@@ -50,24 +59,26 @@ def _unheads(t: Tensor, like: Tensor) -> Tensor:
 
 def forward(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, shared: bool, scale: float) -> tuple[Tensor, Tensor]:
     B, S, H, _ = q.shape
+    Hkv = k.shape[2]
     acc = torch.promote_types(q.dtype, torch.float32)
-    q_GSD, k_GSD, v_GSD = (_heads(t, acc) for t in (q, k, v))
+    q_GSD, k_NTD, v_NTD = (_heads(t, acc) for t in (q, k, v))
     out_GSD = torch.zeros_like(q_GSD)
     lse_GS = q_GSD.new_full((B * H, S), float("-inf"))
     for b, queries, keys in _runs(runs):
-        g = slice(None) if shared else slice(b * H, (b + 1) * H)
-        q_run = _take(q_GSD[g], queries) * scale
+        g, n = (slice(None) if shared else slice(b * heads, (b + 1) * heads) for heads in (H, Hkv))
+        q_heads = _take(q_GSD[g], queries)
+        q_run = _stack(q_heads, k_NTD[n].shape[0]) * scale
         s = q_run.new_empty(*q_run.shape[:2], sum(hi - lo for lo, hi in keys))
         parts = s.split([hi - lo for lo, hi in keys], -1)
         for (lo, hi), s_r in zip(keys, parts, strict=True):
-            torch.bmm(q_run, k_GSD[g, lo:hi].mT, out=s_r)
+            torch.bmm(q_run, k_NTD[n, lo:hi].mT, out=s_r)
         m = s.amax(-1, keepdim=True)
         total = s.sub_(m).exp_().sum(-1, keepdim=True)
         out_run = torch.zeros_like(q_run)
         for (lo, hi), p_r in zip(keys, parts, strict=True):
-            out_run.baddbmm_(p_r, v_GSD[g, lo:hi])
-        _put(out_GSD[g], queries, out_run / total)
-        _put(lse_GS[g], queries, (m + total.log())[..., 0])
+            out_run.baddbmm_(p_r, v_NTD[n, lo:hi])
+        _put(out_GSD[g], queries, (out_run / total).view(q_heads.shape))
+        _put(lse_GS[g], queries, (m + total.log()).view(q_heads.shape[:2]))
     return _unheads(out_GSD, q), lse_GS.unflatten(0, (B, H))
 
 
@@ -75,22 +86,24 @@ def backward(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, runs: Tensor,
     shared: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    H, acc = q.shape[2], lse.dtype
-    q_GSD, k_GSD, v_GSD, dout_GSD = (_heads(t, acc) for t in (q, k, v, dout))
-    dq_GSD, dk_GSD, dv_GSD = (torch.zeros_like(q_GSD) for _ in range(3))
+    H, Hkv, acc = q.shape[2], k.shape[2], lse.dtype
+    q_GSD, k_NTD, v_NTD, dout_GSD = (_heads(t, acc) for t in (q, k, v, dout))
+    dq_GSD, dk_NTD, dv_NTD = (torch.zeros_like(t) for t in (q_GSD, k_NTD, v_NTD))
     lse_GS = lse.flatten(0, 1)
     delta_GS = (dout_GSD * _heads(out, acc)).sum(-1) - dlse.flatten(0, 1)
     for b, queries, keys in _runs(runs):
-        g = slice(None) if shared else slice(b * H, (b + 1) * H)
-        q_run, dout_run = _take(q_GSD[g], queries) * scale, _take(dout_GSD[g], queries)
-        lse_run, delta_run = (_take(t[g], queries)[..., None] for t in (lse_GS, delta_GS))
+        g, n = (slice(None) if shared else slice(b * heads, (b + 1) * heads) for heads in (H, Hkv))
+        q_heads = _take(q_GSD[g], queries)
+        N = k_NTD[n].shape[0]
+        q_run, dout_run = _stack(q_heads, N) * scale, _stack(_take(dout_GSD[g], queries), N)
+        lse_run, delta_run = (_stack(_take(t[g], queries), N)[..., None] for t in (lse_GS, delta_GS))
         dq_run = torch.zeros_like(q_run)
         for lo, hi in keys:
-            k_r, v_r = k_GSD[g, lo:hi], v_GSD[g, lo:hi]
+            k_r, v_r = k_NTD[n, lo:hi], v_NTD[n, lo:hi]
             p = torch.baddbmm(lse_run, q_run, k_r.mT, beta=-1).exp_()
-            dv_GSD[g, lo:hi].baddbmm_(p.mT, dout_run)
+            dv_NTD[n, lo:hi].baddbmm_(p.mT, dout_run)
             ds = torch.baddbmm(delta_run, dout_run, v_r.mT, beta=-1).mul_(p)
             dq_run.baddbmm_(ds, k_r, alpha=scale)
-            dk_GSD[g, lo:hi].baddbmm_(ds.mT, q_run)
-        _put(dq_GSD[g], queries, dq_run)
-    return tuple(_unheads(t, like) for t, like in ((dq_GSD, q), (dk_GSD, k), (dv_GSD, v)))
+            dk_NTD[n, lo:hi].baddbmm_(ds.mT, q_run)
+        _put(dq_GSD[g], queries, dq_run.view(q_heads.shape))
+    return tuple(_unheads(t, like) for t, like in ((dq_GSD, q), (dk_NTD, k), (dv_NTD, v)))

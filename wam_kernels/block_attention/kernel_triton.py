@@ -12,7 +12,9 @@ written by one program in a fixed order, so results are the same from run to run
 Scores and sums are float32; p and ds are rounded to the input dtype before their products, outputs at the store.
 Softmax works in base 2: LOG2E is folded into the scale. Tokens are gathered by row, so token strides are free.
 
-S tokens, D channels, R rows of the tile, T tokens of a step.
+Query head h reads key head h // GROUP; the program of a key tile walks its GROUP query heads one after another.
+
+S query tokens, H query heads, D channels, R rows of the tile, T tokens of a step.
 """
 
 import torch
@@ -67,7 +69,7 @@ def _block_attention_fwd_kernel(
     stride_v_b, stride_v_s, stride_v_h, stride_out_b, stride_out_s, stride_out_h,
     S, H, scale,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-    RANGES: tl.constexpr, PRECISION: tl.constexpr,
+    RANGES: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     tile, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     # a plan of one batch element serves them all: the grid's third axis counts them
@@ -81,8 +83,8 @@ def _block_attention_fwd_kernel(
     q = tl.load(
         _row_pointers(q_ptr + b * stride_q_b + h * stride_q_h, rows, stride_q_s, d), mask=is_row & in_d, other=0.0
     )
-    k_base = k_ptr + b * stride_k_b + h * stride_k_h
-    v_base = v_ptr + b * stride_v_b + h * stride_v_h
+    k_base = k_ptr + b * stride_k_b + h // GROUP * stride_k_h
+    v_base = v_ptr + b * stride_v_b + h // GROUP * stride_v_h
     to_base2 = scale * LOG2E
     m = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
@@ -121,7 +123,7 @@ def _block_attention_bwd_dq_kernel(
     stride_out_b, stride_out_s, stride_out_h,
     S, H, scale,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-    RANGES: tl.constexpr, PRECISION: tl.constexpr,
+    RANGES: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one query tile; also leaves delta [B, H, S] for the dk, dv kernel. out and dq share strides."""
     tile, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -146,8 +148,8 @@ def _block_attention_bwd_dq_kernel(
 
     # a row that sees nothing has no step it is visible in; 0 keeps exp2 finite where it is masked anyway
     lse = tl.where(lse == float("-inf"), 0.0, lse * LOG2E)
-    k_base = k_ptr + b * stride_k_b + h * stride_k_h
-    v_base = v_ptr + b * stride_v_b + h * stride_v_h
+    k_base = k_ptr + b * stride_k_b + h // GROUP * stride_k_h
+    v_base = v_ptr + b * stride_v_b + h // GROUP * stride_v_h
     to_base2 = scale * LOG2E
     dq = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
 
@@ -183,9 +185,12 @@ def _block_attention_bwd_dkdv_kernel(
     stride_dk_b, stride_dk_s, stride_dk_h,
     S, H, scale,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-    RANGES: tl.constexpr, PRECISION: tl.constexpr,
+    RANGES: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dk and dv of one key tile: rows are keys, steps are queries, products are transposed. dk, dv share strides."""
+    """dk and dv of one key tile of one key head h: rows are keys, steps are queries, products are transposed.
+
+    dk and dv share strides. The query heads of the group come in order, so their sum is the same from run to run.
+    """
     tile, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b = (tl.load(tiles_ptr + tile * 5) + tl.program_id(2)).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -198,38 +203,40 @@ def _block_attention_bwd_dkdv_kernel(
     v_base = v_ptr + b * stride_v_b + h * stride_v_h
     k = tl.load(_row_pointers(k_base, rows, stride_k_s, d), mask=is_row & in_d, other=0.0)
     v = tl.load(_row_pointers(v_base, rows, stride_v_s, d), mask=is_row & in_d, other=0.0)
-    q_base = q_ptr + b * stride_q_b + h * stride_q_h
-    dout_base = dout_ptr + b * stride_dout_b + h * stride_dout_h
-    row_base = (b * H + h) * S
     to_base2 = scale * LOG2E
     dk = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
 
-    for step in tl.range(tl.load(tiles_ptr + tile * 5 + 1), tl.load(tiles_ptr + tile * 5 + 2)):
-        tokens = tl.load(full_ptr + step) + tl.arange(0, BLOCK_T)
-        q = tl.load(_row_pointers(q_base, tokens, stride_q_s, d), mask=in_d, other=0.0)
-        dout = tl.load(_row_pointers(dout_base, tokens, stride_dout_s, d), mask=in_d, other=0.0)
-        lse = tl.load(lse_ptr + row_base + tokens) * LOG2E
-        delta = tl.load(delta_ptr + row_base + tokens)
-        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * to_base2 - lse[None, :])
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    for member in tl.range(GROUP):
+        h_q = h * GROUP + member
+        q_base = q_ptr + b * stride_q_b + h_q * stride_q_h
+        dout_base = dout_ptr + b * stride_dout_b + h_q * stride_dout_h
+        row_base = (b * H + h_q) * S
+        for step in tl.range(tl.load(tiles_ptr + tile * 5 + 1), tl.load(tiles_ptr + tile * 5 + 2)):
+            tokens = tl.load(full_ptr + step) + tl.arange(0, BLOCK_T)
+            q = tl.load(_row_pointers(q_base, tokens, stride_q_s, d), mask=in_d, other=0.0)
+            dout = tl.load(_row_pointers(dout_base, tokens, stride_dout_s, d), mask=in_d, other=0.0)
+            lse = tl.load(lse_ptr + row_base + tokens) * LOG2E
+            delta = tl.load(delta_ptr + row_base + tokens)
+            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * to_base2 - lse[None, :])
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
-    for step in tl.range(tl.load(tiles_ptr + tile * 5 + 3), tl.load(tiles_ptr + tile * 5 + 4)):
-        tokens = tl.load(part_ptr + step * BLOCK_P + tl.arange(0, BLOCK_P))
-        is_token = tokens >= 0
-        q = tl.load(_row_pointers(q_base, tokens, stride_q_s, d), mask=is_token[:, None] & in_d, other=0.0)
-        dout = tl.load(_row_pointers(dout_base, tokens, stride_dout_s, d), mask=is_token[:, None] & in_d, other=0.0)
-        lse = tl.load(lse_ptr + row_base + tokens, mask=is_token, other=0.0) * LOG2E
-        delta = tl.load(delta_ptr + row_base + tokens, mask=is_token, other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * to_base2
-        # subtract lse only where visible: a query that sees nothing has lse = -inf
-        seen = _sees(bounds_ptr, group, tokens, RANGES)
-        p = tl.exp2(tl.where(seen, s - tl.where(seen, lse[None, :], 0.0), float("-inf")))
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        for step in tl.range(tl.load(tiles_ptr + tile * 5 + 3), tl.load(tiles_ptr + tile * 5 + 4)):
+            tokens = tl.load(part_ptr + step * BLOCK_P + tl.arange(0, BLOCK_P))
+            is_token = tokens >= 0
+            q = tl.load(_row_pointers(q_base, tokens, stride_q_s, d), mask=is_token[:, None] & in_d, other=0.0)
+            dout = tl.load(_row_pointers(dout_base, tokens, stride_dout_s, d), mask=is_token[:, None] & in_d, other=0.0)
+            lse = tl.load(lse_ptr + row_base + tokens, mask=is_token, other=0.0) * LOG2E
+            delta = tl.load(delta_ptr + row_base + tokens, mask=is_token, other=0.0)
+            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * to_base2
+            # subtract lse only where visible: a query that sees nothing has lse = -inf
+            seen = _sees(bounds_ptr, group, tokens, RANGES)
+            p = tl.exp2(tl.where(seen, s - tl.where(seen, lse[None, :], 0.0), float("-inf")))
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+            ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
     at = b * stride_dk_b + h * stride_dk_h
     tl.store(
@@ -238,8 +245,9 @@ def _block_attention_bwd_dkdv_kernel(
     tl.store(_row_pointers(dv_ptr + at, rows, stride_dk_s, d), dv.to(dv_ptr.dtype.element_ty), mask=is_row & in_d)
 
 
-def _constants(side: list[Tensor], full_step: int, D: int, dtype: torch.dtype) -> dict[str, object]:
+def _constants(side: list[Tensor], full_step: int, q: Tensor, k: Tensor) -> dict[str, object]:
     tiles, rows, _, bounds, _, part = side
+    D = q.shape[-1]
     return {
         "D": D,
         "BLOCK_R": rows.shape[1],
@@ -247,9 +255,10 @@ def _constants(side: list[Tensor], full_step: int, D: int, dtype: torch.dtype) -
         "BLOCK_P": part.shape[1],
         "BLOCK_D": config.block_d(D),
         "RANGES": bounds.shape[1],
+        "GROUP": q.shape[2] // k.shape[2],
         # float32 means float32: one tf32 product would miss the error budget by a factor of a thousand, three do not
         # (and "ieee" leaves the tensor cores: 64 x 64 tiles then spill 100 KB and take a minute to compile)
-        "PRECISION": "tf32x3" if dtype == torch.float32 else "tf32",
+        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
     }
 
 
@@ -269,7 +278,7 @@ def forward(
     launch = config.forward(D, q.itemsize)
     _block_attention_fwd_kernel[(tiles.shape[0], H, B if shared else 1)](
         q, k, v, out, lse, *queries, *_strides(q, k, v, out), S, H, scale,
-        **_constants(queries, full_step, D, q.dtype), num_warps=launch.num_warps, num_stages=launch.num_stages,
+        **_constants(queries, full_step, q, k), num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     return out, lse
 
@@ -278,20 +287,20 @@ def backward(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     queries: list[Tensor], keys: list[Tensor], full_step: int, shared: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv ``[B, S, H, D]`` contiguous. Two launches, the second reads the first's delta."""
+    """dq, dk, dv in the shapes of q, k, v, contiguous. Two launches, the second reads the first's delta."""
     B, S, H, D = q.shape
-    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     if q.numel() == 0:
-        return dq, dk, dv
+        return tuple(t.new_zeros(t.shape) for t in (q, k, v))
+    dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     delta = torch.empty_like(lse)
     launch = config.backward(D, q.itemsize)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     _block_attention_bwd_dq_kernel[(queries[0].shape[0], H, B if shared else 1)](
         dout, dlse, q, k, v, out, lse, dq, delta, *queries, *_strides(dout, q, k, v, out), S, H, scale,
-        **_constants(queries, full_step, D, q.dtype), **options,
+        **_constants(queries, full_step, q, k), **options,
     )  # fmt: skip
-    _block_attention_bwd_dkdv_kernel[(keys[0].shape[0], H, B if shared else 1)](
+    _block_attention_bwd_dkdv_kernel[(keys[0].shape[0], k.shape[2], B if shared else 1)](
         dout, q, k, v, lse, delta, dk, dv, *keys, *_strides(dout, q, k, v, dk), S, H, scale,
-        **_constants(keys, full_step, D, q.dtype), **options,
+        **_constants(keys, full_step, q, k), **options,
     )  # fmt: skip
     return dq, dk, dv

@@ -122,35 +122,43 @@ def block_attention(
 
     Args:
         q: ``[B, S, H, D]``, bf16, fp16 or float32; last dim stride 1, others free. D a multiple of 8 from 8 to 256.
-        k: As ``q``.
-        v: As ``q``.
-        plan: From :func:`wam_kernels.compile_plan`, for S tokens, 1 or B batch elements, on the tensors' device.
+        k: ``[B, T, Hkv, D]``, otherwise as ``q``; Hkv divides H, and query head h reads key head h // (H / Hkv).
+        v: As ``k``.
+        plan: From :func:`wam_kernels.compile_plan`, for S query and T key tokens (T = S unless made of rectangular
+            ranges), 1 or B batch elements, on the tensors' device.
         scale: Factor on the scores; default ``D ** -0.5``.
         impl: ``"reference"`` (dense S x S, any device, also float64), ``"cpu"`` (GEMMs over the plan's runs, also
-            float64), ``"triton"`` (CUDA; float32 up to D = 128), or ``None``: ``"cpu"`` for CPU tensors; for CUDA tensors
-            ``"triton"``, or ``"reference"`` where Triton cannot (float64, and float32 beyond D = 128).
+            float64), ``"triton"`` (CUDA; float32 up to D = 128), or ``None``: ``"cpu"`` for CPU tensors; for CUDA
+            tensors ``"triton"``, or ``"reference"`` where Triton cannot (float64, and float32 beyond D = 128).
         return_lse: Also return the log-sum-exp of every row's scores.
 
     Returns:
-        out ``[B, S, H, D]``, dtype of ``q``, contiguous; with ``return_lse`` also lse ``[B, H, S]``, float32 (float64 for
-        float64 inputs). Softmax and sums are float32.
+        out ``[B, S, H, D]``, dtype of ``q``, contiguous; with ``return_lse`` also lse ``[B, H, S]``, float32 (float64
+        for float64 inputs). Softmax and sums are float32.
 
     Raises:
         ValueError: a shape, dtype, device, stride or ``impl`` outside the above, or a plan made for something else.
         TypeError: ``plan`` is not a Plan.
 
-    Source: Vaswani et al. 2017; the online softmax of Dao 2023 (FlashAttention-2); programs: ``wam_kernels.visibility``.
+    Source: Vaswani et al. 2017; the online softmax of Dao 2023 (FlashAttention-2); grouped heads: Ainslie et al. 2023.
     """
     if not isinstance(plan, Plan):
         raise TypeError(f"{_OP}: plan must be a Plan from compile_plan, got {type(plan).__name__}")
-    dims = bind_dims(_OP, q=(q, "B S H D"), k=(k, "B S H D"), v=(v, "B S H D"))
+    dims = bind_dims(_OP, q=(q, "B S H D"), k=(k, "B T Hkv D"), v=(v, "B T Hkv D"))
     same_kind(_OP, "q", q, k=k, v=v)
+    if dims["Hkv"] == 0 or dims["H"] % dims["Hkv"]:
+        raise ValueError(
+            f"{_OP}: k must have a number of heads that divides H={dims['H']}, got {dims['Hkv']}; query head h reads "
+            "key head h // (H / Hkv)"
+        )
     if dims["D"] % 8 or not 8 <= dims["D"] <= MAX_D:
         raise ValueError(f"{_OP}: D must be a multiple of 8 from 8 to {MAX_D}, got {dims['D']}; pad the heads")
-    if dims["S"] != plan.length:
-        raise ValueError(
-            f"{_OP}: q must have S={plan.length} tokens like plan, got {dims['S']}; compile a plan for this geometry"
-        )
+    for name, letter, length in (("q", "S", plan.length), ("k", "T", plan.key_length)):
+        if dims[letter] != length:
+            raise ValueError(
+                f"{_OP}: {name} must have {letter}={length} tokens like plan, got {dims[letter]}; compile a plan for "
+                "this geometry"
+            )
     if plan.batch not in (1, dims["B"]):
         raise ValueError(f"{_OP}: plan must have 1 or B={dims['B']} batch elements, got {plan.batch}")
     if plan.device != q.device:
