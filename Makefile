@@ -10,12 +10,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PACKAGE := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test clean
+.PHONY: help demo test bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo    set up .venv and run the demo"
 	@echo "make test    set up .venv and run the whole test suite"
+	@echo "make bench   set up .venv and time every op on one CPU thread beside the saved baseline"
 	@echo "make clean   remove .venv and what was built"
 
 demo: $(VENV)/installed
@@ -28,6 +29,11 @@ test: $(VENV)/installed-test
 	env -u TRITON_INTERPRET $(BIN)/python -m pytest tests --ignore=tests/interpreter || status=1; \
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter || status=1; \
 	exit $$status
+
+# The baseline is of another machine; the yardstick rows say how this one compares. More: `wam bench --help`.
+bench: $(VENV)/installed-test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest bench/micro -q --benchmark-storage=bench/micro/baseline \
+	  --benchmark-compare --benchmark-columns=min,median,iqr,rounds --benchmark-sort=name --benchmark-max-time=0.5
 
 $(VENV)/created:
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { \

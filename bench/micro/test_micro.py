@@ -1,0 +1,101 @@
+"""Every op once on one CPU thread, small enough to repeat often: `make bench` compares it with a saved baseline.
+
+The baseline is of one machine; ``test_yardstick`` (a plain matrix product and a copy) says how this machine compares
+with that one, and so how far the other ratios can be believed. Save a new one with
+``pytest bench/micro --benchmark-storage=bench/micro/baseline --benchmark-save=cpu``.
+"""
+
+import pytest
+import torch
+
+from bench import workloads
+from wam_kernels import (
+    FrameIndex,
+    ada_layer_norm,
+    block_attention,
+    gate_residual_ada_layer_norm,
+    qk_norm_rope,
+    rope_table,
+)
+from wam_kernels import frame_index as frame_index_module
+from wam_kernels.cached_attention import cached_attention
+
+WORK = workloads.packed(1000, heads=4, head_dim=64)
+TOKENS, WIDTH, HEADS = 288, 768, 6
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("what", ["product", "copy"])
+def test_yardstick(benchmark, what):
+    a = randn(512, 512)
+    b = torch.empty_like(a)
+    benchmark((lambda: a @ a) if what == "product" else (lambda: b.copy_(a)))
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+def test_block_attention(benchmark, backward):
+    q, k, v, dout = WORK.inputs("cpu", torch.float32, 0)
+    leaves, plan = [t.requires_grad_(backward) for t in (q, k, v)], WORK.plan("cpu")
+
+    def call():
+        out = block_attention(*leaves, plan)
+        return torch.autograd.grad(out, leaves, dout) if backward else out
+
+    benchmark(call)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+@pytest.mark.parametrize("fused", [False, True], ids=["ada_layer_norm", "gate_residual_ada_layer_norm"])
+def test_norms(benchmark, fused, backward):
+    index = FrameIndex.from_runs([32] * (TOKENS // 32))
+    x, y, dout = (randn(1, TOKENS, WIDTH, seed=i).requires_grad_(backward) for i in range(3))
+    gate, shift, scale = (randn(1, index.frames, WIDTH, seed=i).requires_grad_(backward) for i in range(3))
+
+    def call():
+        if fused:
+            outs = gate_residual_ada_layer_norm(x, y, gate, shift, scale, index)
+        else:
+            outs = (ada_layer_norm(x, shift, scale, index),)
+        if not backward:
+            return outs
+        given = (x, y, gate, shift, scale) if fused else (x, shift, scale)
+        return torch.autograd.grad(outs, given, [dout.detach()] * len(outs))
+
+    benchmark(call)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
+def test_qk_norm_rope(benchmark, backward):
+    leaves = [randn(1, TOKENS, WIDTH, seed=i) for i in range(2)] + [1 + 0.1 * randn(WIDTH, seed=i) for i in range(2)]
+    leaves = [t.requires_grad_(backward) for t in leaves]
+    table = rope_table(60 * torch.rand(TOKENS, 3, dtype=torch.float64), WIDTH // HEADS)
+    douts = [randn(1, TOKENS, HEADS, WIDTH // HEADS, seed=i) for i in range(2)]
+
+    def call():
+        outs = qk_norm_rope(*leaves, table, head_dim=WIDTH // HEADS)
+        return torch.autograd.grad(outs, leaves, douts) if backward else outs
+
+    benchmark(call)
+
+
+def test_cached_attention(benchmark):
+    q, k, v = randn(1, 144, HEADS, 128), randn(1, 2304, HEADS, 128), randn(1, 2304, HEADS, 128)
+    ranges = torch.tensor([[[[0, 2160], [2160, 2304]]]], dtype=torch.int32)
+    benchmark(lambda: cached_attention(q, k, v, ranges, group_rows=(144,)))
+
+
+@pytest.mark.parametrize("tokens", [1_000, 100_000])
+def test_plan_cold(benchmark, tokens):
+    work = workloads.packed(tokens, heads=1, head_dim=64)
+    benchmark(lambda: workloads.cold_plan(work, "cpu"))
+
+
+def test_frame_index_cold(benchmark):
+    def call():
+        frame_index_module._compile.cache_clear()
+        return FrameIndex.from_runs([32] * 272)
+
+    benchmark(call)
