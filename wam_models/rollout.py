@@ -213,7 +213,7 @@ class Episode:
         self._step = torch.zeros(1, dtype=torch.int64, device=model.device)
         shifts = {VIDEO: config.video_shift, ACTION: config.action_shift}
         self._sigmas = {
-            s: torch.tensor([*sigmas(config.steps, shift).tolist(), 0.0], **kind) for s, shift in shifts.items()
+            s: torch.cat([sigmas(config.steps, shift), torch.zeros(1)]).to(**kind) for s, shift in shifts.items()
         }
         self._passes: dict[tuple, _Pass] = {}
         self._loops: dict[Stage, Callable[[], None]] = {}
@@ -263,7 +263,7 @@ class Episode:
             self._recompute()
         for stream, start in starts.items():
             if start is not None:
-                self._chunk[stream].copy_(start)
+                self._chunk[stream].copy_(self._here(start))
         for stage in loops:
             self._pass(stage.slots, NOISY).aim(self.next_frame, [self.chunk_size] * self._batch)
             self._step.zero_()
@@ -375,13 +375,12 @@ class Episode:
         if list(text.shape) != want:
             raise ValueError(f"text must have shape [B, L, text_dim] = {want}, got {list(text.shape)}")
         self._set_text(rollouts, text)
-        video = torch.zeros(_with_frames(VIDEO, self._chunk[VIDEO].shape, 1), device=observation.device)
-        video = video.to(observation.dtype)
-        video[rollouts] = observation
+        # no action leads to frame 0: its slots are never a key
+        video, action = (torch.zeros_like(t.narrow(FRAME_DIM[s], 0, 1)) for s, t in self._chunk.items())
+        for b, frame in zip(rollouts, self._here(observation), strict=True):
+            video[b].copy_(frame)
         for b in rollouts:
             self.next_frame[b] = self.observed[b] = 0
-        # no action leads to frame 0: its slots are never a key
-        action = torch.zeros(_with_frames(ACTION, self._chunk[ACTION].shape, 1))
         self._replace({VIDEO: video, ACTION: action}, [int(b in rollouts) for b in range(self._batch)])
 
     def accepted(self, rollout: int = 0) -> tuple[Tensor, Tensor]:
@@ -398,7 +397,7 @@ class Episode:
 
     def _append(self, frames: dict[int, Tensor], counts: list[int]) -> None:
         """``counts[b]`` further frames of each rollout, chunk by chunk."""
-        longest = max(counts)
+        longest, frames = max(counts), {s: self._here(t) for s, t in frames.items()}
         for first in range(0, longest, self.chunk_size):
             size = min(self.chunk_size, longest - first)
             now = [min(max(n - first, 0), self.chunk_size) for n in counts]
@@ -453,7 +452,7 @@ class Episode:
         """Text keys and values of every block, once an episode. With guidance the second half has none."""
         text = torch.zeros_like(text) if self.goal.conditional else text
         text = torch.cat([text, torch.zeros_like(text)]) if self._guided else text
-        fresh = self.model.embed_text(text.to(self.model.device), keys_values=True)
+        fresh = self.model.embed_text(self._here(text), keys_values=True)
         if self._text is None:
             # all rollouts at once, in order: from start
             self._text = fresh
@@ -509,6 +508,10 @@ class Episode:
             changed = [self._step, *(self._chunk[s] for s in stage.denoised)]
             self._loops[stage] = _replayed(step, self.model.device, changed)
         return self._loops[stage]
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        """``tensor`` on the model's device, without waiting for it."""
+        return tensor.to(self.model.device, non_blocking=True)
 
     # ---- checks ----
 
@@ -585,8 +588,8 @@ class _Pass:
         table = e.cache.ranges(
             *(list(x) * copies for x in (geometries, starts, seen, counts)), self.streams, self.noise
         )
-        self.ranges.copy_(table, non_blocking=True)
-        frames = torch.tensor(list(firsts) * copies).to(model.device, non_blocking=True)[:, None] + self.frames
+        self.ranges.copy_(e._here(table))
+        frames = e._here(torch.tensor(list(firsts) * copies))[:, None] + self.frames
         video, action = (frames if s in self.streams else None for s in (VIDEO, ACTION))
         for kept, table in zip(self.rope, model.rope(video, *e._grid, action), strict=True):
             if kept is not None:

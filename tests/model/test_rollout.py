@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from wam_kernels import HISTORIES, PROGRAMS, Geometry, StreamingCache, dense_mask
 from wam_models import GJD, MODEL_PROGRAMS, OBJECTIVES, RolloutConfig, RolloutEngine, WorldActionModel, golden_config
@@ -504,36 +505,60 @@ def test_flops_of_a_step(program, objective, updated):
     assert not any(part in name for name in count for part in ("attn2.to_k", "attn2.to_v", "text_proj", "context_proj"))
 
 
+class Launches(TorchDispatchMode):
+    """Names of the operators that run, and the bytes that they return."""
+
+    def __init__(self):
+        super().__init__()
+        self.names, self.bytes = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.names.append(str(func))
+        outs = out if isinstance(out, (tuple, list)) else (out,)
+        self.bytes += sum(t.numel() * t.element_size() for t in outs if isinstance(t, torch.Tensor))
+        return out
+
+
+@pytest.mark.parametrize("program", MODEL_PROGRAMS)
+def test_a_step_can_be_captured(program):
+    """What a CUDA graph cannot hold: values read by the host, and tensors made from the host's numbers."""
+    episode = started(program, torch.float32, guidance=2.0)
+    episode.propose(**noises(2, 0, torch.float32))
+    forbidden = (
+        "_local_scalar_dense",
+        "nonzero",
+        "lift_fresh",
+        "unique",
+        "masked_select",
+        "is_nonzero",
+        "repeat_interleave",
+    )
+    for loop in episode._loops.values():
+        episode._step.zero_()
+        with Launches() as launches, torch.no_grad():
+            loop()
+        assert len(launches.names) > 20 and any("cached_attention" in n for n in launches.names)
+        assert not [n for n in launches.names if any(f in n for f in forbidden)]
+
+
 def test_flat_over_500_chunks():
-    """Memory and work of a chunk do not grow with the episode: same buffers, same rows, same number of kernels."""
+    """Memory and work of a chunk do not grow with the episode: same buffers, same rows, same operators."""
     episode = started("joint", torch.float32, batch=1, steps=1)
     rows = counted_rows(episode.model)
-
-    class Kernels(torch.utils._python_dispatch.TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.launched = self.bytes = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            self.launched += 1
-            outs = out if isinstance(out, (tuple, list)) else (out,)
-            self.bytes += sum(t.numel() * t.element_size() for t in outs if isinstance(t, torch.Tensor))
-            return out
-
     noise = noises(2, 0, torch.float32, batch=1)
     place = episode.cache.buffer.data_ptr()
     period = 6  # chunks after which the rings (3 chunks) and the alternation below (2) are where they were
     counted = {**dict.fromkeys(range(period, 2 * period)), **dict.fromkeys(range(492, 492 + period))}
     for i in range(500):
         rows.clear()
-        with Kernels() if i in counted else contextlib.nullcontext() as kernels:
+        with Launches() if i in counted else contextlib.nullcontext() as launches:
             candidate = episode.propose(**noise)
             if i % 2:
                 episode.accept(candidate)  # predicted at first, then seen
             episode.observe(candidate.video, candidate.action)
         if i in counted:
-            counted[i] = kernels.launched, kernels.bytes, tuple(rows)
+            counted[i] = launches.names, launches.bytes, tuple(rows)
     assert episode.next_frame == [1001] and episode.cache.buffer.data_ptr() == place
     assert len(episode._passes) == 2 and len(episode._loops) == 1
     early, late = (list(counted.values())[i : i + period] for i in (0, period))
