@@ -19,7 +19,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
 SECONDS_IN_ALL=${GPU_SECONDS:-530}
 PARTS=(
-  machine build tests_attention tests_norms tests_cached tests_cuda attention norms train_step memcheck racecheck plan
+  machine build tests_attention tests_norms tests_cached tests_cuda rollout attention norms train_step
+  memcheck racecheck streaming plan
 )
 
 # ---- parts: run SECONDS COMMAND...; the seconds are a cap, a part is its commands in order ----
@@ -59,6 +60,8 @@ racecheck() { run 120 compute-sanitizer --tool racecheck --error-exitcode 9 "$PY
 plan() { run 90 "$PYTHON" -m bench --suite plan --quick --record --device cuda; }
 attention() { run 240 "$PYTHON" -m bench --suite attention --quick --record --device cuda; }
 norms() { run 150 "$PYTHON" -m bench --suite norms --quick --record; }
+rollout() { run 180 "$PYTHON" -m bench --suite rollout --quick --record --device cuda; }
+streaming() { run 180 "$PYTHON" -m bench --suite streaming --quick --record --device cuda; }
 train_step() { run 180 "$PYTHON" -m bench --suite train_step --quick --record --device cuda; }
 
 # ---- machinery ----

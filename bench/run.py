@@ -28,7 +28,9 @@ SUITES = {
     "plan": ("bench_plan",),
     "attention": ("bench_attention",),
     "norms": ("bench_adaln", "bench_qk_norm_rope"),
+    "streaming": ("bench_cached_attention", "bench_streaming"),
     "train_step": ("bench_train_step",),
+    "rollout": ("bench_rollout",),
 }
 
 

@@ -1,0 +1,108 @@
+"""Latency and memory over the length of an episode: a chunk must cost the same at its end.
+
+python -m bench.bench_streaming
+
+One episode of ``joint`` at LIBERO geometry, chunk 4, window 30, that imagines on; the time of a chunk is that of
+``propose`` and ``accept``. Arms: ``wam`` (persistent cache), ``wam recomputed`` (the window computed anew before each
+chunk, as rollouts of the reference system do), and at some chunks ``packed``: the whole visible history in every
+denoising step, no cache. A chunk of each cache is compared with the packed one before anything is timed.
+
+CPU: the demo's model, float32, 5 steps, 40 chunks. CUDA: full size, bf16, 4 steps (so that an episode of 500 chunks
+fits), every 10th chunk recorded as the median of ten; the first includes compilation and the capture of a graph.
+``held_MB`` is what the process (on CUDA the device) holds after the chunk beyond what it held before the first.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from bench import harness
+from bench.bench_rollout import GRIDS, check, held, make_episode, noise_for, packed_chunk
+from bench.bench_train_step import make_model
+from wam_models import RolloutConfig
+from wam_models.config import demo_config, wan_5b_config
+from wam_models.rollout import CACHES, Episode
+
+GRID = GRIDS["libero"]
+
+
+def held_megabytes(device: str) -> float:
+    if device == "cuda":
+        return torch.cuda.memory_allocated() / 1e6
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS"):
+            return int(line.split()[1]) / 1e3
+    raise RuntimeError("bench: /proc/self/status has no VmRSS; memory over an episode needs Linux")
+
+
+def milliseconds(call: Callable[[], object], device: str) -> float:
+    if device == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    call()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return 1e3 * (time.perf_counter() - begin)
+
+
+def chunk(episode: Episode, seed: int) -> None:
+    episode.accept(episode.propose(**noise_for(episode, GRID, seed)))
+
+
+def suite(options: harness.Options) -> Iterable[dict]:
+    device, cuda = options.device, options.device == "cuda"
+    size, dtype = (wan_5b_config(), torch.bfloat16) if cuda else (demo_config(), torch.float32)
+    config = RolloutConfig(program="joint", history="video_only", window=30, steps=4 if cuda else 5)
+    chunks, span = (100 if options.quick else 500, 10) if cuda else (6 if options.quick else 40, 1)
+    every = 20 if cuda else 3 if options.quick else 8  # chunks between two of the packed arm
+    small = make_model(replace(size, layers=2), device, dtype, options.seed).eval().requires_grad_(False)
+    for cache in CACHES:
+        check(small, replace(config, steps=2, cache=cache), GRID, options.seed, 3e-2 if cuda else 1e-4)
+    model = make_model(size, device, dtype, options.seed).eval().requires_grad_(False)
+    configs = {"wam": config, "wam recomputed": replace(config, cache="recomputed")}
+    episodes = {arm: make_episode(model, c, GRID, 0, options.seed) for arm, c in configs.items()}
+    _, text = episodes["wam"]
+    times: dict[str, list[float]] = {arm: [] for arm in (*episodes, "packed")}
+    begun = held_megabytes(device)
+    for n in tqdm(range(chunks), desc="streaming", unit="chunk"):
+        memory = {}
+        for arm, (episode, _) in episodes.items():
+            times[arm].append(milliseconds(lambda e=episode, n=n: chunk(e, n), device))
+            memory[arm] = held_megabytes(device)
+        if n == 0 or n % every == every - 1:
+            episode = episodes["wam"][0]
+            noise, at = noise_for(episode, GRID, n), episode.next_frame[0]
+            call = lambda: packed_chunk(model, config, held(episode), at, text, noise)  # noqa: B023, E731
+            times["packed"].append(milliseconds(call, device))
+            memory["packed"] = held_megabytes(device)
+        if n == 0 or n % span == span - 1:
+            yield from (
+                {
+                    "program": config.program,
+                    "arm": arm,
+                    "chunk": n,
+                    "frames": (n + 1) * config.chunk_size + 1,
+                    "steps": config.steps,
+                    "window": config.window,
+                    "dtype": str(dtype),
+                    "ms": round(statistics.median(times[arm][-span:] if arm in episodes else times[arm][-1:]), 3),
+                    "held_MB": round(memory[arm] - begun, 1),
+                }
+                for arm in memory
+                if times[arm]
+            )
+
+
+def main(argv: list[str] | None = None) -> None:
+    harness.main("streaming", __doc__, suite, argv)
+
+
+if __name__ == "__main__":
+    main()
