@@ -1,0 +1,171 @@
+"""``wam bench tune``: the fastest launch choice of every tunable op, into ``wam_kernels/tuned/<device>.json``.
+
+A candidate counts only if it compiles, fits the device and gives the result of the default within rounding. A choice
+other than the default is recorded where it is at least 3 % faster; every entry keeps both times, so the file says what
+tuning gained. Not run on a GPU yet.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from itertools import product
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from bench import harness
+from bench.workloads import packed
+from wam_kernels import (
+    FrameIndex,
+    ada_layer_norm,
+    block_attention,
+    gate_residual_ada_layer_norm,
+    qk_norm_rope,
+    rope_table,
+    tuning,
+)
+
+GAIN = 0.03
+REPEATS = 20
+WARPS = (1, 2, 4, 8, 16)
+STAGED = [{"num_warps": w, "num_stages": s} for w, s in product((4, 8), (1, 2, 3, 4))]
+
+Call = Callable[[], tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One key of an op's choices, and a call at the size that it is tuned for."""
+
+    key: str
+    call: Call
+
+
+def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to("cuda", dtype)
+
+
+def attention_cases(backward: bool) -> Iterator[Case]:
+    for D, dtype in product((64, 128), (torch.bfloat16, torch.float32)):
+        work = packed(9360, heads=24, head_dim=D)
+        q, k, v, dout = work.inputs("cuda", dtype, 0)
+        plan = work.plan("cuda")
+
+        def forward(q=q, k=k, v=v, plan=plan) -> tuple[Tensor, ...]:
+            return (block_attention(q, k, v, plan, impl="triton"),)
+
+        def grads(q=q, k=k, v=v, dout=dout, plan=plan) -> tuple[Tensor, ...]:
+            leaves = [t.requires_grad_() for t in (q, k, v)]
+            return torch.autograd.grad(block_attention(*leaves, plan, impl="triton"), leaves, dout)
+
+        yield Case(tuning.key_of(D=D, itemsize=dtype.itemsize), grads if backward else forward)
+
+
+def adaln_cases(backward: bool) -> Iterator[Case]:
+    for D in (3072, 2048, 576):
+        S = 8704
+        index = FrameIndex.from_runs([32] * (S // 32), device="cuda")
+        x, y, dout = (randn(1, S, D) for _ in range(3))
+        gate, shift, scale = (randn(1, index.frames, D, dtype=torch.float32) for _ in range(3))
+
+        def forward(x=x, y=y, gate=gate, shift=shift, scale=scale, index=index) -> tuple[Tensor, ...]:
+            h = ada_layer_norm(x, shift, scale, index, impl="triton")
+            return (h, *gate_residual_ada_layer_norm(x, y, gate, shift, scale, index, impl="triton"))
+
+        def grads(x=x, y=y, gate=gate, shift=shift, scale=scale, index=index, dout=dout) -> tuple[Tensor, ...]:
+            leaves = [t.requires_grad_() for t in (x, y, gate, shift, scale)]
+            outs = gate_residual_ada_layer_norm(*leaves, index, impl="triton")
+            return torch.autograd.grad(outs, leaves, [dout, dout])
+
+        yield Case(tuning.key_of(D=D), grads if backward else forward)
+
+
+def qk_cases() -> Iterator[Case]:
+    for heads, head_dim in ((24, 128), (16, 128)):
+        S, inner = 8704, heads * head_dim
+        leaves = [randn(1, S, inner) for _ in range(2)] + [randn(inner) for _ in range(2)]
+        leaves = [t.requires_grad_() for t in leaves]
+        table = rope_table(60 * torch.rand(S, 3, dtype=torch.float64), head_dim).cuda()
+        douts = [randn(1, S, heads, head_dim) for _ in range(2)]
+
+        def call(leaves=leaves, table=table, douts=douts, head_dim=head_dim) -> tuple[Tensor, ...]:
+            outs = qk_norm_rope(*leaves, table, head_dim=head_dim, impl="triton")
+            return (*outs, *torch.autograd.grad(outs, leaves, douts))
+
+        yield Case(tuning.key_of(heads=heads, head_dim=head_dim), call)
+
+
+# op -> (the module whose import declares it tunable, its candidates, its cases)
+TARGETS: dict[str, tuple[str, list, Callable[[], Iterator[Case]]]] = {
+    "block_attention.forward": ("wam_kernels.block_attention.config", STAGED, lambda: attention_cases(False)),
+    "block_attention.backward": ("wam_kernels.block_attention.config", STAGED, lambda: attention_cases(True)),
+    "adaln.forward_warps": ("wam_kernels.adaln.config", list(WARPS), lambda: adaln_cases(False)),
+    "adaln.backward_warps": ("wam_kernels.adaln.config", list(WARPS), lambda: adaln_cases(True)),
+    "qk_norm_rope.launch": ("wam_kernels.qk_norm_rope.config", [{"num_warps": w} for w in WARPS], qk_cases),
+}
+
+
+def tune_case(op: str, candidates: list, case: Case, device: str = "cuda", repeats: int = REPEATS) -> dict:
+    """The entry of one key: the winner, its time, the default's time, and why candidates dropped out."""
+    expected = [t.clone() for t in case.call()]
+    calls: dict[int, Call] = {}
+    refused: dict[str, str] = {}
+    for i, choice in enumerate(candidates):
+        try:
+            with tuning.trying(op, choice):
+                for n, (a, b) in enumerate(zip(case.call(), expected, strict=True)):
+                    harness.require_equal(f"output {n} of {op} with {choice}", a, b, 1e-3)
+        except Exception as error:  # out of registers, of shared memory, or wrong: not a choice on this device
+            refused[json.dumps(choice)] = harness.first_line(error)
+        else:
+            calls[i] = _under(op, choice, case.call)
+    times = harness.measure({"default": case.call} | calls, device, repeats)
+    default_ms = times.pop("default")["ms"]
+    best = min(times, key=lambda i: times[i]["ms"], default=None)
+    entry = {"default_ms": round(default_ms, 4), "refused": refused}
+    if best is None or times[best]["ms"] > (1 - GAIN) * default_ms:
+        return {"choice": None, "ms": round(default_ms, 4), **entry}
+    return {"choice": candidates[best], "ms": round(times[best]["ms"], 4), **entry}
+
+
+def _under(op: str, choice: object, call: Call) -> Call:
+    def tried() -> tuple[Tensor, ...]:
+        with tuning.trying(op, choice):
+            return call()
+
+    return tried
+
+
+def run(args: argparse.Namespace) -> int:
+    if not torch.cuda.is_available():
+        raise ValueError("wam bench tune needs a CUDA device, found none; defaults stay in force")
+    choices: dict[str, dict[str, dict]] = {}
+    for op, (module, candidates, cases) in TARGETS.items():
+        import_module(module)
+        if op not in tuning.TUNABLE:
+            raise RuntimeError(
+                f"{op} has no launch options in {module} that are decorated with wam_kernels.tuning.tuned"
+            )
+        for case in tqdm(cases(), desc=op, unit="key"):
+            choices.setdefault(op, {})[case.key] = tune_case(op, candidates, case)
+    name = torch.cuda.get_device_name()
+    print(table(choices))
+    if args.no_record:
+        return 0
+    path = tuning.path_of(name)
+    path.write_text(json.dumps({"device": name, **harness.environment("cuda"), "choices": choices}, indent=1) + "\n")
+    print(f"wrote {path}")
+    return 0
+
+
+def table(choices: dict[str, dict[str, dict]]) -> str:
+    return harness.table([
+        {"op": op, "key": key, "choice": json.dumps(e["choice"]), "ms": e["ms"], "default_ms": e["default_ms"],
+         "refused": len(e["refused"])}
+        for op, keys in choices.items() for key, e in keys.items()
+    ])  # fmt: skip
