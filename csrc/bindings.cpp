@@ -6,8 +6,10 @@
 #include <pybind11/stl.h>
 
 #include <array>
+#include <vector>
 
 #include "adaln.cuh"
+#include "cached_attention.cuh"
 #include "qk_norm_rope.cuh"
 
 namespace py = pybind11;
@@ -147,6 +149,33 @@ void qk_norm_rope_backward(const std::array<std::int64_t, 4>& shape, const Row4&
   wam::qk_norm_rope_backward(p, dtype_from("qk_norm_rope_backward", dtype), pointer(stream));
 }
 
+// shape is (B, S, N, H, D).
+void cached_attention(const std::array<std::int64_t, 5>& shape, const Row4& q, const Row4& k_cache, const Row4& v_cache,
+                      Address ranges, std::int32_t ranges_of_group, const std::vector<std::int32_t>& group_rows,
+                      Address out_part, Address lse_part, std::int32_t parts, Address out, Address lse, float scale,
+                      const std::string& dtype, Address stream) {
+  wam::CachedAttentionParams p{};
+  p.batch = shape[0];
+  p.rows = shape[1];
+  p.slots = shape[2];
+  p.heads = static_cast<std::int32_t>(shape[3]);
+  p.head_dim = static_cast<std::int32_t>(shape[4]);
+  p.q = heads(q);
+  p.k = heads(k_cache);
+  p.v = heads(v_cache);
+  p.ranges = pointer<const std::int32_t>(ranges);
+  p.ranges_of_group = ranges_of_group;
+  p.groups = static_cast<std::int32_t>(group_rows.size());
+  for (std::size_t g = 0; g < group_rows.size() && g < wam::kMaxGroups; ++g) p.group_rows[g] = group_rows[g];
+  p.out_part = pointer<float>(out_part);
+  p.lse_part = pointer<float>(lse_part);
+  p.parts = parts;
+  p.out = pointer(out);
+  p.lse = pointer<float>(lse);
+  p.scale = scale;
+  wam::cached_attention(p, dtype_from("cached_attention", dtype), pointer(stream));
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -163,6 +192,10 @@ PYBIND11_MODULE(_C, m) {
         py::arg("segment_count"), py::arg("row_begin"), py::arg("row_segments"), py::arg("dx"), py::arg("dy"),
         py::arg("dgate"), py::arg("dshift"), py::arg("dscale"), py::arg("dweight"), py::arg("dbias"),
         py::arg("partials"), py::arg("has_norm"), py::arg("eps"), py::arg("dtype"), py::arg("stream"));
+  m.def("cached_attention", &cached_attention, "Attention over ranges of a key/value cache; see cached_attention.cuh.",
+        py::kw_only(), py::arg("shape"), py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("ranges"),
+        py::arg("ranges_of_group"), py::arg("group_rows"), py::arg("out_part"), py::arg("lse_part"), py::arg("parts"),
+        py::arg("out"), py::arg("lse"), py::arg("scale"), py::arg("dtype"), py::arg("stream"));
   m.def("qk_norm_rope_forward", &qk_norm_rope_forward,
         "RMSNorm and rope of q and k, and a copy of v; see qk_norm_rope.cuh.", py::kw_only(), py::arg("shape"),
         py::arg("q"), py::arg("k"), py::arg("v"), py::arg("weight_q"), py::arg("weight_k"), py::arg("table"),

@@ -84,6 +84,10 @@ BACKENDS = (
     Backend("block_attention", "reference", "plain PyTorch, dense S x S, any device"),
     Backend("block_attention", "cpu", "GEMMs over the plan's runs; the default for CPU tensors"),
     Backend("block_attention", "triton", "the default for CUDA tensors", (_triton, _gpu_or_interpreter)),
+    Backend("cached_attention", "reference", "plain PyTorch, dense, any device"),
+    Backend("cached_attention", "cpu", "PyTorch's flash kernel over the visible slots; the default for CPU tensors"),
+    Backend("cached_attention", "triton", "the default for CUDA tensors", (_triton, _gpu_or_interpreter)),
+    Backend("cached_attention", "cuda", "CUDA tensors in bf16 and fp16, when asked for", (_extension, _sm90)),
     *(
         backend
         for op in ("ada_layer_norm", "qk_norm_rope")

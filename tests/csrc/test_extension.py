@@ -19,6 +19,7 @@ from .conftest import ROOT, SOURCES, compiled_extension
 ARCHITECTURES = ("sm_80", "sm_90a")  # sm_90a is what is shipped; sm_80 shows that nothing needs Hopper yet
 KERNELS = {  # of one architecture
     "adaln": 3 * 2 * 3,  # dtypes, directions, vectors of a thread
+    "cached_attention": 2 * (4 + 1),  # dtypes, head dims of the part kernel, the combine kernel
     "qk_norm_rope": 3 * 2 * 3,  # dtypes, directions, (width, units of a thread)
     "sum_partials": 1,
 }

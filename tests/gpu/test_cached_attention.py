@@ -9,7 +9,7 @@ from tests.cached_attention import checks
 from tests.cached_attention.checks import Case, run
 from wam_kernels.cached_attention import cached_attention
 
-IMPLS = ["triton"]
+IMPLS = ["triton", "cuda"]
 # a ring that has wrapped round, and the chunk's own slots; the action rows see less
 LIBERO = [[(900, 2160), (0, 800), (2160, 2304)], [(900, 2160), (2160, 2304)]]
 

@@ -19,16 +19,21 @@ _DTYPES = {
     "reference": (*_GPU_DTYPES, torch.float64),
     "cpu": (*_GPU_DTYPES, torch.float64),
     "triton": _GPU_DTYPES,
+    "cuda": (torch.bfloat16, torch.float16),
 }
 
 
 def _launchers(impl: str) -> ModuleType:
-    """The module with ``forward``; Triton is optional, so imported late."""
+    """The module with ``forward``; Triton and the CUDA extension are optional, so imported late."""
     if impl == "cpu":
         return cpu
-    from . import kernel_triton
+    if impl == "triton":
+        from . import kernel_triton
 
-    return kernel_triton
+        return kernel_triton
+    from . import kernel_cuda
+
+    return kernel_cuda
 
 
 def _forward(
@@ -65,9 +70,12 @@ def _pick(impl: str | None, q: Tensor, groups: int) -> str:
         raise ValueError(f"{_OP}: impl='cpu' needs CPU tensors, got {q.device}; use impl=None")
     if impl == "triton" and q.device.type != "cuda" and not interpreted:
         raise ValueError(f"{_OP}: impl='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got {q.device}")
+    if impl == "cuda" and q.device.type != "cuda":
+        raise ValueError(f"{_OP}: impl='cuda' needs CUDA tensors, got {q.device}; use impl=None")
     if q.dtype not in _DTYPES[impl]:
         names = ", ".join(str(t).removeprefix("torch.") for t in _DTYPES[impl])
-        raise ValueError(f"{_OP}: q must be {names} for impl={impl!r}, got {q.dtype}; use impl='reference'")
+        other = "triton" if q.dtype in _GPU_DTYPES and fits_kernels else "reference"
+        raise ValueError(f"{_OP}: q must be {names} for impl={impl!r}, got {q.dtype}; use impl={other!r}")
     if impl not in ("reference", "cpu") and not fits_kernels:
         raise ValueError(
             f"{_OP}: impl={impl!r} takes D up to {MAX_KERNEL_D} and up to {MAX_GROUPS} groups, got D={q.shape[-1]} and "
@@ -138,9 +146,10 @@ def cached_attention(
             one CUDA graph; nothing on the host depends on them there.
         group_rows: How many rows of ``q`` each group has, in order; they sum to S. 0 is allowed.
         scale: Factor on the scores; default ``D ** -0.5``.
-        impl: ``"reference"`` (dense, any device, also float64), ``"cpu"`` (also float64), ``"triton"`` (CUDA tensors,
-            D up to 128, up to 4 groups), or ``None``: ``"cpu"`` for CPU tensors; for CUDA tensors what ``config.py``
-            records (``"triton"``), or ``"reference"`` where that cannot (float64, larger D, more groups).
+        impl: ``"reference"`` (dense, any device, also float64), ``"cpu"`` (also float64), ``"triton"`` and ``"cuda"``
+            (CUDA tensors, D up to 128, up to 4 groups; ``"cuda"`` no float32), or ``None``: ``"cpu"`` for CPU tensors;
+            for CUDA tensors what ``config.py`` records (``"triton"``), or ``"reference"`` where that cannot (float64,
+            larger D, more groups).
         return_lse: Also return the log-sum-exp of every row's scores.
 
     Returns:
@@ -149,6 +158,7 @@ def cached_attention(
 
     Raises:
         ValueError: a shape, dtype, device, stride or ``impl`` outside the above; an input that requires a gradient.
+        RuntimeError: ``impl="cuda"`` and the CUDA extension was not built.
 
     Source: Vaswani et al. 2017; splitting the keys: Dao et al. 2023, "Flash-Decoding for long-context inference".
     """

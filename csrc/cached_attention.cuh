@@ -1,0 +1,287 @@
+// Softmax attention over ranges of a key/value cache: partial results over parts of the keys, then their sum.
+//
+//     part       s = scale * q k^T over its slots      out_p = softmax(s) v      lse_p = logsumexp(s)
+//     combine    lse = logsumexp_p(lse_p)              out = sum_p exp(lse_p - lse) * out_p
+//
+// A group's ranges, one after the other, are a list of its visible slots. One block of the first kernel owns kTileRows
+// rows of one group, one head and one part: part p of P takes the p-th share of that list, whole steps of kSlots but for
+// the last. The parts are balanced at every fill of the cache and the grid depends on shapes only. A step's slots may
+// lie in several ranges: every thread walks the list with a cursor of its own. Slots outside the ranges are not read.
+//
+// A warp owns 16 rows and all of D. The next step is copied into the second pair of tiles while this one is computed on.
+// Softmax works in base 2; lse_p is in base 2. Scores and sums are float32; rounded to the dtype are p, before its
+// product, and out, at the store. A part without slots stores lse_p = -inf and no out_p.
+//
+// One warp of the second kernel owns a row of a head and adds the parts in order. No atomics: the same bits every time.
+#pragma once
+
+#include "qk_norm_rope.cuh"  // Heads
+#include "tile_mma.cuh"
+
+namespace wam {
+
+constexpr int kMaxGroups = 4;
+
+struct CachedAttentionParams {
+  Heads q, k, v;          // [batch, rows, heads, head_dim]; [batch, slots, heads, head_dim]
+  const int32_t* ranges;  // [batch, groups, ranges_of_group, 2]: start and end of slots; contiguous
+  float* out_part;        // [parts, batch, heads, rows, head_dim]
+  float* lse_part;        // [parts, batch, heads, rows]
+  void* out;              // [batch, rows, heads, head_dim], contiguous
+  float* lse;             // [batch, heads, rows]
+  int64_t batch, rows, slots;
+  int32_t heads, head_dim, groups, ranges_of_group, parts;
+  int32_t group_rows[kMaxGroups];  // they sum to rows
+  float scale;
+};
+
+// Checks and launches both kernels; errors as those of adaln.cuh. bf16 and fp16 only.
+void cached_attention(const CachedAttentionParams& params, DType dtype, void* stream);
+
+namespace cached_attention_detail {
+
+constexpr int kTileRows = 64, kThreads = kTileRows / 16 * kWarp;
+constexpr int kCombineRows = 4;
+constexpr float kLog2e = 1.4426950408889634f;
+
+// The kernels alone, of one dtype: cached_attention_<dtype>.cu.
+template <DType DTYPE>
+void launch_kernels(const CachedAttentionParams& params, void* stream);
+
+#ifdef WAM_DEVICE_CODE
+
+struct Range {
+  int start, length;
+
+  // Cut off at the cache's ends.
+  __device__ Range(const int32_t* bounds, int i, int slots) {
+    const int begin = bounds[2 * i], end = bounds[2 * i + 1];
+    start = begin < 0 ? 0 : begin;
+    length = (end < slots ? end : slots) - start;
+    if (length < 0) length = 0;
+  }
+};
+
+// The slot at a place of the list of visible slots; places may only grow from call to call.
+class Cursor {
+ public:
+  __device__ Cursor(const int32_t* bounds, int slots) : bounds_(bounds), slots_(slots), range_(bounds, 0, slots) {}
+
+  __device__ int slot_at(int place) {
+    while (place - before_ >= range_.length) {
+      before_ += range_.length;
+      range_ = Range(bounds_, ++i_, slots_);
+    }
+    return range_.start + place - before_;
+  }
+
+ private:
+  const int32_t* bounds_;
+  int slots_, i_ = 0, before_ = 0;  // visible slots in earlier ranges
+  Range range_;
+};
+
+// The rows of a tile: of one group, [begin, end).
+struct TileRows {
+  int group, begin, end;
+
+  __device__ TileRows(int tile, const CachedAttentionParams& p) {
+    group = begin = end = 0;
+#pragma unroll
+    for (int g = 0; g < kMaxGroups; ++g) {
+      if (g >= p.groups) break;
+      const int tiles = (p.group_rows[g] + kTileRows - 1) / kTileRows;
+      end = begin + p.group_rows[g];
+      if (tile < tiles) {
+        group = g;
+        begin += tile * kTileRows;
+        break;
+      }
+      tile -= tiles;
+      begin = end;
+    }
+    if (end > begin + kTileRows) end = begin + kTileRows;
+  }
+};
+
+// The largest, or the sum, over the four lanes that hold a row of an accumulator.
+__device__ inline float quad_max(float v) {
+  v = fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 1));
+  return fmaxf(v, __shfl_xor_sync(0xffffffffu, v, 2));
+}
+
+__device__ inline float quad_sum(float v) {
+  v += __shfl_xor_sync(0xffffffffu, v, 1);
+  return v + __shfl_xor_sync(0xffffffffu, v, 2);
+}
+
+// Both operands of a step: 32 KB with the next step's at D = 64 and 128, so that three blocks or more live on an SM.
+template <class T, int D>
+struct Tiles {
+  static constexpr int kSlots = D <= 64 ? 64 : 32;
+  alignas(128) T k[kSlots * D], v[kSlots * D];
+};
+
+template <class T, int D>
+__global__ void __launch_bounds__(kThreads) part_kernel(const __grid_constant__ CachedAttentionParams p) {
+  constexpr int kSlots = Tiles<T, D>::kSlots, kChunks = D / 8;
+  __shared__ Tiles<T, D> tiles[2];
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const TileRows tile(blockIdx.x, p);
+  const int64_t b = blockIdx.y / p.heads, h = blockIdx.y % p.heads;
+  const int slots = static_cast<int>(p.slots);
+
+  const int32_t* bounds = p.ranges + (b * p.groups + tile.group) * p.ranges_of_group * 2;
+  int visible = 0;
+  for (int i = 0; i < p.ranges_of_group; ++i) visible += Range(bounds, i, slots).length;
+  const int steps = (visible + kSlots - 1) / kSlots, share = (steps + p.parts - 1) / p.parts;
+  const int first = blockIdx.z * share, last = first + share < steps ? first + share : steps;
+
+  // rows of this warp, and where its results go
+  const int row = tile.begin + warp * 16, rows = tile.end - row;
+  const int64_t row_of_part = ((blockIdx.z * p.batch + b) * p.heads + h) * p.rows + row;
+  if (first >= last) {
+    if (lane < 16 && lane < rows) p.lse_part[row_of_part + lane] = -INFINITY;
+    return;
+  }
+
+  const T* k = static_cast<const T*>(p.k.data) + b * p.k.stride_batch + h * p.k.stride_head;
+  const T* v = static_cast<const T*>(p.v.data) + b * p.v.stride_batch + h * p.v.stride_head;
+  Cursor cursor(bounds, slots);
+  auto fetch = [&](int step, Tiles<T, D>& to) {
+#pragma unroll
+    for (int n = 0; n < kSlots * kChunks / kThreads; ++n) {
+      const int i = threadIdx.x + n * kThreads, at = i / kChunks, chunk = i % kChunks, place = step * kSlots + at;
+      const bool there = place < visible && chunk * 8 < p.head_dim;
+      const int64_t slot = there ? cursor.slot_at(place) : 0;
+      const int channel = there ? chunk * 8 : 0, target = chunk_at<D>(at, chunk) * 8;
+      copy_async(to.k + target, k + slot * p.k.stride_token + channel, there);
+      copy_async(to.v + target, v + slot * p.v.stride_token + channel, there);
+    }
+  };
+
+  fetch(first, tiles[0]);
+  const T* q = static_cast<const T*>(p.q.data) + b * p.q.stride_batch + h * p.q.stride_head;
+  const auto q_rows = load_operand<T, D>(q + row * p.q.stride_token, p.q.stride_token, rows, p.head_dim);
+  const float to_base2 = p.scale * kLog2e;
+  // of the two rows that this lane holds parts of; a lane sums its own columns until the end
+  float m[2] = {-INFINITY, -INFINITY}, total[2] = {};
+  Accumulator<D> out = {};
+
+  for (int step = first; step < last; ++step) {
+    Tiles<T, D>& now = tiles[(step - first) % 2];
+    copy_async_wait();
+    // all copies of this step have landed, and no warp reads the other tiles any more
+    __syncthreads();
+    if (step + 1 < last) fetch(step + 1, tiles[(step + 1 - first) % 2]);
+    if (rows <= 0) continue;
+
+    Accumulator<kSlots> s = {};
+    multiply_transposed(s, q_rows, now.k);
+    const int seen = visible - step * kSlots;
+    float m_new[2] = {m[0], m[1]};
+#pragma unroll
+    for (int j = 0; j < kSlots / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s.at[j][i] = column_of(lane, j, i) < seen ? s.at[j][i] * to_base2 : -INFINITY;
+        m_new[i / 2] = fmaxf(m_new[i / 2], s.at[j][i]);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < 2; ++r) {
+      // every step has at least one slot, so this is finite
+      m_new[r] = quad_max(m_new[r]);
+      const float shrink = exp2f(m[r] - m_new[r]);
+      m[r] = m_new[r];
+      total[r] *= shrink;
+#pragma unroll
+      for (int j = 0; j < D / 8; ++j) {
+        out.at[j][2 * r] *= shrink;
+        out.at[j][2 * r + 1] *= shrink;
+      }
+    }
+#pragma unroll
+    for (int j = 0; j < kSlots / 8; ++j) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        s.at[j][i] = exp2f(s.at[j][i] - m[i / 2]);
+        total[i / 2] += s.at[j][i];
+      }
+    }
+    multiply(out, to_operand<T>(s), now.v);
+  }
+
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    total[r] = quad_sum(total[r]);
+    const int at = row_of(lane, 2 * r);
+    if (at >= rows) continue;
+    if (lane % 4 == 0) p.lse_part[row_of_part + at] = m[r] + log2f(total[r]);
+    float* to = p.out_part + (row_of_part + at) * p.head_dim;
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      const int channel = column_of(lane, j, 0);
+      if (channel >= p.head_dim) break;
+      const Pack<float, 2> pair = {out.at[j][2 * r] / total[r], out.at[j][2 * r + 1] / total[r]};
+      *reinterpret_cast<Pack<float, 2>*>(to + channel) = pair;
+    }
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kCombineRows * kWarp) combine_kernel(const __grid_constant__ CachedAttentionParams p) {
+  const int lane = threadIdx.x % kWarp, channel = lane * 4;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kCombineRows + threadIdx.x / kWarp;
+  if (row >= p.rows) return;
+  const int64_t row_of_part = blockIdx.y * p.rows + row, stride_part = p.batch * p.heads * p.rows;
+
+  float m = -INFINITY;
+  for (int part = 0; part < p.parts; ++part) m = fmaxf(m, p.lse_part[part * stride_part + row_of_part]);
+  float total = 0.0f;
+  Pack<float, 4> out = {};
+  for (int part = 0; part < p.parts; ++part) {
+    const int64_t at = part * stride_part + row_of_part;
+    const float lse = p.lse_part[at];
+    if (lse == -INFINITY) continue;  // this part has no slots and has stored no out_p
+    const float weight = exp2f(lse - m);
+    total += weight;
+    if (channel < p.head_dim) {
+      const auto value = *reinterpret_cast<const Pack<float, 4>*>(p.out_part + at * p.head_dim + channel);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) out.at[i] += weight * value.at[i];
+    }
+  }
+
+  const bool nothing = total == 0.0f;
+  if (lane == 0) p.lse[row_of_part] = nothing ? -INFINITY : (m + log2f(total)) / kLog2e;
+  if (channel >= p.head_dim) return;
+  Pack<T, 4> rounded;
+#pragma unroll
+  for (int i = 0; i < 4; ++i) rounded.at[i] = from_float<T>(nothing ? 0.0f : out.at[i] / total);
+  const int64_t b = blockIdx.y / p.heads, h = blockIdx.y % p.heads;
+  T* to = static_cast<T*>(p.out) + ((b * p.rows + row) * p.heads + h) * p.head_dim;
+  *reinterpret_cast<Pack<T, 4>*>(to + channel) = rounded;
+}
+
+template <DType DTYPE>
+void launch_kernels(const CachedAttentionParams& p, void* stream) {
+  using T = typename OfDType<DTYPE>::T;
+  int64_t tiles = 0;
+  for (int g = 0; g < p.groups; ++g) tiles += ceil_div(p.group_rows[g], kTileRows);
+  const unsigned heads = static_cast<unsigned>(p.batch * p.heads);
+  auto* kernel = p.head_dim <= 32   ? part_kernel<T, 32>
+                 : p.head_dim <= 64 ? part_kernel<T, 64>
+                 : p.head_dim <= 96 ? part_kernel<T, 96>
+                                    : part_kernel<T, 128>;
+  launch("cached_attention", kernel, dim3(static_cast<unsigned>(tiles), heads, static_cast<unsigned>(p.parts)),
+         dim3(kThreads), stream, p);
+  launch("cached_attention", combine_kernel<T>, dim3(static_cast<unsigned>(ceil_div(p.rows, kCombineRows)), heads),
+         dim3(kCombineRows * kWarp), stream, p);
+}
+
+#endif  // WAM_DEVICE_CODE
+
+}  // namespace cached_attention_detail
+
+}  // namespace wam

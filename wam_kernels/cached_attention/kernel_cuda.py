@@ -1,0 +1,38 @@
+"""Attention over ranges of a cache, the CUDA kernels: ``csrc/cached_attention.cuh`` says what a block owns.
+
+Tensors go to the extension as (address, batch stride, token stride, head stride). Launched on the current stream of
+their device; errors come from csrc and name the argument.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _cuda
+from . import config
+
+TILE_ROWS = 64  # kTileRows of csrc
+
+
+def _heads(t: Tensor) -> tuple[int, int, int, int]:
+    return t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)
+
+
+def forward(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, group_rows: Sequence[int], scale: float
+) -> tuple[Tensor, Tensor]:
+    """out ``[B, S, H, D]`` contiguous, lse ``[B, H, S]`` float32. Two launches; nothing waits for the device."""
+    (B, S, H, D), N = q.shape, k_cache.shape[1]
+    out, lse = q.new_empty(q.shape), q.new_empty((B, H, S), dtype=torch.float32)
+    tiles = sum(-(-rows // TILE_ROWS) for rows in group_rows)
+    parts = config.splits(tiles * B * H, N)
+    out_part = q.new_empty((parts, B, H, S, D), dtype=torch.float32)
+    lse_part = q.new_empty((parts, B, H, S), dtype=torch.float32)
+    _cuda.launch(
+        "cached_attention", q, shape=(B, S, N, H, D), q=_heads(q), k_cache=_heads(k_cache), v_cache=_heads(v_cache),
+        ranges=ranges.data_ptr(), ranges_of_group=ranges.shape[2], group_rows=list(group_rows),
+        out_part=out_part.data_ptr(), lse_part=lse_part.data_ptr(), parts=parts, out=out.data_ptr(), lse=lse.data_ptr(),
+        scale=scale,
+    )  # fmt: skip
+    return out, lse
