@@ -75,6 +75,24 @@ class Ranges:
                 f"Ranges: k_ranges must have R={len(self.q_ranges)} rows like q_ranges, got {len(self.k_ranges)}"
             )
 
+    @classmethod
+    def from_mask(cls, mask: np.ndarray) -> Ranges:
+        """The ranges that a boolean mask ``[queries, keys]`` spells out. Reads every pair: for masks that exist anyway.
+
+        Raises:
+            ValueError: not a 2-D boolean array.
+        """
+        if mask.ndim != 2 or mask.dtype != bool:
+            raise ValueError(
+                f"Ranges.from_mask: mask must be bool [queries, keys], got {mask.dtype} {list(mask.shape)}"
+            )
+        # equal rows that follow each other are one range of queries
+        edges = np.flatnonzero((mask[1:] != mask[:-1]).any(1)) + 1
+        edges = np.concatenate([[0], edges, [len(mask)]]) if len(mask) else np.zeros(1, np.int64)
+        change = np.diff(np.pad(mask[edges[:-1]].astype(np.int8), ((0, 0), (1, 1))), axis=1)
+        (row, begin), (_, end) = np.nonzero(change == 1), np.nonzero(change == -1)
+        return cls(np.stack([edges[row], edges[row + 1]], 1), np.stack([begin, end], 1), *mask.shape)
+
     @cached_property
     def _content(self) -> tuple:
         return self.length, self.key_length, self.q_ranges.tobytes(), self.k_ranges.tobytes()

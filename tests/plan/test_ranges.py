@@ -69,6 +69,14 @@ def test_tiles_compute_exactly_the_visible_pairs(batch, padding, tile):
     np.testing.assert_array_equal(mask_of_side(plan.keys, plan.batch, key_length, length), mask.transpose(0, 2, 1))
 
 
+@settings(max_examples=60, deadline=None)
+@given(ranges())
+def test_from_mask(r):
+    again = Ranges.from_mask(r.dense_mask())
+    np.testing.assert_array_equal(again.dense_mask(), r.dense_mask())
+    assert (again.length, again.key_length) == (r.length, r.key_length)
+
+
 def test_as_few_columns_as_the_gaps_need():
     # every query sees a head and its own piece: one cut, wherever the pieces are
     pieces = [(i, i + 4) for i in range(4, 404, 4)]
@@ -107,6 +115,7 @@ def test_content_cannot_change_under_a_cached_plan():
         (lambda: Ranges([(0, 2)], [(0, 5)], 4), r"k_ranges\[0\] must be .* <= 4, got \[0, 5\]"),
         (lambda: Ranges([(0, 2), (3, 2)], [(0, 2)], 4), r"q_ranges\[1\] must be .* got \[3, 2\]"),
         (lambda: Ranges([(0, 2)], [(0, 2), (0, 1)], 4), "k_ranges must have R=1 rows like q_ranges, got 2"),
+        (lambda: Ranges.from_mask(np.ones((2, 2))), r"mask must be bool \[queries, keys\], got float64 \[2, 2\]"),
         (lambda: compile_plan(Ranges([], [], 4, 0)), "at least one token"),
         (lambda: compile_plan(Ranges([], [], 4, 9), key_length=8), "key_length must be at least 9"),
         (

@@ -1,0 +1,172 @@
+"""Fast-WAM: training under its three masks, prefill and cached action steps, refusals."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+
+from tests.integrations.checks import CLOSE, check_patch
+from tests.integrations.stand_ins.fast_wam import Expert, MoT
+from wam_kernels import NAMED_PROGRAMS, compile_plan
+from wam_kernels.integrations import Unsupported, patch, unpatch
+from wam_kernels.integrations._patching import MaskPlans, plan_of_mask
+
+FRAMES, TOKENS, ACTIONS, HEADS, D = 3, 5, 4, 2, 16
+VIDEO = FRAMES * TOKENS
+REPLACED = {"MoT._mixed_attention", "MoT._build_expert_attention_io"}
+
+
+def mask(program: str) -> torch.Tensor:
+    """Painted from the rule in words: frame 0 sees itself, later frames all video, actions theirs and what is said."""
+    copies = 2 if program == "fast_wam_idm" else 1
+    end = copies * VIDEO
+    m = torch.zeros(end + ACTIONS, end + ACTIONS, dtype=torch.bool)
+    for at in range(0, end, VIDEO):
+        m[at : at + VIDEO, at : at + VIDEO] = True
+        m[at : at + TOKENS, at + TOKENS : at + VIDEO] = False
+    m[end:, end:] = True
+    seen = {"fast_wam_uncond": slice(0, TOKENS), "fast_wam_joint": slice(0, VIDEO), "fast_wam_idm": slice(VIDEO, end)}
+    m[end:, seen[program]] = True
+    return m
+
+
+def model(head_dim: int = D) -> MoT:
+    torch.manual_seed(0)
+    sizes = {"num_layers": 2, "attn_head_dim": head_dim, "num_heads": HEADS}
+    return MoT({"video": Expert(24, 40, **sizes), "action": Expert(12, 20, **sizes)}).train()
+
+
+def inputs(video: int, head_dim: int = D) -> dict[str, dict]:
+    g = torch.Generator().manual_seed(2)
+    one = {}
+    for name, tokens, dim in (("video", video, 24), ("action", ACTIONS, 12)):
+        angle = torch.randn(tokens, 1, head_dim // 2, generator=g, dtype=torch.float64)
+        text_mask = torch.ones(2, tokens, 6, dtype=torch.bool)
+        text_mask[1, :, 4:] = False
+        one[name] = {
+            "x": torch.randn(2, tokens, dim, generator=g),
+            "freqs": torch.polar(torch.ones_like(angle), angle),
+            # video is modulated for each token, the action expert for each sample
+            "t_mod": torch.randn(2, tokens, 6, dim, generator=g)
+            if name == "video"
+            else torch.randn(2, 6, dim, generator=g),
+            "context": {"context": torch.randn(2, 6, dim, generator=g), "mask": text_mask},
+        }
+    return one
+
+
+def train(mot: MoT, program: str):
+    data = inputs(VIDEO * (2 if program == "fast_wam_idm" else 1))
+    by = lambda field: {name: one[field] for name, one in data.items()}  # noqa: E731
+    return mot(by("x"), mask(program), by("freqs"), by("context"), by("t_mod"))
+
+
+def cached_actions(mot: MoT, program: str):
+    """Prefill the video once, then an action step on its keys and values."""
+    video, action = inputs(VIDEO).values()
+    m = mask(program)
+    cache = mot.prefill_video_cache(video["x"], video["freqs"], video["t_mod"], video["context"], m[:VIDEO, :VIDEO])
+    arguments = (action["x"], action["freqs"], action["t_mod"], action["context"], cache, m, VIDEO)
+    return mot.forward_action_with_video_cache(*arguments)
+
+
+PROGRAMS = ["fast_wam_uncond", "fast_wam_joint", "fast_wam_idm"]
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_training(program):
+    mot = model()
+    check_patch(mot, lambda: train(mot, program), REPLACED)
+
+
+@pytest.mark.parametrize("program", PROGRAMS[:2])
+def test_prefill_and_cached_action_steps(program):
+    mot = model()
+    check_patch(mot, lambda: cached_actions(mot, program), REPLACED)
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_masks_are_the_named_programs(program):
+    named = NAMED_PROGRAMS[program](video_frames=FRAMES, video_tokens=TOKENS, actions=ACTIONS)
+    plan = plan_of_mask(mask(program))
+    assert torch.equal(plan.mask()[0, 0], mask(program))
+    assert plan.visible_pairs == compile_plan(named).visible_pairs
+    assert torch.equal(plan.mask(), compile_plan(named).mask())
+
+
+def test_a_mask_is_converted_once():
+    plans, m = MaskPlans(), mask("fast_wam_joint")
+    cpu = torch.device("cpu")
+    first = plans.plan(m, cpu)
+    assert plans.plan(m, cpu) is first and plans.plan(m.clone(), cpu) is first
+    assert plans.plan(mask("fast_wam_uncond"), cpu) is not first
+    m[0, -1] = True  # changed in place: the plan that it had is wrong now
+    assert torch.equal(plans.plan(m, cpu).mask()[0, 0], m)
+
+
+def test_inside_a_larger_model_and_in_a_copy():
+    whole = torch.nn.ModuleDict({"mot": model()})
+    expected = train(whole["mot"], "fast_wam_joint")
+    patch(whole)
+    twin = copy.deepcopy(whole)
+    with torch.no_grad():
+        for p in whole.parameters():
+            p.zero_()
+    # the copy runs on its own weights, not on those of the model that it was copied from
+    for name, t in train(twin["mot"], "fast_wam_joint").items():
+        torch.testing.assert_close(t, expected[name], **CLOSE)
+    unpatch(twin)
+    for name, t in train(twin["mot"], "fast_wam_joint").items():
+        assert torch.equal(t, expected[name])
+    assert "_mixed_attention" in vars(whole["mot"])
+
+
+def test_refuses_a_head_dim_without_a_kernel():
+    mot = model(head_dim=12)
+    with pytest.raises(Unsupported, match="Fast-WAM has heads of 12 channels; block_attention takes multiples of 8"):
+        patch(mot)
+    assert "_mixed_attention" not in vars(mot)
+    with pytest.warns(UserWarning, match="heads of 12 channels.*original code of Fast-WAM runs"):
+        assert patch(mot, on_unsupported="original") is None
+
+
+def test_a_mask_that_is_not_boolean():
+    mot = model()
+    data = inputs(VIDEO)["video"]
+    additive = torch.zeros(VIDEO, VIDEO)
+    call = lambda: mot.prefill_video_cache(data["x"], data["freqs"], data["t_mod"], data["context"], additive)  # noqa: E731
+    expected = call()
+    patch(mot)
+    with pytest.raises(Unsupported, match=r"attention_mask must be torch.bool \[Sq, Sk\], got torch.float32"):
+        call()
+    unpatch(mot)
+    patch(mot, on_unsupported="original")
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        got = [call(), call()][1]
+    assert len([w for w in seen if "original code of Fast-WAM runs" in str(w.message)]) == 1
+    torch.testing.assert_close(got[-1]["k"], expected[-1]["k"], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: patch(torch.nn.Linear(2, 2)), Unsupported, "model must be one of Fast-WAM, LingBot-VA.*got Linear"),
+        (lambda: patch(model(), "ignore"), ValueError, r"on_unsupported must be one of \('error', 'original'\)"),
+        (lambda: unpatch(model()), ValueError, "this MoT was not"),
+        (lambda: patch(MoT({"video": Expert(8, 8, 1, 8, 1)})), Unsupported, "has no action"),
+    ],
+)
+def test_refusals(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+def test_patching_twice_is_refused():
+    mot = model()
+    patch(mot)
+    with pytest.raises(ValueError, match="must not be patched already"):
+        patch(torch.nn.ModuleList([mot]))
+    with pytest.raises(ValueError, match="unpatch it first"):
+        patch(mot)

@@ -1,0 +1,54 @@
+"""Fast-WAM: ``MoT``, the mixture of a video and an action expert with one attention over both.
+
+Replaced: ``_mixed_attention`` (all of training, prefill and the cached action steps end there) and
+``_build_expert_attention_io`` (q/k norm and rope in one launch). Masks come dense, as the model builds them for
+``fast_wam_uncond``, ``fast_wam_joint``, ``fast_wam_idm`` and their slices. The original checkpoints its attention
+because a dense mask keeps S x S scores; here nothing of that size exists, so nothing is recomputed.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..qk_norm_rope import qk_norm_rope
+from ._patching import MaskPlans, Patch, Tables, Unsupported, attend, require_kernel
+
+SYSTEM = "Fast-WAM"
+
+
+def find(model: nn.Module) -> list[nn.Module]:
+    """The ``MoT`` modules of a model."""
+    return [m for m in model.modules() if type(m).__name__ == "MoT" and hasattr(m, "mixtures")]
+
+
+def apply(patch: Patch, mots: list[nn.Module]) -> None:
+    masks, tables = MaskPlans(), Tables()
+
+    def mixed_attention(mot, q_cat: Tensor, k_cat: Tensor, v_cat: Tensor, attention_mask: Tensor) -> Tensor:
+        q, k, v = (t.unflatten(-1, (mot.num_heads, -1)) for t in (q_cat, k_cat, v_cat))
+        plan = masks.plan(attention_mask, q.device)
+        return attend(SYSTEM, q, k, v, plan).flatten(2)
+
+    def build_io(mot, expert, block, x: Tensor, freqs: Tensor, t_mod: Tensor) -> tuple:
+        attn = block.self_attn
+        table = tables.of(freqs, lambda f: torch.view_as_real(f[:, 0]))  # [S, 1, D / 2] complex
+        shift, scale, gate, *mlp = mot._split_modulation(block, t_mod)
+        h = block.norm1(x) * (1 + scale) + shift
+        weights = attn.norm_q.weight, attn.norm_k.weight
+        head_dim, eps = attn.attn_head_dim, attn.norm_q.eps
+        q, k = qk_norm_rope(attn.q(h), attn.k(h), *weights, table, head_dim=head_dim, eps=eps)
+        checkpointed = bool(getattr(expert, "use_gradient_checkpointing", False))
+        return q.flatten(2), k.flatten(2), attn.v(h), x, gate, *mlp, checkpointed
+
+    for mot in mots:
+        missing = {"video", "action"} - set(mot.mixtures)
+        if missing:
+            raise Unsupported(
+                f"patch: {SYSTEM}'s MoT must have a video and an action expert, but has no {missing.pop()}"
+            )
+        for expert in mot.mixtures.values():
+            probe = expert.blocks[0].self_attn.q.weight
+            require_kernel(SYSTEM, probe.new_empty(expert.blocks[0].self_attn.attn_head_dim))
+        patch.method(mot, "_mixed_attention", mixed_attention)
+        patch.method(mot, "_build_expert_attention_io", build_io)

@@ -1,0 +1,237 @@
+"""LingBot-VA: ``WanTransformer3DModel`` with ``WanAttention``, its flex training mask and its slot-pool inference.
+
+Training (``attn_mode="flex"``). ``forward_train`` hands sizes to ``FlexAttnFunc.init_mask``, which compiles a block
+mask of S x S and keeps it on the class. While a patched ``forward_train`` runs, ``init_mask`` is a function that
+compiles the plans of ``lingbot_va_train`` and ``lingbot_va_text`` from the same sizes; each ``FlexAttnFunc`` instance
+of this model reads them. q, k and v keep their dtype (the original rounds float32 to bfloat16 there).
+
+Inference. ``WanAttention`` writes the chunk's keys into free slots of a pool, gathers all valid slots, attends, and
+takes the chunk out again; finding slots costs four stops for the device in every layer. Here a mirror on the host keeps
+the slots' ids and flags by the same rules, the pool is read in place (``cached_attention``), and nothing stops.
+
+In both, ``WanAttention.forward`` runs q/k norm and rope in one launch.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..cached_attention import cached_attention
+from ..plan import compile_plan
+from ..programs import lingbot_va_text, lingbot_va_train
+from ..qk_norm_rope import qk_norm_rope
+from ._patching import Patch, Tables, Unsupported, attend, require_kernel
+
+SYSTEM = "LingBot-VA"
+TEXT_TOKENS = 512  # of each sample, as init_mask has it
+
+
+def find(model: nn.Module) -> list[nn.Module]:
+    """The transformers of a model; diffusers has a class of the same name, but without ``attn_caches``."""
+    return [
+        m
+        for m in model.modules()
+        if type(m).__name__ == "WanTransformer3DModel"
+        and all(hasattr(getattr(block, "attn1", None), "attn_caches") for block in getattr(m, "blocks", [None]))
+    ]
+
+
+def apply(patch: Patch, models: list[nn.Module]) -> None:
+    tables = Tables()
+    for model in models:
+        probe = model.blocks[0].attn1.to_q.weight
+        require_kernel(SYSTEM, probe.new_empty(model.attention_head_dim))
+        plans: dict[bool, object] = {}  # of the step at work: is_cross -> plan
+        for block in model.blocks:
+            _patch_attention(patch, block.attn1, tables)
+            for attn in (block.attn1, block.attn2):
+                if type(attn.attn_op).__name__ == "FlexAttnFunc":
+                    patch.method(attn.attn_op, "forward", _flex_forward(plans))
+        if type(model.blocks[0].attn1.attn_op).__name__ == "FlexAttnFunc":
+            patch.method(model, "forward_train", _forward_train(patch, plans))
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def _forward_train(patch: Patch, plans: dict):
+    def forward_train(model, input_dict: dict):
+        flex = type(model.blocks[0].attn1.attn_op)
+        original = vars(flex)["init_mask"]
+
+        def init_mask(latent_shape, action_shape, padded_length, chunk_size, window_size, patch_size, device):
+            plans.clear()
+            try:
+                plans.update(
+                    _plans(latent_shape, action_shape, padded_length, chunk_size, window_size, patch_size, device)
+                )
+            except Unsupported as reason:
+                patch.refuse(reason)
+                sizes = (latent_shape, action_shape, padded_length, chunk_size, window_size, patch_size, device)
+                original.__get__(None, flex)(*sizes)
+
+        # the model names the class, not the instance, so for the length of this call the class has another builder
+        flex.init_mask = staticmethod(init_mask)
+        try:
+            return type(model).forward_train(model, input_dict)
+        finally:
+            flex.init_mask = original
+
+    return forward_train
+
+
+def _plans(latent_shape, action_shape, padding: int, chunk_size: int, window: int, patch_size, device) -> dict:
+    samples, _, frames, rows, columns = latent_shape
+    _, _, action_frames, *slots = action_shape
+    if patch_size[0] != 1:
+        raise Unsupported(
+            f"patch: {SYSTEM}'s patch_size must be 1 frame, as in its mask's frame ids, got {patch_size[0]}"
+        )
+    video_tokens = (rows // patch_size[1]) * (columns // patch_size[2])
+    action_tokens = int(np.prod(slots))
+    train = lingbot_va_train(
+        samples=samples, video_frames=frames, video_tokens=video_tokens, action_frames=action_frames,
+        action_tokens=action_tokens, chunk_size=int(chunk_size), window=int(window), padding=int(padding),
+    )  # fmt: skip
+    text = lingbot_va_text(
+        samples=samples, video=frames * video_tokens, actions=action_frames * action_tokens,
+        text_tokens=TEXT_TOKENS, padding=int(padding),
+    )  # fmt: skip
+    return {False: compile_plan(train, device=device), True: compile_plan(text, device=device)}
+
+
+def _flex_forward(plans: dict):
+    def forward(op, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        plan = plans.get(op.is_cross)
+        if plan is None:
+            raise Unsupported(f"patch: {SYSTEM}'s flex attention has no plan; only a patched forward_train makes one")
+        query, key = query.to(value.dtype), key.to(value.dtype)
+        return attend(SYSTEM, query[:1], key[:1], value[:1], plan)
+
+    return forward
+
+
+# --- WanAttention -----------------------------------------------------------------------------------------------------
+
+
+def _patch_attention(patch: Patch, attn: nn.Module, tables: Tables) -> None:
+    slots: dict[str, _Slots] = {}
+    patch.attribute(attn, "_wam_slots", slots)
+
+    def slots_of(attn, cache_name: str) -> _Slots:
+        cache = attn.attn_caches[cache_name]
+        mirror = attn._wam_slots.get(cache_name)
+        if mirror is None or mirror.cache is not cache:  # a new pool: init_kv_cache makes a new dict
+            mirror = attn._wam_slots[cache_name] = _Slots(cache)
+        return mirror
+
+    def update_cache(attn, cache_name: str, key: Tensor, value: Tensor, is_pred: bool) -> np.ndarray:
+        return slots_of(attn, cache_name).write(key, value, bool(is_pred))
+
+    def restore_cache(attn, cache_name: str, taken: np.ndarray) -> None:
+        slots_of(attn, cache_name).release(taken)
+
+    def clear_pred_cache(attn, cache_name: str) -> None:
+        slots_of(attn, cache_name).release_predicted()
+
+    def forward(attn, q, k, v, rotary_emb, update_cache: int = 0, cache_name: str = "pos") -> Tensor:
+        cache = (attn.attn_caches or {}).get(cache_name)
+        pooled = cache is not None and cache["k"] is not None
+        if pooled and torch.is_grad_enabled() and (q.requires_grad or attn.to_q.weight.requires_grad):
+            raise Unsupported(f"patch: {SYSTEM}'s cached attention has no gradient; run it under torch.no_grad()")
+        head_dim = attn.inner_dim // attn.heads
+        query, key, value = attn.to_q(q), attn.to_k(k), attn.to_v(v).unflatten(2, (attn.heads, -1))
+        table = tables.of(rotary_emb, _rope_table)
+        eps = attn.norm_q.eps
+        weights = attn.norm_q.weight, attn.norm_k.weight
+        query, key = qk_norm_rope(query, key, *weights, table, head_dim=head_dim, eps=eps)
+        if pooled:
+            taken = attn.update_cache(cache_name, key, value, is_pred=(update_cache == 1))
+            out = slots_of(attn, cache_name).attend(query)
+            if update_cache == 0:
+                attn.restore_cache(cache_name, taken)
+        else:
+            out = attn.attn_op(query, key, value)
+        return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).type_as(query)))
+
+    patch.method(attn, "forward", forward)
+    for new in (update_cache, restore_cache, clear_pred_cache):
+        patch.method(attn, new.__name__, new)
+
+
+def _rope_table(freqs: Tensor) -> Tensor:
+    """``[B or 1, S, 1, D / 2]`` complex to ``[B, S, D / 2, 2]``, or ``[S, D / 2, 2]`` where the batch shares it."""
+    table = torch.view_as_real(freqs[:, :, 0])
+    return table[0] if len(table) == 1 else table
+
+
+class _Slots:
+    """Which slots of one layer's pool hold what; numpy on the host, by the rules of ``WanAttention``.
+
+    The pool's own tensors ``id``, ``mask`` and ``is_pred`` follow whenever slots change hands for good, so that the
+    model can be unpatched between two chunks. A chunk that is written, attended and taken out again leaves them alone.
+    """
+
+    def __init__(self, cache: dict[str, Tensor]) -> None:
+        self.cache = cache
+        self.id, self.mask, self.is_pred = (cache[name].cpu().numpy().copy() for name in ("id", "mask", "is_pred"))
+
+    def write(self, key: Tensor, value: Tensor, is_pred: bool) -> np.ndarray:
+        """Put ``[B, n, H, D]`` into the first n free slots, the lowest ids evicted; returns the slots."""
+        n = key.shape[1]
+        free = np.flatnonzero(~self.mask)
+        if free.size < n:
+            used = np.flatnonzero(self.mask)
+            evicted = used[np.argsort(self.id[used], kind="stable")[: n - free.size]]
+            self.mask[evicted], self.id[evicted] = False, -1
+            free = np.flatnonzero(~self.mask)
+        if free.size < n:
+            raise ValueError(f"{SYSTEM}: the cache must have {n} slots for the chunk, got {self.mask.size} in all")
+        taken = free[:n]
+        new_id = self.id[self.mask].max() + 1 if self.mask.any() else 0
+        at = 0
+        for lo, hi in _stretches(taken):
+            self.cache["k"][:, lo:hi] = key[:, at : at + hi - lo]
+            self.cache["v"][:, lo:hi] = value[:, at : at + hi - lo]
+            at += hi - lo
+        self.mask[taken], self.id[taken], self.is_pred[taken] = True, new_id, is_pred
+        self._follow()
+        return taken
+
+    def release(self, slots: np.ndarray) -> None:
+        self.mask[slots] = False
+        self._follow()
+
+    def release_predicted(self) -> None:
+        self.mask[self.is_pred] = False
+        self._follow()
+
+    def attend(self, query: Tensor) -> Tensor:
+        """Queries ``[B, S, H, D]`` over all valid slots, where they lie."""
+        ranges = _device_ranges(_stretches(np.flatnonzero(self.mask)), query.shape[0], query.device)
+        pool = self.cache["k"], self.cache["v"]
+        return cached_attention(query.to(pool[0].dtype), *pool, ranges, group_rows=(query.shape[1],)).to(query.dtype)
+
+    def _follow(self) -> None:
+        for name in ("id", "mask", "is_pred"):
+            self.cache[name].copy_(torch.from_numpy(getattr(self, name)), non_blocking=True)
+
+
+def _stretches(slots: np.ndarray) -> tuple[tuple[int, int], ...]:
+    """Sorted slots as ranges [begin, end)."""
+    if not slots.size:
+        return ()
+    cut = np.flatnonzero(np.diff(slots) > 1)
+    begin, end = slots[np.r_[0, cut + 1]], slots[np.r_[cut, slots.size - 1]] + 1
+    return tuple(zip(begin.tolist(), end.tolist(), strict=True))
+
+
+@lru_cache(maxsize=256)
+def _device_ranges(ranges: tuple[tuple[int, int], ...], batch: int, device: torch.device) -> Tensor:
+    """int32 ``[batch, 1, R, 2]``; a rollout comes back to the same few lists, so this seldom copies anything."""
+    one = torch.tensor(ranges or [(0, 0)], dtype=torch.int32, device=device)
+    return one.expand(batch, 1, -1, 2).contiguous()
