@@ -69,8 +69,14 @@ def _train(parser: argparse.ArgumentParser) -> None:
 
 def _rollout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data set in LeRobot layout")
-    parser.add_argument("--episode", type=at_least(0), metavar="N", help="default: the first held-out one")
+    world = parser.add_mutually_exclusive_group(required=True)
+    world.add_argument("--data", type=Path, metavar="DIR", help="recorded episodes: a data set in LeRobot layout")
+    adapter = "act in a simulator: what makes its adapter, see wam_models.simulator"
+    world.add_argument("--simulator", metavar="MODULE:FACTORY", help=adapter)
+    parser.add_argument("--episode", type=at_least(0), metavar="N", help="of --data; default: the first held-out one")
+    parser.add_argument(
+        "--chunks", type=at_least(1), metavar="N", help="at most so many; default: all, or 40 in a simulator"
+    )
     parser.add_argument("--program", metavar="P", help="interaction program; default: the checkpoint's")
     parser.add_argument("--objective", metavar="O", help="what is denoised given what; default: joint")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of what it writes; default: in the checkpoint")

@@ -1,4 +1,4 @@
-"""``wam rollout``: predict one recorded episode chunk by chunk, show how fast and how well."""
+"""``wam rollout``: predict an episode chunk by chunk, recorded or in a simulator; show how fast and how well."""
 
 from __future__ import annotations
 
@@ -16,8 +16,11 @@ from .evaluate import mean_psnr, rmse, stream
 from .objectives import GJD, MODEL_PROGRAMS, OBJECTIVES
 from .pictures import film
 from .policy import Policy
-from .rollout import CONDITIONAL_CHUNK, RolloutEngine
+from .rollout import CONDITIONAL_CHUNK, RolloutConfig, RolloutEngine
+from .simulator import load, play
 from .train import check_device
+
+SIMULATED_CHUNKS = 40
 
 
 def run(args) -> int:
@@ -34,43 +37,50 @@ def run(args) -> int:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     policy, _ = Policy.load(args.checkpoint, device)
-    dataset = LeRobotDataset(args.data)
+    config = policy.rollout
+    config = replace(config, program=GJD if goal.conditional else args.program or config.program)
+    config = replace(config, steps=args.steps or config.steps)
+    name = f"{objective}_{config.program}"
+    if args.simulator is not None:
+        for flag, value in (("--episode", args.episode), ("--open-loop", args.open_loop or None)):
+            if value is not None:
+                raise ValueError(f"{flag} must be left out with --simulator: it concerns recorded episodes")
+        if goal.conditional:
+            raise ValueError(f"--objective must be joint with --simulator, got {objective}")
+        return _simulated(args, policy, config, name)
+    return _recorded(args, policy, config, objective, name)
+
+
+def _recorded(args, policy: Policy, config: RolloutConfig, objective: str, name: str) -> int:
+    goal, dataset = OBJECTIVES[objective], LeRobotDataset(args.data)
     number = args.episode
     if number is None:
         number = next((e.index for e in dataset.episodes if e.split and e.split != "train"), 0)
     if number >= len(dataset.episodes):
         raise ValueError(f"--episode must be below {len(dataset.episodes)}, got {number}")
     clip = policy.clip(dataset, number)
-
-    config = policy.rollout
-    config = replace(config, program=GJD if goal.conditional else args.program or config.program)
-    config = replace(config, steps=args.steps or config.steps)
     size = CONDITIONAL_CHUNK if goal.conditional else config.chunk_size
     frames = clip["video"].shape[2]
-    total = (frames - 1) // size
+    total = min((frames - 1) // size, args.chunks or frames)
     if total < 1:
         raise ValueError(f"--episode {number} has {frames} latent frames, too few for one chunk of {size}")
     with torch.no_grad():
         text = policy.text([clip["text"]])
     chunks = stream(
         RolloutEngine(policy.model, config), clip["video"], clip["action"], text, objective=objective,
-        generator=torch.Generator().manual_seed(args.seed), closed_loop=not args.open_loop,
+        generator=torch.Generator().manual_seed(args.seed), end=1 + total * size, closed_loop=not args.open_loop,
     )  # fmt: skip
     done = list(tqdm(chunks, total=total, desc="rollout", unit="chunk", dynamic_ncols=True))
 
-    seconds = np.array([c.seconds for c in done])
-    p50, p95 = np.percentile(seconds, [50, 95])
-    actions = size * clip["action"].shape[2]
     split = dataset.episodes[number].split or "no split"
     print(f'episode        {number} ({split}), {frames} latent frames: "{clip["text"]}"')
     print(
         f"objective      {objective}, program {config.program}, {config.steps} denoising steps, {policy.model.device}"
     )
     history = "predicted frames become history" if args.open_loop else "recorded frames become history"
+    actions = size * clip["action"].shape[2]
     print(f"chunks         {len(done)} of {size} frames ({actions} actions); {history}")
-    print(f"seconds/chunk  p50 {p50:.4f}, p95 {p95:.4f}")
-    print(f"actions/second {actions / p50:.1f} (the recording runs at {dataset.fps:g})")
-    print(f"peak memory    {_peak_memory(device)}")
+    _print_speed([c.seconds for c in done], actions, f"the recording runs at {dataset.fps:g}", policy)
 
     span = slice(1, 1 + len(done) * size)
     if goal.action:
@@ -80,10 +90,39 @@ def run(args) -> int:
         imagined = policy.codec.decode(torch.cat([clip["video"][:, :, :1], *(c.video.cpu() for c in done)], 2)[0])
         real = clip["frames"][: len(imagined)]
         print(f"video          {mean_psnr(imagined[None, 1:], real[None, 1:]):.2f} dB PSNR")
-        path = (args.out or args.checkpoint) / f"episode{number:03d}_{objective}_{config.program}.gif"
-        film({"real": real, "imagined": imagined}, path, milliseconds=round(1000 * STRIDE / dataset.fps))
-        print(f"written        {path}")
+        _film(args, f"episode{number:03d}_{name}", real, imagined, dataset.fps)
     return 0
+
+
+def _simulated(args, policy: Policy, config: RolloutConfig, name: str) -> int:
+    simulator = load(args.simulator)
+    generator = torch.Generator().manual_seed(args.seed)
+    played = play(policy, config, simulator, chunks=args.chunks or SIMULATED_CHUNKS, generator=generator)
+    print(f'simulator      {args.simulator}: "{played.instruction}"')
+    print(f"program        {config.program}, {config.steps} denoising steps, {policy.model.device}")
+    seen = len(played.pictures) - 1
+    print(
+        f"chunks         {len(played.chunk_seconds)} of {config.chunk_size} frames, {seen} frames executed and observed"
+    )
+    print(f"task           {'done' if played.done else 'not done'}")
+    actions = config.chunk_size * policy.model.config.actions_per_frame
+    _print_speed(played.chunk_seconds, actions, "without the simulator", policy)
+    _film(args, f"simulated_{name}", played.pictures, played.imagined, 20)
+    return 0
+
+
+def _print_speed(seconds: list[float], actions: int, remark: str, policy: Policy) -> None:
+    p50, p95 = np.percentile(seconds, [50, 95])
+    print(f"seconds/chunk  p50 {p50:.4f}, p95 {p95:.4f} ({1 / p50:.1f} Hz)")
+    print(f"actions/second {actions / p50:.1f} ({remark})")
+    print(f"peak memory    {_peak_memory(policy.model.device)}")
+
+
+def _film(args, name: str, real: np.ndarray, imagined: np.ndarray, fps: float) -> None:
+    length = min(len(real), len(imagined))
+    path = (args.out or args.checkpoint) / f"{name}.gif"
+    film({"real": real[:length], "imagined": imagined[:length]}, path, milliseconds=round(1000 * STRIDE / fps))
+    print(f"written        {path}")
 
 
 def _peak_memory(device: torch.device) -> str:

@@ -77,6 +77,52 @@ def test_rollout_of_inverse_dynamics_has_no_video(demo, root, tmp_path, capsys):
     assert "action error" in said and "dB" not in said and not list(tmp_path.iterdir())
 
 
+SIMULATOR = """
+import numpy as np
+
+class Box:
+    def __init__(self):
+        self.calls, self.rng = 0, np.random.default_rng(0)
+    def reset(self):
+        return self.rng.integers(0, 255, (32, 64, 3), np.uint8), "lift"
+    def step(self, actions):
+        assert actions.shape == (8, 7) and actions.dtype == np.float32
+        self.calls += 1
+        done = self.calls == 4
+        return self.rng.integers(0, 255, (1 if self.calls == 2 else 2, 32, 64, 3), np.uint8), done
+
+class TooMany(Box):
+    def step(self, actions):
+        return np.zeros((3, 32, 64, 3), np.uint8), False
+
+empty = object
+"""
+
+
+def test_rollout_acts_in_a_simulator(demo, tmp_path, capsys, monkeypatch):
+    (tmp_path / "toy_simulator.py").write_text(SIMULATOR)
+    monkeypatch.chdir(tmp_path)
+    base = ["rollout", "--checkpoint", str(demo[0] / "checkpoint"), "--out", str(tmp_path), "--simulator"]
+    assert cli.main([*base, "toy_simulator:Box"]) == 0
+    said = capsys.readouterr().out
+    # the second chunk was cut short after one of its two frames, the fourth finished the task
+    for words in ("4 of 2 frames, 7 frames executed", "task           done", "p50", "p95", "Hz", "peak memory"):
+        assert words in said
+    assert list(tmp_path.glob("simulated_joint_*.gif"))
+    assert cli.main([*base, "toy_simulator:Box", "--chunks", "2"]) == 0
+    assert "2 of 2 frames, 3 frames executed" in (said := capsys.readouterr().out) and "not done" in said
+    for name, message in (
+        ("toy_simulator", "must be module:factory"),
+        ("toy_simulator:Ball", "cannot be loaded"),
+        ("toy_simulator:empty", "without reset and step"),
+        ("toy_simulator:TooMany", "at most 2 pictures for 8 actions"),
+        ("toy_simulator:Box --episode 1", "--episode must be left out"),
+        ("toy_simulator:Box --objective inverse_dynamics", "--objective must be joint"),
+    ):
+        assert cli.main([*base, *name.split()]) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
