@@ -1,7 +1,9 @@
 """The training loop: configs that refuse nonsense, runs that resume exactly, draws that keep the mixture."""
 
+import itertools
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,9 @@ import torch
 from tests.demo.conftest import TINY
 from wam_kernels import PROGRAMS
 from wam_models import GJD, cli, load_checkpoint
+from wam_models import train as train_module
 from wam_models.data import ClipDataset
+from wam_models.muon import Muon
 from wam_models.policy import Policy
 from wam_models.train import TrainConfig, prepare, train
 from wam_models.model import WorldActionModel
@@ -33,6 +37,55 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(config, data, root
         assert torch.equal(a, b)
     logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert losses(logged) == losses(whole.log)
+
+
+def test_time_decides_once_where_the_rate_ends(config, data, root, tmp_path, monkeypatch):
+    """With a clock of one second a step: a run of 20 seconds decides halfway to end at step 19, and resumes so."""
+    config = replace(config, steps=1000, schedule="decay", warmup=0)
+
+    def run(**options):
+        ticks = itertools.count()
+        monkeypatch.setattr(train_module, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+        return train(config, data, seed=3, progress=False, **options)
+
+    whole = run(seconds=20)
+    assert whole.step == 19
+    rates = [row["rate"] for row in whole.log]
+    assert rates[:10] == [config.learning_rate] * 10
+    assert all(a > b for a, b in itertools.pairwise(rates[9:])) and rates[-1] < 0.2 * rates[0]
+    rows = []
+    cut = run(seconds=20, out=tmp_path, stop=lambda: rows.append(0) or len(rows) == 12)
+    assert cut.step == 12
+    policy, found = Policy.load(tmp_path / "checkpoint")
+    again = ClipDataset(root, policy.codec)
+    rest = train(config, again, out=tmp_path, resume=found, progress=False)
+    assert losses(cut.log) + losses(rest.log) == losses(whole.log)
+    for a, b in zip(whole.policy.model.parameters(), rest.policy.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("schedule, half, end", [("constant", 1.0, 1.0), ("cosine", 0.5, 0.0), ("decay", 1.0, 0.0)])
+def test_schedules(schedule, half, end):
+    config = TrainConfig(schedule=schedule, steps=1000, warmup=4, learning_rate=2.0)
+    assert [config.rate(step) for step in range(2)] == pytest.approx([0.4, 0.8], rel=1e-4)
+    assert config.rate(500) == pytest.approx(2 * half) and config.rate(1000) == pytest.approx(2 * end)
+    assert config.rate(50, end=100) == pytest.approx(2 * half)
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_muon_moves_along_the_orthogonal_factor(shape):
+    torch.manual_seed(0)
+    start, grads = torch.randn(2, *shape), torch.randn(2, *shape)
+    matrices = [torch.nn.Parameter(m.clone()) for m in start]
+    for p, g in zip(matrices, grads, strict=True):
+        p.grad = g
+    Muon(matrices, lr=0.1, weight_decay=0.5).step()
+    for p, before, g in zip(matrices, start, grads, strict=True):
+        moved = (before * (1 - 0.1 * 0.5) - p.detach()) / (0.1 * 0.2 * 40**0.5)
+        u, _, vh = torch.linalg.svd(g, full_matrices=False)
+        sizes = (u.T @ moved @ vh.T).diagonal()
+        assert 0.6 < sizes.min() and sizes.max() < 1.3
+        assert (moved - u @ sizes.diag() @ vh).norm() < 1e-3 * moved.norm()
 
 
 def test_seeds_and_threads_of_randomness(config, data):
