@@ -25,11 +25,16 @@ def _runs(group: list[list[int]], b: int, g: int, slots: int) -> tuple[tuple[int
             raise ValueError(
                 f"cached_attention: ranges[{b}, {g}] must not overlap, got one up to {runs[-1][1]} and [{start}, {end})"
             )
-        if runs and start == runs[-1][1]:
-            runs[-1] = runs[-1][0], end
-        else:
-            runs.append((start, end))
+        _append(runs, start, end)
     return tuple(runs)
+
+
+def _append(slices: _Slices, start: int, end: int) -> None:
+    """Add a slice, to the last one if it follows on."""
+    if slices and slices[-1][1] == start:
+        slices[-1] = slices[-1][0], end
+    else:
+        slices.append((start, end))
 
 
 def _calls(ranges: Tensor, group_rows: Sequence[int], slots: int) -> Iterator[tuple[slice, _Slices, _Slices]]:
@@ -43,7 +48,7 @@ def _calls(ranges: Tensor, group_rows: Sequence[int], slots: int) -> Iterator[tu
         start = 0
         for runs, count in zip(groups, group_rows, strict=True):
             if runs and count:
-                rows.setdefault(runs, []).append((start, start + count))
+                _append(rows.setdefault(runs, []), start, start + count)
             start += count
         for runs, parts in rows.items():
             yield slice(None) if alike else slice(b, b + 1), parts, list(runs)
@@ -60,19 +65,22 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out ``[B, S, H, D]`` contiguous, lse ``[B, H, S]``."""
     B, S, H, _ = q.shape
-    out, lse = (
-        q.new_zeros(q.shape),
-        q.new_full((B, H, S), float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32)),
-    )
-    if q.numel() == 0:
-        return out, lse
-    for samples, rows, slots in _calls(ranges, group_rows, k_cache.shape[1]):
+    calls = list(_calls(ranges, group_rows, k_cache.shape[1])) if q.numel() else []
+    results = []
+    for samples, rows, slots in calls:
         # the public scaled_dot_product_attention runs this too, but keeps the lse to itself
         out_BHsD, lse_BHs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             _take(q[samples], rows), _take(k_cache[samples], slots), _take(v_cache[samples], slots), scale=scale
         )
+        results.append((out_BHsD.transpose(1, 2), lse_BHs))
+    if [call[:2] for call in calls] == [(slice(None), [(0, S)])]:  # one call made everything
+        return results[0][0].contiguous(), results[0][1].contiguous()
+
+    out = q.new_zeros(q.shape)
+    lse = q.new_full((B, H, S), float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
+    for (samples, rows, _), (out_BsHD, lse_BHs) in zip(calls, results, strict=True):
         counts = [end - start for start, end in rows]
-        for (start, end), o, s in zip(rows, out_BHsD.split(counts, 2), lse_BHs.split(counts, 2), strict=True):
-            out[samples, start:end] = o.transpose(1, 2)
+        for (start, end), o, s in zip(rows, out_BsHD.split(counts, 1), lse_BHs.split(counts, 2), strict=True):
+            out[samples, start:end] = o
             lse[samples, :, start:end] = s
     return out, lse
