@@ -69,9 +69,9 @@ class TrainConfig:
     - half of the samples inverse dynamics instead of a fifth: its error is 0.515 instead of 0.555;
     - 12 heads of 16 instead of 6 of 32, which look at twice as many places: 0.454 instead of 0.494.
 
-    Then 400 steps each with the demo's mixture and seed 0; inverse dynamics error on all 11 held-out episodes (0.432
-    for repeating the last action) and PSNR of forward dynamics on the demo's six. Each line adds to the kept ones before
-    it:
+    Then 400 steps each with the demo's mixture and seed 0: inverse dynamics error on all 11 held-out episodes (0.432
+    for repeating the last action) and PSNR of forward dynamics on the demo's six. Each line adds to the kept lines
+    before it:
 
     - conditional objectives in chunks of one frame, as they are rolled out: 0.478, 16.5 dB;
     - rope base 10 instead of 10,000, whose second pair of dimensions tells near places apart too, and a rate that falls
