@@ -1,7 +1,7 @@
 """Kernels for world-action models: attention under video-action interaction programs, and the glue of their blocks."""
 
 from .adaln import ada_layer_norm, gate_residual_ada_layer_norm
-from .block_attention import block_attention
+from .block_attention import block_attention, plan_from_mask_mod, varlen_attention
 from .cached_attention import cached_attention
 from .frame_index import FrameIndex
 from .plan import Plan, TileShape, compile_plan
@@ -28,8 +28,10 @@ __all__ = [
     "compile_plan",
     "dense_mask",
     "gate_residual_ada_layer_norm",
+    "plan_from_mask_mod",
     "qk_norm_rope",
     "rope_table",
     "tokens",
+    "varlen_attention",
     "visible",
 ]
