@@ -19,8 +19,8 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 PYTHON=${PYTHON:-python3}
 SECONDS_IN_ALL=${GPU_SECONDS:-530}
 PARTS=(
-  machine build tests_attention tests_norms tests_cached tests_cuda rollout attention norms train_step
-  memcheck racecheck streaming plan
+  machine build tests_attention tests_norms tests_cached tests_cuda tests_rollout rollout attention norms
+  train_step memcheck racecheck streaming plan
 )
 
 # ---- parts: run SECONDS COMMAND...; the seconds are a cap, a part is its commands in order ----
@@ -43,6 +43,8 @@ build() {
 tests_attention() { run 150 "$PYTHON" -m pytest -q --maxfail=5 tests/gpu/test_block_attention.py; }
 tests_norms() { run 150 "$PYTHON" -m pytest -q --maxfail=5 tests/gpu/test_adaln.py tests/gpu/test_qk_norm_rope.py; }
 tests_cached() { run 150 "$PYTHON" -m pytest -q --maxfail=5 tests/gpu/test_cached_attention.py; }
+# CUDA graphs equal eager passes, flat memory, nothing waits for the device
+tests_rollout() { run 150 "$PYTHON" -m pytest -q --maxfail=5 tests/gpu/test_rollout.py; }
 # the CUDA launchers on the compiled extension; on a CPU the same tests run on the host emulation
 tests_cuda() {
   run 150 "$PYTHON" -m pytest -q --maxfail=5 tests/csrc/test_adaln.py tests/csrc/test_qk_norm_rope.py -k gpu
