@@ -5,7 +5,7 @@ express). What it raises beyond that is recorded as its error. No peer is droppe
 
 Run so far, on a CPU: ``sdpa_dense_mask``, ``sdpa_flash``, ``flex``. Not run yet, written from the sources named at
 each: ``sdpa_cudnn``, ``flex_openwam``, ``flash_attn_2``, ``flash_attn_3``, ``flash_attn_4``, ``xformers``,
-``flashinfer``, ``cudnn_block_mask``.
+``flashinfer``, ``cudnn_block_mask``, and the norms of Liger and quack at the end of this file.
 """
 
 from __future__ import annotations
@@ -413,4 +413,57 @@ ATTENTION = (
     Peer("xformers", _xformers, "xformers", "xformers"),
     Peer("flashinfer", _flashinfer, "flashinfer", "flashinfer-python"),
     Peer("cudnn_block_mask", _cudnn_block_mask, "cudnn", "nvidia-cudnn-frontend"),
+)
+
+
+# ---- norms ----
+
+
+@dataclass(frozen=True)
+class NormPeer:
+    """A library's LayerNorm as ``norm(x, weight, bias, eps)``, or its RMSNorm as ``norm(x, weight, eps)``; last dim."""
+
+    name: str
+    what: str
+    package: str
+    module: str
+    make: Callable[[], Callable]
+
+    def load(self, device: str) -> Callable:
+        """
+        Raises:
+            Unavailable: another device, or not installed.
+        """
+        if device != "cuda":
+            raise Unavailable("runs on cuda only")
+        if not _installed(self.module):
+            raise Unavailable(f"{self.package} is not installed")
+        return self.make()
+
+
+def _liger_layer_norm() -> Callable:
+    """Source: liger_kernel/transformers/functional.py."""
+    from liger_kernel.transformers.functional import liger_layer_norm
+
+    return liger_layer_norm
+
+
+def _liger_rms_norm() -> Callable:
+    from liger_kernel.transformers.functional import liger_rms_norm
+
+    # in place it would overwrite the incoming gradient, which the next call needs
+    return lambda x, weight, eps: liger_rms_norm(x, weight, eps, in_place=False)
+
+
+def _quack_rms_norm() -> Callable:
+    """Source: quack/rmsnorm.py. Its LayerNorm has no bias, so it cannot stand for a shift."""
+    from quack import rmsnorm
+
+    return lambda x, weight, eps: rmsnorm(x, weight, eps=eps)
+
+
+NORMS = (
+    NormPeer("liger", "layer_norm", "liger-kernel", "liger_kernel", _liger_layer_norm),
+    NormPeer("liger", "rms_norm", "liger-kernel", "liger_kernel", _liger_rms_norm),
+    NormPeer("quack", "rms_norm", "quack-kernels", "quack", _quack_rms_norm),
 )

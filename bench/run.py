@@ -27,7 +27,7 @@ RESULTS = ROOT / "bench" / "results"
 SUITES = {
     "plan": ("bench_plan",),
     "attention": ("bench_attention",),
-    "norms": ("bench_adaln", "bench_qk_norm_rope"),
+    "norms": ("bench_adaln", "bench_qk_norm_rope", "bench_norm_peers"),
     "streaming": ("bench_cached_attention", "bench_streaming"),
     "train_step": ("bench_train_step",),
     "rollout": ("bench_rollout",),
