@@ -1,0 +1,464 @@
+"""The OpenWAM integration against the real package (PyPI ``openwam``): same numbers with and without it."""
+
+import json
+import warnings
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("open_wam", reason="openwam is in requirements-test.txt")
+
+from open_wam.contracts.sample_metadata import ConditionalDynamicsSequenceLayout
+from open_wam.models.common.denoising_cache import attention_dependency_closure
+from open_wam.models.common.dynamics_contracts import DynamicsRolloutRequest
+from open_wam.models.policy_variants import PolicyInferContext
+
+from tests.integrations import openwam_cases as cases
+from tests.integrations.openwam_cases import (
+    ARCHITECTURES, GJD, OBJECTIVES, PREFIX, PROGRAMS, build, rollout, train_step,
+)  # fmt: skip
+from wam_kernels import Geometry, block_attention, compile_plan, dense_mask
+from wam_kernels.integrations import openwam
+from wam_kernels.integrations.openwam import UnsupportedError
+from wam_kernels.integrations.openwam import visibility as visibility_module
+
+TOLERANCE = 1e-4
+
+
+@contextmanager
+def installed(on_unsupported: str = "error"):
+    openwam.install(on_unsupported)
+    try:
+        yield
+    finally:
+        openwam.uninstall()
+
+
+@pytest.fixture
+def attention_calls(monkeypatch):
+    """How often the ops were called: an agreement of the original with itself proves nothing."""
+    calls = {"block_attention": 0, "cached_attention": 0}
+
+    def counted(name):
+        original = getattr(visibility_module, name)
+
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(visibility_module, name, call)
+
+    for name in calls:
+        counted(name)
+    return calls
+
+
+def assert_agree(ours, theirs, tolerance=TOLERANCE):
+    if isinstance(ours, list):
+        ours, theirs = dict(enumerate(ours)), dict(enumerate(theirs))
+    assert ours.keys() == theirs.keys()
+    for name, expected in theirs.items():
+        scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+        torch.testing.assert_close(
+            ours[name], expected, rtol=0, atol=tolerance * scale, msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def step_both(pipeline, **options):
+    theirs = train_step(pipeline, **options)
+    with installed():
+        ours = train_step(pipeline, **options)
+    assert_agree(ours, theirs)
+    return ours
+
+
+def roll_both(make, *args, **options):
+    theirs = rollout(make(), *args, **options)
+    with installed():
+        ours = rollout(make(), *args, **options)
+    assert_agree(ours, theirs)
+    return ours
+
+
+# ---- training ----
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_agrees_for_every_program(architecture, program, attention_calls):
+    results = step_both(build(architecture, program))
+    assert attention_calls["block_attention"] == 2  # once for each layer
+    assert all(results[name].abs().max() > 0 for name in ("video", "actions"))
+
+
+def objective_metadata(objective, frames):
+    """What the package's dynamics-routing data set says about a sample."""
+    metadata = {"generalist_training_mode_override": objective, "generalist_training_source": "real_demo"}
+    if objective != "joint":
+        metadata |= ConditionalDynamicsSequenceLayout().to_metadata(observed_num_frames=frames)
+        metadata |= {"sampled_chunk_size": 2, "sampled_window_size": 8}
+    return metadata
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_agrees_for_every_objective_of_gjd(architecture, objective):
+    step_both(build(architecture, GJD), metadata=(objective_metadata(objective, 6),))
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_agrees_with_a_prefix_and_proprioception(architecture):
+    generator = torch.Generator().manual_seed(1)
+    extra = {
+        "condition_latents": torch.randn(1, cases.CHANNELS, 6, 4, 4, generator=generator),
+        "proprio_context_frames": torch.randn(1, 6, cases.STATE_DIM, generator=generator),
+    }
+    for program in ("joint", "action_then_video"):
+        step_both(build(architecture, program, policy={"sequence_contract": PREFIX}), extra=extra)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_agrees_with_actions_that_are_no_keys(architecture):
+    startup, holes = torch.ones(1, 12, cases.ACTION_DIM), torch.ones(1, 12, cases.ACTION_DIM)
+    startup[:, :2] = 0
+    holes[:, 5] = holes[:, 9:11] = 0
+    step_both(build(architecture, "joint"), action_mask=startup)
+    policy = {"history_stream_visibility": "full"}
+    step_both(build(architecture, "video_then_action", policy=policy), action_mask=holes)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_agrees_for_a_batch(architecture):
+    policy = {"history_stream_visibility": "video_queries_video_only"}
+    step_both(build(architecture, "action_noisy_to_video", policy=policy), batch=2)
+
+
+@pytest.mark.parametrize("mode", ["packed", "padded"])
+def test_training_agrees_for_samples_of_different_lengths(mode, attention_calls):
+    lengths = (6, 4, 5)
+    actions = tuple(2 * n for n in lengths)
+    extra = {
+        "batching_mode": mode,
+        "sequence_lengths": lengths,
+        "tensor_lengths": {"video_latents": lengths, "actions": actions, "state": (1, 1, 1), "text_context": (5, 4, 5)},
+    }
+    metadata = [{"sampled_chunk_size": n, "sampled_window_size": 8, "history_frames": 2} for n in (1, 2, 3)]
+    step_both(build("dual_expert", "joint"), batch=3, extra=extra, metadata=tuple(metadata))
+    assert attention_calls["block_attention"] == 2  # all samples in one call
+
+
+def test_bf16_errs_no_more_than_the_package():
+    """Against float32: no gradient is further away than the package's own, in the mean, than by half of that again."""
+    pipeline = build("dual_expert", "joint", hidden=64, action_hidden=32, heads=2, ffn=128)
+    truth = train_step(pipeline)
+    theirs = train_step(pipeline, mixed=True)
+    with installed():
+        ours = train_step(pipeline, mixed=True)
+
+    def error(results):
+        worse = {n: float((results[n].float() - truth[n]).norm() / truth[n].norm()) for n in truth if truth[n].any()}
+        return np.mean(list(worse.values())), np.max(list(worse.values()))
+
+    for got, own in zip(error(ours), error(theirs), strict=True):
+        assert got <= 1.5 * own
+    assert abs(float(ours["loss"] - truth["loss"])) <= 2 * abs(float(theirs["loss"] - truth["loss"])) + 1e-2
+
+
+def test_checkpointed_activations_agree():
+    pipeline = build("dual_expert", "joint", policy={"use_activation_checkpointing": True})
+    step_both(pipeline)
+
+
+# ---- rollout ----
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rollout_agrees_for_every_program(architecture, program, attention_calls):
+    # window 4 is two chunks, so the history is cut from the third chunk on
+    roll_both(lambda: build(architecture, program, window=4), 4)
+    assert attention_calls["cached_attention"] > 0
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rollout_agrees_for_every_objective_of_gjd(architecture, objective):
+    def context(i):
+        generator = torch.Generator().manual_seed(i)
+        given = {}
+        if objective == "action_conditioned_video":
+            given["clean_action"] = torch.randn(1, 2, cases.ACTION_DIM, generator=generator)
+        if objective == "video_conditioned_action":
+            given["clean_video"] = torch.randn(1, cases.CHANNELS, 1, 4, 4, generator=generator)
+        return {"dynamics": DynamicsRolloutRequest(objective=objective, **given)}
+
+    roll_both(lambda: build(architecture, GJD), 3, context=context)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rollout_agrees_without_the_cache(architecture, attention_calls):
+    roll_both(lambda: build(architecture, "joint", inference={"use_cache": False}), 2)
+    assert attention_calls["cached_attention"] == 0 < attention_calls["block_attention"]
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rollout_agrees_with_guidance(architecture):
+    inference = {"guidance_scale": 3.0}
+    roll_both(lambda: build(architecture, "video_then_action", inference=inference), 3, negative_text=True)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rollout_agrees_with_proprioception(architecture):
+    roll_both(lambda: build(architecture, "joint", policy={"sequence_contract": PREFIX}), 3)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_batch_of_requests_agrees(architecture):
+    generator = torch.Generator().manual_seed(3)
+    video = torch.randn(2, cases.CHANNELS, 1, 4, 4, generator=generator)
+    text = torch.randn(2, 5, cases.TEXT_DIM, generator=generator)
+    pipeline = build(architecture, "video_then_action").eval()
+
+    def infer():
+        torch.manual_seed(0)
+        request = PolicyInferContext(state=torch.zeros(2, 1, cases.STATE_DIM))
+        with torch.no_grad():
+            output = pipeline.forward_infer_step_from_latents(video, request, text_context=text)
+        return [output.decoder_output.action_pred]
+
+    theirs = infer()
+    with installed():
+        assert_agree(infer(), theirs)
+
+
+# ---- visibility ----
+
+
+def profile_options(**changes):
+    options = {
+        "num_video_frames": 9, "video_tokens_per_frame": 3, "num_action_frames": 9, "action_tokens_per_frame": 2,
+        "chunk_size_frames": 2, "attention_window_size": 5, "chunk_origin_frame": 1, "device": torch.device("cpu"),
+    }  # fmt: skip
+    return options | changes
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"history_stream_visibility": "full", "action_context_mask": torch.arange(18)[None] % 5 > 0},
+        {"prefix_condition_frames": 2, "num_video_frames": 11},
+        {"singleton_chunk_frame": 0, "conditional_history_policy": "previous_boundary_video_only"},
+    ],
+    ids=["plain", "holes", "prefix", "singleton"],
+)
+def test_what_is_read_off_a_profile_is_the_package_s_dense_mask(program, changes):
+    from open_wam.models.policy_variants.dual_expert.attention_packed import (
+        build_dual_expert_packed_coupling_attention_profile as build_profile,
+    )
+
+    profile = build_profile(**profile_options(current_block_coupling=program, build_dense_masks=True, **changes))
+    mask = profile.self_attention_mask
+    visible = visibility_module.read_profile(profile)
+    assert (visible.geometry is None) == ("action_context_mask" in changes)  # holes are more than a geometry says
+    if visible.geometry is not None:
+        assert np.array_equal(dense_mask(visible.geometry), mask.numpy())
+    assert torch.equal(visible.mask(torch.device("cpu")), mask)
+    assert np.array_equal(visible.ranges.dense_mask(), mask.numpy())
+    tokens = torch.arange(mask.shape[0])
+    assert torch.equal(visible.rule(tokens[:, None], tokens[None, :]), mask)
+
+    # some tokens ask: what they depend on, and the same rule among those
+    roots = (profile.token_layout.noise_id == 0) & (profile.token_layout.frame_id >= 7)
+    required = visible.closure(roots)
+    assert torch.equal(required, attention_dependency_closure(profile, roots))
+    q, k = roots.nonzero()[:, 0], required.nonzero()[:, 0]
+    part = visible.select(q, k)
+    assert torch.equal(part.mask(torch.device("cpu")), mask[q][:, k])
+    ranges, group_rows = part.slots
+    dense = [[any(lo <= j < hi for lo, hi in group) for j in range(k.numel())] for group in ranges[0].tolist()]
+    assert torch.equal(torch.tensor(dense).repeat_interleave(torch.tensor(group_rows), 0), mask[q][:, k])
+
+
+def test_a_profile_compiles_to_its_geometry():
+    """Of a profile that a geometry describes, that geometry is what is compiled; ranges would cost some tiles."""
+    from open_wam.models.policy_variants.dual_expert.attention_packed import (
+        build_dual_expert_packed_coupling_attention_profile as build_profile,
+    )
+
+    sizes = profile_options(
+        num_video_frames=68, video_tokens_per_frame=32, num_action_frames=68, action_tokens_per_frame=4,
+        chunk_size_frames=4, attention_window_size=64, chunk_origin_frame=0, build_dense_masks=False,
+    )  # fmt: skip
+    visible = visibility_module.read_profile(build_profile(**sizes, current_block_coupling="joint"))
+    plan = compile_plan(visible.ranges)
+    geometry = Geometry(
+        program="joint", history="video_only", video_frames=68, video_tokens=32, action_frames=68, action_tokens=4,
+        chunk_size=4, window=64,
+    )  # fmt: skip
+    assert visible.geometry == geometry
+    known = compile_plan(geometry)
+    assert plan.visible_pairs == known.visible_pairs
+    assert 0.95 * known.efficiency <= plan.efficiency <= known.efficiency
+    q, k, v = torch.randn(3, 1, plan.length, 1, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(block_attention(q, k, v, plan), block_attention(q, k, v, known), rtol=0, atol=1e-5)
+
+
+# ---- what is not supported ----
+
+
+def test_install_and_uninstall():
+    from open_wam.models.common import video_action_inference
+    from open_wam.models.policy_variants.dual_expert import packed_block
+
+    before = packed_block.DualExpertPackedBlock.forward, video_action_inference.DenoisingCache
+    with installed():
+        during = packed_block.DualExpertPackedBlock.forward, video_action_inference.DenoisingCache
+        assert all(a is not b for a, b in zip(before, during, strict=True))
+        with pytest.raises(RuntimeError, match="uninstall"):
+            openwam.install()
+    assert before == (packed_block.DualExpertPackedBlock.forward, video_action_inference.DenoisingCache)
+    openwam.uninstall()  # again: nothing to do
+    with pytest.raises(ValueError, match="on_unsupported"):
+        openwam.install("maybe")
+
+
+def test_another_version_is_refused_or_left_alone(monkeypatch):
+    monkeypatch.setattr(openwam, "version", lambda name: "0.3.1")
+    with pytest.raises(UnsupportedError, match=r"openwam 0\.3\.1"):
+        openwam.install()
+    with pytest.warns(UserWarning, match=r"openwam 0\.3\.1"):
+        assert openwam.install("original") is False
+    openwam.uninstall()
+
+
+def assert_refused_or_original(pipeline, match, run):
+    theirs = run(pipeline)
+    with installed(), pytest.raises(UnsupportedError, match=match):
+        run(pipeline)
+    with installed("original"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ours = [run(pipeline), run(pipeline)]
+    messages = [str(w.message) for w in caught if "wam_kernels" in str(w.message)]
+    assert len(messages) == 1 and match in messages[0]
+    for results in ours:
+        assert_agree(results, theirs, 1e-6)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_head_size_that_attention_does_not_take(architecture):
+    pipeline = build(architecture, "joint", hidden=48, heads=4)
+    match = "4 heads of 12"
+    assert_refused_or_original(pipeline, match, train_step)
+    assert_refused_or_original(pipeline, match, lambda p: rollout(p, 2))
+
+
+def test_a_head_size_that_attention_does_not_take_in_a_batch():
+    lengths = (6, 4)
+    extra = {
+        "batching_mode": "padded",
+        "sequence_lengths": lengths,
+        "tensor_lengths": {"video_latents": lengths, "actions": (12, 8), "state": (1, 1), "text_context": (5, 4)},
+    }
+    metadata = ({"sampled_chunk_size": 2, "sampled_window_size": 8, "history_frames": 2},) * 2
+    pipeline = build("dual_expert", "joint", hidden=48, heads=4)
+    run = lambda p: train_step(p, batch=2, extra=extra, metadata=metadata)  # noqa: E731
+    assert_refused_or_original(pipeline, "4 heads of 12", run)
+
+
+def test_an_unknown_profile(monkeypatch):
+    from open_wam.models.common import chunked_attention
+
+    original = chunked_attention._build_chunked_temporal_attention_profile
+
+    def renamed(**options):
+        profile = original(**options)
+        return replace(profile, spec=replace(profile.spec, name="my_profile", family="mine"))
+
+    monkeypatch.setattr(chunked_attention, "_build_chunked_temporal_attention_profile", renamed)
+    assert_refused_or_original(build("dual_expert", "joint"), "'my_profile' of family 'mine'", train_step)
+
+
+# ---- the package's own commands ----
+
+
+@pytest.fixture(scope="module")
+def command_results(tmp_path_factory):
+    """train, resume, evaluate, sanity on the public tiny config; once as it is and once with the extension."""
+    return {name: run_commands(tmp_path_factory.mktemp(name), name) for name in ("original", "ours")}
+
+
+def run_commands(folder, name):
+    from open_wam import extensions
+    from open_wam.cli import eval as evaluate
+    from open_wam.cli import sanity, train
+
+    extension = [] if name == "original" else ["--extension", "wam_kernels.integrations.openwam"]
+    extensions._LOADED_EXTENSIONS.pop("wam_kernels.integrations.openwam:register_open_wam", None)
+    first, second = folder / "first", folder / "second"
+    evaluation = str(cases.CONFIGS / "evals/public_tiny_synthetic_contract.yaml")
+    tiny = str(cases.CONFIGS / cases.TINY.removeprefix("configs/"))
+    config = ["--cfg", tiny, *extension]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)  # the package writes beside what it is told
+        try:
+            torch.manual_seed(0)
+            train.main([*config, "--save-root", str(first), "--num-steps", "2"])
+            resume = ["--resume-from", str(first / "checkpoints/checkpoint_step_2")]
+            torch.manual_seed(0)
+            train.main([*config, "--save-root", str(second), "--num-steps", "3", *resume])
+            weights = second / "checkpoints/checkpoint_step_3/model_state.pt"
+            checkpoint = ["--checkpoint", str(weights), "--output-json", str(folder / "eval.json")]
+            evaluate.main(["--cfg", evaluation, *checkpoint, *extension])
+            sanity.main([*config, "--rollout-steps", "2", "--output-json", str(folder / "sanity.json")])
+        finally:
+            openwam.uninstall()
+    return {
+        "weights": torch.load(weights, weights_only=True),
+        "eval": json.loads((folder / "eval.json").read_text()),
+        "sanity": json.loads((folder / "sanity.json").read_text()),
+    }
+
+
+def numbers(value, path=""):
+    """Numbers of a result file by path, without times and hashes."""
+    if isinstance(value, dict):
+        pairs = value.items()
+    elif isinstance(value, list):
+        pairs = enumerate(value)
+    else:
+        return {path: value} if isinstance(value, int | float) else {}
+    skipped = ("elapsed", "_s", "hz", "per_second", "provenance", "mtime", "latency", "duration", "seconds")
+    found = {}
+    for key, item in pairs:
+        if not any(word in str(key) for word in skipped):
+            found |= numbers(item, f"{path}/{key}")
+    return found
+
+
+def test_training_and_resuming_by_command_agree(command_results):
+    ours, theirs = (flatten(command_results[name]["weights"]) for name in ("ours", "original"))
+    assert_agree(ours, theirs)
+
+
+def flatten(state, path=""):
+    if isinstance(state, torch.Tensor):
+        return {path: state.float()}
+    found = {}
+    if isinstance(state, dict):
+        for key, value in state.items():
+            found |= flatten(value, f"{path}/{key}")
+    return found
+
+
+@pytest.mark.parametrize("command", ["eval", "sanity"])
+def test_evaluation_and_sanity_by_command_agree(command_results, command):
+    ours, theirs = (numbers(command_results[name][command]) for name in ("ours", "original"))
+    assert ours.keys() == theirs.keys()
+    assert any("loss" in name or "mse" in name for name in theirs)
+    for name, expected in theirs.items():
+        assert ours[name] == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE), name

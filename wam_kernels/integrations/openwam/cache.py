@@ -1,0 +1,82 @@
+"""The package's call-local denoising cache, with one key/value buffer per layer that steps write in place.
+
+The package keeps the keys and values of each stream apart, copies all of them at every layer and step to put the fresh
+ones in, and joins the streams. Here a layer has one buffer for both streams; a step writes its own tokens' slots.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields, replace
+
+import torch
+from open_wam.models.common import denoising_cache
+from torch import Tensor
+
+from .visibility import Visibility
+
+
+@dataclass
+class LayerCache:
+    """Keys and values of one layer, ``[B, N, H, D]``: the required tokens of all streams, one stream after another."""
+
+    positions: Tensor  # int64: slots of the tokens that change from step to step
+    key: Tensor | None = None
+    value: Tensor | None = None
+    text: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by stream
+
+    @property
+    def filled(self) -> bool:
+        return self.key is not None
+
+    def fill(self, key: Tensor, value: Tensor) -> None:
+        self.key, self.value = key.contiguous(), value.contiguous()
+
+    def write(self, key: Tensor, value: Tensor) -> None:
+        self.key.index_copy_(1, self.positions, key)
+        self.value.index_copy_(1, self.positions, value)
+
+
+@dataclass
+class TokenCache(denoising_cache.InvariantTokenCache):
+    """The package's cache of one stream of one layer, which keeps the hidden states, and the layer's buffer."""
+
+    layer: LayerCache | None = None
+
+
+class DenoisingCache(denoising_cache.DenoisingCache):
+    """As the package's; what is checked and derived per token pair there is read off the runs here."""
+
+    def bind(self, *, profile, **options) -> None:
+        visible = profile.self_attention_block_mask
+        if not isinstance(visible, Visibility):
+            super().bind(profile=profile, **options)
+            return
+        super().bind(profile=replace(profile, self_attention_visibility=visible.rule), **options)
+        offsets = [0]
+        for cache in self.layers[0]:
+            offsets.append(offsets[-1] + cache.computed_indices.numel())
+        positions = torch.cat([c.active_positions + at for c, at in zip(self.layers[0], offsets)])
+        layers = []
+        for streams in self.layers:
+            layer = LayerCache(positions)
+            layers.append(tuple(TokenCache(**_shallow(cache), layer=layer) for cache in streams))
+        self.layers = tuple(layers)
+
+
+def _shallow(cache) -> dict:
+    return {f.name: getattr(cache, f.name) for f in fields(cache)}
+
+
+def dependency_closure(original, profile, queries: Tensor) -> Tensor:
+    """``attention_dependency_closure`` from the runs."""
+    visible = profile.self_attention_block_mask
+    if not isinstance(visible, Visibility) or queries.ndim != 1 or queries.dtype != torch.bool or not queries.any():
+        return original(profile, queries)
+    return visible.closure(queries)
+
+
+def select_mask(original, block_mask, queries: Tensor, keys: Tensor | None = None):
+    """``select_block_mask`` for a visibility of ours."""
+    if not isinstance(block_mask, Visibility):
+        return original(block_mask, queries, keys)
+    return block_mask.select(queries, keys) if queries.numel() else None
