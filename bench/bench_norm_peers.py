@@ -1,8 +1,8 @@
 """The norm ops beside libraries with a plain norm kernel: Liger, quack, PyTorch.   python -m bench.bench_norm_peers
 
-Nobody else has gate + residual + LayerNorm + modulation with one row a frame, so the comparison is where the functions
-coincide: with one row for all tokens ``ada_layer_norm`` is an affine LayerNorm with weight 1 + scale and bias shift, and
-a q/k norm with rope is a peer's RMSNorm of q and of k followed by PyTorch's rotation. Same inputs, fresh outputs; every
+Nobody else has gate + residual + LayerNorm + modulation with one row a frame, so the comparison is where the
+functions coincide: with one row for all tokens ``ada_layer_norm`` is an affine LayerNorm with weight 1 + scale and
+bias shift, and a q/k norm with rope is a peer's RMSNorm of q and of k followed by PyTorch's rotation. Same inputs, fresh outputs; every
 arm is compared with PyTorch in float64 first. GB/s count compulsory traffic: x and the norm once each way.
 
 The arms of ``bench_adaln`` and ``bench_qk_norm_rope`` (eager, torch.compile) are not repeated here.

@@ -59,6 +59,8 @@ def check_module(module: str, arguments: list[str]) -> None:
             raise Wrong(f"wam {' '.join(words)} is refused, exit code {stopped.code}") from None
         if args.command == "bench":
             check_suites(args)
+    elif module.startswith("bench.bench_"):
+        check_flags(module.removeprefix("bench."), arguments)
     elif module == "pytest":
         files = [word for word in arguments if word.endswith(".py")]
         with redirect_stdout(io.StringIO()) as out:

@@ -58,13 +58,20 @@ memcheck() {
 
 racecheck() { run 120 compute-sanitizer --tool racecheck --error-exitcode 9 "$PYTHON" -m bench.sanitize; }
 
-# the core of the benchmarks: --quick on a GPU is the real sizes with few repeats
-plan() { run 90 "$PYTHON" -m bench --suite plan --quick --record --device cuda; }
-attention() { run 240 "$PYTHON" -m bench --suite attention --quick --record --device cuda; }
-norms() { run 150 "$PYTHON" -m bench --suite norms --quick --record; }
-rollout() { run 180 "$PYTHON" -m bench --suite rollout --quick --record --device cuda; }
-streaming() { run 180 "$PYTHON" -m bench --suite streaming --quick --record --device cuda; }
-train_step() { run 180 "$PYTHON" -m bench --suite train_step --quick --record --device cuda; }
+# The core of the benchmarks: --quick on a GPU is the real sizes with few repeats. Rows are kept one by one.
+measure() { run "$1" "$PYTHON" -m "bench.$2" --quick --record --device cuda; }
+plan() { measure 90 bench_plan; }
+attention() { measure 240 bench_attention; }
+norms() {
+  local code=0
+  run 120 "$PYTHON" -m bench.bench_adaln || code=$?
+  run 120 "$PYTHON" -m bench.bench_qk_norm_rope || code=$?
+  measure 60 bench_norm_peers || code=$?
+  return $code
+}
+rollout() { measure 180 bench_rollout; }
+streaming() { measure 60 bench_cached_attention && measure 180 bench_streaming; }
+train_step() { measure 180 bench_train_step; }
 
 # ---- machinery ----
 

@@ -145,17 +145,9 @@ def require_equal(name: str, actual: Tensor, expected: Tensor, rtol: float) -> N
 def environment(device: str) -> dict[str, object]:
     """Machine, versions, commit and date of a row."""
 
-    def git(*args: str) -> str:
-        if shutil.which("git") is None:
-            return ""
-        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-
-    dirty = git("status", "--porcelain", "--", "wam_kernels", "wam_models", "csrc", "bench/*.py")
-    # a machine that got the files without their history says which commit they are
-    commit = os.environ.get("WAM_BENCH_COMMIT") or git("rev-parse", "--short", "HEAD") + ("+dirty" if dirty else "")
     return {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "commit": commit or "unknown",
+        "commit": _commit(),
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "driver": _driver() if device == "cuda" else None,
         "cuda": torch.version.cuda if device == "cuda" else None,
@@ -176,6 +168,19 @@ def record(name: str, rows: list[dict], device: str) -> Path:
     with path.open("a") as f:
         f.writelines(json.dumps(env | row) + "\n" for row in rows)
     return path
+
+
+@lru_cache
+def _commit() -> str:
+    # a machine that got the files without their history is told which commit they are
+    if "WAM_BENCH_COMMIT" in os.environ or shutil.which("git") is None:
+        return os.environ.get("WAM_BENCH_COMMIT", "unknown")
+
+    def git(*args: str) -> str:
+        return subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+    dirty = git("status", "--porcelain", "--", "wam_kernels", "wam_models", "csrc", "bench/*.py")
+    return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+dirty" if dirty else "")
 
 
 def _version(package: str) -> str | None:
@@ -213,10 +218,12 @@ class Options:
 def main(
     name: str, description: str, bench: Callable[[Options], Iterable[dict]], argv: Sequence[str] | None = None
 ) -> None:
-    """Run ``bench`` for its rows, print them as a table and record them under ``name``."""
+    """Run ``bench`` for its rows, record each under ``name`` as it comes, and print them as a table."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="small sizes and few repeats; record nothing")
-    parser.add_argument("--no-record", action="store_true", help="print only")
+    keep = parser.add_mutually_exclusive_group()
+    keep.add_argument("--record", action="store_true", help="record even with --quick")
+    keep.add_argument("--no-record", action="store_true", help="print only")
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -224,22 +231,25 @@ def main(
     if device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a CUDA device, found none; use --device cpu")
     options = Options(device, args.quick, args.seed)
-    rows = [{"seed": args.seed, **row} for row in bench(options)]
-    limits = ceilings(device)
-    rows = [row if "error" in row else row | limits for row in rows]
-    if "WAM_BENCH_RESULTS" in os.environ:  # `wam bench` prints and keeps
-        record(name, rows, device)
+    collected = "WAM_BENCH_RESULTS" in os.environ  # `wam bench` prints and decides what to keep
+    recorded = collected or args.record or not (args.quick or args.no_record)
+    limits, rows = ceilings(device), []
+    for row in bench(options):
+        rows.append({"seed": args.seed, **row} | ({} if "error" in row else limits))
+        if recorded:  # at once: a run that is cut off keeps what it has
+            record(name, rows[-1:], device)
+    if collected:
         return
     print(table(rows))
     print("ceilings of this machine, same run: " + ", ".join(f"{k} {v:,.1f}" for k, v in limits.items()))
-    if rows and not (args.quick or args.no_record):
-        print("recorded", record(name, rows, device))
+    if recorded:
+        print("recorded", RESULTS / f"{name}.jsonl")
 
 
 # Columns that say how a row was made, and those that only matter to a program, stay out of a printed table.
 HIDDEN = (
     "seed", "date", "commit", "device", "driver", "cuda", "threads", "load", "torch", "python", "triton", "numpy",
-    "peers", "dtype", "heads", "D", "ms_p20", "ms_p80", "ms_p95", "copy_GB/s", "bf16_GFLOP/s", "float32_GFLOP/s",
+    "peers", "dtype", "heads", "ms_p20", "ms_p80", "ms_p95", "copy_GB/s", "bf16_GFLOP/s", "float32_GFLOP/s",
 )  # fmt: skip
 
 

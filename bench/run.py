@@ -95,16 +95,16 @@ def run(args: argparse.Namespace) -> int:
         return tune.run(args)
     modules = [module for name in suites(args.suite) for module in SUITES[name]]
     commands = {module: arguments(module, args) for module in modules}
-    outcomes = []
+    outcomes, keep = [], args.record or not (args.quick or args.no_record)
     with tqdm(total=len(commands), desc="wam bench", unit="part") as bar:
         for module, flags in commands.items():
             bar.set_postfix_str(module)
             outcomes.append(run_module(module, flags))
+            if keep:
+                store(outcomes[-1].rows)
             bar.update()
     print(summary(outcomes))
-    rows = [row for outcome in outcomes for row in outcome.rows]
-    if rows and (args.record or not (args.quick or args.no_record)):
-        store(rows)
+    if keep:
         print(f"recorded in {RESULTS}; `wam bench report` draws and prints what the README shows")
     return int(any(outcome.code for outcome in outcomes))
 
