@@ -6,10 +6,13 @@ patched model runs on its own weights. Parameters, buffers and state-dict keys a
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
+from functools import lru_cache
 from types import MethodType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -39,7 +42,8 @@ class Patch:
     def __init__(self, system: str, on_unsupported: str) -> None:
         self.system, self.on_unsupported = system, on_unsupported
         self.replaced: list[tuple[Any, str]] = []
-        self._old: list[Any] = []
+        self._attributes: list[tuple[Any, str, Any]] = []
+        self._functions: list[tuple[str, str, nn.Module]] = []
         self._warned: set[str] = set()
 
     def method(self, owner: nn.Module, name: str, new: Callable) -> None:
@@ -62,9 +66,34 @@ class Patch:
 
     def attribute(self, owner: Any, name: str, value: Any) -> None:
         """``owner.name`` becomes ``value``; ``owner`` is a module object of PyTorch or of Python."""
-        self._old.append(vars(owner).get(name, self))  # itself stands for: there was none
+        self._attributes.append((owner, name, vars(owner).get(name, self)))  # itself stands for: there was none
         self.replaced.append((owner, name))
         setattr(owner, name, value)
+
+    def function(self, module_name: str, name: str, key: nn.Module, new: Callable) -> None:
+        """The function ``name`` of a Python module becomes ``new`` where its first argument is ``key``.
+
+        For systems whose models call a module-level function: the module gets a function that looks at its first
+        argument, and gets its own back when no model is patched any more.
+        """
+        namespace = sys.modules[module_name]
+        dispatch = getattr(namespace, name, None)
+        if dispatch is None:
+            raise Unsupported(f"patch: {self.system}'s module {module_name} must have {name}, but it has none")
+        if not isinstance(dispatch, _Dispatch):
+            dispatch = _Dispatch(dispatch)
+            setattr(namespace, name, dispatch)
+
+        def guarded(*args, **kwargs):
+            try:
+                return new(*args, **kwargs)
+            except Unsupported as reason:
+                self.refuse(reason)
+            return dispatch.original(*args, **kwargs)
+
+        dispatch.by_key[key] = guarded
+        self._functions.append((module_name, name, key))
+        self.replaced.append((key, name))
 
     def refuse(self, reason: Unsupported) -> None:
         """Raise, or warn once and let the caller go on with the original code, as the user chose."""
@@ -76,20 +105,38 @@ class Patch:
 
     def undo(self) -> None:
         """Put everything back, the last replacement first."""
-        for (owner, name), old in zip(reversed(self.replaced), reversed(self._old), strict=True):
+        for owner, name, old in reversed(self._attributes):
             if old is self:
                 delattr(owner, name)
             else:
                 setattr(owner, name, old)
-        self.replaced, self._old = [], []
+        for module_name, name, key in self._functions:
+            namespace = sys.modules[module_name]
+            dispatch = getattr(namespace, name)
+            if isinstance(dispatch, _Dispatch):
+                dispatch.by_key.pop(key, None)
+                if not dispatch.by_key:
+                    setattr(namespace, name, dispatch.original)
+        self.replaced, self._attributes, self._functions = [], [], []
 
     def __repr__(self) -> str:
         names = sorted({f"{type(owner).__name__}.{name}" for owner, name in self.replaced})
         return f"Patch({self.system}: {', '.join(names)}; {len(self.replaced)} replaced)"
 
 
+class _Dispatch:
+    """A module-level function that is another one for some first arguments."""
+
+    def __init__(self, original: Callable) -> None:
+        self.original = original
+        self.by_key: WeakKeyDictionary[nn.Module, Callable] = WeakKeyDictionary()
+
+    def __call__(self, key: nn.Module, *args, **kwargs):
+        return self.by_key.get(key, self.original)(key, *args, **kwargs)
+
+
 class MaskPlans:
-    """Plans of dense boolean masks ``[Sq, Sk]`` that a model builds at run time.
+    """Plans of dense masks ``[Sq, Sk]``, or ``[B, Sq, Sk]``, that a model builds at run time.
 
     A mask is converted to the ranges that it spells out, so the plan is equal to it, not alike. That takes a copy to
     the host, so it is done once for each mask seen: the same tensor is recognised by identity, an equal one by
@@ -106,16 +153,40 @@ class MaskPlans:
         return self  # only caches: copies of a model may share them
 
     def plan(self, mask: Tensor, device: torch.device) -> Plan:
-        """The plan of ``mask``, on ``device``.
+        """The plan of a boolean mask ``[Sq, Sk]``, on ``device``.
 
         Raises:
             Unsupported: not a boolean ``[Sq, Sk]``, or one that needs more key columns than a plan has.
         """
         if mask.dtype != torch.bool or mask.ndim != 2:
             raise Unsupported(f"patch: attention_mask must be torch.bool [Sq, Sk], got {mask.dtype} {list(mask.shape)}")
+        return self._of(mask, device, lambda m: m)
+
+    def plan_of_bias(self, bias: Tensor, device: torch.device) -> Plan:
+        """The plan of an additive mask ``[B, 1, Sq, Sk]``: 0 is visible, -1e30 and less is not.
+
+        Raises:
+            Unsupported: another shape, a value in between (a bias, which a plan cannot express), or too many columns.
+        """
+        if not bias.is_floating_point() or bias.ndim != 4 or bias.shape[1] != 1:
+            raise Unsupported(
+                f"patch: attention_mask must be additive [B, 1, Sq, Sk], got {bias.dtype} {list(bias.shape)}"
+            )
+
+        def visible(b: Tensor) -> Tensor:
+            seen = b[:, 0] == 0
+            if not (seen | (b[:, 0] <= -1e30)).all():
+                raise Unsupported(
+                    "patch: attention_mask must hold 0 and at most -1e30, but it is a bias of other values"
+                )
+            return seen
+
+        return self._of(bias, device, visible)
+
+    def _of(self, mask: Tensor, device: torch.device, visible: Callable[[Tensor], Tensor]) -> Plan:
         version, plan = self._by_tensor.get(mask, (None, None))
         if version != mask._version:
-            plan = self._find(mask)
+            plan = self._find(visible(mask))
             self._by_tensor[mask] = (mask._version, plan)
         return plan.to(device)
 
@@ -131,14 +202,17 @@ class MaskPlans:
 
 
 def plan_of_mask(mask: Tensor | np.ndarray) -> Plan:
-    """The plan that equals a dense boolean mask ``[Sq, Sk]``.
+    """The plan that equals a dense boolean mask ``[Sq, Sk]``, or ``[B, Sq, Sk]``.
 
     Raises:
         Unsupported: it needs more key columns than a plan has, or it is empty.
     """
     mask = mask.cpu().numpy() if isinstance(mask, Tensor) else mask
     try:
-        return compile_plan(Ranges.from_mask(mask))
+        if mask.ndim == 2:
+            return compile_plan(Ranges.from_mask(mask))
+        samples = [Ranges.from_mask(m) for m in mask]
+        return compile_plan(samples[0] if len(set(samples)) == 1 else samples)
     except ValueError as error:
         raise Unsupported(f"patch: no plan for an attention_mask of shape {list(mask.shape)}: {error}") from error
 
@@ -152,12 +226,13 @@ class Tables:
     def __deepcopy__(self, memo: dict) -> Tables:
         return self
 
-    def of(self, freqs: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
-        """``make(freqs)`` in float32, contiguous, without a gradient."""
-        version, table = self._tables.get(freqs, (None, None))
+    def of(self, freqs: Tensor, make: Callable[[Tensor], Tensor], key: tuple = ()) -> Tensor:
+        """``make(freqs)`` in float32, contiguous, without a gradient; ``key`` holds what else it depends on."""
+        tables = self._tables.setdefault(freqs, {})
+        version, table = tables.get(key, (None, None))
         if version != freqs._version:
             table = make(freqs.detach()).float().contiguous()
-            self._tables[freqs] = (freqs._version, table)
+            tables[key] = (freqs._version, table)
         return table
 
 
@@ -189,3 +264,10 @@ def attend(system: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: floa
             f"{plan.key_length}"
         )
     return block_attention(q, k, v, plan.to(q.device), scale=scale)
+
+
+@lru_cache(maxsize=256)
+def device_ranges(ranges: tuple[tuple[int, int], ...], batch: int, device: torch.device) -> Tensor:
+    """int32 ``[batch, 1, R, 2]``; a rollout comes back to the same few lists, so this seldom copies anything."""
+    one = torch.tensor(ranges or [(0, 0)], dtype=torch.int32, device=device)
+    return one.expand(batch, 1, -1, 2).contiguous()

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 from torch import nn
 
-from . import fast_wam, lingbot_va
+from . import cosmos_policy, dreamzero, fast_wam, lingbot_va, openpi
 from ._patching import ON_UNSUPPORTED, Patch, Unsupported
 
 # Each has SYSTEM, its name; find(model), the modules that it recognises by class name and configuration, and
 # apply(patch, modules).
-_SYSTEMS = (fast_wam, lingbot_va)
+_SYSTEMS = (fast_wam, lingbot_va, dreamzero, cosmos_policy, openpi)
 _ATTRIBUTE = "_wam_kernels_patch"
 
 
 def patch(model: nn.Module, on_unsupported: str = "error") -> Patch | None:
     """Run a world-action model's attention, and the norms around it, on this library. One model, in place.
 
-    Recognises Fast-WAM (``MoT``), LingBot-VA (``WanTransformer3DModel``), by class and
-    configuration; none of these packages is imported. Parameters, buffers and state-dict keys stay as they are.
+    Recognises, by class and configuration, Fast-WAM (``MoT``), LingBot-VA (``WanTransformer3DModel``), DreamZero
+    (``CausalWanSelfAttention``), Cosmos Policy (its ``Attention``) and openpi (``PaliGemmaWithExpertModel``); none of
+    these packages is imported. Parameters, buffers and state-dict keys stay as they are.
     What is replaced depends on the system: see the modules of ``wam_kernels.integrations``.
 
     Args:

@@ -14,8 +14,6 @@ In both, ``WanAttention.forward`` runs q/k norm and rope in one launch.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -24,7 +22,7 @@ from ..cached_attention import cached_attention
 from ..plan import compile_plan
 from ..programs import lingbot_va_text, lingbot_va_train
 from ..qk_norm_rope import qk_norm_rope
-from ._patching import Patch, Tables, Unsupported, attend, require_kernel
+from ._patching import Patch, Tables, Unsupported, attend, device_ranges, require_kernel
 
 SYSTEM = "LingBot-VA"
 TEXT_TOKENS = 512  # of each sample, as init_mask has it
@@ -212,7 +210,7 @@ class _Slots:
 
     def attend(self, query: Tensor) -> Tensor:
         """Queries ``[B, S, H, D]`` over all valid slots, where they lie."""
-        ranges = _device_ranges(_stretches(np.flatnonzero(self.mask)), query.shape[0], query.device)
+        ranges = device_ranges(_stretches(np.flatnonzero(self.mask)), query.shape[0], query.device)
         pool = self.cache["k"], self.cache["v"]
         return cached_attention(query.to(pool[0].dtype), *pool, ranges, group_rows=(query.shape[1],)).to(query.dtype)
 
@@ -228,10 +226,3 @@ def _stretches(slots: np.ndarray) -> tuple[tuple[int, int], ...]:
     cut = np.flatnonzero(np.diff(slots) > 1)
     begin, end = slots[np.r_[0, cut + 1]], slots[np.r_[cut, slots.size - 1]] + 1
     return tuple(zip(begin.tolist(), end.tolist(), strict=True))
-
-
-@lru_cache(maxsize=256)
-def _device_ranges(ranges: tuple[tuple[int, int], ...], batch: int, device: torch.device) -> Tensor:
-    """int32 ``[batch, 1, R, 2]``; a rollout comes back to the same few lists, so this seldom copies anything."""
-    one = torch.tensor(ranges or [(0, 0)], dtype=torch.int32, device=device)
-    return one.expand(batch, 1, -1, 2).contiguous()

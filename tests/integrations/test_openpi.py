@@ -1,0 +1,118 @@
+"""openpi: joint training pass, prefix cache and action steps, with padding; several models on one function."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.integrations.checks import CLOSE, check_patch
+from tests.integrations.stand_ins import openpi
+from tests.integrations.stand_ins.openpi import PaliGemmaWithExpertModel
+from wam_kernels import NAMED_PROGRAMS, compile_plan
+from wam_kernels.integrations import Unsupported, patch, unpatch
+from wam_kernels.integrations._patching import MaskPlans
+
+PREFIX, ACTIONS, HIDDEN = 9, 4, -2.3819763e38
+PADDING = ((2, 4), (7, 9))  # a missing image and the end of the prompt, of sample 1; sample 0 has none
+REPLACED = {"GemmaAttention.eager_attention_forward"}
+
+
+def model(**sizes) -> PaliGemmaWithExpertModel:
+    torch.manual_seed(0)
+    return PaliGemmaWithExpertModel(**sizes)
+
+
+def visible(states: int) -> torch.Tensor:
+    """bool ``[2, S, S]`` in loops: a token sees the blocks up to its own (prefix, state, actions), padding is out."""
+    block = [0] * PREFIX + [1] * states + [2] * ACTIONS
+    mask = torch.zeros(2, len(block), len(block), dtype=torch.bool)
+    for sample in range(2):
+        padded = {t for begin, end in PADDING for t in range(begin, end)} if sample else set()
+        for i in range(len(block)):
+            for j in range(len(block)):
+                mask[sample, i, j] = block[j] <= block[i] and not {i, j} & padded
+    return mask
+
+
+def bias(mask: torch.Tensor) -> torch.Tensor:
+    return torch.where(mask[:, None], 0.0, HIDDEN)
+
+
+def tokens(states: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    return torch.randn(2, PREFIX, 20, generator=g), torch.randn(2, states + ACTIONS, 12, generator=g)
+
+
+@pytest.mark.parametrize("states", [0, 1], ids=["pi-0.5", "pi-0"])
+def test_training(states):
+    # padding comes out as zeros here and as a mean of everything there; nobody reads it
+    gemmas, mask = model(), bias(visible(states))
+    read = visible(states).any(-1)[..., None]
+
+    def call():
+        prefix, suffix = gemmas(tokens(states), mask)
+        return prefix * read[:, :PREFIX], suffix
+
+    check_patch(gemmas, call, REPLACED)
+
+
+@pytest.mark.parametrize("states", [0, 1], ids=["pi-0.5", "pi-0"])
+def test_prefix_cache_and_action_steps(states):
+    gemmas, mask = model(), visible(states)
+    prefix, suffix = tokens(states)
+
+    def call():
+        _, cache = gemmas((prefix, None), bias(mask[:, :PREFIX, :PREFIX]))
+        return gemmas((None, suffix), bias(mask[:, PREFIX:]), past=cache)
+
+    check_patch(gemmas, call, REPLACED)
+
+
+def test_masks_are_the_named_program():
+    plan = MaskPlans().plan_of_bias(bias(visible(1)), torch.device("cpu"))
+    sizes = {"prefix": PREFIX, "states": 1, "actions": ACTIONS}
+    programs = [NAMED_PROGRAMS["prefix_suffix"](**sizes, padding=p) for p in ((), PADDING)]
+    assert torch.equal(plan.mask(), compile_plan(programs).mask())
+
+
+def test_heads_of_pi05():
+    gemmas = model(widths=(16, 8), heads=8, head_dim=256, layers=1)
+    g = torch.Generator().manual_seed(1)
+    x = torch.randn(2, PREFIX, 16, generator=g), torch.randn(2, ACTIONS, 8, generator=g)
+    mask = bias(visible(0))
+    expected = gemmas(x, mask)[1]
+    patch(gemmas)
+    torch.testing.assert_close(gemmas(x, mask)[1], expected, **CLOSE)
+
+
+def test_several_models_share_the_function():
+    function = openpi.eager_attention_forward
+    mask, x = bias(visible(0)), tokens()
+    gemmas = [model() for _ in range(3)]
+    expected = gemmas[0](x, mask)[1]
+    patch(gemmas[0])
+    patch(gemmas[1])
+    twin = copy.deepcopy(gemmas[0])  # a copy runs the original code
+    assert torch.equal(gemmas[2](x, mask)[1], expected) and torch.equal(twin(x, mask)[1], expected)
+    unpatch(gemmas[0])
+    assert torch.equal(gemmas[0](x, mask)[1], expected) and not torch.equal(gemmas[1](x, mask)[1], expected)
+    unpatch(gemmas[1])
+    assert openpi.eager_attention_forward is function
+
+
+def test_refusals():
+    gemmas, x = model(), tokens()
+    patch(gemmas)
+    slope = bias(visible(0)).masked_fill(visible(0)[:, None], -0.5)
+    for mask, message in (
+        (slope, "must hold 0 and at most -1e30"),
+        (visible(0), r"must be additive \[B, 1, Sq, Sk\], got torch.bool \[2, 13, 13\]"),
+        (None, "must get an attention_mask, got None"),
+        (bias(visible(0)[:, :9]), "has 13 queries and 13 keys, but its mask is for 9 and 13"),
+    ):
+        with pytest.raises(Unsupported, match=message):
+            gemmas(x, mask)
+    function = openpi.eager_attention_forward
+    with pytest.raises(Unsupported, match="openpi has heads of 12 channels"):
+        patch(model(head_dim=12))
+    assert openpi.eager_attention_forward is function

@@ -1,0 +1,137 @@
+"""DreamZero: ``CausalWanModel`` of ``CausalWanSelfAttention``, teacher-forced training and cached inference.
+
+Training. The original attends block by block: for every block of frames it concatenates the keys that the block sees
+and calls attention once, four times over. Here all of [clean video | noisy video | action | state] is one call under
+the program ``dreamzero_train``.
+
+Inference. Everything sees the cache and itself, so the model's own dense attention stays. What goes are copies: the
+keys of a chunk are normed, rotated and written behind a copy of the cache in one launch, and the updated cache is a
+view of that buffer, where the original concatenates keys and values twice and stacks them.
+
+In both, q/k norm and rope are one launch.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..plan import compile_plan
+from ..programs import dreamzero_train
+from ..qk_norm_rope import qk_norm_rope
+from ._patching import Patch, Tables, Unsupported, attend, require_kernel
+
+SYSTEM = "DreamZero"
+
+
+def find(model: nn.Module) -> list[nn.Module]:
+    """The self-attentions of a model."""
+    return [m for m in model.modules() if type(m).__name__ == "CausalWanSelfAttention"]
+
+
+def apply(patch: Patch, attentions: list[nn.Module]) -> None:
+    tables = Tables()
+
+    def forward(
+        attn, x: Tensor, freqs: Tensor, freqs_action: Tensor, freqs_state: Tensor, action_register_length: int | None,
+        kv_cache: Tensor | None = None, current_start_frame: int = 0, is_tf: bool = True,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        if not freqs.is_complex():
+            raise Unsupported(f"patch: {SYSTEM}'s freqs must be complex, got {freqs.dtype} (its TensorRT path)")
+        registers = action_register_length or 0
+        if kv_cache is None:
+            if not is_tf or not registers:
+                raise Unsupported(
+                    f"patch: {SYSTEM}'s training has a program for teacher forcing with actions (is_tf=True and "
+                    f"action_register_length), got is_tf={is_tf} and {action_register_length}"
+                )
+            return _train(attn, x, (freqs, freqs_action, freqs_state), registers, tables)
+        block = (current_start_frame - 1) // attn.num_frame_per_block
+        return _cached(attn, x, (freqs, freqs_action, freqs_state), registers, block, kv_cache, tables)
+
+    for attn in attentions:
+        require_kernel(SYSTEM, attn.q.weight.new_empty(attn.head_dim))
+        if not attn.qk_norm:
+            raise Unsupported(f"patch: {SYSTEM}'s attention must have qk_norm=True, got {attn.qk_norm}")
+        patch.method(attn, "forward", forward)
+
+
+_Freqs = tuple[Tensor, Tensor, Tensor]  # video, action, state: complex [n, 1, D / 2]; the last two hold spare positions
+
+
+def _program(attn: nn.Module, tokens: int, registers: int):
+    """``dreamzero_train`` at the sizes of this call.
+
+    Raises:
+        Unsupported: sizes that are no whole number of frames and blocks, or an unlimited window.
+    """
+    if attn.local_attn_size == -1:
+        raise Unsupported(
+            f"patch: {SYSTEM}'s max_chunk_size must be limited, got -1, where its clean frames are causal token by "
+            "token instead of block by block"
+        )
+    video, rest = divmod(tokens - registers, 2 * attn.frame_seqlen)
+    blocks = (video - 1) // attn.num_frame_per_block
+    each = attn.num_action_per_block + attn.num_state_per_block
+    if rest or video < 1 or (video - 1) % attn.num_frame_per_block or registers != blocks * each:
+        raise Unsupported(
+            f"patch: {SYSTEM}'s sequence must be two copies of 1 + a multiple of {attn.num_frame_per_block} frames of "
+            f"{attn.frame_seqlen} tokens and {each} registers for each block, got {tokens} tokens and {registers} "
+            "registers"
+        )
+    return dreamzero_train(
+        video_frames=video, video_tokens=attn.frame_seqlen, frames_per_block=attn.num_frame_per_block,
+        action_tokens=attn.num_action_per_block, state_tokens=attn.num_state_per_block, window=attn.local_attn_size,
+    )  # fmt: skip
+
+
+def _train(attn: nn.Module, x: Tensor, freqs: _Freqs, registers: int, tables: Tables) -> tuple[Tensor, None]:
+    program = _program(attn, x.shape[1], registers)
+    blocks = registers // (attn.num_action_per_block + attn.num_state_per_block)
+
+    def table(video: Tensor) -> Tensor:
+        # both copies of the video are at the same positions
+        ends = blocks * attn.num_action_per_block, blocks * attn.num_state_per_block
+        return _table(video, video, freqs[1][: ends[0]], freqs[2][: ends[1]])
+
+    options = {"head_dim": attn.head_dim, "eps": attn.norm_q.eps}
+    weights = attn.norm_q.weight, attn.norm_k.weight
+    q, k = qk_norm_rope(attn.q(x), attn.k(x), *weights, tables.of(freqs[0], table, ("train", blocks)), **options)
+    v = attn.v(x).unflatten(2, (attn.num_heads, -1))
+    out = attend(SYSTEM, q, k, v, compile_plan(program, device=x.device))
+    return attn.o(out.flatten(2)), None
+
+
+def _cached(
+    attn: nn.Module, x: Tensor, freqs: _Freqs, registers: int, block: int, kv_cache: Tensor, tables: Tables
+) -> tuple[Tensor, Tensor]:
+    B, S, _ = x.shape
+    cached, video = kv_cache.shape[2], S - registers
+    dropped = max(0, cached + video - attn.max_attention_size)  # the oldest make room
+    if dropped > cached:
+        raise Unsupported(f"patch: {SYSTEM}'s chunk of {video} tokens must fit its window of {attn.max_attention_size}")
+    if torch.is_grad_enabled() and (x.requires_grad or attn.q.weight.requires_grad):
+        raise Unsupported(f"patch: {SYSTEM}'s cached attention has no gradient; run it under torch.no_grad()")
+
+    def table(video_freqs: Tensor) -> Tensor:
+        own = [slice(block * n, (block + 1) * n) for n in (attn.num_action_per_block, attn.num_state_per_block)]
+        return _table(video_freqs, *((freqs[1][own[0]], freqs[2][own[1]]) if registers else ()))
+
+    start = cached - dropped
+    heads = attn.num_heads, attn.head_dim
+    q, k, v = attn.q(x), attn.k(x), attn.v(x)
+    buffer = kv_cache.new_empty(2, B, start + S, *heads, dtype=v.dtype)
+    buffer[:, :, :start] = kv_cache[:, :, dropped:]
+    query = q.new_empty(B, S, *heads)
+    weights = attn.norm_q.weight, attn.norm_k.weight
+    qk_norm_rope(
+        q, k, *weights, tables.of(freqs[0], table, ("cached", block, registers)), head_dim=attn.head_dim,
+        eps=attn.norm_q.eps, v=v, out=(query, *buffer[:, :, start:]),
+    )  # fmt: skip
+    out = attn.attn(query, buffer[0], buffer[1])
+    return attn.o(out.flatten(2)), buffer[:, :, : start + video]
+
+
+def _table(*freqs: Tensor) -> Tensor:
+    """Rope table ``[S, D / 2, 2]`` of frequencies ``[n, 1, D / 2]`` or ``[n, D / 2]``, end to end."""
+    return torch.view_as_real(torch.cat([f.reshape(len(f), -1) for f in freqs]))

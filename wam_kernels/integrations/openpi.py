@@ -1,0 +1,51 @@
+"""openpi: pi-0 and pi-0.5 in PyTorch, ``PaliGemmaWithExpertModel`` of two Gemmas with one attention.
+
+Both call the module-level ``eager_attention_forward`` of ``modeling_gemma`` with a dense additive mask, which makes the
+scores, their float32 softmax and the repeated key head as whole tensors. It is replaced for the attention modules of
+this model only: 8 query heads read 1 key head of 256 channels under the program ``prefix_suffix`` (the prefix blind to
+the suffix), padding included, in training and over the prefix cache.
+
+Padding tokens, which nobody sees, come out as 0, where the original's are a mean of all values. Heads of 256 channels
+have a GPU kernel in bfloat16 and float16, not in float32.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ._patching import MaskPlans, Patch, Unsupported, attend, require_kernel
+
+SYSTEM = "openpi"
+_FUNCTION = "eager_attention_forward"
+
+
+def find(model: nn.Module) -> list[nn.Module]:
+    """The pairs of Gemmas in a model."""
+    return [m for m in model.modules() if type(m).__name__ == "PaliGemmaWithExpertModel"]
+
+
+def apply(patch: Patch, pairs: list[nn.Module]) -> None:
+    masks = MaskPlans()
+
+    def attention(
+        module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
+        dropout: float = 0.0, **kwargs,
+    ) -> tuple[Tensor, None]:  # fmt: skip
+        if attention_mask is None:
+            raise Unsupported(f"patch: {SYSTEM}'s attention must get an attention_mask, got None")
+        if dropout and module.training:
+            raise Unsupported(f"patch: {SYSTEM}'s attention must have no dropout, got {dropout}")
+        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+        plan = masks.plan_of_bias(attention_mask, q.device)
+        if plan.batch not in (1, q.shape[0]):
+            raise Unsupported(
+                f"patch: {SYSTEM}'s mask must have {q.shape[0]} samples like its tokens, got {plan.batch}"
+            )
+        return attend(SYSTEM, q, k, v, plan, scale=scaling), None
+
+    for pair in pairs:
+        for layers in (pair.paligemma.language_model.layers, pair.gemma_expert.model.layers):
+            for layer in layers:
+                attn = layer.self_attn
+                require_kernel(SYSTEM, attn.q_proj.weight.new_empty(attn.head_dim))
+                patch.function(type(attn).__module__, _FUNCTION, attn, attention)
