@@ -17,6 +17,8 @@ set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-python3}
+# Triton compiles on the CPU, so several test processes share the GPU, where pytest-xdist is installed
+AT_ONCE=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 6")
 SECONDS_IN_ALL=${GPU_SECONDS:-530}
 PARTS=(
   machine build tests_attention tests_norms tests_cached tests_cuda tests_rollout rollout attention norms
@@ -40,14 +42,14 @@ build() {
 }
 
 # GPU suites: float64 budgets, every backend, torch.compile, CUDA graphs, the same bits over 100 runs
-tests_attention() { run 150 "$PYTHON" -m pytest -q --maxfail=5 tests/gpu/test_block_attention.py; }
-tests_norms() { run 150 "$PYTHON" -m pytest -q --maxfail=5 tests/gpu/test_adaln.py tests/gpu/test_qk_norm_rope.py; }
-tests_cached() { run 150 "$PYTHON" -m pytest -q --maxfail=5 tests/gpu/test_cached_attention.py; }
+tests_attention() { run 150 "$PYTHON" -m pytest -q --maxfail=5 $AT_ONCE tests/gpu/test_block_attention.py; }
+tests_norms() { run 150 "$PYTHON" -m pytest -q --maxfail=5 $AT_ONCE tests/gpu/test_adaln.py tests/gpu/test_qk_norm_rope.py; }
+tests_cached() { run 150 "$PYTHON" -m pytest -q --maxfail=5 $AT_ONCE tests/gpu/test_cached_attention.py; }
 # CUDA graphs equal eager passes, flat memory, nothing waits for the device
-tests_rollout() { run 150 "$PYTHON" -m pytest -q --maxfail=5 tests/gpu/test_rollout.py; }
+tests_rollout() { run 150 "$PYTHON" -m pytest -q --maxfail=5 $AT_ONCE tests/gpu/test_rollout.py; }
 # the CUDA launchers on the compiled extension; on a CPU the same tests run on the host emulation
 tests_cuda() {
-  run 150 "$PYTHON" -m pytest -q --maxfail=5 tests/csrc/test_adaln.py tests/csrc/test_qk_norm_rope.py -k gpu
+  run 150 "$PYTHON" -m pytest -q --maxfail=5 $AT_ONCE tests/csrc/test_adaln.py tests/csrc/test_qk_norm_rope.py -k gpu
 }
 
 memcheck() {
