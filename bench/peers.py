@@ -236,8 +236,8 @@ def _flash_attn_3() -> Callable:
 def _flash_attn_4(work: Workload, plan: Plan, dtype: torch.dtype) -> Arm:
     """Block-sparse, with the mask of :func:`_flex` in CuTe. Source: flash_attn/cute/interface.py, tests/cute, Aug 2026.
 
-    Its block mask comes from FlexAttention's ``create_block_mask``: 128 x 128, which suits its tiles at D = 64 and 128
-    on Hopper, forward and backward.
+    Its block mask comes from FlexAttention's ``create_block_mask``, one for all heads: 128 x 128, which suits its tiles
+    at D = 64 and 128 on Hopper, forward and backward.
     """
     from flash_attn.cute import flash_attn_func
 
@@ -273,7 +273,7 @@ def _flash_attn_4(work: Workload, plan: Plan, dtype: torch.dtype) -> Arm:
 
     def build():
         return create_block_mask(
-            mask_mod, 1, work.heads, work.tokens, work.tokens, device="cuda", BLOCK_SIZE=(128, 128), _compile=True
+            mask_mod, 1, 1, work.tokens, work.tokens, device="cuda", BLOCK_SIZE=(128, 128), _compile=True
         )
 
     block_mask = build()
