@@ -80,6 +80,22 @@ def bounds(plan: Plan) -> Tensor:
     return out.to(plan.device)
 
 
+def blocks(plan: Plan) -> tuple[Tensor, Tensor, Tensor]:
+    """The mask cut where some row's range begins or ends: sizes of row and of column blocks, and who sees whom.
+
+    Inside a block all is visible or nothing, so a kernel for variable blocks masks nothing. CPU tensors: int32
+    ``[rows]``, int32 ``[columns]``, bool ``[rows, columns]``.
+    """
+    limits = bounds(plan).cpu().long()
+    columns = torch.unique(torch.cat([torch.tensor([0, plan.length]), limits.flatten()]))
+    changes = 1 + (limits[1:] != limits[:-1]).flatten(1).any(1).nonzero().flatten()
+    rows = torch.cat([torch.tensor([0]), changes, torch.tensor([plan.length])])
+    lo, hi = limits[rows[:-1]].unbind(-1)  # [rows, ranges]
+    begin = columns[:-1]
+    seen = ((lo[:, :, None] <= begin) & (begin < hi[:, :, None])).any(1)
+    return rows.diff().int(), columns.diff().int(), seen
+
+
 def documents(work: Workload, what: str) -> int:
     if work.document is None:
         raise Unavailable(f"{what} cannot express this visibility")
@@ -331,15 +347,8 @@ def _flashinfer(work: Workload, plan: Plan, dtype: torch.dtype) -> Arm:
     """
     import flashinfer
 
-    limits = bounds(plan).cpu()
-
     def build():
-        cuts = torch.unique(torch.cat([torch.tensor([0, work.tokens]), limits.flatten().long()]))
-        rows = [0, *(1 + (limits[1:] != limits[:-1]).flatten(1).any(1).nonzero().flatten()).tolist(), work.tokens]
-        row_size, column_size = torch.tensor(rows).diff().int(), cuts.diff().int()
-        lo, hi = limits[rows[:-1]].long().unbind(-1)  # [rows, ranges]
-        begin = cuts[:-1]
-        seen = ((lo[:, :, None] <= begin) & (begin < hi[:, :, None])).any(1)
+        row_size, column_size, seen = blocks(plan)
         wrapper = flashinfer.VariableBlockSparseAttentionWrapper(
             torch.empty(128 << 20, dtype=torch.uint8, device="cuda"), backend="auto"
         )

@@ -61,6 +61,14 @@ def test_bounds_are_the_mask(work):
     assert torch.equal(seen, plan.mask()[0, 0])
 
 
+@pytest.mark.parametrize("work", SMALL, ids=lambda w: w.name)
+def test_variable_blocks_are_the_mask(work):
+    plan = work.plan("cpu")
+    rows, columns, seen = peers.blocks(plan)
+    mask = seen.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    assert torch.equal(mask, plan.mask()[0, 0])
+
+
 def test_a_peer_says_why_it_cannot():
     work = SMALL[0]
     plan = work.plan("cpu")
