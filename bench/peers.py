@@ -171,9 +171,8 @@ def _flex_arm(
     return Arm(attend, computed, build, "FlexAttention has no backward on CPUs" if device == "cpu" else None)
 
 
-def _flex(work: Workload, plan: Plan, dtype: torch.dtype) -> Arm:
-    """FlexAttention at its best: a mask that reads two bounds a range, and the faster of two block sizes."""
-    limits = bounds(plan)
+def ranges_mask_mod(limits: Tensor) -> Callable:
+    """FlexAttention's form of the mask: reads two numbers for each range of a row."""
 
     def mask_mod(b, h, q, kv):
         seen = (kv < 0) | (q < 0)
@@ -181,6 +180,12 @@ def _flex(work: Workload, plan: Plan, dtype: torch.dtype) -> Arm:
             seen = seen | ((limits[q, r, 0] <= kv) & (kv < limits[q, r, 1]))
         return seen
 
+    return mask_mod
+
+
+def _flex(work: Workload, plan: Plan, dtype: torch.dtype) -> Arm:
+    """FlexAttention at its best: a mask that reads two bounds a range, and the faster of two block sizes."""
+    mask_mod = ranges_mask_mod(bounds(plan))
     if plan.device.type == "cpu":
         return _flex_arm(work, plan, mask_mod, 128, False, None)
     arms = [_flex_arm(work, plan, mask_mod, block, False, None) for block in (64, 128)]
@@ -200,23 +205,31 @@ def _milliseconds(call: Callable[[], object]) -> float:
 OPENWAM_OPTIONS = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 32}
 
 
-def _flex_openwam(work: Workload, plan: Plan, dtype: torch.dtype) -> Arm:
+def openwam_mask_mod(work: Workload, device: torch.device) -> Callable:
+    """
+    Raises:
+        Unavailable: samples of different rules.
+    """
     rule = {(g.program, g.history, g.window, g.conditional_history, g.prefix_frames) for g in work.samples}
     if len(rule) > 1:
         raise Unavailable("OpenWAM's mask has one rule for all samples of a batch")
     geometry = work.samples[0]
     per_sample = [tokens(g) for g in work.samples]
     columns = {
-        name: torch.from_numpy(np.concatenate([getattr(t, name) for t in per_sample])).to(plan.device)
+        name: torch.from_numpy(np.concatenate([getattr(t, name) for t in per_sample])).to(device)
         for name in ("stream", "noise", "frame", "chunk", "block", "is_key")
     }
-    sample = torch.repeat_interleave(torch.tensor([g.length for g in work.samples])).to(plan.device)
+    sample = torch.repeat_interleave(torch.tensor([g.length for g in work.samples])).to(device)
 
     def mask_mod(b, h, q, kv):
         of_q, of_kv = (Tokens(**{name: column[i] for name, column in columns.items()}) for i in (q, kv))
         return visible(geometry, of_q, of_kv) & (sample[q] == sample[kv])
 
-    return _flex_arm(work, plan, mask_mod, 128, True, OPENWAM_OPTIONS)
+    return mask_mod
+
+
+def _flex_openwam(work: Workload, plan: Plan, dtype: torch.dtype) -> Arm:
+    return _flex_arm(work, plan, openwam_mask_mod(work, plan.device), 128, True, OPENWAM_OPTIONS)
 
 
 # ---- FlashAttention ----
@@ -269,13 +282,7 @@ def _flash_attn_4(work: Workload, plan: Plan, dtype: torch.dtype) -> Arm:
     from torch.nn.attention.flex_attention import create_block_mask
 
     limits = bounds(plan)
-    ranges = limits.shape[1]
-
-    def mask_mod(b, h, q, kv):
-        seen = (kv < 0) | (q < 0)
-        for r in range(ranges):
-            seen = seen | ((limits[q, r, 0] <= kv) & (kv < limits[q, r, 1]))
-        return seen
+    ranges, mask_mod = limits.shape[1], ranges_mask_mod(limits)
 
     @cute.jit
     def cute_mask(batch, head, m_idx, n_idx, seqlen_info, aux_tensors):

@@ -69,6 +69,26 @@ def test_variable_blocks_are_the_mask(work):
     assert torch.equal(mask, plan.mask()[0, 0])
 
 
+TWO = workloads.Workload("two samples", SMALL[0].samples * 2, 2, 16)
+
+
+@pytest.mark.parametrize("kind", ["ranges", "openwam"])
+@pytest.mark.parametrize("work", [SMALL[0], TWO], ids=lambda w: w.name)
+def test_flex_masks_are_the_mask(work, kind):
+    plan = work.plan("cpu")
+    by_kind = {
+        "ranges": lambda: peers.ranges_mask_mod(peers.bounds(plan)),
+        "openwam": lambda: peers.openwam_mask_mod(work, plan.device),
+    }
+    tokens = torch.arange(plan.length)
+    assert torch.equal(by_kind[kind]()(0, 0, tokens[:, None], tokens[None, :]), plan.mask()[0, 0])
+
+
+def test_openwam_has_one_rule_for_all_samples():
+    with pytest.raises(peers.Unavailable, match="one rule for all samples"):
+        peers.openwam_mask_mod(SMALL[1], torch.device("cpu"))
+
+
 def test_a_peer_says_why_it_cannot():
     work = SMALL[0]
     plan = work.plan("cpu")
