@@ -1,7 +1,8 @@
-"""``wam mask``: an interaction program's visibility as a picture, and what its plan costs.
+"""``wam mask``: a program's visibility as a picture, and what its plan costs.
 
-A pixel block is one (query, key) pair: queries go down, keys go right, in packed order
-``[V_noisy | V_clean | A_noisy | A_clean]``. The colour tells the query's stream and which of the segments it reads.
+A pixel block is one (query, key) pair: queries go down, keys go right, in packed order; of the six interaction programs
+that is ``[V_noisy | V_clean | A_noisy | A_clean]``. The colour tells which of the segments is read.
+``python -m wam_models.mask_picture`` draws ``docs/programs.png``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from wam_kernels import PROGRAMS, Geometry, compile_plan, dense_mask, tokens
+from wam_kernels import NAMED_PROGRAMS, PROGRAMS, Geometry, Program, compile_plan, dense_mask, tokens
 from wam_kernels.visibility import SEGMENTS
 
 NAMES = ("V_noisy", "V_clean", "A_noisy", "A_clean")
@@ -22,6 +23,24 @@ INK, FAINT, PAPER, UNSEEN = (30, 30, 36), (120, 120, 130), (255, 255, 255), (243
 # One hue for each segment that is read; darker where a noisy token reads it, lighter where a clean one does.
 KEY_HUES = ((214, 93, 62), (43, 108, 176), (217, 158, 38), (47, 141, 98))
 CLEAN_QUERY_TINT = 0.45
+# Of the programs of other systems: one hue for each segment of keys, in order.
+SEGMENT_HUES = (*KEY_HUES, (128, 90, 168), (90, 90, 100))
+
+# Sizes at which a picture of another system's program can be read.
+EXAMPLE_SIZES = {
+    "fast_wam_uncond": {"video_frames": 3, "video_tokens": 6, "actions": 6},
+    "fast_wam_joint": {"video_frames": 3, "video_tokens": 6, "actions": 6},
+    "fast_wam_idm": {"video_frames": 3, "video_tokens": 6, "actions": 6},
+    "lingbot_va_train": {"samples": 2, "video_frames": 4, "video_tokens": 3, "action_frames": 4, "action_tokens": 2}
+    | {"chunk_size": 1, "window": 4, "padding": 6},
+    "lingbot_va_text": {"samples": 2, "video": 9, "actions": 4, "text_tokens": 12, "padding": 6},
+    "dreamzero_train": {"video_frames": 7, "video_tokens": 3, "frames_per_block": 2, "action_tokens": 4}
+    | {"state_tokens": 2, "window": 3},
+    "dreamzero_cached": {"cached": 24, "video": 10, "actions": 5, "states": 1},
+    "cosmos_policy": {"frames": 9, "tokens": 4},
+    "prefix_suffix": {"prefix": 24, "states": 2, "actions": 10, "padding": ((18, 24),)},
+    "tri_tower": {"video": 20, "actions": 8, "understanding": 8},
+}
 
 
 def font(size: int):
@@ -168,19 +187,89 @@ def draw_programs(pixels: int = 324, geometry: Geometry | None = None) -> Image.
     return image
 
 
+def program_image(program: Program, pixels: int) -> Image.Image:
+    """The bare mask of another system's program, a colour for each segment of keys: RGB, ``pixels`` wide.
+
+    Raises:
+        ValueError: more than ``MAX_TOKENS`` tokens.
+    """
+    most = max(program.length, program.key_length)
+    if not 0 < most <= MAX_TOKENS:
+        raise ValueError(
+            f"mask picture: tokens must be from 1 to {MAX_TOKENS}, got {most}; take fewer frames or tokens"
+        )
+    segment = np.repeat(program.keys.segment, program.keys.count)
+    first = segment.min()  # a rectangular program may number its keys behind its queries
+    colours = np.array(SEGMENT_HUES, np.uint8)[(segment - first) % len(SEGMENT_HUES)]
+    picture = np.where(program.dense_mask()[:, :, None], colours[None], np.array(UNSEEN, np.uint8))
+    scale = pixels / program.key_length
+    size = (pixels, max(1, round(program.length * scale)))
+    resample = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.BOX
+    image = Image.fromarray(picture.astype(np.uint8)).resize(size, resample)
+    draw = ImageDraw.Draw(image, "RGBA")
+    for runs, horizontal in ((program.keys, False), (program.queries, True)):
+        ends = runs.count.cumsum()[:-1]
+        for end, new_segment in zip(ends, np.diff(runs.segment) != 0, strict=True):
+            at, ink = round(end * scale), (*INK, 150 if new_segment else 26)
+            draw.line([(0, at), (size[0], at)] if horizontal else [(at, 0), (at, size[1])], fill=ink)
+    draw.rectangle([0, 0, size[0] - 1, size[1] - 1], outline=(*INK, 150))
+    return image
+
+
+def draw_systems(pixels: int = 250) -> Image.Image:
+    """The programs of other systems, three in a row, at :data:`EXAMPLE_SIZES`."""
+    programs = [NAMED_PROGRAMS[name](**sizes) for name, sizes in EXAMPLE_SIZES.items() if name != "lingbot_va_text"]
+    gap, head, legend = 26, 34, 40
+    masks = [program_image(p, pixels) for p in programs]
+    rows = [masks[i : i + 3] for i in range(0, len(masks), 3)]
+    heights = [max(m.height for m in row) + head + legend for row in rows]
+    image = Image.new("RGB", (3 * pixels + 4 * gap, 44 + sum(heights) + 8), PAPER)
+    draw = ImageDraw.Draw(image)
+    draw.text((gap, 14), "Who sees whom in other systems", font=font(20), fill=INK)
+    note = "queries go down, keys go right; coloured by what is read"
+    draw.text((image.width - gap, 26), note, font=font(13), fill=FAINT, anchor="rm")
+    for i, (program, mask) in enumerate(zip(programs, masks, strict=True)):
+        x, y = gap + i % 3 * (pixels + gap), 44 + sum(heights[: i // 3])
+        draw.text((x, y + head - 8), program.name, font=font(15), fill=INK, anchor="ls")
+        density = compile_plan(program).density
+        draw.text((x + pixels, y + head - 8), f"density {density:.2f}", font=font(12), fill=FAINT, anchor="rs")
+        image.paste(mask, (x, y + head))
+        _segment_legend(draw, program, x, y + head + mask.height + 6)
+    return image
+
+
+def _segment_legend(draw: ImageDraw.ImageDraw, program: Program, left: int, y: int) -> None:
+    first, x = program.keys.segment.min(), left
+    for number in np.unique(program.keys.segment):
+        name, hue = program.segments[number], SEGMENT_HUES[(number - first) % len(SEGMENT_HUES)]
+        width = 16 + draw.textlength(name, font=font(12)) + 8
+        if x > left and x + width > left + 258:
+            x, y = left, y + 16
+        draw.rectangle([x, y, x + 10, y + 10], fill=hue)
+        draw.text((x + 14, y + 5), name, font=font(12), fill=INK, anchor="lm")
+        x += width
+
+
 def save_small(image: Image.Image, path: str | Path) -> None:
     """As a PNG of at most 128 colours: flat colours need no more, and it is a quarter of the size."""
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     image.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
-def describe(geometry: Geometry) -> str:
+def describe(geometry: Geometry | Program) -> str:
     """Density, visible pairs, and the plan's tiles and efficiency, as aligned text."""
     plan = compile_plan(geometry)
+    if isinstance(geometry, Program):
+        keys = geometry.keys
+        counts = [(n, int(keys.count[keys.segment == i].sum())) for i, n in enumerate(geometry.segments)]
+        named = [(name, count) for name, count in counts if count]
+    else:
+        named = list(zip(NAMES, geometry.segment_lengths, strict=True))
+    size = f"{plan.length}" if plan.length == plan.key_length else f"{plan.length} queries, {plan.key_length} keys"
     lines = [
-        ("tokens", f"{plan.length}  ({', '.join(f'{n} {s}' for n, s in zip(NAMES, geometry.segment_lengths))})"),
+        ("tokens", f"{size}  ({', '.join(f'{name} {count}' for name, count in named)})"),
         ("density", f"{plan.density:.4f}"),
-        ("visible pairs", f"{plan.visible_pairs} of {plan.length**2}"),
+        ("visible pairs", f"{plan.visible_pairs} of {plan.length * plan.key_length}"),
     ]
     for name, side in (("query side", plan.queries), ("key side", plan.keys)):
         steps = f"{side.full.shape[0]} full and {side.part.shape[0]} partial steps"
@@ -191,6 +280,12 @@ def describe(geometry: Geometry) -> str:
 
 def run(args) -> int:
     """``wam mask``."""
+    if args.out is not None and args.out.suffix.lower() != ".png":
+        raise ValueError(f"--out must be a file name that ends in .png, got {args.out}")
+    if args.program in NAMED_PROGRAMS:
+        return _run_named(args)
+    if args.program not in PROGRAMS:
+        raise ValueError(f"--program must be one of {(*PROGRAMS, *NAMED_PROGRAMS)}, got {args.program!r}")
     geometry = Geometry(
         program=args.program,
         video_frames=args.frames + args.prefix_frames,
@@ -207,8 +302,33 @@ def run(args) -> int:
     print(f"program        {geometry.program}")
     print(describe(geometry))
     if args.out is not None:
-        if args.out.suffix.lower() != ".png":
-            raise ValueError(f"--out must be a file name that ends in .png, got {args.out}")
         save_small(draw_mask(geometry), args.out)
         print(f"picture        {args.out}")
     return 0
+
+
+def _run_named(args) -> int:
+    """A program of another system, at its example sizes: it has sizes of its own, which no flag names."""
+    from .cli import make_parser
+
+    defaults = vars(make_parser().parse_args(["mask"]))
+    given = [name for name, value in vars(args).items() if name not in ("program", "out") and value != defaults[name]]
+    if given:
+        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+        raise ValueError(
+            f"{flags} must be left out with --program {args.program}, which is drawn at fixed sizes; other sizes: "
+            f"wam_kernels.NAMED_PROGRAMS[{args.program!r}](...)"
+        )
+    sizes = EXAMPLE_SIZES[args.program]
+    program = NAMED_PROGRAMS[args.program](**sizes)
+    print(f"program        {program.name}")
+    print(f"sizes          {', '.join(f'{name} {value}' for name, value in sizes.items())}")
+    print(describe(program))
+    if args.out is not None:
+        save_small(program_image(program, 860), args.out)
+        print(f"picture        {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    save_small(draw_systems(), Path(__file__).parents[1] / "docs" / "programs.png")
