@@ -44,6 +44,11 @@ def test_refusals():
     with pytest.raises(Unsupported, match="must get .B, S, C. and rope_emb, got .2, 12, 24. and None"):
         call(dit, None)
     dit = model()
+    dit.blocks[0].self_attn.k_norm.bfloat16()
+    patch(dit)
+    with pytest.raises(Unsupported, match="RMSNorm must be torch.float32 like q, or float32, got torch.bfloat16"):
+        call(dit, angles(12))
+    dit = model()
     dit.blocks[1].self_attn.q_norm.zero_centered_gamma = True
     with pytest.raises(Unsupported, match="zero_centered_gamma=False"):
         patch(dit)

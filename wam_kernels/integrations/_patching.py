@@ -22,6 +22,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..block_attention import block_attention
 from ..block_attention.config import MAX_D, fits_triton
 from ..plan import Plan, compile_plan
+from ..qk_norm_rope import qk_norm_rope
 from ..ranges import Ranges
 
 ON_UNSUPPORTED = ("error", "original")
@@ -257,6 +258,8 @@ def require_kernel(system: str, q: Tensor) -> None:
 def attend(system: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = None) -> Tensor:
     """``block_attention`` ``[B, S, H, D]``, refused as Unsupported where it has no kernel or the plan does not fit."""
     require_kernel(system, q)
+    if not q.dtype == k.dtype == v.dtype:
+        raise Unsupported(f"patch: {system}'s q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
     lengths = (q.shape[1], k.shape[1])
     if lengths != (plan.length, plan.key_length):
         raise Unsupported(
@@ -264,6 +267,23 @@ def attend(system: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: floa
             f"{plan.key_length}"
         )
     return block_attention(q, k, v, plan.to(q.device), scale=scale)
+
+
+def norm_rope(
+    system: str, q: Tensor, k: Tensor, norm_q: nn.Module, norm_k: nn.Module, table: Tensor, **options
+) -> tuple[Tensor, ...]:
+    """``qk_norm_rope`` with the weights of the model's two norms, refused as Unsupported where the op refuses them.
+
+    ``q`` and ``k`` ``[B, S, inner]`` as they leave their projections; returns ``[B, S, H, D]``.
+    """
+    for norm in (norm_q, norm_k):
+        if norm.weight.dtype not in (q.dtype, torch.float32):
+            raise Unsupported(
+                f"patch: {system}'s {type(norm).__name__} must be {q.dtype} like q, or float32, got {norm.weight.dtype}"
+            )
+    if k.dtype != q.dtype:
+        raise Unsupported(f"patch: {system}'s keys must be {q.dtype} like its queries, got {k.dtype}")
+    return qk_norm_rope(q, k, norm_q.weight, norm_k.weight, table, eps=norm_q.eps, **options)
 
 
 @lru_cache(maxsize=256)

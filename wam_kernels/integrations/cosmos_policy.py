@@ -10,8 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..qk_norm_rope import qk_norm_rope
-from ._patching import Patch, Tables, Unsupported, require_kernel
+from ._patching import Patch, Tables, Unsupported, norm_rope, require_kernel
 
 SYSTEM = "Cosmos Policy"
 _PARTS = ("is_selfattn", "q_proj", "k_proj", "v_proj", "output_proj", "q_norm", "k_norm", "compute_qkv", "attn_op")
@@ -35,10 +34,8 @@ def apply(patch: Patch, attentions: list[nn.Module]) -> None:
         context = x if context is None else context
         table = tables.of(rope_emb, _rotate_half_table)
         q, k, v = attn.q_proj(x), attn.k_proj(context), attn.v_proj(context)
-        q, k = qk_norm_rope(
-            q, k, attn.q_norm.weight, attn.k_norm.weight, table, head_dim=attn.head_dim, per_head=True,
-            interleaved=False, eps=attn.q_norm.eps,
-        )  # fmt: skip
+        options = {"head_dim": attn.head_dim, "per_head": True, "interleaved": False}
+        q, k = norm_rope(SYSTEM, q, k, attn.q_norm, attn.k_norm, table, **options)
         return q, k, attn.v_norm(v.unflatten(-1, (attn.n_heads, attn.head_dim)))
 
     for attn in attentions:

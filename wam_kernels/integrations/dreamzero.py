@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from ..plan import compile_plan
 from ..programs import dreamzero_train
-from ..qk_norm_rope import qk_norm_rope
-from ._patching import Patch, Tables, Unsupported, attend, require_kernel
+from ._patching import Patch, Tables, Unsupported, attend, norm_rope, require_kernel
 
 SYSTEM = "DreamZero"
 
@@ -89,14 +88,13 @@ def _train(attn: nn.Module, x: Tensor, freqs: _Freqs, registers: int, tables: Ta
     program = _program(attn, x.shape[1], registers)
     blocks = registers // (attn.num_action_per_block + attn.num_state_per_block)
 
-    def table(video: Tensor) -> Tensor:
+    def make_table(video: Tensor) -> Tensor:
         # both copies of the video are at the same positions
         ends = blocks * attn.num_action_per_block, blocks * attn.num_state_per_block
         return _table(video, video, freqs[1][: ends[0]], freqs[2][: ends[1]])
 
-    options = {"head_dim": attn.head_dim, "eps": attn.norm_q.eps}
-    weights = attn.norm_q.weight, attn.norm_k.weight
-    q, k = qk_norm_rope(attn.q(x), attn.k(x), *weights, tables.of(freqs[0], table, ("train", blocks)), **options)
+    norms, table = (attn.norm_q, attn.norm_k), tables.of(freqs[0], make_table, ("train", blocks))
+    q, k = norm_rope(SYSTEM, attn.q(x), attn.k(x), *norms, table, head_dim=attn.head_dim)
     v = attn.v(x).unflatten(2, (attn.num_heads, -1))
     out = attend(SYSTEM, q, k, v, compile_plan(program, device=x.device))
     return attn.o(out.flatten(2)), None
@@ -113,21 +111,21 @@ def _cached(
     if torch.is_grad_enabled() and (x.requires_grad or attn.q.weight.requires_grad):
         raise Unsupported(f"patch: {SYSTEM}'s cached attention has no gradient; run it under torch.no_grad()")
 
-    def table(video_freqs: Tensor) -> Tensor:
+    def make_table(video_freqs: Tensor) -> Tensor:
         own = [slice(block * n, (block + 1) * n) for n in (attn.num_action_per_block, attn.num_state_per_block)]
         return _table(video_freqs, *((freqs[1][own[0]], freqs[2][own[1]]) if registers else ()))
 
     start = cached - dropped
     heads = attn.num_heads, attn.head_dim
     q, k, v = attn.q(x), attn.k(x), attn.v(x)
-    buffer = kv_cache.new_empty(2, B, start + S, *heads, dtype=v.dtype)
+    if kv_cache.dtype != v.dtype:
+        raise Unsupported(f"patch: {SYSTEM}'s cache must be {v.dtype} like its values, got {kv_cache.dtype}")
+    buffer = kv_cache.new_empty(2, B, start + S, *heads)
     buffer[:, :, :start] = kv_cache[:, :, dropped:]
     query = q.new_empty(B, S, *heads)
-    weights = attn.norm_q.weight, attn.norm_k.weight
-    qk_norm_rope(
-        q, k, *weights, tables.of(freqs[0], table, ("cached", block, registers)), head_dim=attn.head_dim,
-        eps=attn.norm_q.eps, v=v, out=(query, *buffer[:, :, start:]),
-    )  # fmt: skip
+    table = tables.of(freqs[0], make_table, ("cached", block, registers))
+    slots = query, *buffer[:, :, start:]
+    norm_rope(SYSTEM, q, k, attn.norm_q, attn.norm_k, table, head_dim=attn.head_dim, v=v, out=slots)
     out = attn.attn(query, buffer[0], buffer[1])
     return attn.o(out.flatten(2)), buffer[:, :, : start + video]
 

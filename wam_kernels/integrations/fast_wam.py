@@ -11,8 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..qk_norm_rope import qk_norm_rope
-from ._patching import MaskPlans, Patch, Tables, Unsupported, attend, require_kernel
+from ._patching import MaskPlans, Patch, Tables, Unsupported, attend, norm_rope, require_kernel
 
 SYSTEM = "Fast-WAM"
 
@@ -35,9 +34,8 @@ def apply(patch: Patch, mots: list[nn.Module]) -> None:
         table = tables.of(freqs, lambda f: torch.view_as_real(f[:, 0]))  # [S, 1, D / 2] complex
         shift, scale, gate, *mlp = mot._split_modulation(block, t_mod)
         h = block.norm1(x) * (1 + scale) + shift
-        weights = attn.norm_q.weight, attn.norm_k.weight
-        head_dim, eps = attn.attn_head_dim, attn.norm_q.eps
-        q, k = qk_norm_rope(attn.q(h), attn.k(h), *weights, table, head_dim=head_dim, eps=eps)
+        norms = attn.norm_q, attn.norm_k
+        q, k = norm_rope(SYSTEM, attn.q(h), attn.k(h), *norms, table, head_dim=attn.attn_head_dim)
         checkpointed = bool(getattr(expert, "use_gradient_checkpointing", False))
         return q.flatten(2), k.flatten(2), attn.v(h), x, gate, *mlp, checkpointed
 

@@ -21,8 +21,7 @@ from torch import Tensor, nn
 from ..cached_attention import cached_attention
 from ..plan import compile_plan
 from ..programs import lingbot_va_text, lingbot_va_train
-from ..qk_norm_rope import qk_norm_rope
-from ._patching import Patch, Tables, Unsupported, attend, device_ranges, require_kernel
+from ._patching import Patch, Tables, Unsupported, attend, device_ranges, norm_rope, require_kernel
 
 SYSTEM = "LingBot-VA"
 TEXT_TOKENS = 512  # of each sample, as init_mask has it
@@ -144,9 +143,7 @@ def _patch_attention(patch: Patch, attn: nn.Module, tables: Tables) -> None:
         head_dim = attn.inner_dim // attn.heads
         query, key, value = attn.to_q(q), attn.to_k(k), attn.to_v(v).unflatten(2, (attn.heads, -1))
         table = tables.of(rotary_emb, _rope_table)
-        eps = attn.norm_q.eps
-        weights = attn.norm_q.weight, attn.norm_k.weight
-        query, key = qk_norm_rope(query, key, *weights, table, head_dim=head_dim, eps=eps)
+        query, key = norm_rope(SYSTEM, query, key, attn.norm_q, attn.norm_k, table, head_dim=head_dim)
         if pooled:
             taken = attn.update_cache(cache_name, key, value, is_pred=(update_cache == 1))
             out = slots_of(attn, cache_name).attend(query)
