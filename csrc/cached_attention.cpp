@@ -22,7 +22,8 @@ void require_heads(const char* op, const std::string& name, const Heads& t, int6
 
 void cached_attention(const CachedAttentionParams& p, DType dtype, void* stream) {
   const char* op = "cached_attention";
-  require(op, dtype != DType::kFloat32, "q must be bfloat16 or float16 for impl='cuda', got float32; use impl='triton'");
+  require(op, dtype != DType::kFloat32,
+          "q must be bfloat16 or float16 for impl='cuda', got float32; use impl='triton'");
   require(op, p.head_dim >= kChannels && p.head_dim <= kMaxHeadDim && p.head_dim % kChannels == 0,
           "D must be a multiple of 8 from 8 to 128, got " + std::to_string(p.head_dim) + "; use impl='reference'");
   require(op, p.groups >= 1 && p.groups <= kMaxGroups,

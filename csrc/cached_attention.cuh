@@ -4,11 +4,12 @@
 //     combine    lse = logsumexp_p(lse_p)              out = sum_p exp(lse_p - lse) * out_p
 //
 // A group's ranges, one after the other, are a list of its visible slots. One block of the first kernel owns kTileRows
-// rows of one group, one head and one part: part p of P takes the p-th share of that list, whole steps of kSlots but for
-// the last. The parts are balanced at every fill of the cache and the grid depends on shapes only. A step's slots may
-// lie in several ranges: every thread walks the list with a cursor of its own. Slots outside the ranges are not read.
+// rows of one group, one head and one part: part p of P takes the p-th share of that list, in steps of kSlots of which
+// only the last may be shorter. The parts are balanced at every fill of the cache and the grid depends on shapes only.
+// A step's slots may lie in several ranges: every thread walks the list with a cursor of its own. Slots outside the
+// ranges are not read.
 //
-// A warp owns 16 rows and all of D. The next step is copied into the second pair of tiles while this one is computed on.
+// A warp owns 16 rows and all of D. The next step is copied into the other pair of tiles while this one is computed.
 // Softmax works in base 2; lse_p is in base 2. Scores and sums are float32; rounded to the dtype are p, before its
 // product, and out, at the store. A part without slots stores lse_p = -inf and no out_p.
 //
@@ -230,7 +231,8 @@ __global__ void __launch_bounds__(kThreads) part_kernel(const __grid_constant__ 
 }
 
 template <class T>
-__global__ void __launch_bounds__(kCombineRows * kWarp) combine_kernel(const __grid_constant__ CachedAttentionParams p) {
+__global__ void __launch_bounds__(kCombineRows * kWarp)
+    combine_kernel(const __grid_constant__ CachedAttentionParams p) {
   const int lane = threadIdx.x % kWarp, channel = lane * 4;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kCombineRows + threadIdx.x / kWarp;
   if (row >= p.rows) return;

@@ -1,5 +1,7 @@
 """The cached_attention kernels compiled for sm_90: tensor cores, no spills, one compilation for all fills."""
 
+import re
+
 import pytest
 import torch
 from triton.backends.compiler import GPUTarget
@@ -40,6 +42,9 @@ def test_large_tiles_use_wgmma_without_spills(D):
     built = build_part(128, D, "bf16")
     assert built.spill_bytes == 0
     assert built.wgmma > 0 and not built.wgmma_serialised
+    # the next steps' slots arrive in 16-byte copies behind the arithmetic
+    copies = re.findall(r"cp\.async\.\w+\S* \[[^\]]*\], \[[^\]]*\], (\w+)", built.ptx)
+    assert set(copies) == {"0x10"}
     # config.PROGRAMS counts on two programs an SM: shared memory (with 1 KB of the system's each) and registers
     assert 2 * (built.shared_bytes + 1024) <= 233_472 and built.registers <= 255
 

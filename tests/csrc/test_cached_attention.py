@@ -1,6 +1,6 @@
 """The CUDA kernels of cached_attention, through their launcher, against the reference in float64.
 
-Emulated, the products on tensor cores, ldmatrix and cp.async are the plain versions of ``csrc/tile_mma.cuh``.
+Emulated, the instructions mma, ldmatrix and cp.async are the plain versions in ``csrc/tile_mma.cuh``.
 """
 
 import dataclasses
@@ -67,6 +67,13 @@ def test_a_cache_without_slots(machine):
     case = Case([[[]]], (3,), 0, dtype=BF16, device=machine.device)
     out, lse = machine.run(lambda: forward(case, *case.inputs()))
     assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+def test_what_a_block_before_left_in_shared_memory_does_not_matter(machine):
+    # infinities in every tile, also past the last channel and slot of what follows: 0 times one of them would be NaN
+    before = Case([[[(0, 64)]]], (16,), 64, H=1, D=128, dtype=BF16, device=machine.device)
+    machine.run(lambda: forward(before, *(torch.full_like(t, torch.inf) for t in before.inputs())))
+    check(machine, Case([[[(3, 8)]]], (16,), 64, H=1, D=104, dtype=BF16))
 
 
 def test_strides_are_free(machine):
