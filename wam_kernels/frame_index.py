@@ -32,10 +32,11 @@ class FrameIndex:
         segments: int32 ``[N, 3]``: first token, end, row. In token order; every token is in exactly one.
         row_begin: int32 ``[F + 1]``: the segments of row f are ``row_segments[row_begin[f] : row_begin[f + 1]]``.
         row_segments: int32 ``[N]``: the segments of each row, in token order.
+        run: int32 ``[1]``: tokens of every row, if rows 0, 1, ... F - 1 follow one another with equally many; else 0.
         device: Where these tensors are; those of an op must be there too.
     """
 
-    FIELDS = ("row_of_token", "segments", "row_begin", "row_segments")
+    FIELDS = ("row_of_token", "segments", "row_begin", "row_segments", "run")
 
     def __init__(self, layout: tuple[tuple[int, ...], ...], buffer: Tensor) -> None:
         self._layout, self._buffer = layout, buffer
@@ -133,6 +134,13 @@ def _frames(constructor: str, rows: tuple[int, ...], frames: int | None) -> int:
     return needed if frames is None else int(frames)
 
 
+def _run(row_of_token: np.ndarray, frames: int) -> int:
+    if frames == 0 or row_of_token.size % frames:
+        return 0
+    run = row_of_token.size // frames
+    return run if np.array_equal(row_of_token, np.repeat(np.arange(frames), run)) else 0
+
+
 @lru_cache(maxsize=64)
 def _compile(lengths: tuple[int, ...], rows: tuple[int, ...], frames: int, device: torch.device) -> FrameIndex:
     if device.type != "cpu":
@@ -150,5 +158,6 @@ def _compile(lengths: tuple[int, ...], rows: tuple[int, ...], frames: int, devic
         np.stack([first, end, row], 1),
         np.searchsorted(np.sort(row), np.arange(frames + 1)),
         np.argsort(row, kind="stable"),
+        np.array([_run(row_of_token, frames)]),
     ]
     return FrameIndex(*_index_buffer.pack(arrays))

@@ -39,6 +39,24 @@ def test_constructors_agree():
     assert FrameIndex.per_sample(0).frames == 1 and FrameIndex.per_token(0).frames == 0
 
 
+@pytest.mark.parametrize(
+    "index, run",
+    [
+        (FrameIndex.from_runs([4, 4, 4]), 4),
+        (FrameIndex.from_runs([2, 2, 4], [0, 0, 1]), 4),
+        (FrameIndex.per_token(3), 1),
+        (FrameIndex.from_runs([4, 5]), 0),
+        (FrameIndex.from_runs([4, 4], [1, 0]), 0),
+        (FrameIndex.from_runs([4, 4], frames=4), 0),
+        (FrameIndex.from_runs([4, 4, 4], [0, 1, 0]), 0),
+        (FrameIndex.from_runs([0, 0]), 0),
+        (FrameIndex.from_runs([]), 0),
+    ],
+)
+def test_run_is_of_rows_in_order_and_of_one_length(index, run):
+    assert index.run.tolist() == [run]
+
+
 def test_built_once_and_moved_in_one_buffer():
     index = FrameIndex.from_runs([4, 5])
     assert FrameIndex.from_runs([4, 5]) is index and index.to("cpu") is index

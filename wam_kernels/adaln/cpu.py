@@ -1,18 +1,20 @@
-"""The CPU path: the whole op over one chunk of tokens after another, so that float32 temporaries stay in cache.
+"""The CPU path: PyTorch's own loops over chunks of tokens, so that float32 temporaries stay in cache.
 
     forward   r = x + gate y, rounded;  n = LN(r);  h = n (1 + scale) + shift
-    backward  g = dh (1 + scale);  t = dr + LN'(g; r);  dx = t;  dy = gate t
-              dgate = sum t y;  dshift = sum dh;  dscale = sum dh n      over the tokens of a row of the modulation
+    backward  c = r - mean(r);  g = dh (1 + scale);  t = dr + LN'(g; c);  dx = t;  dy = gate t
+              dgate = sum t y;  dshift = sum dh;  dscale = sum dh c rstd      over the tokens of a row of the modulation
 
-A chunk is n runs of one length, viewed as [n, run, D]: either a piece of one long run (n = 1), where 1 + scale and
-shift are simply the weight and bias of PyTorch's LayerNorm, or many short runs, whose modulation [n, 1, D] broadcasts.
-Sums over dim 1 are [n, D] and are added to their rows in order. Nothing is saved between forward and backward but
-inputs and r, and nothing of the size of x is allocated but outputs. Work is float32 (float64 for float64).
+A chunk is n runs of equally many tokens, viewed as [b, n, run, D], so that the modulation [b, n, 1, D] broadcasts and
+sums over a run are sums over dim 2. Small tensors are one chunk, batch and all. A long run is a chunk of its own (or
+several): then 1 + scale and shift are simply the weight and bias of PyTorch's LayerNorm. Sums are added to their rows
+in order. Nothing is saved between forward and backward but inputs and r, and nothing of the size of x is allocated but
+outputs. Work is float32 (float64 for float64).
 
 B batch elements, S tokens, F rows of the modulation, D channels.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +22,38 @@ from torch import Tensor
 
 from . import config
 
-Chunk = tuple[slice, tuple[int, int, int], Tensor]
+_ALL = slice(None)
+
+
+class _Chunk(NamedTuple):
+    batch: slice
+    tokens: slice
+    shape: tuple[int, int, int, int]  # b, n, run, D
+    rows: slice | Tensor  # of the n runs
+    whole: bool  # the chunk is all there is
+
+    def of(self, t: Tensor) -> Tensor:
+        """The chunk of a tensor [B, S, D], as [b, n, run, D]."""
+        return (t if self.whole else t[self.batch, self.tokens]).view(self.shape)
+
+    def of_rows(self, t: Tensor) -> Tensor:
+        """The chunk's rows of a modulation [B, F, D], as [b, n, 1, D]."""
+        if isinstance(self.rows, Tensor):
+            return t[self.batch].index_select(1, self.rows).unsqueeze(2)
+        return (t if self.whole else t[self.batch, self.rows]).unsqueeze(2)
+
+    def added_to_rows(self, total: Tensor | None, value: Tensor, B: int, F: int) -> Tensor:
+        """A sum [B, F, D], None for zeros, with [b, n, D], or [D] of one run, added to the chunk's rows."""
+        value = value.view(*self.shape[:2], -1)
+        if self.whole:
+            return value
+        if total is None:
+            total = value.new_zeros((B, F, value.shape[-1]))
+        if isinstance(self.rows, Tensor):
+            total[self.batch].index_add_(1, self.rows, value)
+        else:
+            total[self.batch, self.rows].add_(value)
+        return total
 
 
 def _starts(values: np.ndarray) -> np.ndarray:
@@ -28,77 +61,88 @@ def _starts(values: np.ndarray) -> np.ndarray:
     return np.append(0, np.flatnonzero(values[1:] != values[:-1]) + 1)
 
 
-def _chunks(row_of_token: Tensor, D: int) -> Iterator[Chunk]:
-    """Tokens of each chunk, its shape [n, run, D], and the rows of its n runs."""
-    rows_S = row_of_token.numpy()
-    threads = torch.get_num_threads()
-    tokens = max(1, config.CPU_CHUNK * threads // D)
-    if rows_S.size == 0:
+def _groups(row_of_token: Tensor, run: int, F: int) -> Iterator[tuple[int, int, int, slice | Tensor]]:
+    """Neighbouring runs of one length: first token, number of runs, their length, their rows."""
+    if run:
+        yield 0, F, run, slice(0, F)
         return
+    rows_S = row_of_token.numpy()
     first = _starts(rows_S)
-    run = np.append(first[1:], rows_S.size) - first
-    row = torch.from_numpy(rows_S[first].astype(np.int64))
-    # neighbouring runs of one length go together, as many as fit
-    group = _starts(run).tolist()
-    for i, end in zip(group, [*group[1:], run.size], strict=True):
-        length = int(run[i])
-        if length * D >= config.CPU_LONG_RUN * threads:
-            for k in range(i, end):
-                for a in range(int(first[k]), int(first[k]) + length, tokens):
-                    b = min(a + tokens, int(first[k]) + length)
-                    yield slice(a, b), (1, b - a, D), row[k : k + 1]
+    length = np.append(first[1:], rows_S.size) - first
+    rows = torch.from_numpy(rows_S[first].astype(np.int64))
+    group = _starts(length).tolist()
+    for i, end in zip(group, [*group[1:], length.size], strict=True):
+        yield int(first[i]), end - i, int(length[i]), rows[i:end]
+
+
+def _chunks(like: Tensor, row_of_token: Tensor, run: Tensor, F: int) -> Iterator[_Chunk]:
+    B, S, D = like.shape
+    if like.numel() == 0:
+        return
+    threads = torch.get_num_threads()
+    most = max(1, config.CPU_CHUNK * threads // D)
+    for first, count, length, rows in _groups(row_of_token, run.item(), F):
+        long = length * D >= config.CPU_LONG_RUN * threads
+        if not long and B * count * length <= most:
+            tokens = slice(first, first + count * length)
+            yield _Chunk(_ALL, tokens, (B, count, length, D), rows, count * length == S and isinstance(rows, slice))
             continue
-        step = max(1, tokens // length)
-        for k in range(i, end, step):
-            n = min(step, end - k)
-            yield slice(int(first[k]), int(first[k]) + n * length), (n, length, D), row[k : k + n]
-
-
-def _modulation(rows_FD: Tensor, table_D: Tensor | None, rows: Tensor) -> Tensor:
-    """``[n, 1, D]`` for the runs of a chunk."""
-    value = rows_FD.index_select(0, rows)
-    return (value if table_D is None else value.add_(table_D))[:, None]
+        # whole runs together, as many as fit, or one run in pieces
+        runs, piece = (1, min(length, most)) if long or length > most else (most // length, length)
+        for b in range(B):
+            for k in range(0, count, runs):
+                n = min(runs, count - k)
+                of_runs = slice(k, k + n) if isinstance(rows, slice) else rows[k : k + n]
+                start = first + k * length
+                for i in range(0, length, piece):
+                    m = min(piece, length - i)
+                    tokens = slice(start + i, start + i + m) if n == 1 else slice(start, start + n * length)
+                    yield _Chunk(slice(b, b + 1), tokens, (1, n, m, D), of_runs, False)
 
 
 def forward(
     x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
     gate_table: Tensor | None, shift_table: Tensor | None, scale_table: Tensor | None,
-    weight: Tensor | None, bias: Tensor | None, row_of_token: Tensor, eps: float,
+    weight: Tensor | None, bias: Tensor | None, row_of_token: Tensor, run: Tensor, eps: float,
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """r (None without y) and h (None without a norm)."""
-    B, _, D = x.shape
+    D = x.shape[-1]
     acc = torch.promote_types(x.dtype, torch.float32)
     r = None if y is None else x.new_empty(x.shape)
     h = None if scale is None and weight is None else x.new_empty(x.shape)
     if weight is not None:
         weight, bias = weight.to(acc), bias.to(acc)
-    for tokens, shape, rows in _chunks(row_of_token, D):
-        for b in range(B):
-            row = x[b, tokens]
-            if gate is not None:
-                update, factor = y[b, tokens].to(acc).view(shape), _modulation(gate[b], gate_table, rows)
-                out = r[b, tokens]
-                torch.addcmul(row.to(acc).view(shape), update, factor, out=out.view(shape))
-                row = out
-            elif y is not None:
-                row = torch.add(row, y[b, tokens], out=r[b, tokens])
-            if h is None:
-                continue
-            if scale is not None:
-                factor, offset = 1 + _modulation(scale[b], scale_table, rows), _modulation(shift[b], shift_table, rows)
-                weight, bias = (factor[0, 0], offset[0, 0]) if shape[0] == 1 else (None, None)
-            normed, _, _ = torch.native_layer_norm(row.to(acc), (D,), weight, bias, eps)
-            if weight is None:
-                torch.addcmul(offset, normed.view(shape), factor, out=h[b, tokens].view(shape))
-            else:
-                h[b, tokens] = normed
+    rows = scale if gate is None else gate
+    one = 1 if scale_table is None else 1 + scale_table
+    for chunk in _chunks(x, row_of_token, run, 0 if rows is None else rows.shape[1]):
+        row = chunk.of(x)
+        if gate is not None:
+            factor = _plus(chunk.of_rows(gate), gate_table)
+            row = torch.addcmul(row.to(acc), chunk.of(y).to(acc), factor, out=chunk.of(r))
+        elif y is not None:
+            row = torch.add(row, chunk.of(y), out=chunk.of(r))
+        if h is None:
+            continue
+        factor = offset = None
+        if scale is not None:
+            factor, offset = chunk.of_rows(scale) + one, _plus(chunk.of_rows(shift), shift_table)
+            weight, bias = (factor.view(D), offset.reshape(D)) if factor.numel() == D else (None, None)
+        normed = torch.native_layer_norm(row.to(acc), (D,), weight, bias, eps)[0]
+        if weight is None:
+            torch.addcmul(offset, normed, factor, out=chunk.of(h))
+        else:
+            chunk.of(h).copy_(normed)
     return r, h
+
+
+def _plus(rows: Tensor, table: Tensor | None) -> Tensor:
+    return rows if table is None else rows + table
 
 
 def backward(
     dr: Tensor | None, dh: Tensor | None, r: Tensor | None, y: Tensor | None, gate: Tensor | None,
     scale: Tensor | None, gate_table: Tensor | None, scale_table: Tensor | None, weight: Tensor | None,
-    row_of_token: Tensor, row_begin: Tensor, eps: float,
+    row_of_token: Tensor, row_begin: Tensor, run: Tensor, eps: float,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """dx, dy, dgate, dshift, dscale, dweight, dbias, as in ``kernel_triton.backward``."""
     like = dr if dh is None else dh
@@ -107,45 +151,58 @@ def backward(
     acc = torch.promote_types(like.dtype, torch.float32)
     adaptive, affine = dh is not None and scale is not None, dh is not None and scale is None
 
-    def zeros(wanted: bool, *shape: int) -> Tensor | None:
-        return like.new_zeros(shape, dtype=acc) if wanted else None
+    def zeros(*shape: int) -> Tensor:
+        return like.new_zeros(shape, dtype=acc)
 
-    dgate, dshift, dscale = zeros(gate is not None, B, F, D), zeros(adaptive, B, F, D), zeros(adaptive, B, F, D)
-    dweight, dbias = zeros(affine, D), zeros(affine, D)
+    dgate = dshift = dscale = None
+    if like.numel() == 0:
+        dgate, dshift, dscale = (zeros(B, F, D) for _ in range(3))
+    dweight, dbias = (zeros(D), zeros(D)) if affine else (None, None)
     dx = None if dh is None else like.new_empty(like.shape)
     dy = None if gate is None else like.new_empty(like.shape)
-    if affine:
-        weight = weight.to(acc)
-    for tokens, shape, rows in _chunks(row_of_token, D):
-        for b in range(B):
-            total = None if dr is None else dr[b, tokens]
-            if dh is not None:
-                g, row = dh[b, tokens].to(acc), r[b, tokens].to(acc)
-                # PyTorch's backward multiplies the mean out and loses digits where it is large: take it off before
-                row = row - row.mean(-1, keepdim=True)
-                normed, mean, rstd = torch.native_layer_norm(row, (D,), None, None, eps)
+    weight = weight.to(acc) if affine else None
+    one = 1 + scale_table if adaptive and scale_table is not None else 1
+    for chunk in _chunks(like, row_of_token, run, F):
+        total = None if dr is None else chunk.of(dr)
+        if dh is not None:
+            # PyTorch's backward multiplies the mean out and loses digits where it is large: take it off before
+            row, g = chunk.of(r).to(acc), chunk.of(dh).to(acc)
+            row = row - row.mean(-1, keepdim=True)
+            rstd = torch.linalg.vector_norm(row, dim=-1, keepdim=True).square_().div_(D).add_(eps).rsqrt_()
+            factor = chunk.of_rows(scale) + one if adaptive else None
+            if adaptive and factor.numel() > D:
+                dshift = chunk.added_to_rows(dshift, g.sum(2), B, F)
+                product = torch.mul(g, row)
+                dscale = chunk.added_to_rows(dscale, product.mul_(rstd).sum(2), B, F)
+                through = _layer_norm_backward(torch.mul(g, factor, out=product), row, rstd, None)[0]
+            else:
+                through, dw, db = _layer_norm_backward(g, row, rstd, factor.view(D) if adaptive else weight)
                 if adaptive:
-                    factor = 1 + _modulation(scale[b], scale_table, rows)
-                    weight = factor[0, 0] if shape[0] == 1 else None
-                fused = weight is not None
-                if not fused:
-                    dshift[b].index_add_(0, rows, g.view(shape).sum(1))
-                    dscale[b].index_add_(0, rows, normed.mul_(g).view(shape).sum(1))
-                    g = (g.view(shape) * factor).view(row.shape)
-                # the bias gives no more than its shape
-                through, dw, db = torch.ops.aten.native_layer_norm_backward(
-                    g, row, (D,), mean, rstd, weight, weight, [True, fused, fused]
-                )
-                if fused:
-                    (dweight if affine else dscale[b, rows[0]]).add_(dw)
-                    (dbias if affine else dshift[b, rows[0]]).add_(db)
-                # the gate below takes what is not rounded: in half precision that is not dx itself
-                out = dx[b, tokens] if acc == dx.dtype else through
+                    dscale = chunk.added_to_rows(dscale, dw, B, F)
+                    dshift = chunk.added_to_rows(dshift, db, B, F)
+                else:
+                    dweight += dw
+                    dbias += db
+            # the gate below takes what is not rounded: in half precision that is not dx itself
+            if chunk.whole and acc == dx.dtype:
+                total = through if total is None else through.add_(total)
+                dx = total.view(dx.shape)
+            else:
+                out = chunk.of(dx) if acc == dx.dtype else through
                 total = out.copy_(through) if total is None else torch.add(through, total, out=out)
                 if out is through:
-                    dx[b, tokens] = total
-            if gate is not None:
-                total = total.to(acc).view(shape)
-                torch.mul(total, _modulation(gate[b], gate_table, rows), out=dy[b, tokens].view(shape))
-                dgate[b].index_add_(0, rows, (total * y[b, tokens].view(shape)).sum(1))
+                    chunk.of(dx).copy_(total)
+        if gate is not None:
+            total = total.to(acc)
+            dgate = chunk.added_to_rows(dgate, (total * chunk.of(y)).sum(2), B, F)
+            torch.mul(total, _plus(chunk.of_rows(gate), gate_table), out=chunk.of(dy))
     return dx, dy, dgate, dshift, dscale, dweight, dbias
+
+
+def _layer_norm_backward(g: Tensor, centred: Tensor, rstd: Tensor, weight: Tensor | None) -> tuple[Tensor, ...]:
+    """Gradients of the input, and with a weight of it and of the bias, at rows whose mean is 0."""
+    wanted = [True, weight is not None, weight is not None]
+    # the bias gives no more than its shape
+    return torch.ops.aten.native_layer_norm_backward.default(
+        g, centred, (g.shape[-1],), torch.zeros_like(rstd), rstd, weight, weight, wanted
+    )

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._checks import bind_dims, same_kind
+from .. import _autograd
+from .._checks import bind_dims
 from ..frame_index import FrameIndex
 from . import cpu, reference
 from .config import DEFAULT_IMPL, MAX_D
@@ -60,8 +61,11 @@ def _accumulator(t: Tensor) -> torch.dtype:
 
 
 def _forward(*args):
-    *tensors, index, eps, impl = args
-    outputs = _launchers(impl).forward(*tensors, index[0], eps)
+    *tensors, row_of_token, _segments, _row_begin, _row_segments, run, eps, impl = args
+    if impl == "cpu":
+        outputs = cpu.forward(*tensors, row_of_token, run, eps)
+    else:
+        outputs = _launchers(impl).forward(*tensors, row_of_token, eps)
     return tuple(tensors[0].new_empty(0) if t is None else t for t in outputs)
 
 
@@ -81,26 +85,29 @@ def _present(dh, gate, scale) -> tuple[bool, ...]:
     return dh is not None, gate is not None, gate is not None, adaptive, adaptive, affine, affine
 
 
-def _backward(dr, dh, r, y, gate, scale, gate_table, scale_table, weight, index, eps, impl):
-    row_of_token, segments, row_begin, row_segments = index
-    tensors = [dr, dh, r, y, gate, scale, gate_table, scale_table, weight]
-    for i, t in enumerate(tensors[:2]):
-        # an incoming gradient has any strides: that of a sum is expanded from one number
-        if t is not None and t.stride(-1) != 1:
-            tensors[i] = t.contiguous()
+def _backward(
+    dr, dh, r, y, gate, scale, gate_table, scale_table, weight,
+    row_of_token, segments, row_begin, row_segments, run, eps, impl,
+):  # fmt: skip
+    # an incoming gradient has any strides: that of a sum is expanded from one number
+    dr, dh = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (dr, dh))
+    others = y, gate, scale, gate_table, scale_table, weight
     if impl == "cpu":
-        grads = cpu.backward(*tensors, row_of_token, row_begin, eps)
+        grads = cpu.backward(dr, dh, r, *others, row_of_token, row_begin, run, eps)
     else:
-        grads = _launchers(impl).backward(*tensors, segments, row_begin, row_segments, eps)
+        grads = _launchers(impl).backward(dr, dh, r, *others, segments, row_begin, row_segments, eps)
     like = dr if dh is None else dh
     present = _present(dh, gate, scale)
     return tuple(g if wanted else like.new_empty(0) for g, wanted in zip(grads, present, strict=True))
 
 
-def _backward_fake(dr, dh, r, y, gate, scale, gate_table, scale_table, weight, index, eps, impl):
+def _backward_fake(
+    dr, dh, r, y, gate, scale, gate_table, scale_table, weight,
+    row_of_token, segments, row_begin, row_segments, run, eps, impl,
+):  # fmt: skip
     like = dr if dh is None else dh
     B, _, D = like.shape
-    row, sums, channels = like.shape, (B, index[2].shape[0] - 1, D), (D,)
+    row, sums, channels = like.shape, (B, row_begin.shape[0] - 1, D), (D,)
     shapes = (row, row, sums, sums, sums, channels, channels)
     dtypes = (like.dtype,) * 2 + (_accumulator(like),) * 5
     present = _present(dh, gate, scale)
@@ -110,7 +117,8 @@ def _backward_fake(dr, dh, r, y, gate, scale, gate_table, scale_table, weight, i
     )
 
 
-_OPTIONS = "Tensor[] index, float eps, str impl"
+# one argument for each tensor of the index: a list would cost PyTorch's autograd 150 us a call
+_OPTIONS = f"{', '.join(f'Tensor {name}' for name in FrameIndex.FIELDS)}, float eps, str impl"
 torch.library.define(
     "wam::gate_residual_norm",
     f"(Tensor x, {', '.join(f'Tensor? {name}' for name in _Inputs._fields[1:])}, {_OPTIONS}) -> (Tensor, Tensor)",
@@ -130,8 +138,8 @@ torch.library.register_fake("wam::gate_residual_norm_backward", _backward_fake)
 def _save(ctx, inputs, output) -> None:
     # a gradient that nobody asked for stays None and costs nothing
     ctx.set_materialize_grads(False)
-    *tensors, index, ctx.eps, ctx.impl = inputs
-    t = _Inputs(*tensors)
+    count = len(_Inputs._fields)
+    t, (*index, ctx.eps, ctx.impl) = _Inputs(*inputs[:count]), inputs[count:]
     has_norm = t.scale is not None or t.weight is not None
     ctx.has_y = t.y is not None
     row = (output[0] if ctx.has_y else t.x) if has_norm else None
@@ -141,7 +149,7 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(row, y, t.gate, t.scale, t.gate_table, t.scale_table, t.weight, *index)
 
 
-def _autograd(ctx, dr, dh):
+def _gradients(ctx, dr, dh):
     row, y, gate, scale, gate_table, scale_table, weight, *index = ctx.saved_tensors
     if not ctx.has_y:
         dr = None  # of the empty r
@@ -153,7 +161,7 @@ def _autograd(ctx, dr, dh):
         grads = _Inputs(x=dr, y=dr)
     else:
         dx, dy, dgate, dshift, dscale, dweight, dbias = torch.ops.wam.gate_residual_norm_backward(
-            dr, dh, row, y, gate, scale, gate_table, scale_table, weight, index, ctx.eps, ctx.impl
+            dr, dh, row, y, gate, scale, gate_table, scale_table, weight, *index, ctx.eps, ctx.impl
         )
         _, _, has_gate, has_scale, _, has_weight, _ = _present(dh, gate, scale)
         dx = dr if dh is None else dx
@@ -171,10 +179,10 @@ def _autograd(ctx, dr, dh):
             *dtables,
             *((g.to(dtype) for g, dtype in zip((dweight, dbias), ctx.dtypes)) if has_weight else (None, None)),
         )
-    return (*grads, [None] * len(index), None, None)
+    return (*grads, *(None for _ in index), None, None)
 
 
-torch.library.register_autograd("wam::gate_residual_norm", _autograd, setup_context=_save)
+_autograd.register("wam::gate_residual_norm", _save, _gradients)
 
 
 # ---- checks ----
@@ -206,40 +214,36 @@ def _check(op: str, t: _Inputs, index: FrameIndex) -> None:
     """Everything that can be told from shapes, dtypes, strides and devices."""
     if not isinstance(index, FrameIndex):
         raise TypeError(f"{op}: index must be a FrameIndex, got {type(index).__name__}; see FrameIndex.from_tensor")
-    x = t.x
-    given = {name: u for name, u in t._asdict().items() if u is not None}
-    tokens, rows, tables, affine = (
-        {name: given[name] for name in names if name in given}
-        for names in (("x", "y"), ("gate", "shift", "scale"), _TABLES, ("weight", "bias"))
+    x, acc = t.x, _accumulator(t.x)
+    kinds = (
+        (("x", "y"), "B S D", (x.dtype,)),
+        (("gate", "shift", "scale"), "B F D", (acc,)),
+        (_TABLES, "D", (acc,)),
+        (("weight", "bias"), "D", (acc, x.dtype)),
     )
-    specs = {name: (u, "B S D") for name, u in tokens.items()} | {name: (u, "B F D") for name, u in rows.items()}
-    dims = bind_dims(op, **specs, **{name: (u, "D") for name, u in (tables | affine).items()})
+    given = [(n, u, spec, dtypes) for names, spec, dtypes in kinds for n in names if (u := getattr(t, n)) is not None]
+    dims = bind_dims(op, **{name: (u, spec) for name, u, spec, _ in given})
     if dims["D"] % 8 or not 8 <= dims["D"] <= MAX_D:
         raise ValueError(f"{op}: D must be a multiple of 8 from 8 to {MAX_D}, got {dims['D']}; pad the channels")
     if dims["S"] != index.length:
         raise ValueError(
             f"{op}: x must have S={index.length} tokens like index, got {dims['S']}; make an index for this S"
         )
-    if rows and dims["F"] != index.frames:
+    if dims.get("F", index.frames) != index.frames:
+        rows = ", ".join(name for name, _, spec, _ in given if spec == "B F D")
         raise ValueError(
-            f"{op}: {', '.join(rows)} must have F={index.frames} rows like index, got {dims['F']}; "
+            f"{op}: {rows} must have F={index.frames} rows like index, got {dims['F']}; "
             "pass frames= when making the index"
         )
-    if index.device != x.device:
-        raise ValueError(
-            f"{op}: index must be on {x.device} like x, got {index.device}; use index.to({str(x.device)!r})"
-        )
-    if t.y is not None:
-        same_kind(op, "x", x, y=t.y)
-    acc = _accumulator(x)
-    for name, u in (rows | tables | affine).items():
-        allowed = (acc, x.dtype) if name in affine else (acc,)
-        if u.dtype not in allowed or u.device != x.device:
+    device = x.device
+    if index.device != device:
+        raise ValueError(f"{op}: index must be on {device} like x, got {index.device}; use index.to({str(device)!r})")
+    for name, u, _, dtypes in given:
+        if u.dtype not in dtypes or u.device != device:
             raise ValueError(
-                f"{op}: {name} must be {' or '.join(dict.fromkeys(map(str, allowed)))} on {x.device}, "
-                f"got {u.dtype} on {u.device}; use .to({str(x.device)!r}, {acc})"
+                f"{op}: {name} must be {' or '.join(dict.fromkeys(map(str, dtypes)))} on {device}, "
+                f"got {u.dtype} on {u.device}; use .to({str(device)!r}, {dtypes[0]})"
             )
-    for name, u in (tokens | rows | tables | affine).items():
         if u.stride(-1) != 1:
             raise ValueError(f"{op}: {name} must have last-dim stride 1, got {u.stride(-1)}; use .contiguous()")
 
@@ -249,7 +253,7 @@ def _call(op: str, t: _Inputs, index: FrameIndex, eps: float, impl: str | None) 
     impl = _pick(op, impl, t.x)
     if impl == "reference":
         return reference.gate_residual_norm(*t, index.row_of_token, eps)
-    return torch.ops.wam.gate_residual_norm(*t, index.tensors(), float(eps), impl)
+    return torch.ops.wam.gate_residual_norm(*t, *index.tensors(), float(eps), impl)
 
 
 # ---- public ----

@@ -1,14 +1,16 @@
-"""The CPU path: the same formulas over chunks of rows that stay in cache, no float32 copy of q or k, no graph.
+"""The CPU path: PyTorch's own loops over chunks of tokens that stay in cache, no copy of q or k, no graph.
 
-    forward   xh = x rstd;  y = R(xh w);  rstd = (mean(x^2) + eps)^-1/2;  R turns pairs by the table's angles
-    backward  dn = R^T(dy);  dw = sum dn xh;  dx = rstd (dn w - xh mean(dn w xh))
+    forward   y = R(x w rstd);  rstd = (mean(x^2) + eps)^-1/2;  R turns pairs by the table's angles
+    backward  u = R^T(dy) rstd;  t = u x;  dw = sum t;  dx = u w - x rstd^2 mean(t w)
 
-Chunks are visited in order, so weight gradients sum in the same order every time (with as many threads: they set the
-size of a chunk). Work is float32 (float64 for float64) in buffers that all chunks share; results are rounded when they
-are copied out.
+Interleaved pairs are complex numbers, so R and rstd are one product. Halves of a head that pair up (Cosmos) are turned
+by their cosines and sines. Small tensors are one chunk, batch and all. Chunks are visited in order, so weight gradients
+sum in the same order every time (with as many threads: they set the size of a chunk). Work is float32 (float64 for
+float64); results are rounded when they are copied out.
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,47 +18,68 @@ from torch import Tensor
 from .config import CPU_CHUNK
 
 
-def _chunk_rows(x: Tensor) -> int:
+class _Chunk(NamedTuple):
+    """Some tokens of some batch elements."""
+
+    batch: slice
+    tokens: slice
+
+    def of(self, t: Tensor, head_dim: int) -> Tensor:
+        """The chunk of ``[B, S, inner]`` or ``[B, S, H, D]``, as ``[b, n, H, D]``."""
+        part = t[self.batch, self.tokens]
+        return part if part.ndim == 4 else part.unflatten(-1, (-1, head_dim))
+
+
+def _chunks(x: Tensor) -> Iterator[_Chunk]:
+    B, S, inner = x.shape
+    if x.numel() == 0:
+        return
     # every operation splits its chunk over all threads: the cache and the cost of a barrier are theirs together
-    return max(1, CPU_CHUNK * torch.get_num_threads() // x.shape[-1])
-
-
-def _chunks(x: Tensor) -> Iterator[tuple[int, slice]]:
-    """(batch element, tokens) of every chunk."""
-    B, S, _ = x.shape
-    step = _chunk_rows(x)
+    step = max(1, CPU_CHUNK * torch.get_num_threads() // inner)
+    if B * S <= step:
+        yield _Chunk(slice(None), slice(None))
+        return
     for b in range(B):
         for start in range(0, S, step):
-            yield b, slice(start, min(start + step, S))
+            yield _Chunk(slice(b, b + 1), slice(start, start + step))
 
 
-def _buffers(x: Tensor, head_dim: int, count: int) -> tuple[Tensor, ...]:
-    _, S, inner = x.shape
-    acc = torch.promote_types(x.dtype, torch.float32)
-    rows = min(S, _chunk_rows(x))
-    return tuple(x.new_empty((rows, inner // head_dim, head_dim), dtype=acc) for _ in range(count))
-
-
-def _rstd(x_nHD: Tensor, per_head: bool, eps: float) -> Tensor:
-    """``[n, H, 1]`` or ``[n, 1, 1]``."""
+def _rstd(x_bnHD: Tensor, per_head: bool, eps: float) -> Tensor:
+    """``[b, n, H, 1]`` or ``[b, n, 1, 1]``."""
     dims = (-1,) if per_head else (-2, -1)
-    n = x_nHD.shape[-1] * (1 if per_head else x_nHD.shape[-2])
-    norm = torch.linalg.vector_norm(x_nHD, dim=dims, keepdim=True)
+    n = x_bnHD.shape[-1] * (1 if per_head else x_bnHD.shape[-2])
+    norm = torch.linalg.vector_norm(x_bnHD, dim=dims, keepdim=True)
     return norm.square_().div_(n).add_(eps).rsqrt_()
 
 
-def _rotate(x_nHD: Tensor, scratch_nHD: Tensor, table_nP2: Tensor, interleaved: bool, back: bool) -> None:
-    """Turn the pairs of ``x`` in place, by the angles or ``back`` by their negatives."""
+def _turned(x_bnHD: Tensor, table: Tensor, scale: Tensor, interleaved: bool, back: bool, out: Tensor) -> Tensor:
+    """``out``, with the pairs of x turned by the angles, or ``back`` by their negatives, and multiplied by ``scale``.
+
+    Args:
+        table: ``[n, P, 2]`` or ``[b, n, P, 2]``.
+        scale: As :func:`_rstd`.
+        out: Of the dtype of x and dense but for its first dims; may be x itself.
+    """
+    table = table.unsqueeze(-3)
     if interleaved:
-        turn = torch.view_as_complex(table_nP2)[:, None]
-        torch.view_as_complex(x_nHD.unflatten(-1, (-1, 2))).mul_(turn.conj_physical() if back else turn)
-        return
-    cos, sin = table_nP2[:, None].unbind(-1)
-    first, second = x_nHD.chunk(2, -1)
-    kept = scratch_nHD[..., : first.shape[-1]].copy_(first)
+        turn = torch.view_as_complex(table) * scale
+        if back:
+            turn.conj_physical_()
+        pairs, to = (torch.view_as_complex(t.unflatten(-1, (-1, 2))) for t in (x_bnHD, out))
+        torch.mul(pairs, turn, out=to)
+        return out
+    cos, sin = (table * scale.unsqueeze(-1)).unbind(-1)
+    first, second = x_bnHD.chunk(2, -1)
     sign = -1 if back else 1
-    first.mul_(cos).addcmul_(second, sin, value=-sign)
-    second.mul_(cos).addcmul_(kept, sin, value=sign)
+    left = torch.mul(first, cos).addcmul_(second, sin, value=-sign)
+    torch.mul(second, cos, out=out[..., left.shape[-1] :]).addcmul_(first, sin, value=sign)
+    out[..., : left.shape[-1]] = left
+    return out
+
+
+def _complex_strides(t: Tensor) -> bool:
+    """Whether pairs of the last dim can be seen as complex numbers in place."""
+    return t.storage_offset() % 2 == 0 and all(stride % 2 == 0 for stride in t.stride()[:-1])
 
 
 def forward(
@@ -67,19 +90,18 @@ def forward(
     """Fills ``q_out``, ``k_out`` and, with v, ``v_out`` ``[B, S, H, D]``, whatever their strides but the last."""
     if v is not None:
         v_out.copy_(v.unflatten(-1, (-1, head_dim)))
-    if q.numel() == 0:
-        return
-    buffers = _buffers(q, head_dim, 1 if interleaved else 2)
-    table = table.to(buffers[0].dtype).expand(q.shape[0], -1, -1, -1)
+    acc = torch.promote_types(q.dtype, torch.float32)
+    table = table.to(acc)
     for x, weight, out in ((q, weight_q, q_out), (k, weight_k, k_out)):
-        weight = weight.to(table.dtype).view(-1, head_dim)
-        for b, tokens in _chunks(x):
-            n = tokens.stop - tokens.start
-            y, scratch = buffers[0][:n], buffers[-1][:n]
-            y.view(n, -1).copy_(x[b, tokens])
-            y.mul_(_rstd(y, per_head, eps)).mul_(weight)
-            _rotate(y, scratch, table[b, tokens], interleaved, back=False)
-            out[b, tokens].copy_(y)
+        w_HD = weight.to(acc).view(-1, head_dim)
+        in_place = out.dtype == acc and _complex_strides(out)
+        for chunk in _chunks(x):
+            row, to = chunk.of(x, head_dim).to(acc), chunk.of(out, head_dim)
+            y = torch.mul(row, w_HD, out=to) if in_place else row * w_HD
+            of_tokens = table[(chunk.batch, chunk.tokens)[-table.ndim + 2 :]]
+            _turned(y, of_tokens, _rstd(row, per_head, eps), interleaved, False, out=y)
+            if not in_place:
+                to.copy_(y)
 
 
 def backward(
@@ -87,9 +109,8 @@ def backward(
     head_dim: int, per_head: bool, interleaved: bool, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk ``[B, S, inner]``, dweight_q, dweight_k in the weights' dtype."""
-    buffers = _buffers(q, head_dim, 3)
-    acc = buffers[0].dtype
-    table = table.to(acc).expand(q.shape[0], -1, -1, -1)
+    acc = torch.promote_types(q.dtype, torch.float32)
+    table = table.to(acc)
     dims = (-1,) if per_head else (-2, -1)
     group = head_dim if per_head else q.shape[-1]
     dxs, dweights = [], []
@@ -97,19 +118,18 @@ def backward(
         dx = x.new_empty(x.shape)
         w_HD = weight.to(acc).view(-1, head_dim)
         dw_HD = torch.zeros_like(w_HD)
-        for b, tokens in _chunks(x):
-            n = tokens.stop - tokens.start
-            xh, g, t = (buffer[:n] for buffer in buffers)
-            xh.view(n, -1).copy_(x[b, tokens])
-            rstd = _rstd(xh, per_head, eps)
-            xh.mul_(rstd)
-            g.copy_(dout[b, tokens])
-            _rotate(g, t, table[b, tokens], interleaved, back=True)
-            torch.mul(g, xh, out=t)
-            dw_HD += t.sum((0, 1) if per_head else 0)
-            projection = t.mul_(w_HD).sum(dims, keepdim=True).div_(group)
-            g.mul_(w_HD).addcmul_(xh, projection, value=-1).mul_(rstd)
-            dx[b, tokens].copy_(g.view(n, -1))
+        for chunk in _chunks(x):
+            row, dy = chunk.of(x, head_dim).to(acc), chunk.of(dout, head_dim).to(acc)
+            if interleaved and not _complex_strides(dy):
+                dy = dy.contiguous()
+            rstd = _rstd(row, per_head, eps)
+            of_tokens = table[(chunk.batch, chunk.tokens)[-table.ndim + 2 :]]
+            u = _turned(dy, of_tokens, rstd, interleaved, True, out=row.new_empty(row.shape))
+            product = u * row
+            dw_HD += product.sum((0, 1, 2) if per_head else (0, 1))
+            along = product.mul_(w_HD).sum(dims, keepdim=True).mul_(rstd.square_().div_(-group))
+            u.mul_(w_HD).addcmul_(row, along)
+            chunk.of(dx, head_dim).copy_(u)
         dxs.append(dx)
         dweights.append(dw_HD.view(-1).to(weight.dtype))
     return *dxs, *dweights

@@ -8,6 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from .. import _autograd
 from .._checks import bind_dims, same_kind
 from . import cpu, reference
 from .config import DEFAULT_IMPL, MAX_HEAD_DIM, MAX_INNER
@@ -109,12 +110,12 @@ def _save(ctx, inputs, output) -> None:
     ctx.save_for_backward(q, k, weight_q, weight_k, table)
 
 
-def _autograd(ctx, dq_out, dk_out):
+def _gradients(ctx, dq_out, dk_out):
     grads = torch.ops.wam.qk_norm_rope_backward(dq_out, dk_out, *ctx.saved_tensors, *ctx.options)
     return (*grads, None, *(None for _ in ctx.options))
 
 
-torch.library.register_autograd("wam::qk_norm_rope", _autograd, setup_context=_save)
+_autograd.register("wam::qk_norm_rope", _save, _gradients)
 
 
 def _pick(impl: str | None, q: Tensor) -> str:
