@@ -112,7 +112,7 @@ def plain_table(columns: Sequence[str]) -> Callable[[Sequence[dict]], str]:
 
 TABLES = {
     "block_attention": ("Attention", attention_table),
-    "plan": ("Plans", plain_table(("workload", "tokens", "arm", "ms_min", "ms", "tiles", "plan_MB"))),
+    "plan": ("Plans", plain_table(("workload", "tokens", "arm", "cpu_ms_min", "ms_min", "ms", "tiles", "plan_MB"))),
     "adaln": (
         "adaLN ops",
         plain_table(("op", "tokens", "D", "tokens_a_frame", "what", "arm", "ms", "GB/s", "%_of_copy", "ratio")),
@@ -244,10 +244,10 @@ def plan_figure(rows: Sequence[dict], where: str):
     here = pick(rows, file="plan")
     if not here:
         return None
-    figure, (ax,) = _axes(f"building a plan, one thread, {where}", "packed tokens", "ms, least of 20")
+    figure, (ax,) = _axes(f"building a plan, one thread, {where}", "packed tokens", "ms of CPU time, least of 20")
     for workload in values(here, "workload"):
         line = sorted(pick(here, workload=workload, arm="plan cold"), key=lambda row: row["tokens"])
-        ax.plot([r["tokens"] for r in line], [r["ms_min"] for r in line], "o-", label=workload)
+        ax.plot([r["tokens"] for r in line], [r["cpu_ms_min"] for r in line], "o-", label=workload)
     ax.set(xscale="log", yscale="log")
     _token_ticks(ax, pick(here, workload=values(here, "workload")[0]))
     ax.legend(fontsize=7)
