@@ -150,9 +150,10 @@ def test_training_agrees_for_samples_of_different_lengths(mode, attention_calls)
     assert attention_calls["block_attention"] == 2  # all samples in one call
 
 
-def test_bf16_errs_no_more_than_the_package():
-    """Against float32: no gradient is further away than the package's own, in the mean, than by half of that again."""
-    pipeline = build("dual_expert", "joint", hidden=64, action_hidden=32, heads=2, ffn=128)
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_bf16_errs_no_more_than_the_package(architecture):
+    """Against float32: the gradients' errors, in the mean and the worst, are at most 1.5 times the package's own."""
+    pipeline = build(architecture, "joint", hidden=64, action_hidden=32, heads=2, ffn=128)
     truth = train_step(pipeline)
     theirs = train_step(pipeline, mixed=True)
     with installed():
@@ -232,6 +233,90 @@ def test_a_batch_of_requests_agrees(architecture):
     theirs = infer()
     with installed():
         assert_agree(infer(), theirs)
+
+
+@pytest.fixture
+def reused_slots(monkeypatch):
+    """How many tokens' keys and values each stage took over from the chunk before."""
+    from wam_kernels.integrations.openwam import rollout as rollout_module
+
+    counts, original = [], rollout_module._unchanged
+
+    def unchanged(old, new):
+        slots = original(old, new)
+        counts.append(slots[0].size)
+        return slots
+
+    monkeypatch.setattr(rollout_module, "_unchanged", unchanged)
+    return counts
+
+
+def replace_state(session, **changes):
+    state = session.policy_state
+    return replace(session, policy_state=replace(state, variant_state=replace(state.variant_state, **changes)))
+
+
+def test_history_is_computed_once(reused_slots):
+    """4 video tokens a frame, chunks of 2 frames: every chunk adds one chunk of clean frames and takes over the rest."""
+    roll_both(lambda: build("dual_expert", "joint", window=64), 5)
+    assert reused_slots == [4, 12, 20, 28]
+    reused_slots.clear()
+    openwam.install(reuse_history=False)
+    try:
+        rollout(build("dual_expert", "joint", window=64), 3)
+    finally:
+        openwam.uninstall()
+    assert reused_slots == []
+
+
+def test_history_that_changed_is_computed_anew(reused_slots):
+    def observe(i, session):
+        """What was seen replaces the prediction of the last chunk (two frames)."""
+        if i != 2:
+            return session
+        latents = session.policy_state.variant_state.past_clean_latents.clone()
+        latents[:, :, -2:] = torch.randn(latents[:, :, -2:].shape, generator=torch.Generator().manual_seed(9))
+        return replace_state(session, past_clean_latents=latents)
+
+    roll_both(lambda: build("dual_expert", "joint", window=64), 5, after=observe)
+    assert reused_slots == [4, 12, 20, 28]  # the last prediction is computed when it becomes history: nothing is lost
+
+    def rewrite(i, session):
+        """An old frame changes, so whatever saw it changes too."""
+        if i != 2:
+            return session
+        latents = session.policy_state.variant_state.past_clean_latents.clone()
+        latents[:, :, 1] += 1
+        return replace_state(session, past_clean_latents=latents)
+
+    reused_slots.clear()
+    roll_both(lambda: build("dual_expert", "joint", window=64), 5, after=rewrite)
+    assert reused_slots == [4, 12, 4, 28]  # frames 1 and 2 are one chunk and all later frames see them
+
+
+def test_new_weights_invalidate_the_history(reused_slots):
+    def rolled():
+        pipeline = build("dual_expert", "joint", window=64)
+
+        def update(i, session):
+            if i == 1:
+                with torch.no_grad():
+                    for parameter in pipeline.parameters():
+                        parameter.mul_(0.9)
+            return session
+
+        return rollout(pipeline, 4, after=update)
+
+    theirs = rolled()
+    with installed():
+        assert_agree(rolled(), theirs)
+    assert reused_slots == [4, 20]  # nothing for the chunk behind the update
+
+
+def test_history_that_leaves_the_window(reused_slots):
+    """Two chunks of history: every frame that is left saw one that is gone, directly or through others."""
+    roll_both(lambda: build("dual_expert", "joint", window=4), 5)
+    assert reused_slots == [4, 0, 0, 0]
 
 
 # ---- visibility ----

@@ -47,12 +47,14 @@ class _Policy:
             warnings.warn(message, stacklevel=3)
 
 
-def install(on_unsupported: str = "error") -> bool:
+def install(on_unsupported: str = "error", *, reuse_history: bool = True) -> bool:
     """Switch OpenWAM to this library, for all pipelines of the process.
 
     Args:
         on_unsupported: What happens with an unsupported version, attention profile or block size: ``"error"`` raises,
             ``"original"`` warns once for each and leaves it to OpenWAM's own code.
+        reuse_history: Dual-expert rollouts keep the keys and values of the clean history from one chunk to the next, as
+            far as they are still right; False frees them, and computes them anew for every chunk, as the package does.
 
     Returns:
         True if OpenWAM is switched over; False if the version is unsupported and ``on_unsupported="original"``.
@@ -74,7 +76,7 @@ def install(on_unsupported: str = "error") -> bool:
     if found.removeprefix("openwam ") not in SUPPORTED_VERSIONS:
         policy.refuse(f"{found} (supported: {', '.join(SUPPORTED_VERSIONS)})")
         return False
-    _patch(policy)
+    _patch(policy, reuse_history)
     return True
 
 
@@ -104,7 +106,7 @@ def _replace(owner: object, name: str, wrap: Callable[[Callable], object]) -> No
     setattr(owner, name, wrap(original))
 
 
-def _patch(policy: _Policy) -> None:
+def _patch(policy: _Policy, reuse_history: bool) -> None:
     # OpenWAM and torch load here, not at import
     from open_wam.models.common import denoising_cache, video_action_inference
     from open_wam.models.policy_variants.dual_expert import (
@@ -123,7 +125,7 @@ def _patch(policy: _Policy) -> None:
         tower,
     )
 
-    from . import cache, patches
+    from . import cache, patches, rollout
 
     # profiles: ours instead of S x S masks, wherever the package prepares one for its own blocks
     for module, name in (
@@ -154,6 +156,9 @@ def _patch(policy: _Policy) -> None:
         _replace(module, "select_block_mask", lambda f: _wrapped(cache.select_mask, f))
     for module in (denoising_cache, video_action_inference):
         _replace(module, "attention_dependency_closure", lambda f: _wrapped(cache.dependency_closure, f))
+    history = rollout.History() if reuse_history else None
+    name = "forward_dual_expert_packed_coupling_denoise"
+    _replace(dual_inference, name, lambda f: _wrapped(rollout.denoise, f, history))
     for module in (video_action_inference, tower):
         _replace(module, "DenoisingCache", lambda f: cache.DenoisingCache)
 

@@ -138,12 +138,9 @@ def _attend(visible: Visibility | Batch, streams: list[Stream]) -> list[Tensor]:
     layer = None if streams[0].cache is None else streams[0].cache.layer
     if layer is None:
         out = visible.attend(q, k, v)
-    elif layer.filled:
+    else:
         layer.write(k, v)
         out = visible.attend_cache(q, layer.key, layer.value)
-    else:
-        layer.fill(k, v)
-        out = visible.attend(q, k, v)
     return list(out.split(lengths, 1))
 
 

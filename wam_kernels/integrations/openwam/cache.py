@@ -17,23 +17,33 @@ from .visibility import Visibility
 
 @dataclass
 class LayerCache:
-    """Keys and values of one layer, ``[B, N, H, D]``: the required tokens of all streams, one stream after another."""
+    """Keys and values of one layer, ``[B, slots, H, D]``: the required tokens of all streams, one stream after another."""
 
-    positions: Tensor  # int64: slots of the tokens that change from step to step
+    slots: int = 0
+    positions: Tensor | None = None  # int64: slots of the tokens that are computed now
+    next_positions: Tensor | None = None  # ... and at every later step, where these are fewer
     key: Tensor | None = None
     value: Tensor | None = None
     text: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by stream
 
-    @property
-    def filled(self) -> bool:
-        return self.key is not None
-
-    def fill(self, key: Tensor, value: Tensor) -> None:
-        self.key, self.value = key.contiguous(), value.contiguous()
-
     def write(self, key: Tensor, value: Tensor) -> None:
+        """Keys and values of the tokens at ``positions``."""
+        if self.key is None:
+            self.key, self.value = (self._empty(t) for t in (key, value))
         self.key.index_copy_(1, self.positions, key)
         self.value.index_copy_(1, self.positions, value)
+        if self.next_positions is not None:
+            self.positions = self.next_positions
+
+    def take(self, other: LayerCache, source: Tensor, target: Tensor, slots: int) -> None:
+        """Begin with some of another cache's keys and values."""
+        self.slots = slots
+        self.key, self.value = (
+            self._empty(t).index_copy_(1, target, t.index_select(1, source)) for t in (other.key, other.value)
+        )
+
+    def _empty(self, like: Tensor) -> Tensor:
+        return like.new_empty(like.shape[0], self.slots, *like.shape[2:])
 
 
 @dataclass
@@ -44,7 +54,15 @@ class TokenCache(denoising_cache.InvariantTokenCache):
 
 
 class DenoisingCache(denoising_cache.DenoisingCache):
-    """As the package's; what is checked and derived per token pair there is read off the runs here."""
+    """As the package's; what is checked and derived per token pair there is read off the runs here.
+
+    Attributes:
+        stage: What ``rollout.denoise`` shares between the steps of a stage.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stage = None
 
     def bind(self, *, profile, **options) -> None:
         visible = profile.self_attention_block_mask
@@ -55,10 +73,11 @@ class DenoisingCache(denoising_cache.DenoisingCache):
         offsets = [0]
         for cache in self.layers[0]:
             offsets.append(offsets[-1] + cache.computed_indices.numel())
-        positions = torch.cat([c.active_positions + at for c, at in zip(self.layers[0], offsets)])
+        slots = torch.arange(offsets[-1], device=self.key_indices.device)
+        active = torch.cat([c.active_positions + at for c, at in zip(self.layers[0], offsets[:-1], strict=True)])
         layers = []
         for streams in self.layers:
-            layer = LayerCache(positions)
+            layer = LayerCache(offsets[-1], slots, next_positions=active)
             layers.append(tuple(TokenCache(**_shallow(cache), layer=layer) for cache in streams))
         self.layers = tuple(layers)
 

@@ -30,7 +30,7 @@ class FrameRows(NamedTuple):
 def frame_rows(expanded: Tensor) -> FrameRows:
     """The rows that a ``[B, S, 6, D]`` modulation was expanded from, or itself with a row for every token."""
     tagged = getattr(expanded, _ATTRIBUTE, None)
-    return FrameRows(expanded, _per_token(expanded.shape[1], expanded.device)) if tagged is None else tagged
+    return FrameRows(expanded, per_token(expanded.shape[1], expanded.device)) if tagged is None else tagged
 
 
 def tag(expanded: Tensor, rows: Tensor, token_rows: Tensor) -> Tensor:
@@ -42,7 +42,7 @@ def tag(expanded: Tensor, rows: Tensor, token_rows: Tensor) -> Tensor:
 
 def tag_joined(expanded: Tensor, parts: Sequence[FrameRows]) -> None:
     """Tag a modulation that is the given ones end to end, then zeros: padding."""
-    if any(part.index is _per_token(part.index.length, expanded.device) for part in parts):
+    if any(part.index is per_token(part.index.length, expanded.device) for part in parts):
         return  # nothing to gain
     rows = torch.cat([*(part.rows for part in parts), parts[0].rows.new_zeros(1, 1, *expanded.shape[2:])], 1)
     first = np.cumsum([0, *(part.rows.shape[1] for part in parts)]).tolist()
@@ -52,13 +52,18 @@ def tag_joined(expanded: Tensor, parts: Sequence[FrameRows]) -> None:
 
 
 @lru_cache(maxsize=16)
-def _per_token(length: int, device: torch.device) -> FrameIndex:
+def per_token(length: int, device: torch.device) -> FrameIndex:
+    """A row for every token."""
     return FrameIndex.per_token(length, device=device)
 
 
 def embed_time(original, conditioner, timesteps: Tensor, *, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Time embedding ``[B, S, D]`` and modulation ``[B, S, 6, D]`` of timesteps ``[B, S]``, by distinct timestep."""
-    distinct, token_rows = torch.unique(timesteps, dim=1, return_inverse=True)
+    if timesteps.shape[0] == 1:  # the same, and much faster
+        distinct, token_rows = torch.unique(timesteps[0], return_inverse=True)
+        distinct = distinct[None]
+    else:
+        distinct, token_rows = torch.unique(timesteps, dim=1, return_inverse=True)
     if 2 * distinct.shape[1] > timesteps.shape[1]:
         return original(conditioner, timesteps, dtype=dtype)
     embedding, modulation = original(conditioner, distinct, dtype=dtype)
