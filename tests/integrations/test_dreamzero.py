@@ -31,6 +31,16 @@ def test_training(blocks, window):
     check_patch(wan, lambda: train(wan, blocks, window), REPLACED)
 
 
+def test_compiles():
+    wan = model(layers=1)
+    x = torch.randn(2, 2 * (FRAME + BLOCK) + REGISTERS, 32)
+    call = lambda wan: wan(x, 0, FRAME + BLOCK, action_register_length=REGISTERS)[0]  # noqa: E731
+    expected = call(wan)
+    patch(wan)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(call, backend="eager")(wan), expected, **CLOSE)
+
+
 @torch.no_grad()
 def rollout(wan: CausalWanModel, chunks: int) -> list:
     """First frame into empty caches; then chunks denoised twice with actions, and written once without them."""

@@ -85,6 +85,15 @@ def test_heads_of_pi05():
     torch.testing.assert_close(gemmas(x, mask)[1], expected, **CLOSE)
 
 
+def test_compiles():
+    # openpi compiles sample_actions: a plan must not become part of a graph, and the dispatch must survive tracing
+    gemmas, x, mask = model(layers=1), tokens(), bias(visible(0))
+    expected = gemmas(x, mask)[1]
+    patch(gemmas)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(gemmas, backend="eager")(x, mask)[1], expected, **CLOSE)
+
+
 def test_several_models_share_the_function():
     function = openpi.eager_attention_forward
     mask, x = bias(visible(0)), tokens()

@@ -184,6 +184,7 @@ class MaskPlans:
 
         return self._of(bias, device, visible)
 
+    @torch.compiler.disable  # a compiled model breaks its graph here; the plan is what goes on
     def _of(self, mask: Tensor, device: torch.device, visible: Callable[[Tensor], Tensor]) -> Plan:
         version, plan = self._by_tensor.get(mask, (None, None))
         if version != mask._version:
@@ -227,6 +228,7 @@ class Tables:
     def __deepcopy__(self, memo: dict) -> Tables:
         return self
 
+    @torch.compiler.disable
     def of(self, freqs: Tensor, make: Callable[[Tensor], Tensor], key: tuple = ()) -> Tensor:
         """``make(freqs)`` in float32, contiguous, without a gradient; ``key`` holds what else it depends on."""
         tables = self._tables.setdefault(freqs, {})

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..plan import compile_plan
+from ..plan import Plan, compile_plan
 from ..programs import dreamzero_train
 from ._patching import Patch, Tables, Unsupported, attend, norm_rope, require_kernel
 
@@ -58,8 +58,9 @@ def apply(patch: Patch, attentions: list[nn.Module]) -> None:
 _Freqs = tuple[Tensor, Tensor, Tensor]  # video, action, state: complex [n, 1, D / 2]; the last two hold spare positions
 
 
-def _program(attn: nn.Module, tokens: int, registers: int):
-    """``dreamzero_train`` at the sizes of this call.
+@torch.compiler.disable  # made of NumPy, which a compiled model must not trace
+def _plan(attn: nn.Module, tokens: int, registers: int, device: torch.device) -> Plan:
+    """The plan of ``dreamzero_train`` at the sizes of this call.
 
     Raises:
         Unsupported: sizes that are no whole number of frames and blocks, or an unlimited window.
@@ -78,14 +79,15 @@ def _program(attn: nn.Module, tokens: int, registers: int):
             f"{attn.frame_seqlen} tokens and {each} registers for each block, got {tokens} tokens and {registers} "
             "registers"
         )
-    return dreamzero_train(
+    program = dreamzero_train(
         video_frames=video, video_tokens=attn.frame_seqlen, frames_per_block=attn.num_frame_per_block,
         action_tokens=attn.num_action_per_block, state_tokens=attn.num_state_per_block, window=attn.local_attn_size,
     )  # fmt: skip
+    return compile_plan(program, device=device)
 
 
 def _train(attn: nn.Module, x: Tensor, freqs: _Freqs, registers: int, tables: Tables) -> tuple[Tensor, None]:
-    program = _program(attn, x.shape[1], registers)
+    plan = _plan(attn, x.shape[1], registers, x.device)
     blocks = registers // (attn.num_action_per_block + attn.num_state_per_block)
 
     def make_table(video: Tensor) -> Tensor:
@@ -96,7 +98,7 @@ def _train(attn: nn.Module, x: Tensor, freqs: _Freqs, registers: int, tables: Ta
     norms, table = (attn.norm_q, attn.norm_k), tables.of(freqs[0], make_table, ("train", blocks))
     q, k = norm_rope(SYSTEM, attn.q(x), attn.k(x), *norms, table, head_dim=attn.head_dim)
     v = attn.v(x).unflatten(2, (attn.num_heads, -1))
-    out = attend(SYSTEM, q, k, v, compile_plan(program, device=x.device))
+    out = attend(SYSTEM, q, k, v, plan)
     return attn.o(out.flatten(2)), None
 
 

@@ -81,6 +81,7 @@ def _forward_train(patch: Patch, plans: dict):
     return forward_train
 
 
+@torch.compiler.disable  # made of NumPy, which a compiled model must not trace
 def _plans(latent_shape, action_shape, padding: int, chunk_size: int, window: int, patch_size, device) -> dict:
     samples, _, frames, rows, columns = latent_shape
     _, _, action_frames, *slots = action_shape
@@ -119,6 +120,7 @@ def _patch_attention(patch: Patch, attn: nn.Module, tables: Tables) -> None:
     slots: dict[str, _Slots] = {}
     patch.attribute(attn, "_wam_slots", slots)
 
+    @torch.compiler.disable
     def slots_of(attn, cache_name: str) -> _Slots:
         cache = attn.attn_caches[cache_name]
         mirror = attn._wam_slots.get(cache_name)
@@ -127,13 +129,20 @@ def _patch_attention(patch: Patch, attn: nn.Module, tables: Tables) -> None:
         return mirror
 
     def update_cache(attn, cache_name: str, key: Tensor, value: Tensor, is_pred: bool) -> np.ndarray:
-        return slots_of(attn, cache_name).write(key, value, bool(is_pred))
+        slots = slots_of(attn, cache_name)
+        taken, _ = slots.write(key, value, bool(is_pred))
+        slots.publish()
+        return taken
 
     def restore_cache(attn, cache_name: str, taken: np.ndarray) -> None:
-        slots_of(attn, cache_name).release(taken)
+        slots = slots_of(attn, cache_name)
+        slots.release(taken)
+        slots.publish()
 
     def clear_pred_cache(attn, cache_name: str) -> None:
-        slots_of(attn, cache_name).release_predicted()
+        slots = slots_of(attn, cache_name)
+        slots.release(slots.is_pred)
+        slots.publish()
 
     def forward(attn, q, k, v, rotary_emb, update_cache: int = 0, cache_name: str = "pos") -> Tensor:
         cache = (attn.attn_caches or {}).get(cache_name)
@@ -145,10 +154,13 @@ def _patch_attention(patch: Patch, attn: nn.Module, tables: Tables) -> None:
         table = tables.of(rotary_emb, _rope_table)
         query, key = norm_rope(SYSTEM, query, key, attn.norm_q, attn.norm_k, table, head_dim=head_dim)
         if pooled:
-            taken = attn.update_cache(cache_name, key, value, is_pred=(update_cache == 1))
-            out = slots_of(attn, cache_name).attend(query)
+            slots = slots_of(attn, cache_name)
+            taken, evicted = slots.write(key, value, update_cache == 1)
+            out = slots.attend(query)
             if update_cache == 0:
-                attn.restore_cache(cache_name, taken)
+                slots.release(taken)
+            if update_cache or evicted:
+                slots.publish()
         else:
             out = attn.attn_op(query, key, value)
         return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).type_as(query)))
@@ -175,11 +187,13 @@ class _Slots:
         self.cache = cache
         self.id, self.mask, self.is_pred = (cache[name].cpu().numpy().copy() for name in ("id", "mask", "is_pred"))
 
-    def write(self, key: Tensor, value: Tensor, is_pred: bool) -> np.ndarray:
-        """Put ``[B, n, H, D]`` into the first n free slots, the lowest ids evicted; returns the slots."""
+    @torch.compiler.disable  # NumPy on purpose: nothing here may become part of a graph
+    def write(self, key: Tensor, value: Tensor, is_pred: bool) -> tuple[np.ndarray, bool]:
+        """Put ``[B, n, H, D]`` into the first n free slots; returns them, and whether the lowest ids had to go."""
         n = key.shape[1]
         free = np.flatnonzero(~self.mask)
-        if free.size < n:
+        evicts = free.size < n
+        if evicts:
             used = np.flatnonzero(self.mask)
             evicted = used[np.argsort(self.id[used], kind="stable")[: n - free.size]]
             self.mask[evicted], self.id[evicted] = False, -1
@@ -194,24 +208,22 @@ class _Slots:
             self.cache["v"][:, lo:hi] = value[:, at : at + hi - lo]
             at += hi - lo
         self.mask[taken], self.id[taken], self.is_pred[taken] = True, new_id, is_pred
-        self._follow()
-        return taken
+        return taken, evicts
 
+    @torch.compiler.disable
     def release(self, slots: np.ndarray) -> None:
         self.mask[slots] = False
-        self._follow()
 
-    def release_predicted(self) -> None:
-        self.mask[self.is_pred] = False
-        self._follow()
-
+    @torch.compiler.disable
     def attend(self, query: Tensor) -> Tensor:
         """Queries ``[B, S, H, D]`` over all valid slots, where they lie."""
         ranges = device_ranges(_stretches(np.flatnonzero(self.mask)), query.shape[0], query.device)
         pool = self.cache["k"], self.cache["v"]
         return cached_attention(query.to(pool[0].dtype), *pool, ranges, group_rows=(query.shape[1],)).to(query.dtype)
 
-    def _follow(self) -> None:
+    @torch.compiler.disable
+    def publish(self) -> None:
+        """Bring the pool's own tensors up to date."""
         for name in ("id", "mask", "is_pred"):
             self.cache[name].copy_(torch.from_numpy(getattr(self, name)), non_blocking=True)
 
