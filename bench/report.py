@@ -38,7 +38,8 @@ def load(folder: Path) -> list[dict]:
             if path.stem == "block_attention":
                 row.setdefault("workload", LIBERO)
             # a GPU is one machine; of a CPU as many threads as were used
-            row["where"] = row["device"] if row.get("driver") else f"{row['device']}, {row['threads']} threads"
+            threads = f"{row['threads']} thread{'s' * (row['threads'] != 1)}"
+            row["where"] = row["device"] if row.get("driver") else f"{row['device']}, {threads}"
             if "error" not in row:
                 newest[tuple(str(row.get(key)) for key in IDENTITY)] = row
     return list(newest.values())
@@ -110,9 +111,32 @@ def plain_table(columns: Sequence[str]) -> Callable[[Sequence[dict]], str]:
     return table
 
 
+def plan_table(rows: Sequence[dict]) -> str:
+    """A line for each workload: milliseconds of what a plan costs cold and warm, and of the mask that it replaces."""
+    header = ["workload", "tokens", "plan cold", "plan warm", "frame index cold", "dense mask", "plan, MB"]
+    lines = []
+    for workload, tokens in dict.fromkeys((row["workload"], row["tokens"]) for row in rows):
+        found = {row["arm"]: row for row in pick(rows, workload=workload, tokens=tokens)}
+        cpu = [found.get(arm, {}).get("cpu_ms_min") for arm in header[2:5]]
+        mask = found.get("dense mask", {}).get("ms_min")
+        lines.append([workload, tokens, *cpu, mask, found["plan cold"]["plan_MB"]])
+    return _without_empty_columns(header, lines)
+
+
+def episode_table(rows: Sequence[dict]) -> str:
+    """Milliseconds of the chunks at which every arm ran."""
+    arms = values(rows, "arm")
+    lines = []
+    for program, chunk in dict.fromkeys((row["program"], row["chunk"]) for row in rows):
+        found = {row["arm"]: row["ms"] for row in pick(rows, program=program, chunk=chunk)}
+        if len(found) == len(arms):
+            lines.append([program, chunk, *(found[arm] for arm in arms)])
+    return markdown(["program", "chunk", *(f"{arm}, ms" for arm in arms)], lines)
+
+
 TABLES = {
     "block_attention": ("Attention", attention_table),
-    "plan": ("Plans", plain_table(("workload", "tokens", "arm", "cpu_ms_min", "ms_min", "ms", "tiles", "plan_MB"))),
+    "plan": ("Plans", plan_table),
     "adaln": (
         "adaLN ops",
         plain_table(("op", "tokens", "D", "tokens_a_frame", "what", "arm", "ms", "GB/s", "%_of_copy", "ratio")),
@@ -120,6 +144,17 @@ TABLES = {
     "qk_norm_rope": (
         "q/k norm and rope",
         plain_table(("what", "tokens", "heads", "D", "arm", "ms", "GB/s", "%_of_copy", "ratio")),
+    ),
+    "norm_peers": (
+        "Norms beside other libraries",
+        plain_table(("op", "what", "tokens", "D", "arm", "ms", "ms_min", "%_of_copy", "ratio")),
+    ),
+    "streaming": ("Latency over an episode", episode_table),
+    "rollout": (
+        "Rollout chunk",
+        plain_table(
+            ("what", "program", "guidance", "steps", "arm", "ms", "ms_p95", "ms_step", "x_floor", "peak_MB", "ratio")
+        ),
     ),
     "train_step": (
         "Training step",

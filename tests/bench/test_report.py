@@ -29,7 +29,7 @@ def results(tmp_path):
                         "tiles": 3, "plan_MB": 0.1} for n in (1000, 9000)],
         "adaln": [CPU | {"op": "ada_layer_norm", "tokens": 144, "D": 3072, "tokens_a_frame": 32, "what": "forward",
                          "arm": "wam", "ms": 1.0, "GB/s": 3.0, "%_of_copy": 50.0, "ratio": 2.0}],
-        "streaming": [CPU | {"program": "joint", "arm": "wam", "chunk": c, "ms": 30.0} for c in range(3)],
+        "streaming": [CPU | {"program": "joint", "arm": "wam", "chunk": c, "ms": 30.0 + c} for c in range(3)],
     }  # fmt: skip
     folder = tmp_path / "results"
     folder.mkdir()
@@ -48,7 +48,8 @@ def test_tables(results):
     assert "### Attention: Some CPU, 2 threads" in text
     (line,) = (line for line in text.splitlines() if line.startswith("| libero joint c4 w64 | 2,448 | 0.25 |"))
     assert line.endswith("| 150 | 75 | 2.00x |")
-    for title in ("Plans", "adaLN ops", "streaming"):
+    assert "| joint | 2 | 32 |" in text and "| libero joint c4 w64 | 9,000 | 0.5 | 0.1 |" in text
+    for title in ("Plans", "adaLN ops", "Latency over an episode"):
         assert f"### {title}: Some CPU, 2 threads" in text
     assert "xformers" not in text
 
