@@ -8,6 +8,7 @@ from triton.runtime.jit import create_function_from_signature
 from tests.geometries import libero, small
 from wam_kernels import PROGRAMS, compile_plan
 from wam_kernels.block_attention import config, kernel_triton
+from wam_kernels.programs import lingbot_va_train
 
 
 def launch_key(plan, B: int, H: int, D: int, side) -> str:
@@ -36,6 +37,20 @@ def test_one_key_for_all_geometries():
     assert len(lengths) > 6 and any(n % 16 for n in lengths) and any(n % 16 == 0 for n in lengths)
     keys = {launch_key(plan, 1, 8, 64, side) for plan in plans for side in (plan.queries, plan.keys)}
     assert len(keys) == 1
+
+
+def test_one_key_for_every_chunk_and_window_of_another_system():
+    # LingBot-VA draws both anew at every training step
+    sizes = {"samples": 2, "video_tokens": 8, "action_tokens": 4}
+    plans = [
+        compile_plan(
+            lingbot_va_train(**sizes, video_frames=f, action_frames=f, chunk_size=c, window=w), tile=libero_tile()
+        )
+        for f in (9, 20)
+        for c in (1, 2, 3, 4)
+        for w in (4, 9, 64)
+    ]
+    assert len({launch_key(plan, 1, 8, 64, side) for plan in plans for side in (plan.queries, plan.keys)}) == 1
 
 
 def test_a_key_is_sensitive():

@@ -34,13 +34,11 @@ def every_attribute(model: nn.Module) -> dict[str, set[str]]:
     return {name: set(vars(m)) for name, m in model.named_modules()}
 
 
-def check_patch(
-    model: nn.Module, call: Callable[[], object], replaced: set[str], on_unsupported: str = "error"
-) -> None:
+def check_patch(model: nn.Module, call: Callable[[], object], replaced: set[str]) -> None:
     """Same outputs and gradients patched; the same bits, attributes and state dict again after unpatch."""
     keys, attributes = list(model.state_dict()), every_attribute(model)
     before = outputs_and_gradients(model, call)
-    done = patch(model, on_unsupported)
+    done = patch(model)
     assert {f"{type(owner).__name__}.{name}" for owner, name in done.replaced} == replaced
     after = outputs_and_gradients(model, call)
     assert list(model.state_dict()) == keys
