@@ -71,8 +71,8 @@ def build(
     else:
         order = ["video_noisy", "video_condition", "action_noisy", "action_condition"]
         c["policy_variant"] = {
-            "name": "parallel_stream", "sequence_order": order, "frame_chunk_size": chunk, "action_per_frame": per_frame,
-            "mask_mode": "lingbot_chunked", "cache_mode": "metadata_only",
+            "name": "parallel_stream", "sequence_order": order, "frame_chunk_size": chunk,
+            "action_per_frame": per_frame, "mask_mode": "lingbot_chunked", "cache_mode": "metadata_only",
             "video_action_condition_source": "noisy_action", "video_action_attention_scope": "block_local",
         }  # fmt: skip
     c["policy_variant"] |= {"program": program, "hidden_size": hidden} | (policy or {})
@@ -108,7 +108,7 @@ def train_step(
     seed: int = 0,
     mixed: bool = False,
 ) -> dict[str, Tensor]:
-    """One forward (``mixed``: under bf16 autocast) and backward; the loss and all gradients, those of the inputs too."""
+    """A forward (``mixed``: under bf16 autocast) and backward; the loss and all gradients, those of the inputs too."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:

@@ -14,11 +14,18 @@ pytest.importorskip("open_wam", reason="openwam is in requirements-test.txt")
 from open_wam.contracts.sample_metadata import ConditionalDynamicsSequenceLayout
 from open_wam.models.common.denoising_cache import attention_dependency_closure
 from open_wam.models.common.dynamics_contracts import DynamicsRolloutRequest
-from open_wam.models.policy_variants import PolicyInferContext
+from open_wam.models.policy_variants import PolicyInferContext, PolicyInferenceOutputRequest
 
 from tests.integrations import openwam_cases as cases
 from tests.integrations.openwam_cases import (
-    ARCHITECTURES, GJD, OBJECTIVES, PREFIX, PROGRAMS, build, rollout, train_step,
+    ARCHITECTURES,
+    GJD,
+    OBJECTIVES,
+    PREFIX,
+    PROGRAMS,
+    build,
+    rollout,
+    train_step,
 )  # fmt: skip
 from wam_kernels import Geometry, block_attention, compile_plan, dense_mask
 from wam_kernels.integrations import openwam
@@ -217,6 +224,14 @@ def test_rollout_agrees_with_proprioception(architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rollout_agrees_where_one_output_is_asked_for(architecture):
+    for program, modality in (("video_then_action", "video"), ("decoupled_same_step", "action")):
+        request = PolicyInferenceOutputRequest(frozenset({modality}))
+        chunks = 2 if modality == "video" else 1  # actions alone are no history to go on from
+        roll_both(lambda p=program: build(architecture, p), chunks, context=lambda i, r=request: {"output_request": r})
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_a_batch_of_requests_agrees(architecture):
     generator = torch.Generator().manual_seed(3)
     video = torch.randn(2, cases.CHANNELS, 1, 4, 4, generator=generator)
@@ -257,7 +272,7 @@ def replace_state(session, **changes):
 
 
 def test_history_is_computed_once(reused_slots):
-    """4 video tokens a frame, chunks of 2 frames: every chunk adds one chunk of clean frames and takes over the rest."""
+    """4 video tokens a frame, chunks of 2 frames: a chunk computes the clean frames of the last one, and only those."""
     roll_both(lambda: build("dual_expert", "joint", window=64), 5)
     assert reused_slots == [4, 12, 20, 28]
     reused_slots.clear()

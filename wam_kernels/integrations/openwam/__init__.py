@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from functools import partial, wraps
+from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 
 SUPPORTED_VERSIONS = ("0.2.0",)
@@ -142,7 +142,9 @@ def _patch(policy: _Policy, reuse_history: bool) -> None:
     # blocks
     _replace(packed_block.DualExpertPackedBlock, "forward", lambda f: _wrapped(patches.packed_block, f, policy))
     _replace(
-        shared_transformer_support.SharedTransformerBlock, "forward", lambda f: _wrapped(patches.shared_block, f, policy)
+        shared_transformer_support.SharedTransformerBlock,
+        "forward",
+        lambda f: _wrapped(patches.shared_block, f, policy),
     )
     # modulation
     time_embedding = shared_transformer_embeddings.SharedTransformerTimeEmbedding

@@ -1,8 +1,8 @@
 """OpenWAM's transformer blocks on the fused ops. Parameters and modules stay the package's; only the forwards change.
 
-One sub-block is: adaLN, projections, q/k norm and rope, attention; gate + residual + norm; cross-attention; residual +
-adaLN; feed-forward; gate + residual. Both architectures run it: ``DualExpertPackedBlock`` for its two streams with joint
-attention, ``SharedTransformerBlock`` for one stream.
+A block is: adaLN, projections, q/k norm and rope, attention; gate + residual + norm; cross-attention; residual + adaLN;
+feed-forward; gate + residual. ``DualExpertPackedBlock`` runs that for two streams with joint attention,
+``SharedTransformerBlock`` for one.
 """
 
 from __future__ import annotations
@@ -83,9 +83,7 @@ class Stream:
             x, y.type_as(x), gate=None, index=self.index, eps=block.norm3.eps, **self.modulation(3)
         )
         y = block.ffn(h)
-        x, _ = gate_residual_ada_layer_norm(
-            x, y.type_as(x), shift=None, scale=None, index=self.index, **self.gate(5)
-        )
+        x, _ = gate_residual_ada_layer_norm(x, y.type_as(x), shift=None, scale=None, index=self.index, **self.gate(5))
         return x if self.cache is None else self.cache.output(x)
 
     def _out(self, attn: nn.Module, heads: Tensor) -> Tensor:
@@ -133,7 +131,8 @@ def why_not(block: nn.Module) -> str | None:
 
 def _attend(visible: Visibility | Batch, streams: list[Stream]) -> list[Tensor]:
     """Joint attention of all streams; its output, split by stream."""
-    q, k, v = (torch.cat(parts, 1) if len(streams) > 1 else parts[0] for parts in zip(*(s.qkv() for s in streams)))
+    qkv = zip(*(s.qkv() for s in streams), strict=True)
+    q, k, v = (torch.cat(parts, 1) if len(streams) > 1 else parts[0] for parts in qkv)
     lengths = [s.x.shape[1] for s in streams]
     layer = None if streams[0].cache is None else streams[0].cache.layer
     if layer is None:

@@ -17,7 +17,7 @@ from .visibility import Visibility
 
 @dataclass
 class LayerCache:
-    """Keys and values of one layer, ``[B, slots, H, D]``: the required tokens of all streams, one stream after another."""
+    """Keys and values of one layer, ``[B, slots, H, D]``: a slot for every required token, one stream after another."""
 
     slots: int = 0
     positions: Tensor | None = None  # int64: slots of the tokens that are computed now

@@ -1,8 +1,9 @@
 """Modulation rows of OpenWAM: computed once for each distinct timestep instead of once for each token.
 
-The package repeats every frame's timestep to its tokens before the time embedding, and so has one row per token. Here the
-embedding runs on the distinct timesteps. The package still gets its ``[B, S, 6, D]`` tensor, which carries the few rows
-and the index as an attribute; the blocks use those where they are, and any copy that the package makes has the full rows.
+The package repeats every frame's timestep to its tokens before the time embedding, and so has one row per token. Here
+the embedding runs on the distinct timesteps. The package still gets its ``[B, S, 6, D]`` tensor, which carries the few
+rows and the index as an attribute; the blocks use those where they are. A copy that the package makes has no attribute,
+and is read row by row.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def tag_joined(expanded: Tensor, parts: Sequence[FrameRows]) -> None:
         return  # nothing to gain
     rows = torch.cat([*(part.rows for part in parts), parts[0].rows.new_zeros(1, 1, *expanded.shape[2:])], 1)
     first = np.cumsum([0, *(part.rows.shape[1] for part in parts)]).tolist()
-    tokens = [part.index.row_of_token.cpu() + at for part, at in zip(parts, first)]
+    tokens = [part.index.row_of_token.cpu() + at for part, at in zip(parts, first[:-1], strict=True)]
     padding = expanded.shape[1] - sum(t.numel() for t in tokens)
     tag(expanded, rows, torch.cat([*tokens, tokens[0].new_full((padding,), first[-1])]))
 

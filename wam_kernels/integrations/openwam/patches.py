@@ -10,7 +10,6 @@ from torch import Tensor
 from . import blocks, modulation
 from .visibility import Batch, TextBatch, UnsupportedProfileError, Visibility, read_profile
 
-
 # ---- attention profiles ----
 
 
@@ -33,7 +32,7 @@ def select_profile_mask(original, profile, **options):
 
 
 def batch_attention(original, profiles, stream_lengths, stream_slots, *, device):
-    """Joint attention of several samples, laid out stream by stream: ``[V0 V1 .. | A0 A1 ..]``, with padding between."""
+    """Joint attention of samples laid out stream by stream, ``[V0 V1 .. | A0 A1 ..]``, with padding between them."""
     visible = [profile.self_attention_block_mask for profile in profiles]
     if not all(isinstance(v, Visibility) for v in visible):
         return original(profiles, stream_lengths, stream_slots, device=device)
@@ -154,7 +153,11 @@ def shared_block(original, policy, self, hidden_states, **options):
         return original(self, hidden_states, **options)
     inputs = {name: options[name] for name in names}
     cache = options.get("invariant_cache")
-    return blocks.shared_block_forward(self, hidden_states, visible=visible, invariant_cache=cache, **inputs), None, None
+    return (
+        blocks.shared_block_forward(self, hidden_states, visible=visible, invariant_cache=cache, **inputs),
+        None,
+        None,
+    )
 
 
 # ---- modulation ----

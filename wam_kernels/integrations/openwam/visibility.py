@@ -114,9 +114,7 @@ class Visibility:
         sample_of_run: int64 ``[runs]``; below 0: padding.
     """
 
-    def __init__(
-        self, query_run: np.ndarray, key_run: np.ndarray, sees: np.ndarray, sample_of_run: np.ndarray
-    ) -> None:
+    def __init__(self, query_run: np.ndarray, key_run: np.ndarray, sees: np.ndarray, sample_of_run: np.ndarray) -> None:
         self.query_run, self.key_run = query_run, key_run
         self.sees, self.sample_of_run = sees, sample_of_run
         self.geometry: Geometry | None = None
@@ -128,8 +126,9 @@ class Visibility:
 
     def rule(self, queries: Tensor, keys: Tensor) -> Tensor:
         """The rule on token indices, as the package asks for it: a look-up in the table."""
-        table, q_run, k_run = (torch.from_numpy(a).to(queries.device) for a in (self.sees, self.query_run, self.key_run))
-        return table[q_run[queries], k_run[keys]]
+        arrays = (self.sees, self.query_run, self.key_run)
+        sees, q_run, k_run = (torch.from_numpy(a).to(queries.device) for a in arrays)
+        return sees[q_run[queries], k_run[keys]]
 
     def mask(self, device: torch.device) -> Tensor:
         """Dense bool ``[S, T]``, for what is left to the original code."""
