@@ -118,7 +118,7 @@ def ceilings(device: str) -> dict[str, float]:
     """
     generator = torch.Generator().manual_seed(0)
     cuda = device == "cuda"
-    size, products = (1 << 31, {"bf16": 8192, "float32": 4096}) if cuda else (1 << 28, {"bf16": 256, "float32": 1024})
+    size, products = (1 << 31, {"bf16": 8192, "float32": 4096}) if cuda else (1 << 27, {"bf16": 256, "float32": 1024})
     source = torch.randint(0, 255, (1 << 20,), dtype=torch.uint8, generator=generator).to(device).repeat(size >> 20)
     target = torch.empty_like(source)
     repeats = 20 if cuda else 5

@@ -58,7 +58,7 @@ def test_bounds_are_the_mask(work):
     lo, hi = peers.bounds(plan).unbind(-1)
     keys = torch.arange(plan.length)
     seen = ((lo[:, :, None] <= keys) & (keys < hi[:, :, None])).any(1)
-    assert torch.equal(seen, plan.mask()[0, 0])
+    assert torch.equal(seen, plan.mask()[0, 0]) and torch.equal(peers.dense_mask(plan), plan.mask())
 
 
 @pytest.mark.parametrize("work", SMALL, ids=lambda w: w.name)
