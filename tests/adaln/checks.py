@@ -101,9 +101,7 @@ def run(variant: Variant, index: FrameIndex, inputs: dict[str, Tensor], impl: st
     return {n: t.detach() for n, t in outputs.items()} | {f"d {n}": g for n, g in zip(leaves, grads, strict=True)}
 
 
-def check_against_reference(
-    variant: Variant, index: FrameIndex, inputs: dict[str, Tensor], impl: str | None
-) -> None:
+def check_against_reference(variant: Variant, index: FrameIndex, inputs: dict[str, Tensor], impl: str | None) -> None:
     with poisoned_allocations():
         actual = run(variant, index, inputs, impl)
     eager = run(variant, index, inputs, "reference")

@@ -9,7 +9,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from tests.aot.compile import Compiled, compile_sm90
-from wam_kernels.qk_norm_rope import config, kernel_triton
+from wam_kernels.qk_norm_rope import kernel_triton
 
 KERNELS = {
     "forward": kernel_triton._qk_norm_rope_fwd_kernel,

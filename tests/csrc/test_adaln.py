@@ -158,7 +158,7 @@ def test_a_row_outside_the_modulation_is_answered_with_nan(machine, row):
 
 
 def test_refusals_name_the_argument(machine):
-    t, dr, dh = make_inputs(UNEVEN, 2, 72, "bfloat16", EVERYTHING, machine.device)
+    t, _, _ = make_inputs(UNEVEN, 2, 72, "bfloat16", EVERYTHING, machine.device)
 
     def refuses(message, index=UNEVEN, **change):
         with pytest.raises(ValueError, match=message):

@@ -93,7 +93,7 @@ def test_programs_share_out_the_tokens(machine, B, S, per_head, programs, monkey
 def test_free_strides_and_a_cache_slot(machine):
     B, S, H, D = 2, 4, 3, 16
     inputs = make_inputs(B, S, H, D, "bfloat16", False, machine.device)
-    dq_out, dk_out, q, k, *rest = inputs
+    dq_out, dk_out, q, k = inputs[:4]
     inputs[0] = dq_out.permute(0, 2, 1, 3).contiguous().permute(0, 2, 1, 3)  # heads first
     inputs[1] = dk_out[:, :1].expand_as(dk_out)
     inputs[2], inputs[3] = torch.cat([q, k, q], -1).split(H * D, -1)[:2]  # slices of a fused projection

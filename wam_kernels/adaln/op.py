@@ -54,7 +54,8 @@ def _launchers(impl: str):
 
 
 def _accumulator(t: Tensor) -> torch.dtype:
-    return torch.promote_types(t.dtype, torch.float32)
+    # not promote_types: that is an operation, and recorded as one by whatever watches
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 # ---- the registered forward: (r, h), empty where a variant has none ----
