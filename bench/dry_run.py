@@ -6,9 +6,9 @@ pytest), modules and, for our own command lines, every flag. A program that only
 
 from __future__ import annotations
 
-import importlib
 import io
 import re
+import runpy
 import shlex
 import shutil
 import sys
@@ -86,7 +86,7 @@ def check_flags(part: str, flags: list[str]) -> None:
         raise Wrong(f"no module bench.{part}")
     with redirect_stdout(io.StringIO()) as out, patch.object(sys, "argv", [part, "--help"]):
         try:
-            importlib.import_module(f"bench.{part}").main()
+            runpy.run_module(f"bench.{part}", run_name="__main__")
         except SystemExit as stopped:
             if stopped.code:
                 raise Wrong(f"bench.{part} --help ends with {stopped.code}") from None

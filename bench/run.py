@@ -29,6 +29,7 @@ SUITES = {
     "attention": ("bench_attention",),
     "norms": ("bench_adaln", "bench_qk_norm_rope", "bench_norm_peers"),
     "streaming": ("bench_cached_attention", "bench_streaming"),
+    "block": ("bench_block",),
     "train_step": ("bench_train_step",),
     "rollout": ("bench_rollout",),
 }

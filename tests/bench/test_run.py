@@ -1,8 +1,8 @@
 """``wam bench``: every part that it names exists and takes the flags it is given; rows are kept when they should be."""
 
 import argparse
-import importlib
 import json
+import runpy
 import sys
 
 import pytest
@@ -22,7 +22,7 @@ def test_every_part_takes_its_flags(module, monkeypatch, capsys):
     flags = run.arguments(module, parsed("--quick"))
     monkeypatch.setattr(sys, "argv", [module, *flags, "--help"])
     with pytest.raises(SystemExit) as stopped:
-        importlib.import_module(f"bench.{module}").main()
+        runpy.run_module(f"bench.{module}", run_name="__main__")
     assert stopped.value.code == 0
     usage = capsys.readouterr().out
     assert all(flag in usage for flag in flags if flag.startswith("--"))
