@@ -334,6 +334,19 @@ def test_history_that_leaves_the_window(reused_slots):
     assert reused_slots == [4, 0, 0, 0]
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_a_bf16_rollout_errs_no_more_than_the_package(architecture):
+    def rolled(dtype):
+        sizes = {"hidden": 64, "action_hidden": 32, "heads": 2, "ffn": 128, "window": 64}
+        return rollout(build(architecture, "joint", **sizes).to(dtype), 3)
+
+    truth, theirs = rolled(torch.float32), rolled(torch.bfloat16)
+    with installed():
+        ours = rolled(torch.bfloat16)
+    for got, own, true in zip(ours, theirs, truth, strict=True):
+        assert (got.float() - true).norm() <= 1.5 * (own.float() - true).norm()
+
+
 # ---- visibility ----
 
 
