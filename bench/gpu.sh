@@ -22,7 +22,7 @@ AT_ONCE=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 6")
 SECONDS_IN_ALL=${GPU_SECONDS:-530}
 PARTS=(
   machine build tests_attention tests_norms tests_cached tests_cuda tests_rollout rollout attention norms
-  block train_step memcheck racecheck streaming plan
+  block train_step memcheck racecheck streaming plan tune
 )
 
 # ---- parts: run SECONDS COMMAND...; the seconds are a cap, a part is its commands in order ----
@@ -75,6 +75,8 @@ rollout() { measure 180 bench_rollout; }
 streaming() { measure 60 bench_cached_attention && measure 180 bench_streaming; }
 block() { measure 120 bench_block; }
 train_step() { measure 180 bench_train_step; }
+
+tune() { run 240 "$PYTHON" -m bench tune; }
 
 # ---- machinery ----
 

@@ -51,3 +51,19 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert cli.main(["bench", "tune"]) == 2
     assert "wam bench tune needs a CUDA device" in capsys.readouterr().err
+
+
+def test_every_target_is_tunable_and_takes_its_candidates():
+    from importlib import import_module
+
+    arguments = {"D": 64, "itemsize": 2, "heads": 24, "head_dim": 128}
+    for op, (module, candidates, _) in tune.TARGETS.items():
+        config = import_module(module)
+        assert op in tuning.TUNABLE
+        function = getattr(config, op.partition(".")[2])
+        names = function.__wrapped__.__code__.co_varnames[: function.__wrapped__.__code__.co_argcount]
+        for choice in candidates:
+            with tuning.trying(op, choice):
+                got = function(**{name: arguments[name] for name in names})
+            fields = choice if isinstance(choice, dict) else {}
+            assert all(getattr(got, name) == value for name, value in fields.items()) and (fields or got == choice)

@@ -3,6 +3,8 @@
 Nothing here has been timed on a GPU yet: warps follow from ahead-of-time compilation for sm_90 (``tests/aot``).
 """
 
+from ..tuning import tuned
+
 MAX_D = 8192
 
 # Which backend impl=None takes for each device type. Triton against CUDA on a GPU: not yet measured, so Triton.
@@ -20,11 +22,13 @@ def block_d(D: int) -> int:
     return max(128, 1 << (D - 1).bit_length())
 
 
+@tuned("adaln.forward_warps")
 def forward_warps(D: int) -> int:
     # 16 channels a thread: two 16-byte loads of bf16 in flight for each tensor
     return min(16, max(1, block_d(D) // 512))
 
 
+@tuned("adaln.backward_warps")
 def backward_warps(D: int) -> int:
     # a row of three sums, two factors and four inputs lives in registers: 16 channels a thread leave no spills
     return min(32, max(1, block_d(D) // 512))

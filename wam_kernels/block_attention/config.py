@@ -6,6 +6,8 @@ and from ahead-of-time compilation for sm_90 (``tests/aot``): registers, spills,
 
 from dataclasses import dataclass
 
+from ..tuning import tuned
+
 MAX_D = 256
 
 
@@ -22,12 +24,14 @@ def block_d(D: int) -> int:
     return max(16, 1 << (D - 1).bit_length())
 
 
+@tuned("block_attention.forward")
 def forward(D: int, itemsize: int) -> Config:
     # 4 warps: one warpgroup owns the 64 rows of a wgmma tile; from D = 256 on its accumulator needs two
     row = block_d(D) * itemsize  # bytes of one token of one operand
     return Config(num_warps=4 if block_d(D) <= 128 else 8, num_stages=3 if row <= 128 else 2 if row <= 512 else 1)
 
 
+@tuned("block_attention.backward")
 def backward(D: int, itemsize: int) -> Config:
     # two accumulators of [64, D] and three [64, 64] products live at once: 8 warps from D = 128 on, or they spill
     row = block_d(D) * itemsize

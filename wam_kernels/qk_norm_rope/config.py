@@ -6,6 +6,8 @@ compilation for sm_90 (``tests/aot``): 16-byte accesses, no spills at 24 x 128 a
 
 from dataclasses import dataclass
 
+from ..tuning import tuned
+
 MAX_INNER = 8192
 MAX_HEAD_DIM = 256
 
@@ -35,6 +37,7 @@ class Config:
     num_warps: int
 
 
+@tuned("qk_norm_rope.launch")
 def launch(heads: int, head_dim: int) -> Config:
     """Heads and pairs padded to powers of two; 16 numbers of a row to a thread: two 16-byte loads in bf16."""
     block_h, block_p = _power_of_two(heads), _power_of_two(head_dim // 2)
