@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -54,39 +55,45 @@ class Rows:
         return _Rules(self)
 
 
+def _stream_rows(geometry: Geometry, stream: int) -> np.ndarray:
+    """Rows of one copy of a stream, ``[prefix, frame, chunk, block, is_key, first frame, frames]`` by row."""
+    frame, chunk, block = geometry.frames(stream)
+    prefix = np.arange(frame.size) < (geometry.prefix_frames if stream == VIDEO else 0)
+    is_key = (stream == VIDEO) | (frame >= geometry.startup_action_frames)
+    first = np.arange(frame.size)
+    if geometry.conditional_history is None:  # else every frame sees another boundary, or might
+        alike = (2 * chunk + prefix) * 2 + is_key
+        first = np.flatnonzero(np.diff(alike, prepend=alike[:1] - 1))
+    frames = np.diff(first, append=frame.size)
+    return np.stack([*(a[first] for a in (prefix, frame, chunk, block, is_key)), first, frames])
+
+
 def token_rows(batch: tuple[tuple[Geometry, ...], ...], length: int) -> Rows:
     """List the rows of ``batch[b] = (sample, sample, ...)``, samples one after another, padded to ``length``."""
-    parts, geometries, segment_starts = [], [], []
+    of_stream = {g: {s: _stream_rows(g, s) for s in (VIDEO, ACTION)} for g in set(chain(*batch))}
+    parts, origins, geometries, segment_starts = [], [], [], []
     for b, samples in enumerate(batch):
         start = 0
         for geometry in samples:
-            streams = (geometry.frames(VIDEO), geometry.frames(ACTION))
             starts = []
             for segment, (stream, _) in enumerate(SEGMENTS):
-                frame, chunk, block = streams[stream]
+                rows = of_stream[geometry][stream]
                 per_frame = geometry.action_tokens if stream == ACTION else geometry.video_tokens
-                prefix = np.arange(frame.size) < (geometry.prefix_frames if stream == VIDEO else 0)
-                is_key = (stream == VIDEO) | (frame >= geometry.startup_action_frames)
-                new = np.ones(frame.size, bool)
-                if geometry.conditional_history is None:
-                    for a in (chunk, prefix, is_key):
-                        new[1:] &= a[1:] == a[:-1]
-                    new[1:] = ~new[1:]
-                first = np.flatnonzero(new)
-                frames = np.diff(first, append=frame.size)
-                ids = (np.full(first.size, i) for i in (b, len(geometries), segment))
-                places = (start + first * per_frame, frames * per_frame)
-                parts.append((*ids, *(a[first] for a in (prefix, frame, chunk, block, is_key)), *places))
+                parts.append(rows)
+                origins.append((b, len(geometries), segment, start, per_frame, rows.shape[1]))
                 starts.append(start)
-                start += frame.size * per_frame
+                start += geometry.segment_lengths[segment]
             geometries.append(geometry)
             segment_starts.append(tuple(starts))
         if start < length:  # padding: rows that see nothing and that nobody sees
-            zero, no = np.zeros(1, np.int64), np.zeros(1, bool)
-            ids = (np.full(1, b), np.full(1, -1), np.full(1, -1))
-            parts.append((*ids, no, zero, zero, zero, no, np.full(1, start), np.full(1, length - start)))
-    columns = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return Rows(*columns, tuple(geometries), tuple(segment_starts))
+            parts.append(np.array([[0, 0, 0, 0, 0, 0, 1]]).T)
+            origins.append((b, -1, -1, start, length - start, 1))
+    prefix, frame, chunk, block, is_key, first, frames = np.concatenate(parts, 1)
+    *origin, counts = np.array(origins).T
+    b, sample, segment, start, per_frame = (np.repeat(column, counts) for column in origin)
+    attributes = (prefix.astype(bool), frame, chunk, block, is_key.astype(bool))
+    places = (start + first * per_frame, frames * per_frame)
+    return Rows(b, sample, segment, *attributes, *places, tuple(geometries), tuple(segment_starts))
 
 
 @lru_cache
