@@ -164,6 +164,22 @@ def test_compiles_whole_and_only_once_for_all_geometries():
     assert counter.frame_count <= 2
 
 
+def test_autocast_leaves_the_op_alone():
+    plan = compile_plan(small())
+    q, k, v = (torch.randn(1, plan.length, 2, 32, requires_grad=True) for _ in range(3))
+    weights = torch.randn(1, plan.length, 2, 32)
+
+    def results():
+        out = block_attention(q, k, v, plan)
+        return out, *torch.autograd.grad((out * weights).sum(), (q, k, v))
+
+    plain = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = results()
+    for a, b in zip(mixed, plain, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_activation_checkpointing():
     plan = ragged_plan()
     q, k, v, dout, _ = make_inputs(plan, 2, 2, 16, torch.float32)

@@ -57,6 +57,8 @@ def _unheads(t: Tensor, like: Tensor) -> Tensor:
     return t.unflatten(0, (B, H)).transpose(1, 2).to(like.dtype).contiguous()
 
 
+# The sums stay in float32 under autocast too, which would take their products in bf16.
+@torch.autocast("cpu", enabled=False)
 def forward(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, shared: bool, scale: float) -> tuple[Tensor, Tensor]:
     B, S, H, _ = q.shape
     Hkv = k.shape[2]
@@ -82,6 +84,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, shared: bool, scale: 
     return _unheads(out_GSD, q), lse_GS.unflatten(0, (B, H))
 
 
+@torch.autocast("cpu", enabled=False)
 def backward(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, runs: Tensor,
     shared: bool, scale: float,
