@@ -110,7 +110,8 @@ def launch_keys(index: FrameIndex, B: int, D: int) -> tuple[str, ...]:
             patch.setattr(kernel_triton, name, Launched(getattr(kernel_triton, name)))
         tables = table[2], table[0], table[1]
         kernel_triton.forward(x, x, gate, shift, scale, *tables, None, None, index.row_of_token, 1e-6)
-        kernel_triton.backward(x, x, x, x, gate, scale, tables[0], tables[2], None, *index.tensors()[1:], 1e-6)
+        sums = index.segments, index.row_begin, index.row_segments
+        kernel_triton.backward(x, x, x, x, gate, scale, tables[0], tables[2], None, *sums, 1e-6)
     assert len(keys) == len(names)
     return tuple(keys)
 
