@@ -4,7 +4,8 @@ The episode's window is full (observed frames, random latents), the chunk is 4 f
 size (``wan_5b_config``) with random bf16 weights, 20 denoising steps, LIBERO (32 video tokens a frame) and RoboTwin
 geometry (128), with guidance 5 (a batch of two) for ``joint``. CPU: the demo's model in float32, 5 steps, LIBERO.
 
-Arms: ``wam`` is ``Episode.propose`` + ``accept``: history from the cache, on CUDA a captured graph for each step;
+Arms: ``wam`` is ``Episode.propose`` + ``accept``: history from the cache, on CUDA a captured graph for each step
+(``wam_eager``: the same without graphs);
 ``packed`` runs window and chunk as one packed forward at every denoising step, as a rollout without a cache does. The
 chunk of ``wam`` is compared with that of ``packed`` before a speed is printed: in float32 with the model itself on a
 CPU, in float64 with 2 layers of full width on CUDA.
@@ -167,7 +168,15 @@ def calls_of(
     def without_cache() -> None:
         packed_chunk(episode.model, episode.config, history, at, text, noise_for(episode, grid, next(turn)))
 
-    return {"wam": wam, "packed": without_cache} if packed else {"wam": wam}
+    calls = {"wam": wam}
+    if packed:
+        calls["packed"] = without_cache
+        if episode.model.device.type == "cuda":
+            eager = make_episode(
+                episode.model, replace(episode.config, cuda_graphs=False), grid, window + episode.chunk_size, seed=0
+            )[0]
+            calls["wam_eager"] = lambda: eager.accept(eager.propose(**noise_for(eager, grid, next(turn))))
+    return calls
 
 
 def bench(model: WorldActionModel, config: RolloutConfig, place: str, packed: bool, repeats: int) -> list[dict]:

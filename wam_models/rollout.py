@@ -57,6 +57,7 @@ class RolloutConfig:
             for each chunk of the window.
         lookahead: Chunks that may be accepted beyond the last observation and still be replaced by one: the rings
             keep so many chunks more than the window.
+        cuda_graphs: On a GPU, capture a denoising step of each stage once and replay it; False launches every kernel.
 
     Raises:
         ValueError: an unknown name or a number outside its range; the message names the field.
@@ -72,6 +73,7 @@ class RolloutConfig:
     guidance: float = 1.0
     cache: str = "persistent"
     lookahead: int = 1
+    cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
         check_program(self.program)
@@ -506,7 +508,8 @@ class Episode:
                 self._step += 1
 
             changed = [self._step, *(self._chunk[s] for s in stage.denoised)]
-            self._loops[stage] = _replayed(step, self.model.device, changed)
+            graphs = self.config.cuda_graphs and self.model.device.type == "cuda"
+            self._loops[stage] = _replayed(step, self.model.device, changed) if graphs else step
         return self._loops[stage]
 
     def _here(self, tensor: Tensor) -> Tensor:
@@ -640,15 +643,13 @@ def _with_frames(stream: int, shape: Sequence[int], frames: int) -> list[int]:
 
 
 def _replayed(step: Callable[[], None], device: torch.device, changed: Sequence[Tensor]) -> Callable[[], None]:
-    """``step`` as a CUDA graph that is captured at the first call; without CUDA ``step`` itself.
+    """``step`` as a CUDA graph that is captured at the first call.
 
     Args:
         step: Reads and writes tensors that stay where they are, and never waits for the device.
         device: Where they are.
         changed: The tensors whose values it changes.
     """
-    if device.type != "cuda":
-        return step
     graph: torch.cuda.CUDAGraph | None = None
 
     def replay() -> None:
