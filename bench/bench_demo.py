@@ -21,14 +21,14 @@ def rows_of(report: dict) -> list[dict]:
     """Rows from what ``make_demo`` returns: ``what`` is ``"training"`` or ``"evaluation"``."""
     config = report["config"]
     training = {
-        "what": "training", "data": report["data"], "seed": report["seed"], "precision": report["precision"],
+        "what": "training", "arm": "wam", "data": report["data"], "seed": report["seed"], "precision": report["precision"],
         "parameters": report["parameters"], "steps": report["steps"],
         "batch": config["batch"], "frames": config["frames"],
         "training_seconds": round(report["training_seconds"], 1), "total_seconds": round(report["total_seconds"], 1),
         **{f"{s}_loss_{when}": v for s, both in report["losses"].items() for when, v in both.items()},
         **report["beaten"],
     }  # fmt: skip
-    shared = {"what": "evaluation", "seed": report["seed"], "episodes": report["episodes"]}
+    shared = {"what": "evaluation", "arm": "wam", "seed": report["seed"], "episodes": report["episodes"]}
     return [training, *(shared | row for row in report["evaluation"]["rows"])]
 
 
