@@ -128,7 +128,9 @@ def forward(
             factor, offset = chunk.of_rows(scale) + one, _plus(chunk.of_rows(shift), shift_table)
             weight, bias = (factor.view(D), offset.reshape(D)) if factor.numel() == D else (None, None)
         normed = torch.native_layer_norm(row.to(acc), (D,), weight, bias, eps)[0]
-        if weight is None:
+        if chunk.whole and acc == x.dtype:
+            h = (normed if weight is not None else torch.addcmul(offset, normed, factor, out=normed)).view(x.shape)
+        elif weight is None:
             torch.addcmul(offset, normed, factor, out=chunk.of(h))
         else:
             chunk.of(h).copy_(normed)
@@ -163,6 +165,8 @@ def backward(
     weight = weight.to(acc) if affine else None
     one = 1 + scale_table if adaptive and scale_table is not None else 1
     for chunk in _chunks(like, row_of_token, run, F):
+        # outputs are then the buffers that were worked in
+        whole = chunk.whole and acc == like.dtype
         total = None if dr is None else chunk.of(dr)
         if dh is not None:
             # PyTorch's backward multiplies the mean out and loses digits where it is large: take it off before
@@ -184,7 +188,7 @@ def backward(
                     dweight += dw
                     dbias += db
             # the gate below takes what is not rounded: in half precision that is not dx itself
-            if chunk.whole and acc == dx.dtype:
+            if whole:
                 total = through if total is None else through.add_(total)
                 dx = total.view(dx.shape)
             else:
@@ -194,8 +198,11 @@ def backward(
                     chunk.of(dx).copy_(total)
         if gate is not None:
             total = total.to(acc)
-            dgate = chunk.added_to_rows(dgate, (total * chunk.of(y)).sum(2), B, F)
-            torch.mul(total, _plus(chunk.of_rows(gate), gate_table), out=chunk.of(dy))
+            product = total * chunk.of(y)
+            dgate = chunk.added_to_rows(dgate, product.sum(2), B, F)
+            factor = _plus(chunk.of_rows(gate), gate_table)
+            out = torch.mul(total, factor, out=product if whole else chunk.of(dy))
+            dy = out.view(like.shape) if whole else dy
     return dx, dy, dgate, dshift, dscale, dweight, dbias
 
 
