@@ -5,10 +5,10 @@ size (``wan_5b_config``) with random bf16 weights, 20 denoising steps, LIBERO (3
 geometry (128), with guidance 5 (a batch of two) for ``joint``. CPU: the demo's model in float32, 5 steps, LIBERO.
 
 Arms: ``wam`` is ``Episode.propose`` + ``accept``: history from the cache, on CUDA a captured graph for each step
-(``wam_eager``: the same without graphs);
-``packed`` runs window and chunk as one packed forward at every denoising step, as a rollout without a cache does. The
-chunk of ``wam`` is compared with that of ``packed`` before a speed is printed: in float32 with the model itself on a
-CPU, in float64 with 2 layers of full width on CUDA.
+(``wam_eager``: the same without graphs); ``packed`` runs window and chunk as one packed forward at every denoising step,
+as a rollout without a cache does, on CUDA also under torch.compile (``packed_compiled``). The chunk of ``wam`` is
+compared with that of ``packed`` before a speed is printed: in float32 with the model itself on a CPU, in float64 with 2
+layers of full width on CUDA.
 
 The floor of a step is the larger of two times: every weight it needs read once at this machine's copy speed, and its
 matrix products at this machine's bf16 (float32) speed; ``x_floor`` is the measured chunk over the floors of its steps.
@@ -175,6 +175,10 @@ def calls_of(
             eager = make_episode(
                 episode.model, replace(episode.config, cuda_graphs=False), grid, window + episode.chunk_size, seed=0
             )[0]
+            compiled = torch.compile(episode.model)
+            calls["packed_compiled"] = lambda: packed_chunk(
+                compiled, episode.config, history, at, text, noise_for(episode, grid, next(turn))
+            )
             calls["wam_eager"] = lambda: eager.accept(eager.propose(**noise_for(eager, grid, next(turn))))
     return calls
 
