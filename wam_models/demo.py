@@ -88,7 +88,11 @@ def loss_line(trained: Trained) -> str:
 
 
 def pick_threads(config: TrainConfig, data: ClipDataset) -> int:
-    """Threads that train fastest here: all, or one. On a busy machine threads that wait for each other lose a lot."""
+    """All threads, or one where all are not half as fast again.
+
+    Threads wait for each other, so as soon as anything else runs on a small machine, all of them can take 20 times as
+    long for a step as one alone does. A small gain is not worth that.
+    """
     every = torch.get_num_threads()
     if every == 1:
         return 1
@@ -99,7 +103,7 @@ def pick_threads(config: TrainConfig, data: ClipDataset) -> int:
         tried = train(replace(config, steps=5), data, seconds=speed.get(1, (0, None))[1], progress=False).log
         rest = tried[-1]["seconds"] - tried[0]["seconds"]  # the first step also allocates
         speed[threads] = ((len(tried) - 1) / max(rest, 1e-9), tried[-1]["seconds"])
-    best = max(speed, key=lambda threads: speed[threads][0])
+    best = every if speed[every][0] > 1.5 * speed[1][0] else 1
     torch.set_num_threads(best)
     return best
 
