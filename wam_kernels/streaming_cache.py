@@ -169,16 +169,16 @@ class StreamingCache:
                 table[b, g, : len(found)] = np.reshape(found, (-1, 2))
         return torch.from_numpy(table)
 
-    def keep(self, streams: Sequence[int], firsts: Sequence[int], counts: Sequence[int], samples: int = 1) -> None:
+    def keep(self, streams: Sequence[int], firsts: Sequence[int], counts: Sequence[int]) -> None:
         """Copy the clean chunk's first ``counts[b]`` frames to the places of the frames ``firsts[b]`` and following.
 
-        ``samples`` > 1: the batch is that many copies of the rollouts, as in classifier-free guidance.
+        Fewer rollouts than the batch: it is so many copies of them, as in classifier-free guidance.
         """
         rollouts = len(firsts)
-        assert rollouts * samples == self.batch
+        assert self.batch % rollouts == 0
         groups: dict[tuple[int, int], list[int]] = {}
         for b, key in enumerate(zip(firsts, counts, strict=True)):
-            groups.setdefault(key, []).extend(b + i * rollouts for i in range(samples))
+            groups.setdefault(key, []).extend(range(b, self.batch, rollouts))
         for (first, count), members in groups.items():
             # no index tensor: it would have to be copied from the host, and wait for it
             whole = len(members) == self.batch

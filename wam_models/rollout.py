@@ -409,9 +409,7 @@ class Episode:
             for s, t in piece.items():
                 for b, count in enumerate(now):
                     for i in range(count):
-                        place = (self.next_frame[b] + i) % self.cache.frames
-                        dim = FRAME_DIM[s] - 1
-                        self._accepted[s][b].select(dim, place).copy_(t[b].select(dim, i))
+                        self._held(s, b, self.next_frame[b] + i).copy_(t[b].select(FRAME_DIM[s] - 1, i))
             self.next_frame = [f + n for f, n in zip(self.next_frame, now, strict=True)]
             self._version += 1
         self._stale = self.config.cache == "recomputed"
@@ -430,7 +428,7 @@ class Episode:
         work = self._pass(self._history_streams, CLEAN)
         work.aim(firsts, counts, seen_from)
         work.run()
-        self.cache.keep(self._history_streams, firsts, counts, samples=2 if self._guided else 1)
+        self.cache.keep(self._history_streams, firsts, counts)
 
     def _recompute(self) -> None:
         """All keys and values that the next chunk sees, as if its window were the whole episode."""
@@ -443,12 +441,15 @@ class Episode:
                 continue
             frames = {s: torch.zeros_like(t) for s, t in self._chunk.items()}
             for s, t in frames.items():
-                dim = FRAME_DIM[s] - 1
                 for b, (first, count) in enumerate(zip(firsts, counts, strict=True)):
                     for i in range(count):
-                        t[b].select(dim, i).copy_(self._accepted[s][b].select(dim, (first + i) % self.cache.frames))
+                        t[b].select(FRAME_DIM[s] - 1, i).copy_(self._held(s, b, first + i))
             self._remember(frames, firsts, counts, lows)
         self._stale = False
+
+    def _held(self, stream: int, rollout: int, frame: int) -> Tensor:
+        """Where an accepted frame of a rollout lies, a view."""
+        return self._accepted[stream][rollout].select(FRAME_DIM[stream] - 1, frame % self.cache.frames)
 
     def _set_text(self, rollouts: list[int], text: Tensor) -> None:
         """Text keys and values of every block, once an episode. With guidance the second half has none."""
