@@ -354,7 +354,7 @@ class WorldActionModel(nn.Module):
     """Predicts the flow of video latents and of actions, both from the same packed sequence.
 
     :meth:`forward` is the packed forward of training. A rollout uses the parts it is made of (:meth:`embed_text`,
-    :meth:`embed`, :meth:`rope`, :meth:`blocks`, :meth:`flows`) with an ``attend`` of its own.
+    :meth:`embed`, :meth:`rope`, ``packed_block_stack``, :meth:`flows`) with an ``attend`` of its own.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -424,18 +424,6 @@ class WorldActionModel(nn.Module):
             None if video_frames is None else table(video_positions(video_frames, rows, columns)),
             None if action_frames is None else table(action_positions(action_frames, self.config.actions_per_frame)),
         )
-
-    def blocks(
-        self,
-        streams: Pair,
-        rope: Pair,
-        text: Sequence[Pair],
-        attend: Attend,
-        slots: Callable[[int], Slots] | None = None,
-        wanted: Sequence[int] = (0, 1),
-    ) -> Pair:
-        """Through all blocks; see :class:`PackedBlockStack`."""
-        return self.packed_block_stack(streams, rope, text, attend, slots, wanted)
 
     def flows(self, streams: Pair, frames: int, rows: int, columns: int) -> tuple[Tensor | None, Tensor | None]:
         """Flow of video ``[B, C, F, y, x]`` and of actions ``[B, F, n, A]``; None where the stream is None."""
@@ -514,7 +502,7 @@ class WorldActionModel(nn.Module):
         # noisy and clean copies share positions
         positions = torch.arange(frame_start, frame_start + frames, device=self.device).repeat(2)
         rope = self.rope(positions, rows, columns, positions)
-        streams = self.blocks(streams, rope, self.embed_text(text), attend)
+        streams = self.packed_block_stack(streams, rope, self.embed_text(text), attend)
         return self.flows(tuple(first_half(s) for s in streams), frames, rows, columns)
 
     def _check(self, noisy_video, clean_video, noisy_action, clean_action, video_timesteps, action_timesteps) -> int:

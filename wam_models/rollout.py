@@ -633,7 +633,7 @@ class _Pass:
 
         streams = model.embed(*inputs(VIDEO), *inputs(ACTION))
         self.indices = [None if s is None else s.index for s in streams]
-        return model.blocks(streams, tuple(self.rope), e._text, attend, slots, wanted)
+        return model.packed_block_stack(streams, tuple(self.rope), e._text, attend, slots, wanted)
 
 
 def _with_frames(stream: int, shape: Sequence[int], frames: int) -> list[int]:

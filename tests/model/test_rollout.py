@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from wam_kernels import HISTORIES, PROGRAMS, Geometry, StreamingCache, dense_mask
 from wam_models import GJD, MODEL_PROGRAMS, OBJECTIVES, RolloutConfig, RolloutEngine, WorldActionModel, golden_config
 from wam_models.flow import sigmas
+from wam_models.model import PackedBlockStack
 from wam_models.objectives import geometry_for
 
 from .cases import error
@@ -659,18 +660,18 @@ def test_faults_are_refused_and_leave_the_accepted_state_usable():
 def test_a_model_that_fails_leaves_the_accepted_state_usable(monkeypatch):
     episode, twin = started("joint"), started("joint")
     candidate = episode.propose(**noises(2, 0))
-    right = WorldActionModel.blocks
+    right = PackedBlockStack.forward
 
     def broken(*args):
         right(*args)
         raise RuntimeError("out of memory")
 
     before = snapshot(episode)
-    monkeypatch.setattr(WorldActionModel, "blocks", broken)
+    monkeypatch.setattr(PackedBlockStack, "forward", broken)
     for call in (lambda: episode.accept(candidate), lambda: episode.propose(**noises(2, 1))):
         with pytest.raises(RuntimeError, match="out of memory"):
             call()
-    monkeypatch.setattr(WorldActionModel, "blocks", right)
+    monkeypatch.setattr(PackedBlockStack, "forward", right)
     assert_unchanged(episode, before)
     for e in (episode, twin):
         e.accept(e.propose(**noises(2, 0)))
