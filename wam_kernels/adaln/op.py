@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _autograd
+from .._backends import check_impl, launchers
 from .._checks import bind_dims
 from ..frame_index import FrameIndex
 from . import cpu, reference
@@ -40,19 +40,6 @@ class _Inputs(NamedTuple):
     bias: Tensor | None = None
 
 
-def _launchers(impl: str):
-    if impl == "cpu":
-        return cpu
-    # triton and the compiled extension are optional: imported at the first call that needs them
-    if impl == "cuda":
-        from . import kernel_cuda
-
-        return kernel_cuda
-    from . import kernel_triton
-
-    return kernel_triton
-
-
 def _accumulator(t: Tensor) -> torch.dtype:
     # not promote_types: that is an operation, and recorded as one by whatever watches
     return torch.float64 if t.dtype == torch.float64 else torch.float32
@@ -66,7 +53,7 @@ def _forward(*args):
     if impl == "cpu":
         outputs = cpu.forward(*tensors, row_of_token, run, eps)
     else:
-        outputs = _launchers(impl).forward(*tensors, row_of_token, eps)
+        outputs = launchers(__package__, impl).forward(*tensors, row_of_token, eps)
     return tuple(tensors[0].new_empty(0) if t is None else t for t in outputs)
 
 
@@ -96,7 +83,7 @@ def _backward(
     if impl == "cpu":
         grads = cpu.backward(dr, dh, r, *others, row_of_token, row_begin, run, eps)
     else:
-        grads = _launchers(impl).backward(dr, dh, r, *others, segments, row_begin, row_segments, eps)
+        grads = launchers(__package__, impl).backward(dr, dh, r, *others, segments, row_begin, row_segments, eps)
     like = dr if dh is None else dh
     present = _present(dh, gate, scale)
     return tuple(g if wanted else like.new_empty(0) for g, wanted in zip(grads, present, strict=True))
@@ -194,17 +181,7 @@ def _pick(op: str, impl: str | None, x: Tensor) -> str:
     if impl is None:
         impl = DEFAULT_IMPL.get(x.device.type, "reference")
         impl = impl if x.dtype in _DTYPES[impl] else "reference"
-    if impl not in _IMPLS:
-        raise ValueError(f"{op}: impl must be None or one of {_IMPLS}, got {impl!r}")
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if impl == "cpu" and not x.is_cpu:
-        raise ValueError(f"{op}: impl='cpu' needs CPU tensors, got {x.device}; use impl=None")
-    if impl == "triton" and not x.is_cuda and not interpreted:
-        raise ValueError(
-            f"{op}: impl='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got {x.device}; use impl=None"
-        )
-    if impl == "cuda" and not x.is_cuda:
-        raise ValueError(f"{op}: impl='cuda' needs CUDA tensors, got {x.device}; use impl=None")
+    check_impl(op, impl, _IMPLS, x.device)
     if x.dtype not in _DTYPES[impl]:
         names = ", ".join(str(t).removeprefix("torch.") for t in _DTYPES[impl])
         raise ValueError(f"{op}: x must be {names} for impl={impl!r}, got {x.dtype}; use .to() or impl='reference'")

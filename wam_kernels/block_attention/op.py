@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
+from .._backends import check_impl, launchers
 from .._checks import bind_dims, same_kind
 from ..plan import Plan
 from . import cpu, reference
@@ -22,17 +21,10 @@ _DTYPES = {
 _SIDE = 6  # tensors of one side of a plan; a plan's list is query side, key side, runs
 
 
-def _launchers():
-    # triton is optional: imported at the first call that needs it
-    from . import kernel_triton
-
-    return kernel_triton
-
-
 def _forward(q: Tensor, k: Tensor, v: Tensor, plan: list[Tensor], shared: bool, step: int, scale: float, impl: str):
     if impl == "cpu":
         return cpu.forward(q, k, v, plan[-1], shared, scale)
-    return _launchers().forward(q, k, v, plan[:_SIDE], step, shared, scale)
+    return launchers(__package__, impl).forward(q, k, v, plan[:_SIDE], step, shared, scale)
 
 
 def _backward(
@@ -43,7 +35,8 @@ def _backward(
         return cpu.backward(dout, dlse, q, k, v, out, lse, plan[-1], shared, scale)
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     sides = plan[:_SIDE], plan[_SIDE : 2 * _SIDE]
-    return _launchers().backward(dout, dlse.contiguous(), q, k, v, out, lse, *sides, step, shared, scale)
+    grads = launchers(__package__, impl).backward
+    return grads(dout, dlse.contiguous(), q, k, v, out, lse, *sides, step, shared, scale)
 
 
 def _forward_fake(q, k, v, plan, shared, step, scale, impl):
@@ -88,13 +81,7 @@ def _pick(impl: str | None, q: Tensor) -> str:
     triton_can = q.dtype in _DTYPES["triton"] and fits_triton(q.shape[-1], q.itemsize)
     if impl is None:
         impl = "cpu" if q.device.type == "cpu" else "triton" if triton_can else "reference"
-    if impl not in _IMPLS:
-        raise ValueError(f"{_OP}: impl must be None or one of {_IMPLS}, got {impl!r}")
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if impl == "cpu" and q.device.type != "cpu":
-        raise ValueError(f"{_OP}: impl='cpu' needs CPU tensors, got {q.device}; use impl=None")
-    if impl == "triton" and q.device.type != "cuda" and not interpreted:
-        raise ValueError(f"{_OP}: impl='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got {q.device}")
+    check_impl(_OP, impl, _IMPLS, q.device)
     if q.dtype not in _DTYPES[impl]:
         names = ", ".join(str(t).removeprefix("torch.") for t in _DTYPES[impl])
         raise ValueError(f"{_OP}: q must be {names} for impl={impl!r}, got {q.dtype}; impl='reference' takes any")

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from .._backends import check_impl, launchers
 from .._checks import bind_dims, same_kind
-from . import cpu, reference
+from . import reference
 from .config import DEFAULT_IMPL, MAX_D, MAX_GROUPS, MAX_KERNEL_D
 
 _OP = "cached_attention"
@@ -23,23 +22,10 @@ _DTYPES = {
 }
 
 
-def _launchers(impl: str) -> ModuleType:
-    """The module with ``forward``; Triton and the CUDA extension are optional, so imported late."""
-    if impl == "cpu":
-        return cpu
-    if impl == "triton":
-        from . import kernel_triton
-
-        return kernel_triton
-    from . import kernel_cuda
-
-    return kernel_cuda
-
-
 def _forward(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, group_rows: Sequence[int], scale: float, impl: str
 ) -> tuple[Tensor, Tensor]:
-    return _launchers(impl).forward(q, k_cache, v_cache, ranges, group_rows, scale)
+    return launchers(__package__, impl).forward(q, k_cache, v_cache, ranges, group_rows, scale)
 
 
 def _forward_fake(q, k_cache, v_cache, ranges, group_rows, scale, impl):
@@ -63,15 +49,7 @@ def _pick(impl: str | None, q: Tensor, groups: int) -> str:
         impl = DEFAULT_IMPL.get(q.device.type, "reference")
         if q.dtype not in _DTYPES[impl] or impl != "cpu" and not fits_kernels:
             impl = "reference"
-    if impl not in _DTYPES:
-        raise ValueError(f"{_OP}: impl must be None or one of {tuple(_DTYPES)}, got {impl!r}")
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if impl == "cpu" and q.device.type != "cpu":
-        raise ValueError(f"{_OP}: impl='cpu' needs CPU tensors, got {q.device}; use impl=None")
-    if impl == "triton" and q.device.type != "cuda" and not interpreted:
-        raise ValueError(f"{_OP}: impl='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got {q.device}")
-    if impl == "cuda" and q.device.type != "cuda":
-        raise ValueError(f"{_OP}: impl='cuda' needs CUDA tensors, got {q.device}; use impl=None")
+    check_impl(_OP, impl, _DTYPES, q.device)
     if q.dtype not in _DTYPES[impl]:
         names = ", ".join(str(t).removeprefix("torch.") for t in _DTYPES[impl])
         other = "triton" if q.dtype in _GPU_DTYPES and fits_kernels else "reference"

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
 from .. import _autograd
+from .._backends import check_impl, launchers
 from .._checks import bind_dims, same_kind
-from . import cpu, reference
+from . import reference
 from .config import DEFAULT_IMPL, MAX_HEAD_DIM, MAX_INNER
 
 _OP = "qk_norm_rope"
@@ -23,19 +21,6 @@ _DTYPES = {
 }
 
 
-def _launchers(impl: str) -> ModuleType:
-    """The module with ``forward`` and ``backward``; Triton and the CUDA extension are optional, so imported late."""
-    if impl == "cpu":
-        return cpu
-    if impl == "triton":
-        from . import kernel_triton
-
-        return kernel_triton
-    from . import kernel_cuda
-
-    return kernel_cuda
-
-
 def _heads(q: Tensor, head_dim: int) -> tuple[int, int, int, int]:
     B, S, inner = q.shape
     return B, S, inner // head_dim, head_dim
@@ -46,7 +31,7 @@ def _forward(
     head_dim: int, per_head: bool, interleaved: bool, eps: float, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     outs = q.new_empty(_heads(q, head_dim)), k.new_empty(_heads(k, head_dim))
-    _launchers(impl).forward(q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, eps, *outs)
+    launchers(__package__, impl).forward(q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, eps, *outs)
     return outs
 
 
@@ -56,7 +41,7 @@ def _forward_out(
     v: Tensor | None, v_out: Tensor | None,
 ) -> None:  # fmt: skip
     args = q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, eps, q_out, k_out, v, v_out
-    _launchers(impl).forward(*args)
+    launchers(__package__, impl).forward(*args)
 
 
 def _backward(
@@ -65,7 +50,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     # the gradient of a sum arrives expanded, with stride 0 in the last dim
     dq_out, dk_out = (t if t.stride(-1) == 1 else t.contiguous() for t in (dq_out, dk_out))
-    return _launchers(impl).backward(
+    return launchers(__package__, impl).backward(
         dq_out, dk_out, q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, eps
     )
 
@@ -123,15 +108,7 @@ def _pick(impl: str | None, q: Tensor) -> str:
     if impl is None:
         impl = DEFAULT_IMPL.get(q.device.type, "reference")
         impl = impl if q.dtype in _DTYPES[impl] else "reference"
-    if impl not in _DTYPES:
-        raise ValueError(f"{_OP}: impl must be None or one of {tuple(_DTYPES)}, got {impl!r}")
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    if impl == "cpu" and q.device.type != "cpu":
-        raise ValueError(f"{_OP}: impl='cpu' needs CPU tensors, got {q.device}; use impl=None")
-    if impl == "triton" and q.device.type != "cuda" and not interpreted:
-        raise ValueError(f"{_OP}: impl='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got {q.device}")
-    if impl == "cuda" and q.device.type != "cuda":
-        raise ValueError(f"{_OP}: impl='cuda' needs CUDA tensors, got {q.device}; use impl=None")
+    check_impl(_OP, impl, _DTYPES, q.device)
     if q.dtype not in _DTYPES[impl]:
         names = ", ".join(str(t).removeprefix("torch.") for t in _DTYPES[impl])
         raise ValueError(f"{_OP}: q must be {names} for impl={impl!r}, got {q.dtype}; impl='reference' takes float64")

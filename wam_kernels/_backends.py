@@ -1,0 +1,34 @@
+"""What the ops' choice of a backend has in common. Devices and names only, so it traces."""
+
+import os
+from collections.abc import Collection
+from importlib import import_module
+from types import ModuleType
+
+import torch
+
+_MODULES = {"cpu": ".cpu", "triton": ".kernel_triton", "cuda": ".kernel_cuda"}
+
+
+def launchers(package: str, impl: str) -> ModuleType:
+    """The module of an op's folder with the launchers of ``impl``; imported at the first call that needs it.
+
+    Triton and the compiled extension are optional.
+    """
+    return import_module(_MODULES[impl], package)
+
+
+def check_impl(op: str, impl: str, impls: Collection[str], device: torch.device) -> None:
+    """``impl`` is one of the op's and runs on ``device``.
+
+    Raises:
+        ValueError: names the op, the backends that there are or the device that it needs, and what came.
+    """
+    if impl not in impls:
+        raise ValueError(f"{op}: impl must be None or one of {tuple(impls)}, got {impl!r}")
+    if impl == "cpu" and device.type != "cpu":
+        raise ValueError(f"{op}: impl='cpu' needs CPU tensors, got {device}; use impl=None")
+    if impl == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(f"{op}: impl='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got {device}; use impl=None")
+    if impl == "cuda" and device.type != "cuda":
+        raise ValueError(f"{op}: impl='cuda' needs CUDA tensors, got {device}; use impl=None")
