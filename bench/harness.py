@@ -7,7 +7,6 @@ import ctypes
 import json
 import os
 import platform
-import re
 import shutil
 import statistics
 import subprocess
@@ -16,12 +15,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache, partial
-from importlib.metadata import PackageNotFoundError, version
 from itertools import cycle
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from wam_models.doctor import driver_version, package_version
 
 ROOT = Path(__file__).parent.parent
 # `wam bench` collects the rows of its parts in a folder of its own before it decides what to keep.
@@ -155,14 +155,14 @@ def environment(device: str) -> dict[str, object]:
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "commit": _commit(),
         "device": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
-        "driver": _driver() if device == "cuda" else None,
+        "driver": driver_version() if device == "cuda" else None,
         "cuda": torch.version.cuda if device == "cuda" else None,
         "threads": torch.get_num_threads(),
         "load": round(os.getloadavg()[0], 2),
         "torch": torch.__version__,
         "python": platform.python_version(),
-        **{name: found for name in PACKAGES if (found := _version(name))},
-        "peers": {name: found for name in PEER_PACKAGES if (found := _version(name))},
+        **{name: found for name in PACKAGES if (found := package_version(name))},
+        "peers": {name: found for name in PEER_PACKAGES if (found := package_version(name))},
     }
 
 
@@ -187,19 +187,6 @@ def _commit() -> str:
 
     dirty = git("status", "--porcelain", "--", "wam_kernels", "wam_models", "csrc", "bench/*.py")
     return (git("rev-parse", "--short", "HEAD") or "unknown") + ("+dirty" if dirty else "")
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _driver() -> str | None:
-    path = Path("/proc/driver/nvidia/version")
-    found = re.search(r"Module\D*([\d.]+)", path.read_text()) if path.is_file() else None
-    return found and found[1]
 
 
 def _cpu_name() -> str:

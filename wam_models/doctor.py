@@ -104,14 +104,14 @@ BACKENDS = (
 # ---- Looking.
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
         return None
 
 
-def _driver() -> str | None:
+def driver_version() -> str | None:
     path = Path("/proc/driver/nvidia/version")
     found = re.search(r"Module\D*([\d.]+)", path.read_text()) if path.is_file() else None
     return found and found[1]
@@ -148,9 +148,9 @@ def _gpus() -> Iterable[GPU]:
 
 def probe() -> Machine:
     return Machine(
-        versions={name: _version(name) for name in ("wam-kernels", "torch", "triton", "numpy")},
+        versions={name: package_version(name) for name in ("wam-kernels", "torch", "triton", "numpy")},
         gpus=tuple(_gpus()),
-        driver=_driver(),
+        driver=driver_version(),
         nvcc=_nvcc(),
         extension_error=_extension_error(),
         interpreted=os.environ.get("TRITON_INTERPRET") == "1",
