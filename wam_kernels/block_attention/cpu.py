@@ -1,12 +1,11 @@
 """The CPU path: GEMMs over the runs of a plan. Memory is linear in S; nothing masked is ever computed.
 
 A *run* is a set of queries that see exactly the same keys, at most one contiguous slice per range: one stream of one
-chunk, or both where their keys agree. So a run needs no mask: score its slices, softmax over them, multiply.
+chunk, or both where their keys agree. So a run needs no mask: lay its slices end to end, score, softmax, multiply.
 
-    forward   s_r = scale q k_r^T;  m = max s;  p_r = exp(s_r - m);  l = sum p
-              out = sum_r p_r v_r / l;  lse = m + log l
-    backward  p_r = exp(scale q k_r^T - lse);  dv_r += p_r^T dout;  ds_r = p_r (dout v_r^T - delta)
-              dq = scale sum_r ds_r k_r;  dk_r += scale ds_r^T q;  delta = rowsum(dout out) - dlse
+    forward   s = scale q k^T;  m = max s;  p = exp(s - m);  l = sum p;  out = p v / l;  lse = m + log l
+    backward  p = exp(scale q k^T - lse);  dv += p^T dout;  ds = p (dout v^T - delta)
+              dq = scale ds k;  dk += scale ds^T q;  delta = rowsum(dout out) - dlse
 
 Runs are visited in order, so dk and dv sum in the same order every time. Work is float32 (float64 for float64).
 Query heads that share a key head are laid under each other as more rows of one GEMM, which also sums their dk and dv.
@@ -42,6 +41,11 @@ def _put(t: Tensor, slices: _Slices, rows: Tensor) -> None:
         t[:, start:end] = part
 
 
+def _add(t: Tensor, slices: _Slices, rows: Tensor) -> None:
+    for (start, end), part in zip(slices, rows.split([end - start for start, end in slices], 1), strict=True):
+        t[:, start:end] += part
+
+
 def _heads(t: Tensor, dtype: torch.dtype) -> Tensor:
     """``[B, S, H, D]`` to contiguous ``[G = B * H, S, D]``: GEMMs over a head then read one dense matrix."""
     return t.transpose(1, 2).to(dtype).contiguous().flatten(0, 1)
@@ -68,18 +72,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, shared: bool, scale: 
     lse_GS = q_GSD.new_full((B * H, S), float("-inf"))
     for b, queries, keys in _runs(runs):
         g, n = (slice(None) if shared else slice(b * heads, (b + 1) * heads) for heads in (H, Hkv))
-        q_heads = _take(q_GSD[g], queries)
-        q_run = _stack(q_heads, k_NTD[n].shape[0]) * scale
-        s = q_run.new_empty(*q_run.shape[:2], sum(hi - lo for lo, hi in keys))
-        parts = s.split([hi - lo for lo, hi in keys], -1)
-        for (lo, hi), s_r in zip(keys, parts, strict=True):
-            torch.bmm(q_run, k_NTD[n, lo:hi].mT, out=s_r)
+        q_heads, k_run, v_run = _take(q_GSD[g], queries), _take(k_NTD[n], keys), _take(v_NTD[n], keys)
+        s = (_stack(q_heads, k_run.shape[0]) * scale) @ k_run.mT
         m = s.amax(-1, keepdim=True)
         total = s.sub_(m).exp_().sum(-1, keepdim=True)
-        out_run = torch.zeros_like(q_run)
-        for (lo, hi), p_r in zip(keys, parts, strict=True):
-            out_run.baddbmm_(p_r, v_NTD[n, lo:hi])
-        _put(out_GSD[g], queries, (out_run / total).view(q_heads.shape))
+        _put(out_GSD[g], queries, (s @ v_run).div_(total).view(q_heads.shape))
         _put(lse_GS[g], queries, (m + total.log()).view(q_heads.shape[:2]))
     return _unheads(out_GSD, q), lse_GS.unflatten(0, (B, H))
 
@@ -96,17 +93,13 @@ def backward(
     delta_GS = (dout_GSD * _heads(out, acc)).sum(-1) - dlse.flatten(0, 1)
     for b, queries, keys in _runs(runs):
         g, n = (slice(None) if shared else slice(b * heads, (b + 1) * heads) for heads in (H, Hkv))
-        q_heads = _take(q_GSD[g], queries)
-        N = k_NTD[n].shape[0]
+        q_heads, k_run, v_run = _take(q_GSD[g], queries), _take(k_NTD[n], keys), _take(v_NTD[n], keys)
+        N = k_run.shape[0]
         q_run, dout_run = _stack(q_heads, N) * scale, _stack(_take(dout_GSD[g], queries), N)
         lse_run, delta_run = (_stack(_take(t[g], queries), N)[..., None] for t in (lse_GS, delta_GS))
-        dq_run = torch.zeros_like(q_run)
-        for lo, hi in keys:
-            k_r, v_r = k_NTD[n, lo:hi], v_NTD[n, lo:hi]
-            p = torch.baddbmm(lse_run, q_run, k_r.mT, beta=-1).exp_()
-            dv_NTD[n, lo:hi].baddbmm_(p.mT, dout_run)
-            ds = torch.baddbmm(delta_run, dout_run, v_r.mT, beta=-1).mul_(p)
-            dq_run.baddbmm_(ds, k_r, alpha=scale)
-            dk_NTD[n, lo:hi].baddbmm_(ds.mT, q_run)
-        _put(dq_GSD[g], queries, dq_run.view(q_heads.shape))
+        p = torch.baddbmm(lse_run, q_run, k_run.mT, beta=-1).exp_()
+        ds = torch.baddbmm(delta_run, dout_run, v_run.mT, beta=-1).mul_(p)
+        _add(dv_NTD[n], keys, p.mT @ dout_run)
+        _add(dk_NTD[n], keys, ds.mT @ q_run)
+        _put(dq_GSD[g], queries, (ds @ k_run).mul_(scale).view(q_heads.shape))
     return tuple(_unheads(t, like) for t, like in ((dq_GSD, q), (dk_NTD, k), (dv_NTD, v)))
