@@ -43,7 +43,8 @@ def wide(x: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dim (all heads together) of the cross-attention's q and k, which have no rope."""
-    return (F.rms_norm(wide(x), weight.shape, eps=eps) * wide(weight)).to(x.dtype)
+    # PyTorch's fused kernel takes one dtype; under autocast x is narrower than the weight
+    return F.rms_norm(x.to(weight.dtype), weight.shape, weight, eps).to(x.dtype)
 
 
 # ---- positions ----
