@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,14 +18,28 @@ def _aligned(n: int) -> int:
     return -(-n // 4) * 4
 
 
-def pack(arrays: Sequence[np.ndarray]) -> tuple[Layout, Tensor]:
+class Unwritten(NamedTuple):
+    """An array that is written straight into its place in the buffer: fresh memory costs more than the numbers."""
+
+    shape: tuple[int, ...]
+    write: Callable[[np.ndarray], object]  # gets int32 memory of that shape, C-contiguous and not cleared
+
+
+def pack(arrays: Sequence[np.ndarray | Unwritten]) -> tuple[Layout, Tensor]:
     """The shapes of the arrays, and a CPU buffer that holds them end to end."""
-    buffer = np.zeros(sum(_aligned(a.size) for a in arrays), np.int32)
+    layout = tuple(a.shape for a in arrays)
+    buffer = np.empty(sum(_aligned(math.prod(shape)) for shape in layout), np.int32)
     at = 0
     for a in arrays:
-        buffer[at : at + a.size] = a.ravel()
-        at += _aligned(a.size)
-    return tuple(a.shape for a in arrays), torch.from_numpy(buffer)
+        size = math.prod(a.shape)
+        out = buffer[at : at + size].reshape(a.shape)
+        if isinstance(a, Unwritten):
+            a.write(out)
+        else:
+            out[...] = a
+        buffer[at + size : at + _aligned(size)] = 0
+        at += _aligned(size)
+    return layout, torch.from_numpy(buffer)
 
 
 def views(layout: Layout, buffer: Tensor) -> list[Tensor]:

@@ -18,16 +18,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from . import _index_buffer
-from .intervals import SideRows, side_rows
+from ._index_buffer import Unwritten
+from .intervals import NOWHERE, SideRows, side_rows
 from .programs import Program
-from .ranges import Ranges, expand
-from .visibility import SEGMENTS, Geometry, dense_mask
+from .ranges import Ranges, expand, starts
+from .visibility import Geometry, dense_mask
 
 STEP_PART = 32
 
@@ -201,92 +203,206 @@ def compile_plan(
 def _compile(packed: tuple, lengths: tuple[int, int], tile: TileShape | None, device: torch.device) -> Plan:
     if device.type != "cpu":
         return _compile(packed, lengths, tile, torch.device("cpu")).to(device)
-    queries, keys = side_rows(packed, lengths)
-    visible = int((queries.count * (queries.bounds[..., 1] - queries.bounds[..., 0]).sum(-1)).sum())
-    shape = tile or tile_shape(visible / max(1, int(queries.count.sum())))
-    arrays = [*_side(queries, shape), *_side(keys, shape), _runs(queries)]
-    return Plan(packed, lengths, visible, (shape, shape), *_index_buffer.pack(arrays))
+    placement = _place(packed, lengths)
+    queries, keys = side_rows(placement.samples)
+    lo, hi = queries.bounds
+    pairs = np.append(0, (queries.count * (hi - lo).sum(0)).cumsum())[queries.begin]
+    visible = int(np.diff(pairs)[placement.which].sum())
+    shape = tile or tile_shape(visible / (len(packed) * lengths[0]))
+    query_tiles = _cut(queries, shape.rows)
+    key_tiles = query_tiles if keys.start is queries.start else _cut(keys, shape.rows)
+    query_side = _side(queries, query_tiles, shape, placement, side=0)
+    parts = [
+        *query_side,
+        *_side(keys, key_tiles, shape, placement, side=1),
+        _runs(queries, placement, query_side[Side.FIELDS.index("bounds")]),
+    ]
+    return Plan(packed, lengths, visible, (shape, shape), *_index_buffer.pack(parts))
 
 
-def _starts(counts: np.ndarray) -> np.ndarray:
-    return counts.cumsum() - counts
+class Placement(NamedTuple):
+    """Where the samples of a batch begin: one entry for each of them, and one for padding, in token order."""
+
+    samples: list[Geometry | Ranges]  # the distinct ones, geometries first
+    which: np.ndarray  # int64 [P]: index into samples
+    batch: np.ndarray  # int64 [P]
+    first: np.ndarray  # int64 [2, P]: query and key
+    padding: np.ndarray  # bool [P]
 
 
-def _side(rows: SideRows, shape: TileShape) -> list[np.ndarray]:
-    """Cut rows into tiles and list each tile's steps; all in whole-array operations."""
-    bounds = rows.bounds
-    stream = np.array([*(s for s, _ in SEGMENTS), -1])[rows.segment]
-    order = np.lexsort((rows.start, rows.segment, rows.order, stream, rows.sample, rows.batch))
-    start, count, bounds_of = rows.start[order], rows.count[order], bounds[order]
+def _place(packed: tuple[tuple[Geometry | Ranges, ...], ...], lengths: tuple[int, int]) -> Placement:
+    entries = []
+    for b, samples in enumerate(packed):
+        q, k = 0, 0
+        for sample in samples:
+            entries.append((sample, b, q, k, False))
+            q, k = q + sample.length, k + sample.key_length
+        if (q, k) != lengths:  # padding is a sample in which nothing sees anything
+            entries.append((Ranges((), (), lengths[0] - q, lengths[1] - k), b, q, k, True))
+    samples, *columns = zip(*entries, strict=True)
+    distinct = sorted(dict.fromkeys(samples), key=lambda sample: isinstance(sample, Ranges))
+    number = {sample: i for i, sample in enumerate(distinct)}
+    batch, q, k, padding = (np.array(column) for column in columns)
+    return Placement(distinct, np.array([number[s] for s in samples]), batch, np.stack([q, k]), padding)
 
-    # groups (batch, sample, stream) are padded in front to whole tiles
-    ids = np.stack([rows.batch, rows.sample, stream])[:, order]
-    new = np.concatenate([[True], (ids[:, 1:] != ids[:, :-1]).any(0)])
-    group = new.cumsum() - 1
-    tokens = np.bincount(group, count).astype(np.int64)
-    slots = -(-tokens // shape.rows) * shape.rows
-    shift = _starts(slots) + slots - tokens - _starts(tokens)  # from position among tokens to slot
-    slot = _starts(count) + shift[group]
-    n_tiles = int(slots.sum()) // shape.rows
 
-    row_token = np.full(n_tiles * shape.rows, -1, np.int32)
-    row_group = np.zeros_like(row_token)
-    at = expand(slot, count)
-    row_token[at] = expand(start, count)
-    row_group[at] = np.repeat(order.astype(np.int32), count)
+def _members(begin: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What samples ``which`` have, of things that are listed by sample: their indices, and how many each has."""
+    counts = np.diff(begin)[which]
+    return expand(begin[which], counts), counts
 
-    # which (row, tile) pairs meet; rows are in slot order, so a tile's rows are consecutive
-    first, last = slot // shape.rows, (slot + np.maximum(count, 1) - 1) // shape.rows
-    meets = last - first + 1
-    tile_of = expand(first, meets)
-    lo, hi = np.moveaxis(np.repeat(bounds_of, meets, axis=0), -1, 0)
-    heads = np.flatnonzero(np.concatenate([[True], tile_of[1:] != tile_of[:-1]]))
-    empty = lo >= hi
-    big = np.iinfo(np.int32).max
-    any_lo = np.minimum.reduceat(np.where(empty, big, lo), heads)  # [tiles, ranges]
-    any_hi = np.maximum.reduceat(np.where(empty, 0, hi), heads)
-    all_lo = np.maximum.reduceat(np.where(empty, big, lo), heads)
-    all_hi = np.minimum.reduceat(np.where(empty, 0, hi), heads)
-    any_lo = np.minimum(any_lo, any_hi)
 
-    n_full = np.maximum(all_hi - all_lo, 0) // shape.step
-    full = np.repeat(all_lo.ravel(), n_full.ravel()) + shape.step * expand(
-        np.zeros_like(n_full).ravel(), n_full.ravel()
+def _moved(
+    template: np.ndarray, index: np.ndarray, shift: np.ndarray, least: int, out: np.ndarray | None = None
+) -> np.ndarray:
+    """``template[index] + shift`` by row, int32; what is NOWHERE becomes ``least``."""
+    out = np.take(template, index, axis=0, out=out, mode="clip")  # "raise", the default, would buffer ``out``
+    out += shift.astype(np.int32)[:, None]
+    return np.maximum(out, least, out=out)
+
+
+class Tiles(NamedTuple):
+    """Tiles of one side of the distinct samples; tokens and rows count from the sample's first."""
+
+    begin: np.ndarray  # int64 [samples + 1]: the tiles of sample i are begin[i] .. begin[i + 1]
+    tokens: np.ndarray  # int32 [T, rows], NOWHERE where a group is padded
+    rows: np.ndarray  # int32 [T, rows], the same
+    meets: np.ndarray  # int64 [M]: rows of SideRows that the tiles meet, tile after tile
+    heads: np.ndarray  # int64 [T]: where those of a tile begin
+
+
+def _cut(rows: SideRows, tile_rows: int) -> Tiles:
+    """Cut rows into tiles; all in whole-array operations."""
+    # groups (sample, stream) are padded in front to whole tiles
+    n_samples = rows.begin.size - 1
+    sample = np.repeat(np.arange(n_samples), np.diff(rows.begin))
+    group = 2 * sample + rows.stream
+    order = np.lexsort((rows.order, group))  # stable: like rows stay in the order of their tokens
+    group, start, count = group[order], rows.start[order], rows.count[order]
+    tokens = np.bincount(group, count, 2 * n_samples).astype(np.int64)
+    slots = -(-tokens // tile_rows) * tile_rows
+    padding = slots - tokens
+    slot = starts(count) + padding.cumsum()[group]
+    n_slots = int(slots.sum())
+
+    width = np.diff(slot + count, prepend=0)  # a row's slots and the padding before them
+    token_at = np.repeat((start - slot).astype(np.int32), width)
+    token_at += np.arange(n_slots, dtype=np.int32)
+    row_at = np.repeat((order - rows.begin[sample[order]]).astype(np.int32), width)
+    empty = expand(starts(slots), padding)
+    token_at[empty] = NOWHERE
+    row_at[empty] = NOWHERE
+
+    # rows are in slot order, so those that a tile meets follow each other
+    first, last = slot // tile_rows, (slot + count - 1) // tile_rows
+    n_tiles = last - first + 1
+    tile = expand(first, n_tiles)
+    return Tiles(
+        begin=np.append(0, slots.reshape(-1, 2).sum(1).cumsum() // tile_rows),
+        tokens=token_at.reshape(-1, tile_rows),
+        rows=row_at.reshape(-1, tile_rows),
+        meets=np.repeat(order, n_tiles),
+        heads=np.flatnonzero(np.diff(tile, prepend=-1)),
     )
+
+
+class Visits(NamedTuple):
+    """What the tiles of the distinct samples visit, as runs of tokens that count from the sample's first."""
+
+    total: np.ndarray  # int64 [T]: steps, or tokens, of a tile
+    begin: np.ndarray  # int64 [T + 1]: the runs of tile i are begin[i] .. begin[i + 1]
+    first: np.ndarray  # int64 [R]: first token
+    at: np.ndarray  # int64 [R]: where the run begins among all that its tile visits
+
+    @classmethod
+    def of(cls, first: np.ndarray, count: np.ndarray) -> Visits:
+        """Of runs ``[runs, T]``, some of them empty."""
+        total = count.sum(0, dtype=np.int64)
+        some = np.flatnonzero(count.T)
+        tile = some // len(count)
+        at = starts(count.T.ravel()[some]) - starts(total)[tile]
+        return cls(total, np.append(0, (count > 0).sum(0).cumsum()), first.T.ravel()[some], at)
+
+    def write(self, tiles: np.ndarray, shift: np.ndarray, at: np.ndarray, step: int, out: np.ndarray) -> None:
+        """Every ``step``-th token of the runs of ``tiles``, moved by ``shift``, each tile's from ``out[at]`` on.
+
+        Written as differences that are summed in place: nothing else as long as ``out`` is allocated.
+        """
+        runs, counts = _members(self.begin, tiles)
+        at = self.at[runs] + np.repeat(at, counts)
+        first = self.first[runs] + np.repeat(shift, counts)
+        out.fill(step)
+        out[at] = np.diff(first - step * at, prepend=step) + step
+        np.cumsum(out, dtype=out.dtype, out=out)
+
+
+def _visits(bounds: np.ndarray, tiles: Tiles, step: int) -> tuple[Visits, Visits]:
+    """Full steps, and the tokens of partial steps."""
+    lo, hi = bounds
+    lo = np.where(lo == NOWHERE, np.iinfo(np.int32).max, lo).take(tiles.meets, axis=1)
+    hi = hi.take(tiles.meets, axis=1)
+    # what some row of a tile sees, and what every row sees: [columns, T]
+    any_lo, all_lo = (f.reduceat(lo, tiles.heads, axis=1) for f in (np.minimum, np.maximum))
+    any_hi, all_hi = (f.reduceat(hi, tiles.heads, axis=1) for f in (np.maximum, np.minimum))
+    np.minimum(any_lo, any_hi, out=any_lo)
+
+    n_full = np.maximum(np.maximum(all_hi, 0) - all_lo, 0) // step
     # what full steps leave of a range: before and behind them (all of it before, if there is none)
     cut_lo = np.where(n_full > 0, all_lo, any_hi)
-    cut_hi = np.where(n_full > 0, all_lo + n_full * shape.step, any_hi)
-    piece_start = np.stack([any_lo, cut_hi], -1).reshape(n_tiles, -1)
-    piece_count = np.stack([cut_lo - any_lo, any_hi - cut_hi], -1).reshape(n_tiles, -1)
-    left = piece_count.sum(1)
-    n_part = -(-left // STEP_PART)
-    part = np.full(int(n_part.sum()) * STEP_PART, -1, np.int32)
-    piece_at = (_starts(n_part) * STEP_PART)[:, None] + piece_count.cumsum(1) - piece_count
-    part[expand(piece_at.ravel(), piece_count.ravel())] = expand(piece_start.ravel(), piece_count.ravel())
+    cut_hi = np.where(n_full > 0, all_lo + n_full * step, any_hi)
+    left = np.stack([any_lo, cut_hi], 1), np.stack([cut_lo - any_lo, any_hi - cut_hi], 1)
+    return Visits.of(all_lo, n_full), Visits.of(*(x.reshape(-1, tiles.heads.size) for x in left))
 
-    n_full = n_full.sum(1)
-    batch_of = rows.batch[order][np.repeat(np.arange(order.size), meets)[heads]]
-    tiles = np.stack([batch_of, _starts(n_full), n_full.cumsum(), _starts(n_part), n_part.cumsum()], 1)
-    heavy_first = np.argsort(-(n_full * shape.step + n_part * STEP_PART), kind="stable")
-    grid = (n_tiles, shape.rows)
+
+def _side(rows: SideRows, tiles: Tiles, shape: TileShape, placement: Placement, side: int) -> list:
+    """What a :class:`Side` holds, for ``_index_buffer.pack``: tiles and steps of the samples, moved to their places."""
+    first_row = starts(np.diff(rows.begin)[placement.which])
+    index, counts = _members(rows.begin, placement.which)
+    bounds = rows.bounds.transpose(2, 1, 0).reshape(rows.start.size, -1)
+    bounds = _moved(bounds, index, np.repeat(placement.first[1 - side], counts), 0)
+
+    # tiles in the order of the samples, padding before the samples of its batch element
+    order = np.lexsort((~placement.padding, placement.batch))
+    index, counts = _members(tiles.begin, placement.which[order])
+    places = np.stack([placement.batch, placement.first[side], placement.first[1 - side], first_row])
+    batch, own, other, first_row = np.repeat(places[:, order], counts, axis=1)
+
+    full, part = _visits(rows.bounds, tiles, shape.step)
+    n_full, left = full.total[index], part.total[index]
+    n_part = -(-left // STEP_PART)
+    full_at, part_at = starts(n_full), starts(n_part)
+    heavy = np.argsort(-(n_full * shape.step + n_part * STEP_PART), kind="stable")
+    index_heavy, own, first_row = index[heavy], own[heavy], first_row[heavy]
+
+    def write_part(out: np.ndarray) -> None:
+        out = out.reshape(-1)
+        part.write(index, other, part_at * STEP_PART, 1, out)
+        out[expand(part_at * STEP_PART + left, n_part * STEP_PART - left)] = -1
+
     return [
-        tiles[heavy_first],
-        row_token.reshape(grid)[heavy_first],
-        row_group.reshape(grid)[heavy_first],
-        bounds,
-        full,
-        part.reshape(-1, STEP_PART),
+        np.stack([batch, full_at, full_at + n_full, part_at, part_at + n_part], 1)[heavy],
+        Unwritten((index.size, shape.rows), lambda out: _moved(tiles.tokens, index_heavy, own, -1, out)),
+        Unwritten((index.size, shape.rows), lambda out: _moved(tiles.rows, index_heavy, first_row, 0, out)),
+        bounds.reshape(len(bounds), -1, 2),
+        Unwritten((int(n_full.sum()),), lambda out: full.write(index, other, full_at, shape.step, out)),
+        Unwritten((int(n_part.sum()), STEP_PART), write_part),
     ]
 
 
-def _runs(rows: SideRows) -> np.ndarray:
+def _runs(rows: SideRows, placement: Placement, bounds: np.ndarray) -> np.ndarray:
     """Runs of consecutive tokens that see exactly the same keys: ``[R, 3 + 2 * ranges]``.
 
     (batch element, first token, end, lo, hi, lo, hi, ...): what the CPU backend multiplies.
     """
-    flat = rows.bounds.reshape(rows.start.size, -1)
-    end = rows.start + rows.count
-    same = (rows.batch[1:] == rows.batch[:-1]) & (end[:-1] == rows.start[1:]) & (flat[1:] == flat[:-1]).all(1)
-    first = np.flatnonzero(np.concatenate([[True], ~same]))
-    last = np.concatenate([first[1:] - 1, [end.size - 1]])
-    return np.concatenate([rows.batch[first, None], rows.start[first, None], end[last, None], flat[first]], 1)
+    index, counts = _members(rows.begin, placement.which)
+    batch, first = np.repeat(np.stack([placement.batch, placement.first[0]]), counts, axis=1)
+    start = first + rows.start[index]
+    end = start + rows.count[index]
+    flat = bounds.reshape(start.size, -1)
+    new = np.ones(start.size, bool)
+    new[1:] = (batch[1:] != batch[:-1]) | (end[:-1] != start[1:]) | (flat[1:] != flat[:-1]).any(1)
+    head = np.flatnonzero(new)
+    last = np.append(head[1:], new.size) - 1
+    out = np.empty((head.size, 3 + flat.shape[1]), np.int32)
+    out[:, 0], out[:, 1], out[:, 2], out[:, 3:] = batch[head], start[head], end[last], flat[head]
+    return out

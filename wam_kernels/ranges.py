@@ -124,10 +124,14 @@ class Ranges:
         return _rows(self.k_ranges, self.q_ranges, self.key_length, self.length)
 
 
-def expand(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """``[s, s+1, .. s+n-1]`` for every (s, n), end to end; int32 ``[sum(counts)]``."""
-    ends = counts.cumsum()
-    out = np.repeat((starts - ends + counts).astype(np.int32), counts)
+def starts(counts: np.ndarray) -> np.ndarray:
+    """Where each of ``counts`` things begins when they are laid end to end."""
+    return counts.cumsum() - counts
+
+
+def expand(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """``[f, f+1, .. f+n-1]`` for every (f, n), end to end; int32 ``[sum(counts)]``."""
+    out = np.repeat((first - starts(counts)).astype(np.int32), counts)
     out += np.arange(out.size, dtype=np.int32)
     return out
 

@@ -11,16 +11,17 @@ from hypothesis import strategies as st
 from tests.geometries import geometries, libero, small
 from tests.golden_masks import load
 from wam_kernels import PROGRAMS, TileShape, compile_plan, dense_mask
-from wam_kernels.intervals import intervals, token_rows
+from wam_kernels.intervals import NOWHERE, side_rows
 from wam_kernels.plan import Side, _compile
 
 
 def mask_of_intervals(geometry, transposed: bool) -> np.ndarray:
-    rows = token_rows(((geometry,),), geometry.length)
+    rows = side_rows([geometry])[int(transposed)]
     mask = np.zeros((geometry.length,) * 2, bool)
-    for start, count, ranges in zip(rows.start, rows.count, intervals(rows, transposed), strict=True):
+    for start, count, ranges in zip(rows.start, rows.count, rows.bounds.transpose(2, 1, 0), strict=True):
         for lo, hi in ranges:
-            mask[start : start + count, lo:hi] = True
+            assert lo < hi or lo == hi == NOWHERE
+            mask[start : start + count, max(lo, 0) : max(hi, 0)] = True
     return mask
 
 
