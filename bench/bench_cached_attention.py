@@ -28,7 +28,6 @@ from tqdm import tqdm
 from bench import harness
 from wam_kernels import cached_attention
 from wam_kernels.cached_attention.reference import visible_slots
-from wam_models import doctor
 
 ROWS = (128, 16)
 CACHED = (256, 1024, 2160, 4320, 8640)
@@ -56,8 +55,10 @@ def side_by_side(t: Tensor, runs: list[tuple[int, int]]) -> Tensor:
     return torch.cat([t[:, start:end] for start, end in runs], 1)
 
 
-def make_arms(runs: list[tuple[int, int]], ranges: Tensor, k: Tensor, v: Tensor) -> dict[str, Attend]:
-    """Every arm that runs here, as a function of q and the two caches; one that does not says why and is left out."""
+def make_arms(
+    runs: list[tuple[int, int]], ranges: Tensor, k: Tensor, v: Tensor
+) -> tuple[dict[str, Attend], dict[str, str]]:
+    """Every arm that runs here, as a function of q and the two caches; of the others why they do not."""
     device = k.device.type
     mask = visible_slots(ranges, k.shape[1])[:, :1, None]  # both groups see the same
     dense_k, dense_v = side_by_side(k, runs), side_by_side(v, runs)
@@ -66,24 +67,18 @@ def make_arms(runs: list[tuple[int, int]], ranges: Tensor, k: Tensor, v: Tensor)
         "concat + sdpa": lambda q, k, v: sdpa(q, side_by_side(k, runs), side_by_side(v, runs)),
         "sdpa, copied before": lambda q, k, v: sdpa(q, dense_k, dense_v),
     }
-    if device == "cuda" and len(runs) == 1:
-        if find_spec("flash_attn") is None:
-            print("bench: flash_attn_with_kvcache is left out: flash-attn is not installed")
-        else:
-            from flash_attn import flash_attn_with_kvcache
+    impls, missing = harness.own_backends("cached_attention", device)
+    if device == "cpu" or find_spec("flash_attn") is None:
+        reason = "runs on cuda only" if device == "cpu" else "flash-attn is not installed"
+        missing["flash_attn_with_kvcache"] = f"not run here: {reason}"
+    elif len(runs) == 1:
+        from flash_attn import flash_attn_with_kvcache
 
-            lengths = torch.full((k.shape[0],), runs[0][1], dtype=torch.int32, device=device)
-            arms["flash_attn_with_kvcache"] = lambda q, k, v: flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths)
-    machine = doctor.probe()
-    for backend in doctor.BACKENDS:
-        if backend.op == "cached_attention" and backend.impl in (("triton", "cuda") if device == "cuda" else ("cpu",)):
-            if reason := backend.missing(machine):
-                print(f"bench: wam {backend.impl} is left out: {reason}")
-                continue
-            arms[f"wam {backend.impl}"] = lambda q, k, v, impl=backend.impl: cached_attention(
-                q, k, v, ranges, group_rows=ROWS, impl=impl
-            )
-    return arms
+        lengths = torch.full((k.shape[0],), runs[0][1], dtype=torch.int32, device=device)
+        arms["flash_attn_with_kvcache"] = lambda q, k, v: flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths)
+    for impl in impls:
+        arms[f"wam {impl}"] = lambda q, k, v, impl=impl: cached_attention(q, k, v, ranges, group_rows=ROWS, impl=impl)
+    return arms, missing
 
 
 def suite(options: harness.Options) -> Iterable[dict]:
@@ -99,7 +94,7 @@ def suite(options: harness.Options) -> Iterable[dict]:
             # two layers take turns, as in a rollout
             inputs = [(q, layer[0], layer[1]) for layer in buffer]
             ranges = torch.tensor([[runs, runs]], dtype=torch.int32, device=device)
-            arms = make_arms(runs, ranges, *inputs[0][1:])
+            arms, missing = make_arms(runs, ranges, *inputs[0][1:])
             truth = cached_attention(*(t.double() for t in inputs[0]), ranges, group_rows=ROWS, impl="reference")
             rtol = 1e-5 if dtype == torch.float32 else 1e-2
             for name, arm in arms.items():
@@ -118,6 +113,7 @@ def suite(options: harness.Options) -> Iterable[dict]:
                     "x dense": round(times["sdpa dense mask"]["ms_min"] / t["ms_min"], 2),
                     "x concat": round(times["concat + sdpa"]["ms_min"] / t["ms_min"], 2),
                 }  # fmt: skip
+    yield from ({"arm": arm, "error": reason, "where": ["every case"]} for arm, reason in missing.items())
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,8 +2,9 @@
 
 Nobody else has gate + residual + LayerNorm + modulation with one row a frame, so the comparison is where the
 functions coincide: with one row for all tokens ``ada_layer_norm`` is an affine LayerNorm with weight 1 + scale and
-bias shift, and a q/k norm with rope is a peer's RMSNorm of q and of k followed by PyTorch's rotation. Same inputs, fresh outputs; every
-arm is compared with PyTorch in float64 first. GB/s count compulsory traffic: x and the norm once each way.
+bias shift, and a q/k norm with rope is a peer's RMSNorm of q and of k followed by PyTorch's rotation. Same inputs,
+fresh outputs; every arm is compared with PyTorch in float64 first. GB/s count compulsory traffic: x and the norm once
+each way.
 
 The arms of ``bench_adaln`` and ``bench_qk_norm_rope`` (eager, torch.compile) are not repeated here.
 """
@@ -18,14 +19,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench import harness
+from bench.bench_qk_norm_rope import rotate
 from bench.peers import NORMS, Unavailable
 from wam_kernels import FrameIndex, ada_layer_norm, qk_norm_rope, rope_table
 
 EPS, HEADS = 1e-6, 24
-Arm = Callable[..., tuple[Tensor, ...]]
 
 
-def layer_norm_arms(S: int, D: int, device: str) -> tuple[dict[str, Arm], dict[str, str]]:
+def layer_norm_arms(S: int, D: int, device: str) -> tuple[dict[str, harness.Function], dict[str, str]]:
     """Functions of x, scale, shift (``[1, S, D]``, ``[D]``, ``[D]``), and why others are missing."""
     index = FrameIndex.per_sample(S, device=device)
 
@@ -35,7 +36,7 @@ def layer_norm_arms(S: int, D: int, device: str) -> tuple[dict[str, Arm], dict[s
     def torch_norm(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
         return (F.layer_norm(x, (D,), (1 + scale).to(x.dtype), shift.to(x.dtype), EPS),)
 
-    arms, missing = {"wam": wam, "torch": torch_norm}, {}
+    arms, missing = {"torch": torch_norm, "wam": wam}, {}
     for peer in (p for p in NORMS if p.what == "layer_norm"):
         try:
             norm = peer.load(device)
@@ -48,24 +49,20 @@ def layer_norm_arms(S: int, D: int, device: str) -> tuple[dict[str, Arm], dict[s
     return arms, missing
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    wide = x if x.dtype == torch.float64 else x.float()
-    even, odd = wide.unflatten(-1, (HEADS, -1)).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = table[:, None].unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
-
-
-def qk_arms(S: int, D: int, device: str) -> tuple[dict[str, Arm], dict[str, str]]:
+def qk_arms(S: int, D: int, device: str) -> tuple[dict[str, harness.Function], dict[str, str]]:
     """Functions of q, k (``[1, S, D]``) and their weights ``[D]``."""
     table = rope_table(60 * torch.rand(S, 3, dtype=torch.float64), D // HEADS).to(device)
 
     def wam(q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor) -> tuple[Tensor, ...]:
         return qk_norm_rope(q, k, weight_q, weight_k, table, head_dim=D // HEADS, eps=EPS)
 
-    def of(norm: Callable) -> Arm:
-        return lambda q, k, wq, wk: (rotate(norm(q, wq, EPS), table), rotate(norm(k, wk, EPS), table))
+    def of(norm: Callable) -> harness.Function:
+        def rotated(x: Tensor, weight: Tensor) -> Tensor:
+            return rotate(norm(x, weight, EPS).unflatten(-1, (HEADS, -1)), table)
 
-    arms, missing = {"wam": wam, "torch": of(lambda x, w, eps: F.rms_norm(x, w.shape, w, eps))}, {}
+        return lambda q, k, weight_q, weight_k: (rotated(q, weight_q), rotated(k, weight_k))
+
+    arms, missing = {"torch": of(lambda x, w, eps: F.rms_norm(x, w.shape, w, eps)), "wam": wam}, {}
     for peer in (p for p in NORMS if p.what == "rms_norm"):
         try:
             arms[peer.name] = of(peer.load(device))
@@ -89,41 +86,24 @@ def bench(op: str, S: int, D: int, options: harness.Options, repeats: int) -> It
         arms, missing = qk_arms(S, D, device)
         leaves = [randn(1, S, D), randn(1, S, D), randn(D), randn(D)]
     tensors = 1 if op == "layer_norm" else 2
+    incoming = [randn(*t.shape).detach() for t in arms["torch"](*leaves)]
+    truth = harness.float64_truth(arms["torch"], leaves, incoming)
+    arms, wrong = harness.right_arms(arms, leaves, incoming, truth, 1e-4 if dtype == torch.float32 else 2e-2)
+    del truth
     calls: dict[tuple[str, str], Callable[[], object]] = {}
-    double = [t.detach().double().requires_grad_() for t in leaves]
-    outs = arms["torch"](*double)
-    douts = [randn(*t.shape).detach() for t in outs]
-    expected = [*outs, *torch.autograd.grad(outs, double, [t.double() for t in douts])]
-
-    def train(arm: Arm) -> list[Tensor]:
-        outs = arm(*leaves)
-        return [*outs, *torch.autograd.grad(outs, leaves, douts)]
-
     for name, arm in arms.items():
-        try:
-            got = train(arm)
-            for n, (a, b) in enumerate(zip(got, expected, strict=True)):
-                harness.require_equal(f"result {n} of {op} {name}", a, b, 1e-4 if dtype == torch.float32 else 2e-2)
-        except Exception as error:  # a peer may fail in any way; its error is what the row says
-            if name == "wam":
-                raise
-            missing[name] = harness.first_line(error)
-            continue
-        plain = [t.detach() for t in leaves]
-        calls["forward", name] = lambda arm=arm, plain=plain: arm(*plain)
-        calls["forward+backward", name] = lambda arm=arm: train(arm)
+        calls["forward", name] = torch.no_grad()(lambda arm=arm: arm(*leaves))
+        calls["forward+backward", name] = lambda arm=arm: torch.autograd.grad(arm(*leaves), leaves, incoming)
     times = harness.measure(calls, device, repeats)
-    copy = harness.ceilings(device)["copy_GB/s"]
     for (what, name), t in times.items():
         # forward: in and out; backward: incoming gradient and input in, gradient out
         moved = tensors * S * D * dtype.itemsize * (2 if what == "forward" else 5)
         yield {
             "op": op, "what": what, "arm": name, "tokens": S, "D": D, "dtype": str(dtype),
-            **{key: round(value, 4) for key, value in t.items()}, "GB/s": round(moved / t["ms"] / 1e6, 1),
-            "%_of_copy": round(100 * moved / t["ms"] / 1e6 / copy, 1),
-            "ratio": round(times[what, "torch"]["ms"] / t["ms"], 2) if (what, "torch") in times else None,
+            **harness.bandwidth(t, moved, device),
+            "ratio": round(times[what, "torch"]["ms"] / t["ms"], 2),
         }  # fmt: skip
-    yield from ({"arm": name, "error": reason, "where": [op]} for name, reason in missing.items())
+    yield from ({"arm": name, "error": reason, "where": [op]} for name, reason in (missing | wrong).items())
 
 
 def suite(options: harness.Options) -> Iterable[dict]:

@@ -18,7 +18,6 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -31,15 +30,6 @@ from wam_models.config import demo_config, wan_5b_config
 from wam_models.rollout import CACHES, Episode
 
 GRID = GRIDS["libero"]
-
-
-def held_megabytes(device: str) -> float:
-    if device == "cuda":
-        return torch.cuda.memory_allocated() / 1e6
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS"):
-            return int(line.split()[1]) / 1e3
-    raise RuntimeError("bench: /proc/self/status has no VmRSS; memory over an episode needs Linux")
 
 
 def milliseconds(call: Callable[[], object], device: str) -> float:
@@ -70,18 +60,18 @@ def suite(options: harness.Options) -> Iterable[dict]:
     episodes = {arm: make_episode(model, c, GRID, 0, options.seed) for arm, c in configs.items()}
     _, text = episodes["wam"]
     times: dict[str, list[float]] = {arm: [] for arm in (*episodes, "packed")}
-    begun = held_megabytes(device)
+    begun = harness.held_megabytes(device)
     for n in tqdm(range(chunks), desc="streaming", unit="chunk"):
         memory = {}
         for arm, (episode, _) in episodes.items():
             times[arm].append(milliseconds(lambda e=episode, n=n: chunk(e, n), device))
-            memory[arm] = held_megabytes(device)
+            memory[arm] = harness.held_megabytes(device)
         if n == 0 or n % every == every - 1:
             episode = episodes["wam"][0]
             noise, at = noise_for(episode, GRID, n), episode.next_frame[0]
             call = lambda: packed_chunk(model, config, held(episode), at, text, noise)  # noqa: B023, E731
             times["packed"].append(milliseconds(call, device))
-            memory["packed"] = held_megabytes(device)
+            memory["packed"] = harness.held_megabytes(device)
         if n == 0 or n % span == span - 1:
             yield from (
                 {

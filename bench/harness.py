@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wam_models import doctor
 from wam_models.doctor import driver_version, package_version
 
 ROOT = Path(__file__).parent.parent
@@ -36,6 +37,10 @@ PEER_PACKAGES = (
 
 # Larger than the 50 MB (H100, H200) of L2 by enough that nothing of an arm's input survives between calls.
 FLUSH_BYTES = 1 << 28
+
+CHECKED_AT_ONCE = 1 << 18  # numbers, see require_equal
+
+Function = Callable[..., Sequence[Tensor]]  # an arm as a function of its inputs
 
 
 # ---- measuring ----
@@ -91,23 +96,29 @@ def rotated(fn: Callable[..., object], inputs: Sequence[Sequence[object]]) -> Ca
 def peak_megabytes(fn: Callable[[], object], device: str) -> float:
     """Memory that one call needs beyond what was held before it: the peak of the device, or of the process on a CPU."""
     if device == "cuda":
-        held = torch.cuda.memory_allocated()
+        held = held_megabytes(device)
         torch.cuda.reset_peak_memory_stats()
         fn()
         torch.cuda.synchronize()
-        return (torch.cuda.max_memory_allocated() - held) / 1e6
-
-    def status(field: str) -> float:
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(field):
-                return int(line.split()[1]) / 1e3
-        raise RuntimeError(f"bench: /proc/self/status has no {field}; peak memory needs Linux")
+        return torch.cuda.max_memory_allocated() / 1e6 - held
 
     ctypes.CDLL(None).malloc_trim(0)  # memory that earlier calls freed must not hide what this one takes
     Path("/proc/self/clear_refs").write_text("5")  # the kernel then counts the peak anew
-    held = status("VmRSS")
+    held = held_megabytes(device)
     fn()
-    return status("VmHWM") - held
+    return _process_megabytes("VmHWM") - held
+
+
+def held_megabytes(device: str) -> float:
+    """What tensors hold on a GPU, or the process on a CPU."""
+    return torch.cuda.memory_allocated() / 1e6 if device == "cuda" else _process_megabytes("VmRSS")
+
+
+def _process_megabytes(field: str) -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) / 1e3
+    raise RuntimeError(f"bench: /proc/self/status has no {field}; memory of a process is counted on Linux only")
 
 
 @lru_cache
@@ -134,15 +145,81 @@ def ceilings(device: str) -> dict[str, float]:
     return {key: round(value, 1) for key, value in out.items()}
 
 
+def bandwidth(t: dict[str, float], moved: int, device: str) -> dict[str, float]:
+    """Columns of a memory-bound row: milliseconds (of ``measure``), and how fast ``moved`` bytes went."""
+    speed = moved / t["ms"] / 1e6
+    return {
+        "MB": round(moved / 1e6, 2), **{key: round(value, 4) for key, value in t.items()}, "GB/s": round(speed, 1),
+        "%_of_copy": round(100 * speed / ceilings(device)["copy_GB/s"], 1),
+    }  # fmt: skip
+
+
+# ---- checking ----
+
+
 def require_equal(name: str, actual: Tensor, expected: Tensor, rtol: float) -> None:
     """No speed is printed for a wrong answer.
 
     Raises:
-        RuntimeError: relative error ``||a - b|| / ||b||`` above ``rtol``, or a value that is not finite.
+        RuntimeError: another shape, relative error ``||a - b|| / ||b||`` above ``rtol``, or a value that is not finite.
     """
-    error = ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
+    if actual.shape != expected.shape:
+        raise RuntimeError(f"bench: {name} is wrong: {list(actual.shape)} instead of {list(expected.shape)}")
+    squares = torch.zeros(2, dtype=torch.float64, device=expected.device)  # of the differences, of the truth
+    # in pieces: float64 copies of a large answer would take longer to get from the system than all the rest
+    for a, b in zip(*(t.detach().flatten().split(CHECKED_AT_ONCE) for t in (actual, expected)), strict=True):
+        squares[0] += (a.double() - b).square().sum()
+        squares[1] += b.double().square().sum()
+    error = squares[0].div(squares[1]).sqrt().item()
     if not error <= rtol:
         raise RuntimeError(f"bench: {name} is wrong: relative error {error:.2e}, allowed {rtol:.0e}; no speed for it")
+
+
+def outputs_and_gradients(fn: Function, leaves: Sequence[Tensor], incoming: Sequence[Tensor]) -> list[Tensor]:
+    """What ``fn(*leaves)`` returns, then the gradients of ``leaves`` for ``incoming``, one for each output."""
+    outputs = fn(*leaves)
+    return [*outputs, *torch.autograd.grad(outputs, leaves, incoming)]
+
+
+def float64_truth(fn: Function, leaves: Sequence[Tensor], incoming: Sequence[Tensor]) -> list[Tensor]:
+    """``outputs_and_gradients`` of the same numbers in float64."""
+    double = [t.detach().double().requires_grad_() for t in leaves]
+    return [t.detach() for t in outputs_and_gradients(fn, double, [t.double() for t in incoming])]
+
+
+def right_arms(
+    arms: dict[str, Function], leaves: Sequence[Tensor], incoming: Sequence[Tensor], truth: list[Tensor], rtol: float
+) -> tuple[dict[str, Function], dict[str, str]]:
+    """The arms whose outputs and gradients are those of ``truth``, and of each other one what it did instead.
+
+    Raises:
+        RuntimeError: the first arm, which the others are measured against, or one of this repository, whose name begins
+            with ``wam``, is wrong.
+    """
+    right, failed = {}, {}
+    for name, fn in arms.items():
+        try:
+            for n, (a, b) in enumerate(zip(outputs_and_gradients(fn, leaves, incoming), truth, strict=True)):
+                require_equal(f"output or gradient {n} of {name}", a, b, rtol)
+        except Exception as error:  # a peer may fail in any way; its error is what the row says
+            if name.startswith("wam") or not right:
+                raise
+            failed[name] = first_line(error)
+        else:
+            right[name] = fn
+    return right, failed
+
+
+def own_backends(op: str, device: str) -> tuple[list[str], dict[str, str]]:
+    """The backends of ``op`` that are measured on ``device`` and run here; of the others why not, as rows name them."""
+    machine, ready, missing = doctor.probe(), [], {}
+    for backend in doctor.BACKENDS:
+        if backend.op == op and backend.impl in (("triton", "cuda") if device == "cuda" else ("cpu",)):
+            if reason := backend.missing(machine):
+                missing[f"wam {backend.impl}"] = f"not run here: {reason}"
+            else:
+                ready.append(backend.impl)
+    return ready, missing
 
 
 # ---- recording ----
@@ -249,10 +326,10 @@ HIDDEN = (
 def table(rows: Sequence[dict]) -> str:
     """Rows in aligned columns, one block for each set of columns; a row with an ``error`` is a line of its own."""
     blocks: dict[tuple, list[dict]] = {}
-    failed = []
+    failed: dict[tuple[str, str], list[str]] = {}  # most reasons hold for every case of a machine
     for row in rows:
         if row.get("error"):
-            failed.append(row)
+            failed.setdefault((row["arm"], row["error"]), []).extend(row.get("where") or ["all"])
         else:
             blocks.setdefault(tuple(key for key in row if key not in HIDDEN), []).append(row)
     lines = []
@@ -264,9 +341,8 @@ def table(rows: Sequence[dict]) -> str:
             parts = (t.rjust(w) if right else t.ljust(w) for t, w, right in zip(line, widths, number, strict=True))
             lines.append("  ".join(parts).rstrip())
         lines.append("")
-    for row in failed:
-        where = row.get("where") or ["all"]
-        lines.append(f"no speed: {row['arm']}: {row['error']} ({len(where)} cases, first: {where[0]})")
+    for (arm, error), where in failed.items():
+        lines.append(f"no speed: {arm}: {error} ({len(where)} cases, first: {where[0]})")
     return "\n".join(lines).rstrip()
 
 

@@ -35,10 +35,6 @@ SUITES = {
 }
 
 
-# These know --quick only; the others are made with harness.main and take --device and --seed as well.
-PLAIN = ("bench_adaln", "bench_qk_norm_rope")
-
-
 @dataclass(frozen=True)
 class Outcome:
     module: str
@@ -59,24 +55,16 @@ def suites(names: list[str] | None) -> list[str]:
 
 
 def arguments(module: str, args: argparse.Namespace) -> list[str]:
-    """The command line of one module. What it cannot be told is refused rather than left out."""
-    flags = ["--quick"] if args.quick else []
-    if module not in PLAIN:
-        flags += ["--seed", str(args.seed)]
-        return flags + (["--device", args.device] if args.device else [])
-    import torch
-
-    if args.device not in (None, "cuda" if torch.cuda.is_available() else "cpu"):
-        raise ValueError(f"--device: {module} runs on the device that the machine has, got {args.device!r}")
-    return flags
+    """What the interpreter is given for one module; all of them are made with ``harness.main``."""
+    flags = ["--seed", str(args.seed)] + (["--quick"] if args.quick else [])
+    return ["-m", f"bench.{module}", *flags, *(["--device", args.device] if args.device else [])]
 
 
-def run_module(module: str, flags: list[str]) -> Outcome:
+def run_module(module: str, command: list[str]) -> Outcome:
     with tempfile.TemporaryDirectory() as folder:
         begin = time.monotonic()
         environment = os.environ | {"WAM_BENCH_RESULTS": folder}
-        command = [sys.executable, "-m", f"bench.{module}", *flags]
-        code = subprocess.run(command, cwd=ROOT, env=environment).returncode
+        code = subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, check=False).returncode
         rows = [
             {"file": path.name, **json.loads(line)}
             for path in sorted(Path(folder).glob("*.jsonl"))
@@ -98,9 +86,9 @@ def run(args: argparse.Namespace) -> int:
     commands = {module: arguments(module, args) for module in modules}
     outcomes, keep = [], args.record or not (args.quick or args.no_record)
     with tqdm(total=len(commands), desc="wam bench", unit="part") as bar:
-        for module, flags in commands.items():
+        for module, command in commands.items():
             bar.set_postfix_str(module)
-            outcomes.append(run_module(module, flags))
+            outcomes.append(run_module(module, command))
             if keep:
                 store(outcomes[-1].rows)
             bar.update()

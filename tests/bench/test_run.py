@@ -19,10 +19,10 @@ def parsed(*flags: str) -> argparse.Namespace:
 
 @pytest.mark.parametrize("module", MODULES)
 def test_every_part_takes_its_flags(module, monkeypatch, capsys):
-    flags = run.arguments(module, parsed("--quick"))
+    _, name, *flags = run.arguments(module, parsed("--quick", "--device", "cpu"))
     monkeypatch.setattr(sys, "argv", [module, *flags, "--help"])
     with pytest.raises(SystemExit) as stopped:
-        runpy.run_module(f"bench.{module}", run_name="__main__")
+        runpy.run_module(name, run_name="__main__")
     assert stopped.value.code == 0
     usage = capsys.readouterr().out
     assert all(flag in usage for flag in flags if flag.startswith("--"))
@@ -42,7 +42,7 @@ def test_outside_a_clone_it_says_so(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags, kept", [((), True), (("--quick",), False), (("--no-record",), False)])
 def test_rows_are_kept_or_not(flags, kept, tmp_path, monkeypatch, capsys):
-    def run_module(module, flags):
+    def run_module(module, command):
         return run.Outcome(module, 1.0, 0, [{"file": "plan.jsonl", "arm": "plan cold", "ms": 2.0}])
 
     monkeypatch.setattr(run, "run_module", run_module)
@@ -57,7 +57,7 @@ def test_rows_are_kept_or_not(flags, kept, tmp_path, monkeypatch, capsys):
 
 def test_a_part_that_fails_is_said_and_sets_the_exit_code(monkeypatch, capsys):
     monkeypatch.setitem(run.SUITES, "plan", ("bench_plan", "no_such_part"))
-    monkeypatch.setattr(run, "arguments", lambda module, args: ["--help"])
+    monkeypatch.setattr(run, "arguments", lambda module, args: ["-m", f"bench.{module}", "--help"])
     assert run.run(parsed("--suite", "plan", "--quick")) == 1
     out = capsys.readouterr().out
     assert "bench_plan: ok" in out and "no_such_part: FAILED with exit code 1" in out
