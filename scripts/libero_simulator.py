@@ -32,6 +32,7 @@ class Libero:
         self.env = ControlEnv(
             bddl_file_name=str(bddl), has_offscreen_renderer=False, use_camera_obs=False, hard_reset=False
         )
+        self.control_freq = self.env.env.control_freq  # of robosuite's environment, which LIBERO's wraps
 
     def _picture(self):
         sim = self.env.sim

@@ -17,7 +17,7 @@ from .objectives import GJD, MODEL_PROGRAMS, OBJECTIVES
 from .pictures import film
 from .policy import Policy
 from .rollout import CONDITIONAL_CHUNK, RolloutConfig, RolloutEngine
-from .simulator import load, play
+from .simulator import control_freq, load, play
 from .train import check_device
 
 SIMULATED_CHUNKS = 40
@@ -96,6 +96,7 @@ def _recorded(args, policy: Policy, config: RolloutConfig, objective: str, name:
 
 def _simulated(args, policy: Policy, config: RolloutConfig, name: str) -> int:
     simulator = load(args.simulator)
+    freq = control_freq(simulator)
     generator = torch.Generator().manual_seed(args.seed)
     played = play(policy, config, simulator, chunks=args.chunks or SIMULATED_CHUNKS, generator=generator)
     print(f'simulator      {args.simulator}: "{played.instruction}"')
@@ -106,8 +107,8 @@ def _simulated(args, policy: Policy, config: RolloutConfig, name: str) -> int:
     )
     print(f"task           {'done' if played.done else 'not done'}")
     actions = config.chunk_size * policy.model.config.actions_per_frame
-    _print_speed(played.chunk_seconds, actions, "without the simulator", policy)
-    _film(args, f"simulated_{name}", played.pictures, played.imagined, 20)
+    _print_speed(played.chunk_seconds, actions, f"without the simulator, whose robot takes {freq:g}", policy)
+    _film(args, f"simulated_{name}", played.pictures, played.imagined, freq)
     return 0
 
 

@@ -6,6 +6,7 @@ the factory without arguments. ``scripts/libero_simulator.py`` is one for LIBERO
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from dataclasses import dataclass
@@ -22,8 +23,15 @@ from .policy import Policy
 from .rollout import RolloutConfig, RolloutEngine
 
 
+CONTROL_FREQ = 20.0  # Hz, of an adapter that does not say: LIBERO's, and so that of the training data
+
+
 class Simulator(Protocol):
-    """What an adapter does. Pictures are as in the training data, uint8 ``[H, W, 3]``."""
+    """What an adapter does. Pictures are as in the training data, uint8 ``[H, W, 3]``.
+
+    It may also have ``control_freq``, the actions that its robot takes in a second of simulated time; without it, 20.
+    The film of ``wam rollout`` is played at that speed.
+    """
 
     def reset(self) -> tuple[np.ndarray, str]:
         """Begin an episode: the first picture, and the instruction."""
@@ -54,7 +62,7 @@ def load(name: str) -> Simulator:
     """The adapter that ``module:factory`` makes; modules of the working directory are found too.
 
     Raises:
-        ValueError: no such name, or what it makes is no adapter.
+        ValueError: no such name, or what it makes is no adapter, or one with a ``control_freq`` that is no frequency.
     """
     module, _, factory = name.partition(":")
     if not module or not factory:
@@ -69,7 +77,20 @@ def load(name: str) -> Simulator:
     lacks = [method for method in ("reset", "step") if not callable(getattr(made, method, None))]
     if lacks:
         raise ValueError(f"--simulator {name} made a {type(made).__name__} without {' and '.join(lacks)}")
+    control_freq(made)
     return made
+
+
+def control_freq(simulator: Simulator) -> float:
+    """Actions a second, in simulated time.
+
+    Raises:
+        ValueError: what the adapter says is not a positive number.
+    """
+    freq = getattr(simulator, "control_freq", CONTROL_FREQ)
+    if not isinstance(freq, int | float) or not 0 < freq < math.inf:
+        raise ValueError(f"simulator: control_freq must be actions a second, a positive number, got {freq!r}")
+    return float(freq)
 
 
 def play(
