@@ -1,9 +1,9 @@
 """qk_norm_rope against eager PyTorch and torch.compile.   python -m bench.bench_qk_norm_rope
 
-One norm over all heads, interleaved pairs (Wan), fresh outputs. "eager" is the glue of ``wam_models.model`` before this
-op: norm in float32, rounded, rotation in float32, rounded. Outputs and gradients of every arm are compared with eager
-in float64 first. Bytes are the compulsory ones: each input read once, each output written once (q, k, their gradients, the
-table, the weights).
+One norm over all heads, interleaved pairs (Wan), fresh outputs. "eager" is the glue of ``wam_models.model`` before
+this op: norm in float32, rounded, rotation in float32, rounded. Outputs and gradients of every arm are compared with
+eager in float64 first. Bytes are the compulsory ones: each input read once, each output written once (q, k, their
+gradients, the table, the weights).
 
 bf16 with the Triton and CUDA kernels on a CUDA device, float32 on a CPU. With --quick the two small sizes on a CPU,
 every size on a GPU; torch.compile, which takes some 10 s for each size, then runs at 4,896 x 3,072 alone.
