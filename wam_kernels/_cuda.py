@@ -24,7 +24,7 @@ def extension() -> ModuleType:
 
 
 def launch(function: str, like: Tensor, **arguments: object) -> None:
-    """Calls ``function`` of the extension with the dtype of ``like``, on its device and that device's current stream."""
+    """Calls ``function`` of the extension with the dtype of ``like``, on its device and the current stream there."""
     with torch.cuda.device_of(like):
         stream = torch.cuda.current_stream().cuda_stream
         dtype = str(like.dtype).removeprefix("torch.")

@@ -13,10 +13,12 @@ import torch
 from wam_kernels import PROGRAMS
 
 from .data import ClipDataset, LeRobotDataset
+from .data.clips import STRIDE
 from .evaluate import Evaluation, Row, evaluate, imagine, table
 from .mask_picture import draw_mask, draw_programs, save_small, small_geometry
 from .objectives import GJD
 from .pictures import curves, film, film_strip
+from .rollout import CONDITIONAL_CHUNK
 from .train import STREAMS, TrainConfig, Trained, read_data, recent, train
 
 EPISODES = 6  # held-out episodes that are evaluated, spread over the tasks
@@ -157,10 +159,8 @@ def make_demo(
     policy = trained.policy
     parameters = sum(p.numel() for p in policy.model.parameters())
     took = trained.log[-1]["seconds"]
-    losses = loss_line(trained)
-    print(
-        f"   {parameters / 1e6:.2f} M parameters, {trained.step} steps of {config.batch} clips in {took:.0f} s; {losses}"
-    )
+    size, losses = f"{parameters / 1e6:.2f} M parameters", loss_line(trained)
+    print(f"   {size}, {trained.step} steps of {config.batch} clips in {took:.0f} s; {losses}")
     curves(
         {s: [row[f"{s}_loss"] for row in trained.log] for s in STREAMS},
         out / "loss.png",
@@ -173,14 +173,6 @@ def make_demo(
     print(f"3. predict {count} held-out episodes with every objective and program")
     clips = [policy.clip(dataset, i) for i in chosen]
     evaluation = evaluate(policy, clips, chunks=chunks, samples=SAMPLES, seed=seed, progress=progress)
-    first, end = evaluation.frames
-    reading = (
-        f"Held-out episodes {', '.join(map(str, chosen))}, frames {first} to {end - 1} of each, real history before every "
-        f"chunk, {evaluation.steps} denoising step{'s' if evaluation.steps > 1 else ''}, the mean of {SAMPLES} predictions. Action errors are root mean squares "
-        "over the dimensions that vary, in units of their standard deviation in training; a chunk has 16 actions (4 frames), "
-        "of a conditional objective 4 (1 frame). PSNR is against the recorded pictures; "
-        '"repeat last" repeats the last latent frame before the chunk; seconds are the median for one episode.'
-    ).replace("16 actions (4 frames)", f"{4 * policy.rollout.chunk_size} actions ({policy.rollout.chunk_size} frames)")
     rows = table(evaluation)
     print(f"\n{rows}\n")
 
@@ -195,7 +187,7 @@ def make_demo(
         "imagined from the first frame and the expert's actions": guided,
     }
     film_strip(videos, out / "imagined.png", title=f'Held-out episode {chosen[-1]}: "{clip["text"]}"')
-    film(videos, out / "imagined.gif", milliseconds=round(1000 * 4 / data.fps))
+    film(videos, out / "imagined.gif", milliseconds=round(1000 * STRIDE / data.fps))
     for program in PROGRAMS:
         save_small(draw_mask(replace(small_geometry(program))), out / "masks" / f"{program}.png")
     save_small(draw_programs(), out / "masks.png")
@@ -223,16 +215,20 @@ def make_demo(
     }
     (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     mixture = ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in config.mixture.items())
+    facts = (
+        f"Trained for {took:.0f} s ({trained.step} steps of {config.batch} clips of {config.frames} latent frames; "
+        f"{size}; {device}, {precision}; seed {seed}; objectives {mixture}; the joint objective's program drawn from "
+        f"{len(config.programs)}). {losses[0].upper() + losses[1:]}. The whole demo took {total:.0f} s."
+    )
     page = f"""# Demo: a generalist joint-denoising world-action model on {root}
 
-Trained for {took:.0f} s ({trained.step} steps of {config.batch} clips of {config.frames} latent frames; {parameters / 1e6:.2f} M parameters; {device},
-{precision}; seed {seed}; objectives {mixture}; the joint objective's program drawn from {len(config.programs)}). {losses[0].upper() + losses[1:]}. The whole demo took {total:.0f} s.
+{facts}
 
 ![loss](loss.png)
 
 ## How well it predicts
 
-{reading}
+{how_to_read(evaluation, chosen, policy.rollout.chunk_size)}
 
 {rows}
 
@@ -262,6 +258,19 @@ Next: `wam rollout --checkpoint {out / "checkpoint"} --data {root}`
     print(f"\n{total:.0f} s in all. Read {out / 'report.md'}; roll out with")
     print(f"  wam rollout --checkpoint {out / 'checkpoint'} --data {root}")
     return report
+
+
+def how_to_read(evaluation: Evaluation, episodes: list[int], chunk_size: int) -> str:
+    """What the table's episodes, errors and chunks are."""
+    (first, end), steps = evaluation.frames, evaluation.steps
+    return (
+        f"Held-out episodes {', '.join(map(str, episodes))}, frames {first} to {end - 1} of each, real history before "
+        f"every chunk, {steps} denoising step{'s' if steps > 1 else ''}, the mean of {SAMPLES} predictions. Action "
+        "errors are root mean squares over the dimensions that vary, in units of their standard deviation in "
+        f"training; a chunk has {STRIDE * chunk_size} actions ({chunk_size} frames), of a conditional objective "
+        f"{STRIDE * CONDITIONAL_CHUNK} ({CONDITIONAL_CHUNK} frame). PSNR is against the recorded pictures; "
+        '"repeat last" repeats the last latent frame before the chunk; seconds are the median for one episode.'
+    )
 
 
 def _raw(evaluation: Evaluation) -> str:

@@ -22,7 +22,6 @@ from .data.clips import STRIDE
 from .policy import Policy
 from .rollout import RolloutConfig, RolloutEngine
 
-
 CONTROL_FREQ = 20.0  # Hz, of an adapter that does not say: LIBERO's, and so that of the training data
 
 
