@@ -254,40 +254,44 @@ __device__ inline Operand<T, N> to_operand(const Accumulator<N>& c) {
   return a;
 }
 
-// c += a b^T; b [N][K] in shared memory.
-template <class T, int N, int K>
-__device__ inline void multiply_transposed(Accumulator<N>& c, const Operand<T, K>& a, const T* b) {
-  const int lane = threadIdx.x % kWarp;
+namespace tile_mma_detail {
+
+// c += a b. load(m, k, n) gives, as `mma` wants them, b's rows k to k + 7 and k + 8 to k + 15 with the columns n to
+// n + 7, then the same rows of the next 8 columns.
+template <class T, int N, int K, class Load>
+__device__ inline void multiply_loaded(Accumulator<N>& c, const Operand<T, K>& a, Load load) {
 #pragma unroll
   for (int k = 0; k < K; k += 16) {
 #pragma unroll
     for (int n = 0; n < N; n += 16) {
-      // rows n to n + 7 with columns k to k + 7 and k + 8 to k + 15, then the same of the next 8 rows
       uint32_t m[4];
-      const int row = n + lane / 16 * 8 + lane % 8, chunk = k / 8 + lane / 8 % 2;
-      load_matrices(m, b + chunk_at<K>(row, chunk) * 8);
+      load(m, k, n);
       mma<T>(c.at[n / 8], a.at[k / 16], m[0], m[1]);
       mma<T>(c.at[n / 8 + 1], a.at[k / 16], m[2], m[3]);
     }
   }
 }
 
+}  // namespace tile_mma_detail
+
+// c += a b^T; b [N][K] in shared memory.
+template <class T, int N, int K>
+__device__ inline void multiply_transposed(Accumulator<N>& c, const Operand<T, K>& a, const T* b) {
+  const int lane = threadIdx.x % kWarp;
+  tile_mma_detail::multiply_loaded(c, a, [=](uint32_t (&m)[4], int k, int n) {
+    const int row = n + lane / 16 * 8 + lane % 8, chunk = k / 8 + lane / 8 % 2;
+    load_matrices(m, b + chunk_at<K>(row, chunk) * 8);
+  });
+}
+
 // c += a b; b [K][N] in shared memory.
 template <class T, int N, int K>
 __device__ inline void multiply(Accumulator<N>& c, const Operand<T, K>& a, const T* b) {
   const int lane = threadIdx.x % kWarp;
-#pragma unroll
-  for (int k = 0; k < K; k += 16) {
-#pragma unroll
-    for (int n = 0; n < N; n += 16) {
-      // rows k to k + 7 and k + 8 to k + 15 with columns n to n + 7, then the same of the next 8 columns
-      uint32_t m[4];
-      const int row = k + lane / 8 % 2 * 8 + lane % 8, chunk = n / 8 + lane / 16;
-      load_matrices_transposed(m, b + chunk_at<N>(row, chunk) * 8);
-      mma<T>(c.at[n / 8], a.at[k / 16], m[0], m[1]);
-      mma<T>(c.at[n / 8 + 1], a.at[k / 16], m[2], m[3]);
-    }
-  }
+  tile_mma_detail::multiply_loaded(c, a, [=](uint32_t (&m)[4], int k, int n) {
+    const int row = k + lane / 8 % 2 * 8 + lane % 8, chunk = n / 8 + lane / 16;
+    load_matrices_transposed(m, b + chunk_at<N>(row, chunk) * 8);
+  });
 }
 
 #endif  // WAM_DEVICE_CODE
