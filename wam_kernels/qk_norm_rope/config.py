@@ -14,9 +14,17 @@ MAX_HEAD_DIM = 256
 # Which backend impl=None takes for each device type. Triton against CUDA on a GPU: not yet measured, so Triton.
 DEFAULT_IMPL = {"cpu": "cpu", "cuda": "triton"}
 
-# CPU: numbers of one chunk of rows, per thread. 0.5 MB a buffer in float32, up to three of them: they stay in a core's
-# L2 cache. Quick runs on one busy core (2,176 x 3,072): as fast as 2**16, faster than 2**15 and 2**18.
-CPU_CHUNK = 2**17
+# CPU: numbers of one chunk of rows, per thread; 2 MB a buffer in float32. Milliseconds, the least of 25 calls that took
+# turns on a busy AMD EPYC (512 KB of L2 a core, 32 MB of L3), forward and backward:
+#
+#     tokens x width, threads    2**17         2**18         2**19         2**20
+#     2,176 x 3,072,  1          21.6, 55.8    18.0, 47.9    15.9, 39.6    15.8, 52.4
+#     2,176 x 3,072,  2          12.3, 53.8     9.5, 50.6     8.5, 46.8     8.0, 34.6
+#     4,896 x 512,    1           8.0, 17.6     6.5, 13.0     5.6, 12.3     5.6, 14.0
+#     4,896 x 512,    2           4.6,  9.9     3.5,  8.0     3.3,  8.0     3.2,  8.4
+#
+# 2**16 takes about 1.4 times as long as 2**17: what a call of PyTorch costs counts for more than a core's L2 cache.
+CPU_CHUNK = 2**19
 
 # Backward: programs of each of q and k, so also rows of partial weight gradients. 96 to 116 registers (sm_90, 24 x 128)
 # let two programs of 8 warps live on an SM, so 2 x 128 fill the 132 SMs of an H100 in one wave; at 8,704 x 3,072
