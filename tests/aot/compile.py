@@ -24,6 +24,7 @@ class Compiled:
     shared_bytes: int
     wgmma: int
     wgmma_serialised: bool
+    copies_behind: tuple[int, ...]  # of each pipelined loop: groups of copies that may still be under way when it computes
     ptx: str
 
 
@@ -55,5 +56,12 @@ def compile_sm90(kernel, types: dict[str, str], constants: dict, *, num_warps: i
         shared_bytes=built.metadata.shared,
         wgmma=len(re.findall(r"wgmma\.mma_async", ptx)),
         wgmma_serialised="C7511" in report or "C7510" in report,
+        copies_behind=_copies_behind(built.asm["ttgir"]),
         ptx=ptx,
     )
+
+
+def _copies_behind(ttgir: str) -> tuple[int, ...]:
+    """What each loop that waits for copies leaves under way while it computes; 0: nothing is copied behind it."""
+    bodies = [loop.partition("scf.yield")[0] for loop in ttgir.split("scf.for")[1:]]
+    return tuple(int(n) for body in bodies for n in re.findall(r"async_wait .*num = (\d+)", body))

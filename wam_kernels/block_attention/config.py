@@ -26,16 +26,24 @@ def block_d(D: int) -> int:
 
 @tuned("block_attention.forward")
 def forward(D: int, itemsize: int) -> Config:
-    # 4 warps: one warpgroup owns the 64 rows of a wgmma tile; from D = 256 on its accumulator needs two
+    # 4 warps: one warpgroup owns the 64 rows of a wgmma tile; from D = 256 on its accumulator needs two.
+    # 3 stages, where they fit: two steps are on their way behind the one that is computed, and as many blocks live on
+    # an SM as with 2 (three at D = 64, two at D = 128)
     row = block_d(D) * itemsize  # bytes of one token of one operand
-    return Config(num_warps=4 if block_d(D) <= 128 else 8, num_stages=3 if row <= 128 else 2 if row <= 512 else 1)
+    return Config(num_warps=4 if block_d(D) <= 128 else 8, num_stages=_stages(row, itemsize))
 
 
 @tuned("block_attention.backward")
 def backward(D: int, itemsize: int) -> Config:
-    # two accumulators of [64, D] and three [64, 64] products live at once: 8 warps from D = 128 on, or they spill
+    # two accumulators of [64, D] and three [64, 64] products live at once: 8 warps from 256 bytes a row on, or they
+    # spill. Registers let one block live on an SM there, so its copies must hide behind its own products: 3 stages
     row = block_d(D) * itemsize
-    return Config(num_warps=8 if block_d(D) >= 128 else 4, num_stages=2 if row <= 256 else 1)
+    return Config(num_warps=8 if row >= 256 else 4, num_stages=_stages(row, itemsize) if row <= 256 else 1)
+
+
+def _stages(row: int, itemsize: int) -> int:
+    # float32: twice the bytes and three products, so that a third stage costs a block of the SM
+    return 3 if row <= (256 if itemsize == 2 else 128) else 2 if row <= 512 else 1
 
 
 def fits_triton(D: int, itemsize: int) -> bool:

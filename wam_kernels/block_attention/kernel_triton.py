@@ -9,10 +9,13 @@ steps (``wam_kernels.plan``): first the full steps, which need no mask, then the
 token t iff lo <= t < hi for one of its RANGES ranges. Tiles come heaviest first. No atomics: every output row is
 written by one program in a fixed order, so results are the same from run to run.
 
+Each loop asks for the tokens of its next step one step ahead. Rows then wait for no index that is loaded in the same
+step, and with three stages the rows of the next two steps are on their way while one is computed.
+
 Scores and sums are float32; p and ds are rounded to the input dtype before their products, outputs at the store.
 Softmax works in base 2: LOG2E is folded into the scale. Tokens are gathered by row, so token strides are free.
 
-Query head h reads key head h // GROUP; the program of a key tile walks its GROUP query heads one after another.
+Query head h reads key head h // GROUP; the program of a key tile walks its steps once for each of its GROUP query heads.
 
 S query tokens, H query heads, D channels, R rows of the tile, T tokens of a step.
 """
@@ -35,6 +38,27 @@ _PER_CALL = ["S", "H", "scale"]
 def _row_pointers(base, tokens, stride_s, d):
     # int64 before the stride multiply: S * H * D passes 2**31 on packed batches
     return base + tokens.to(tl.int64)[:, None] * stride_s + d[None, :]
+
+
+@triton.jit
+def _first_token(full_ptr, step, end):
+    """Of a full step; past the last one 0, which nothing uses."""
+    return tl.load(full_ptr + step, mask=step < end, other=0)
+
+
+@triton.jit
+def _listed_tokens(part_ptr, step, end, BLOCK_P: tl.constexpr):
+    """Of a partial step; past the last one -1, which nothing uses."""
+    return tl.load(part_ptr + step * BLOCK_P + tl.arange(0, BLOCK_P), mask=step < end, other=-1)
+
+
+@triton.jit
+def _turn(i, steps, GROUP: tl.constexpr):
+    """(query head of the group, step) of turn i, which is one of GROUP times ``steps``."""
+    if GROUP == 1:
+        return 0, i
+    else:
+        return i // steps, i % steps
 
 
 @triton.jit
@@ -90,15 +114,21 @@ def _block_attention_fwd_kernel(
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
 
-    for step in tl.range(tl.load(tiles_ptr + tile * 5 + 1), tl.load(tiles_ptr + tile * 5 + 2)):
-        tokens = tl.load(full_ptr + step) + tl.arange(0, BLOCK_T)
+    full_begin, full_end = tl.load(tiles_ptr + tile * 5 + 1), tl.load(tiles_ptr + tile * 5 + 2)
+    first = _first_token(full_ptr, full_begin, full_end)
+    for step in tl.range(full_begin, full_end):
+        tokens = first + tl.arange(0, BLOCK_T)
+        first = _first_token(full_ptr, step + 1, full_end)
         k = tl.load(_row_pointers(k_base, tokens, stride_k_s, d), mask=in_d, other=0.0)
         v = tl.load(_row_pointers(v_base, tokens, stride_v_s, d), mask=in_d, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * to_base2
         m, total, acc = _online_softmax(s, m, total, acc, v, PRECISION)
 
-    for step in tl.range(tl.load(tiles_ptr + tile * 5 + 3), tl.load(tiles_ptr + tile * 5 + 4)):
-        tokens = tl.load(part_ptr + step * BLOCK_P + tl.arange(0, BLOCK_P))
+    part_begin, part_end = tl.load(tiles_ptr + tile * 5 + 3), tl.load(tiles_ptr + tile * 5 + 4)
+    listed = _listed_tokens(part_ptr, part_begin, part_end, BLOCK_P)
+    for step in tl.range(part_begin, part_end):
+        tokens = listed
+        listed = _listed_tokens(part_ptr, step + 1, part_end, BLOCK_P)
         is_token = (tokens >= 0)[:, None]
         k = tl.load(_row_pointers(k_base, tokens, stride_k_s, d), mask=is_token & in_d, other=0.0)
         v = tl.load(_row_pointers(v_base, tokens, stride_v_s, d), mask=is_token & in_d, other=0.0)
@@ -153,16 +183,22 @@ def _block_attention_bwd_dq_kernel(
     to_base2 = scale * LOG2E
     dq = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
 
-    for step in tl.range(tl.load(tiles_ptr + tile * 5 + 1), tl.load(tiles_ptr + tile * 5 + 2)):
-        tokens = tl.load(full_ptr + step) + tl.arange(0, BLOCK_T)
+    full_begin, full_end = tl.load(tiles_ptr + tile * 5 + 1), tl.load(tiles_ptr + tile * 5 + 2)
+    first = _first_token(full_ptr, full_begin, full_end)
+    for step in tl.range(full_begin, full_end):
+        tokens = first + tl.arange(0, BLOCK_T)
+        first = _first_token(full_ptr, step + 1, full_end)
         k = tl.load(_row_pointers(k_base, tokens, stride_k_s, d), mask=in_d, other=0.0)
         v = tl.load(_row_pointers(v_base, tokens, stride_v_s, d), mask=in_d, other=0.0)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * to_base2 - lse[:, None])
         ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
-    for step in tl.range(tl.load(tiles_ptr + tile * 5 + 3), tl.load(tiles_ptr + tile * 5 + 4)):
-        tokens = tl.load(part_ptr + step * BLOCK_P + tl.arange(0, BLOCK_P))
+    part_begin, part_end = tl.load(tiles_ptr + tile * 5 + 3), tl.load(tiles_ptr + tile * 5 + 4)
+    listed = _listed_tokens(part_ptr, part_begin, part_end, BLOCK_P)
+    for step in tl.range(part_begin, part_end):
+        tokens = listed
+        listed = _listed_tokens(part_ptr, step + 1, part_end, BLOCK_P)
         is_token = (tokens >= 0)[:, None]
         k = tl.load(_row_pointers(k_base, tokens, stride_k_s, d), mask=is_token & in_d, other=0.0)
         v = tl.load(_row_pointers(v_base, tokens, stride_v_s, d), mask=is_token & in_d, other=0.0)
@@ -189,7 +225,7 @@ def _block_attention_bwd_dkdv_kernel(
 ):  # fmt: skip
     """dk and dv of one key tile of one key head h: rows are keys, steps are queries, products are transposed.
 
-    dk and dv share strides. The query heads of the group come in order, so their sum is the same from run to run.
+    dk and dv share strides. Query heads and steps come in a fixed order, so their sum is the same from run to run.
     """
     tile, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b = (tl.load(tiles_ptr + tile * 5) + tl.program_id(2)).to(tl.int64)
@@ -207,36 +243,50 @@ def _block_attention_bwd_dkdv_kernel(
     dk = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
 
-    for member in tl.range(GROUP):
+    # one loop for all query heads of the group: nested ones would run dry at each head, and spill
+    full_begin, full_end = tl.load(tiles_ptr + tile * 5 + 1), tl.load(tiles_ptr + tile * 5 + 2)
+    first = _first_token(full_ptr, full_begin, full_end)
+    for i in tl.range((full_end - full_begin) * GROUP):
+        member, _ = _turn(i, full_end - full_begin, GROUP)
+        _, later = _turn(i + 1, full_end - full_begin, GROUP)
         h_q = h * GROUP + member
+        tokens = first + tl.arange(0, BLOCK_T)
+        first = _first_token(full_ptr, full_begin + later, full_end)
         q_base = q_ptr + b * stride_q_b + h_q * stride_q_h
         dout_base = dout_ptr + b * stride_dout_b + h_q * stride_dout_h
-        row_base = (b * H + h_q) * S
-        for step in tl.range(tl.load(tiles_ptr + tile * 5 + 1), tl.load(tiles_ptr + tile * 5 + 2)):
-            tokens = tl.load(full_ptr + step) + tl.arange(0, BLOCK_T)
-            q = tl.load(_row_pointers(q_base, tokens, stride_q_s, d), mask=in_d, other=0.0)
-            dout = tl.load(_row_pointers(dout_base, tokens, stride_dout_s, d), mask=in_d, other=0.0)
-            lse = tl.load(lse_ptr + row_base + tokens) * LOG2E
-            delta = tl.load(delta_ptr + row_base + tokens)
-            p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * to_base2 - lse[None, :])
-            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-            ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        q = tl.load(_row_pointers(q_base, tokens, stride_q_s, d), mask=in_d, other=0.0)
+        dout = tl.load(_row_pointers(dout_base, tokens, stride_dout_s, d), mask=in_d, other=0.0)
+        row_at = (b * H + h_q) * S + tokens
+        lse = tl.load(lse_ptr + row_at) * LOG2E
+        delta = tl.load(delta_ptr + row_at)
+        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * to_base2 - lse[None, :])
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
-        for step in tl.range(tl.load(tiles_ptr + tile * 5 + 3), tl.load(tiles_ptr + tile * 5 + 4)):
-            tokens = tl.load(part_ptr + step * BLOCK_P + tl.arange(0, BLOCK_P))
-            is_token = tokens >= 0
-            q = tl.load(_row_pointers(q_base, tokens, stride_q_s, d), mask=is_token[:, None] & in_d, other=0.0)
-            dout = tl.load(_row_pointers(dout_base, tokens, stride_dout_s, d), mask=is_token[:, None] & in_d, other=0.0)
-            lse = tl.load(lse_ptr + row_base + tokens, mask=is_token, other=0.0) * LOG2E
-            delta = tl.load(delta_ptr + row_base + tokens, mask=is_token, other=0.0)
-            s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * to_base2
-            # subtract lse only where visible: a query that sees nothing has lse = -inf
-            seen = _sees(bounds_ptr, group, tokens, RANGES)
-            p = tl.exp2(tl.where(seen, s - tl.where(seen, lse[None, :], 0.0), float("-inf")))
-            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-            ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
-            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+    part_begin, part_end = tl.load(tiles_ptr + tile * 5 + 3), tl.load(tiles_ptr + tile * 5 + 4)
+    listed = _listed_tokens(part_ptr, part_begin, part_end, BLOCK_P)
+    for i in tl.range((part_end - part_begin) * GROUP):
+        member, _ = _turn(i, part_end - part_begin, GROUP)
+        _, later = _turn(i + 1, part_end - part_begin, GROUP)
+        h_q = h * GROUP + member
+        tokens = listed
+        listed = _listed_tokens(part_ptr, part_begin + later, part_end, BLOCK_P)
+        is_token = tokens >= 0
+        q_base = q_ptr + b * stride_q_b + h_q * stride_q_h
+        dout_base = dout_ptr + b * stride_dout_b + h_q * stride_dout_h
+        q = tl.load(_row_pointers(q_base, tokens, stride_q_s, d), mask=is_token[:, None] & in_d, other=0.0)
+        dout = tl.load(_row_pointers(dout_base, tokens, stride_dout_s, d), mask=is_token[:, None] & in_d, other=0.0)
+        row_at = (b * H + h_q) * S + tokens
+        lse = tl.load(lse_ptr + row_at, mask=is_token, other=0.0) * LOG2E
+        delta = tl.load(delta_ptr + row_at, mask=is_token, other=0.0)
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * to_base2
+        # subtract lse only where visible: a query that sees nothing has lse = -inf
+        seen = _sees(bounds_ptr, group, tokens, RANGES)
+        p = tl.exp2(tl.where(seen, s - tl.where(seen, lse[None, :], 0.0), float("-inf")))
+        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
+        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
     at = b * stride_dk_b + h * stride_dk_h
     tl.store(
