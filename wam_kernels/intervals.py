@@ -12,8 +12,10 @@ predicate on random geometries.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
@@ -37,12 +39,16 @@ class SideRows(NamedTuple):
     Sample after sample, in the order of its tokens, which count from the sample's first one.
     """
 
-    begin: np.ndarray  # int64 [samples + 1]: the rows of sample i are begin[i] .. begin[i + 1]
+    of_sample: np.ndarray  # int64 [samples]: rows of each
     stream: np.ndarray  # int64 [N]
     order: np.ndarray  # int64 [N]: inside (sample, stream), rows next to each other see nearly the same
     start: np.ndarray  # int64 [N]: first token
     count: np.ndarray  # int64 [N]: tokens
     bounds: np.ndarray  # int32 [2, columns, N]: lo and hi; both NOWHERE where a range is empty
+
+    def bounds_by_row(self) -> np.ndarray:
+        """lo and hi of every column of a row, ``[N, columns * 2]``."""
+        return self.bounds.transpose(2, 1, 0).reshape(self.start.size, -1)
 
 
 def side_rows(samples: Sequence[Geometry | Ranges]) -> tuple[SideRows, SideRows]:
@@ -58,16 +64,14 @@ def side_rows(samples: Sequence[Geometry | Ranges]) -> tuple[SideRows, SideRows]
 
 def _geometry_sides(geometries: Sequence[Geometry]) -> tuple[SideRows, SideRows]:
     rows = token_rows(geometries)
-    shared = (rows.begin, STREAM_OF_SEGMENT[rows.segment], rows.chunk, rows.start, rows.count)
+    shared = (rows.of_geometry, STREAM_OF_SEGMENT[rows.segment], rows.chunk, rows.start, rows.count)
     return SideRows(*shared, intervals(rows)), SideRows(*shared, intervals(rows, transposed=True))
 
 
 def _range_side(rows: RangeRows) -> SideRows:
     lo, hi = rows.bounds.transpose(2, 1, 0)
     bounds = np.where(lo < hi, (lo, hi), NOWHERE).astype(np.int32)
-    return SideRows(
-        np.array([0, rows.start.size]), np.zeros_like(rows.start), rows.order, rows.start, rows.count, bounds
-    )
+    return SideRows(np.array([lo.shape[1]]), np.zeros_like(rows.start), rows.order, rows.start, rows.count, bounds)
 
 
 def _concatenate(pieces: Sequence[SideRows]) -> SideRows:
@@ -75,9 +79,8 @@ def _concatenate(pieces: Sequence[SideRows]) -> SideRows:
     bounds = [
         np.pad(p.bounds, ((0, 0), (0, columns - p.bounds.shape[1]), (0, 0)), constant_values=NOWHERE) for p in pieces
     ]
-    begin = np.concatenate([np.diff(p.begin) for p in pieces]).cumsum()
-    rest = (np.concatenate(arrays) for arrays in zip(*(p[1:-1] for p in pieces), strict=True))
-    return SideRows(np.concatenate([[0], begin]), *rest, np.concatenate(bounds, -1))
+    rest = (np.concatenate(arrays) for arrays in zip(*(p[:-1] for p in pieces), strict=True))
+    return SideRows(*rest, np.concatenate(bounds, -1))
 
 
 class Rules(NamedTuple):
@@ -90,14 +93,9 @@ class Rules(NamedTuple):
     singleton_chunk: np.ndarray
     startup: np.ndarray
     conditional: np.ndarray  # 0 or 1
-    video_rank: np.ndarray
     prefix: np.ndarray
     prefix_frame: np.ndarray  # the number that all prefix frames share, and its chunk
     prefix_chunk: np.ndarray
-    video_frames: np.ndarray  # without the prefix
-    action_frames: np.ndarray
-    video_tokens: np.ndarray
-    action_tokens: np.ndarray
 
     @classmethod
     def of(cls, g: Geometry) -> Rules:
@@ -112,14 +110,9 @@ class Rules(NamedTuple):
             singleton_chunk=NEVER if s is None else (s - origin) // g.chunk_size,
             startup=g.startup_action_frames,
             conditional=int(g.conditional_history is not None),
-            video_rank=g.video_rank(),
             prefix=g.prefix_frames,
             prefix_frame=-1 if s is None else s - 1,
             prefix_chunk=0 if s is None else g.chunk_of(max(0, s - 1)),
-            video_frames=g.video_frames - g.prefix_frames,
-            action_frames=g.action_frames,
-            video_tokens=g.video_tokens,
-            action_tokens=g.action_tokens,
         )
 
     def chunk_of(self, frame: np.ndarray) -> np.ndarray:
@@ -129,19 +122,35 @@ class Rules(NamedTuple):
 
     def chunk_start(self, chunk: np.ndarray) -> np.ndarray:
         """First target frame of a chunk; the frames before a singleton left its chunk."""
-        return np.where(chunk == self.singleton_chunk, self.singleton, self.origin + chunk * self.size)
+        first = chunk * self.size
+        first += self.origin
+        if self.has_singleton:
+            first = np.where(chunk == self.singleton_chunk, self.singleton, first)
+        return first
 
-    def rank(self) -> np.ndarray:
-        """Of each stream: ``[streams, 1, n]``."""
-        return np.stack([self.video_rank, 1 - self.video_rank])[:, None]
+    @property
+    def has_singleton(self) -> bool:
+        return bool((self.singleton != NEVER).any())
 
-    def per_frame(self) -> np.ndarray:
-        """Tokens of a frame of each stream: ``[streams, 1, n]``."""
-        return np.stack([self.video_tokens, self.action_tokens])[:, None]
 
-    def frames(self) -> np.ndarray:
-        """Frames of each stream, the prefix apart: ``[streams, 1, n]``."""
-        return np.stack([self.video_frames, self.action_frames])[:, None]
+class Streams(NamedTuple):
+    """The numbers of the streams of a geometry; int64."""
+
+    rank: np.ndarray  # of its order blocks inside a chunk
+    frames: np.ndarray
+    targets: np.ndarray  # frames after the prefix
+    per_frame: np.ndarray  # tokens
+
+    @classmethod
+    def of(cls, g: Geometry) -> Streams:
+        """Video and action of one geometry."""
+        rank = g.video_rank()
+        return cls(
+            rank=(rank, 1 - rank),
+            frames=(g.video_frames, g.action_frames),
+            targets=(g.video_frames - g.prefix_frames, g.action_frames),
+            per_frame=(g.video_tokens, g.action_tokens),
+        )
 
 
 class Rows(NamedTuple):
@@ -150,7 +159,7 @@ class Rows(NamedTuple):
     A conditional history looks at single frames, and start-up frames are no keys: there a row is one frame.
     """
 
-    begin: np.ndarray  # int64 [geometries + 1]: the rows of geometry i are begin[i] .. begin[i + 1]
+    of_geometry: np.ndarray  # int64 [geometries]: rows of each
     segment: np.ndarray  # index into SEGMENTS
     frame: np.ndarray  # the first one
     chunk: np.ndarray
@@ -159,60 +168,69 @@ class Rows(NamedTuple):
     start: np.ndarray  # first token, counted from the geometry's own
     count: np.ndarray  # tokens
     rules: Rules
-    segment_start: np.ndarray  # [streams, noises, N]: first token of every segment of the row's geometry
-    allowed: np.ndarray  # bool [as a key, own chunk or earlier, streams, noises, N]: with every segment, by the program
+    # what a row has with every segment, whichever of its sides is asked for
+    streams: Streams  # [streams, 1, N] each
+    first: np.ndarray  # [streams, noises, N]: first token, the prefix apart
+    least: np.ndarray  # [streams, 1, N]: first and last chunk inside the window
+    most: np.ndarray
+    allowed: np.ndarray  # bool [as a key, own chunk or earlier, streams, noises, N]: by the program
 
 
 def token_rows(geometries: Sequence[Geometry]) -> Rows:
     """List the rows of geometries, one after another."""
-    table = np.array([Rules.of(g) for g in geometries]).T  # [fields, geometries]
+    of_geometry = np.array([Rules.of(g) for g in geometries]).T  # [fields, geometries]
+    of_stream = np.array([Streams.of(g) for g in geometries]).swapaxes(0, 1)  # [fields, geometries, streams]
 
     # every frame of both streams of every geometry
-    frames = np.array([(g.video_frames, g.action_frames) for g in geometries]).ravel()
-    run = np.repeat(np.arange(frames.size), frames)
-    rules, is_video = Rules(*table.take(run // 2, axis=1)), run % 2 == VIDEO
-    place = expand(np.zeros_like(frames), frames)
+    runs = Streams(*of_stream.reshape(len(of_stream), -1))
+    run = np.arange(runs.frames.size).repeat(runs.frames)
+    rules, is_video = Rules(*of_geometry.take(run // 2, axis=1)), run % 2 == VIDEO
+    place = expand(np.zeros_like(runs.frames), runs.frames)
     frame = place - is_video * rules.prefix
     in_prefix = frame < 0
     frame = np.where(in_prefix, rules.prefix_frame, frame)
     chunk = np.where(in_prefix, rules.prefix_chunk, rules.chunk_of(frame))
-    block = 2 * chunk + np.where(is_video, rules.video_rank, 1 - rules.video_rank)
     is_key = is_video | (frame >= rules.startup)
 
     # like frames that follow each other are a row; under a conditional history every frame sees another boundary
-    new = np.ones(run.size, bool)
-    alike = np.stack([run, chunk, in_prefix, is_key])
-    new[1:] = (alike[:, 1:] != alike[:, :-1]).any(0) | (rules.conditional[1:] > 0)
-    first = np.flatnonzero(new)
-    frames_of_row = np.diff(first, append=run.size)
+    alike = np.array([run, chunk, in_prefix, is_key])
+    new = np.ones(run.size + 1, bool)  # the last one is the end of the last row
+    new[1:-1] = (alike[:, 1:] != alike[:, :-1]).any(0) | (rules.conditional[1:] > 0)
+    edges = np.flatnonzero(new)
 
     # the rows of a stream stand in both of its segments
-    rows_of_run = np.bincount(run[first], minlength=frames.size)
+    rows_of_run = np.bincount(run[edges[:-1]], minlength=runs.frames.size)
     run_of_segment = (2 * np.arange(len(geometries))[:, None] + STREAM_OF_SEGMENT).ravel()
-    counts = rows_of_run[run_of_segment]
-    row = expand(starts(rows_of_run)[run_of_segment], counts)
-    pick = first[row]
-    segment = np.repeat(np.arange(counts.size), counts)  # over all geometries
+    rows_of_segment = rows_of_run[run_of_segment]
+    row = expand(starts(rows_of_run)[run_of_segment], rows_of_segment)
+    begin, end = edges[row], edges[row + 1]
+    run, frame, chunk, place = run[begin], frame[begin], chunk[begin], place[begin]
+    segment = np.arange(rows_of_segment.size).repeat(rows_of_segment)  # over all geometries
     geometry = segment // len(SEGMENTS)
-    rules = Rules(*table.take(geometry, axis=1))
-    per_frame = np.where(is_video[pick], rules.video_tokens, rules.action_tokens)
-    lengths = np.array([g.segment_lengths for g in geometries])
-    segment_start = lengths.cumsum(1) - lengths
-    allowed = [
-        _allowed(g.program, g.history, g.prefix_frames > 0, g.conditional_history is not None) for g in geometries
-    ]
+    per_frame, block = runs.per_frame[run], 2 * chunk + runs.rank[run]
+    segment_start = np.array([[*accumulate(g.segment_lengths[:-1], initial=0)] for g in geometries])
+
+    rules = Rules(*of_geometry.take(geometry, axis=1))
+    streams = Streams(*of_stream.swapaxes(1, 2).take(geometry, axis=2)[:, :, None])
+    first = segment_start.T.take(geometry, axis=1).reshape(*STREAMS, -1)
+    first[VIDEO] += rules.prefix * streams.per_frame[VIDEO]
+    kinds = [(g.program, g.history, g.prefix_frames > 0, g.conditional_history is not None) for g in geometries]
+    allowed = np.concatenate([_allowed(*kind) for kind in kinds], -1).take(segment, axis=-1)
     return Rows(
-        begin=np.append(0, counts.reshape(-1, len(SEGMENTS)).sum(1).cumsum()),
+        of_geometry=rows_of_segment.reshape(-1, len(SEGMENTS)).sum(1),
         segment=segment % len(SEGMENTS),
-        frame=frame[pick],
-        chunk=chunk[pick],
-        block=block[pick],
-        is_key=is_key[pick],
-        start=segment_start.ravel()[segment] + place[pick] * per_frame,
-        count=frames_of_row[row] * per_frame,
+        frame=frame,
+        chunk=chunk,
+        block=block,
+        is_key=is_key[begin],
+        start=segment_start.ravel()[segment] + place * per_frame,
+        count=(end - begin) * per_frame,
         rules=rules,
-        segment_start=segment_start.T.take(geometry, axis=1).reshape(*STREAMS, -1),
-        allowed=np.concatenate(allowed, -1).take(segment, axis=-1).reshape(2, 2, *STREAMS, -1),
+        streams=streams,
+        first=first,
+        least=-((rules.window + streams.rank - block) // 2),  # a ceiling and a floor
+        most=(rules.window - streams.rank + block) // 2,
+        allowed=allowed.reshape(2, 2, *STREAMS, -1),
     )
 
 
@@ -252,25 +270,27 @@ def intervals(rows: Rows, transposed: bool = False) -> np.ndarray:
     share one chunk number that need not be below their successors'. ``transposed`` reads rows as keys and columns as
     the queries that see them.
     """
-    rules = rows.rules
-    per_frame, first = rules.per_frame(), rows.segment_start
-    first_target = first + np.stack([rules.prefix, 0 * rules.prefix])[:, None] * per_frame
-    columns = [_token_ranges(rows, transposed, first_target, per_frame, *_target_frames(rows, transposed))]
-    if rules.prefix.any():
-        frames = _prefix_frames(rows, transposed)
-        columns.append(_token_ranges(rows, transposed, first[VIDEO], per_frame[VIDEO], np.zeros_like(frames), frames))
+    per_frame = rows.streams.per_frame
+    columns = [_token_ranges(rows, transposed, rows.first, per_frame, *_target_frames(rows, transposed))]
+    prefix = rows.rules.prefix
+    if prefix.any():
+        frames, first = _prefix_frames(rows, transposed), rows.first[VIDEO] - prefix * per_frame[VIDEO]
+        columns.append(_token_ranges(rows, transposed, first, per_frame[VIDEO], np.zeros_like(frames), frames))
     return np.concatenate(columns, axis=1)
 
 
 def _token_ranges(
     rows: Rows, transposed: bool, first: np.ndarray, per_frame: np.ndarray, lo: np.ndarray, hi: np.ndarray
 ) -> np.ndarray:
-    """Tokens of frames ``lo .. hi`` that begin at token ``first``."""
-    some = lo < hi
+    """Tokens of frames ``lo .. hi`` that begin at token ``first``; int32 ``[lo or hi, columns, N]``."""
+    none = lo >= hi
     if transposed:
-        some &= rows.is_key  # nobody sees a start-up slot
-    ranges = np.where(some, (first + lo * per_frame, first + hi * per_frame), NOWHERE)
-    return ranges.astype(np.int32).reshape(2, -1, rows.start.size)
+        none |= ~rows.is_key  # nobody sees a start-up slot
+    ranges = np.empty((2, *none.shape), np.int32)
+    for frame, token in zip((lo, hi), ranges, strict=True):
+        token[...] = first + frame * per_frame
+        np.copyto(token, NOWHERE, where=none)
+    return ranges.reshape(2, math.prod(none.shape[:-1]), none.shape[-1])
 
 
 def _target_frames(rows: Rows, transposed: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -278,12 +298,9 @@ def _target_frames(rows: Rows, transposed: bool) -> tuple[np.ndarray, np.ndarray
 
     Each optional rule (conditional history, singleton) is only computed if a geometry has it.
     """
-    rules, chunk = rows.rules, rows.chunk
+    rules, chunk, least, most = rows.rules, rows.chunk, rows.least, rows.most
     own, earlier = rows.allowed[int(transposed)]
     conditional = rules.conditional.any()
-    # first and last chunk inside the window: a ceiling and a floor
-    least = -((rules.window + rules.rank() - rows.block) // 2)
-    most = (rows.block + rules.window - rules.rank()) // 2
     if transposed:
         first, last = np.where(own, chunk, chunk + 1), np.where(earlier, most, chunk)
         if conditional:  # only the chunk that begins right after this frame looks back at it
@@ -304,13 +321,13 @@ def _target_frames(rows: Rows, transposed: bool) -> tuple[np.ndarray, np.ndarray
         own_hi = np.where(own, rules.chunk_start(chunk + 1), own_lo)
         lo = np.where(rules.conditional, np.where(read, boundary, own_lo), lo)
         hi = np.where(rules.conditional, np.where(read & ~own, boundary + 1, own_hi), hi)
-    if (rules.singleton != NEVER).any():  # queries at or after the singleton see no key before it
+    if rules.has_singleton:  # queries at or after the singleton see no key before it
         if transposed:
             hi = np.where(rows.frame < rules.singleton, np.minimum(hi, rules.singleton), hi)
         else:
             lo = np.where(rows.frame >= rules.singleton, np.maximum(lo, rules.singleton), lo)
     np.maximum(lo, 0, out=lo)
-    np.minimum(hi, rules.frames(), out=hi)
+    np.minimum(hi, rows.streams.targets, out=hi)
     if not transposed:
         np.maximum(lo[ACTION], rules.startup, out=lo[ACTION])  # start-up slots are never keys
     return lo, hi
@@ -327,6 +344,6 @@ def _prefix_frames(rows: Rows, transposed: bool) -> np.ndarray:
     boundary = rules.origin + query_chunk * rules.size - 1
     earlier = earlier & (key_chunk < query_chunk) & ((rules.conditional == 0) | (key_frame == boundary))
     seen = (own & (key_chunk == query_chunk)) | earlier
-    seen &= abs(rows.block - (2 * rules.prefix_chunk + rules.video_rank)) <= rules.window
+    seen &= abs(rows.block - (2 * rules.prefix_chunk + rows.streams.rank[VIDEO])) <= rules.window
     seen &= ~((query_frame >= rules.singleton) & (key_frame < rules.singleton))
     return np.where(seen, rules.prefix, 0)

@@ -11,6 +11,10 @@ key side lists, for every tile of keys, the queries it visits (dK, dV). Each vis
 Row order decides the efficiency: one action chunk is only 4 to 16 tokens. Tiles take rows by (sample, stream, chunk,
 noise): noisy and clean tokens of a chunk see almost the same history, and an action tile spans few chunks. The
 last, incomplete tile of a group is put first, where the history, and so the waste, is shortest.
+
+Samples do not meet, so each distinct one is compiled once, with tokens that count from its first one, and then moved
+to every place where it lies. What is large (the tokens of tiles and of steps) is written straight into the plan's one
+buffer: touching fresh memory costs more than computing what goes there.
 """
 
 from __future__ import annotations
@@ -206,22 +210,21 @@ def _compile(packed: tuple, lengths: tuple[int, int], tile: TileShape | None, de
     placement = _place(packed, lengths)
     queries, keys = side_rows(placement.samples)
     lo, hi = queries.bounds
-    pairs = np.append(0, (queries.count * (hi - lo).sum(0)).cumsum())[queries.begin]
-    visible = int(np.diff(pairs)[placement.which].sum())
+    times = np.bincount(placement.which).repeat(queries.of_sample)  # that each row occurs in the batch
+    visible = int((times * queries.count * (hi - lo).sum(0)).sum())
     shape = tile or tile_shape(visible / (len(packed) * lengths[0]))
     query_tiles = _cut(queries, shape.rows)
     key_tiles = query_tiles if keys.start is queries.start else _cut(keys, shape.rows)
-    query_side = _side(queries, query_tiles, shape, placement, side=0)
     parts = [
-        *query_side,
+        *_side(queries, query_tiles, shape, placement, side=0),
         *_side(keys, key_tiles, shape, placement, side=1),
-        _runs(queries, placement, query_side[Side.FIELDS.index("bounds")]),
+        _runs(queries, placement),
     ]
     return Plan(packed, lengths, visible, (shape, shape), *_index_buffer.pack(parts))
 
 
 class Placement(NamedTuple):
-    """Where the samples of a batch begin: one entry for each of them, and one for padding, in token order."""
+    """Where the samples of a batch begin. P entries, in the order of tokens: samples, and the padding of an element."""
 
     samples: list[Geometry | Ranges]  # the distinct ones, geometries first
     which: np.ndarray  # int64 [P]: index into samples
@@ -231,6 +234,7 @@ class Placement(NamedTuple):
 
 
 def _place(packed: tuple[tuple[Geometry | Ranges, ...], ...], lengths: tuple[int, int]) -> Placement:
+    """Lay the samples of every batch element end to end and pad it to ``lengths`` = (queries, keys)."""
     entries = []
     for b, samples in enumerate(packed):
         q, k = 0, 0
@@ -246,17 +250,17 @@ def _place(packed: tuple[tuple[Geometry | Ranges, ...], ...], lengths: tuple[int
     return Placement(distinct, np.array([number[s] for s in samples]), batch, np.stack([q, k]), padding)
 
 
-def _members(begin: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What samples ``which`` have, of things that are listed by sample: their indices, and how many each has."""
-    counts = np.diff(begin)[which]
-    return expand(begin[which], counts), counts
+def _members(counts: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Which of all things, grouped into ``counts``, are in groups ``which``; and how many are in each of those."""
+    chosen = counts[which]
+    return expand(starts(counts)[which], chosen), chosen
 
 
 def _moved(
     template: np.ndarray, index: np.ndarray, shift: np.ndarray, least: int, out: np.ndarray | None = None
 ) -> np.ndarray:
-    """``template[index] + shift`` by row, int32; what is NOWHERE becomes ``least``."""
-    out = np.take(template, index, axis=0, out=out, mode="clip")  # "raise", the default, would buffer ``out``
+    """``template[index] + shift``, row by row, int32; what is NOWHERE becomes ``least``."""
+    out = np.take(template, index, axis=0, out=out, mode="clip")  # "raise", the default, would fill a copy of ``out``
     out += shift.astype(np.int32)[:, None]
     return np.maximum(out, least, out=out)
 
@@ -264,81 +268,89 @@ def _moved(
 class Tiles(NamedTuple):
     """Tiles of one side of the distinct samples; tokens and rows count from the sample's first."""
 
-    begin: np.ndarray  # int64 [samples + 1]: the tiles of sample i are begin[i] .. begin[i + 1]
-    tokens: np.ndarray  # int32 [T, rows], NOWHERE where a group is padded
-    rows: np.ndarray  # int32 [T, rows], the same
-    meets: np.ndarray  # int64 [M]: rows of SideRows that the tiles meet, tile after tile
-    heads: np.ndarray  # int64 [T]: where those of a tile begin
+    of_sample: np.ndarray  # int64 [samples]: tiles of each
+    tokens: np.ndarray  # int32 [T, tile]; NOWHERE where a group is padded
+    rows: np.ndarray  # int32 [T, tile]: the SideRows row that each token is in; NOWHERE likewise
+    meets: np.ndarray  # int64 [M]: the rows that a tile meets, tile after tile; counted over all samples
+    heads: np.ndarray  # int64 [T]: where those of each tile begin
 
 
 def _cut(rows: SideRows, tile_rows: int) -> Tiles:
     """Cut rows into tiles; all in whole-array operations."""
     # groups (sample, stream) are padded in front to whole tiles
-    n_samples = rows.begin.size - 1
-    sample = np.repeat(np.arange(n_samples), np.diff(rows.begin))
+    sample = np.arange(rows.of_sample.size).repeat(rows.of_sample)
     group = 2 * sample + rows.stream
     order = np.lexsort((rows.order, group))  # stable: like rows stay in the order of their tokens
     group, start, count = group[order], rows.start[order], rows.count[order]
-    tokens = np.bincount(group, count, 2 * n_samples).astype(np.int64)
+    tokens = np.bincount(group, count, 2 * rows.of_sample.size).astype(np.int64)
     slots = -(-tokens // tile_rows) * tile_rows
     padding = slots - tokens
     slot = starts(count) + padding.cumsum()[group]
-    n_slots = int(slots.sum())
+    end = slot + count
 
-    width = np.diff(slot + count, prepend=0)  # a row's slots and the padding before them
-    token_at = np.repeat((start - slot).astype(np.int32), width)
-    token_at += np.arange(n_slots, dtype=np.int32)
-    row_at = np.repeat((order - rows.begin[sample[order]]).astype(np.int32), width)
+    width = end.copy()  # of a row with the padding before it
+    width[1:] -= end[:-1]
+    token_at = (start - slot).astype(np.int32).repeat(width)
+    token_at += np.arange(token_at.size, dtype=np.int32)
+    row_at = (order - starts(rows.of_sample)[sample]).astype(np.int32).repeat(width)
     empty = expand(starts(slots), padding)
     token_at[empty] = NOWHERE
     row_at[empty] = NOWHERE
 
     # rows are in slot order, so those that a tile meets follow each other
-    first, last = slot // tile_rows, (slot + count - 1) // tile_rows
+    first, last = slot // tile_rows, (end - 1) // tile_rows
     n_tiles = last - first + 1
     tile = expand(first, n_tiles)
+    head = np.ones(tile.size, bool)
+    head[1:] = tile[1:] != tile[:-1]
     return Tiles(
-        begin=np.append(0, slots.reshape(-1, 2).sum(1).cumsum() // tile_rows),
+        of_sample=slots.reshape(-1, 2).sum(1) // tile_rows,
         tokens=token_at.reshape(-1, tile_rows),
         rows=row_at.reshape(-1, tile_rows),
-        meets=np.repeat(order, n_tiles),
-        heads=np.flatnonzero(np.diff(tile, prepend=-1)),
+        meets=order.repeat(n_tiles),
+        heads=np.flatnonzero(head),
     )
 
 
 class Visits(NamedTuple):
-    """What the tiles of the distinct samples visit, as runs of tokens that count from the sample's first."""
+    """Lists of the tokens that the tiles of the distinct samples visit, as runs of every ``step``-th token.
 
-    total: np.ndarray  # int64 [T]: steps, or tokens, of a tile
-    begin: np.ndarray  # int64 [T + 1]: the runs of tile i are begin[i] .. begin[i + 1]
-    first: np.ndarray  # int64 [R]: first token
-    at: np.ndarray  # int64 [R]: where the run begins among all that its tile visits
+    A run that begins at entry ``at`` of its tile's list has token ``base + step * j`` at entry j.
+    """
+
+    step: int
+    total: np.ndarray  # int64 [T]: entries of each tile's list
+    runs: np.ndarray  # int64 [T]: runs of each tile
+    at_base: np.ndarray  # int64 [2, R]
 
     @classmethod
-    def of(cls, first: np.ndarray, count: np.ndarray) -> Visits:
-        """Of runs ``[runs, T]``, some of them empty."""
-        total = count.sum(0, dtype=np.int64)
-        some = np.flatnonzero(count.T)
-        tile = some // len(count)
-        at = starts(count.T.ravel()[some]) - starts(total)[tile]
-        return cls(total, np.append(0, (count > 0).sum(0).cumsum()), first.T.ravel()[some], at)
+    def of(cls, step: int, first: np.ndarray, count: np.ndarray) -> Visits:
+        """``count`` entries from token ``first`` on, both ``[T, n]``, in this order; a count may be 0."""
+        n_tiles, n_runs = count.shape
+        some = np.flatnonzero(count)
+        first, count, tile = first.ravel()[some], count.ravel()[some], some // n_runs
+        total = np.bincount(tile, count, n_tiles).astype(np.int64)
+        at = starts(count) - starts(total)[tile]
+        return cls(step, total, np.bincount(tile, minlength=n_tiles), np.array([at, first - step * at]))
 
-    def write(self, tiles: np.ndarray, shift: np.ndarray, at: np.ndarray, step: int, out: np.ndarray) -> None:
-        """Every ``step``-th token of the runs of ``tiles``, moved by ``shift``, each tile's from ``out[at]`` on.
+    def write(self, tiles: np.ndarray, shift: np.ndarray, at: np.ndarray, out: np.ndarray) -> None:
+        """Write the lists of ``tiles``, moved by ``shift``; each begins at ``out[at]``, the first one at 0.
 
-        Written as differences that are summed in place: nothing else as long as ``out`` is allocated.
+        What lies between lists is overwritten. The entries are summed up from their differences, which are ``step``
+        except where a run begins: in place, without another array as long as ``out``.
         """
-        runs, counts = _members(self.begin, tiles)
-        at = self.at[runs] + np.repeat(at, counts)
-        first = self.first[runs] + np.repeat(shift, counts)
-        out.fill(step)
-        out[at] = np.diff(first - step * at, prepend=step) + step
+        runs, counts = _members(self.runs, tiles)
+        at, base = self.at_base.take(runs, axis=1) + np.array([at, shift - self.step * at]).repeat(counts, axis=1)
+        base[1:] += self.step - base[:-1]
+        out.fill(self.step)
+        out[at] = base
         np.cumsum(out, dtype=out.dtype, out=out)
 
 
 def _visits(bounds: np.ndarray, tiles: Tiles, step: int) -> tuple[Visits, Visits]:
-    """Full steps, and the tokens of partial steps."""
+    """What tiles visit of their rows' ``bounds``: full steps, by their first tokens; and the tokens of partial steps."""
     lo, hi = bounds
+    # an empty range begins last and ends first of all
     lo = np.where(lo == NOWHERE, np.iinfo(np.int32).max, lo).take(tiles.meets, axis=1)
     hi = hi.take(tiles.meets, axis=1)
     # what some row of a tile sees, and what every row sees: [columns, T]
@@ -346,63 +358,76 @@ def _visits(bounds: np.ndarray, tiles: Tiles, step: int) -> tuple[Visits, Visits
     any_hi, all_hi = (f.reduceat(hi, tiles.heads, axis=1) for f in (np.maximum, np.minimum))
     np.minimum(any_lo, any_hi, out=any_lo)
 
-    n_full = np.maximum(np.maximum(all_hi, 0) - all_lo, 0) // step
+    n_full = np.maximum(np.maximum(all_hi, 0) - all_lo, 0) // step  # NOWHERE - all_lo would wrap around
     # what full steps leave of a range: before and behind them (all of it before, if there is none)
     cut_lo = np.where(n_full > 0, all_lo, any_hi)
     cut_hi = np.where(n_full > 0, all_lo + n_full * step, any_hi)
-    left = np.stack([any_lo, cut_hi], 1), np.stack([cut_lo - any_lo, any_hi - cut_hi], 1)
-    return Visits.of(all_lo, n_full), Visits.of(*(x.reshape(-1, tiles.heads.size) for x in left))
+    left = np.empty((2, tiles.heads.size, len(lo), 2), np.int32)  # [first token or count, T, columns, before or behind]
+    left[0, ..., 0], left[0, ..., 1] = any_lo.T, cut_hi.T
+    left[1, ..., 0], left[1, ..., 1] = (cut_lo - any_lo).T, (any_hi - cut_hi).T
+    return Visits.of(step, all_lo.T, n_full.T), Visits.of(1, *left.reshape(2, tiles.heads.size, -1))
 
 
-def _side(rows: SideRows, tiles: Tiles, shape: TileShape, placement: Placement, side: int) -> list:
-    """What a :class:`Side` holds, for ``_index_buffer.pack``: tiles and steps of the samples, moved to their places."""
-    first_row = starts(np.diff(rows.begin)[placement.which])
-    index, counts = _members(rows.begin, placement.which)
-    bounds = rows.bounds.transpose(2, 1, 0).reshape(rows.start.size, -1)
-    bounds = _moved(bounds, index, np.repeat(placement.first[1 - side], counts), 0)
+def _side(
+    rows: SideRows, tiles: Tiles, shape: TileShape, placement: Placement, side: int
+) -> list[np.ndarray | Unwritten]:
+    """The arrays of a :class:`Side` (0: queries, 1: keys): what the samples have, moved to where they lie."""
+    row, counts = _members(rows.of_sample, placement.which)
+    first_of_row = placement.first[1 - side].repeat(counts)
 
-    # tiles in the order of the samples, padding before the samples of its batch element
+    # every tile of the batch: which one of its sample it is, and where that lies. Padding comes before the samples
     order = np.lexsort((~placement.padding, placement.batch))
-    index, counts = _members(tiles.begin, placement.which[order])
-    places = np.stack([placement.batch, placement.first[side], placement.first[1 - side], first_row])
-    batch, own, other, first_row = np.repeat(places[:, order], counts, axis=1)
+    tile, counts = _members(tiles.of_sample, placement.which[order])
+    first_row = starts(rows.of_sample[placement.which])
+    places = np.array([placement.batch, placement.first[side], placement.first[1 - side], first_row])
+    batch, own, other, first_row = places[:, order].repeat(counts, axis=1)
 
+    # steps are listed tile after tile, in this order; the tiles themselves go heaviest first
     full, part = _visits(rows.bounds, tiles, shape.step)
-    n_full, left = full.total[index], part.total[index]
+    n_full, left = full.total[tile], part.total[tile]
     n_part = -(-left // STEP_PART)
     full_at, part_at = starts(n_full), starts(n_part)
+    steps = np.array([batch, full_at, full_at + n_full, part_at, part_at + n_part])
     heavy = np.argsort(-(n_full * shape.step + n_part * STEP_PART), kind="stable")
-    index_heavy, own, first_row = index[heavy], own[heavy], first_row[heavy]
+    heavy_tile, own, first_row = tile[heavy], own[heavy], first_row[heavy]
+
+    def write_bounds(out: np.ndarray) -> None:
+        _moved(rows.bounds_by_row(), row, first_of_row, 0, out.reshape(row.size, -1))
 
     def write_part(out: np.ndarray) -> None:
         out = out.reshape(-1)
-        part.write(index, other, part_at * STEP_PART, 1, out)
+        part.write(tile, other, part_at * STEP_PART, out)
         out[expand(part_at * STEP_PART + left, n_part * STEP_PART - left)] = -1
 
     return [
-        np.stack([batch, full_at, full_at + n_full, part_at, part_at + n_part], 1)[heavy],
-        Unwritten((index.size, shape.rows), lambda out: _moved(tiles.tokens, index_heavy, own, -1, out)),
-        Unwritten((index.size, shape.rows), lambda out: _moved(tiles.rows, index_heavy, first_row, 0, out)),
-        bounds.reshape(len(bounds), -1, 2),
-        Unwritten((int(n_full.sum()),), lambda out: full.write(index, other, full_at, shape.step, out)),
+        steps.take(heavy, axis=1).T,
+        Unwritten((tile.size, shape.rows), lambda out: _moved(tiles.tokens, heavy_tile, own, -1, out)),
+        Unwritten((tile.size, shape.rows), lambda out: _moved(tiles.rows, heavy_tile, first_row, 0, out)),
+        Unwritten((row.size, rows.bounds.shape[1], 2), write_bounds),
+        Unwritten((int(n_full.sum()),), lambda out: full.write(tile, other, full_at, out)),
         Unwritten((int(n_part.sum()), STEP_PART), write_part),
     ]
 
 
-def _runs(rows: SideRows, placement: Placement, bounds: np.ndarray) -> np.ndarray:
+def _runs(rows: SideRows, placement: Placement) -> np.ndarray:
     """Runs of consecutive tokens that see exactly the same keys: ``[R, 3 + 2 * ranges]``.
 
     (batch element, first token, end, lo, hi, lo, hi, ...): what the CPU backend multiplies.
     """
-    index, counts = _members(rows.begin, placement.which)
-    batch, first = np.repeat(np.stack([placement.batch, placement.first[0]]), counts, axis=1)
-    start = first + rows.start[index]
-    end = start + rows.count[index]
-    flat = bounds.reshape(start.size, -1)
-    new = np.ones(start.size, bool)
-    new[1:] = (batch[1:] != batch[:-1]) | (end[:-1] != start[1:]) | (flat[1:] != flat[:-1]).any(1)
-    head = np.flatnonzero(new)
-    last = np.append(head[1:], new.size) - 1
-    out = np.empty((head.size, 3 + flat.shape[1]), np.int32)
-    out[:, 0], out[:, 1], out[:, 2], out[:, 3:] = batch[head], start[head], end[last], flat[head]
-    return out
+    # rows follow each other without a gap; those of different samples see the same only if they see nothing
+    nothing = (rows.bounds == NOWHERE).all((0, 1))
+    new = np.ones(nothing.size, bool)
+    new[1:] = (rows.bounds[..., 1:] != rows.bounds[..., :-1]).any((0, 1))
+
+    row, counts = _members(rows.of_sample, placement.which)
+    batch, first_query, first_key = np.array([placement.batch, *placement.first]).repeat(counts, axis=1)
+    start, new, nothing = first_query + rows.start[row], new[row], nothing[row]
+    first = starts(counts)[counts > 0]  # row of each sample that has any
+    new[first] = ~(nothing[first] & nothing[first - 1] & (batch[first] == batch[first - 1]))
+    new[0] = True
+    heads = np.flatnonzero(new)
+    last = np.append(heads[1:], new.size) - 1
+    runs = np.empty((heads.size, 3 + 2 * rows.bounds.shape[1]), np.int32)
+    runs[:, 0], runs[:, 1], runs[:, 2] = batch[heads], start[heads], start[last] + rows.count[row[last]]
+    runs[:, 3:] = _moved(rows.bounds_by_row(), row[heads], first_key[heads], 0)
+    return runs

@@ -1,6 +1,7 @@
 """Plans against the predicate: what the tiles compute is exactly what may be seen."""
 
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -119,6 +120,33 @@ def test_index_tensors_stay_small_and_aligned():
     assert plan.length == 99_936
     assert plan._buffer.nbytes < 64 * plan.length  # bytes a token; a bool mask would be 100,000
     assert all(t.data_ptr() % 16 == 0 for t in plan.tensors() if t.numel())
+
+
+@pytest.mark.parametrize(
+    "samples",
+    [
+        [libero(4, 64, frames=frames) for frames in range(120, 131)],
+        [small(video_frames=56, video_tokens=120, action_frames=56, action_tokens=8, chunk_size=4, window=30)] * 7,
+    ],
+    ids=["all-differ", "all-equal"],
+)
+def test_building_takes_less_memory_than_the_plan(samples):
+    # fresh memory is much of what a plan costs; counted by tracemalloc, so nothing here depends on the machine
+    compile_plan([samples])
+    _compile.cache_clear()
+    tracemalloc.start()
+    plan = compile_plan([samples])
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert plan.length > 90_000
+    assert peak < 2 * plan._buffer.nbytes  # the plan itself, and less than as much beside it
+
+
+def test_a_batch_of_padding_alone():
+    plan = compile_plan([[], []], length=70, tile=TileShape(32, 32))
+    assert plan.visible_pairs == 0 and plan.queries.full.numel() == plan.queries.part.numel() == 0
+    assert plan.runs.tolist() == [[0, 0, 70, 0, 0], [1, 0, 70, 0, 0]]
+    assert not mask_of_side(plan.queries, 2, 70).any() and not mask_of_side(plan.keys, 2, 70).any()
 
 
 NO_TOKENS = small(video_frames=0, action_frames=0, startup_action_frames=0)
