@@ -52,8 +52,9 @@ def check_against_reference(
     truth = run(plan, [t.double() for t in inputs], "reference", scale)
     S, dtype = plan.length, inputs[0].dtype
     assert actual[0].dtype == dtype and actual[0].is_contiguous() and actual[1].shape[-1] == S
-    # tensor cores take p and ds in the input dtype: two roundings where the reference, all float32, has one
-    slack = 3.0 if dtype.itemsize == 2 else 2.0
+    # tensor cores take p and ds in the input dtype: two roundings where the reference, all float32, has one; and they
+    # cut float32 sums off where the reference rounds (tests/interpreter/test_tensor_cores.py)
+    slack = 3.0 if dtype.itemsize == 2 else 4.0 if impl == "triton" else 2.0
     for name, a, e, t in zip(NAMES, actual, eager, truth, strict=True):
         assert_within_budget(name, a, e, t, slack)
 
