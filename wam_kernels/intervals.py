@@ -76,11 +76,13 @@ def _range_side(rows: RangeRows) -> SideRows:
 
 def _concatenate(pieces: Sequence[SideRows]) -> SideRows:
     columns = max(p.bounds.shape[1] for p in pieces)
-    bounds = [
-        np.pad(p.bounds, ((0, 0), (0, columns - p.bounds.shape[1]), (0, 0)), constant_values=NOWHERE) for p in pieces
-    ]
+    bounds = np.full((2, columns, sum(p.start.size for p in pieces)), NOWHERE, np.int32)
+    end = 0
+    for p in pieces:
+        begin, end = end, end + p.start.size
+        bounds[:, : p.bounds.shape[1], begin:end] = p.bounds
     rest = (np.concatenate(arrays) for arrays in zip(*(p[:-1] for p in pieces), strict=True))
-    return SideRows(*rest, np.concatenate(bounds, -1))
+    return SideRows(*rest, bounds)
 
 
 class Rules(NamedTuple):
@@ -180,34 +182,18 @@ def token_rows(geometries: Sequence[Geometry]) -> Rows:
     """List the rows of geometries, one after another."""
     of_geometry = np.array([Rules.of(g) for g in geometries]).T  # [fields, geometries]
     of_stream = np.array([Streams.of(g) for g in geometries]).swapaxes(0, 1)  # [fields, geometries, streams]
-
-    # every frame of both streams of every geometry
     runs = Streams(*of_stream.reshape(len(of_stream), -1))
-    run = np.arange(runs.frames.size).repeat(runs.frames)
-    rules, is_video = Rules(*of_geometry.take(run // 2, axis=1)), run % 2 == VIDEO
-    place = expand(np.zeros_like(runs.frames), runs.frames)
-    frame = place - is_video * rules.prefix
-    in_prefix = frame < 0
-    frame = np.where(in_prefix, rules.prefix_frame, frame)
-    chunk = np.where(in_prefix, rules.prefix_chunk, rules.chunk_of(frame))
-    is_key = is_video | (frame >= rules.startup)
-
-    # like frames that follow each other are a row; under a conditional history every frame sees another boundary
-    alike = np.array([run, chunk, in_prefix, is_key])
-    new = np.ones(run.size + 1, bool)  # the last one is the end of the last row
-    new[1:-1] = (alike[:, 1:] != alike[:, :-1]).any(0) | (rules.conditional[1:] > 0)
-    edges = np.flatnonzero(new)
+    stream_rows = _stream_rows(of_geometry, runs)
 
     # the rows of a stream stand in both of its segments
-    rows_of_run = np.bincount(run[edges[:-1]], minlength=runs.frames.size)
+    rows_of_run = np.bincount(stream_rows[0], minlength=runs.frames.size)
     run_of_segment = (2 * np.arange(len(geometries))[:, None] + STREAM_OF_SEGMENT).ravel()
     rows_of_segment = rows_of_run[run_of_segment]
     row = expand(starts(rows_of_run)[run_of_segment], rows_of_segment)
-    begin, end = edges[row], edges[row + 1]
-    run, frame, chunk, place = run[begin], frame[begin], chunk[begin], place[begin]
-    segment = np.arange(rows_of_segment.size).repeat(rows_of_segment)  # over all geometries
-    geometry = segment // len(SEGMENTS)
+    run, chunk, is_key, frame, place, frames = stream_rows.take(row, axis=1)
     per_frame, block = runs.per_frame[run], 2 * chunk + runs.rank[run]
+    segment = np.arange(rows_of_segment.size).repeat(rows_of_segment)  # counted over all geometries
+    geometry = segment // len(SEGMENTS)
     segment_start = np.array([[*accumulate(g.segment_lengths[:-1], initial=0)] for g in geometries])
 
     rules = Rules(*of_geometry.take(geometry, axis=1))
@@ -222,9 +208,9 @@ def token_rows(geometries: Sequence[Geometry]) -> Rows:
         frame=frame,
         chunk=chunk,
         block=block,
-        is_key=is_key[begin],
+        is_key=is_key.astype(bool),
         start=segment_start.ravel()[segment] + place * per_frame,
-        count=(end - begin) * per_frame,
+        count=frames * per_frame,
         rules=rules,
         streams=streams,
         first=first,
@@ -232,6 +218,29 @@ def token_rows(geometries: Sequence[Geometry]) -> Rows:
         most=(rules.window - streams.rank + block) // 2,
         allowed=allowed.reshape(2, 2, *STREAMS, -1),
     )
+
+
+def _stream_rows(of_geometry: np.ndarray, runs: Streams) -> np.ndarray:
+    """Rows of one copy of each stream, int64 ``[run, chunk, is_key, frame, place, frames]`` by row.
+
+    ``runs`` are the streams of all geometries, video and action in turn; a row begins ``place`` frames into its run.
+    """
+    run = np.arange(runs.frames.size).repeat(runs.frames)
+    rules, is_video = Rules(*of_geometry.take(run // 2, axis=1)), run % 2 == VIDEO
+    place = expand(np.zeros_like(runs.frames), runs.frames)
+    frame = place - is_video * rules.prefix
+    in_prefix = frame < 0
+    frame = np.where(in_prefix, rules.prefix_frame, frame)
+    chunk = np.where(in_prefix, rules.prefix_chunk, rules.chunk_of(frame))
+    is_key = is_video | (frame >= rules.startup)
+
+    # like frames that follow each other are a row; under a conditional history every frame sees another boundary
+    frames = np.array([run, chunk, is_key, frame, place])
+    alike = np.array([run, chunk, is_key, in_prefix])
+    new = np.ones(run.size + 1, bool)  # the last one is the end of the last row
+    new[1:-1] = (alike[:, 1:] != alike[:, :-1]).any(0) | (rules.conditional[1:] > 0)
+    edges = np.flatnonzero(new)
+    return np.concatenate([frames.take(edges[:-1], axis=1), [edges[1:] - edges[:-1]]])
 
 
 @lru_cache

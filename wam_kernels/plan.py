@@ -214,7 +214,8 @@ def _compile(packed: tuple, lengths: tuple[int, int], tile: TileShape | None, de
     visible = int((times * queries.count * (hi - lo).sum(0)).sum())
     shape = tile or tile_shape(visible / (len(packed) * lengths[0]))
     query_tiles = _cut(queries, shape.rows)
-    key_tiles = query_tiles if keys.start is queries.start else _cut(keys, shape.rows)
+    alike = all(a is b or np.array_equal(a, b) for a, b in zip(queries[:-1], keys[:-1], strict=True))  # but for bounds
+    key_tiles = query_tiles if alike else _cut(keys, shape.rows)
     parts = [
         *_side(queries, query_tiles, shape, placement, side=0),
         *_side(keys, key_tiles, shape, placement, side=1),

@@ -139,6 +139,9 @@ def expand(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
 def _rows(q_ranges: np.ndarray, k_ranges: np.ndarray, length: int, key_length: int) -> RangeRows:
     """Cut the queries wherever a pair begins or ends, and give every piece its keys, sorted into columns."""
     used = (q_ranges[:, 0] < q_ranges[:, 1]) & (k_ranges[:, 0] < k_ranges[:, 1])
+    if not used.any():  # padding, above all: one row that sees nothing, if there are queries
+        zero = np.zeros(min(1, length), np.int64)
+        return RangeRows(zero, zero + length, zero, np.zeros((zero.size, 1, 2), np.int64))
     q_ranges, k_ranges = q_ranges[used], k_ranges[used]
     edges = np.unique(np.concatenate([[0, length], q_ranges.ravel()]))
     start, count = edges[:-1], np.diff(edges)
