@@ -247,7 +247,7 @@ __global__ void __launch_bounds__(kRowThreads) backward_kernel(const __grid_cons
   // in the loop: sums of units, two tokens in turn; after it: dweight of all channels
   __shared__ union {
     float of_unit[2][2][kUnits];
-    float dweight[2 * WIDTH * kUnits];
+    alignas(16) float dweight[2 * WIDTH * kUnits];  // stored in packs of 16 bytes
   } shared;
   __shared__ float partial[2][2][kRowWarps];
   const QkNormRopeSide& side = blockIdx.z == 0 ? p.q : p.k;

@@ -1,11 +1,13 @@
-"""What the ops' choice of a backend has in common. Devices and names only, so it traces."""
+"""What the ops' choice of a backend has in common. Devices and names only, so it traces; and what launchers share."""
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import wraps
 from importlib import import_module
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 _MODULES = {"cpu": ".cpu", "triton": ".kernel_triton", "cuda": ".kernel_cuda"}
 
@@ -32,3 +34,25 @@ def check_impl(op: str, impl: str, impls: Collection[str], device: torch.device)
         raise ValueError(f"{op}: impl='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got {device}; use impl=None")
     if impl == "cuda" and device.type != "cuda":
         raise ValueError(f"{op}: impl='cuda' needs CUDA tensors, got {device}; use impl=None")
+
+
+def on_its_device(launcher: Callable) -> Callable:
+    """Makes the device of the first tensor current while ``launcher`` runs: Triton launches on the current one."""
+
+    @wraps(launcher)
+    def launch(*args):
+        with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
+            return launcher(*args)
+
+    return launch
+
+
+def check_grid(op: str, **sizes: int) -> None:
+    """Sizes that a launch spreads over a grid's second or third axis.
+
+    Raises:
+        ValueError: one is above 65535, which CUDA refuses.
+    """
+    for name, size in sizes.items():
+        if size > 65535:
+            raise ValueError(f"{op}: {name} must be at most 65535 for impl='triton', got {size}; split the call")

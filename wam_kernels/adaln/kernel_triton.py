@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._backends import check_grid, on_its_device
 from . import config
 
 NONE, ADAPTIVE, AFFINE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
@@ -193,6 +194,7 @@ def _strides(*tensors: Tensor | None) -> list[int]:
     return [n for t in tensors for n in ((0, 0) if t is None else t.stride()[:2])]
 
 
+@on_its_device
 def forward(
     x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
     gate_table: Tensor | None, shift_table: Tensor | None, scale_table: Tensor | None,
@@ -200,6 +202,7 @@ def forward(
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """r (None without y) and h (None without a norm), ``[B, S, D]`` contiguous."""
     B, S, D = x.shape
+    check_grid("adaln", B=B)
     norm = ADAPTIVE if scale is not None else AFFINE if weight is not None else NONE
     r = None if y is None else x.new_empty(x.shape)
     h = None if norm == NONE else x.new_empty(x.shape)
@@ -215,6 +218,7 @@ def forward(
     return r, h
 
 
+@on_its_device
 def backward(
     dr: Tensor | None, dh: Tensor | None, r: Tensor | None, y: Tensor | None, gate: Tensor | None,
     scale: Tensor | None, gate_table: Tensor | None, scale_table: Tensor | None, weight: Tensor | None,

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._backends import check_grid, on_its_device
 from . import config
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -296,7 +297,7 @@ def _block_attention_bwd_dkdv_kernel(
 
 
 def _constants(side: list[Tensor], full_step: int, q: Tensor, k: Tensor) -> dict[str, object]:
-    tiles, rows, _, bounds, _, part = side
+    _, rows, _, bounds, _, part = side
     D = q.shape[-1]
     return {
         "D": D,
@@ -316,23 +317,25 @@ def _strides(*tensors: Tensor) -> list[int]:
     return [n for t in tensors for n in t.stride()[:3]]
 
 
+@on_its_device
 def forward(
     q: Tensor, k: Tensor, v: Tensor, queries: list[Tensor], full_step: int, shared: bool, scale: float
 ) -> tuple[Tensor, Tensor]:
     """out ``[B, S, H, D]`` contiguous, lse ``[B, H, S]`` float32; every element is written by some tile."""
     B, S, H, D = q.shape
     out, lse = q.new_empty(q.shape), q.new_empty((B, H, S), dtype=torch.float32)
-    tiles, rows = queries[:2]
     if q.numel() == 0:
         return out, lse
+    check_grid("block_attention", B=B if shared else 1, H=H)
     launch = config.forward(D, q.itemsize)
-    _block_attention_fwd_kernel[(tiles.shape[0], H, B if shared else 1)](
+    _block_attention_fwd_kernel[(queries[0].shape[0], H, B if shared else 1)](
         q, k, v, out, lse, *queries, *_strides(q, k, v, out), S, H, scale,
         **_constants(queries, full_step, q, k), num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     return out, lse
 
 
+@on_its_device
 def backward(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     queries: list[Tensor], keys: list[Tensor], full_step: int, shared: bool, scale: float,

@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._backends import check_grid, on_its_device
 from . import config
 
 LOG2E = tl.constexpr(1.4426950408889634)
@@ -177,6 +178,7 @@ def _cached_attention_combine_kernel(
 COMBINE_ROWS = 16
 
 
+@on_its_device
 def forward(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, group_rows: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -185,6 +187,7 @@ def forward(
     out, lse = q.new_empty(q.shape), q.new_empty((B, H, S), dtype=torch.float32)
     if q.numel() == 0:
         return out, lse
+    check_grid("cached_attention", **{"B * H": B * H})
     launch = config.forward(max(group_rows), D, q.itemsize)
     tiles = sum(triton.cdiv(rows, launch.block_m) for rows in group_rows)
     parts = config.splits(tiles * B * H, N)

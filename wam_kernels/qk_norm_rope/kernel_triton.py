@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._backends import on_its_device
 from . import config
 
 # Numbers that change with the geometry must not key a compilation of their own.
@@ -231,6 +232,7 @@ def _constants(inner: int, head_dim: int, per_head: bool, interleaved: bool) -> 
     }  # fmt: skip
 
 
+@on_its_device
 def forward(
     q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, table: Tensor,
     head_dim: int, per_head: bool, interleaved: bool, eps: float, q_out: Tensor, k_out: Tensor,
@@ -251,6 +253,7 @@ def forward(
     )  # fmt: skip
 
 
+@on_its_device
 def backward(
     dq_out: Tensor, dk_out: Tensor, q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, table: Tensor,
     head_dim: int, per_head: bool, interleaved: bool, eps: float,
