@@ -514,7 +514,9 @@ class Episode:
         return self._loops[stage]
 
     def _here(self, tensor: Tensor) -> Tensor:
-        """``tensor`` on the model's device, without waiting for it."""
+        """``tensor`` on the model's device, without waiting for it: from pageable memory a copy may wait for the GPU."""
+        if self.model.device.type == "cuda" and tensor.device.type == "cpu":
+            tensor = tensor.pin_memory()
         return tensor.to(self.model.device, non_blocking=True)
 
     # ---- checks ----
@@ -658,15 +660,15 @@ def _replayed(step: Callable[[], None], device: torch.device, changed: Sequence[
         if graph is None:
             # kernels compile and libraries set up in a run that does not count
             before = [t.clone() for t in changed]
-            side = torch.cuda.Stream(device)
+            captured, side = torch.cuda.CUDAGraph(), torch.cuda.Stream(device)
             side.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(side):
                 step()
             torch.cuda.current_stream(device).wait_stream(side)
             for t, value in zip(changed, before, strict=True):
                 t.copy_(value)
-            captured = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(captured):
+            # on a stream of this device: the default one of torch.cuda.graph belongs to whichever captured first
+            with torch.cuda.graph(captured, stream=side):
                 step()
             graph = captured
         graph.replay()
