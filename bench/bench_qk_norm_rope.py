@@ -99,7 +99,7 @@ def suite(options: harness.Options) -> Iterable[dict]:
     functorch_config.donated_buffer = False  # the backward is timed on a graph that is kept
     cuda, quick = options.device == "cuda", options.quick
     for size in tqdm([size for size in SIZES if cuda or not quick or size[0] < 1000], desc="qk_norm_rope"):
-        repeats = (10 if quick else 50) if cuda or size[0] < 1000 else 4
+        repeats = (10 if quick else 50) if cuda or size[0] < 1000 else 3 if size[0] < 5000 else 2
         yield from bench(*size, options, repeats, compiles=not quick or size == LIBERO)
 
 
