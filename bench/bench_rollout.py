@@ -6,9 +6,9 @@ geometry (128), with guidance 5 (a batch of two) for ``joint``. CPU: the demo's 
 
 Arms: ``wam`` is ``Episode.propose`` + ``accept``: history from the cache, on CUDA a captured graph for each step
 (``wam_eager``: the same without graphs); ``packed`` runs window and chunk as one packed forward at every denoising step,
-as a rollout without a cache does, on CUDA also under torch.compile (``packed_compiled``). The chunk of ``wam`` is
-compared with that of ``packed`` before a speed is printed: in float32 with the model itself on a CPU, in float64 with 2
-layers of full width on CUDA.
+as a rollout without a cache does, on CUDA also under torch.compile (``packed_compiled``; not with --quick, 30 layers
+take minutes to compile). The chunk of ``wam`` is compared with that of ``packed`` before a speed is printed: in float32
+with the model itself on a CPU, in float64 with 2 layers of full width on CUDA.
 
 The floor of a step is the larger of two times: every weight it needs read once at this machine's copy speed, and its
 matrix products at this machine's bf16 (float32) speed; ``x_floor`` is the measured chunk over the floors of its steps.
@@ -155,7 +155,7 @@ def floor(model: WorldActionModel, config: RolloutConfig, grid: tuple[int, int],
 
 
 def calls_of(
-    episode: Episode, text: Tensor, grid: tuple[int, int], window: int, packed: bool
+    episode: Episode, text: Tensor, grid: tuple[int, int], window: int, packed: bool, compiled: bool
 ) -> dict[str, Callable[[], object]]:
     turn = iter(range(1 << 30))
 
@@ -175,19 +175,22 @@ def calls_of(
             eager = make_episode(
                 episode.model, replace(episode.config, cuda_graphs=False), grid, window + episode.chunk_size, seed=0
             )[0]
-            compiled = torch.compile(episode.model)
-            calls["packed_compiled"] = lambda: packed_chunk(
-                compiled, episode.config, history, at, text, noise_for(episode, grid, next(turn))
-            )
             calls["wam_eager"] = lambda: eager.accept(eager.propose(**noise_for(eager, grid, next(turn))))
+            if compiled:
+                model = torch.compile(episode.model)
+                calls["packed_compiled"] = lambda: packed_chunk(
+                    model, episode.config, history, at, text, noise_for(episode, grid, next(turn))
+                )
     return calls
 
 
-def bench(model: WorldActionModel, config: RolloutConfig, place: str, packed: bool, repeats: int) -> list[dict]:
+def bench(
+    model: WorldActionModel, config: RolloutConfig, place: str, packed: bool, compiled: bool, repeats: int
+) -> list[dict]:
     grid, limits = GRIDS[place], harness.ceilings(model.device.type)
     window = config.window // 2 * config.chunk_size
     episode, text = make_episode(model, config, grid, window + config.chunk_size, seed=0)
-    calls = calls_of(episode, text, grid, window, packed and config.guidance == 1)
+    calls = calls_of(episode, text, grid, window, packed and config.guidance == 1, compiled)
     least = floor(model, config, grid, limits)
     times = harness.measure(calls, model.device.type, repeats)
     actions = config.chunk_size * model.config.actions_per_frame
@@ -224,7 +227,7 @@ def suite(options: harness.Options) -> Iterable[dict]:
     for place in places:
         for c in tqdm([*configs, *guided], desc=f"rollout, {place}", unit="program"):
             packed = c.program == "joint" and place == "libero"
-            yield from bench(model, c, place, packed, repeats)
+            yield from bench(model, c, place, packed, not options.quick, repeats)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -9,16 +9,20 @@
 #   bench/gpu.sh --list             names of the parts
 #
 # A part that succeeded leaves a stamp in build/gpu, named after the commit: run the script again and it goes on after
-# it. A part that fails or runs out of its time is said at the end and does not stop the others. WAM_BENCH_COMMIT names
-# the commit where there is no .git. GPU_SECONDS is the time for all parts (default 530). PYTHON is the interpreter.
-# Rows are appended to bench/results/*.jsonl. With OUT set, log, rows and tuned choices are copied there. Clocks, power
-# limits and other settings of the GPU are never touched.
+# it. A part that fails or runs out of its time is said at the end and does not stop the others; on a machine that starts
+# bare, name the parts that the last line of the run before lists. WAM_BENCH_COMMIT names the commit where there is no
+# .git. GPU_SECONDS is the time for all parts (default 530). PYTHON is the interpreter. Rows are appended to
+# bench/results/*.jsonl. With OUT set, log, rows and tuned choices are copied there after every part. Clocks, power limits
+# and other settings of the GPU are never touched.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 PYTHON=${PYTHON:-python3}
-# Triton compiles on the CPU, so several test processes share the GPU, where pytest-xdist is installed
+# Triton compiles on the CPU, so several test processes share the GPU, where pytest-xdist is installed. Their number leaves
+# room for the largest tests (10 GB) in each.
 AT_ONCE=$("$PYTHON" -c 'import xdist' 2>/dev/null && echo "-n 6")
+export PYTHONUNBUFFERED=1  # a part that is stopped leaves what it printed
+export PATH=$PATH:/usr/local/cuda/bin  # where nvcc and compute-sanitizer may be without being on PATH
 SECONDS_IN_ALL=${GPU_SECONDS:-530}
 PARTS=(
   machine build tests_attention tests_norms tests_cached tests_cuda tests_rollout rollout attention norms
@@ -41,24 +45,28 @@ build() {
     run 60 "$PYTHON" -c "from wam_kernels._cuda import extension; print(extension())"
 }
 
-# GPU suites: float64 budgets, every backend, torch.compile, CUDA graphs, the same bits over 100 runs
-tests_attention() { run 150 "$PYTHON" -m pytest -q --maxfail=5 $AT_ONCE tests/gpu/test_block_attention.py; }
-tests_norms() { run 150 "$PYTHON" -m pytest -q --maxfail=5 $AT_ONCE tests/gpu/test_adaln.py tests/gpu/test_qk_norm_rope.py; }
-tests_cached() { run 150 "$PYTHON" -m pytest -q --maxfail=5 $AT_ONCE tests/gpu/test_cached_attention.py; }
+# GPU suites: float64 budgets, every backend, torch.compile, CUDA graphs, the same bits over 100 runs. All failures of a
+# part are seen in one run; one part an op, because an illegal access ends everything in its process.
+gpu_tests() { run 150 "$PYTHON" -m pytest -q --tb=short $AT_ONCE "$@"; }
+tests_attention() { gpu_tests tests/gpu/test_block_attention.py; }
+tests_norms() { gpu_tests tests/gpu/test_adaln.py tests/gpu/test_qk_norm_rope.py; }
+tests_cached() { gpu_tests tests/gpu/test_cached_attention.py; }
 # CUDA graphs equal eager passes, flat memory, nothing waits for the device
-tests_rollout() { run 150 "$PYTHON" -m pytest -q --maxfail=5 $AT_ONCE tests/gpu/test_rollout.py; }
+tests_rollout() { gpu_tests tests/gpu/test_rollout.py; }
 # the CUDA launchers on the compiled extension; on a CPU the same tests run on the host emulation
 tests_cuda() {
-  run 150 "$PYTHON" -m pytest -q --maxfail=5 $AT_ONCE tests/csrc/test_adaln.py tests/csrc/test_qk_norm_rope.py -k gpu
+  gpu_tests tests/csrc/test_adaln.py tests/csrc/test_qk_norm_rope.py tests/csrc/test_cached_attention.py -k gpu
 }
 
-memcheck() {
-  # without torch's cache every tensor is an allocation of its own, so that a step outside it is seen
-  run 120 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool memcheck --error-exitcode 9 \
-    "$PYTHON" -m bench.sanitize
+# Every kernel of this repository under compute-sanitizer; those of PyTorch and cuBLAS, which the references use, would
+# take most of the time
+sanitize() {
+  run 120 compute-sanitizer --tool "$1" --error-exitcode 9 --target-processes application-only \
+    --kernel-name-exclude kns=at6native,kns=cublas,kns=cutlass,kns=gemm "$PYTHON" -m bench.sanitize
 }
-
-racecheck() { run 120 compute-sanitizer --tool racecheck --error-exitcode 9 "$PYTHON" -m bench.sanitize; }
+# without torch's cache every tensor is an allocation of its own, so that a step outside it is seen
+memcheck() { PYTORCH_NO_CUDA_MEMORY_CACHING=1 sanitize memcheck; }
+racecheck() { sanitize racecheck; }
 
 # The core of the benchmarks: --quick on a GPU is the real sizes with few repeats. Rows are kept one by one.
 measure() { run "$1" "$PYTHON" -m "bench.$2" --quick --record --device cuda; }
@@ -66,13 +74,18 @@ plan() { measure 90 bench_plan; }
 attention() { measure 240 bench_attention; }
 norms() {
   local code=0
-  run 120 "$PYTHON" -m bench.bench_adaln || code=$?
-  run 120 "$PYTHON" -m bench.bench_qk_norm_rope || code=$?
+  measure 90 bench_adaln || code=$?
+  measure 60 bench_qk_norm_rope || code=$?
   measure 60 bench_norm_peers || code=$?
   return $code
 }
 rollout() { measure 180 bench_rollout; }
-streaming() { measure 60 bench_cached_attention && measure 180 bench_streaming; }
+streaming() {
+  local code=0
+  measure 60 bench_cached_attention || code=$?
+  measure 180 bench_streaming || code=$?
+  return $code
+}
 block() { measure 120 bench_block; }
 train_step() { measure 180 bench_train_step; }
 
@@ -126,6 +139,14 @@ mkdir -p "$STAMPS"
 LOG=$STAMPS/log.txt
 rm -f "$STAMPS/summary.txt"
 
+# after every part, so that a run that is ended from outside leaves what it has
+copy_out() {
+  [ -z "${OUT:-}" ] && return
+  mkdir -p "$OUT" && cp "$LOG" "$OUT/gpu.log"
+  tar -czf "$OUT/results.tgz" bench/results $(ls wam_kernels/tuned/*.json 2>/dev/null)
+}
+LEFT=""
+
 for PART in "${@:-${PARTS[@]}}"; do
   if [ $# -eq 0 ] && [ -e "$STAMPS/$PART.ok" ]; then
     echo "$PART: done before" >>"$STAMPS/summary.txt"
@@ -140,14 +161,13 @@ for PART in "${@:-${PARTS[@]}}"; do
     echo "$PART: ok, $((SECONDS - begin)) s" >>"$STAMPS/summary.txt"
   else
     echo "$PART: FAILED with $code (124: out of time), $((SECONDS - begin)) s" >>"$STAMPS/summary.txt"
+    LEFT="$LEFT $PART"
   fi
+  copy_out
 done
 
 echo "=== commit $COMMIT, $SECONDS s" | tee -a "$LOG"
 tee -a "$LOG" <"$STAMPS/summary.txt"
-if [ -n "${OUT:-}" ]; then
-  mkdir -p "$OUT"
-  cp "$LOG" "$OUT/gpu.log"
-  tar -czf "$OUT/results.tgz" bench/results $(ls wam_kernels/tuned/*.json 2>/dev/null)
-fi
-! grep -q FAILED "$STAMPS/summary.txt"
+[ -n "$LEFT" ] && echo "left: bench/gpu.sh$LEFT" | tee -a "$LOG"
+copy_out
+[ -z "$LEFT" ]

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 
 import pytest
 
@@ -61,15 +62,24 @@ def test_it_goes_on_after_what_is_done(parts, tmp_path):
     copy = tmp_path / "bench" / "gpu.sh"
     copy.write_text(head + fake + machinery)
 
+    results = tmp_path / "bench" / "results"
+    results.mkdir()
+    (results / "plan.jsonl").write_text("{}\n")
+
     def run(*args: str) -> subprocess.CompletedProcess:
-        env = os.environ | {"WAM_BENCH_COMMIT": "abc", "GPU_SECONDS": "60"}
+        env = os.environ | {"WAM_BENCH_COMMIT": "abc", "GPU_SECONDS": "60", "OUT": str(tmp_path / "out")}
         return subprocess.run(["bash", copy, *args], capture_output=True, text=True, env=env)
 
     first = run()
     assert first.returncode == 1 and "first" in first.stdout and "last" in first.stdout
     assert "one: ok" in first.stdout and "two: FAILED with 1" in first.stdout and "three: ok" in first.stdout
+    assert "left: bench/gpu.sh two\n" in first.stdout
+    assert (tmp_path / "out" / "gpu.log").read_text() == first.stdout
+    with tarfile.open(tmp_path / "out" / "results.tgz") as kept:
+        assert "bench/results/plan.jsonl" in kept.getnames()
     (tmp_path / "here").touch()
     second = run()
-    assert second.returncode == 0 and "one: done before" in second.stdout and "two: ok" in second.stdout
+    assert second.returncode == 0 and "left:" not in second.stdout
+    assert "one: done before" in second.stdout and "two: ok" in second.stdout
     assert "echo last" not in second.stdout
     assert "echo last" in run("three").stdout  # named parts run again
