@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tests.adaln import checks
+from tests.gpu.impls import IMPLS
 from wam_kernels.adaln import ada_layer_norm
 from wam_kernels.frame_index import FrameIndex
 
-IMPLS = ["triton", "cuda"]
 each_impl = pytest.mark.parametrize("impl", IMPLS)
 
 
@@ -44,6 +44,13 @@ def test_sizes_of_the_model(S, D, tokens, impl):
 @pytest.mark.parametrize("layout", checks.LAYOUTS.values(), ids=checks.LAYOUTS)
 def test_layout_never_changes_the_answer(layout, impl):
     checks.check_layout(layout, impl, "cuda")
+
+
+@each_impl
+def test_same_bits_over_100_runs(impl):
+    index, inputs = on_gpu(FrameIndex.from_runs([32] * 68), 1, 3072, torch.bfloat16)
+    for _ in range(50):
+        checks.check_same_bits(index, inputs, impl)
 
 
 @each_impl

@@ -55,6 +55,42 @@ def test_grouped_query_heads_and_rectangular_plans(make_plan, B, H, kv_heads, D,
     check_against_reference(plan, make_inputs(plan, B, H, D, dtype, "cuda", kv_heads), "triton")
 
 
+def test_longer_than_int32():
+    # 2**31 numbers of output: offsets must not wrap; a batch stride of 0 keeps the inputs small
+    plan = compile_plan(libero(4, 64), device="cuda")
+    q, k, v, *_ = make_inputs(plan, 1, 8, 128, torch.bfloat16, "cuda")
+    expected = block_attention(q, k, v, plan, impl="triton")
+    B = 2**31 // expected.numel() + 2
+    got = block_attention(*(t.expand(B, -1, -1, -1) for t in (q, k, v)), plan, impl="triton")
+    assert got.numel() > 2**31 and torch.equal(got[-1], expected[0]) and torch.equal(got[0], expected[0])
+
+
+def test_tokens_further_apart_than_int32():
+    # the last token of a sample stands more than 2**31 numbers after its first
+    plan = compile_plan(libero(4, 8, frames=12), device="cuda")
+    inputs = make_inputs(plan, 1, 2, 64, torch.bfloat16, "cuda")
+    S = plan.length
+    buffer = torch.zeros(1, S, 2**31 // S // 128 + 2, 128, dtype=torch.bfloat16, device="cuda")
+    far = []
+    for i, t in zip((0, 1, -2, -1), inputs[:4], strict=True):
+        buffer[:, :, i] = t.flatten(2)
+        far.append(buffer[:, :, i].unflatten(-1, (2, 64)))
+    assert buffer.numel() > 2**31
+    for a, b in zip(run(plan, [*far, inputs[4]], "triton"), run(plan, inputs, "triton"), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("D", [64, 72])
+def test_unaligned_tokens(D):
+    # slices at odd places of rows of odd length: no 16-byte access is legal
+    plan = compile_plan(small(), device="cuda")
+    inputs = make_inputs(plan, 2, 3, D, torch.bfloat16, "cuda")
+    odd = [torch.cat((t.flatten(2)[..., :1], t.flatten(2)), -1)[..., 1:].unflatten(-1, (3, D)) for t in inputs[:4]]
+    assert all(t.stride(1) % 2 and t.storage_offset() % 2 for t in odd)
+    for a, b in zip(run(plan, [*odd, inputs[4]], "triton"), run(plan, inputs, "triton"), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_same_bits_over_100_runs():
     plan = compile_plan(libero(4, 64, frames=34), device="cuda")
     inputs = make_inputs(plan, 1, 4, 128, torch.bfloat16, "cuda")

@@ -1,20 +1,15 @@
 """cached_attention on a GPU: the kernels as compiled, at the sizes that matter."""
 
 import dataclasses
-from importlib.util import find_spec
 
 import pytest
 import torch
 
 from tests.cached_attention import checks
 from tests.cached_attention.checks import Case, run
+from tests.gpu.impls import IMPLS
 from wam_kernels.cached_attention import cached_attention
 
-NO_EXTENSION = find_spec("wam_kernels._C") is None
-IMPLS = [
-    "triton",
-    pytest.param("cuda", marks=pytest.mark.skipif(NO_EXTENSION, reason="wam_kernels._C was not built, see setup.py")),
-]
 # a ring that has wrapped round, and the chunk's own slots; the action rows see less
 LIBERO = [[(900, 2160), (0, 800), (2160, 2304)], [(900, 2160), (2160, 2304)]]
 
@@ -52,6 +47,18 @@ def test_float32_at_the_largest_head():
 def test_strides_are_free(impl):
     case = Case([[[(5, 300), (333, 606)]], [[(6, 40)]]], (37,), 640, H=5, D=64, dtype=torch.bfloat16, device="cuda")
     checks.check_strides_are_free(case, impl)
+
+
+@pytest.mark.parametrize("impl", IMPLS)
+def test_slots_further_apart_than_int32(impl):
+    case = Case([LIBERO], (128, 16), 2304, H=2, D=128, dtype=torch.bfloat16, device="cuda")
+    q, k, v = case.inputs()
+    cache = torch.zeros(1, 2304, 2**31 // 2304 // 256 + 2, 256, dtype=torch.bfloat16, device="cuda")
+    cache[:, :, 0], cache[:, :, -1] = k.flatten(2), v.flatten(2)
+    far = [cache[:, :, i].unflatten(-1, (2, 128)) for i in (0, -1)]
+    assert cache.numel() > 2**31 and far[0].stride(1) * 2303 > 2**31 - 2**24
+    for a, b in zip(run(case, [q, *far], impl), run(case, [q, k, v], impl), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("impl", IMPLS)

@@ -5,10 +5,9 @@ import dataclasses
 import pytest
 import torch
 
+from tests.gpu.impls import IMPLS
 from tests.qk_norm_rope import checks
 from tests.qk_norm_rope.checks import Case
-
-IMPLS = ["triton", "cuda"]
 
 
 @pytest.mark.parametrize("impl", IMPLS)
@@ -54,4 +53,5 @@ def test_a_table_per_sample_is_one_call_a_sample(impl):
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("per_head", [False, True])
 def test_same_bits_from_run_to_run(per_head, impl):
-    checks.check_same_bits_from_run_to_run(Case(2, 2000, 24, 128, torch.bfloat16, device="cuda"), impl, per_head)
+    for _ in range(50):
+        checks.check_same_bits_from_run_to_run(Case(2, 2000, 24, 128, torch.bfloat16, device="cuda"), impl, per_head)
