@@ -25,7 +25,7 @@ export PYTHONUNBUFFERED=1  # a part that is stopped leaves what it printed
 export PATH=$PATH:/usr/local/cuda/bin  # where nvcc and compute-sanitizer may be without being on PATH
 SECONDS_IN_ALL=${GPU_SECONDS:-530}
 PARTS=(
-  machine build tests_attention tests_norms tests_cached tests_cuda tests_rollout rollout attention norms
+  machine build tests_attention tests_norms tests_cached tests_cuda tests_model rollout attention norms
   block train_step memcheck racecheck streaming plan tune
 )
 
@@ -51,8 +51,8 @@ gpu_tests() { run 150 "$PYTHON" -m pytest -q --tb=short $AT_ONCE "$@"; }
 tests_attention() { gpu_tests tests/gpu/test_block_attention.py; }
 tests_norms() { gpu_tests tests/gpu/test_adaln.py tests/gpu/test_qk_norm_rope.py; }
 tests_cached() { gpu_tests tests/gpu/test_cached_attention.py; }
-# CUDA graphs equal eager passes, flat memory, nothing waits for the device
-tests_rollout() { gpu_tests tests/gpu/test_rollout.py; }
+# CUDA graphs equal eager passes, flat memory, nothing waits for the device; a training step has the numbers of a CPU
+tests_model() { gpu_tests tests/gpu/test_rollout.py tests/gpu/test_training.py; }
 # the CUDA launchers on the compiled extension; on a CPU the same tests run on the host emulation
 tests_cuda() {
   gpu_tests tests/csrc/test_adaln.py tests/csrc/test_qk_norm_rope.py tests/csrc/test_cached_attention.py -k gpu
