@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -138,6 +137,8 @@ class LeRobotDataset:
 
         Raises ValueError for `every` below 1, else as `action` does.
         """
+        import av  # here: whatever reads no video, the GPU benchmarks among it, runs without PyAV
+
         if every < 1:
             raise ValueError(f"LeRobotDataset.frames: every is {every}, expected 1 or more")
         number = self._number(episode)
