@@ -33,6 +33,7 @@ from ._index_buffer import Unwritten
 from .intervals import NOWHERE, SideRows, side_rows
 from .programs import Program
 from .ranges import Ranges, expand, starts
+from .tuning import tuned
 from .visibility import Geometry, dense_mask
 
 STEP_PART = 32
@@ -43,20 +44,27 @@ Sample = Geometry | Program | Ranges
 
 @dataclass(frozen=True)
 class TileShape:
-    """Rows of a tile and tokens of a full step, for one side of a plan."""
+    """Query rows and key rows of a tile, and tokens of a full step of either side. Powers of two for a GPU."""
 
     rows: int
     step: int
+    key_rows: int | None = None  # as many as rows
 
 
-def tile_shape(visible_per_row: float) -> TileShape:
-    """Tile for a mean number of visible tokens per row.
+# Mean visible tokens per row from which a plan gets the tile for long windows.
+LONG_WINDOW = 256
 
-    Small windows waste most of a large tile (LIBERO ``joint``, chunk 1, window 8: 0.51 of 64 x 64 is useful, 0.79
+
+@tuned("plan.tile")
+def tile_shape(long_window: bool) -> TileShape:
+    """Tile of a plan whose rows see few or many tokens.
+
+    Small windows waste most of a large tile (LIBERO ``joint``, chunk 1, window 8: 0.57 of 64 x 64 is useful, 0.79
     of 32 x 32); long ones want the 64-row tensor-core instruction (chunk 4, window 64: 0.96 of 64 x 64 is useful).
-    The efficiencies are counted; which tile is fastest is not yet measured on a GPU.
+    128 query rows would read keys and values half as often, for 0.92 useful. The efficiencies are counted; which tile
+    is fastest is not yet measured on a GPU: ``wam bench tune`` tries them.
     """
-    return TileShape(32, 32) if visible_per_row < 256 else TileShape(64, 64)
+    return TileShape(64, 64) if long_window else TileShape(32, 32)
 
 
 class Side:
@@ -173,7 +181,7 @@ def compile_plan(
         key_length: Key tokens of every batch element, the rest unseen. Default: ``length`` where all samples have as
             many keys as queries, else the longest element.
         device: Where the plan's index tensors go.
-        tile: Tile of both sides; default by :func:`tile_shape`. For measurements.
+        tile: Tiles of both sides; default by :func:`tile_shape`. For measurements.
 
     Raises:
         ValueError: an empty batch, no tokens at all, or ``length`` or ``key_length`` shorter than the samples.
@@ -212,16 +220,18 @@ def _compile(packed: tuple, lengths: tuple[int, int], tile: TileShape | None, de
     lo, hi = queries.bounds
     times = np.bincount(placement.which).repeat(queries.of_sample)  # that each row occurs in the batch
     visible = int((times * queries.count * (hi - lo).sum(0)).sum())
-    shape = tile or tile_shape(visible / (len(packed) * lengths[0]))
-    query_tiles = _cut(queries, shape.rows)
-    alike = all(a is b or np.array_equal(a, b) for a, b in zip(queries[:-1], keys[:-1], strict=True))  # but for bounds
-    key_tiles = query_tiles if alike else _cut(keys, shape.rows)
+    tile = tile or tile_shape(visible >= LONG_WINDOW * len(packed) * lengths[0])
+    shapes = tile, TileShape(tile.key_rows or tile.rows, tile.step)
+    query_tiles = _cut(queries, shapes[0].rows)
+    # rows are alike but for their bounds
+    alike = all(a is b or np.array_equal(a, b) for a, b in zip(queries[:-1], keys[:-1], strict=True))
+    key_tiles = query_tiles if alike and shapes[0].rows == shapes[1].rows else _cut(keys, shapes[1].rows)
     parts = [
-        *_side(queries, query_tiles, shape, placement, side=0),
-        *_side(keys, key_tiles, shape, placement, side=1),
+        *_side(queries, query_tiles, shapes[0], placement, side=0),
+        *_side(keys, key_tiles, shapes[1], placement, side=1),
         _runs(queries, placement),
     ]
-    return Plan(packed, lengths, visible, (shape, shape), *_index_buffer.pack(parts))
+    return Plan(packed, lengths, visible, shapes, *_index_buffer.pack(parts))
 
 
 class Placement(NamedTuple):

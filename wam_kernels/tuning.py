@@ -81,6 +81,11 @@ def trying(op: str, choice: object) -> Iterator[None]:
         del _trial[op]
 
 
+def reload() -> None:
+    """Forget what was read: the file has changed."""
+    _choice.cache_clear()
+
+
 def _name() -> str:
     return torch.cuda.get_device_name()
 

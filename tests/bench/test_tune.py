@@ -56,11 +56,11 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
 def test_every_target_is_tunable_and_takes_its_candidates():
     from importlib import import_module
 
-    arguments = {"D": 64, "itemsize": 2, "heads": 24, "head_dim": 128}
+    arguments = {"D": 64, "itemsize": 2, "rows": 64, "heads": 24, "head_dim": 128, "long_window": True}
     for op, (module, candidates, _) in tune.TARGETS.items():
         config = import_module(module)
         assert op in tuning.TUNABLE
-        function = getattr(config, op.partition(".")[2])
+        function = getattr(config, {"plan.tile": "tile_shape"}.get(op, op.partition(".")[2]))
         names = function.__wrapped__.__code__.co_varnames[: function.__wrapped__.__code__.co_argcount]
         for choice in candidates:
             with tuning.trying(op, choice):

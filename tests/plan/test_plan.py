@@ -67,7 +67,7 @@ def test_intervals_match_the_predicate(geometry):
 @given(
     batch=st.lists(st.lists(geometries(), min_size=1, max_size=3), min_size=1, max_size=2),
     padding=st.sampled_from([0, 0, 5, 40]),
-    tile=st.sampled_from([TileShape(8, 8), TileShape(16, 8), TileShape(64, 64), None]),
+    tile=st.sampled_from([TileShape(8, 8), TileShape(16, 8), TileShape(64, 64), TileShape(16, 8, key_rows=8), None]),
 )
 def test_tiles_compute_exactly_the_visible_pairs(batch, padding, tile):
     length = max(sum(g.length for g in samples) for samples in batch) + padding

@@ -25,20 +25,20 @@ def block_d(D: int) -> int:
 
 
 @tuned("block_attention.forward")
-def forward(D: int, itemsize: int) -> Config:
-    # 4 warps: one warpgroup owns the 64 rows of a wgmma tile; from D = 256 on its accumulator needs two.
+def forward(D: int, itemsize: int, rows: int = 64) -> Config:
+    # 4 warps: one warpgroup owns 64 rows, those of a wgmma tile; from D = 256 on its accumulator needs two.
     # 3 stages, where they fit: two steps are on their way behind the one that is computed, and as many blocks live on
     # an SM as with 2 (three at D = 64, two at D = 128)
     row = block_d(D) * itemsize  # bytes of one token of one operand
-    return Config(num_warps=4 if block_d(D) <= 128 else 8, num_stages=_stages(row, itemsize))
+    return Config(num_warps=4 if block_d(D) <= 128 and rows <= 64 else 8, num_stages=_stages(row, itemsize))
 
 
 @tuned("block_attention.backward")
-def backward(D: int, itemsize: int) -> Config:
+def backward(D: int, itemsize: int, rows: int = 64) -> Config:
     # two accumulators of [64, D] and three [64, 64] products live at once: 8 warps from 256 bytes a row on, or they
     # spill. Registers let one block live on an SM there, so its copies must hide behind its own products: 3 stages
     row = block_d(D) * itemsize
-    return Config(num_warps=8 if row >= 256 else 4, num_stages=_stages(row, itemsize) if row <= 256 else 1)
+    return Config(num_warps=8 if row >= 256 or rows > 64 else 4, num_stages=_stages(row, itemsize) if row <= 256 else 1)
 
 
 def _stages(row: int, itemsize: int) -> int:

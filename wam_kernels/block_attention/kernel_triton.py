@@ -327,7 +327,7 @@ def forward(
     if q.numel() == 0:
         return out, lse
     check_grid("block_attention", B=B if shared else 1, H=H)
-    launch = config.forward(D, q.itemsize)
+    launch = config.forward(D, q.itemsize, queries[1].shape[1])
     _block_attention_fwd_kernel[(queries[0].shape[0], H, B if shared else 1)](
         q, k, v, out, lse, *queries, *_strides(q, k, v, out), S, H, scale,
         **_constants(queries, full_step, q, k), num_warps=launch.num_warps, num_stages=launch.num_stages,
@@ -346,14 +346,14 @@ def backward(
         return tuple(t.new_zeros(t.shape) for t in (q, k, v))
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     delta = torch.empty_like(lse)
-    launch = config.backward(D, q.itemsize)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    launch = config.backward(D, q.itemsize, queries[1].shape[1])
     _block_attention_bwd_dq_kernel[(queries[0].shape[0], H, B if shared else 1)](
         dout, dlse, q, k, v, out, lse, dq, delta, *queries, *_strides(dout, q, k, v, out), S, H, scale,
-        **_constants(queries, full_step, q, k), **options,
+        **_constants(queries, full_step, q, k), num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
+    launch = config.backward(D, q.itemsize, keys[1].shape[1])
     _block_attention_bwd_dkdv_kernel[(keys[0].shape[0], k.shape[2], B if shared else 1)](
         dout, q, k, v, lse, delta, dk, dv, *keys, *_strides(dout, q, k, v, dk), S, H, scale,
-        **_constants(keys, full_step, q, k), **options,
+        **_constants(keys, full_step, q, k), num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     return dq, dk, dv
