@@ -1,20 +1,22 @@
-"""One DiT block, both experts: plain PyTorch glue against the fused ops, on the same weights.   python -m bench.bench_block
+"""One DiT block, both experts: plain PyTorch glue against the fused ops, on the same weights.
 
-``plain`` is the block as it was before the ops: LayerNorm, modulation, gates, RMSNorm and rope in PyTorch; ``compile`` is
-torch.compile of it; ``wam`` is ``wam_models.model.PackedBlock``. All three call the same block_attention, so that what
-differs is the glue. Outputs and gradients of every arm are compared with the plain block in float64 first.
+python -m bench.bench_block
 
-On a CPU ``ratio`` is of ``cpu_ms``, the least processor time of a call: other work on the machine stretches it less than
-the clock. Beside the times: ``peak_MB`` of a call; ``kernels``, operations that read or write memory (no views, no allocations),
-where a registered op counts what it launches on a GPU, one forward and two backward; ``MB``, what these operations read
-and write, each its inputs and outputs once; ``floor_MB``, the same of the products, both attentions, GELU, norms and rope
-alone, which is what no fusion of glue can spare. Inside torch.compile's kernels nothing is counted.
+``plain`` is the block as it was before the ops: LayerNorm, modulation, gates, RMSNorm and rope in PyTorch; ``compile``
+is torch.compile of it, at the small size on a CPU, where compiling takes minutes; ``wam`` is
+``wam_models.model.PackedBlock``. All three call the same block_attention, so that what differs is the glue. Outputs and
+gradients of every arm are compared with the plain block in float64 first.
+
+``ratio`` is of ``ms_min``. Beside the times: ``peak_MB`` of a call; ``kernels``, operations that read or write memory
+(no views, no allocations), where a registered op counts what it launches on a GPU, one forward and two backward;
+``MB``, what these operations read and write, each its inputs and outputs once; ``floor_MB``, the same of the products,
+both attentions, GELU, norms and rope alone, which is what no fusion of glue can spare. Inside torch.compile's kernels
+nothing is counted.
 """
 
 from __future__ import annotations
 
 import copy
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
@@ -26,21 +28,14 @@ from torch.utils._pytree import tree_leaves
 from tqdm import tqdm
 
 from bench import harness
+from bench.bench_qk_norm_rope import rotate
 from wam_kernels import Geometry, Plan, block_attention, compile_plan, rope_table
 from wam_models.config import ModelConfig
 from wam_models.model import ExpertBlock, PackedBlock, action_positions, stream_of, video_positions, wide
 from wam_models.train import small_model
 
-REPEATS = 10
-
 
 # ---- the block without the ops ----
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    even, odd = wide(x).unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = table[:, None].unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), -1).flatten(-2).to(x.dtype)
 
 
 def rms_norm(x: Tensor, norm: nn.Module, config: ModelConfig) -> Tensor:
@@ -146,6 +141,7 @@ class Case:
     samples: int
     frames: int
     text: int
+    repeats: int
     video_tokens: int = 32
 
     @property
@@ -183,7 +179,7 @@ def make(case: Case, device: str, seed: int) -> tuple[PackedBlock, tuple, list[T
     return block, (xs, t_projs, texts, rope), [*xs, *t_projs, *texts, *block.parameters()], incoming, plan
 
 
-def rows_of(case: Case, device: str, quick: bool, seed: int) -> Iterable[dict]:
+def rows_of(case: Case, device: str, compiles: bool, seed: int) -> Iterable[dict]:
     block, inputs, leaves, incoming, plan = make(case, device, seed)
     functions = {"plain": plain_block, "wam": wam_block}
 
@@ -197,12 +193,13 @@ def rows_of(case: Case, device: str, quick: bool, seed: int) -> Iterable[dict]:
     def forward(fn: Callable) -> Callable[[], list[Tensor]]:
         return torch.no_grad()(lambda: fn(block, case.config, *inputs, plan))
 
-    try:
-        compiled = torch.compile(plain_block, dynamic=False)
-        train(compiled)()
-        functions["compile"] = compiled
-    except (RuntimeError, ImportError) as error:  # a peer is optional: it needs a C++ compiler, for one
-        yield {"arm": "compile", "where": [case.name], "error": harness.first_line(error)}
+    if compiles:
+        try:
+            compiled = torch.compile(plain_block, dynamic=False)
+            train(compiled)()
+            functions["compile"] = compiled
+        except (RuntimeError, ImportError) as error:  # a peer is optional: it needs a C++ compiler, for one
+            yield {"arm": "compile", "where": [case.name], "error": harness.first_line(error)}
 
     truth = truth_of(case, block, inputs, incoming, plan)
     for name, fn in functions.items():
@@ -216,31 +213,17 @@ def rows_of(case: Case, device: str, quick: bool, seed: int) -> Iterable[dict]:
             with Count() as counts[name]:
                 arms[name]()
         floor = counts["wam"].essential + rms_bytes(case.config, inputs[0], inputs[2], what != "forward")
-        repeats = 2 if quick else REPEATS
-        times = harness.measure(arms, device, repeats)
-        least = {n: t["ms_min"] for n, t in times.items()} if device == "cuda" else least_cpu_ms(arms, repeats)
+        times = harness.measure(arms, device, case.repeats)
         for name, t in times.items():
             count = counts.get(name)
             yield {
                 "workload": case.name, "what": what, "arm": name, "tokens": case.samples * plan.length,
                 "dtype": "torch.float32", **{key: round(value, 3) for key, value in t.items()},
-                "cpu_ms": None if device == "cuda" else round(least[name], 3),
-                "ratio": round(least["plain"] / least[name], 2),
+                "ratio": round(times["plain"]["ms_min"] / t["ms_min"], 2),
                 "peak_MB": round(harness.peak_megabytes(arms[name], device), 1),
                 "kernels": count and count.kernels, "MB": count and round(count.bytes / 1e6, 1),
                 "floor_MB": round(floor / 1e6, 1),
             }  # fmt: skip
-
-
-def least_cpu_ms(arms: dict[str, Callable], repeats: int) -> dict[str, float]:
-    """The least processor time of every arm; arms take turns."""
-    least = dict.fromkeys(arms, float("inf"))
-    for _ in range(repeats):
-        for name, fn in arms.items():
-            begin = time.process_time()
-            fn()
-            least[name] = min(least[name], (time.process_time() - begin) * 1e3)
-    return least
 
 
 def truth_of(case: Case, block: PackedBlock, inputs: tuple, incoming: list[Tensor], plan: Plan) -> list[Tensor]:
@@ -256,11 +239,13 @@ def truth_of(case: Case, block: PackedBlock, inputs: tuple, incoming: list[Tenso
 
 
 def bench(options: harness.Options) -> Iterable[dict]:
-    cases = [Case("demo", small_model(), samples=2, frames=9, text=16)]
+    cases = [Case("demo", small_model(), samples=2, frames=9, text=16, repeats=3 if options.quick else 30)]
     if not options.quick:
-        cases.append(Case("hidden 512, LIBERO", middle_config(), samples=1, frames=68, text=16))
+        cases.append(Case("hidden 512, LIBERO", middle_config(), samples=1, frames=68, text=16, repeats=8))
     for case in tqdm(cases, desc="block"):
-        yield from rows_of(case, options.device, options.quick, options.seed)
+        # on a CPU two minutes of compilation for each case
+        compiles = options.device == "cuda" or (case.name == "demo" and not options.quick)
+        yield from rows_of(case, options.device, compiles, options.seed)
 
 
 if __name__ == "__main__":
