@@ -36,6 +36,7 @@ PEER_PACKAGES = (
 )  # fmt: skip
 
 # Larger than the 50 MB (H100, H200) of L2 by enough that nothing of an arm's input survives between calls.
+LEAD_CYCLES = 2_000_000  # about 1 ms
 FLUSH_BYTES = 1 << 28
 
 CHECKED_AT_ONCE = 1 << 18  # numbers, see require_equal
@@ -54,7 +55,9 @@ def measure(
 ) -> dict[str, dict[str, float]]:
     """Milliseconds of every arm: percentiles and the least. Arms take turns, so a busy moment hits them all.
 
-    On a GPU the L2 cache is overwritten before every call, and device events are read. On a CPU it is ``clock``;
+    On a GPU the L2 cache is overwritten before every call, and device events are read, with the device kept waiting
+    while the host issues the call: else a short kernel's time would be that of the Python before it. On a CPU it is
+    ``clock``;
     ``time.thread_time`` leaves out what other processes took, and what other threads did.
     """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
@@ -63,6 +66,7 @@ def measure(
         if flush is not None:
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
             flush.zero_()
+            torch.cuda._sleep(LEAD_CYCLES)
             start.record()
             fn()
             end.record()

@@ -1,4 +1,4 @@
-"""The CPU path: PyTorch's own loops over chunks of tokens that stay in cache, no copy of q or k, no graph.
+"""The CPU path: PyTorch's own loops over chunks of tokens, no copy of q or k, no graph.
 
     forward   y = R(x w rstd);  rstd = (mean(x^2) + eps)^-1/2;  R turns pairs by the table's angles
     backward  u = R^T(dy) rstd;  t = u x;  dw = sum t;  dx = u w - x rstd^2 mean(t w)
