@@ -40,7 +40,7 @@ def cases(options: harness.Options) -> list[tuple[Workload, tuple[str, ...], int
             return [(packed(1000, **size), ready, 3), (workloads.dense(512, **size), ready, 3)]
         out = [
             (packed(n, **size), peers, repeats)
-            for n, peers, repeats in ((2448, every, 4), (4896, every, 3), (9360, baseline, 2))
+            for n, peers, repeats in ((2448, every, 4), (4896, ready, 3), (9360, baseline, 2))
         ]
         out += [(w, baseline, 2) for w in workloads.all_programs(2448, **size)]
         out += [
