@@ -17,9 +17,10 @@ FIGURES = ROOT / "docs" / "bench"
 # What tells two measurements apart; a row has those of them that its benchmark knows.
 IDENTITY = (
     "file", "where", "op", "what", "workload", "program", "arm", "tokens", "S", "D", "heads", "tokens_a_frame",
-    "samples", "frames", "chunk", "dtype",
+    "samples", "frames", "chunk", "architecture", "fill", "cached", "rows", "dtype",
 )  # fmt: skip
 LIBERO = "libero joint c4 w64"
+EPISODE = ("s_chunk_1", "s_chunk_5", "s_chunk_10", "s_chunk_20", "s_chunk_30", "s_chunk_40", "s_total")
 BASELINE = "sdpa_dense_mask"
 # One colour for each arm in every figure: ours, then the peers in the order in which they were written.
 COLOURS = {
@@ -159,6 +160,24 @@ TABLES = {
     "train_step": (
         "Training step",
         plain_table(("what", "frames", "tokens", "arm", "ms", "tokens/s", "%_of_matmul", "peak_MB", "ratio", "regime")),
+    ),
+    "block": (
+        "A block",
+        plain_table(
+            ("workload", "what", "tokens", "arm", "ms", "ms_min", "ratio", "peak_MB", "kernels", "MB", "floor_MB")
+        ),
+    ),
+    "cached_attention": (
+        "Attention over a cache",
+        plain_table(("fill", "cached", "visible", "rows", "heads", "D", "arm", "ms", "ms_min", "x dense", "x concat")),
+    ),
+    "openwam": (
+        "The OpenWAM package, as it comes and with install()",
+        plain_table(("what", "architecture", "program", "tokens", "arm", "ms", "ms_min", "ratio", *EPISODE)),
+    ),
+    "rollout_openwam": (
+        "Seconds of a chunk, beside the OpenWAM package",
+        plain_table(("program", "arm", "chunks", *EPISODE, "ratio_last", "ratio_total")),
     ),
 }
 # Any other file: what every benchmark records.
