@@ -241,7 +241,7 @@ def truth_of(case: Case, block: PackedBlock, inputs: tuple, incoming: list[Tenso
 def bench(options: harness.Options) -> Iterable[dict]:
     cases = [Case("demo", small_model(), samples=2, frames=9, text=16, repeats=3 if options.quick else 30)]
     if not options.quick:
-        cases.append(Case("hidden 512, LIBERO", middle_config(), samples=1, frames=68, text=16, repeats=16))
+        cases.append(Case("hidden 512, LIBERO", middle_config(), samples=1, frames=68, text=16, repeats=8))
     for case in tqdm(cases, desc="block"):
         # on a CPU two minutes of compilation for each case
         compiles = options.device == "cuda" or (case.name == "demo" and not options.quick)
