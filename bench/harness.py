@@ -36,8 +36,8 @@ PEER_PACKAGES = (
 )  # fmt: skip
 
 # Larger than the 50 MB (H100, H200) of L2 by enough that nothing of an arm's input survives between calls.
-LEAD_CYCLES = 2_000_000  # about 1 ms
 FLUSH_BYTES = 1 << 28
+LEAD_CYCLES = 2_000_000  # about 1 ms, in which the host issues a call
 
 CHECKED_AT_ONCE = 1 << 18  # numbers, see require_equal
 
@@ -57,8 +57,7 @@ def measure(
 
     On a GPU the L2 cache is overwritten before every call, and device events are read, with the device kept waiting
     while the host issues the call: else a short kernel's time would be that of the Python before it. On a CPU it is
-    ``clock``;
-    ``time.thread_time`` leaves out what other processes took, and what other threads did.
+    ``clock``; ``time.thread_time`` leaves out what other processes took, and what other threads did.
     """
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if device == "cuda" else None
 
@@ -158,6 +157,13 @@ def bandwidth(t: dict[str, float], moved: int, device: str) -> dict[str, float]:
     }  # fmt: skip
 
 
+def repeats_of(rows: int, options: Options) -> int:
+    """How often a norm of that many rows is timed: on a CPU a large one takes seconds."""
+    if options.device == "cuda" or rows < 1000:
+        return 10 if options.quick else 50
+    return 3 if rows < 5000 else 2
+
+
 # ---- checking ----
 
 
@@ -185,21 +191,18 @@ def outputs_and_gradients(fn: Function, leaves: Sequence[Tensor], incoming: Sequ
     return [*outputs, *torch.autograd.grad(outputs, leaves, incoming)]
 
 
-def float64_truth(fn: Function, leaves: Sequence[Tensor], incoming: Sequence[Tensor]) -> list[Tensor]:
-    """``outputs_and_gradients`` of the same numbers in float64."""
-    double = [t.detach().double().requires_grad_() for t in leaves]
-    return [t.detach() for t in outputs_and_gradients(fn, double, [t.double() for t in incoming])]
-
-
 def right_arms(
-    arms: dict[str, Function], leaves: Sequence[Tensor], incoming: Sequence[Tensor], truth: list[Tensor], rtol: float
+    arms: dict[str, Function], leaves: Sequence[Tensor], incoming: Sequence[Tensor], rtol: float
 ) -> tuple[dict[str, Function], dict[str, str]]:
-    """The arms whose outputs and gradients are those of ``truth``, and of each other one what it did instead.
+    """The arms with the outputs and gradients of the first in float64, and of each other one what it did instead.
 
     Raises:
         RuntimeError: the first arm, which the others are measured against, or one of this repository, whose name begins
             with ``wam``, is wrong.
     """
+    double = [t.detach().double().requires_grad_() for t in leaves]
+    truth = outputs_and_gradients(next(iter(arms.values())), double, [t.double() for t in incoming])
+    truth = [t.detach() for t in truth]
     right, failed = {}, {}
     for name, fn in arms.items():
         try:

@@ -133,7 +133,7 @@ TARGETS: dict[str, tuple[str, list, Callable[[], Iterator[Case]]]] = {
     "block_attention.forward": ("wam_kernels.block_attention.config", STAGED, lambda: attention_cases(False)),
     "block_attention.backward": ("wam_kernels.block_attention.config", STAGED, lambda: attention_cases(True)),
     # with the launches that were just tuned
-    "plan.tile": ("wam_kernels.plan", TILES, tile_cases),
+    "plan.tile_shape": ("wam_kernels.plan", TILES, tile_cases),
     "adaln.forward_warps": ("wam_kernels.adaln.config", list(WARPS), lambda: adaln_cases(False)),
     "adaln.backward_warps": ("wam_kernels.adaln.config", list(WARPS), lambda: adaln_cases(True)),
     "qk_norm_rope.launch": ("wam_kernels.qk_norm_rope.config", [{"num_warps": w} for w in WARPS], qk_cases),

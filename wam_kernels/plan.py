@@ -55,7 +55,7 @@ class TileShape:
 LONG_WINDOW = 256
 
 
-@tuned("plan.tile")
+@tuned("plan.tile_shape")
 def tile_shape(long_window: bool) -> TileShape:
     """Tile of a plan whose rows see few or many tokens.
 

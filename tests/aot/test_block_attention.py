@@ -20,9 +20,10 @@ INDEX = {f"{name}_ptr" for name in ("tiles", "rows", "groups", "bounds", "full",
 def build(name: str, D: int, rows: int, dtype: str, ranges: int, group: int = 1):
     kernel, choose = KERNELS[name]
     block_d = config.block_d(D)
-    constants = {"D": D, "BLOCK_R": rows, "BLOCK_T": min(rows, 64), "BLOCK_P": STEP_PART, "BLOCK_D": block_d, "RANGES": ranges}
-    constants["GROUP"] = group
-    constants["PRECISION"] = "tf32x3" if dtype == "fp32" else "tf32"
+    constants = {
+        "D": D, "BLOCK_R": rows, "BLOCK_T": min(rows, 64), "BLOCK_P": STEP_PART, "BLOCK_D": block_d, "RANGES": ranges,
+        "GROUP": group, "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
+    }  # fmt: skip
     types = {}
     for p in kernel.params:
         if p.name in INDEX:

@@ -18,7 +18,7 @@ def launch_key(plan, B: int, H: int, D: int, side) -> str:
     # real strides without real memory: only addresses and numbers take part
     q = torch.empty_strided((B, plan.length, H, D), (plan.length * H * D, H * D, D, 1), dtype=torch.bfloat16)
     lse = torch.empty(B, H, plan.length)
-    launch = config.forward(D, q.itemsize)
+    launch = config.forward(D, q.itemsize, side.shape.rows)
     _, specialization, options = bind(
         q, q, q, q, lse, *side.tensors(), *kernel_triton._strides(q, q, q, q), plan.length, H, D**-0.5,
         **kernel_triton._constants(side.tensors(), side.shape.step, q, q),

@@ -60,7 +60,7 @@ def test_every_target_is_tunable_and_takes_its_candidates():
     for op, (module, candidates, _) in tune.TARGETS.items():
         config = import_module(module)
         assert op in tuning.TUNABLE
-        function = getattr(config, {"plan.tile": "tile_shape"}.get(op, op.partition(".")[2]))
+        function = getattr(config, op.partition(".")[2])
         names = function.__wrapped__.__code__.co_varnames[: function.__wrapped__.__code__.co_argcount]
         for choice in candidates:
             with tuning.trying(op, choice):

@@ -25,7 +25,7 @@ def block_d(D: int) -> int:
 
 
 @tuned("block_attention.forward")
-def forward(D: int, itemsize: int, rows: int = 64) -> Config:
+def forward(D: int, itemsize: int, rows: int) -> Config:
     # 4 warps: one warpgroup owns 64 rows, those of a wgmma tile; from D = 256 on its accumulator needs two.
     # 3 stages, where they fit: two steps are on their way behind the one that is computed, and as many blocks live on
     # an SM as with 2 (three at D = 64, two at D = 128)
@@ -34,7 +34,7 @@ def forward(D: int, itemsize: int, rows: int = 64) -> Config:
 
 
 @tuned("block_attention.backward")
-def backward(D: int, itemsize: int, rows: int = 64) -> Config:
+def backward(D: int, itemsize: int, rows: int) -> Config:
     # two accumulators of [64, D] and three [64, 64] products live at once: 8 warps from 256 bytes a row on, or they
     # spill. Registers let one block live on an SM there, so its copies must hide behind its own products: 3 stages
     row = block_d(D) * itemsize
