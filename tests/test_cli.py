@@ -8,6 +8,7 @@ import types
 
 import pytest
 
+import wam_kernels
 from wam_models import cli, doctor
 
 
@@ -35,10 +36,10 @@ def test_help_loads_no_torch():
     [
         ("", "wam: error: the following arguments are required: COMMAND; see wam --help"),
         ("dance", "wam: error: argument COMMAND: invalid choice: 'dance'"),
-        ("doctor --fast", "wam: error: unrecognized arguments: --fast; see wam --help"),
+        ("doctor --fast", "wam doctor: error: unrecognized arguments: --fast; see wam doctor --help"),
         ("mask --frames many", "wam mask: error: argument --frames: must be a whole number, got 'many'; see wam mask"),
         ("mask --chunk-size 0", "wam mask: error: argument --chunk-size: must be at least 1, got 0"),
-        ("mask --chunk 4", "wam: error: unrecognized arguments: --chunk 4"),
+        ("mask --chunk 4", "wam mask: error: unrecognized arguments: --chunk 4; see wam mask --help"),
         ("demo --seconds -1", "wam demo: error: argument --seconds: must be a positive number of seconds, got -1"),
         ("demo --seconds nan", "wam demo: error: argument --seconds: must be a positive number of seconds, got nan"),
         ("train --out x", "wam train: error: the following arguments are required: --data"),
@@ -51,6 +52,11 @@ def test_a_bad_flag_is_one_line(args, message, capsys):
     assert stopped.value.code == 2
     out, err = capsys.readouterr()
     assert out == "" and err.startswith(message) and err.count("\n") == 1
+
+
+def test_version_and_python_m():
+    done = subprocess.run([sys.executable, "-m", "wam_models", "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"wam-kernels {wam_kernels.__version__}\n", "")
 
 
 def raise_from_open():
@@ -69,9 +75,14 @@ def raise_user_error():
     raise cli.UserError("config field 'steps' must be at least 1,\n got 0")
 
 
+def raise_from_a_diverged_training():
+    raise FloatingPointError("the loss of step 1 is nan")
+
+
 @pytest.mark.parametrize(
     "fault, message",
     [
+        (raise_from_a_diverged_training, "the loss of step 1 is nan"),
         (raise_from_open, "no/such/file: No such file or directory"),
         (raise_from_json, "Expecting property name enclosed in double quotes: line 1 column 2 (char 1)"),
         (raise_from_import, "the Python package 'no_such_package' is not installed; install it with pip"),
@@ -83,7 +94,7 @@ def test_a_user_error_in_a_command_is_one_line(fault, message, capsys, monkeypat
     assert cli.main(["doctor"]) == 2
     assert capsys.readouterr().err == f"wam doctor: error: {message}\n"
     monkeypatch.setenv("WAM_TRACEBACK", "1")
-    with pytest.raises((cli.UserError, ValueError, OSError, ImportError)):
+    with pytest.raises((cli.UserError, ValueError, OSError, ImportError, FloatingPointError)):
         cli.main(["doctor"])
 
 
@@ -111,6 +122,7 @@ BARE = doctor.Machine(
     cpu_cores=2,
     cpu_threads=2,
     vector_isa="AVX2",
+    load=0.1,
 )
 H100 = doctor.GPU("NVIDIA H100", (9, 0), 79.6)
 A100 = doctor.GPU("NVIDIA A100", (8, 0), 79.6)
@@ -139,3 +151,16 @@ def test_doctor_says_why_a_backend_is_missing(change, op, impl, missing):
     assert found is None if missing is None else missing in found
     (row,) = (line for line in doctor.report(machine).splitlines() if line.split()[:2] == [op, impl])
     assert row.split()[2] == ("yes" if missing is None else "no")
+
+
+def test_doctor_warns_of_a_crowded_machine():
+    assert "warning" not in doctor.report(BARE)
+    assert "warning" not in doctor.report(dataclasses.replace(BARE, cpu_threads=1, load=1.0))
+    assert "OMP_NUM_THREADS=1" in doctor.report(dataclasses.replace(BARE, load=1.0))
+
+
+def test_demo_without_its_data(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)  # an installed package has none
+    assert cli.main(["demo"]) == 2
+    out, err = capsys.readouterr()
+    assert out == "" and err.count("\n") == 1 and "--data" in err and "clone" in err

@@ -11,6 +11,8 @@ from .ranges import Ranges
 from .streaming_cache import StreamingCache
 from .visibility import HISTORIES, PROGRAMS, Geometry, dense_mask, tokens, visible
 
+__version__ = "0.1.0"
+
 __all__ = [
     "FrameIndex",
     "Geometry",

@@ -6,12 +6,15 @@ from importlib import import_module
 _HOME = {
     "Candidate": "rollout",
     "Checkpoint": "checkpoint",
+    "ClipDataset": "data",
     "Episode": "rollout",
     "GJD": "objectives",
     "GJD_MIXTURE": "objectives",
+    "LeRobotDataset": "data",
     "MODEL_PROGRAMS": "objectives",
     "ModelConfig": "config",
     "OBJECTIVES": "objectives",
+    "Policy": "policy",
     "RolloutConfig": "rollout",
     "RolloutEngine": "rollout",
     "TimestepDraw": "flow",
@@ -33,6 +36,8 @@ __all__ = sorted(_HOME)
 
 
 def __getattr__(name: str):
+    if name == "__version__":
+        return import_module("wam_kernels").__version__
     if name not in _HOME:
         raise AttributeError(f"module 'wam_models' has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)

@@ -1,9 +1,9 @@
 """The command line: ``wam demo | train | rollout | mask | bench | doctor``.
 
 Every subcommand is a function ``run(args: argparse.Namespace)`` of a module that is imported when it is chosen, so
-``wam --help`` needs neither torch nor time. What a user can get wrong (a flag, a file, a config field) is raised there
-as :class:`UserError`, ``ValueError`` or ``OSError`` and ends here as one line on stderr and exit code 2;
-``WAM_TRACEBACK=1`` shows where it came from.
+``wam --help`` needs neither torch nor time. What a user can get wrong (a flag, a file, a config field, a learning rate)
+is raised there as :class:`UserError`, ``ValueError``, ``OSError`` or ``FloatingPointError`` and ends here as one line on
+stderr and exit code 2; ``WAM_TRACEBACK=1`` shows where it came from.
 """
 
 import argparse
@@ -13,6 +13,8 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 from pathlib import Path
+
+from .threads import limit_spinning
 
 
 class UserError(Exception):
@@ -123,20 +125,40 @@ COMMANDS = {
 }
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_) -> None:
+        from wam_kernels import __version__  # loads torch, so only when asked for
+
+        print(f"wam-kernels {__version__}")
+        parser.exit()
+
+
 def make_parser() -> argparse.ArgumentParser:
     # no abbreviations: a script that says --s would change its meaning with the next flag
     parser = _Parser(prog="wam", description="World-action models: train, roll out, look inside.", allow_abbrev=False)
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version of wam-kernels and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, add_flags, line) in COMMANDS.items():
-        add_flags(commands.add_parser(name, help=line, description=line.capitalize() + ".", allow_abbrev=False))
+        command = commands.add_parser(name, help=line, description=line.capitalize() + ".", allow_abbrev=False)
+        add_flags(command)
+        command.set_defaults(parser=command)
     return parser
 
 
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    args, unknown = make_parser().parse_known_args(argv)
+    if unknown:  # argparse's parse_args would name the help page of ``wam``, not that of the command
+        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return args
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    args = make_parser().parse_args(argv)
+    args = _parse(argv)
+    if "torch" not in sys.modules:  # else it has no effect on this process any more
+        limit_spinning()
     try:
         return import_module(COMMANDS[args.command][0]).run(args) or 0
-    except (UserError, ValueError, OSError, ModuleNotFoundError) as error:
+    except (UserError, ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
         own_module = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("wam_")
         if own_module or os.environ.get("WAM_TRACEBACK") == "1":  # a bug can raise ValueError too
             raise

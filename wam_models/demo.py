@@ -12,13 +12,15 @@ import torch
 
 from wam_kernels import PROGRAMS
 
-from .data import ClipDataset, LeRobotDataset
+from .cli import UserError
+from .data import LeRobotDataset
 from .data.clips import STRIDE
 from .evaluate import Evaluation, Row, evaluate, imagine, table
 from .mask_picture import draw_mask, draw_programs, save_small, small_geometry
 from .objectives import GJD
 from .pictures import curves, film, film_strip
 from .rollout import CONDITIONAL_CHUNK
+from .threads import pick_threads
 from .train import STREAMS, TrainConfig, Trained, read_data, recent, train
 
 EPISODES = 6  # held-out episodes that are evaluated, spread over the tasks
@@ -89,29 +91,13 @@ def loss_line(trained: Trained) -> str:
     return "loss (means of the first and the last 30 steps): " + ", ".join(parts)
 
 
-def pick_threads(config: TrainConfig, data: ClipDataset) -> int:
-    """All threads, or one where all are not half as fast again.
-
-    Threads wait for each other, so as soon as anything else runs on a small machine, all of them can take 20 times as
-    long for a step as one alone does. A small gain is not worth that.
-    """
-    every = torch.get_num_threads()
-    if every == 1:
-        return 1
-    speed = {}
-    for threads in (1, every):
-        torch.set_num_threads(threads)
-        # the second try needs no longer than the first took to be the slower one
-        tried = train(replace(config, steps=5), data, seconds=speed.get(1, (0, None))[1], progress=False).log
-        rest = tried[-1]["seconds"] - tried[0]["seconds"]  # the first step also allocates
-        speed[threads] = ((len(tried) - 1) / max(rest, 1e-9), tried[-1]["seconds"])
-    best = every if speed[every][0] > 1.5 * speed[1][0] else 1
-    torch.set_num_threads(best)
-    return best
-
-
 def run(args) -> int:
     """``wam demo``."""
+    if not args.data.is_dir():
+        raise UserError(
+            f"--data must be a data set in LeRobot v3 layout, but there is no folder {args.data}; the demo's own data is "
+            "not in the installed package: run wam demo in a clone of the repository, or pass --data DIR"
+        )
     make_demo(args.out, args.data, seconds=args.seconds, seed=args.seed)
     return 0
 
@@ -150,7 +136,7 @@ def make_demo(
         raise ValueError(f"--data: {root} has no held-out episodes to evaluate on; give meta/info.json such a split")
 
     if device.type == "cpu":
-        threads = pick_threads(config, data)
+        threads = pick_threads(lambda: train(replace(config, steps=2), data, progress=False))
         precision = f"float32, {threads} thread{'s' if threads > 1 else ''}"
     else:
         precision = "bf16 autocast"

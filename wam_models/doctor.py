@@ -43,6 +43,7 @@ class Machine:
     cpu_cores: int  # those this process may use
     cpu_threads: int  # those torch uses
     vector_isa: str
+    load: float  # processes that ran or waited for a core, mean of the last minute
 
 
 # ---- Backends. A need looks at the machine and says what is missing, or None.
@@ -158,6 +159,7 @@ def probe() -> Machine:
         cpu_cores=len(os.sched_getaffinity(0)),
         cpu_threads=torch.get_num_threads(),
         vector_isa=torch.backends.cpu.get_cpu_capability(),
+        load=os.getloadavg()[0],
     )
 
 
@@ -171,11 +173,26 @@ def _table(rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join("  " + "  ".join(map(str.ljust, row, widths)) for row in rows)
 
 
+def crowded(machine: Machine) -> str | None:
+    """Advice where torch's threads and what else runs do not fit on the cores together; else None."""
+    if machine.cpu_threads < 2 or machine.load <= machine.cpu_cores - machine.cpu_threads + 0.5:
+        return None
+    return (
+        f"warning: {machine.load:.1f} processes keep {machine.cpu_cores} cores busy, and torch would use "
+        f"{machine.cpu_threads} threads: threads that wait for a core held by another process can make a step 40 times "
+        "slower. wam train, rollout and demo choose their threads by trial; a script of your own: OMP_NUM_THREADS=1, or "
+        "OMP_WAIT_POLICY=PASSIVE set before torch is imported"
+    )
+
+
 def report(machine: Machine) -> str:
     facts = [("python", platform.python_version())]
     facts += [(name, found or "not installed") for name, found in machine.versions.items()]
     facts += [
-        ("cpu", f"{machine.cpu}, {machine.cpu_cores} cores, {machine.cpu_threads} threads, {machine.vector_isa}"),
+        (
+            "cpu",
+            f"{machine.cpu}, {machine.cpu_cores} cores, {machine.cpu_threads} threads, {machine.vector_isa}, load {machine.load:.1f}",
+        ),
         ("gpu", "; ".join(map(str, machine.gpus)) or "no CUDA device"),
         ("driver", machine.driver or "no NVIDIA driver"),
         ("nvcc", machine.nvcc or "not on PATH"),
@@ -185,7 +202,8 @@ def report(machine: Machine) -> str:
     for backend in BACKENDS:
         missing = backend.missing(machine)
         ops.append((backend.op, backend.impl, "no" if missing else "yes", missing or backend.what))
-    return f"This machine\n{_table(facts)}\n\nOps\n{_table(ops)}"
+    warning = crowded(machine)
+    return f"This machine\n{_table(facts)}\n\nOps\n{_table(ops)}" + (f"\n\n{warning}" if warning else "")
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,0 +1,57 @@
+"""CPU threads of the commands: how long they spin at a barrier, and how many of them are worth having.
+
+OpenMP's threads meet at the end of every parallel loop, and GNU's spin there for a long time. As soon as another
+process holds one of the cores, each loop lasts as long as that process keeps the core: a training step of the demo's
+model took 10.6 s with two threads beside one busy process, and 0.25 s with one (two cores). Threads that soon go to
+sleep take 0.3 s there, and cost short operations up to a third of their speed on an idle machine.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, MutableMapping
+
+# Of GNU's OpenMP. Seconds a step beside a busy process: 0.28 for 0, 0.32 for 1,000, 0.68 for 10,000, 10 by default.
+SPIN_COUNT = "1000"
+GAIN = 1.5  # of all threads over one, below which one is taken
+TRIAL_CALLS, SLOW = 4, 2.0  # work that takes SLOW seconds or more is tried once
+
+
+def limit_spinning(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Threads at a barrier go to sleep soon, unless the user has said how long to wait.
+
+    Takes effect only before torch is loaded, because OpenMP reads its variables once.
+    """
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(environ):
+        environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+
+
+def pick_threads(work: Callable[[], object]) -> int:
+    """Set the number of torch's CPU threads to all, or to one where all are not half as fast again; returns it.
+
+    Threads wait for each other, so all of them lose much as soon as anything else runs on a small machine. A small gain
+    is not worth that. What ``OMP_NUM_THREADS`` says is left alone.
+
+    Args:
+        work: A representative piece of the work; called a few times.
+    """
+    import torch
+
+    every = torch.get_num_threads()
+    if every == 1 or "OMP_NUM_THREADS" in os.environ:
+        return every
+    torch.set_num_threads(1)
+    one = _seconds(work)  # warms up too
+    calls = TRIAL_CALLS if one < SLOW else 1
+    one = min(one, *(_seconds(work) for _ in range(calls)))
+    torch.set_num_threads(every)
+    best = every if GAIN * min(_seconds(work) for _ in range(calls)) < one else 1
+    torch.set_num_threads(best)
+    return best
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
