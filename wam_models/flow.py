@@ -7,8 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ._checks import check_field, choice, number, whole
+
 TRAIN_TIMESTEPS = 1000
 VIDEO_SHIFT, ACTION_SHIFT = 5.0, 1.0
+# of a shift: far outside, float32 noise levels no longer fall from 1 to 0, and the last steps do nothing
+SHIFTS = (1e-3, 1e3)
 COUPLINGS = ("independent", "shared_index", "shared_video_schedule", "matched_sigma")
 
 
@@ -18,10 +22,9 @@ def sigmas(steps: int, shift: float) -> Tensor:
     ``shift`` above 1 spends more of the steps near noise: s becomes ``shift * s / (1 + (shift - 1) * s)``.
 
     Raises:
-        ValueError: ``steps`` below 1 or ``shift`` not positive.
+        ValueError: ``steps`` that is no whole number from 1 to 1000, or ``shift`` that is none from 0.001 to 1000.
     """
-    if steps < 1 or not shift > 0:
-        raise ValueError(f"sigmas: steps must be at least 1 and shift positive, got {steps} and {shift}")
+    steps, shift = whole("sigmas: steps", steps, 1, TRAIN_TIMESTEPS), number("sigmas: shift", shift, *SHIFTS)
     s = torch.linspace(1, 0, steps + 1)[:-1]
     return shift * s / (1 + (shift - 1) * s)
 
@@ -60,11 +63,11 @@ class TimestepDraw:
         coupling: Relation of the two streams' draws of a frame. ``"independent"``; ``"shared_index"``: the same index
             of each stream's own grid; ``"shared_video_schedule"``: actions use the video's noise level itself;
             ``"matched_sigma"``: actions use the level of their own grid that is nearest to the video's.
-        video_shift: Shift of the video grid.
-        action_shift: Shift of the action grid.
+        video_shift: Shift of the video grid, from 0.001 to 1000.
+        action_shift: Shift of the action grid, likewise.
 
     Raises:
-        ValueError: an unknown coupling.
+        ValueError: an unknown coupling, or a shift outside its range; the message names the field.
     """
 
     coupling: str = "independent"
@@ -72,8 +75,9 @@ class TimestepDraw:
     action_shift: float = ACTION_SHIFT
 
     def __post_init__(self) -> None:
-        if self.coupling not in COUPLINGS:
-            raise ValueError(f"TimestepDraw: coupling must be one of {COUPLINGS}, got {self.coupling!r}")
+        check_field(self, "coupling", choice, COUPLINGS)
+        for name in ("video_shift", "action_shift"):
+            check_field(self, name, number, *SHIFTS)
 
     def sigmas(self, batch: int, frames: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Video and action noise levels, float32 ``[batch, frames]`` each, on the generator's device."""

@@ -9,12 +9,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from wam_kernels import PROGRAMS, Geometry
+
+from ._checks import choice, number
 
 GJD = "generalist_joint_denoising"
 MODEL_PROGRAMS = (*PROGRAMS, GJD)
@@ -45,9 +48,18 @@ OBJECTIVES = {
 GJD_MIXTURE: Mapping[str, float] = {"joint": 0.6, "forward_dynamics": 0.2, "inverse_dynamics": 0.2}
 
 
-def check_program(program: str) -> None:
-    if program not in MODEL_PROGRAMS:
-        raise ValueError(f"program must be one of {MODEL_PROGRAMS}, got {program!r}")
+def checked_mixture(where: str, mixture: object) -> dict[str, float]:
+    """``mixture`` with float weights.
+
+    Raises:
+        ValueError: no mapping, an unknown objective, a weight that is no number of at least 0, or all of them 0.
+    """
+    if not isinstance(mixture, Mapping) or not set(mixture) <= set(OBJECTIVES):
+        raise ValueError(f"{where} must map some of {tuple(OBJECTIVES)} to weights, got {mixture!r}")
+    weights = {name: number(f"{where}[{name!r}]", weight, 0) for name, weight in mixture.items()}
+    if not 0 < sum(weights.values()) < math.inf:
+        raise ValueError(f"{where} must have weights of a finite sum, not all 0, got {mixture!r}")
+    return weights
 
 
 def draw_objectives(
@@ -58,12 +70,9 @@ def draw_objectives(
     Raises:
         ValueError: an unknown program or objective, or weights that are negative or all 0.
     """
-    check_program(program)
-    if program != GJD:
+    if choice("draw_objectives: program", program, MODEL_PROGRAMS) != GJD:
         return [OBJECTIVES["joint"]] * batch
-    unknown = sorted(set(mixture) - set(OBJECTIVES))
-    if unknown or min(mixture.values(), default=0) < 0 or not sum(mixture.values()) > 0:
-        raise ValueError(f"mixture must give {tuple(OBJECTIVES)} weights of at least 0, not all 0, got {dict(mixture)}")
+    mixture = checked_mixture("draw_objectives: mixture", mixture)
     weights = torch.tensor([mixture.get(name, 0.0) for name in OBJECTIVES], device=generator.device)
     drawn = torch.multinomial(weights, batch, replacement=True, generator=generator)
     return [tuple(OBJECTIVES.values())[i] for i in drawn.tolist()]
@@ -87,7 +96,7 @@ def geometry_for(
     Frame 0 of an episode is observed before anything is done: a chunk of its own, and no action leads to it.
     ``chunk_origin`` is an episode's frame with which some chunk begins; default 1, the first after the observed one.
     """
-    check_program(program)
+    choice("geometry_for: program", program, MODEL_PROGRAMS)
     return Geometry(
         program="joint" if program == GJD else program,
         video_frames=frames,

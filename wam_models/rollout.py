@@ -14,7 +14,9 @@ saw.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+import os
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +26,10 @@ from wam_kernels import HISTORIES, FrameIndex, Geometry, StreamingCache, cached_
 from wam_kernels.streaming_cache import MAX_RANGES
 from wam_kernels.visibility import ACTION, CLEAN, NOISY, VIDEO
 
-from .flow import ACTION_SHIFT, VIDEO_SHIFT, sigmas, timesteps
+from ._checks import check_field, choice, number, switch, whole, wholes
+from .flow import ACTION_SHIFT, SHIFTS, TRAIN_TIMESTEPS, VIDEO_SHIFT, sigmas, timesteps
 from .model import Slots, WorldActionModel, wide
-from .objectives import GJD, OBJECTIVES, Objective, check_program, geometry_for
+from .objectives import GJD, MODEL_PROGRAMS, OBJECTIVES, Objective, geometry_for
 
 WANTS = ("both", "video", "action")
 NAMES = {VIDEO: "video", ACTION: "action"}
@@ -45,9 +48,9 @@ class RolloutConfig:
         chunk_size: Frames of a chunk.
         window: In order blocks, two a chunk; a chunk sees the ``window // 2`` chunks before it.
         history: Which earlier clean tokens a query sees, one of ``wam_kernels.HISTORIES``.
-        steps: Denoising steps of a stage.
-        video_shift: Shift of the video's noise levels.
-        action_shift: Shift of the actions' noise levels.
+        steps: Denoising steps of a stage, at most 1000.
+        video_shift: Shift of the video's noise levels, from 0.001 to 1000.
+        action_shift: Shift of the actions' noise levels, likewise.
         guidance: Strength g of classifier-free guidance, ``flow(no text) + g (flow(text) - flow(no text))``; 1 is none
             and costs nothing, else every pass is a batch of two.
         cache: What frames that have left the window leave behind. ``"persistent"``: the keys of the frames in it were
@@ -60,7 +63,7 @@ class RolloutConfig:
         cuda_graphs: On a GPU, capture a denoising step of each stage once and replay it; False launches every kernel.
 
     Raises:
-        ValueError: an unknown name or a number outside its range; the message names the field.
+        ValueError: an unknown name, a value of the wrong type or outside its range; the message names the field.
     """
 
     program: str = GJD
@@ -76,14 +79,18 @@ class RolloutConfig:
     cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
-        check_program(self.program)
-        for name, choices in (("history", HISTORIES), ("cache", CACHES)):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"RolloutConfig: {name} must be one of {choices}, got {getattr(self, name)!r}")
+        check_field(self, "program", choice, MODEL_PROGRAMS)
+        check_field(self, "history", choice, HISTORIES)
+        check_field(self, "cache", choice, CACHES)
+        check_field(self, "chunk_size", whole, 1)
         # a window of 1 would hide the chunk before: no frame of history
-        for name, low in (("chunk_size", 1), ("window", 2), ("steps", 1), ("lookahead", 1), ("guidance", 0)):
-            if not getattr(self, name) >= low:
-                raise ValueError(f"RolloutConfig: {name} must be at least {low}, got {getattr(self, name)}")
+        check_field(self, "window", whole, 2)
+        check_field(self, "steps", whole, 1, TRAIN_TIMESTEPS)
+        check_field(self, "lookahead", whole, 1)
+        check_field(self, "video_shift", number, *SHIFTS)
+        check_field(self, "action_shift", number, *SHIFTS)
+        check_field(self, "guidance", number, 0)
+        check_field(self, "cuda_graphs", switch)
 
 
 @dataclass(frozen=True, eq=False)
@@ -133,6 +140,8 @@ class RolloutEngine:
     """
 
     def __init__(self, model: WorldActionModel, config: RolloutConfig) -> None:
+        if not isinstance(config, RolloutConfig):
+            raise TypeError(f"RolloutEngine: config must be a RolloutConfig, got {type(config).__name__}")
         self.model, self.config = model, config
 
     @torch.no_grad()
@@ -146,12 +155,15 @@ class RolloutEngine:
                 chunk, text zeroed.
 
         Raises:
-            ValueError: shapes that do not fit the model or each other, or an objective that the program lacks.
+            ValueError: shapes that do not fit the model or each other, an objective that the program lacks, or a
+                window whose keys and values exceed the device's memory.
         """
         c = self.model.config
-        if objective not in OBJECTIVES or (objective != "joint" and self.config.program != GJD):
-            choices = tuple(OBJECTIVES) if self.config.program == GJD else ("joint",)
-            raise ValueError(f"start: objective must be one of {choices} for {self.config.program}, got {objective!r}")
+        choice(
+            f"start with program {self.config.program}: objective",
+            objective,
+            tuple(OBJECTIVES) if self.config.program == GJD else ("joint",),
+        )
         if observation.ndim != 5 or observation.shape[1:3] != (c.latent_channels, 1) or not observation.shape[0]:
             raise ValueError(
                 f"start: observation must be [B >= 1, {c.latent_channels}, 1, y, x], got {list(observation.shape)}"
@@ -188,6 +200,7 @@ class Episode:
         chunks = (self._window + 1) // 2 if config.cache == "persistent" else self._window // 2
         self._reach = chunks * self.chunk_size
         tokens = {VIDEO: self._grid[0] * self._grid[1], ACTION: c.actions_per_frame}
+        self._check_memory(samples, sum(tokens.values()))
         self.cache = StreamingCache(
             layers=c.layers,
             batch=self._batch * samples,
@@ -306,7 +319,7 @@ class Episode:
         video: Tensor,
         action: Tensor,
         *,
-        frames: Sequence[int] | None = None,
+        frames: int | Sequence[int] | None = None,
         first_frame: int | Sequence[int] | None = None,
     ) -> None:
         """What was really executed and seen becomes history.
@@ -318,8 +331,8 @@ class Episode:
         Args:
             video: ``[B, C, K, y, x]`` latents of the frames ``observed`` and following.
             action: ``[B, K, n, A]``, the actions that led to each.
-            frames: How many of the K frames each rollout brings; 0 leaves that rollout alone, predictions
-                included. Default K for all.
+            frames: How many of the K frames each rollout brings, or all of them; 0 leaves that rollout alone,
+                predictions included. Default K for all.
             first_frame: The frame, of each rollout or of all, that the caller takes the first one for. Give it where
                 observations can come late, twice or not at all.
 
@@ -330,14 +343,10 @@ class Episode:
         K = video.shape[2] if video.ndim == 5 else -1
         self._expect("observe: video", video, VIDEO, K)
         self._expect("observe: action", action, ACTION, K)
-        counts = [K] * self._batch if frames is None else [int(n) for n in frames]
-        if len(counts) != self._batch or min(counts) < 0 or max(counts) > K or not max(counts):
-            raise ValueError(f"observe: frames must be {self._batch} numbers from 0 to K={K}, not all 0, got {counts}")
-        given = (
-            [first_frame] * self._batch if first_frame is None or isinstance(first_frame, int) else list(first_frame)
-        )
-        if len(given) != self._batch:
-            raise ValueError(f"observe: first_frame must be a number or {self._batch} of them, got {len(given)}")
+        counts = self._each("observe: frames", K if frames is None else frames)
+        if max(counts) > K or not max(counts):
+            raise ValueError(f"observe: frames must be numbers from 0 to K={K}, not all 0, got {counts}")
+        given = [None] * self._batch if first_frame is None else self._each("observe: first_frame", first_frame)
         for b, count in enumerate(counts):
             if not count:
                 continue
@@ -367,7 +376,7 @@ class Episode:
         Raises:
             ValueError: rollouts that do not exist or repeat, or shapes that do not fit.
         """
-        rollouts = list(rollouts)
+        rollouts = wholes("restart: rollouts", rollouts, 0)
         if len(set(rollouts)) != len(rollouts) or not set(rollouts) <= set(range(self._batch)) or not rollouts:
             raise ValueError(f"restart: rollouts must be different numbers from 0 to {self._batch - 1}, got {rollouts}")
         shape = [len(rollouts), *_with_frames(VIDEO, self._chunk[VIDEO].shape, 1)[1:]]
@@ -390,6 +399,7 @@ class Episode:
 
         They are the T frames before ``next_frame``, which are all that the next chunk can see.
         """
+        rollout = whole("accepted: rollout", rollout, 0, self._batch - 1)
         end = self.next_frame[rollout]
         places = torch.arange(max(end - self._reach, 0), end, device=self.model.device) % self.cache.frames
         video, action = (self._accepted[s][rollout] for s in (VIDEO, ACTION))
@@ -521,6 +531,28 @@ class Episode:
 
     # ---- checks ----
 
+    def _check_memory(self, samples: int, tokens: int) -> None:
+        """Refuse rings that cannot fit, before anything is allocated: a window may have meant "everything"."""
+        config, c, device = self.config, self.model.config, self.model.device
+        frames = self._reach + (config.lookahead + 2) * self.chunk_size
+        slot = 2 * c.layers * c.inner * self.model.dtype.itemsize
+        needed, there = frames * tokens * slot * samples * self._batch, _memory(device)
+        if needed > there:
+            raise ValueError(
+                f"start: RolloutConfig with window={config.window}, chunk_size={config.chunk_size} and "
+                f"lookahead={config.lookahead} keeps {frames} frames, whose keys and values take {needed:.3g} bytes, "
+                f"more than the {there:.3g} of {device}; for a history of n chunks use window=2 * n"
+            )
+
+    def _each(self, name: str, given: int | Sequence[int]) -> list[int]:
+        """A number of each rollout; one number stands for all."""
+        if not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
+            return [whole(name, given, 0)] * self._batch
+        numbers = wholes(name, given, 0)
+        if len(numbers) != self._batch:
+            raise ValueError(f"{name} must be a number or {self._batch} of them, got {len(numbers)}")
+        return numbers
+
     def _check_request(self, want: str, clean_video: Tensor | None, clean_action: Tensor | None) -> None:
         goal = self.goal
         if want not in WANTS:
@@ -556,6 +588,13 @@ class Episode:
         if frames < 1 or list(tensor.shape) != expected:
             expected[FRAME_DIM[stream]] = frames if frames > 0 else "at least 1 frame"
             raise ValueError(f"{name} must have shape {expected}, got {list(tensor.shape)}")
+
+
+def _memory(device: torch.device) -> float:
+    """Bytes of the device's memory; infinity where that cannot be asked."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if device.type == "cpu" else math.inf
 
 
 class _Pass:

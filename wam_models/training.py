@@ -12,11 +12,22 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from wam_kernels import compile_plan
+from wam_kernels import HISTORIES, compile_plan
 
+from ._checks import check_field, choice, number, whole_range
 from .flow import TimestepDraw, add_noise, target, timesteps
 from .model import WorldActionModel, wide
-from .objectives import GJD, GJD_MIXTURE, Objective, check_program, draw_objectives, geometry_for
+from .objectives import (
+    GJD,
+    GJD_MIXTURE,
+    MODEL_PROGRAMS,
+    Objective,
+    checked_mixture,
+    draw_objectives,
+    geometry_for,
+)
+
+MOST = 2**31 - 1  # of a chunk or a window
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +46,7 @@ class TrainingConfig:
         action_weight: Factor on the action loss.
 
     Raises:
-        ValueError: an unknown program or a range that is empty; the message names the field.
+        ValueError: an unknown name, a value of the wrong type or outside its range; the message names the field.
     """
 
     program: str = GJD
@@ -49,13 +60,17 @@ class TrainingConfig:
     action_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        check_program(self.program)
-        for name in ("chunk_sizes", "windows"):
-            low, high = getattr(self, name)
-            if not 1 <= low <= high:
-                raise ValueError(f"TrainingConfig: {name} must be (low, high) with 1 <= low <= high, got {(low, high)}")
-        if not 0 <= self.noised_history <= 1:
-            raise ValueError(f"TrainingConfig: noised_history must be from 0 to 1, got {self.noised_history}")
+        check_field(self, "program", choice, MODEL_PROGRAMS)
+        check_field(self, "history", choice, HISTORIES)
+        # no clip has so many frames, and draws stay within int64
+        check_field(self, "chunk_sizes", whole_range, 1, MOST)
+        check_field(self, "windows", whole_range, 1, MOST)
+        check_field(self, "mixture", checked_mixture)
+        check_field(self, "noised_history", number, 0, 1)
+        check_field(self, "video_weight", number, 0)
+        check_field(self, "action_weight", number, 0)
+        if not isinstance(self.timesteps, TimestepDraw):
+            raise ValueError(f"TrainingConfig: timesteps must be a TimestepDraw, got {self.timesteps!r}")
 
 
 def training_step(

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wam_models.flow import COUPLINGS, TimestepDraw, add_noise, euler_step, sigmas, target, timesteps
+from wam_models.flow import COUPLINGS, SHIFTS, TimestepDraw, add_noise, euler_step, sigmas, target, timesteps
 from wam_models.training import noised_video
 
 
@@ -13,9 +13,12 @@ def test_schedule_values():
     assert timesteps(sigmas(2, 1.0)).tolist() == [1000.0, 500.0]
     grid = sigmas(1000, 5.0)
     assert len(grid) == 1000 and (grid.diff() < 0).all() and grid[-1] > 0
-    for bad in ((0, 1.0), (3, 0.0)):
-        with pytest.raises(ValueError, match="steps must be at least 1 and shift positive"):
+    for bad in ((0, 1.0), (1.5, 1.0), (3, 0.0), (3, float("nan"))):
+        with pytest.raises(ValueError, match="sigmas: (steps|shift) must be"):
             sigmas(*bad)
+    for shift in SHIFTS:
+        levels = sigmas(1000, shift)
+        assert (levels.diff() < 0).all() and levels[0].item() == pytest.approx(1, rel=1e-4) and levels[-1] > 0
 
 
 def test_euler_steps_along_the_true_flow_arrive_at_the_data():

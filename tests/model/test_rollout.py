@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -628,16 +629,23 @@ def test_faults_are_refused_and_leave_the_accepted_state_usable():
         (lambda: episode.observe(video[:, :, :0], action[:, :0]), "at least 1 frame"),
         (lambda: episode.observe(video, action, first_frame=5), r"first_frame\[0\] must be 4.*gap before"),
         (lambda: episode.observe(video, action, first_frame=[4, 3]), r"first_frame\[1\] must be 4.*observed already"),
-        (lambda: episode.observe(video, action, first_frame=[4]), "first_frame must be a number or 2"),
-        (lambda: episode.observe(video, action, frames=[1]), "frames must be 2 numbers"),
-        (lambda: episode.observe(video, action, frames=[2, 0]), "frames must be 2 numbers from 0 to K=1"),
+        (lambda: episode.observe(video, action, first_frame=[4]), "first_frame must be a number or 2 of them"),
+        (lambda: episode.observe(video, action, frames=[1]), "frames must be a number or 2 of them"),
+        (lambda: episode.observe(video, action, frames=[2, 0]), "frames must be numbers from 0 to K=1"),
         (lambda: episode.observe(video, action, frames=[0, 0]), "not all 0"),
+        (lambda: episode.observe(video, action, frames=[1.0, 1]), r"frames\[0\] must be a whole number"),
+        (lambda: episode.observe(video, action, frames="11"), "frames must be a sequence"),
+        (lambda: episode.observe(video, action, first_frame=4.0), "first_frame must be a whole number"),
+        (lambda: episode.observe(video, action, first_frame=True), "first_frame must be a whole number"),
+        (lambda: episode.restart(0, video[:1], randn(1, 3, 8)), "rollouts must be a sequence"),
+        (lambda: episode.restart([0.0], video[:1], randn(1, 3, 8)), r"rollouts\[0\] must be a whole number"),
+        (lambda: episode.accepted(2), "rollout must be a whole number from 0 to 1"),
         (lambda: episode.restart([2], video[:1], randn(1, 3, 8)), "different numbers from 0 to 1"),
         (lambda: episode.restart([0, 0], video, randn(B, 3, 8)), "different numbers"),
         (lambda: episode.restart([0], video, randn(1, 3, 8)), "observation must have shape"),
         (lambda: episode.restart([0], video[:1], randn(1, 4, 8)), "text must have shape"),
         (lambda: episode.accept(twin.propose(**good)), "another episode"),
-        (lambda: RolloutConfig(window=1), "window must be at least 2"),
+        (lambda: RolloutConfig(window=1), "window must be a whole number of at least 2"),
         (lambda: RolloutConfig(history="none"), "history must be one of"),
         (lambda: RolloutConfig(program="none"), "program must be one of"),
         (lambda: RolloutConfig(cache="none"), "cache must be one of"),
@@ -655,6 +663,21 @@ def test_faults_are_refused_and_leave_the_accepted_state_usable():
         episode.accept(candidate)
     twin.observe(video, action)
     assert_candidates(episode.propose(**good), twin.propose(**good))
+
+
+@pytest.mark.parametrize("whole", [np.int64, torch.tensor], ids=["numpy", "torch"])
+def test_integers_of_numpy_and_torch_are_integers(whole):
+    plain, other = (started(dtype=torch.float32) for _ in range(2))
+    video, action = real(2, 3, torch.float32)
+    plain.observe(video, action, frames=[1, 2], first_frame=1)
+    other.observe(video, action, frames=whole([1, 2]), first_frame=whole(1))
+    plain.observe(video, action, frames=[0, 2], first_frame=[2, 3])
+    other.observe(video, action, frames=[whole(0), whole(2)], first_frame=whole([2, 3]))
+    for e, rollout in ((plain, 1), (other, whole(1))):
+        e.restart([rollout], video[:1, :, :1], randn(1, 3, 8, dtype=torch.float32))
+    assert plain.next_frame == other.next_frame == [2, 1] and all(type(f) is int for f in other.next_frame)
+    noise = noises(2, 0, torch.float32)
+    assert torch.equal(plain.propose(**noise).action, other.propose(**noise).action)
 
 
 def test_a_model_that_fails_leaves_the_accepted_state_usable(monkeypatch):

@@ -52,7 +52,7 @@ def test_mixture_frequencies():
     assert {o.name for o in draw_objectives("joint", 100, generator())} == {"joint"}
     assert {o.name for o in draw_objectives(GJD, 100, generator(), ONLY["inverse_dynamics"])} == {"inverse_dynamics"}
     for bad in ({"dream": 1.0}, {}, {"joint": 0.0}, {"joint": -1.0, "inverse_dynamics": 2.0}):
-        with pytest.raises(ValueError, match="mixture must"):
+        with pytest.raises(ValueError, match="draw_objectives: mixture"):
             draw_objectives(GJD, 1, generator(), bad)
     with pytest.raises(ValueError, match="program must be one of"):
         draw_objectives("dream", 1, generator())

@@ -1,0 +1,108 @@
+"""Checks of values that come from a user, a JSON file or NumPy; a number that fits comes back as Python's."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable, Iterable
+from numbers import Real
+
+import numpy as np
+import torch
+
+
+def check_field(config: object, name: str, check: Callable, *bounds) -> None:
+    """Put into a field of a frozen dataclass what ``check(where, value, *bounds)`` makes of it."""
+    value = check(f"{type(config).__name__}: {name}", getattr(config, name), *bounds)
+    object.__setattr__(config, name, value)
+
+
+def whole(where: str, value: object, low: int, high: int | None = None) -> int:
+    """``value`` as an int: an integer of Python or NumPy, or an integer tensor without dims; no bool, no float.
+
+    Args:
+        where: Begins the message: the class or function and the field, ``"RolloutConfig: steps"``.
+        value: What was given.
+        low: Smallest that is allowed.
+        high: Largest that is allowed.
+
+    Raises:
+        ValueError: it is no whole number, or outside the range.
+    """
+    bound = f"of at least {low}" if high is None else f"from {low} to {high}"
+    try:
+        if isinstance(value, bool | np.bool_) or getattr(value, "ndim", 0) or getattr(value, "dtype", 0) == torch.bool:
+            raise TypeError
+        found = operator.index(value)
+    except TypeError:
+        found = None
+    if found is None or found < low or (high is not None and found > high):
+        raise ValueError(f"{where} must be a whole number {bound}, got {value!r}")
+    return found
+
+
+def wholes(where: str, values: object, low: int, high: int | None = None) -> list[int]:
+    """As :func:`whole`, of a sequence, an array or a tensor with one dim.
+
+    Raises:
+        ValueError: no sequence, or a number in it that is refused.
+    """
+    if not isinstance(values, Iterable) or isinstance(values, str | bytes) or getattr(values, "ndim", 1) != 1:
+        raise ValueError(f"{where} must be a sequence of whole numbers, got {values!r}")
+    return [whole(f"{where}[{i}]", value, low, high) for i, value in enumerate(values)]
+
+
+def whole_range(where: str, value: object, low: int, high: int) -> tuple[int, int]:
+    """``value`` as (smallest, largest), two integers from ``low`` to ``high`` in order.
+
+    Raises:
+        ValueError: it is not that.
+    """
+    pair = tuple(wholes(where, value, low, high))
+    if len(pair) != 2 or pair[0] > pair[1]:
+        raise ValueError(f"{where} must be two whole numbers, {low} <= low <= high, got {value!r}")
+    return pair
+
+
+def number(where: str, value: object, low: float, high: float = math.inf) -> float:
+    """``value`` as a finite float: a real number of Python or NumPy; no bool, no string.
+
+    Args:
+        where: Begins the message, as in :func:`whole`.
+        value: What was given.
+        low: Smallest that is allowed.
+        high: Largest that is allowed.
+
+    Raises:
+        ValueError: it is no finite number, or outside the range.
+    """
+    expected = f"finite number of at least {low:g}" if high == math.inf else f"number from {low:g} to {high:g}"
+    try:
+        found = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        found = math.nan
+    if not (math.isfinite(found) and low <= found <= high):
+        raise ValueError(f"{where} must be a {expected}, got {value!r}")
+    return found
+
+
+def switch(where: str, value: object) -> bool:
+    """``value`` as a bool; 0, 1 and strings are refused.
+
+    Raises:
+        ValueError: it is no bool.
+    """
+    if not isinstance(value, bool | np.bool_):
+        raise ValueError(f"{where} must be True or False, got {value!r}")
+    return bool(value)
+
+
+def choice(where: str, value: object, choices: tuple[str, ...]) -> str:
+    """``value``, one of ``choices``.
+
+    Raises:
+        ValueError: it is none of them.
+    """
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{where} must be one of {choices}, got {value!r}")
+    return value
