@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from typing import Any
 
 from wam_kernels.qk_norm_rope.table import default_split
+
+from ._checks import check_field, number, whole, wholes
+from ._json import from_fields
+
+LARGEST = 2**20  # of a size: far above any model, and a matrix of such sizes still has a number of bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +38,7 @@ class ModelConfig:
         eps: Added to the variance in every norm.
 
     Raises:
-        ValueError: a number outside its range; the message names the field.
+        ValueError: a value of the wrong type or outside its range; the message names the field.
     """
 
     hidden: int
@@ -53,17 +59,14 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
-                raise ValueError(f"ModelConfig: {field.name} must be a positive int, got {value!r}")
-            if field.type == "float" and (not isinstance(value, int | float) or not value > 0):
-                raise ValueError(f"ModelConfig: {field.name} must be a positive number, got {value!r}")
+            if field.type == "int":
+                check_field(self, field.name, whole, 1, 1000 if field.name == "layers" else LARGEST)
         for name in ("head_dim", "freq_dim"):
             if getattr(self, name) % 2:
                 raise ValueError(f"ModelConfig: {name} must be even, got {getattr(self, name)}")
-        patch = self.patch
-        if len(patch) != 3 or patch[0] != 1 or not all(isinstance(p, int) and p > 0 for p in patch):
-            raise ValueError(f"ModelConfig: patch must be (1, rows, columns) of positive ints, got {patch!r}")
+        check_field(self, "patch", _patch)
+        check_field(self, "rope_theta", number, 1, 1e12)
+        check_field(self, "eps", number, 1e-12, 1)
 
     @property
     def inner(self) -> int:
@@ -85,19 +88,20 @@ class ModelConfig:
         return asdict(self) | {"patch": list(self.patch)}
 
     @classmethod
-    def from_dict(cls, values: dict) -> ModelConfig:
-        """The inverse of :meth:`to_dict`.
+    def from_dict(cls, values: Any, source: str = "ModelConfig") -> ModelConfig:
+        """The inverse of :meth:`to_dict`; ``source`` says in messages where the values are from.
 
         Raises:
             ValueError: unknown or missing fields, by name, or a value that the class refuses.
         """
-        known = {field.name for field in fields(cls)}
-        unknown, missing = sorted(set(values) - known), sorted(known - set(values))
-        if unknown or missing:
-            raise ValueError(
-                f"ModelConfig: unknown fields {unknown}, missing fields {missing}; expected {sorted(known)}"
-            )
-        return cls(**values | {"patch": tuple(values["patch"])})
+        return from_fields(cls, values, source)
+
+
+def _patch(where: str, value: Any) -> tuple[int, ...]:
+    patch = tuple(wholes(where, value, 1, 256))
+    if len(patch) != 3 or patch[0] != 1:
+        raise ValueError(f"{where} must be (1, rows, columns), got {value!r}")
+    return patch
 
 
 def golden_config() -> ModelConfig:

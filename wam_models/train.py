@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,20 +22,23 @@ from tqdm import tqdm
 
 from wam_kernels import HISTORIES, PROGRAMS
 
+from ._checks import check_field, choice, number, whole, whole_range
+from ._json import from_fields, read_json
 from .checkpoint import Checkpoint, load_weights
-from .config import ModelConfig
+from .config import LARGEST, ModelConfig
 from .data import ClipDataset, LeRobotDataset
-from .flow import TimestepDraw
+from .flow import SHIFTS, TimestepDraw
 from .model import WorldActionModel
 from .muon import Muon
-from .objectives import GJD, GJD_MIXTURE, OBJECTIVES
+from .objectives import GJD, GJD_MIXTURE, OBJECTIVES, checked_mixture
 from .policy import Policy
 from .rollout import CONDITIONAL_CHUNK, RolloutConfig
 from .text import WordEmbedding
-from .training import TrainingConfig, training_step
+from .training import MOST, TrainingConfig, training_step
 
 SCHEDULES = ("constant", "cosine", "decay")
 DECAY = 0.5  # part of a "decay" run, its end, over which the learning rate falls
+TINIEST = 1e-12  # of a learning rate or a gradient's length, which must be positive
 SPARE = 0.03  # part of a run's time that its planned end leaves, so that a slow moment does not cut the decay off
 
 
@@ -146,46 +149,25 @@ class TrainConfig:
     save_every: int = 500
 
     def __post_init__(self) -> None:
-        def refuse(name: str, expected: str) -> None:
-            raise ValueError(f"TrainConfig: {name} must be {expected}, got {getattr(self, name)!r}")
-
-        for name, low in (("batch", 1), ("frames", 2), ("steps", 1), ("warmup", 0), ("save_every", 1)):
-            if not _is_int(getattr(self, name)) or getattr(self, name) < low:
-                refuse(name, f"a whole number of at least {low}")
-        for name in ("video_weight", "action_weight", "weight_decay", "ema", "noised_history"):
-            if not _is_number(getattr(self, name)) or getattr(self, name) < 0:
-                refuse(name, "a number of at least 0")
-        for name in ("video_shift", "action_shift", "learning_rate", "clip_norm"):
-            if not _is_number(getattr(self, name)) or getattr(self, name) <= 0:
-                refuse(name, "a positive number")
-        if not _is_number(self.beta2) or not 0 <= self.beta2 < 1:
-            refuse("beta2", "a number from 0 to below 1")
-        if self.noised_history > 1:
-            refuse("noised_history", "a number from 0 to 1")
-        for name in ("chunk_sizes", "windows"):
-            pair = getattr(self, name)
-            if (
-                not isinstance(pair, tuple)
-                or len(pair) != 2
-                or not all(map(_is_int, pair))
-                or not 1 <= pair[0] <= pair[1]
-            ):
-                refuse(name, "two whole numbers, 1 <= low <= high")
-        for name, choices in (("history", HISTORIES), ("schedule", SCHEDULES)):
-            if getattr(self, name) not in choices:
-                refuse(name, f"one of {choices}")
-        programs = self.programs
-        if not isinstance(programs, tuple) or not programs or not set(map(str, programs)) <= set(PROGRAMS):
-            refuse("programs", f"some of {PROGRAMS}")
-        if len(set(programs)) != len(programs):
-            refuse("programs", "without repeats")
-        mixture = self.mixture
-        if not isinstance(mixture, Mapping) or not set(mixture) <= set(OBJECTIVES):
-            refuse("mixture", f"weights of {tuple(OBJECTIVES)}")
-        if not all(_is_number(w) and w >= 0 for w in mixture.values()) or not sum(mixture.values()) > 0:
-            refuse("mixture", "weights of at least 0, not all 0")
         if not isinstance(self.model, ModelConfig):
-            refuse("model", "a ModelConfig")
+            raise ValueError(f"TrainConfig: model must be a ModelConfig, got {self.model!r}")
+        check_field(self, "programs", _programs)
+        check_field(self, "mixture", checked_mixture)
+        check_field(self, "history", choice, HISTORIES)
+        for name in ("chunk_sizes", "windows"):
+            check_field(self, name, whole_range, 1, MOST)
+        check_field(self, "noised_history", number, 0, 1)
+        for name in ("video_shift", "action_shift"):
+            check_field(self, name, number, *SHIFTS)
+        check_field(self, "batch", whole, 1, LARGEST)
+        for name, low in (("frames", 2), ("steps", 1), ("warmup", 0), ("save_every", 1)):
+            check_field(self, name, whole, low)
+        for name, low in (("learning_rate", TINIEST), ("clip_norm", TINIEST), ("weight_decay", 0), ("ema", 0)):
+            check_field(self, name, number, low)
+        for name in ("video_weight", "action_weight"):
+            check_field(self, name, number, 0)
+        check_field(self, "schedule", choice, SCHEDULES)
+        check_field(self, "beta2", number, 0, 0.999999)
 
     def to_dict(self) -> dict:
         """A dict that ``json.dumps`` takes."""
@@ -198,33 +180,17 @@ class TrainConfig:
         Raises:
             ValueError: an unknown field, or a value that is refused; the message names it and ``source``.
         """
-        if not isinstance(values, dict):
-            raise ValueError(f"{source}: must hold an object of fields, got {type(values).__name__}")
-        known = sorted(f.name for f in fields(cls))
-        unknown = sorted(set(values) - set(known))
-        if unknown:
-            raise ValueError(f"{source}: unknown fields {unknown}; expected some of {known}")
-        values = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        try:
-            if "model" in values:
-                if not isinstance(values["model"], dict):
-                    raise ValueError(f"model must be an object of fields, got {values['model']!r}")
-                model = small_model().to_dict() | values["model"]
-                if not isinstance(model["patch"], list | tuple):
-                    raise ValueError(f"ModelConfig: patch must be three whole numbers, got {model['patch']!r}")
-                values["model"] = ModelConfig.from_dict(model)
-            return cls(**values)
-        except (ValueError, TypeError) as error:
-            raise ValueError(f"{source}: {error}") from error
+        if isinstance(values, dict) and "model" in values:
+            model = values["model"]
+            if isinstance(model, dict):
+                model = small_model().to_dict() | model
+            values = values | {"model": ModelConfig.from_dict(model, f"{source}: model")}
+        return from_fields(cls, values, source, defaults=True)
 
     @classmethod
     def from_json(cls, path: str | Path) -> TrainConfig:
         """From a file. Raises ValueError, naming file and field, or OSError where it cannot be read."""
-        try:
-            values = json.loads(Path(path).read_text())
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: not valid JSON: {error}") from error
-        return cls.from_dict(values, str(path))
+        return cls.from_dict(read_json(Path(path)), str(path))
 
     def rate(self, step: int, end: int | None = None) -> float:
         """Learning rate of a step, counted from 0, of a run that ends at step ``end`` (default ``steps``)."""
@@ -263,12 +229,11 @@ class TrainConfig:
         return kinds
 
 
-def _is_int(value) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _programs(where: str, value: object) -> tuple[str, ...]:
+    fits = isinstance(value, list | tuple) and value and all(isinstance(p, str) and p in PROGRAMS for p in value)
+    if not fits or len(set(value)) < len(value):
+        raise ValueError(f"{where} must be some of {PROGRAMS}, each once, got {value!r}")
+    return tuple(value)
 
 
 @dataclass(frozen=True, eq=False)
