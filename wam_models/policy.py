@@ -9,9 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from ._json import from_fields
+from .checkpoint import CONFIG, EXTRA, Checkpoint, load_checkpoint, save_checkpoint
 from .data import ClipDataset, LeRobotDataset, PatchPCA
-from .data.clips import STRIDE
+from .data.clips import LEAST_STD, STRIDE
 from .model import WorldActionModel
 from .rollout import RolloutConfig
 from .text import WordEmbedding
@@ -31,6 +32,9 @@ class Policy:
         action_std: float32 ``[A]``; normalised actions are ``(action - mean) / std``.
         varying: bool ``[A]``: the action dimensions that vary in the training split. Errors average over these.
         rollout: How to roll it out unless told otherwise.
+
+    Raises:
+        ValueError: parts that do not fit together, or action statistics that turn actions into no numbers.
     """
 
     model: WorldActionModel
@@ -40,6 +44,28 @@ class Policy:
     action_std: Tensor
     varying: Tensor
     rollout: RolloutConfig
+
+    def __post_init__(self) -> None:
+        c = self.model.config
+        for name, dtype in (("action_mean", torch.float32), ("action_std", torch.float32), ("varying", torch.bool)):
+            units = getattr(self, name)
+            if units.dtype != dtype or units.shape != (c.action_dim,):
+                raise ValueError(
+                    f"Policy: {name} must be {dtype} [{c.action_dim}] for this model, got {units.dtype} "
+                    f"{list(units.shape)}"
+                )
+        for name, fits, expected in (
+            ("action_mean", self.action_mean.isfinite(), "finite"),
+            ("action_std", self.action_std.isfinite() & (self.action_std >= LEAST_STD), f"at least {LEAST_STD:g}"),
+        ):
+            if not fits.all():
+                raise ValueError(f"Policy: {name} must be {expected}, got {getattr(self, name).tolist()}")
+        for name, has, wants in (
+            ("codec.channels", self.codec.channels, c.latent_channels),
+            ("text.text_dim", self.text.words.embedding_dim, c.text_dim),
+        ):
+            if has != wants:
+                raise ValueError(f"Policy: {name} must be {wants} for this model, got {has}")
 
     @classmethod
     def of(cls, model: WorldActionModel, text: WordEmbedding, data: ClipDataset, rollout: RolloutConfig) -> Policy:
@@ -64,17 +90,22 @@ class Policy:
             ValueError: a file that is missing, unreadable or lacks an entry; the message names it.
         """
         found = load_checkpoint(folder, device)
-        codec = {k.removeprefix(_CODEC): v.cpu() for k, v in found.extra.items() if k.startswith(_CODEC)}
+        config, extra = Path(folder) / CONFIG, Path(folder) / EXTRA
+        if found.text is None or "rollout" not in found.metadata:
+            lacks = "vocabulary" if found.text is None else "metadata.rollout"
+            raise ValueError(f"{config}: no checkpoint of wam train, {lacks} is missing; train again")
+        rollout = from_fields(RolloutConfig, found.metadata["rollout"], f"{config}: metadata.rollout")
+        units = {name: found.extra.get(name) for name in ("action_mean", "action_std", "varying")}
+        missing = [name for name, value in units.items() if value is None]
+        if missing:
+            raise ValueError(f"{extra}: no checkpoint of wam train, {missing} are missing; train again")
         try:
-            units = [found.extra[name].cpu() for name in ("action_mean", "action_std", "varying")]
-            rollout = RolloutConfig(**found.metadata["rollout"])
-        except (KeyError, TypeError) as error:
-            raise ValueError(
-                f"{folder}: no checkpoint of wam train, {error} is missing or unknown; train again"
-            ) from error
-        if found.text is None:
-            raise ValueError(f"{folder}: no checkpoint of wam train, it has no vocabulary; train again")
-        return cls(found.model, found.text, PatchPCA.from_state_dict(codec), *units, rollout), found
+            codec = {k.removeprefix(_CODEC): v.cpu() for k, v in found.extra.items() if k.startswith(_CODEC)}
+            units = {name: value.cpu() for name, value in units.items()}
+            policy = cls(found.model, found.text, PatchPCA.from_state_dict(codec), **units, rollout=rollout)
+        except ValueError as error:
+            raise ValueError(f"{extra}: {error}; train again") from error
+        return policy, found
 
     def clip(self, dataset: LeRobotDataset, episode: int) -> dict:
         """One whole episode in this policy's latents and units; only its own frames are decoded.

@@ -13,6 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ._checks import whole
+from .config import LARGEST
+
 
 def words_of(instruction: str) -> list[str]:
     """Lower-cased words: runs of letters and digits."""
@@ -29,16 +32,21 @@ class WordEmbedding(nn.Module):
         vocabulary: Words, lower-cased; see :meth:`from_instructions`.
         text_dim: Width of the embeddings.
         tokens: Places of every instruction, L.
+
+    Raises:
+        ValueError: a vocabulary that is no list of different words, or ``tokens`` that is no whole number.
     """
 
     def __init__(self, vocabulary: Sequence[str], text_dim: int, *, tokens: int = 24) -> None:
         super().__init__()
-        self.vocabulary, self.tokens = tuple(vocabulary), tokens
-        if any(words_of(word) != [word] for word in self.vocabulary):
-            bad = [word for word in self.vocabulary if words_of(word) != [word]]
+        if not isinstance(vocabulary, list | tuple):
+            raise ValueError(f"WordEmbedding: vocabulary must be a list of words, got {vocabulary!r}")
+        bad = [word for word in vocabulary if not isinstance(word, str) or words_of(word) != [word]]
+        if bad:
             raise ValueError(f"WordEmbedding: vocabulary must hold single lower-case words, got {bad[:5]}")
-        if len(set(self.vocabulary)) != len(self.vocabulary):
+        if len(set(vocabulary)) != len(vocabulary):
             raise ValueError("WordEmbedding: vocabulary must hold each word once")
+        self.vocabulary, self.tokens = tuple(vocabulary), whole("WordEmbedding: tokens", tokens, 1, LARGEST)
         self._index = {word: i for i, word in enumerate(self.vocabulary)}
         self.words = nn.Embedding(len(self.vocabulary) + 1, text_dim)  # the last is the unknown word
         self.places = nn.Parameter(torch.randn(tokens, text_dim) / 4)

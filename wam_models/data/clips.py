@@ -8,6 +8,7 @@ from wam_models.data.lerobot import LeRobotDataset
 
 __all__ = ["ClipDataset"]
 
+LEAST_STD = 1e-6  # an action dimension below this is constant
 STRIDE = 4  # video frames, and so actions, per latent frame
 FIT_FRAMES = 256  # 32,768 patches of 128 x 256 pictures: plenty for 768 dimensions, fitted in a second or two
 
@@ -23,7 +24,7 @@ class ClipDataset:
         tasks: list of instructions; `task` in a clip indexes it.
         train, held_out: lists of episode numbers. Any split but "train" counts as held out.
         codec: see wam_models.data.latents.
-        action_mean, action_std: float32 [A]; std below 1e-6 is replaced by 1.
+        action_mean, action_std: float32 [A]; std below LEAST_STD is replaced by 1.
         constant_actions: bool [A], dimensions that never vary in the training split; leave them out of error averages.
         latent_shape: (channels, rows, columns) of one latent frame.
 
@@ -69,7 +70,7 @@ class ClipDataset:
         actions = [torch.from_numpy(dataset.action(e)) for e in episodes]
         known = torch.cat([actions[i] for i in self.train]).to(torch.float64)
         std = known.std(0, correction=0)
-        self.constant_actions = std < 1e-6
+        self.constant_actions = std < LEAST_STD
         self.action_mean = known.mean(0).to(torch.float32)
         self.action_std = torch.where(self.constant_actions, 1.0, std).to(torch.float32)
         self._action = []

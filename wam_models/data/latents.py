@@ -36,21 +36,34 @@ class PatchPCA:
     Args (use `fit` or `from_state_dict`):
         mean: float32 [3 P P], the mean patch, pixels in [0, 1], ordered (row, column, colour).
         basis: float32 [C, 3 P P], orthonormal rows, by falling variance.
-        scale: float32 [C], what each coordinate is multiplied by.
+        scale: float32 [C], what each coordinate is multiplied by; positive.
+
+    Raises:
+        ValueError: shapes that do not fit, numbers that are not finite, rows that are not orthonormal.
     """
 
     temporal = 1
 
     def __init__(self, mean, basis, scale):
         patch = math.isqrt(mean.numel() // 3)
-        if mean.ndim != 1 or 3 * patch * patch != mean.numel():
+        if mean.ndim != 1 or mean.numel() == 0 or 3 * patch * patch != mean.numel():
             raise ValueError(f"PatchPCA: mean has shape {tuple(mean.shape)}, expected [3 P P]")
-        if basis.ndim != 2 or basis.shape[1] != mean.numel() or scale.shape != basis.shape[:1]:
+        if basis.ndim != 2 or basis.shape[1] != mean.numel() or scale.shape != basis.shape[:1] or not len(basis):
             raise ValueError(
                 f"PatchPCA: shapes do not fit: mean {tuple(mean.shape)}, basis {tuple(basis.shape)}, "
                 f"scale {tuple(scale.shape)}; expected [3 P P], [C, 3 P P], [C]"
             )
+        for name, x in (("mean", mean), ("basis", basis), ("scale", scale)):
+            if not x.is_floating_point() or not x.isfinite().all():
+                raise ValueError(
+                    f"PatchPCA: {name} must be finite floats, got {x.dtype} {x.flatten().tolist()[:3]} ..."
+                )
         self.mean, self.basis, self.scale = (x.to(torch.float32).contiguous() for x in (mean, basis, scale))
+        if not (self.scale > 0).all():
+            raise ValueError(f"PatchPCA: scale must be positive, got {self.scale.min().item():g}")
+        skew = (self.basis @ self.basis.T - torch.eye(len(basis))).abs().max().item()
+        if skew > 0.02:  # as far as rows stored in bf16 are from it
+            raise ValueError(f"PatchPCA: basis must have orthonormal rows, got products that are {skew:g} off")
         self.spatial = patch
         self.channels = basis.shape[0]
 
