@@ -1,11 +1,13 @@
+import shutil
+
 import pytest
 
 from tests.data import tiny
 
 
 @pytest.fixture
-def tiny_root(tmp_path):
-    return tiny.write(tmp_path / "tiny")
+def tiny_root(shared_tiny_root, tmp_path):
+    return shutil.copytree(shared_tiny_root, tmp_path / "tiny")
 
 
 @pytest.fixture(scope="session")

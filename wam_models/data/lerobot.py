@@ -1,15 +1,21 @@
-"""Reader of LeRobot v3 data sets with pyarrow and PyAV only."""
+"""Reader of LeRobot v3 data sets with pyarrow, PyAV and Pillow only."""
 
-import json
+import io
+import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from wam_models._json import read_json
+
 __all__ = ["Episode", "LeRobotDataset"]
+
+PICTURES = ("video", "image")  # dtypes of a camera: an mp4 file, or a PNG or JPEG in each row of the data files
 
 
 @dataclass(frozen=True)
@@ -24,96 +30,77 @@ class Episode:
 
 @dataclass(frozen=True)
 class _Place:
-    """Where one episode lies: the data file and its first row, the video file and its time span in seconds."""
+    """Where one episode lies: its data file, and of a video the file and the time span in seconds."""
 
     data: Path
-    row: int
-    video: Path
+    video: Path | None
     start: float
     stop: float
 
 
 class LeRobotDataset:
-    """A LeRobot v3 data set (`codebase_version` "v3.0") with one video stream.
+    """A LeRobot v3 data set (`codebase_version` "v3.0"), its pictures from one camera.
 
-    `episodes` (list of Episode), `fps` (frames and actions per second), `features` (the dict of info.json), `root`.
-    An episode is named by its Episode or by its number.
+    `episodes` (list of Episode), `fps` (frames and actions per second), `features` (the dict of info.json), `root`,
+    `camera` (name of its feature), `picture_size` (height, width). An episode is named by its Episode or by its number.
 
     Args:
         root: the folder that holds `meta/`, `data/` and `videos/`.
-        video_key: the feature to read pictures from; needed only where info.json lists several video features.
+        camera: the feature to read pictures from, of dtype "video" or "image"; needed only where info.json lists
+            several.
+        usual_camera: the one to take where there are several and `camera` is None; ignored if it is none of them.
 
     Raises:
         FileNotFoundError: a file of the layout is missing.
-        ValueError: a file is malformed; the message names the file and the field.
+        ValueError: a file is malformed, or `camera` is not in it; the message names the file and the field.
     """
 
-    def __init__(self, root, video_key=None):
+    def __init__(self, root, camera=None, usual_camera=None):
         self.root = Path(root)
-        info_path = self.root / "meta/info.json"
-        info = _read_json(info_path)
-        version = _field(info, "codebase_version", str, info_path)
+        self._info = self.root / "meta/info.json"
+        info = _read_json(self._info)
+        version = _field(info, "codebase_version", str, self._info)
         if not version.startswith("v3"):
             raise ValueError(
-                f"{info_path}: codebase_version is {version!r}, expected v3.x; convert the data set with lerobot first"
+                f"{self._info}: codebase_version is {version!r}, expected v3.x; convert the data set with lerobot first"
             )
-        self.fps = _field(info, "fps", (int, float), info_path)
-        if not self.fps > 0:
-            raise ValueError(f"{info_path}: fps is {self.fps}, expected a positive number")
-        self.features = _field(info, "features", dict, info_path)
-        self._data_path = _field(info, "data_path", str, info_path)
-        self._video_path = _field(info, "video_path", str, info_path)
-        splits = _ranges(_field(info, "splits", dict, info_path), info_path)
+        self.fps = _field(info, "fps", (int, float), self._info)
+        if not 0 < self.fps < math.inf:
+            raise ValueError(f"{self._info}: fps is {self.fps}, expected a positive number")
+        self.features = _field(info, "features", dict, self._info)
+        self.camera = self._choose_camera(camera, usual_camera)
+        self.picture_size = _picture_size(self.features[self.camera], self.camera, self._info)
+        self._is_video = self.features[self.camera]["dtype"] == "video"
+        total = _field(info, "total_episodes", int, self._info)
+        if total < 1:
+            raise ValueError(f"{self._info}: total_episodes is {total}, expected 1 or more")
+        if "splits" not in info:
+            raise ValueError(f'{self._info}: field \'splits\' is missing; add "splits": {{"train": "0:{total}"}}')
+        splits = _ranges(_field(info, "splits", dict, self._info), self._info)
+        # one camera has one file per group of episodes, numbered as its rows of meta/episodes say
+        data_path = _template(info, "data_path", ("chunk_index", "file_index"), self._info)
+        video_path = None
+        if self._is_video:
+            video_path = _template(info, "video_path", ("video_key", "chunk_index", "file_index"), self._info)
 
-        videos = sorted(k for k, v in self.features.items() if isinstance(v, dict) and v.get("dtype") == "video")
-        if video_key is None and len(videos) == 1:
-            video_key = videos[0]
-        if video_key not in videos:
-            raise ValueError(f"{info_path}: video_key is {video_key!r}, expected one of {videos}; pass video_key=...")
-        self.video_key = video_key
-
-        files = sorted((self.root / "meta/episodes").glob("chunk-*/file-*.parquet"))
-        if not files:
-            raise FileNotFoundError(f"{self.root}/meta/episodes/chunk-*/file-*.parquet: none; is the copy complete?")
-        video = f"videos/{video_key}/"
-        columns = ["episode_index", "tasks", "length", "data/chunk_index", "data/file_index", "dataset_from_index"]
-        columns += [video + name for name in ("chunk_index", "file_index", "from_timestamp", "to_timestamp")]
-        rows = [row for file in files for row in _read_table(file, columns).to_pylist()]
-        rows.sort(key=lambda row: row["episode_index"])
-        total = _field(info, "total_episodes", int, info_path)
-        if [row["episode_index"] for row in rows] != list(range(total)):
-            raise ValueError(
-                f"{info_path}: total_episodes is {total}, but meta/episodes lists {len(rows)}; fetch both again"
-            )
-
-        # rows of a data file count from its own first episode, dataset_from_index from the first of all
-        first = {}
-        for row in rows:
-            key = row["data/chunk_index"], row["data/file_index"]
-            first[key] = min(first.get(key, row["dataset_from_index"]), row["dataset_from_index"])
-        self.episodes = []
-        self._places = []
-        for row in rows:
-            index = row["episode_index"]
-            if not row["tasks"]:
-                raise ValueError(f"{files[0]}: tasks of episode {index} is empty, expected one instruction")
+        self.episodes, self._places = [], []
+        for row in self._rows(total):
+            index, length, path = row["episode_index"], row["length"], row["path"]
+            if length < 1:
+                raise ValueError(f"{path}: length of episode {index} is {length}, expected 1 or more; drop the episode")
             split = next((name for name, span in splits.items() if index in span), "")
-            self.episodes.append(Episode(index, row["length"], row["tasks"][0], split))
-            chunk, file = row["data/chunk_index"], row["data/file_index"]
-            self._places.append(
-                _Place(
-                    data=self.root / self._data_path.format(chunk_index=chunk, file_index=file),
-                    row=row["dataset_from_index"] - first[chunk, file],
-                    video=self.root
-                    / self._video_path.format(
-                        video_key=video_key,
-                        chunk_index=row[video + "chunk_index"],
-                        file_index=row[video + "file_index"],
-                    ),
-                    start=row[video + "from_timestamp"],
-                    stop=row[video + "to_timestamp"],
-                )
-            )
+            self.episodes.append(Episode(index, length, _task(row["tasks"], index, path), split))
+            data = data_path.format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
+            video, start, stop = None, 0.0, 0.0
+            if self._is_video:
+                chunk, file, start, stop = (row[name] for name in self._video_columns())
+                video = self.root / video_path.format(video_key=self.camera, chunk_index=chunk, file_index=file)
+                if start < 0 or round((stop - start) * self.fps) != length:
+                    raise ValueError(
+                        f"{path}: length of episode {index} is {length}, but from_timestamp {start:g} and to_timestamp "
+                        f"{stop:g} span {(stop - start) * self.fps:.1f} frames at {self.fps:g} fps; fetch the file again"
+                    )
+            self._places.append(_Place(self.root / data, video, start, stop))
         self._tables = {}
 
     @cached_property
@@ -124,54 +111,75 @@ class LeRobotDataset:
     def action(self, episode):
         """float32 [T, A]: the action that is executed at each frame, in the units of the data set.
 
-        Raises IndexError for an unknown episode, FileNotFoundError or ValueError as the class does.
+        Raises IndexError for an unknown episode, ValueError for a number that is missing or not finite, with its place,
+        and else FileNotFoundError or ValueError as the class does.
         """
-        return self._column(episode, "action")
+        return self._numbers(episode, "action")
 
     def state(self, episode):
         """float32 [T, S]: `observation.state` before each action. Raises as `action` does."""
-        return self._column(episode, "observation.state")
+        return self._numbers(episode, "observation.state")
 
     def frames(self, episode, every=1):
-        """uint8 [ceil(T / every), H, W, 3]: the RGB picture before each `every`-th action, decoded from the video.
+        """uint8 [ceil(T / every), H, W, 3]: the RGB picture before each `every`-th action.
 
         Raises ValueError for `every` below 1, else as `action` does.
         """
-        import av  # here: whatever reads no video, the GPU benchmarks among it, runs without PyAV
-
         if every < 1:
             raise ValueError(f"LeRobotDataset.frames: every is {every}, expected 1 or more")
         number = self._number(episode)
-        place, length = self._places[number], self.episodes[number].length
-        if not place.video.exists():
-            raise FileNotFoundError(f"{place.video}: not found; is the copy of the data set complete?")
-        height, width = self.features[self.video_key]["shape"][:2]
-        out = np.empty((-(-length // every), height, width, 3), dtype=np.uint8)
-        count = 0
-        # half a frame of slack: timestamps are rounded to the stream's time base
-        start, stop = place.start - 0.5 / self.fps, place.stop - 0.5 / self.fps
-        try:
-            with av.open(str(place.video)) as container:
-                stream = container.streams.video[0]
-                stream.thread_type = "AUTO"
-                container.seek(int(place.start / stream.time_base), stream=stream)  # to the key frame at or before it
-                for frame in container.decode(stream):
-                    if frame.time < start:
-                        continue
-                    if frame.time >= stop or count == length:
-                        break
-                    if (frame.height, frame.width) != (height, width):
-                        raise ValueError(
-                            f"{place.video}: frames are {frame.height} x {frame.width}, info.json: {height} x {width}"
-                        )
-                    if count % every == 0:
-                        out[count // every] = frame.to_ndarray(format="rgb24")
-                    count += 1
-        except av.FFmpegError as error:
-            raise ValueError(f"{place.video}: cannot be decoded ({error}); fetch the file again") from error
-        if count != length:
-            raise ValueError(f"{place.video}: episode {number} has {count} frames, meta/episodes says {length}")
-        return out
+        out = np.empty((-(-self.episodes[number].length // every), *self.picture_size, 3), dtype=np.uint8)
+        return self._decode_video(number, every, out) if self._is_video else self._decode_images(number, every, out)
+
+    def _choose_camera(self, camera, usual_camera):
+        cameras = sorted(k for k, v in self.features.items() if isinstance(v, dict) and v.get("dtype") in PICTURES)
+        if not cameras:
+            raise ValueError(f"{self._info}: features has no camera, that is none of dtype {' or '.join(PICTURES)}")
+        if camera is None and len(cameras) > 1 and usual_camera not in cameras:
+            raise ValueError(
+                f"{self._info}: features has {len(cameras)} cameras, {', '.join(cameras)}; choose one: "
+                "LeRobotDataset(root, camera), or --camera"
+            )
+        if camera is not None and camera not in cameras:
+            raise ValueError(
+                f"{self._info}: features has no camera {camera!r}; camera (--camera) must be one of "
+                f"{', '.join(cameras)}"
+            )
+        return camera or (usual_camera if usual_camera in cameras else cameras[0])
+
+    def _video_columns(self):
+        return [
+            f"videos/{self.camera}/{name}" for name in ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
+        ]
+
+    def _rows(self, total):
+        """The rows of meta/episodes, by episode, as dicts of checked values and `path`, the file of the row."""
+        files = sorted((self.root / "meta/episodes").glob("chunk-*/file-*.parquet"))
+        if not files:
+            raise FileNotFoundError(f"{self.root}/meta/episodes/chunk-*/file-*.parquet: none; is the copy complete?")
+        kinds = dict.fromkeys(("episode_index", "length", "data/chunk_index", "data/file_index"), int)
+        if self._is_video:
+            kinds |= zip(self._video_columns(), (int, int, float, float), strict=True)
+        rows = []
+        for file in files:
+            table = _read_table(file, ["tasks", *kinds])
+            columns = {name: _metadata(table[name], name, kind, file).tolist() for name, kind in kinds.items()}
+            columns["tasks"] = _text(table["tasks"], "tasks", file)
+            rows += [
+                dict(zip(columns, values, strict=True), path=file) for values in zip(*columns.values(), strict=True)
+            ]
+        rows.sort(key=lambda row: row["episode_index"])
+        for expected, row in enumerate(rows):
+            if row["episode_index"] != expected:
+                raise ValueError(
+                    f"{row['path']}: episode_index is {row['episode_index']} where {expected} comes next, but episodes "
+                    "are numbered from 0 without gaps or repeats; renumber them"
+                )
+        if len(rows) != total:
+            raise ValueError(
+                f"{self._info}: total_episodes is {total}, but meta/episodes lists {len(rows)}; fetch both again"
+            )
+        return rows
 
     def _number(self, episode):
         number = episode.index if isinstance(episode, Episode) else int(episode)
@@ -179,27 +187,119 @@ class LeRobotDataset:
             raise IndexError(f"episode {number} does not exist; the data set has {len(self.episodes)}")
         return number
 
-    def _column(self, episode, name):
-        number = self._number(episode)
-        place, length = self._places[number], self.episodes[number].length
-        if place.data not in self._tables:
-            self._tables[place.data] = _read_table(place.data, ["episode_index", "action", "observation.state"])
-        table = self._tables[place.data].slice(place.row, length)
-        if table["episode_index"].to_pylist() != [number] * length:
+    def _column(self, number, name, table):
+        """The episode's rows of one column, and their numbers in the data file."""
+        path, length = self._places[number].data, self.episodes[number].length
+        index = _metadata(table["episode_index"], "episode_index", int, path)
+        rows = np.flatnonzero(index == number)
+        if len(rows) != length:
             raise ValueError(
-                f"{place.data}: episode_index of episode {number} does not match meta/episodes; fetch both again"
+                f"{path}: episode_index is {number} in {len(rows)} rows, but length in meta/episodes says {length}; "
+                "fetch both again"
             )
-        values = np.array(table[name].to_pylist(), dtype=np.float32)
-        return values.reshape(length, -1)
+        return table[name].take(rows), rows
+
+    def _numbers(self, episode, name):
+        number = self._number(episode)
+        path, width = self._places[number].data, self._width(name)
+        if (path, name) not in self._tables:
+            self._tables[path, name] = _read_table(path, ["episode_index", name])
+        column, rows = self._column(number, name, self._tables[path, name])
+        if not (pa.types.is_integer(_inner(column.type)) or pa.types.is_floating(_inner(column.type))):
+            raise ValueError(f"{path}: column {name!r} is of type {column.type}, expected lists of numbers")
+        # a feature of one number is a plain column
+        values = [value if isinstance(value, list) else [value] for value in column.to_pylist()]
+        if width is None:
+            width = len(values[0])
+        for row, value in zip(rows, values, strict=True):
+            if len(value) != width:
+                got = "is null" if value == [None] else f"has {len(value)} numbers"
+                raise ValueError(
+                    f"{path}: {name} of episode {number} {got} in row {row}, expected {width} numbers; mend the row or "
+                    "drop the episode"
+                )
+        with np.errstate(over="ignore"):  # beyond float32 is infinity, which is refused
+            out = np.array(values, dtype=np.float32)
+        for frame, dimension in np.argwhere(~np.isfinite(out)):
+            value = values[frame][dimension]
+            raise ValueError(
+                f"{path}: {name} of episode {number} is {'null' if value is None else value} in row {rows[frame]} (its "
+                f"frame {frame}), dimension {dimension}, expected a finite number; mend the row or drop the episode"
+            )
+        return out
+
+    def _width(self, name):
+        """Numbers of a feature; None where info.json does not say."""
+        feature = self.features.get(name)
+        if not isinstance(feature, dict) or "shape" not in feature:
+            return None
+        shape = feature["shape"]
+        if not _whole(shape) or len(shape) != 1:
+            raise ValueError(f"{self._info}: features[{name!r}] has shape {shape!r}, expected [how many numbers]")
+        return shape[0]
+
+    def _decode_video(self, number, every, out):
+        import av  # here: whatever reads no video, the GPU benchmarks among it, runs without PyAV
+
+        place, length = self._places[number], self.episodes[number].length
+        if not place.video.exists():
+            raise FileNotFoundError(f"{place.video}: not found; is the copy of the data set complete?")
+        count = 0
+        # half a frame of slack: timestamps are rounded to the stream's time base
+        start, stop = place.start - 0.5 / self.fps, place.stop - 0.5 / self.fps
+        try:
+            with av.open(str(place.video)) as container:
+                if not container.streams.video:
+                    raise ValueError(f"{place.video}: holds no video stream; fetch the file again")
+                stream = container.streams.video[0]
+                stream.thread_type = "AUTO"
+                container.seek(int(place.start / stream.time_base), stream=stream)  # to the key frame at or before it
+                for frame in container.decode(stream):
+                    if frame.time is None or frame.time < start:
+                        continue
+                    if frame.time >= stop or count == length:
+                        break
+                    if count % every == 0:
+                        self._put(out, count // every, frame.to_ndarray(format="rgb24"), place.video, count)
+                    count += 1
+        except (av.FFmpegError, OverflowError) as error:
+            raise ValueError(f"{place.video}: cannot be decoded ({error}); fetch the file again") from error
+        if count != length:
+            raise ValueError(
+                f"{place.video}: episode {number} has {count} frames, length in meta/episodes says {length}"
+            )
+        return out
+
+    def _decode_images(self, number, every, out):
+        from PIL import Image  # here, as PyAV
+
+        path = self._places[number].data
+        mine = pc.field("episode_index") == number
+        column, rows = self._column(number, self.camera, _read_table(path, ["episode_index", self.camera], mine))
+        for frame in range(0, len(column), every):
+            where = f"{path}: {self.camera} of episode {number}, frame {frame},"
+            value = column[frame].as_py()
+            value = value.get("bytes") if isinstance(value, dict) else value
+            if not isinstance(value, bytes):
+                raise ValueError(f"{where} holds no picture, expected the bytes of a PNG or JPEG file")
+            try:
+                picture = np.asarray(Image.open(io.BytesIO(value)).convert("RGB"))
+            except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+                raise ValueError(f"{where} cannot be decoded ({error}); fetch the file again") from error
+            self._put(out, frame // every, picture, path, frame)
+        return out
+
+    def _put(self, out, place, picture, path, frame):
+        if picture.shape != out.shape[1:]:
+            got, expected = (f"{shape[0]} x {shape[1]}" for shape in (picture.shape, self.picture_size))
+            raise ValueError(f"{path}: frame {frame} of the episode is {got}, the shape in info.json {expected}")
+        out[place] = picture
 
 
 def _read_json(path):
     if not path.exists():
         raise FileNotFoundError(f"{path}: not found; pass the folder that holds meta/, data/ and videos/")
-    try:
-        value = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); fetch the file again") from error
+    value = read_json(path)
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__}, expected an object")
     return value
@@ -214,24 +314,98 @@ def _field(info, name, kind, path):
     return info[name]
 
 
+def _whole(shape):
+    return isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
+
+
+def _picture_size(feature, camera, path):
+    """(height, width) of a camera, whose shape has the channels last or, as some writers have it, first."""
+    shape = feature.get("shape")
+    if _whole(shape) and len(shape) == 3:
+        if shape[2] == 3:
+            return shape[0], shape[1]
+        if shape[0] == 3:
+            return shape[1], shape[2]
+    raise ValueError(f"{path}: features[{camera!r}] has shape {shape!r}, expected [height, width, 3]")
+
+
+def _template(info, name, known, path):
+    text = _field(info, name, str, path)
+    try:
+        text.format(**{field: "" if field == "video_key" else 0 for field in known})
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path}: {name} is {text!r}, expected a path with {', '.join('{' + field + '}' for field in known)} "
+            f"({type(error).__name__}: {error}); convert a data set of v2.1 with lerobot first"
+        ) from error
+    return text
+
+
 def _ranges(splits, path):
     out = {}
     for name, text in splits.items():
         start, colon, stop = str(text).partition(":")
-        if not (colon and start.isdigit() and stop.isdigit()):
+        if not (colon and start.isdecimal() and stop.isdecimal()):
             raise ValueError(f'{path}: splits[{name!r}] is {text!r}, expected episode numbers "start:stop"')
         out[name] = range(int(start), int(stop))
+    spans = sorted((span.start, span.stop, name) for name, span in out.items() if span)
+    for (_, stop, name), (start, _, other) in zip(spans, spans[1:]):
+        if start < stop:
+            raise ValueError(f"{path}: splits {name!r} and {other!r} both hold episode {start}, expected disjoint ones")
     return out
 
 
-def _read_table(path, columns):
+def _task(value, index, path):
+    tasks = [value] if isinstance(value, str) else list(dict.fromkeys(value or []))
+    if len(tasks) != 1 or tasks[0] is None:
+        raise ValueError(
+            f"{path}: tasks of episode {index} is {value!r}, expected one instruction; split an episode of several "
+            "tasks where they change"
+        )
+    return tasks[0]
+
+
+def _inner(kind):
+    """The type of a column's values, or of the values in its lists."""
+    is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    return kind.value_type if is_list else kind
+
+
+def _metadata(column, name, kind, path):
+    """A column of whole (`kind` int) or finite numbers, as an array."""
+    expected = "whole numbers" if kind is int else "finite numbers"
+    if not (pa.types.is_integer(column.type) or (kind is float and pa.types.is_floating(column.type))):
+        raise ValueError(f"{path}: column {name!r} is of type {column.type}, expected {expected}; write the file again")
+    values = column.to_numpy()  # null becomes NaN
+    for row in np.flatnonzero(~np.isfinite(values)):
+        value = column[row].as_py()
+        raise ValueError(
+            f"{path}: column {name!r} is {'null' if value is None else value} in row {row}, expected {expected}; "
+            "write the file again"
+        )
+    return values
+
+
+def _text(column, name, path):
+    """A column of strings or lists of strings, as a list."""
+    if not (pa.types.is_string(_inner(column.type)) or pa.types.is_large_string(_inner(column.type))):
+        raise ValueError(f"{path}: column {name!r} is of type {column.type}, expected lists of strings")
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: column {name!r} is not UTF-8 ({error}); write the file again") from error
+
+
+def _read_table(path, columns, rows=None):
+    """These columns; of all rows, or of those that the expression `rows` is true for."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: not found; is the copy of the data set complete?")
     try:
         names = pq.read_schema(path).names
-        missing = [c for c in columns if c not in names]
-        if missing:
-            raise ValueError(f"{path}: column {missing[0]!r} is missing; is this a LeRobot v3 data set?")
-        return pq.read_table(path, columns=columns)
-    except (OSError, pa.ArrowInvalid) as error:
+        wrong = [c for c in columns if names.count(c) != 1]
+        if wrong:
+            how = "is there twice" if wrong[0] in names else "is missing"
+            raise ValueError(f"{path}: column {wrong[0]!r} {how}; is this a LeRobot v3 data set?")
+        return pq.read_table(path, columns=columns, filters=rows)
+    except (OSError, pa.ArrowException) as error:
         raise ValueError(f"{path}: cannot be read ({error}); fetch the file again") from error
