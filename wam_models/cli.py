@@ -53,12 +53,14 @@ def positive_seconds(text: str) -> float:
 def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of what it writes")
     parser.add_argument("--data", type=Path, default=Path("data/libero_demo"), help="data set to train on")
+    parser.add_argument("--camera", metavar="FEATURE", help="of --data; needed only where it has several")
     parser.add_argument("--seconds", type=positive_seconds, default=180.0, help="time to train for")
     parser.add_argument("--seed", type=at_least(0), default=0)
 
 
 def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data set in LeRobot layout")
+    parser.add_argument("--camera", metavar="FEATURE", help="of --data; needed only where it has several")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of checkpoints and the log")
     parser.add_argument("--config", type=Path, metavar="FILE.json", help="model and training config")
     limit = "training ends at whichever of --steps and --seconds comes first"
@@ -75,6 +77,7 @@ def _rollout(parser: argparse.ArgumentParser) -> None:
     world.add_argument("--data", type=Path, metavar="DIR", help="recorded episodes: a data set in LeRobot layout")
     adapter = "act in a simulator: what makes its adapter, see wam_models.simulator"
     world.add_argument("--simulator", metavar="MODULE:FACTORY", help=adapter)
+    parser.add_argument("--camera", metavar="FEATURE", help="of --data; default: its only one, or the checkpoint's")
     parser.add_argument("--episode", type=at_least(0), metavar="N", help="of --data; default: the first held-out one")
     parser.add_argument(
         "--chunks", type=at_least(1), metavar="N", help="at most so many; default: all, or 40 in a simulator"

@@ -98,7 +98,7 @@ def run(args) -> int:
             f"--data must be a data set in LeRobot v3 layout, but there is no folder {args.data}; the demo's own data is "
             "not in the installed package: run wam demo in a clone of the repository, or pass --data DIR"
         )
-    make_demo(args.out, args.data, seconds=args.seconds, seed=args.seed)
+    make_demo(args.out, args.data, camera=args.camera, seconds=args.seconds, seed=args.seed)
     return 0
 
 
@@ -106,6 +106,7 @@ def make_demo(
     out: Path,
     root: Path,
     *,
+    camera: str | None = None,
     seconds: float = 180.0,
     seed: int = 0,
     config: TrainConfig | None = None,
@@ -117,6 +118,7 @@ def make_demo(
     Args:
         out: Folder of all files.
         root: The data set, with held-out episodes.
+        camera: The feature to read pictures from, where the data set has several.
         seconds: Time to train for; the rest takes about a minute and a half on two cores.
         seed: Of weights, clips and noise.
         config: Of the training; default :func:`demo_training`.
@@ -130,8 +132,8 @@ def make_demo(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = config or demo_training()
     print(f"1. read {root}")
-    data = read_data(root, progress=progress)
-    dataset = LeRobotDataset(root)
+    data = read_data(root, camera=camera, progress=progress)
+    dataset = LeRobotDataset(root, camera)
     if not data.held_out:
         raise ValueError(f"--data: {root} has no held-out episodes to evaluate on; give meta/info.json such a split")
 

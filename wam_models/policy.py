@@ -9,15 +9,48 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ._checks import check_field, whole
 from ._json import from_fields
 from .checkpoint import CONFIG, EXTRA, Checkpoint, load_checkpoint, save_checkpoint
 from .data import ClipDataset, LeRobotDataset, PatchPCA
-from .data.clips import LEAST_STD, STRIDE
+from .data.clips import LEAST_STD, action_slots, episode_frames
 from .model import WorldActionModel
 from .rollout import RolloutConfig
 from .text import WordEmbedding
 
 _CODEC = "codec."  # prefix of the codec's tensors in a checkpoint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Camera:
+    """Where a policy's training pictures came from.
+
+    Args:
+        name: The feature of the data set.
+        height: Of its pictures, in pixels.
+        width: Of its pictures, in pixels.
+
+    Raises:
+        ValueError: a value of the wrong type or outside its range; the message names the field.
+    """
+
+    name: str
+    height: int
+    width: int
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str):
+            raise ValueError(f"Camera: name must be a string, got {self.name!r}")
+        for name in ("height", "width"):
+            check_field(self, name, whole, 1)
+
+    def check(self, where: str, height: int, width: int) -> None:
+        """Raises ValueError for pictures of another size."""
+        if (height, width) != (self.height, self.width):
+            raise ValueError(
+                f"{where}: pictures are {height} x {width}, but the policy was trained on {self.height} x {self.width} "
+                f"({self.name}); render, crop or scale them to that"
+            )
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,6 +65,7 @@ class Policy:
         action_std: float32 ``[A]``; normalised actions are ``(action - mean) / std``.
         varying: bool ``[A]``: the action dimensions that vary in the training split. Errors average over these.
         rollout: How to roll it out unless told otherwise.
+        camera: Of the training pictures; None for a checkpoint that does not say.
 
     Raises:
         ValueError: parts that do not fit together, or action statistics that turn actions into no numbers.
@@ -44,6 +78,7 @@ class Policy:
     action_std: Tensor
     varying: Tensor
     rollout: RolloutConfig
+    camera: Camera | None = None
 
     def __post_init__(self) -> None:
         c = self.model.config
@@ -69,15 +104,18 @@ class Policy:
 
     @classmethod
     def of(cls, model: WorldActionModel, text: WordEmbedding, data: ClipDataset, rollout: RolloutConfig) -> Policy:
-        """With the codec and the action statistics of the data that the model was trained on."""
+        """With the codec, the action statistics and the camera of the data that the model was trained on."""
         units = data.action_mean.clone(), data.action_std.clone(), ~data.constant_actions
-        return cls(model.eval(), text.eval(), data.codec, *units, rollout)
+        camera = Camera(name=data.camera, height=data.picture_size[0], width=data.picture_size[1])
+        return cls(model.eval(), text.eval(), data.codec, *units, rollout, camera)
 
     def save(self, folder: str | Path, *, training: Mapping | None = None, training_state: dict | None = None) -> None:
         """Write a checkpoint folder; ``training`` (anything for JSON) and ``training_state`` serve a resume."""
         extra = {_CODEC + k: v for k, v in self.codec.state_dict().items()}
         extra |= {"action_mean": self.action_mean, "action_std": self.action_std, "varying": self.varying}
         metadata = {"rollout": asdict(self.rollout), "training": dict(training or {})}
+        if self.camera is not None:
+            metadata["camera"] = asdict(self.camera)
         save_checkpoint(
             folder, self.model, text=self.text, extra=extra, metadata=metadata, training_state=training_state
         )
@@ -95,6 +133,9 @@ class Policy:
             lacks = "vocabulary" if found.text is None else "metadata.rollout"
             raise ValueError(f"{config}: no checkpoint of wam train, {lacks} is missing; train again")
         rollout = from_fields(RolloutConfig, found.metadata["rollout"], f"{config}: metadata.rollout")
+        camera = found.metadata.get("camera")
+        if camera is not None:
+            camera = from_fields(Camera, camera, f"{config}: metadata.camera")
         units = {name: found.extra.get(name) for name in ("action_mean", "action_std", "varying")}
         missing = [name for name, value in units.items() if value is None]
         if missing:
@@ -102,10 +143,20 @@ class Policy:
         try:
             codec = {k.removeprefix(_CODEC): v.cpu() for k, v in found.extra.items() if k.startswith(_CODEC)}
             units = {name: value.cpu() for name, value in units.items()}
-            policy = cls(found.model, found.text, PatchPCA.from_state_dict(codec), **units, rollout=rollout)
+            policy = cls(
+                found.model, found.text, PatchPCA.from_state_dict(codec), **units, rollout=rollout, camera=camera
+            )
         except ValueError as error:
             raise ValueError(f"{extra}: {error}; train again") from error
         return policy, found
+
+    def dataset(self, root: str | Path, camera: str | None = None) -> LeRobotDataset:
+        """The data set in ``root``; of several cameras this policy's, unless ``camera`` names one.
+
+        Raises:
+            ValueError, FileNotFoundError: as LeRobotDataset does.
+        """
+        return LeRobotDataset(root, camera, self.camera and self.camera.name)
 
     def clip(self, dataset: LeRobotDataset, episode: int) -> dict:
         """One whole episode in this policy's latents and units; only its own frames are decoded.
@@ -115,7 +166,7 @@ class Policy:
             ``action`` float32 ``[1, F, 4, A]`` normalised, frame 0 zeros; ``text``, the instruction.
 
         Raises:
-            ValueError: an episode that does not exist, or actions of another width.
+            ValueError: an episode that does not exist, actions of another width, or pictures of another size.
             FileNotFoundError: a file of the data set is missing.
         """
         if not 0 <= episode < len(dataset.episodes):
@@ -126,10 +177,11 @@ class Policy:
                 f"{dataset.root}: actions have {action.shape[1]} numbers, those of the checkpoint "
                 f"{len(self.action_mean)}"
             )
-        frames = dataset.frames(episode, STRIDE)
+        if self.camera is not None:
+            self.camera.check(f"{dataset.root} ({dataset.camera})", *dataset.picture_size)
+        frames = episode_frames(dataset, episode, self.codec)
         video = self.codec.encode(frames)
-        steps = video.shape[1] - 1
-        slots = torch.zeros(1 + steps, STRIDE, action.shape[1])
-        slots[1:] = ((action - self.action_mean) / self.action_std)[: STRIDE * steps].unflatten(0, (steps, STRIDE))
+        slots = action_slots((action - self.action_mean) / self.action_std, video.shape[1])
+        pictures = frames[:: self.codec.temporal]
         task = dataset.episodes[episode].task
-        return {"frames": frames, "video": video[None], "action": slots[None], "text": task}
+        return {"frames": pictures, "video": video[None], "action": slots[None], "text": task}

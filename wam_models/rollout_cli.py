@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .data import LeRobotDataset
 from .data.clips import STRIDE
 from .evaluate import mean_psnr, rmse, stream
 from .objectives import GJD, MODEL_PROGRAMS, OBJECTIVES
@@ -42,7 +41,8 @@ def run(args) -> int:
     config = replace(config, steps=args.steps or config.steps)
     name = f"{objective}_{config.program}"
     if args.simulator is not None:
-        for flag, value in (("--episode", args.episode), ("--open-loop", args.open_loop or None)):
+        recorded = (("--camera", args.camera), ("--episode", args.episode), ("--open-loop", args.open_loop or None))
+        for flag, value in recorded:
             if value is not None:
                 raise ValueError(f"{flag} must be left out with --simulator: it concerns recorded episodes")
         if goal.conditional:
@@ -52,7 +52,7 @@ def run(args) -> int:
 
 
 def _recorded(args, policy: Policy, config: RolloutConfig, objective: str, name: str) -> int:
-    goal, dataset = OBJECTIVES[objective], LeRobotDataset(args.data)
+    goal, dataset = OBJECTIVES[objective], policy.dataset(args.data, args.camera)
     number = args.episode
     if number is None:
         number = next((e.index for e in dataset.episodes if e.split and e.split != "train"), 0)

@@ -31,7 +31,7 @@ from .flow import SHIFTS, TimestepDraw
 from .model import WorldActionModel
 from .muon import Muon
 from .objectives import GJD, GJD_MIXTURE, OBJECTIVES, checked_mixture
-from .policy import Policy
+from .policy import Camera, Policy
 from .rollout import CONDITIONAL_CHUNK, RolloutConfig
 from .text import WordEmbedding
 from .training import MOST, TrainingConfig, training_step
@@ -629,7 +629,7 @@ def run(args) -> int:
         config = replace(config, steps=args.steps)
     if resume is not None and resume.training_state["step"] >= config.steps:
         raise ValueError(f"--steps must be above {resume.training_state['step']}, the steps done, got {config.steps}")
-    data = read_data(args.data, codec)
+    data = read_data(args.data, codec, args.camera, None if resume is None else policy.camera)
     asked = threading.Event()
 
     def ask(*_) -> None:
@@ -652,10 +652,12 @@ def run(args) -> int:
     return 0
 
 
-def read_data(root: Path, codec=None, progress: bool = True) -> ClipDataset:
-    """The data set as clips, with a progress bar over its episodes."""
+def read_data(
+    root: Path, codec=None, camera: str | None = None, usual: Camera | None = None, progress: bool = True
+) -> ClipDataset:
+    """The data set as clips, with a progress bar over its episodes; ``usual`` is the camera of a policy."""
     return ClipDataset(
-        LeRobotDataset(root),
+        LeRobotDataset(root, camera, usual and usual.name),
         codec,
         progress=lambda e: tqdm(e, desc="read", unit="episode", disable=not progress, dynamic_ncols=True),
     )

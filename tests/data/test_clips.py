@@ -1,11 +1,14 @@
 import json
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 from tests.data import tiny
 from wam_models.data import ClipDataset, LeRobotDataset, PatchPCA
+from wam_models.data.clips import episode_frames
 
 
 @pytest.fixture(scope="module")
@@ -137,6 +140,49 @@ def test_refusals(clips, tiny_root):
     path.write_text(json.dumps({**info, "splits": {"test": "0:4"}}))
     with pytest.raises(ValueError, match='no episode in "train"'):
         ClipDataset(tiny_root)
+    feature = {**info["features"][tiny.KEY], "shape": [30, 64, 3]}
+    path.write_text(json.dumps({**info, "features": {**info["features"], tiny.KEY: feature}}))
+    with pytest.raises(ValueError, match=rf"info.json: pictures of {tiny.KEY} are 30 x 64, expected multiples of 16"):
+        ClipDataset(tiny_root)
+
+
+def test_one_bad_action_is_named(tiny_root):
+    """Before any video is decoded, whichever split the episode is of."""
+    path = tiny_root / "data/chunk-000/file-001.parquet"
+    table = pq.read_table(path)
+    values = table["action"].to_pylist()
+    values[25][6] = float("nan")
+    (tiny_root / f"videos/{tiny.KEY}/chunk-000/file-000.mp4").unlink()
+    pq.write_table(table.set_column(0, "action", pa.array(values, table["action"].type)), path)
+    with pytest.raises(ValueError, match=r"file-001.parquet: action of episode 3 is nan in row 25 \(its frame 5\)"):
+        ClipDataset(tiny_root)
+
+
+def test_actions_of_several_widths(tiny_root):
+    info = json.loads((tiny_root / "meta/info.json").read_text())
+    del info["features"]["action"]["shape"]
+    (tiny_root / "meta/info.json").write_text(json.dumps(info))
+    path = tiny_root / "data/chunk-000/file-001.parquet"
+    table = pq.read_table(path)
+    values = [row[:6] for row in table["action"].to_pylist()]
+    pq.write_table(table.set_column(0, "action", pa.array(values)), path)
+    with pytest.raises(ValueError, match="action of episode 2 has 6 numbers, of episode 0 7"):
+        ClipDataset(tiny_root)
+
+
+def test_an_episode_of_one_frame(tiny_root):
+    """It has one latent frame and no action; clips of more are drawn from the others."""
+    path = tiny_root / "meta/episodes/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    row = {**table.to_pylist()[1], "length": 1, f"videos/{tiny.KEY}/to_timestamp": 1.2}
+    rows = [row if row["episode_index"] == r["episode_index"] else r for r in table.to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), path)
+    path = tiny_root / "data/chunk-000/file-000.parquet"
+    pq.write_table(pq.read_table(path).slice(0, tiny.LENGTHS[0] + 1), path)
+    for codec in (None, FourFrames()):
+        short = ClipDataset(tiny_root, codec=codec)
+        assert short.length(1) == 1 and not short.episode(1)["action"].any()
+        assert 1 not in short.sample(50, 2, generator())["episode"]
 
 
 class FourFrames:
@@ -155,3 +201,9 @@ def test_codec_that_compresses_time(shared_tiny_root, clips):
     assert [other.length(i) for i in range(4)] == [clips.length(i) for i in range(4)]
     assert other.episode(0)["video"].shape == (1, 1, 6, 2, 4)
     assert torch.equal(other.episode(0)["action"], clips.episode(0)["action"])
+    frames = episode_frames(LeRobotDataset(shared_tiny_root), 0, FourFrames())
+    assert torch.equal(FourFrames().encode(frames), other.episode(0)["video"][0])
+    thrice = FourFrames()
+    thrice.temporal = 3
+    with pytest.raises(ValueError, match="codec.temporal is 3, expected a divisor of 4"):
+        ClipDataset(shared_tiny_root, codec=thrice)

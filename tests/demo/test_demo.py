@@ -1,6 +1,7 @@
 """The demo end to end on tiny data, the rollout of its checkpoint, and the mask pictures."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
+from tests.data import tiny
 from wam_kernels import PROGRAMS, Geometry, dense_mask
 from wam_models import GJD, cli
 from wam_models.data import LeRobotDataset
 from wam_models.demo import make_demo, verdicts
 from wam_models.evaluate import CASES, Evaluation, Row, evaluate, rmse
 from wam_models.mask_picture import draw_programs, save_small
-from wam_models.policy import Policy
+from wam_models.policy import Camera, Policy
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +164,33 @@ def test_a_policy_survives_its_checkpoint(demo, root, config, data):
     clip = policy.clip(LeRobotDataset(root), 3)
     whole = data.episode(3)
     assert torch.equal(clip["video"], whole["video"]) and torch.allclose(clip["action"], whole["action"], atol=1e-6)
+
+
+def test_the_camera_is_the_one_it_was_trained_on(demo, root, tmp_path, capsys):
+    """Of two cameras a rollout takes the policy's; pictures of another size are refused, whoever names the camera."""
+    policy, _ = Policy.load(demo[0] / "checkpoint")
+    assert policy.camera == Camera(name=tiny.KEY, height=32, width=64)
+    shutil.copytree(root, tmp_path / "two")
+    path = tmp_path / "two/meta/info.json"
+    info = json.loads(path.read_text())
+    info["features"]["wrist"] = info["features"][tiny.KEY]
+    path.write_text(json.dumps(info))
+    clip = policy.clip(policy.dataset(tmp_path / "two"), 3)
+    assert torch.equal(clip["video"], policy.clip(LeRobotDataset(root), 3)["video"])
+    for command in (
+        ["rollout", "--checkpoint", str(demo[0] / "checkpoint")],
+        ["train", "--out", str(tmp_path / "out")],
+        ["demo", "--out", str(tmp_path / "out")],
+    ):
+        assert cli.main([*command, "--data", str(tmp_path / "two"), "--camera", "left"]) == 2
+        assert f"camera (--camera) must be one of {tiny.KEY}, wrist" in capsys.readouterr().err
+        if command[0] != "rollout":
+            assert cli.main([*command, "--data", str(tmp_path / "two")]) == 2
+            assert f"2 cameras, {tiny.KEY}, wrist; choose one" in capsys.readouterr().err
+    info["features"][tiny.KEY] = {**info["features"][tiny.KEY], "shape": [64, 64, 3]}
+    path.write_text(json.dumps(info))
+    with pytest.raises(ValueError, match="pictures are 64 x 64, but the policy was trained on 32 x 64"):
+        policy.clip(policy.dataset(tmp_path / "two"), 3)
 
 
 def test_errors_against_a_model_that_knows_nothing(demo, root):

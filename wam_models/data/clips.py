@@ -3,14 +3,36 @@
 import numpy as np
 import torch
 
-from wam_models.data.latents import PatchPCA
+from wam_models.data.latents import PATCH, PatchPCA
 from wam_models.data.lerobot import LeRobotDataset
 
-__all__ = ["ClipDataset"]
+__all__ = ["ClipDataset", "action_slots", "episode_frames"]
 
 LEAST_STD = 1e-6  # an action dimension below this is constant
 STRIDE = 4  # video frames, and so actions, per latent frame
 FIT_FRAMES = 256  # 32,768 patches of 128 x 256 pictures: plenty for 768 dimensions, fitted in a second or two
+
+
+def episode_frames(dataset, episode, codec):
+    """The frames of an episode that a codec encodes, one way for training and rollout.
+
+    These are the video frames 4 f that latent frames f stand for and, for a codec that compresses time, those between:
+    uint8 [1 + temporal * (F - 1), H, W, 3] for F latent frames, of which every `temporal`-th is the picture of one.
+
+    Raises ValueError for a codec whose `temporal` does not divide 4, and what the reader raises.
+    """
+    if STRIDE % codec.temporal:
+        raise ValueError(f"episode_frames: codec.temporal is {codec.temporal}, expected a divisor of {STRIDE}")
+    frames = dataset.frames(episode, STRIDE // codec.temporal)
+    return frames[: 1 + (len(frames) - 1) // codec.temporal * codec.temporal]
+
+
+def action_slots(action, frames):
+    """float [T, A] -> float [frames, 4, A]: the actions that lead to each latent frame; zeros for frame 0."""
+    steps = frames - 1
+    slots = action.new_zeros(frames, STRIDE, action.shape[1])
+    slots[1:] = action[: STRIDE * steps].view(steps, STRIDE, action.shape[1])
+    return slots
 
 
 class ClipDataset:
@@ -27,14 +49,16 @@ class ClipDataset:
         action_mean, action_std: float32 [A]; std below LEAST_STD is replaced by 1.
         constant_actions: bool [A], dimensions that never vary in the training split; leave them out of error averages.
         latent_shape: (channels, rows, columns) of one latent frame.
+        camera, picture_size: as of LeRobotDataset.
 
     Args:
-        dataset: a LeRobotDataset, or the folder of one.
+        dataset: a LeRobotDataset, or the folder of one, which is then read from its only camera.
         codec: the codec to use; None fits PatchPCA with 48 channels.
         progress: called with an iterable of episodes and returning it, such as tqdm.
 
     Raises:
-        ValueError: no training episode, or what the reader and the codec raise.
+        ValueError: no training episode, pictures that the codec's cells do not divide, episodes whose actions differ in
+            width, or what the reader and the codec raise.
         FileNotFoundError: what the reader raises.
     """
 
@@ -50,9 +74,25 @@ class ClipDataset:
         self.tasks = list(dict.fromkeys(e.task for e in episodes))
         self._task = [self.tasks.index(e.task) for e in episodes]
 
-        # a codec that compresses time itself needs every frame, another one only those that become latents
-        every = STRIDE // (codec.temporal if codec is not None else PatchPCA.temporal)
-        frames = [dataset.frames(e, every) for e in progress(episodes)]
+        info = dataset.root / "meta/info.json"
+        self.camera, self.picture_size = dataset.camera, dataset.picture_size
+        cell = PATCH if codec is None else codec.spatial
+        if any(n % cell for n in self.picture_size):
+            size = " x ".join(map(str, self.picture_size))
+            raise ValueError(
+                f"{info}: pictures of {self.camera} are {size}, expected multiples of {cell}, the codec's cells; crop or "
+                "scale them, or pass a codec with smaller cells"
+            )
+        # before the pictures, which take far longer to read
+        actions = [torch.from_numpy(dataset.action(e)) for e in episodes]
+        for episode, action in zip(episodes, actions, strict=True):
+            if action.shape[1] != actions[0].shape[1]:
+                raise ValueError(
+                    f"{dataset.root}: action of episode {episode.index} has {action.shape[1]} numbers, of episode 0 "
+                    f"{actions[0].shape[1]}; expected one width"
+                )
+
+        frames = [episode_frames(dataset, e, codec or PatchPCA) for e in progress(episodes)]
         if codec is None:
             pool = [(i, t) for i in self.train for t in range(len(frames[i]))]
             chosen = np.linspace(0, len(pool) - 1, min(FIT_FRAMES, len(pool))).round().astype(int)
@@ -60,25 +100,19 @@ class ClipDataset:
         self.codec = codec
         # Clips are cut with NumPy: copies this small cost torch's thread pool far more than the copy itself when the
         # cores are busy (0.25 s a batch, against 1 ms).
-        self._video = []
-        for picture in frames:
-            whole = 1 + (len(picture) - 1) // codec.temporal * codec.temporal
-            self._video.append(codec.encode(picture[:whole]).numpy())
+        self._video = [codec.encode(pictures).numpy() for pictures in frames]
         channels, _, rows, columns = self._video[0].shape
         self.latent_shape = (channels, rows, columns)
 
-        actions = [torch.from_numpy(dataset.action(e)) for e in episodes]
         known = torch.cat([actions[i] for i in self.train]).to(torch.float64)
         std = known.std(0, correction=0)
         self.constant_actions = std < LEAST_STD
         self.action_mean = known.mean(0).to(torch.float32)
         self.action_std = torch.where(self.constant_actions, 1.0, std).to(torch.float32)
-        self._action = []
-        for video, action in zip(self._video, actions, strict=True):
-            steps = video.shape[1] - 1
-            slots = torch.zeros(1 + steps, STRIDE, action.shape[1])
-            slots[1:] = self.normalize_action(action[: STRIDE * steps]).view(steps, STRIDE, action.shape[1])
-            self._action.append(slots.numpy())
+        self._action = [
+            action_slots(self.normalize_action(action), video.shape[1]).numpy()
+            for video, action in zip(self._video, actions, strict=True)
+        ]
 
     def normalize_action(self, action):
         """float [..., A] in the data set's units -> the same shape in units of the training split's std."""

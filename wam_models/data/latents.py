@@ -17,6 +17,8 @@ import torch
 
 __all__ = ["PatchPCA", "WanVAECodec", "psnr", "wan_vae_codec"]
 
+PATCH = 16  # pixels of PatchPCA's cells, unless told otherwise
+
 
 def psnr(a, b):
     """Peak signal-to-noise ratio in dB of two uint8 pictures or videos of one shape; infinity if they are equal.
@@ -68,7 +70,7 @@ class PatchPCA:
         self.channels = basis.shape[0]
 
     @classmethod
-    def fit(cls, frames, channels=48, patch=16):
+    def fit(cls, frames, channels=48, patch=PATCH):
         """Fits the map to uint8 frames [N, H, W, 3] (array or tensor); float64, the same result on every run.
 
         Raises ValueError if H or W is no multiple of `patch`, `channels` is outside 1 .. 3 patch^2, there is no frame,
@@ -197,8 +199,11 @@ def wan_vae_codec(path, device="cpu", dtype=torch.float32):
 
 
 def _check_frames(frames, patch, where):
-    """Returns frames as a uint8 CPU tensor [T, H, W, 3]."""
-    frames = torch.as_tensor(frames).cpu()
+    """Returns frames as a contiguous uint8 CPU tensor [T, H, W, 3]."""
+    if not isinstance(frames, torch.Tensor):
+        # torch takes no negative strides, as of a picture that was turned, and warns of arrays that are read-only
+        frames = torch.from_numpy(np.require(frames, requirements=["C", "W"]))
+    frames = frames.cpu().contiguous()
     if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or len(frames) == 0:
         raise ValueError(f"{where}: frames are {frames.dtype} {tuple(frames.shape)}, expected uint8 [T >= 1, H, W, 3]")
     if frames.shape[1] % patch or frames.shape[2] % patch:
