@@ -6,7 +6,7 @@ encoder that the large video models were trained with. "Zeroed text" means zeros
 
 from __future__ import annotations
 
-import re
+import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -17,16 +17,43 @@ from ._checks import whole
 from .config import LARGEST
 
 
+# How the names of Unicode begin for characters of scripts without spaces between words; one character is one word.
+_UNSPACED = ("CJK ", "IDEOGRAPHIC ", "HIRAGANA ", "KATAKANA", "BOPOMOFO ", "YI ", "TANGUT ", "NUSHU ", "THAI ", "LAO ")
+_UNSPACED += ("KHMER ", "MYANMAR ", "TIBETAN ", "TAI ", "NEW TAI ", "JAVANESE ", "BALINESE ")
+
+
 def words_of(instruction: str) -> list[str]:
-    """Lower-cased words: runs of letters and digits."""
-    return re.findall(r"[a-z0-9]+", instruction.lower())
+    """Words in any script, without case: runs of letters and digits with their marks.
+
+    In a script that puts no spaces between words, such as Chinese or Thai, every character is a word. Spellings that
+    Unicode holds equivalent (composed or not, full or half width) give the same words.
+    """
+    words: list[str] = []
+    takes_letter = takes_mark = False  # whether the last word does
+    for c in unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", instruction).casefold()):
+        kind, name = unicodedata.category(c), unicodedata.name(c, "")
+        if kind == "Cf" or name.startswith("VARIATION SELECTOR"):  # joiners, directions, styles: not to be seen
+            continue
+        if kind[0] == "M":
+            if takes_mark:
+                words[-1] += c
+            continue
+        takes_mark = kind[0] in "LN"
+        alone = name.startswith(_UNSPACED)
+        if takes_mark and takes_letter and not alone:
+            words[-1] += c
+        elif takes_mark:
+            words.append(c)
+        takes_letter = takes_mark and not alone
+    return words
 
 
 class WordEmbedding(nn.Module):
     """One trained vector a word and one a place in the sentence.
 
     Words outside the vocabulary share one vector: an instruction with a new word still runs, worse. Places behind the
-    last word are zero, as in the padded text the large models saw, and every instruction fills the same places.
+    last word are zero, as in the padded text the large models saw, and every instruction fills the same places. An
+    empty instruction is none: all zeros.
 
     Args:
         vocabulary: Words, lower-cased; see :meth:`from_instructions`.
@@ -55,8 +82,12 @@ class WordEmbedding(nn.Module):
     def from_instructions(
         cls, instructions: Iterable[str], text_dim: int, *, tokens: int | None = None
     ) -> WordEmbedding:
-        """The sorted words of these instructions; ``tokens`` defaults to the longest of them."""
-        sentences = [words_of(text) for text in instructions]
+        """The sorted words of these instructions; ``tokens`` defaults to the longest of them.
+
+        Raises:
+            ValueError: an instruction that is no string, or not empty and yet without a letter or digit.
+        """
+        sentences = [_sentence(text) for text in instructions]
         longest = max((len(words) for words in sentences), default=1)
         return cls(sorted({word for words in sentences for word in words}), text_dim, tokens=tokens or max(longest, 1))
 
@@ -64,19 +95,39 @@ class WordEmbedding(nn.Module):
         """``[B, L, text_dim]`` of B instructions.
 
         Raises:
-            ValueError: an instruction of more than L words.
+            ValueError: no list of strings; an instruction of more than L words; one that is not empty and yet without a
+                letter or digit, or without a word of the vocabulary.
         """
+        if isinstance(instructions, str):
+            raise ValueError(f"WordEmbedding: instructions must be a list of strings, got {instructions!r}")
         unknown = len(self.vocabulary)
         index = torch.full((len(instructions), self.tokens), unknown)
         filled = torch.zeros(len(instructions), self.tokens, 1)
         for row, text in enumerate(instructions):
-            words = words_of(text)
+            words = _sentence(text)
             if len(words) > self.tokens:
                 raise ValueError(f"WordEmbedding: at most {self.tokens} words, got {len(words)} in {text!r}")
-            index[row, : len(words)] = torch.tensor([self._index.get(w, unknown) for w in words], dtype=torch.long)
+            known = [self._index.get(word, unknown) for word in words]
+            if words and min(known) == unknown:
+                raise ValueError(
+                    f"WordEmbedding: no word of {text!r} is in the vocabulary, {', '.join(self.vocabulary[:8])} ... "
+                    f"({unknown} words); use words of the training instructions"
+                )
+            index[row, : len(words)] = torch.tensor(known, dtype=torch.long)
             filled[row, : len(words)] = 1
         device = self.places.device
         return (self.words(index.to(device)) + self.places) * filled.to(device, self.places.dtype)
+
+
+def _sentence(instruction: str) -> list[str]:
+    if not isinstance(instruction, str):
+        raise ValueError(f"WordEmbedding: an instruction must be a string, got {instruction!r}")
+    words = words_of(instruction)
+    if not words and instruction.strip():
+        raise ValueError(
+            f"WordEmbedding: instruction {instruction!r} has no letter or digit; write it in words, or leave it empty"
+        )
+    return words
 
 
 def umt5_encoder(folder: str | Path, *, tokens: int = 512, device: str = "cpu") -> Callable[[Sequence[str]], Tensor]:
