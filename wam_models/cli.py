@@ -161,15 +161,29 @@ def main(argv: Sequence[str] | None = None) -> int:
         limit_spinning()
     try:
         return import_module(COMMANDS[args.command][0]).run(args) or 0
-    except (UserError, ValueError, OSError, ModuleNotFoundError, FloatingPointError) as error:
-        own_module = isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("wam_")
-        if own_module or os.environ.get("WAM_TRACEBACK") == "1":  # a bug can raise ValueError too
+    except Exception as error:
+        if not _mendable(error) or os.environ.get("WAM_TRACEBACK") == "1":  # a bug can raise ValueError too
             raise
-        print(f"wam {args.command}: error: {_one_line(error)}", file=sys.stderr)
-        return 2
+        message = _one_line(error)
     except KeyboardInterrupt:
         print(f"wam {args.command}: interrupted", file=sys.stderr)
         return 130
+    # only here has a progress bar that the error cut short gone, and ended its line
+    print(f"wam {args.command}: error: {message}", file=sys.stderr)
+    return 2
+
+
+def _mendable(error: Exception) -> bool:
+    """By the user, that is no bug."""
+    if isinstance(error, ModuleNotFoundError):
+        return not (error.name or "").startswith("wam_")
+    return isinstance(error, UserError | ValueError | OSError | FloatingPointError) or _out_of_memory(error)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    # torch has a class of its own for it on a GPU alone
+    lacks = isinstance(error, RuntimeError) and ("out of memory" in str(error) or "allocate memory" in str(error))
+    return lacks or isinstance(error, MemoryError)
 
 
 def _one_line(error: Exception) -> str:
@@ -177,6 +191,8 @@ def _one_line(error: Exception) -> str:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, ModuleNotFoundError):
         return f"the Python package {error.name!r} is not installed; install it with pip"
+    if _out_of_memory(error):
+        error = f"not enough memory for sizes such as those of model, batch and window: {error}"
     return " ".join(str(error).split())
 
 

@@ -162,9 +162,9 @@ class TrainConfig:
         check_field(self, "batch", whole, 1, LARGEST)
         for name, low in (("frames", 2), ("steps", 1), ("warmup", 0), ("save_every", 1)):
             check_field(self, name, whole, low)
-        for name, low in (("learning_rate", TINIEST), ("clip_norm", TINIEST), ("weight_decay", 0), ("ema", 0)):
-            check_field(self, name, number, low)
-        for name in ("video_weight", "action_weight"):
+        check_field(self, "learning_rate", number, TINIEST, 100)
+        check_field(self, "clip_norm", number, TINIEST)
+        for name in ("weight_decay", "ema", "video_weight", "action_weight"):
             check_field(self, name, number, 0)
         check_field(self, "schedule", choice, SCHEDULES)
         check_field(self, "beta2", number, 0, 0.999999)

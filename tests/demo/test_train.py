@@ -142,7 +142,7 @@ def test_a_prepared_model_passes_noise_through(config):
         ({"batch": 0}, "batch must be a whole number from 1 to 1048576, got 0"),
         ({"batch": True}, "batch must be a whole number"),
         ({"frames": 2.5}, "frames must be a whole number of at least 2, got 2.5"),
-        ({"learning_rate": "fast"}, "learning_rate must be a finite number of at least 1e-12, got 'fast'"),
+        ({"learning_rate": "fast"}, "learning_rate must be a number from 1e-12 to 100, got 'fast'"),
         ({"chunk_sizes": [4, 1]}, "chunk_sizes must be two whole numbers, 1 <= low <= high, got [4, 1]"),
         ({"windows": 4}, "windows must be a sequence of whole numbers"),
         ({"programs": ["waltz"]}, "programs must be some of"),
