@@ -67,7 +67,7 @@ def stream(
         closed_loop: After a chunk the recording becomes history; else the prediction does.
 
     Raises:
-        ValueError: what the engine refuses.
+        ValueError: what the engine refuses, or a prediction that is not finite.
     """
     goal = OBJECTIVES[objective]
     end = video.shape[2] if end is None else end
@@ -87,7 +87,14 @@ def stream(
             episode.observe(real_video, real_action)
         else:
             episode.accept(candidate)
-        yield Chunk(frame, candidate.video, candidate.action, _now(engine) - began)
+        seconds = _now(engine) - began
+        for name, found in (("video", candidate.video), ("action", candidate.action)):
+            if found is not None and not found.isfinite().all():
+                raise ValueError(
+                    f"stream: the predicted {name} of the chunk at frame {frame} is not finite; are there such numbers in "
+                    "the weights, or do they overflow in half precision?"
+                )
+        yield Chunk(frame, candidate.video, candidate.action, seconds)
 
 
 def _now(engine: RolloutEngine) -> float:

@@ -47,6 +47,15 @@ def test_shapes_and_order(frames):
     assert pca.decode(latents).shape == (3, 32, 64, 3)
 
 
+def test_frames_may_lie_in_any_memory(frames):
+    pca = PatchPCA.fit(frames, channels=5, patch=8)
+    turned, expected = frames[:3, ::-1, ::-1], pca.encode(frames[:3, ::-1, ::-1].copy())
+    tensor = torch.from_numpy(turned.transpose(0, 3, 1, 2).copy()).permute(0, 2, 3, 1)  # channels first in memory
+    for given in (turned, np.asfortranarray(turned), tensor):
+        assert torch.equal(pca.encode(given), expected)
+    assert torch.equal(PatchPCA.fit(frames[::-1], channels=5, patch=8).mean, pca.mean)
+
+
 def test_latents_are_centred_and_scaled(frames):
     latents = PatchPCA.fit(frames).encode(frames).double().flatten(1)
     assert latents.mean(1).abs().max() < 1e-4
