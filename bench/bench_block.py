@@ -31,7 +31,7 @@ from bench import harness
 from bench.bench_qk_norm_rope import rotate
 from wam_kernels import Geometry, Plan, block_attention, compile_plan, rope_table
 from wam_models.config import ModelConfig
-from wam_models.model import ExpertBlock, PackedBlock, action_positions, stream_of, video_positions, wide
+from wam_models.model import Exact, ExpertBlock, PackedBlock, action_positions, stream_of, video_positions, wide
 from wam_models.train import small_model
 
 
@@ -85,7 +85,7 @@ def plain_block(
 
 def wam_block(block, config, xs, t_projs, texts, rope, plan) -> list[Tensor]:
     streams = tuple(stream_of(x, t, ()) for x, t in zip(xs, t_projs, strict=True))
-    done = block(streams, rope, texts, lambda q, k, v: block_attention(q, k, v, plan), None, (0, 1))
+    done = block(streams, Exact(*rope), texts, lambda q, k, v: block_attention(q, k, v, plan), None, (0, 1))
     return [stream.x for stream in done]
 
 

@@ -64,15 +64,34 @@ def action_positions(frames: Tensor, slots: int) -> Tensor:
     return F.pad(frame, (0, 2), value=-1.0)
 
 
+@torch.no_grad()
+def draw_table(table: Tensor) -> None:
+    """A modulation table ``[1, N, D]`` as a new model has it."""
+    table.copy_(torch.randn_like(table) / table.shape[-1] ** 0.5)
+
+
 # ---- modules; attribute names are state-dict keys, see wam_models.checkpoint ----
+
+
+class Exact:
+    """Tensors that keep their dtype where they pass from module to module.
+
+    FSDP's mixed precision casts every float tensor that a module is given, through tuples, dicts and dataclasses, but
+    does not look into other objects. In bf16, timesteps near 1000 are 4 apart and a rope table has 3 digits.
+    """
+
+    __slots__ = ("tensors",)
+
+    def __init__(self, *tensors: Tensor | None) -> None:
+        self.tensors = tensors
 
 
 class Stream(NamedTuple):
     """What one stream (video or action) brings to the blocks; row t of the modulation serves timestep t's tokens."""
 
     x: Tensor  # [B, S, D]
-    modulation: tuple[Tensor, ...]  # shift1, scale1, gate1, shift2, scale2, gate2 of the blocks: [B, T, D] float32 each
-    head: tuple[Tensor, Tensor]  # shift and scale of the head, likewise
+    modulation: Exact  # shift1, scale1, gate1, shift2, scale2, gate2 of the blocks: [B, T, D] float32 each
+    head: Exact  # shift and scale of the head, likewise
     index: FrameIndex  # the row of every token
 
 
@@ -84,10 +103,10 @@ class Slots(NamedTuple):
     v: Tensor
 
 
-def stream_of(x_BSD: Tensor, t_proj_BT6D: Tensor, head: tuple[Tensor, Tensor]) -> Stream:
+def stream_of(x_BSD: Tensor, t_proj_BT6D: Tensor, head: tuple[Tensor, ...]) -> Stream:
     T = t_proj_BT6D.shape[1]
     index = FrameIndex.from_runs([x_BSD.shape[1] // T] * T, device=x_BSD.device)
-    return Stream(x_BSD, t_proj_BT6D.unbind(2), head, index)
+    return Stream(x_BSD, Exact(*t_proj_BT6D.unbind(2)), Exact(*head), index)
 
 
 class Attention(nn.Module):
@@ -100,10 +119,9 @@ class Attention(nn.Module):
         self.to_k = nn.Linear(width, config.inner)
         self.to_v = nn.Linear(width, config.inner)
         self.to_out = nn.ModuleList([nn.Linear(config.inner, width)])
-        self.norm_q = nn.Module()
-        self.norm_k = nn.Module()
-        for norm in (self.norm_q, self.norm_k):
-            norm.weight = nn.Parameter(torch.ones(config.inner))
+        # their weights alone are read: the norm is fused with the rotation, or rms_norm
+        self.norm_q = nn.RMSNorm(config.inner)
+        self.norm_k = nn.RMSNorm(config.inner)
 
     def rotated(self, x_BSD: Tensor, rope_Sh2: Tensor, slots: Slots | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v ``[B, S, H, h]``; q and k are normed and rotated. Written to ``slots`` where given."""
@@ -143,25 +161,29 @@ class ExpertBlock(nn.Module):
     def __init__(self, config: ModelConfig, width: int, ffn: int) -> None:
         super().__init__()
         self.eps = config.eps
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, width) / width**0.5)
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 6, width))
+        self.reset_parameters()
         self.attn1 = Attention(config, width)
         self.attn2 = Attention(config, width)
         self.norm2 = nn.LayerNorm(width, eps=config.eps)
         self.ffn = FeedForward(width, ffn)
+
+    def reset_parameters(self) -> None:
+        draw_table(self.scale_shift_table)
 
     def tables(self) -> tuple[Tensor, ...]:
         """What the block adds to each modulation of a stream: six ``[D]``, float32."""
         return wide(self.scale_shift_table)[0].unbind(0)
 
     def before(self, stream: Stream, rope: Tensor, slots: Slots | None) -> tuple[Tensor, Tensor, Tensor]:
-        (shift, scale, *_), (shift_table, scale_table, *_) = stream.modulation, self.tables()
+        (shift, scale, *_), (shift_table, scale_table, *_) = stream.modulation.tensors, self.tables()
         tables = {"shift_table": shift_table, "scale_table": scale_table}
         h = ada_layer_norm(stream.x, shift, scale, stream.index, **tables, eps=self.eps)
         return self.attn1.rotated(h, rope, slots)
 
     def after(self, stream: Stream, out_BSHh: Tensor, text: TextKV) -> Stream:
         x, index = stream.x, stream.index
-        _, _, gate1, shift2, scale2, gate2 = stream.modulation
+        _, _, gate1, shift2, scale2, gate2 = stream.modulation.tensors
         _, _, gate1_table, shift2_table, scale2_table, gate2_table = self.tables()
         norm = self.norm2
 
@@ -198,13 +220,14 @@ class PackedBlock(nn.Module):
         self.action_block = ExpertBlock(config, config.action_hidden, config.action_ffn)
 
     def forward(
-        self, streams: Pair, rope: Pair, text: Pair, attend: Callable, slots: Slots | None, wanted: Sequence[int]
+        self, streams: Pair, rope: Exact, text: Pair, attend: Callable, slots: Slots | None, wanted: Sequence[int]
     ) -> Pair:
         experts = (self.video_block, self.action_block)
         present = [i for i, stream in enumerate(streams) if stream is not None]
         lengths = [streams[i].x.shape[1] for i in present]
         places = [None] * len(present) if slots is None else zip(*(t.split(lengths, 1) for t in slots), strict=True)
-        parts = [experts[i].before(streams[i], rope[i], place) for i, place in zip(present, places, strict=True)]
+        tables = rope.tensors
+        parts = [experts[i].before(streams[i], tables[i], place) for i, place in zip(present, places, strict=True)]
         done: list[Stream | None] = [None, None]
         if not set(present) & set(wanted):
             return done[0], done[1]
@@ -228,7 +251,7 @@ class PackedBlockStack(nn.Module):
     def forward(
         self,
         streams: Pair,
-        rope: Pair,
+        rope: Exact,
         text: Sequence[Pair],
         attend: Attend,
         slots: Callable[[int], Slots] | None = None,
@@ -238,7 +261,7 @@ class PackedBlockStack(nn.Module):
 
         Args:
             streams: What goes in; None leaves a stream out.
-            rope: Rope table of each stream.
+            rope: Rope table of each stream, (video, action).
             text: ``text[i]`` is the (video, action) text of block i.
             attend: ``attend(i, q, k, v)`` is the attention of block i over ``[video tokens | action tokens]``.
             slots: ``slots(i)`` is where block i writes q, k and v; default new tensors. Inference only.
@@ -290,10 +313,10 @@ class TimeConditioner(nn.Module):
         self.time_embedder = TwoLinears(config.freq_dim, width, F.silu)
         self.time_proj = nn.Linear(width, 6 * width)
 
-    def forward(self, timesteps_BT: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, timesteps_BT: Exact) -> tuple[Tensor, Tensor]:
         """temb ``[B, T, D]`` and t_proj ``[B, T, 6, D]``, float32."""
-        dtype = self.time_proj.weight.dtype
-        temb = self.time_embedder(sinusoid(timesteps_BT, self.freq_dim).to(dtype))
+        dtype = self.time_embedder.linear_1.weight.dtype
+        temb = self.time_embedder(sinusoid(*timesteps_BT.tensors, self.freq_dim).to(dtype))
         return wide(temb), wide(self.time_proj(F.silu(temb))).unflatten(-1, (6, -1))
 
 
@@ -306,19 +329,25 @@ class VideoSide(nn.Module):
         self.patch_embedding_mlp = nn.Linear(config.patch_width, config.hidden)
         self.text_proj = TwoLinears(config.text_dim, config.hidden, gelu_tanh)
         self.time_conditioner = TimeConditioner(config, config.hidden)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, config.hidden) / config.hidden**0.5)
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 2, config.hidden))
+        self.reset_parameters()
         self.proj_out = nn.Linear(config.hidden, config.patch_width)
+
+    def reset_parameters(self) -> None:
+        draw_table(self.scale_shift_table)
 
     def embed(self, video_BCFyx: Tensor, timesteps_BF: Tensor) -> Stream:
         B, C, frames, y, x = video_BCFyx.shape
         _, py, px = self.config.patch
         patches = video_BCFyx.reshape(B, C, frames, y // py, py, x // px, px).permute(0, 2, 3, 5, 1, 4, 6)
-        temb, t_proj = self.time_conditioner(timesteps_BF)
+        temb, t_proj = self.time_conditioner(Exact(timesteps_BF))
         return stream_of(self.patch_embedding_mlp(patches.flatten(4).flatten(1, 3)), t_proj, (temb, temb))
 
     def flow(self, stream: Stream, frames: int, rows: int, columns: int) -> Tensor:
         _, py, px = self.config.patch
-        out = self.proj_out(head_norm(stream, self.scale_shift_table, self.config.eps))
+        out = head_norm(stream, self.scale_shift_table, self.config.eps)
+        # blocks may come out in another dtype than the head's, as FSDP policies say
+        out = self.proj_out(out.to(self.proj_out.weight.dtype))
         out = out.unflatten(-1, (py, px, -1)).unflatten(1, (frames, rows, columns))
         return out.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
@@ -333,22 +362,27 @@ class ActionSide(nn.Module):
         self.action_embedder = nn.Linear(config.action_dim, width)
         self.context_proj = nn.Linear(config.text_dim, width)
         self.time_conditioner = TimeConditioner(config, width)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, width) / width**0.5)
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 2, width))
+        self.reset_parameters()
         self.action_proj_out = nn.Linear(width, config.action_dim)
 
+    def reset_parameters(self) -> None:
+        draw_table(self.scale_shift_table)
+
     def embed(self, action_BFnA: Tensor, timesteps_BT: Tensor) -> Stream:
-        _, t_proj = self.time_conditioner(timesteps_BT)
+        _, t_proj = self.time_conditioner(Exact(timesteps_BT))
         return stream_of(self.action_embedder(action_BFnA.flatten(1, 2)), t_proj, (t_proj[:, :, 0], t_proj[:, :, 1]))
 
     def flow(self, stream: Stream, frames: int) -> Tensor:
-        out = self.action_proj_out(head_norm(stream, self.scale_shift_table, self.config.eps))
+        out = head_norm(stream, self.scale_shift_table, self.config.eps)
+        out = self.action_proj_out(out.to(self.action_proj_out.weight.dtype))
         return out.unflatten(1, (frames, -1))
 
 
 def head_norm(stream: Stream, table_12D: Tensor, eps: float) -> Tensor:
     shift_table, scale_table = wide(table_12D)[0].unbind(0)
     tables = {"shift_table": shift_table, "scale_table": scale_table}
-    return ada_layer_norm(stream.x, *stream.head, stream.index, **tables, eps=eps)
+    return ada_layer_norm(stream.x, *stream.head.tensors, stream.index, **tables, eps=eps)
 
 
 class WorldActionModel(nn.Module):
@@ -364,9 +398,16 @@ class WorldActionModel(nn.Module):
         self.core = VideoSide(config)
         self.packed_block_stack = PackedBlockStack(config)
         self.action_expert = ActionSide(config)
-        self._initialise()
+        self._draw_linears()
 
-    def _initialise(self) -> None:
+    def reset_parameters(self) -> None:
+        """Draw every parameter anew; what a model that was made on the meta device needs after ``to_empty``."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+        self._draw_linears()
+
+    def _draw_linears(self) -> None:
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -377,11 +418,11 @@ class WorldActionModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.core.proj_out.weight.dtype
+        return self.core.scale_shift_table.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.core.proj_out.weight.device
+        return self.core.scale_shift_table.device
 
     def checkpoint_activations(self, on: bool = True) -> None:
         """Recompute each block in the backward instead of keeping its activations."""
@@ -449,12 +490,12 @@ class WorldActionModel(nn.Module):
         clean_video: Tensor,
         noisy_action: Tensor,
         clean_action: Tensor,
-        video_timesteps: Tensor,
-        action_timesteps: Tensor,
+        video_timesteps: Tensor | Exact,
+        action_timesteps: Tensor | Exact,
         text: Tensor,
         plan: Plan | None = None,
         *,
-        clean_video_timesteps: Tensor | None = None,
+        clean_video_timesteps: Tensor | Exact | None = None,
         frame_start: int = 0,
         attend: Attend | None = None,
         impl: str | None = None,
@@ -466,7 +507,7 @@ class WorldActionModel(nn.Module):
             clean_video: As ``noisy_video``: the clean copy that later chunks read.
             noisy_action: ``[B, F, n, A]``; the actions of frame f lead from frame f - 1 to frame f.
             clean_action: As ``noisy_action``.
-            video_timesteps: ``[B, F]`` of the noisy slot, from 0 (clean) to 1000 (noise).
+            video_timesteps: ``[B, F]`` of the noisy slot, from 0 (clean) to 1000 (noise); not narrower than float32.
             action_timesteps: ``[B, F]``, or ``[B, F, n]`` where slots of a frame differ.
             text: ``[B, L, text_dim]`` raw text embeddings.
             plan: From ``wam_kernels.compile_plan`` for the packed sequence, on the model's device.
@@ -479,8 +520,12 @@ class WorldActionModel(nn.Module):
             The predicted flows of the noisy slots: ``[B, C, F, y, x]`` and ``[B, F, n, A]``, dtype of the model.
 
         Raises:
-            ValueError: shapes that do not fit, or not exactly one of ``plan`` and ``attend``.
+            ValueError: shapes or dtypes that do not fit, or not exactly one of ``plan`` and ``attend``.
         """
+        video_timesteps, action_timesteps, clean_video_timesteps = (
+            t.tensors[0] if isinstance(t, Exact) else t
+            for t in (video_timesteps, action_timesteps, clean_video_timesteps)
+        )
         frames = self._check(noisy_video, clean_video, noisy_action, clean_action, video_timesteps, action_timesteps)
         rows, columns = self.token_grid(*noisy_video.shape[-2:])
         if (plan is None) == (attend is None):
@@ -503,11 +548,13 @@ class WorldActionModel(nn.Module):
         # noisy and clean copies share positions
         positions = torch.arange(frame_start, frame_start + frames, device=self.device).repeat(2)
         rope = self.rope(positions, rows, columns, positions)
-        streams = self.packed_block_stack(streams, rope, self.embed_text(text), attend)
+        streams = self.packed_block_stack(streams, Exact(*rope), self.embed_text(text), attend)
         return self.flows(tuple(first_half(s) for s in streams), frames, rows, columns)
 
     def _check(self, noisy_video, clean_video, noisy_action, clean_action, video_timesteps, action_timesteps) -> int:
         c = self.config
+        if noisy_video.ndim != 5 or noisy_video.shape[1] != c.latent_channels:
+            raise ValueError(f"noisy_video must be [B, {c.latent_channels}, F, y, x], got {list(noisy_video.shape)}")
         B, frames = noisy_video.shape[0], noisy_video.shape[2]
         expected = {
             "clean_video": (clean_video, tuple(noisy_video.shape)),
@@ -516,17 +563,20 @@ class WorldActionModel(nn.Module):
             "video_timesteps": (video_timesteps, (B, frames)),
             "action_timesteps": (action_timesteps, (B, frames, c.actions_per_frame)[: action_timesteps.ndim]),
         }
-        if noisy_video.ndim != 5 or noisy_video.shape[1] != c.latent_channels:
-            raise ValueError(f"noisy_video must be [B, {c.latent_channels}, F, y, x], got {list(noisy_video.shape)}")
         for name, (tensor, shape) in expected.items():
             if tuple(tensor.shape) != shape:
                 raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+            if "timesteps" in name and tensor.dtype in (torch.bfloat16, torch.float16):
+                raise ValueError(
+                    f"{name} must be float32 or float64, got {tensor.dtype}, which does not tell neighbours apart; where "
+                    "FSDP casts them, use training_step, or MixedPrecisionPolicy(cast_forward_inputs=False) on the model"
+                )
         return frames
 
 
 def first_half(stream: Stream) -> Stream:
     """The noisy half of a packed stream, as far as a head needs it."""
-    shift, scale = stream.head
+    shift, scale = stream.head.tensors
     S, T = stream.x.shape[1] // 2, shift.shape[1] // 2
     index = FrameIndex.from_runs([S // max(T, 1)] * T, device=stream.x.device)
-    return Stream(stream.x[:, :S], (), (shift[:, :T], scale[:, :T]), index)
+    return Stream(stream.x[:, :S], Exact(), Exact(shift[:, :T], scale[:, :T]), index)

@@ -28,7 +28,7 @@ from wam_kernels.visibility import ACTION, CLEAN, NOISY, VIDEO
 
 from ._checks import check_field, choice, number, switch, whole, wholes
 from .flow import ACTION_SHIFT, SHIFTS, TRAIN_TIMESTEPS, VIDEO_SHIFT, sigmas, timesteps
-from .model import Slots, WorldActionModel, wide
+from .model import Exact, Slots, WorldActionModel, wide
 from .objectives import GJD, MODEL_PROGRAMS, OBJECTIVES, Objective, geometry_for
 
 WANTS = ("both", "video", "action")
@@ -674,7 +674,7 @@ class _Pass:
 
         streams = model.embed(*inputs(VIDEO), *inputs(ACTION))
         self.indices = [None if s is None else s.index for s in streams]
-        return model.packed_block_stack(streams, tuple(self.rope), e._text, attend, slots, wanted)
+        return model.packed_block_stack(streams, Exact(*self.rope), e._text, attend, slots, wanted)
 
 
 def _with_frames(stream: int, shape: Sequence[int], frames: int) -> list[int]:

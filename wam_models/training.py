@@ -16,7 +16,7 @@ from wam_kernels import HISTORIES, compile_plan
 
 from ._checks import check_field, choice, number, whole_range
 from .flow import TimestepDraw, add_noise, target, timesteps
-from .model import WorldActionModel, wide
+from .model import Exact, WorldActionModel, wide
 from .objectives import (
     GJD,
     GJD_MIXTURE,
@@ -86,10 +86,12 @@ def training_step(
     A sample's loss is the mean squared error of its flows over the tokens that count, the batch's the mean over
     samples, so a sample weighs the same whatever the objectives of the others. Frame 0 is the observed start-up
     frame: a rollout never generates it, so it carries no loss; its clean video is read, its action slots by nobody.
-    On a GPU run it under ``torch.autocast`` in bf16, or with a bf16 model.
+    On a GPU run it under ``torch.autocast`` in bf16, with a bf16 model, or with FSDP2: ``fully_shard`` each block of
+    ``model.packed_block_stack.packed_blocks``, then the model, with ``MixedPrecisionPolicy(param_dtype=torch.bfloat16)``.
 
     Args:
-        model: The model; its parameters' device is where the step runs.
+        model: The model, sharded, compiled or in DistributedDataParallel or not; its parameters' device is where the
+            step runs.
         batch: ``video`` ``[B, C, F, y, x]`` clean latents, ``action`` ``[B, F, n, A]`` normalised (frame 0's are
             ignored), ``text`` ``[B, L, text_dim]`` raw embeddings, through which the loss differentiates. F at least 2.
         generator: Source of every random number; its device may differ from the model's.
@@ -104,9 +106,10 @@ def training_step(
     Raises:
         ValueError: a batch entry that is missing or has a shape that does not fit.
     """
-    video, action, text = _checked(model, batch)
+    inside = getattr(model, "module", model)  # of DistributedDataParallel
+    video, action, text = _checked(inside, batch)
     B, _, frames, y, x = video.shape
-    device, draws = model.device, generator.device
+    device, draws = inside.device, generator.device
 
     chunk_size, window = (
         int(torch.randint(low, high + 1, (), generator=generator, device=draws))
@@ -128,7 +131,7 @@ def training_step(
     action_sigma = action_sigma.to(device) * denoises_action
     history_sigma = history_sigma.to(device)
 
-    rows, columns = model.token_grid(y, x)
+    rows, columns = inside.token_grid(y, x)
     geometries = [
         geometry_for(
             config.program,
@@ -148,11 +151,11 @@ def training_step(
         noised_video(video, history_noise, history_sigma),
         add_noise(action, action_noise, action_sigma),
         action,
-        timesteps(video_sigma),
-        timesteps(action_sigma),
+        Exact(timesteps(video_sigma)),
+        Exact(timesteps(action_sigma)),
         text * keeps_text[:, :, None].to(text.dtype),
         plan,
-        clean_video_timesteps=timesteps(history_sigma),
+        clean_video_timesteps=Exact(timesteps(history_sigma)),
         impl=impl,
     )
     # [B] each, over the frames that a rollout generates

@@ -18,6 +18,7 @@ from wam_models import (
     training_step,
 )
 from wam_models import training as training_module
+from wam_models.model import Exact
 from wam_models.objectives import draw_objectives, geometry_for
 
 SMALL = dataclasses.replace(golden_config(), text_dim=8, freq_dim=16)
@@ -79,6 +80,7 @@ def recorded_call(config, monkeypatch, data=None):
         names = ("noisy_video", "clean_video", "noisy_action", "clean_action", "video_t", "action_t", "text", "plan")
         seen.update(zip(names, args, strict=True))
         seen.update(named)
+        seen.update({k: v.tensors[0] for k, v in seen.items() if isinstance(v, Exact)})
         return forward(*args, **named)
 
     monkeypatch.setattr(model, "forward", record)
