@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import operator
+import os
 from collections.abc import Callable, Iterable
 from numbers import Real
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -106,3 +108,20 @@ def choice(where: str, value: object, choices: tuple[str, ...]) -> str:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{where} must be one of {choices}, got {value!r}")
     return value
+
+
+def writable_folder(where: str, path: Path) -> None:
+    """Whether files can be made in ``path``, or in the folder above that exists; looked at before work begins.
+
+    Raises:
+        ValueError: there is a file of that name or on the way to it, or no right to write.
+    """
+    found = path.absolute()
+    while not found.exists():
+        found = found.parent
+    if not found.is_dir():
+        raise ValueError(f"{where} must be a folder, but {found} is a file; name another")
+    if not os.access(found, os.W_OK | os.X_OK):
+        raise ValueError(
+            f"{where} must be a folder to write in, but there is no right to write in {found}; name another"
+        )

@@ -150,6 +150,10 @@ class Policy:
             raise ValueError(f"{extra}: {error}; train again") from error
         return policy, found
 
+    def denormalize_action(self, action: Tensor) -> Tensor:
+        """float32 ``[..., A]`` on the CPU, in the units of the data set, of normalised actions on any device."""
+        return action.cpu() * self.action_std + self.action_mean
+
     def dataset(self, root: str | Path, camera: str | None = None) -> LeRobotDataset:
         """The data set in ``root``; of several cameras this policy's, unless ``camera`` names one.
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import resource
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from ._checks import writable_folder
 from .data.clips import STRIDE
 from .evaluate import mean_psnr, rmse, stream
 from .objectives import GJD, MODEL_PROGRAMS, OBJECTIVES
@@ -33,9 +35,12 @@ def run(args) -> int:
     if goal.conditional and args.program not in (None, GJD):
         raise ValueError(f"--program must be {GJD} for --objective {objective}, got {args.program}; leave it out")
     device = check_device(args.device)
+    if args.out is not None:
+        writable_folder("--out", args.out)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     policy, _ = Policy.load(args.checkpoint, device)
+    writable_folder("--out, by default the checkpoint,", _out(args))
     config = policy.rollout
     config = replace(config, program=GJD if goal.conditional else args.program or config.program)
     config = replace(config, steps=args.steps or config.steps)
@@ -78,19 +83,20 @@ def _recorded(args, policy: Policy, config: RolloutConfig, objective: str, name:
         f"objective      {objective}, program {config.program}, {config.steps} denoising steps, {policy.model.device}"
     )
     history = "predicted frames become history" if args.open_loop else "recorded frames become history"
-    actions = size * clip["action"].shape[2]
-    print(f"chunks         {len(done)} of {size} frames ({actions} actions); {history}")
-    _print_speed([c.seconds for c in done], actions, f"the recording runs at {dataset.fps:g}", policy)
+    print(f"chunks         {len(done)} ({_size(size, policy)} each); {history}")
+    _print_speed([c.seconds for c in done], size, f"the recording runs at {dataset.fps:g}", policy)
 
-    span = slice(1, 1 + len(done) * size)
+    frames, name = np.arange(1, 1 + len(done) * size), f"episode{number:03d}_{name}"
     if goal.action:
-        guess, real = torch.cat([c.action.cpu() for c in done], 1), clip["action"][:, span]
+        guess, real = torch.cat([c.action.cpu() for c in done], 1), clip["action"][:, frames]
         print(f"action error   {rmse(guess, real, policy.varying):.3f} (units of the training split's std)")
+        predicted, recorded = (policy.denormalize_action(a[0]).numpy() for a in (guess, real))
+        _write_actions(args, name, action=predicted, recorded=recorded, frame=frames)
     if goal.video:
         imagined = policy.codec.decode(torch.cat([clip["video"][:, :, :1], *(c.video.cpu() for c in done)], 2)[0])
         real = clip["frames"][: len(imagined)]
         print(f"video          {mean_psnr(imagined[None, 1:], real[None, 1:]):.2f} dB PSNR")
-        _film(args, f"episode{number:03d}_{name}", real, imagined, dataset.fps)
+        _film(args, name, real, imagined, dataset.fps)
     return 0
 
 
@@ -102,26 +108,45 @@ def _simulated(args, policy: Policy, config: RolloutConfig, name: str) -> int:
     print(f'simulator      {args.simulator}: "{played.instruction}"')
     print(f"program        {config.program}, {config.steps} denoising steps, {policy.model.device}")
     seen = len(played.pictures) - 1
-    print(
-        f"chunks         {len(played.chunk_seconds)} of {config.chunk_size} frames, {seen} frames executed and observed"
-    )
+    size = _size(config.chunk_size, policy)
+    print(f"chunks         {len(played.chunk_seconds)} ({size} each), {seen} frames executed and observed")
     print(f"task           {'done' if played.done else 'not done'}")
-    actions = config.chunk_size * policy.model.config.actions_per_frame
-    _print_speed(played.chunk_seconds, actions, f"without the simulator, whose robot takes {freq:g}", policy)
+    _print_speed(played.chunk_seconds, config.chunk_size, f"without the simulator, whose robot takes {freq:g}", policy)
+    _write_actions(args, f"simulated_{name}", action=played.actions, frame=played.frames)
     _film(args, f"simulated_{name}", played.pictures, played.imagined, freq)
     return 0
 
 
-def _print_speed(seconds: list[float], actions: int, remark: str, policy: Policy) -> None:
+def _size(frames: int, policy: Policy) -> str:
+    """Of a chunk, in words."""
+    return f"{frames} frame{'s' if frames > 1 else ''}, {frames * policy.model.config.actions_per_frame} actions"
+
+
+def _print_speed(seconds: list[float], frames: int, remark: str, policy: Policy) -> None:
+    """``frames`` of a chunk."""
     p50, p95 = np.percentile(seconds, [50, 95])
+    actions = frames * policy.model.config.actions_per_frame
     print(f"seconds/chunk  p50 {p50:.4f}, p95 {p95:.4f} ({1 / p50:.1f} Hz)")
     print(f"actions/second {actions / p50:.1f} ({remark})")
     print(f"peak memory    {_peak_memory(policy.model.device)}")
 
 
+def _out(args) -> Path:
+    return args.out or args.checkpoint
+
+
+def _write_actions(args, name: str, **arrays: np.ndarray) -> None:
+    """``action`` and ``recorded`` float32 ``[F, 4, A]`` in the units of the data set; ``frame`` int64 ``[F]``: row i leads
+    to latent frame ``frame[i]``, which is video frame ``4 frame[i]``."""
+    path = _out(args) / f"{name}.npz"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    np.savez(path, **arrays)
+    print(f"written        {path}: {', '.join(f'{key} {list(a.shape)}' for key, a in arrays.items())}")
+
+
 def _film(args, name: str, real: np.ndarray, imagined: np.ndarray, fps: float) -> None:
     length = min(len(real), len(imagined))
-    path = (args.out or args.checkpoint) / f"{name}.gif"
+    path = _out(args) / f"{name}.gif"
     film({"real": real[:length], "imagined": imagined[:length]}, path, milliseconds=round(1000 * STRIDE / fps))
     print(f"written        {path}")
 

@@ -133,7 +133,7 @@ def play(
         action = candidate.action.cpu()
         predicted = time.perf_counter() - began
         imagined.append(policy.codec.decode(candidate.video[0].cpu()))
-        executed = (action[0].flatten(0, 1) * policy.action_std + policy.action_mean).numpy()
+        executed = policy.denormalize_action(action[0].flatten(0, 1)).numpy()
         if not np.isfinite(executed).all():
             raise ValueError(
                 f"play: the actions of chunk {chunk} are not finite, so they were not executed; are there such numbers in "

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from wam_kernels import HISTORIES, PROGRAMS
 
-from ._checks import check_field, choice, number, whole, whole_range
+from ._checks import check_field, choice, number, whole, whole_range, writable_folder
 from ._json import from_fields, read_json
 from .checkpoint import Checkpoint, load_weights
 from .config import LARGEST, ModelConfig
@@ -610,6 +610,7 @@ def check_device(name: str) -> torch.device:
 def run(args) -> int:
     """``wam train``."""
     device = check_device(args.device)
+    writable_folder("--out", args.out)
     resume, codec, seed = None, None, args.seed
     if args.resume is not None:
         if args.config is not None:

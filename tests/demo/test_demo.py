@@ -66,18 +66,46 @@ def test_rollout_loads_the_checkpoint(demo, root, tmp_path, capsys, flags, objec
     base = ["rollout", "--checkpoint", str(out / "checkpoint"), "--data", str(root), "--out", str(tmp_path)]
     assert cli.main(base + flags) == 0
     said = capsys.readouterr().out
-    for words in ("p50", "p95", "actions/second", "peak memory", "dB PSNR", f"program {program}"):
-        assert words in said
+    size = "1 frame, 4 actions" if objective == "forward_dynamics" else "2 frames, 8 actions"
+    words = ("p50", "p95", "actions/second", "peak memory", "dB PSNR", f"program {program}", f"({size} each)")
+    assert all(w in said for w in words)
+    assert [p.suffix for p in tmp_path.glob("*.npz")] == ([] if objective == "forward_dynamics" else [".npz"])
     (film,) = tmp_path.glob(f"*_{objective}_{program}.gif")
     with Image.open(film) as pictures:
         assert pictures.n_frames == (6 if "0" in flags else 5)
 
 
-def test_rollout_of_inverse_dynamics_has_no_video(demo, root, tmp_path, capsys):
-    base = ["rollout", "--checkpoint", str(demo[0] / "checkpoint"), "--data", str(root), "--out", str(tmp_path)]
+def test_rollout_writes_its_actions(demo, root, tmp_path, capsys):
+    """In the units of the data set, beside those of the recording; inverse dynamics has no video."""
+    base = ["rollout", "--checkpoint", str(demo[0] / "checkpoint"), "--data", str(root), "--out", str(tmp_path / "new")]
     assert cli.main([*base, "--objective", "inverse_dynamics"]) == 0
     said = capsys.readouterr().out
-    assert "action error" in said and "dB" not in said and not list(tmp_path.iterdir())
+    assert "dB" not in said
+    (path,) = (tmp_path / "new").iterdir()
+    assert f"written        {path}: action [4, 4, 7], recorded [4, 4, 7], frame [4]" in said
+    found = np.load(path)
+    np.testing.assert_allclose(found["recorded"].reshape(-1, 7), tiny.actions(3)[:16], atol=1e-4)
+    assert found["frame"].tolist() == [1, 2, 3, 4] and found["action"].dtype == np.float32
+    policy, _ = Policy.load(demo[0] / "checkpoint")
+    guess, real = (torch.from_numpy(found[k] / policy.action_std.numpy()) for k in ("action", "recorded"))
+    assert f"action error   {rmse(guess, real, policy.varying):.3f}" in said
+
+
+@pytest.mark.parametrize(
+    "flags", [["rollout", "--checkpoint", "none", "--data", "none"], ["train", "--data", "none"], ["demo"]]
+)
+def test_a_folder_that_cannot_be_written_is_refused_first(flags, tmp_path, capsys, monkeypatch):
+    """Before any other mistake is met, and so before minutes of work."""
+    (tmp_path / "file").touch()
+    if flags == ["demo"]:
+        flags = ["demo", "--data", str(tmp_path)]
+    assert cli.main([*flags, "--out", str(tmp_path / "file")]) == 2
+    assert f"--out must be a folder, but {tmp_path / 'file'} is a file" in capsys.readouterr().err
+    assert cli.main([*flags, "--out", str(tmp_path / "file/below")]) == 2
+    assert f"{tmp_path / 'file'} is a file" in capsys.readouterr().err
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    assert cli.main([*flags, "--out", str(tmp_path / "new/er")]) == 2
+    assert f"no right to write in {tmp_path};" in capsys.readouterr().err
 
 
 SIMULATOR = """
@@ -109,11 +137,12 @@ def test_rollout_acts_in_a_simulator(demo, tmp_path, capsys, monkeypatch):
     assert cli.main([*base, "toy_simulator:Box"]) == 0
     said = capsys.readouterr().out
     # the second chunk was cut short after one of its two frames, the fourth finished the task
-    for words in ("4 of 2 frames, 7 frames executed", "task           done", "p50", "p95", "Hz", "peak memory"):
+    chunks = "4 (2 frames, 8 actions each), 7 frames executed"
+    for words in (chunks, "task           done", "p50", "p95", "Hz", "peak memory", "action [8, 4, 7], frame [8]"):
         assert words in said
     assert list(tmp_path.glob("simulated_joint_*.gif"))
     assert cli.main([*base, "toy_simulator:Box", "--chunks", "2"]) == 0
-    assert "2 of 2 frames, 3 frames executed" in (said := capsys.readouterr().out) and "not done" in said
+    assert "2 (2 frames, 8 actions each), 3 frames executed" in (said := capsys.readouterr().out) and "not done" in said
     for name, message in (
         ("toy_simulator", "must be module:factory"),
         ("toy_simulator:Ball", "cannot be loaded"),
