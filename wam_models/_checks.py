@@ -125,3 +125,10 @@ def writable_folder(where: str, path: Path) -> None:
         raise ValueError(
             f"{where} must be a folder to write in, but there is no right to write in {found}; name another"
         )
+
+
+def memory(device: torch.device) -> float:
+    """Bytes of the device's memory; infinity where that cannot be asked."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if device.type == "cpu" else math.inf

@@ -79,6 +79,13 @@ class ModelConfig:
         return self.latent_channels * self.patch[0] * self.patch[1] * self.patch[2]
 
     @property
+    def matrices(self) -> int:
+        """Numbers in the large matrices: of the blocks, of timesteps and text. Nearly all that the model has."""
+        experts = (self.hidden, self.ffn), (self.action_hidden, self.action_ffn)
+        blocks = sum(8 * width * self.inner + 2 * width * ffn for width, ffn in experts)
+        return self.layers * blocks + sum((7 * width + self.text_dim) * width for width, _ in experts)
+
+    @property
     def rope_split(self) -> tuple[int, int, int]:
         """Head dimensions of frame, row and column; each even."""
         return default_split(self.head_dim)

@@ -31,6 +31,7 @@ from wam_kernels import (
     rope_table,
 )
 
+from ._checks import memory
 from .config import ModelConfig
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -390,10 +391,20 @@ class WorldActionModel(nn.Module):
 
     :meth:`forward` is the packed forward of training. A rollout uses the parts it is made of (:meth:`embed_text`,
     :meth:`embed`, :meth:`rope`, ``packed_block_stack``, :meth:`flows`) with an ``attend`` of its own.
+
+    Raises:
+        ValueError: a model that the device's memory cannot hold, before anything is allocated.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        device = torch.get_default_device()
+        needed, there = config.matrices * torch.get_default_dtype().itemsize, memory(device)
+        if needed > there:
+            raise ValueError(
+                f"WorldActionModel: config has {config.matrices:.3g} numbers in its matrices, which take {needed:.3g} "
+                f"bytes, more than the {there:.3g} of {device}; make hidden, heads, ffn or layers smaller"
+            )
         self.config = config
         self.core = VideoSide(config)
         self.packed_block_stack = PackedBlockStack(config)

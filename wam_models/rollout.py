@@ -14,8 +14,6 @@ saw.
 
 from __future__ import annotations
 
-import math
-import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +24,7 @@ from wam_kernels import HISTORIES, FrameIndex, Geometry, StreamingCache, cached_
 from wam_kernels.streaming_cache import MAX_RANGES
 from wam_kernels.visibility import ACTION, CLEAN, NOISY, VIDEO
 
-from ._checks import check_field, choice, number, switch, whole, wholes
+from ._checks import check_field, choice, memory, number, switch, whole, wholes
 from .flow import ACTION_SHIFT, SHIFTS, TRAIN_TIMESTEPS, VIDEO_SHIFT, sigmas, timesteps
 from .model import Exact, Slots, WorldActionModel, wide
 from .objectives import GJD, MODEL_PROGRAMS, OBJECTIVES, Objective, geometry_for
@@ -536,7 +534,7 @@ class Episode:
         config, c, device = self.config, self.model.config, self.model.device
         frames = self._reach + (config.lookahead + 2) * self.chunk_size
         slot = 2 * c.layers * c.inner * self.model.dtype.itemsize
-        needed, there = frames * tokens * slot * samples * self._batch, _memory(device)
+        needed, there = frames * tokens * slot * samples * self._batch, memory(device)
         if needed > there:
             raise ValueError(
                 f"start: RolloutConfig with window={config.window}, chunk_size={config.chunk_size} and "
@@ -588,13 +586,6 @@ class Episode:
         if frames < 1 or list(tensor.shape) != expected:
             expected[FRAME_DIM[stream]] = frames if frames > 0 else "at least 1 frame"
             raise ValueError(f"{name} must have shape {expected}, got {list(tensor.shape)}")
-
-
-def _memory(device: torch.device) -> float:
-    """Bytes of the device's memory; infinity where that cannot be asked."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if device.type == "cpu" else math.inf
 
 
 class _Pass:

@@ -40,6 +40,8 @@ def test_sizes():
     demo, large, small_action = (sum(p.numel() for p in m.parameters()) for m in models)
     assert 2e6 < demo < 4e6
     assert 7e9 < large < 8.5e9 and 5e9 < small_action < 6e9
+    for model in models:
+        assert 0.9 < model.config.matrices / sum(p.numel() for p in model.parameters() if p.ndim == 2) <= 1
     assert models[1].config.rope_split == (44, 42, 42) and golden_config().rope_split == (12, 10, 10)
 
 
