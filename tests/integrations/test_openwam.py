@@ -1,5 +1,6 @@
 """The OpenWAM integration against the real package (PyPI ``openwam``): same numbers with and without it."""
 
+import copy
 import json
 import warnings
 from contextlib import contextmanager
@@ -8,11 +9,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 
 pytest.importorskip("open_wam", reason="openwam is in requirements-test.txt")
 
 from open_wam.contracts.sample_metadata import ConditionalDynamicsSequenceLayout
-from open_wam.models.common.denoising_cache import attention_dependency_closure
+from open_wam.models.common.denoising_cache import DenoisingCache, attention_dependency_closure
 from open_wam.models.common.dynamics_contracts import DynamicsRolloutRequest
 from open_wam.models.policy_variants import PolicyInferContext, PolicyInferenceOutputRequest
 
@@ -36,8 +38,8 @@ TOLERANCE = 1e-4
 
 
 @contextmanager
-def installed(on_unsupported: str = "error"):
-    openwam.install(on_unsupported)
+def installed(on_unsupported: str = "error", **options):
+    openwam.install(on_unsupported, **options)
     try:
         yield
     finally:
@@ -276,11 +278,8 @@ def test_history_is_computed_once(reused_slots):
     roll_both(lambda: build("dual_expert", "joint", window=64), 5)
     assert reused_slots == [4, 12, 20, 28]
     reused_slots.clear()
-    openwam.install(reuse_history=False)
-    try:
+    with installed(reuse_history=False):
         rollout(build("dual_expert", "joint", window=64), 3)
-    finally:
-        openwam.uninstall()
     assert reused_slots == []
 
 
@@ -332,6 +331,118 @@ def test_history_that_leaves_the_window(reused_slots):
     """Two chunks of history: every frame that is left saw one that is gone, directly or through others."""
     roll_both(lambda: build("dual_expert", "joint", window=4), 5)
     assert reused_slots == [4, 0, 0, 0]
+
+
+def test_a_text_written_over_in_place(reused_slots):
+    """A server keeps one buffer for its texts: what is compared with the next one is what was there."""
+
+    def rolled(pipeline):
+        generator = torch.Generator().manual_seed(5)
+        text, frame = torch.randn(1, 5, cases.TEXT_DIM, generator=generator), torch.zeros(1, cases.CHANNELS, 1, 4, 4)
+        actions = []
+        for _ in range(2):
+            runner = cases.VariantRolloutRunner(pipeline.eval())
+            session = runner.reset(text_context=text)
+            torch.manual_seed(0)
+            request = PolicyInferContext(state=torch.zeros(1, 1, cases.STATE_DIM))
+            with torch.no_grad():
+                output = runner.infer_step(session=session, context=request, video_latents=frame)
+            actions.append(output.infer_output.decoder_output.action_pred.clone())
+            text.normal_(generator=generator)
+        return actions
+
+    pipeline = build("dual_expert", "joint", window=64)
+    theirs = rolled(pipeline)
+    with installed():
+        assert_agree(rolled(pipeline), theirs)
+    assert not any(reused_slots)
+
+
+def evaluate(pipeline, session, frame):
+    """One more chunk from a copy of this state, always with the same noise."""
+    session = copy.deepcopy(session)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        request = PolicyInferContext(state=torch.zeros(1, 1, cases.STATE_DIM))
+        output = cases.VariantRolloutRunner(pipeline).infer_step(session=session, context=request, video_latents=frame)
+    return output.session, [output.infer_output.decoder_output.action_pred.clone()]
+
+
+@pytest.mark.parametrize("reuse_history", [True, False])
+def test_retries_from_one_state_and_seed(reuse_history, reused_slots):
+    """With reuse_history=False the same bits, as the package promises; else what ran before shows in the last ones."""
+    pipeline = build("dual_expert", "joint", window=64).eval()
+    generator = torch.Generator().manual_seed(5)
+    text, frame = (torch.randn(size, generator=generator) for size in ((1, 5, cases.TEXT_DIM), (1, 48, 1, 4, 4)))
+    session = cases.VariantRolloutRunner(pipeline).reset(text_context=text)
+    with installed(reuse_history=reuse_history):
+        for _ in range(2):
+            session, _ = evaluate(pipeline, session, frame)
+        first, again = (evaluate(pipeline, session, frame)[1] for _ in range(2))
+    if reuse_history:
+        assert len(set(reused_slots[-2:])) == 2, "both attempts reused as much, so they would be equal anyway"
+        assert_agree(again, first, 5e-6)
+    else:
+        assert torch.equal(again[0], first[0])
+
+
+def test_sharded_weights_that_change_in_place(monkeypatch, reused_slots):
+    """FSDP2 gathers new weights into the memory of the old ones and leaves their versions alone."""
+    from open_wam.models.common import unshard_runtime_parameters
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp._fully_shard import _fsdp_param
+
+    # a caching allocator gives the same addresses again; here nothing is freed
+    monkeypatch.setattr(_fsdp_param, "free_storage", lambda tensor: None)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        pipeline = build("dual_expert", "joint", window=64).eval()
+        stack, core = pipeline.policy_variant.packed_block_stack, pipeline.visual_tower.core
+        for module in (*stack.packed_blocks, pipeline):
+            fully_shard(module)
+        frame = torch.randn(1, cases.CHANNELS, 1, 4, 4, generator=torch.Generator().manual_seed(5))
+        session = cases.VariantRolloutRunner(pipeline).reset(text_context=torch.ones(1, 5, cases.TEXT_DIM))
+
+        def evaluated(session):
+            with unshard_runtime_parameters(pipeline):
+                return evaluate(pipeline, session, frame)
+
+        def evaluate_train_evaluate(session):
+            for _ in range(2):
+                session, _ = evaluated(session)
+            before = evaluated(session)[1]
+            kept = [p.to_local().clone() for p in pipeline.parameters()]
+            with torch.no_grad():
+                for p in pipeline.parameters():
+                    p.to_local().mul_(1.1)
+            after = evaluated(session)[1]
+            with torch.no_grad():
+                for p, old in zip(pipeline.parameters(), kept, strict=True):
+                    p.to_local().copy_(old)
+            return before + after
+
+        theirs = evaluate_train_evaluate(session)
+        with installed():
+            ours = evaluate_train_evaluate(session)
+    finally:
+        dist.destroy_process_group()
+    assert float((theirs[1] - theirs[0]).abs().max()) > 1e-3
+    assert_agree(ours, theirs, 1e-5)
+    assert not any(reused_slots)
+
+
+def test_inference_mode_and_training_in_turn(reused_slots):
+    """Validation in inference mode, with parameters that were born in it too, before a training step."""
+    pipeline = build("dual_expert", "joint", window=64)
+    theirs = rollout(pipeline, 3), train_step(pipeline)
+    with installed():
+        with torch.inference_mode():
+            rolled = rollout(build("dual_expert", "joint", window=64), 3)
+            assert_agree(rolled, theirs[0])
+            assert not any(reused_slots), "parameters without a version cannot tell that they are the same"
+            assert_agree(rollout(pipeline, 3), theirs[0])
+        assert any(reused_slots)
+        assert_agree(train_step(pipeline), theirs[1])
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -421,20 +532,131 @@ def test_a_profile_compiles_to_its_geometry():
     torch.testing.assert_close(block_attention(q, k, v, plan), block_attention(q, k, v, known), rtol=0, atol=1e-5)
 
 
+# ---- public ways in that a pipeline of the package does not take ----
+
+
+@pytest.mark.parametrize("mode", ["error", "original"])
+def test_the_exact_inference_program(mode, monkeypatch):
+    """It moves its profile to each block's device, which would build the package's own block masks instead of ours."""
+    from open_wam.models.visual_tower import build_chunked_dual_stream_exact_inference_program
+
+    pipeline = build("parallel_stream", "joint", frames=3, chunk=1)
+    core, steps = pipeline.visual_tower.core, []
+    execute = core.execute_runtime_step
+    with monkeypatch.context() as m:
+        m.setattr(core, "execute_runtime_step", lambda step: steps.append(step) or execute(step))
+        train_step(pipeline, frames=3)
+    steps.append(replace(steps[0], program=build_chunked_dual_stream_exact_inference_program()))
+
+    @torch.no_grad()
+    def run():
+        return [t.clone() for step in steps for t in core.execute_runtime_step(step).projected_outputs.values()]
+
+    theirs = run()
+    with installed(mode), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert_agree(run(), theirs, 1e-5)
+
+
+def test_a_block_mask_that_the_package_does_not_read(monkeypatch):
+    """On a CPU its blocks attend unmasked under a profile whose only mask is a FlexAttention one."""
+    from open_wam.models.visual_tower import shared_transformer_support
+
+    pipeline = build("parallel_stream", "joint")
+    forward = shared_transformer_support.SharedTransformerBlock.forward
+
+    def foreign(self, x, attention_profile=None, **options):
+        profile = replace(attention_profile, self_attention_mask=None, self_attention_block_mask=object())
+        return forward(self, x, attention_profile=profile, **options)
+
+    with installed("original"):
+        forward = shared_transformer_support.SharedTransformerBlock.forward
+        monkeypatch.setattr(shared_transformer_support.SharedTransformerBlock, "forward", foreign)
+        with pytest.raises(UnsupportedError, match="must have a dense mask on cpu.*it would attend unmasked"):
+            train_step(pipeline)
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_batch_of_profiles_of_the_package_s_own(padded, monkeypatch):
+    from open_wam.models.policy_variants.dual_expert import packed_training
+
+    lengths, batches = (6, 4), []
+    execute = packed_training.forward_dual_expert_sequence_batch
+    extra = {
+        "batching_mode": "padded" if padded else "packed",
+        "sequence_lengths": lengths,
+        "tensor_lengths": {"video_latents": lengths, "actions": (12, 8), "state": (1, 1), "text_context": (5, 4)},
+    }
+    metadata = ({"sampled_chunk_size": 2, "sampled_window_size": 8, "history_frames": 2},) * 2
+    pipeline = build("dual_expert", "joint")
+
+    def take(**batch):
+        batches.append(batch)
+        raise InterruptedError  # its graph stays whole
+
+    with monkeypatch.context() as m, pytest.raises(InterruptedError):
+        m.setattr(packed_training, "forward_dual_expert_sequence_batch", take)
+        train_step(pipeline, batch=2, extra=extra, metadata=metadata)
+    (batch,) = batches
+
+    def run(requests):
+        pipeline.zero_grad()
+        outputs = [t for pair in execute(**batch | {"requests": requests}) for t in pair]
+        sum((t * t).sum() for t in outputs).backward(retain_graph=True)
+        grads = {n: p.grad for n, p in pipeline.named_parameters() if p.grad is not None}
+        return outputs, grads
+
+    first, second = (run([request]) for request in batch["requests"])
+    for mode in ("error", "original"):
+        with installed(mode):
+            outputs, grads = run(batch["requests"])
+        assert_agree(outputs, first[0] + second[0], 1e-5)
+        assert_agree(grads, {name: first[1][name] + second[1][name] for name in grads})
+
+
+def test_a_denoising_cache_of_the_caller_s(attention_calls):
+    """The class is public, and an instance may be older than the installation."""
+    pipeline = build("parallel_stream", "joint")
+    generator = torch.Generator().manual_seed(4)
+    clean, text = (torch.randn(s, generator=generator) for s in ((1, 48, 4, 4, 4), (1, 5, cases.TEXT_DIM)))
+
+    @torch.no_grad()
+    def run(cache):
+        flows = []
+        for step in range(3):
+            noisy = clean + torch.randn(clean.shape, generator=torch.Generator().manual_seed(step)) * (step + 1)
+            flow = pipeline.visual_tower.predict_chunked_conditioned_video_flow(
+                noisy_latents=noisy, condition_latents=clean, timesteps=torch.full((1, 4), 500.0 - step),
+                condition_timesteps=torch.zeros(1, 4), text_context=text, chunk_size=2, window_size=8, frame_start=0,
+                stage="infer", denoising_cache=cache,
+            )  # fmt: skip
+            flows.append(flow)
+        return flows
+
+    theirs, older = run(None), DenoisingCache()
+    assert_agree(run(DenoisingCache()), theirs, 1e-5)
+    for mode in ("error", "original"):
+        with installed(mode):
+            assert_agree(run(DenoisingCache()), theirs, 1e-5)
+    with installed():
+        assert_agree(run(older), theirs, 1e-5)
+    assert attention_calls["cached_attention"] > 0
+
+
 # ---- what is not supported ----
 
 
 def test_install_and_uninstall():
-    from open_wam.models.common import video_action_inference
     from open_wam.models.policy_variants.dual_expert import packed_block
 
-    before = packed_block.DualExpertPackedBlock.forward, video_action_inference.DenoisingCache
+    before = packed_block.DualExpertPackedBlock.forward, DenoisingCache.bind
     with installed():
-        during = packed_block.DualExpertPackedBlock.forward, video_action_inference.DenoisingCache
+        during = packed_block.DualExpertPackedBlock.forward, DenoisingCache.bind
         assert all(a is not b for a, b in zip(before, during, strict=True))
         with pytest.raises(RuntimeError, match="uninstall"):
             openwam.install()
-    assert before == (packed_block.DualExpertPackedBlock.forward, video_action_inference.DenoisingCache)
+    assert before == (packed_block.DualExpertPackedBlock.forward, DenoisingCache.bind)
     openwam.uninstall()  # again: nothing to do
     with pytest.raises(ValueError, match="on_unsupported"):
         openwam.install("maybe")

@@ -55,6 +55,10 @@ def install(on_unsupported: str = "error", *, reuse_history: bool = True) -> boo
             ``"original"`` warns once for each and leaves it to OpenWAM's own code.
         reuse_history: Dual-expert rollouts keep the keys and values of the clean history from one chunk to the next, as
             far as they are still right; False frees them, and computes them anew for every chunk, as the package does.
+            With True, a retry from one state and seed may differ in the last bits (5e-7 in float32): how much is
+            computed anew depends on what ran before in the process, and matrices of other sizes round in another order.
+            With False a retry gives the same bits. Nothing is reused while a process group exists (FSDP writes
+            new weights behind the version counter that tells old ones) or with parameters born in inference mode.
 
     Returns:
         True if OpenWAM is switched over; False if the version is unsupported and ``on_unsupported="original"``.
@@ -119,10 +123,10 @@ def _patch(policy: _Policy, reuse_history: bool) -> None:
     from open_wam.models.policy_variants.parallel_stream import inference as parallel_inference
     from open_wam.models.visual_tower import (
         replica_core,
+        runtime_tensor_transport,
         sequence_adapters,
         shared_transformer_embeddings,
         shared_transformer_support,
-        tower,
     )
 
     from . import cache, patches, rollout
@@ -136,6 +140,8 @@ def _patch(policy: _Policy, reuse_history: bool) -> None:
         (sequence_adapters, "build_chunked_conditioned_video_attention_profile"),
     ):
         _replace(module, name, lambda f: _wrapped(patches.build_profile, f, policy))
+    for module in (runtime_tensor_transport, replica_core):
+        _replace(module, "move_attention_profile", lambda f: _wrapped(patches.move_profile, f))
     _replace(dual_stream_execution, "select_attention_profile_mask", lambda f: _wrapped(patches.select_profile_mask, f))
     _replace(batch_execution, "build_sequence_batch_self_attention", lambda f: _wrapped(patches.batch_attention, f))
     _replace(batch_execution, "build_sequence_batch_cross_attention", lambda f: _wrapped(patches.batch_text, f))
@@ -161,8 +167,7 @@ def _patch(policy: _Policy, reuse_history: bool) -> None:
     history = rollout.History() if reuse_history else None
     name = "forward_dual_expert_packed_coupling_denoise"
     _replace(dual_inference, name, lambda f: _wrapped(rollout.denoise, f, history))
-    for module in (video_action_inference, tower):
-        _replace(module, "DenoisingCache", lambda f: cache.DenoisingCache)
+    _replace(denoising_cache.DenoisingCache, "bind", lambda f: _wrapped(cache.bind, f))
 
 
 def _wrapped(ours: Callable, original: Callable, *more: object) -> Callable:

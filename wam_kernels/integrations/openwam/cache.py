@@ -53,33 +53,28 @@ class TokenCache(denoising_cache.InvariantTokenCache):
     layer: LayerCache | None = None
 
 
-class DenoisingCache(denoising_cache.DenoisingCache):
-    """As the package's; what is checked and derived per token pair there is read off the runs here.
+def bind(original, cache: denoising_cache.DenoisingCache, *, profile, **options) -> None:
+    """``DenoisingCache.bind``: what is checked and derived per token pair there is read off the runs here."""
+    visible = profile.self_attention_block_mask
+    if not isinstance(visible, Visibility):
+        original(cache, profile=profile, **options)
+        return
+    original(cache, profile=replace(profile, self_attention_visibility=visible.rule), **options)
+    offsets = [0]
+    for part in cache.layers[0]:
+        offsets.append(offsets[-1] + part.computed_indices.numel())
+    slots = torch.arange(offsets[-1], device=cache.key_indices.device)
+    active = torch.cat([c.active_positions + at for c, at in zip(cache.layers[0], offsets[:-1], strict=True)])
+    layers = []
+    for streams in cache.layers:
+        layer = LayerCache(offsets[-1], slots, next_positions=active)
+        layers.append(tuple(TokenCache(**_shallow(part), layer=layer) for part in streams))
+    cache.layers = tuple(layers)
 
-    Attributes:
-        stage: What ``rollout.denoise`` shares between the steps of a stage.
-    """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.stage = None
-
-    def bind(self, *, profile, **options) -> None:
-        visible = profile.self_attention_block_mask
-        if not isinstance(visible, Visibility):
-            super().bind(profile=profile, **options)
-            return
-        super().bind(profile=replace(profile, self_attention_visibility=visible.rule), **options)
-        offsets = [0]
-        for cache in self.layers[0]:
-            offsets.append(offsets[-1] + cache.computed_indices.numel())
-        slots = torch.arange(offsets[-1], device=self.key_indices.device)
-        active = torch.cat([c.active_positions + at for c, at in zip(self.layers[0], offsets[:-1], strict=True)])
-        layers = []
-        for streams in self.layers:
-            layer = LayerCache(offsets[-1], slots, next_positions=active)
-            layers.append(tuple(TokenCache(**_shallow(cache), layer=layer) for cache in streams))
-        self.layers = tuple(layers)
+def is_ours(cache: denoising_cache.DenoisingCache | None) -> bool:
+    """It was bound to a visibility of ours."""
+    return cache is not None and cache.bound and isinstance(cache.layers[0][0], TokenCache)
 
 
 def _shallow(cache) -> dict:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import blocks, modulation
+from . import UnsupportedError, blocks, modulation
 from .visibility import Batch, TextBatch, UnsupportedProfileError, Visibility, read_profile
 
 # ---- attention profiles ----
@@ -22,6 +22,13 @@ def build_profile(original, policy, **options):
         policy.refuse(str(error))
         return original(**options)
     return replace(profile, self_attention_block_mask=visible)
+
+
+def move_profile(original, profile, **options):
+    """``move_attention_profile``: a profile of ours is at home on every device; the package would build it anew."""
+    if isinstance(getattr(profile, "self_attention_block_mask", None), Visibility):
+        return profile
+    return original(profile, **options)
 
 
 def select_profile_mask(original, profile, **options):
@@ -65,7 +72,8 @@ def _slices(lengths, slots) -> list[tuple[tuple[int, int], ...]]:
 
 def packed_block(original, policy, self, video_hidden_states, action_hidden_states, *, block_mask=None, **options):
     """``DualExpertPackedBlock.forward``."""
-    if not isinstance(block_mask, Visibility | Batch):
+    if not isinstance(block_mask, Visibility | Batch):  # of a batch, its texts are the original's then too
+        options = _dense_texts(video_hidden_states.device, options)
         return original(self, video_hidden_states, action_hidden_states, block_mask=block_mask, **options)
     reason = next(filter(None, map(blocks.why_not, (self.video_block, self.action_block))), None)
     if reason is not None:
@@ -107,9 +115,16 @@ def _dense_options(visible: Visibility | Batch, video: Tensor, action: Tensor | 
         all_rows[rows] = mask[at : at + rows.numel()]
         at += rows.numel()
         options[f"{name}_attention_mask"] = all_rows[None, None]
+    return _dense_texts(video.device, options)
+
+
+def _dense_texts(device: torch.device, options: dict) -> dict:
+    """The options of the original block with dense masks for our text batches."""
+    options = dict(options)
+    for name in ("video", "action"):
         text_batch = options.get(f"{name}_cross_attention_block_mask")
-        if text_batch is not None:
-            options[f"{name}_cross_attention_mask"] = text_batch.mask(x.device)[None]
+        if isinstance(text_batch, TextBatch):
+            options[f"{name}_cross_attention_mask"] = text_batch.mask(device)[None]
             options[f"{name}_cross_attention_block_mask"] = None
     return options
 
@@ -134,7 +149,13 @@ def shared_block(original, policy, self, hidden_states, **options):
         return original(self, hidden_states, **options)
     visible, reason = profile.self_attention_block_mask, blocks.why_not(self)
     if not isinstance(visible, Visibility):
-        policy.refuse(f"attention profile {profile.spec.name!r} of family {profile.spec.family!r}")
+        what = f"attention profile {profile.spec.name!r} of family {profile.spec.family!r}"
+        if visible is not None and profile.self_attention_mask is None and hidden_states.device.type != "cuda":
+            raise UnsupportedError(
+                f"wam_kernels.integrations.openwam: {what} must have a dense mask on {hidden_states.device}, but has "
+                "only a block mask, which OpenWAM does not read there: it would attend unmasked"
+            )
+        policy.refuse(what)
         return original(self, hidden_states, **options)
     for name, unused in _PERSISTENT_CACHE.items():
         value = options.get(name, unused)

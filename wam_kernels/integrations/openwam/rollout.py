@@ -15,6 +15,7 @@ from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
+from open_wam.models.common.denoising_cache import DenoisingCache
 from open_wam.models.common.video_geometry import unpatchify_video_sequence, video_token_grid_from_latent_shape
 from open_wam.models.visual_tower.grid_ids import build_video_grid_ids
 from open_wam.models.visual_tower.runtime_parameter_ops import (
@@ -25,9 +26,12 @@ from torch import Tensor, nn
 
 from ... import ada_layer_norm
 from . import blocks
-from .cache import DenoisingCache, LayerCache
+from .cache import LayerCache, is_ours
 from .modulation import per_token
 from .visibility import Visibility
+
+
+_STAGE = "_wam_stage"  # of a DenoisingCache: what its steps share
 
 
 @dataclass
@@ -153,7 +157,7 @@ def denoise(
     """
     visible = attention_profile.self_attention_block_mask
     first = packed_block_stack.packed_blocks[0]
-    takes = isinstance(denoising_cache, DenoisingCache) and isinstance(visible, Visibility)
+    takes = is_ours(denoising_cache) and isinstance(visible, Visibility)
     # arguments of training, which a rollout leaves out
     takes = takes and options.get("video_cross_attention_mask") is None and options["text_context"] is not None
     if takes and not any(map(blocks.why_not, (first.video_block, first.action_block))):
@@ -171,13 +175,13 @@ def denoise(
 
 
 def _step(history: History | None, visible: Visibility, stack: nn.Module, cache: DenoisingCache, inputs: Inputs):
-    begun = None
-    if cache.stage is None:
+    begun, stage = None, getattr(cache, _STAGE, None)
+    if stage is None:
         begun = _begin(history, visible, stack, cache, inputs)
         if begun is None:
             return None
-        cache.stage = begun.stage
-    stage: Stage = cache.stage
+        stage = begun.stage
+        setattr(cache, _STAGE, stage)
     step = stage if begun is None else begun
     fresh = step.tokens
     video, video_rest, embedding = _embed_video(inputs, fresh, stage)
@@ -230,8 +234,8 @@ def _begin(
     slot_of[required.cpu()] = torch.arange(required.numel())
     layers = [LayerCache() for _ in stack.packed_blocks]
     known, leave = np.zeros(required.numel(), bool), None
-    if history is not None:
-        weights = tuple((p.data_ptr(), p._version) for p in (*stack.parameters(), *core.parameters()))
+    weights = None if history is None else _weights(stack, core)
+    if weights is not None:
         units = _units(inputs, visible, all_tokens, slot_of.numpy())
         action_text = None if inputs.packed_action_pre is None else inputs.packed_action_pre.context
         remembered = history.get(stack, weights, inputs.text_context)
@@ -244,7 +248,7 @@ def _begin(
             for layer, past in zip(layers, remembered.layers, strict=True):
                 layer.take(past, source, target, required.numel())
                 layer.text = {stream: past.text[stream] for stream in same_text if stream in past.text}
-        leave = Remembered(weights, inputs.text_context, action_text, units, layers)
+        leave = Remembered(weights, inputs.text_context.clone(), action_text, units, layers)
     for layer in layers:
         layer.slots = required.numel()
     fresh_slots = torch.from_numpy(np.flatnonzero(~known)).to(required.device)
@@ -258,6 +262,19 @@ def _begin(
 # ---- the history ----
 
 
+def _weights(*modules: nn.Module) -> tuple | None:
+    """What tells one state of the weights from another: addresses and versions. None where they cannot tell.
+
+    FSDP gathers new weights into the same memory and keeps the version; it needs a process group, and may have been
+    applied to whatever holds these modules, which they do not say. Parameters born in inference mode have no version.
+    """
+    parameters = [p for module in modules for p in module.parameters()]
+    in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if in_group or any(p.is_inference() for p in parameters):
+        return None
+    return tuple((p.data_ptr(), p._version) for p in parameters)
+
+
 def _units(inputs: Inputs, visible: Visibility, tokens: Tokens, slot_of: np.ndarray) -> Units:
     frames, per_frame = inputs.frames, inputs.frame_tokens
     names, members, content = [], [], {}
@@ -266,7 +283,8 @@ def _units(inputs: Inputs, visible: Visibility, tokens: Tokens, slot_of: np.ndar
         ids = np.arange(frame * per_frame, (frame + 1) * per_frame)
         name = (0, inputs.frame_start + int(frame) - frames)
         context = inputs.video_hidden_context
-        parts = (inputs.clean_video_latents[:, :, frame - frames],)
+        # a copy: it may lie in a buffer of the caller's, who writes the next observation there
+        parts = (inputs.clean_video_latents[:, :, frame - frames].clone(),)
         content[name] = parts if context is None else (*parts, context[:, ids[0] : ids[-1] + 1])
         names.append(name)
         members.append(ids)
