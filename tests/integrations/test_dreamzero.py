@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from tests.integrations.checks import CLOSE, check_patch
 from tests.integrations.stand_ins.dreamzero import CausalWanModel
@@ -36,9 +37,15 @@ def test_compiles():
     x = torch.randn(2, 2 * (FRAME + BLOCK) + REGISTERS, 32)
     call = lambda wan: wan(x, 0, FRAME + BLOCK, action_register_length=REGISTERS)[0]  # noqa: E731
     expected = call(wan)
-    patch(wan)
+    done = patch(wan)
     torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(call, backend="eager")(wan), expected, **CLOSE)
+    backend = CompileCounter()
+    compiled = torch.compile(call, backend=backend)
+    torch.testing.assert_close(compiled(wan), expected, **CLOSE)
+    graphs = backend.frame_count
+    assert done.calls["CausalWanSelfAttention.forward"] > 0
+    compiled(wan)
+    assert backend.frame_count == graphs, "what counts the calls must not be a reason to compile anew"
 
 
 @torch.no_grad()

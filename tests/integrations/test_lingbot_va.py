@@ -10,7 +10,7 @@ from wam_kernels.integrations import Unsupported, patch, unpatch
 from wam_kernels.integrations.lingbot_va import _Slots, _stretches
 
 ATTENTION = {f"WanAttention.{name}" for name in ("forward", "update_cache", "restore_cache", "clear_pred_cache")}
-INFERENCE = ATTENTION | {"WanAttention._wam_slots"}
+INFERENCE = ATTENTION
 TRAINING = INFERENCE | {"FlexAttnFunc.forward", "WanTransformer3DModel.forward_train"}
 
 
@@ -167,7 +167,7 @@ def test_a_chunk_larger_than_the_pool():
     cache = {"k": torch.zeros(1, 4, 1, 8), "v": torch.zeros(1, 4, 1, 8), "id": torch.full((4,), -1)}
     cache |= {name: torch.zeros(4, dtype=torch.bool) for name in ("mask", "is_pred")}
     with pytest.raises(ValueError, match="must have 5 slots for the chunk, got 4 in all"):
-        _Slots(cache).write(torch.zeros(1, 5, 1, 8), torch.zeros(1, 5, 1, 8), False)
+        _Slots(cache).write(cache, torch.zeros(1, 5, 1, 8), torch.zeros(1, 5, 1, 8), False)
 
 
 def test_refusals():

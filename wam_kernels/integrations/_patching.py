@@ -1,18 +1,20 @@
-"""What every integration shares: replacing methods of one model so that they can be put back, and refusing in the open.
+"""What every integration shares: recognising a model, replacing methods so that they can be put back, refusing.
 
-Only instances are changed: a patched method is an attribute of the module object, bound to it, so a deep copy of a
-patched model runs on its own weights. Parameters, buffers and state-dict keys are never touched.
+Only instances are changed: a replaced method is an attribute of the module object. Copies and pickles of a patched
+model are patched too, on their own weights. Parameters, buffers and state-dict keys are never touched.
 """
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import sys
 import warnings
-from collections.abc import Callable
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from functools import lru_cache
-from types import MethodType
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakSet
 
 import numpy as np
 import torch
@@ -32,8 +34,179 @@ class Unsupported(ValueError):
     """A model, mask or shape that this library has no path for. Raised before anything is computed."""
 
 
+# ---- recognising ----
+
+
+def of_class(model: nn.Module, name: str) -> list[nn.Module]:
+    """The modules of a class of this name, or of one derived from it: FSDP2 derives ``FSDP<name>`` on the way."""
+    return [m for m in model.modules() if any(cls.__name__ == name for cls in type(m).__mro__)]
+
+
+def require_class(system: str, module: nn.Module, name: str) -> None:
+    """The module behaves as the class that this library knows by ``name``.
+
+    Raises:
+        Unsupported: a class derived from that one, other than FSDP2's, overrides something of it.
+    """
+    classes = type(module).__mro__
+    known = next(cls for cls in classes if cls.__name__ == name)
+    for derived in classes[: classes.index(known)]:
+        changed = sorted(n for n in vars(derived) if not n.startswith("__") and n in vars(known))
+        if changed:
+            raise Unsupported(
+                f"patch: {system}'s {name} must be as its package has it, but {derived.__name__} overrides {changed[0]}"
+            )
+
+
+def require_parts(system: str, module: nn.Module, parts: Sequence[str]) -> None:
+    """The module has all that this library reads of it.
+
+    Raises:
+        Unsupported: it lacks something.
+    """
+    for part in parts:
+        if not hasattr(module, part):
+            raise Unsupported(f"patch: {system}'s {type(module).__name__} must have {part}, but it has none")
+
+
+def _parameters(function: Callable, skip: int) -> list[str]:
+    """Names of the parameters behind the first ``skip``, with their stars."""
+    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    parameters = list(inspect.signature(function).parameters.values())
+    return [stars.get(p.kind, "") + p.name for p in parameters[skip:]]
+
+
+def _require_signature(what: str, original: Callable, new: Callable, shared: int, skip: int) -> None:
+    """``original`` takes what ``new`` takes behind its ``shared`` arguments; the first ``skip`` may have any name."""
+    expected, got = _parameters(new, shared + skip), _parameters(original, skip)
+    if got != expected:
+        raise Unsupported(f"patch: {what} must take ({', '.join(expected)}), but takes ({', '.join(got)})")
+
+
+# ---- replacing ----
+
+
+class Policy:
+    """What happens with the unsupported, and what has been warned of."""
+
+    def __init__(self, system: str, on_unsupported: str) -> None:
+        self.system, self.on_unsupported = system, on_unsupported
+        self.warned: set[str] = set()
+
+    def refuse(self, reason: Unsupported) -> None:
+        """Raise, or warn once and let the caller go on with the original code, as the user chose."""
+        if self.on_unsupported == "error":
+            raise reason
+        if str(reason) not in self.warned:
+            self.warned.add(str(reason))
+            warnings.warn(f"{reason}; the original code of {self.system} runs instead", stacklevel=4)
+
+
+class Replacement:
+    """Stands for a method of one module. Raises what ours refuses, or runs the original then."""
+
+    def __init__(self, policy: Policy, owner: nn.Module, name: str, new: Callable, shared: tuple) -> None:
+        self.policy, self.owner, self.name, self.new, self.shared = policy, owner, name, new, shared
+        self._count_from(0)
+
+    def _count_from(self, calls: int) -> None:
+        self._calls = [calls]
+
+        # runs where a graph is traced, and leaves nothing in it: no state that a compiled call would have to guard
+        @torch.compiler.assume_constant_result
+        def count() -> None:
+            self._calls[0] += 1
+
+        self._count = count
+
+    @property
+    def calls(self) -> int:
+        """Calls that ran here so far. A compiled call is counted where it is traced, not where it runs."""
+        return self._calls[0]
+
+    @property
+    def original(self) -> Callable:
+        return getattr(type(self.owner), self.name)
+
+    def _run(self, *args, **kwargs):
+        try:
+            out = self.new(*self.shared, *args, **kwargs)
+        except Unsupported as reason:
+            self.policy.refuse(reason)
+        else:
+            self._count()
+            return out
+        return self.original(*args, **kwargs)
+
+    def __call__(self, *args, **kwargs):
+        return self._run(self.owner, *args, **kwargs)
+
+    def __getstate__(self) -> dict:
+        return {name: value for name, value in vars(self).items() if name not in ("_count", "_calls")}
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self._count_from(0)
+
+    def removed(self) -> None:
+        """It stands for nothing any more."""
+
+
+class FunctionReplacement(Replacement):
+    """Stands for a function of a Python module where its first argument is one module.
+
+    The Python module gets a function that looks at its first argument, and its own back when no model is left.
+    """
+
+    def __init__(self, module_name: str, *args) -> None:
+        super().__init__(*args)
+        self.module_name = module_name
+        self._install()
+
+    def _install(self) -> None:
+        namespace = sys.modules[self.module_name]
+        dispatch = getattr(namespace, self.name)
+        if not isinstance(dispatch, _Dispatch):
+            dispatch = _Dispatch(self.name, dispatch)
+            setattr(namespace, self.name, dispatch)
+        dispatch.users.add(self.owner)
+
+    @property
+    def original(self) -> Callable:
+        function = getattr(sys.modules[self.module_name], self.name)
+        return function.original if isinstance(function, _Dispatch) else function
+
+    def __call__(self, *args, **kwargs):
+        return self._run(*args, **kwargs)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._install()
+
+    def removed(self) -> None:
+        namespace = sys.modules[self.module_name]
+        dispatch = getattr(namespace, self.name)
+        if isinstance(dispatch, _Dispatch):
+            dispatch.users.discard(self.owner)
+            if not dispatch.users:
+                setattr(namespace, self.name, dispatch.original)
+
+
+class _Dispatch:
+    """A module-level function that is another one for some first arguments."""
+
+    def __init__(self, name: str, original: Callable) -> None:
+        self.name, self.original = name, original
+        self.users: WeakSet[nn.Module] = WeakSet()
+
+    def __call__(self, key: nn.Module, *args, **kwargs):
+        return getattr(key, self.name, self.original)(key, *args, **kwargs)
+
+
 class Patch:
     """What was replaced in one model. Made by :func:`wam_kernels.integrations.patch`.
+
+    Its text counts the calls of each replaced method that ran on this library; one with 0 has not run yet.
 
     Attributes:
         system: Whose model it is.
@@ -41,117 +214,113 @@ class Patch:
     """
 
     def __init__(self, system: str, on_unsupported: str) -> None:
-        self.system, self.on_unsupported = system, on_unsupported
-        self.replaced: list[tuple[Any, str]] = []
-        self._attributes: list[tuple[Any, str, Any]] = []
-        self._functions: list[tuple[str, str, nn.Module]] = []
-        self._warned: set[str] = set()
+        self.system, self.policy = system, Policy(system, on_unsupported)
+        self.replaced: list[tuple[nn.Module, str]] = []
 
-    def method(self, owner: nn.Module, name: str, new: Callable) -> None:
-        """``owner.name(...)`` becomes ``new(owner, ...)``; where that raises Unsupported, the original may run."""
+    def method(self, owner: nn.Module, name: str, new: Callable, *shared: Any) -> None:
+        """``owner.name(...)`` becomes ``new(*shared, owner, ...)``; where that raises Unsupported, the original may run.
+
+        Args:
+            owner: A module.
+            name: A method of its class.
+            new: A function of a module, so that copies and pickles of the model find it.
+            shared: What several methods of a model share, caches above all.
+
+        Raises:
+            Unsupported: no such method, one with other parameters, or one that is replaced already.
+        """
+        what, original = f"{type(owner).__name__}.{name}", getattr(type(owner), name, None)
+        if not callable(original):
+            raise Unsupported(
+                f"patch: {self.system}'s {type(owner).__name__} must have the method {name}, but has none"
+            )
+        _require_signature(what, original, new, len(shared), 1)
+        self._put(owner, name, lambda: Replacement(self.policy, owner, name, new, shared))
+
+    def function(self, module_name: str, name: str, key: nn.Module, new: Callable, *shared: Any) -> None:
+        """The function ``name`` of a Python module becomes ``new(*shared, ...)`` where its first argument is ``key``.
+
+        Raises:
+            Unsupported: no such function, one with other parameters, or one that is replaced already.
+        """
+        original = getattr(sys.modules.get(module_name), name, None)
+        if not callable(original):
+            raise Unsupported(f"patch: {self.system}'s module {module_name} must have {name}, but it has none")
+        original = original.original if isinstance(original, _Dispatch) else original
+        _require_signature(f"{module_name}.{name}", original, new, len(shared), 0)
+        self._put(key, name, lambda: FunctionReplacement(module_name, self.policy, key, name, new, shared))
+
+    def _put(self, owner: nn.Module, name: str, make: Callable[[], Replacement]) -> None:
         if name in vars(owner):
             raise Unsupported(
                 f"patch: {type(owner).__name__}.{name} must be the class's own method, but this instance has another "
                 "one already; undo the other patch first"
             )
-
-        def guarded(module: nn.Module, *args, **kwargs):
-            try:
-                return new(module, *args, **kwargs)
-            except Unsupported as reason:
-                self.refuse(reason)
-            return getattr(type(module), name)(module, *args, **kwargs)
-
-        guarded.__name__ = name
-        self.attribute(owner, name, MethodType(guarded, owner))
-
-    def attribute(self, owner: Any, name: str, value: Any) -> None:
-        """``owner.name`` becomes ``value``; ``owner`` is a module object of PyTorch or of Python."""
-        self._attributes.append((owner, name, vars(owner).get(name, self)))  # itself stands for: there was none
+        setattr(owner, name, make())
         self.replaced.append((owner, name))
-        setattr(owner, name, value)
-
-    def function(self, module_name: str, name: str, key: nn.Module, new: Callable) -> None:
-        """The function ``name`` of a Python module becomes ``new`` where its first argument is ``key``.
-
-        For systems whose models call a module-level function: the module gets a function that looks at its first
-        argument, and gets its own back when no model is patched any more.
-        """
-        namespace = sys.modules[module_name]
-        dispatch = getattr(namespace, name, None)
-        if dispatch is None:
-            raise Unsupported(f"patch: {self.system}'s module {module_name} must have {name}, but it has none")
-        if not isinstance(dispatch, _Dispatch):
-            dispatch = _Dispatch(dispatch)
-            setattr(namespace, name, dispatch)
-
-        def guarded(*args, **kwargs):
-            try:
-                return new(*args, **kwargs)
-            except Unsupported as reason:
-                self.refuse(reason)
-            return dispatch.original(*args, **kwargs)
-
-        dispatch.by_key[key] = guarded
-        self._functions.append((module_name, name, key))
-        self.replaced.append((key, name))
 
     def refuse(self, reason: Unsupported) -> None:
-        """Raise, or warn once and let the caller go on with the original code, as the user chose."""
-        if self.on_unsupported == "error":
-            raise reason
-        if str(reason) not in self._warned:
-            self._warned.add(str(reason))
-            warnings.warn(f"{reason}; the original code of {self.system} runs instead", stacklevel=3)
+        """Raise, or warn once, as the user chose."""
+        self.policy.refuse(reason)
 
     def undo(self) -> None:
-        """Put everything back, the last replacement first."""
-        for owner, name, old in reversed(self._attributes):
-            if old is self:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, old)
-        for module_name, name, key in self._functions:
-            namespace = sys.modules[module_name]
-            dispatch = getattr(namespace, name)
-            if isinstance(dispatch, _Dispatch):
-                dispatch.by_key.pop(key, None)
-                if not dispatch.by_key:
-                    setattr(namespace, name, dispatch.original)
-        self.replaced, self._attributes, self._functions = [], [], []
+        """Put everything back."""
+        for owner, name in self.replaced:
+            put_back(owner, name)
+        self.replaced = []
+
+    @property
+    def calls(self) -> dict[str, int]:
+        """How many calls of each replaced method, over all its modules, ran on this library so far."""
+        calls: dict[str, int] = {}
+        for owner, name in self.replaced:
+            replacement = vars(owner).get(name)
+            what = f"{type(owner).__name__}.{name}"
+            calls[what] = calls.get(what, 0) + (replacement.calls if isinstance(replacement, Replacement) else 0)
+        return calls
 
     def __repr__(self) -> str:
-        names = sorted({f"{type(owner).__name__}.{name}" for owner, name in self.replaced})
-        return f"Patch({self.system}: {', '.join(names)}; {len(self.replaced)} replaced)"
+        counts = ", ".join(f"{name} {count} calls so far" for name, count in sorted(self.calls.items()))
+        return f"Patch({self.system}: {counts}; {len(self.replaced)} replaced)"
 
 
-class _Dispatch:
-    """A module-level function that is another one for some first arguments."""
-
-    def __init__(self, original: Callable) -> None:
-        self.original = original
-        self.by_key: WeakKeyDictionary[nn.Module, Callable] = WeakKeyDictionary()
-
-    def __call__(self, key: nn.Module, *args, **kwargs):
-        return self.by_key.get(key, self.original)(key, *args, **kwargs)
+def replaced_in(model: nn.Module) -> list[tuple[nn.Module, str]]:
+    """``(owner, name)`` of everything in a model that stands replaced."""
+    return [(m, name) for m in model.modules() for name, value in vars(m).items() if isinstance(value, Replacement)]
 
 
-class MaskPlans:
+def put_back(owner: nn.Module, name: str) -> None:
+    """The class's own method again, if ours still stands there."""
+    replacement = vars(owner).get(name)
+    if isinstance(replacement, Replacement):
+        delattr(owner, name)
+        replacement.removed()
+
+
+class Cache:
+    """A cache that copies and pickles of a model begin anew."""
+
+    def __reduce__(self) -> tuple:
+        return type(self), ()
+
+
+# ---- masks and tables ----
+
+
+class MaskPlans(Cache):
     """Plans of dense masks ``[Sq, Sk]``, or ``[B, Sq, Sk]``, that a model builds at run time.
 
     A mask is converted to the ranges that it spells out, so the plan is equal to it, not alike. That takes a copy to
-    the host, so it is done once for each mask seen: the same tensor is recognised by identity, an equal one by
-    comparing it, on its device, with the ones before.
+    the host, done once for each mask tensor: the same tensor is recognised by identity as long as nobody writes to it.
+    A copy of an equal mask finds its plan by the mask's digest, so no mask is kept. Inference tensors do not tell
+    whether they were written to, so each of their calls goes by the digest.
     """
 
-    KEPT = 16  # masks remembered for each shape; a model has a handful
+    KEPT = 32  # plans remembered; a model has a handful of masks
 
     def __init__(self) -> None:
         self._by_tensor: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._by_shape: dict[tuple, list[tuple[Tensor, Plan]]] = {}
-
-    def __deepcopy__(self, memo: dict) -> MaskPlans:
-        return self  # only caches: copies of a model may share them
+        self._by_digest: OrderedDict[tuple, Plan] = OrderedDict()
 
     def plan(self, mask: Tensor, device: torch.device) -> Plan:
         """The plan of a boolean mask ``[Sq, Sk]``, on ``device``.
@@ -173,19 +342,13 @@ class MaskPlans:
             raise Unsupported(
                 f"patch: attention_mask must be additive [B, 1, Sq, Sk], got {bias.dtype} {list(bias.shape)}"
             )
-
-        def visible(b: Tensor) -> Tensor:
-            seen = b[:, 0] == 0
-            if not (seen | (b[:, 0] <= -1e30)).all():
-                raise Unsupported(
-                    "patch: attention_mask must hold 0 and at most -1e30, but it is a bias of other values"
-                )
-            return seen
-
-        return self._of(bias, device, visible)
+        # one byte for each pair, and one copy to the host: 1 visible, 0 not, 2 neither
+        return self._of(bias, device, lambda b: torch.where(b <= -1e30, 0, 2 - (b == 0).byte())[:, 0])
 
     @torch.compiler.disable  # a compiled model breaks its graph here; the plan is what goes on
     def _of(self, mask: Tensor, device: torch.device, visible: Callable[[Tensor], Tensor]) -> Plan:
+        if mask.is_inference():
+            return self._find(visible(mask)).to(device)
         version, plan = self._by_tensor.get(mask, (None, None))
         if version != mask._version:
             plan = self._find(visible(mask))
@@ -193,13 +356,18 @@ class MaskPlans:
         return plan.to(device)
 
     def _find(self, mask: Tensor) -> Plan:
-        known = self._by_shape.setdefault((*mask.shape, mask.device), [])
-        for earlier, plan in known:
-            if torch.equal(earlier, mask):
-                return plan
-        plan = plan_of_mask(mask)
-        known.append((mask.clone(), plan))
-        del known[: -self.KEPT]
+        host = mask.cpu().numpy()
+        if host.dtype != bool:
+            if (host == 2).any():
+                raise Unsupported(
+                    "patch: attention_mask must hold 0 and at most -1e30, but it is a bias of other values"
+                )
+            host = host.astype(bool)
+        key = host.shape, hashlib.sha256(np.packbits(host)).digest()
+        plan = self._by_digest.pop(key, None) or plan_of_mask(host)
+        self._by_digest[key] = plan
+        while len(self._by_digest) > self.KEPT:
+            self._by_digest.popitem(last=False)
         return plan
 
 
@@ -219,24 +387,32 @@ def plan_of_mask(mask: Tensor | np.ndarray) -> Plan:
         raise Unsupported(f"patch: no plan for an attention_mask of shape {list(mask.shape)}: {error}") from error
 
 
-class Tables:
-    """Rope tables ``[.., S, D / 2, 2]`` of the complex frequencies that a model passes, once for each tensor."""
+class Tables(Cache):
+    """Rope tables ``[.., S, D / 2, 2]`` of the frequencies that a model passes, once for each tensor.
+
+    Inference tensors do not tell whether they were written to, so a table of one is made anew for every call.
+    """
 
     def __init__(self) -> None:
         self._tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    def __deepcopy__(self, memo: dict) -> Tables:
-        return self
-
     @torch.compiler.disable
     def of(self, freqs: Tensor, make: Callable[[Tensor], Tensor], key: tuple = ()) -> Tensor:
         """``make(freqs)`` in float32, contiguous, without a gradient; ``key`` holds what else it depends on."""
+        if freqs.is_inference():
+            return self._make(freqs, make)
         tables = self._tables.setdefault(freqs, {})
         version, table = tables.get(key, (None, None))
         if version != freqs._version:
-            table = make(freqs.detach()).float().contiguous()
+            table = self._make(freqs, make)
             tables[key] = (freqs._version, table)
         return table
+
+    def _make(self, freqs: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+        # whatever mode the call is in, a later one may train on the table
+        with torch.inference_mode(False), torch.no_grad():
+            table = make(freqs.detach()).float().contiguous()
+            return table.clone() if table.is_inference() else table
 
 
 def require_kernel(system: str, q: Tensor) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from . import cosmos_policy, dreamzero, fast_wam, lingbot_va, openpi
-from ._patching import ON_UNSUPPORTED, Patch, Unsupported
+from ._patching import ON_UNSUPPORTED, Patch, Policy, Replacement, Unsupported, put_back, replaced_in
 
 # Each has SYSTEM, its name; find(model), the modules that it recognises by class name and configuration, and
 # apply(patch, modules).
@@ -36,43 +36,59 @@ def patch(model: nn.Module, on_unsupported: str = "error") -> Patch | None:
     """
     if on_unsupported not in ON_UNSUPPORTED:
         raise ValueError(f"patch: on_unsupported must be one of {ON_UNSUPPORTED}, got {on_unsupported!r}")
-    if any(_ATTRIBUTE in vars(m) for m in model.modules()):
+    if replaced_in(model) or any(_ATTRIBUTE in vars(m) for m in model.modules()):
         raise ValueError(
             f"patch: model must not be patched already, but this {type(model).__name__} is; unpatch it first"
         )
     for system in _SYSTEMS:
-        found = system.find(model)
+        done = Patch(system.SYSTEM, on_unsupported)
+        try:
+            found = _expected(system, system.find, model)
+            if found:
+                _expected(system, system.apply, done, found)
+        except Unsupported as reason:
+            done.undo()  # all of a model or nothing
+            done.policy.refuse(reason)
+            return None
+        except BaseException:
+            done.undo()
+            raise
         if found:
-            return _apply(system, model, found, on_unsupported)
+            object.__setattr__(model, _ATTRIBUTE, done)
+            return done
     names = ", ".join(system.SYSTEM for system in _SYSTEMS)
     reason = Unsupported(f"patch: model must be one of {names}, got {type(model).__name__}")
-    Patch(type(model).__name__, on_unsupported).refuse(reason)
+    Policy(type(model).__name__, on_unsupported).refuse(reason)
     return None
 
 
-def _apply(system, model: nn.Module, found: list[nn.Module], on_unsupported: str) -> Patch | None:
-    patch = Patch(system.SYSTEM, on_unsupported)
+def _expected(system, function, *args):
+    """``function(*args)``; a model that it stumbles over is one that is not laid out as this library knows it."""
     try:
-        system.apply(patch, found)
-    except Unsupported as reason:
-        patch.undo()  # all of a model or nothing
-        patch.refuse(reason)
-        return None
-    except BaseException:
-        patch.undo()
-        raise
-    object.__setattr__(model, _ATTRIBUTE, patch)
-    return patch
+        return function(*args)
+    except (AttributeError, TypeError, LookupError) as error:
+        raise Unsupported(f"patch: {system.SYSTEM}'s model is not laid out as expected: {error}") from error
 
 
 def unpatch(model: nn.Module) -> None:
-    """Put back everything that :func:`patch` replaced in this model.
+    """Put back everything that :func:`patch` replaced in this model, or in what it holds.
 
     Raises:
-        ValueError: the model is not patched; patch and unpatch take the same module.
+        ValueError: nothing in it is patched, or something was replaced once more after :func:`patch`.
     """
-    patch = vars(model).get(_ATTRIBUTE)
-    if patch is None:
-        raise ValueError(f"unpatch: model must be one that was given to patch, but this {type(model).__name__} was not")
-    patch.undo()
-    object.__delattr__(model, _ATTRIBUTE)
+    holders = [m for m in model.modules() if _ATTRIBUTE in vars(m)]
+    replaced = replaced_in(model)
+    if not holders and not replaced:
+        raise ValueError(
+            f"unpatch: model must be one that was given to patch, or hold it, but this {type(model).__name__} was not"
+        )
+    for owner, name in (pair for m in holders for pair in vars(m)[_ATTRIBUTE].replaced):
+        if name in vars(owner) and not isinstance(vars(owner)[name], Replacement):
+            raise ValueError(
+                f"unpatch: {type(owner).__name__}.{name} must be as patch left it, but it was replaced once more; undo "
+                "that first"
+            )
+    for owner, name in replaced:
+        put_back(owner, name)
+    for m in holders:
+        object.__delattr__(m, _ATTRIBUTE)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._patching import Patch, Tables, Unsupported, norm_rope, require_kernel
+from ._patching import Patch, Tables, Unsupported, norm_rope, of_class, require_class, require_kernel, require_parts
 
 SYSTEM = "Cosmos Policy"
 _PARTS = ("is_selfattn", "q_proj", "k_proj", "v_proj", "output_proj", "q_norm", "k_norm", "compute_qkv", "attn_op")
@@ -18,36 +18,59 @@ _PARTS = ("is_selfattn", "q_proj", "k_proj", "v_proj", "output_proj", "q_norm", 
 
 def find(model: nn.Module) -> list[nn.Module]:
     """The self-attentions of a model; diffusers has an ``Attention`` too, with other parts."""
-    named = (m for m in model.modules() if type(m).__name__ == "Attention")
-    return [m for m in named if all(hasattr(m, part) for part in _PARTS) and m.is_selfattn]
+    return [m for m in of_class(model, "Attention") if all(hasattr(m, part) for part in _PARTS) and m.is_selfattn]
 
 
 def apply(patch: Patch, attentions: list[nn.Module]) -> None:
-    tables = Tables()
-
-    def compute_qkv(attn, x: Tensor, context: Tensor | None = None, rope_emb: Tensor | None = None):
-        if rope_emb is None or x.ndim != 3:
-            raise Unsupported(
-                f"patch: {SYSTEM}'s self-attention must get [B, S, C] and rope_emb, got {list(x.shape)} and "
-                f"{'None' if rope_emb is None else 'rope_emb'}"
-            )
-        context = x if context is None else context
-        table = tables.of(rope_emb, _rotate_half_table)
-        q, k, v = attn.q_proj(x), attn.k_proj(context), attn.v_proj(context)
-        options = {"head_dim": attn.head_dim, "per_head": True, "interleaved": False}
-        q, k = norm_rope(SYSTEM, q, k, attn.q_norm, attn.k_norm, table, **options)
-        return q, k, attn.v_norm(v.unflatten(-1, (attn.n_heads, attn.head_dim)))
-
+    tables = _RotateHalf()
     for attn in attentions:
+        require_class(SYSTEM, attn, "Attention")
+        require_parts(SYSTEM, attn, ("head_dim", "n_heads", "v_norm"))
         require_kernel(SYSTEM, attn.q_proj.weight.new_empty(attn.head_dim))
         if getattr(attn.q_norm, "zero_centered_gamma", False):
             raise Unsupported(f"patch: {SYSTEM}'s q_norm must have zero_centered_gamma=False, got True")
-        patch.method(attn, "compute_qkv", compute_qkv)
+        patch.method(attn, "compute_qkv", _compute_qkv, tables)
 
 
-def _rotate_half_table(angles: Tensor) -> Tensor:
-    """Angles ``[S, 1, 1, D]``, the second half a copy of the first, to ``[S, D / 2, 2]``."""
-    first, second = angles.flatten(1).double().chunk(2, -1)
-    if not torch.equal(first, second):
-        raise Unsupported(f"patch: {SYSTEM}'s rope_emb must repeat its first half, but its halves differ")
-    return torch.stack((first.cos(), first.sin()), -1)
+def _compute_qkv(
+    tables: _RotateHalf, attn: nn.Module, x: Tensor, context: Tensor | None = None, rope_emb: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    if rope_emb is None or x.ndim != 3:
+        raise Unsupported(
+            f"patch: {SYSTEM}'s self-attention must get [B, S, C] and rope_emb, got {list(x.shape)} and "
+            f"{'None' if rope_emb is None else 'rope_emb'}"
+        )
+    context = x if context is None else context
+    table = tables.of(rope_emb, tables.table)
+    q, k, v = attn.q_proj(x), attn.k_proj(context), attn.v_proj(context)
+    options = {"head_dim": attn.head_dim, "per_head": True, "interleaved": False}
+    q, k = norm_rope(SYSTEM, q, k, attn.q_norm, attn.k_norm, table, **options)
+    return q, k, attn.v_norm(v.unflatten(-1, (attn.n_heads, attn.head_dim)))
+
+
+class _RotateHalf(Tables):
+    """Tables of rotate-half angles. The model builds its angles anew in every forward, always by the same code.
+
+    So whether the second half of the channels repeats the first is looked at once for each shape on a device, where
+    looking stops it; on the CPU it costs nothing and is looked at always.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._seen: set[tuple] = set()
+
+    def table(self, angles: Tensor) -> Tensor:
+        """Angles ``[S, 1, 1, D]`` to ``[S, D / 2, 2]``."""
+        first, second = angles.flatten(1).double().chunk(2, -1)
+        shape = angles.shape, angles.device
+        if shape not in self._seen:
+            if not torch.equal(first, second):
+                raise Unsupported(f"patch: {SYSTEM}'s rope_emb must repeat its first half, but its halves differ")
+            if _stops(angles):
+                self._seen.add(shape)
+        return torch.stack((first.cos(), first.sin()), -1)
+
+
+def _stops(tensor: Tensor) -> bool:
+    """Reading a value of it makes the host wait."""
+    return tensor.device.type != "cpu"

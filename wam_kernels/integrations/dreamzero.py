@@ -18,41 +18,60 @@ from torch import Tensor, nn
 
 from ..plan import Plan, compile_plan
 from ..programs import dreamzero_train
-from ._patching import Patch, Tables, Unsupported, attend, norm_rope, require_kernel
+from ._patching import (
+    Patch,
+    Tables,
+    Unsupported,
+    attend,
+    norm_rope,
+    of_class,
+    require_class,
+    require_kernel,
+    require_parts,
+)
 
 SYSTEM = "DreamZero"
 
 
+_PARTS = (
+    "q", "k", "v", "o", "attn", "norm_q", "norm_k", "num_heads", "head_dim", "qk_norm", "frame_seqlen",
+    "local_attn_size", "max_attention_size", "num_frame_per_block", "num_action_per_block", "num_state_per_block",
+)  # fmt: skip
+
+
 def find(model: nn.Module) -> list[nn.Module]:
     """The self-attentions of a model."""
-    return [m for m in model.modules() if type(m).__name__ == "CausalWanSelfAttention"]
+    return of_class(model, "CausalWanSelfAttention")
 
 
 def apply(patch: Patch, attentions: list[nn.Module]) -> None:
     tables = Tables()
-
-    def forward(
-        attn, x: Tensor, freqs: Tensor, freqs_action: Tensor, freqs_state: Tensor, action_register_length: int | None,
-        kv_cache: Tensor | None = None, current_start_frame: int = 0, is_tf: bool = True,
-    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        if not freqs.is_complex():
-            raise Unsupported(f"patch: {SYSTEM}'s freqs must be complex, got {freqs.dtype} (its TensorRT path)")
-        registers = action_register_length or 0
-        if kv_cache is None:
-            if not is_tf or not registers:
-                raise Unsupported(
-                    f"patch: {SYSTEM}'s training has a program for teacher forcing with actions (is_tf=True and "
-                    f"action_register_length), got is_tf={is_tf} and {action_register_length}"
-                )
-            return _train(attn, x, (freqs, freqs_action, freqs_state), registers, tables)
-        block = (current_start_frame - 1) // attn.num_frame_per_block
-        return _cached(attn, x, (freqs, freqs_action, freqs_state), registers, block, kv_cache, tables)
-
     for attn in attentions:
+        require_class(SYSTEM, attn, "CausalWanSelfAttention")
+        require_parts(SYSTEM, attn, _PARTS)
         require_kernel(SYSTEM, attn.q.weight.new_empty(attn.head_dim))
         if not attn.qk_norm:
             raise Unsupported(f"patch: {SYSTEM}'s attention must have qk_norm=True, got {attn.qk_norm}")
-        patch.method(attn, "forward", forward)
+        patch.method(attn, "forward", _forward, tables)
+
+
+def _forward(
+    tables: Tables, attn: nn.Module, x: Tensor, freqs: Tensor, freqs_action: Tensor, freqs_state: Tensor,
+    action_register_length: int | None, kv_cache: Tensor | None = None, current_start_frame: int = 0,
+    is_tf: bool = True,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    if not freqs.is_complex():
+        raise Unsupported(f"patch: {SYSTEM}'s freqs must be complex, got {freqs.dtype} (its TensorRT path)")
+    registers = action_register_length or 0
+    if kv_cache is None:
+        if not is_tf or not registers:
+            raise Unsupported(
+                f"patch: {SYSTEM}'s training has a program for teacher forcing with actions (is_tf=True and "
+                f"action_register_length), got is_tf={is_tf} and {action_register_length}"
+            )
+        return _train(attn, x, (freqs, freqs_action, freqs_state), registers, tables)
+    block = (current_start_frame - 1) // attn.num_frame_per_block
+    return _cached(attn, x, (freqs, freqs_action, freqs_state), registers, block, kv_cache, tables)
 
 
 _Freqs = tuple[Tensor, Tensor, Tensor]  # video, action, state: complex [n, 1, D / 2]; the last two hold spare positions

@@ -11,42 +11,68 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._patching import MaskPlans, Patch, Tables, Unsupported, attend, norm_rope, require_kernel
+from ._patching import (
+    MaskPlans,
+    Patch,
+    Tables,
+    Unsupported,
+    attend,
+    norm_rope,
+    of_class,
+    require_class,
+    require_kernel,
+    require_parts,
+)
 
 SYSTEM = "Fast-WAM"
 
 
 def find(model: nn.Module) -> list[nn.Module]:
     """The ``MoT`` modules of a model."""
-    return [m for m in model.modules() if type(m).__name__ == "MoT" and hasattr(m, "mixtures")]
+    return [m for m in of_class(model, "MoT") if hasattr(m, "mixtures")]
 
 
 def apply(patch: Patch, mots: list[nn.Module]) -> None:
     masks, tables = MaskPlans(), Tables()
-
-    def mixed_attention(mot, q_cat: Tensor, k_cat: Tensor, v_cat: Tensor, attention_mask: Tensor) -> Tensor:
-        q, k, v = (t.unflatten(-1, (mot.num_heads, -1)) for t in (q_cat, k_cat, v_cat))
-        plan = masks.plan(attention_mask, q.device)
-        return attend(SYSTEM, q, k, v, plan).flatten(2)
-
-    def build_io(mot, expert, block, x: Tensor, freqs: Tensor, t_mod: Tensor) -> tuple:
-        attn = block.self_attn
-        table = tables.of(freqs, lambda f: torch.view_as_real(f[:, 0]))  # [S, 1, D / 2] complex
-        shift, scale, gate, *mlp = mot._split_modulation(block, t_mod)
-        h = block.norm1(x) * (1 + scale) + shift
-        norms = attn.norm_q, attn.norm_k
-        q, k = norm_rope(SYSTEM, attn.q(h), attn.k(h), *norms, table, head_dim=attn.attn_head_dim)
-        checkpointed = bool(getattr(expert, "use_gradient_checkpointing", False))
-        return q.flatten(2), k.flatten(2), attn.v(h), x, gate, *mlp, checkpointed
-
     for mot in mots:
+        if of_class(mot, "MoTLayer"):
+            raise Unsupported(f"patch: {SYSTEM} as lerobot ports it (MoT of MoTLayer) is not supported yet")
+        require_class(SYSTEM, mot, "MoT")
+        require_parts(SYSTEM, mot, ("num_heads", "_split_modulation"))
         missing = {"video", "action"} - set(mot.mixtures)
         if missing:
             raise Unsupported(
                 f"patch: {SYSTEM}'s MoT must have a video and an action expert, but has no {missing.pop()}"
             )
         for expert in mot.mixtures.values():
-            probe = expert.blocks[0].self_attn.q.weight
-            require_kernel(SYSTEM, probe.new_empty(expert.blocks[0].self_attn.attn_head_dim))
-        patch.method(mot, "_mixed_attention", mixed_attention)
-        patch.method(mot, "_build_expert_attention_io", build_io)
+            for block in expert.blocks:
+                attn = block.self_attn
+                require_parts(SYSTEM, attn, ("q", "k", "v", "norm_q", "norm_k", "attn_head_dim"))
+                require_kernel(SYSTEM, attn.q.weight.new_empty(attn.attn_head_dim))
+        patch.method(mot, "_mixed_attention", _mixed_attention, masks)
+        patch.method(mot, "_build_expert_attention_io", _build_io, tables)
+
+
+def _mixed_attention(
+    masks: MaskPlans, mot: nn.Module, q_cat: Tensor, k_cat: Tensor, v_cat: Tensor, attention_mask: Tensor
+) -> Tensor:
+    q, k, v = (t.unflatten(-1, (mot.num_heads, -1)) for t in (q_cat, k_cat, v_cat))
+    plan = masks.plan(attention_mask, q.device)
+    return attend(SYSTEM, q, k, v, plan).flatten(2)
+
+
+def _build_io(
+    tables: Tables, mot: nn.Module, expert: nn.Module, block: nn.Module, x: Tensor, freqs: Tensor, t_mod: Tensor
+) -> tuple:
+    attn = block.self_attn
+    table = tables.of(freqs, _table)
+    shift, scale, gate, *mlp = mot._split_modulation(block, t_mod)
+    h = block.norm1(x) * (1 + scale) + shift
+    q, k = norm_rope(SYSTEM, attn.q(h), attn.k(h), attn.norm_q, attn.norm_k, table, head_dim=attn.attn_head_dim)
+    checkpointed = bool(getattr(expert, "use_gradient_checkpointing", False))
+    return q.flatten(2), k.flatten(2), attn.v(h), x, gate, *mlp, checkpointed
+
+
+def _table(freqs: Tensor) -> Tensor:
+    """``[S, 1, D / 2]`` complex to ``[S, D / 2, 2]``."""
+    return torch.view_as_real(freqs[:, 0])

@@ -14,71 +14,99 @@ In both, ``WanAttention.forward`` runs q/k norm and rope in one launch.
 
 from __future__ import annotations
 
+from weakref import WeakKeyDictionary, ref
+
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..cached_attention import cached_attention
-from ..plan import compile_plan
+from ..plan import Plan, compile_plan
 from ..programs import lingbot_va_text, lingbot_va_train
-from ._patching import Patch, Tables, Unsupported, attend, device_ranges, norm_rope, require_kernel
+from ._patching import (
+    Cache,
+    Patch,
+    Policy,
+    Tables,
+    Unsupported,
+    attend,
+    device_ranges,
+    norm_rope,
+    of_class,
+    require_class,
+    require_kernel,
+    require_parts,
+)
 
 SYSTEM = "LingBot-VA"
 TEXT_TOKENS = 512  # of each sample, as init_mask has it
+_PARTS = ("to_q", "to_k", "to_v", "to_out", "norm_q", "norm_k", "inner_dim", "heads", "attn_op", "attn_caches")
 
 
 def find(model: nn.Module) -> list[nn.Module]:
     """The transformers of a model; diffusers has a class of the same name, but without ``attn_caches``."""
     return [
         m
-        for m in model.modules()
-        if type(m).__name__ == "WanTransformer3DModel"
-        and all(hasattr(getattr(block, "attn1", None), "attn_caches") for block in getattr(m, "blocks", [None]))
+        for m in of_class(model, "WanTransformer3DModel")
+        if all(hasattr(getattr(block, "attn1", None), "attn_caches") for block in getattr(m, "blocks", [None]))
     ]
 
 
 def apply(patch: Patch, models: list[nn.Module]) -> None:
-    tables = Tables()
+    tables, mirrors = Tables(), _Mirrors()
     for model in models:
-        probe = model.blocks[0].attn1.to_q.weight
-        require_kernel(SYSTEM, probe.new_empty(model.attention_head_dim))
-        plans: dict[bool, object] = {}  # of the step at work: is_cross -> plan
+        require_class(SYSTEM, model, "WanTransformer3DModel")
+        plans = _StepPlans()
+        flex = [False]
         for block in model.blocks:
-            _patch_attention(patch, block.attn1, tables)
-            for attn in (block.attn1, block.attn2):
-                if type(attn.attn_op).__name__ == "FlexAttnFunc":
-                    patch.method(attn.attn_op, "forward", _flex_forward(plans))
-        if type(model.blocks[0].attn1.attn_op).__name__ == "FlexAttnFunc":
-            patch.method(model, "forward_train", _forward_train(patch, plans))
+            require_class(SYSTEM, block.attn1, "WanAttention")
+            require_parts(SYSTEM, block.attn1, _PARTS)
+            require_kernel(SYSTEM, block.attn1.to_q.weight.new_empty(model.attention_head_dim))
+            patch.method(block.attn1, "forward", _forward, tables, mirrors)
+            for new in (_update_cache, _restore_cache, _clear_pred_cache):
+                patch.method(block.attn1, new.__name__[1:], new, mirrors)
+            flex = [_is_flex(attn.attn_op) for attn in (block.attn1, block.attn2)]
+            for attn in (attn for attn, of_flex in zip((block.attn1, block.attn2), flex, strict=True) if of_flex):
+                require_class(SYSTEM, attn.attn_op, "FlexAttnFunc")
+                patch.method(attn.attn_op, "forward", _flex_forward, plans)
+        if flex[0]:
+            patch.method(model, "forward_train", _forward_train, patch.policy, plans)
+
+
+def _is_flex(attn_op: object) -> bool:
+    return any(cls.__name__ == "FlexAttnFunc" for cls in type(attn_op).__mro__)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def _forward_train(patch: Patch, plans: dict):
-    def forward_train(model, input_dict: dict):
-        flex = type(model.blocks[0].attn1.attn_op)
-        original = vars(flex)["init_mask"]
+class _StepPlans(Cache):
+    """Plans of the training step at work, by ``is_cross``."""
 
-        def init_mask(latent_shape, action_shape, padded_length, chunk_size, window_size, patch_size, device):
-            plans.clear()
-            try:
-                plans.update(
-                    _plans(latent_shape, action_shape, padded_length, chunk_size, window_size, patch_size, device)
-                )
-            except Unsupported as reason:
-                patch.refuse(reason)
-                sizes = (latent_shape, action_shape, padded_length, chunk_size, window_size, patch_size, device)
-                original.__get__(None, flex)(*sizes)
+    def __init__(self) -> None:
+        self.of: dict[bool, Plan] = {}
 
-        # the model names the class, not the instance, so for the length of this call the class has another builder
-        flex.init_mask = staticmethod(init_mask)
+
+def _forward_train(policy: Policy, plans: _StepPlans, model: nn.Module, input_dict: dict):
+    op = type(model.blocks[0].attn1.attn_op)
+    flex = next(cls for cls in op.__mro__ if "init_mask" in vars(cls))
+    original = vars(flex)["init_mask"]
+
+    def init_mask(latent_shape, action_shape, padded_length, chunk_size, window_size, patch_size, device):
+        sizes = (latent_shape, action_shape, padded_length, chunk_size, window_size, patch_size, device)
+        plans.of.clear()
         try:
-            return type(model).forward_train(model, input_dict)
-        finally:
-            flex.init_mask = original
+            plans.of.update(_plans(*sizes))
+        except Unsupported as reason:
+            policy.refuse(reason)
+            original.__get__(None, flex)(*sizes)
 
-    return forward_train
+    # the model names the class, not the instance, so for the length of this call the class has another builder
+    flex.init_mask = staticmethod(init_mask)
+    try:
+        return type(model).forward_train(model, input_dict)
+    finally:
+        flex.init_mask = original
 
 
 @torch.compiler.disable  # made of NumPy, which a compiled model must not trace
@@ -102,72 +130,78 @@ def _plans(latent_shape, action_shape, padding: int, chunk_size: int, window: in
     return {False: compile_plan(train, device=device), True: compile_plan(text, device=device)}
 
 
-def _flex_forward(plans: dict):
-    def forward(op, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        plan = plans.get(op.is_cross)
-        if plan is None:
-            raise Unsupported(f"patch: {SYSTEM}'s flex attention has no plan; only a patched forward_train makes one")
-        query, key = query.to(value.dtype), key.to(value.dtype)
-        return attend(SYSTEM, query[:1], key[:1], value[:1], plan)
-
-    return forward
+def _flex_forward(
+    plans: _StepPlans, op: nn.Module, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype = torch.bfloat16
+) -> Tensor:
+    plan = plans.of.get(op.is_cross)
+    if plan is None:
+        raise Unsupported(f"patch: {SYSTEM}'s flex attention has no plan; only a patched forward_train makes one")
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    return attend(SYSTEM, query[:1], key[:1], value[:1], plan)
 
 
 # --- WanAttention -----------------------------------------------------------------------------------------------------
 
 
-def _patch_attention(patch: Patch, attn: nn.Module, tables: Tables) -> None:
-    slots: dict[str, _Slots] = {}
-    patch.attribute(attn, "_wam_slots", slots)
+class _Mirrors(Cache):
+    """The slots of every layer's pools, by layer and name."""
+
+    def __init__(self) -> None:
+        self._of: WeakKeyDictionary[nn.Module, dict[str, _Slots]] = WeakKeyDictionary()
 
     @torch.compiler.disable
-    def slots_of(attn, cache_name: str) -> _Slots:
+    def slots(self, attn: nn.Module, cache_name: str) -> _Slots:
         cache = attn.attn_caches[cache_name]
-        mirror = attn._wam_slots.get(cache_name)
-        if mirror is None or mirror.cache is not cache:  # a new pool: init_kv_cache makes a new dict
-            mirror = attn._wam_slots[cache_name] = _Slots(cache)
-        return mirror
+        mirrors = self._of.setdefault(attn, {})
+        if cache_name not in mirrors or mirrors[cache_name].pool() is not cache["mask"]:
+            mirrors[cache_name] = _Slots(cache)  # a new pool: init_kv_cache makes a new dict
+        return mirrors[cache_name]
 
-    def update_cache(attn, cache_name: str, key: Tensor, value: Tensor, is_pred: bool) -> np.ndarray:
-        slots = slots_of(attn, cache_name)
-        taken, _ = slots.write(key, value, bool(is_pred))
-        slots.publish()
-        return taken
 
-    def restore_cache(attn, cache_name: str, taken: np.ndarray) -> None:
-        slots = slots_of(attn, cache_name)
-        slots.release(taken)
-        slots.publish()
+def _update_cache(
+    mirrors: _Mirrors, attn: nn.Module, cache_name: str, key: Tensor, value: Tensor, is_pred: bool
+) -> np.ndarray:
+    cache, slots = attn.attn_caches[cache_name], mirrors.slots(attn, cache_name)
+    taken, _ = slots.write(cache, key, value, bool(is_pred))
+    slots.publish(cache)
+    return taken
 
-    def clear_pred_cache(attn, cache_name: str) -> None:
-        slots = slots_of(attn, cache_name)
-        slots.release(slots.is_pred)
-        slots.publish()
 
-    def forward(attn, q, k, v, rotary_emb, update_cache: int = 0, cache_name: str = "pos") -> Tensor:
-        cache = (attn.attn_caches or {}).get(cache_name)
-        pooled = cache is not None and cache["k"] is not None
-        if pooled and torch.is_grad_enabled() and (q.requires_grad or attn.to_q.weight.requires_grad):
-            raise Unsupported(f"patch: {SYSTEM}'s cached attention has no gradient; run it under torch.no_grad()")
-        head_dim = attn.inner_dim // attn.heads
-        query, key, value = attn.to_q(q), attn.to_k(k), attn.to_v(v).unflatten(2, (attn.heads, -1))
-        table = tables.of(rotary_emb, _rope_table)
-        query, key = norm_rope(SYSTEM, query, key, attn.norm_q, attn.norm_k, table, head_dim=head_dim)
-        if pooled:
-            slots = slots_of(attn, cache_name)
-            taken, evicted = slots.write(key, value, update_cache == 1)
-            out = slots.attend(query)
-            if update_cache == 0:
-                slots.release(taken)
-            if update_cache or evicted:
-                slots.publish()
-        else:
-            out = attn.attn_op(query, key, value)
-        return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).type_as(query)))
+def _restore_cache(mirrors: _Mirrors, attn: nn.Module, cache_name: str, slots: np.ndarray) -> None:
+    mirror = mirrors.slots(attn, cache_name)
+    mirror.release(slots)
+    mirror.publish(attn.attn_caches[cache_name])
 
-    patch.method(attn, "forward", forward)
-    for new in (update_cache, restore_cache, clear_pred_cache):
-        patch.method(attn, new.__name__, new)
+
+def _clear_pred_cache(mirrors: _Mirrors, attn: nn.Module, cache_name: str) -> None:
+    mirror = mirrors.slots(attn, cache_name)
+    mirror.release(mirror.is_pred)
+    mirror.publish(attn.attn_caches[cache_name])
+
+
+def _forward(
+    tables: Tables, mirrors: _Mirrors, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, rotary_emb: Tensor,
+    update_cache: int = 0, cache_name: str = "pos",
+) -> Tensor:  # fmt: skip
+    cache = (attn.attn_caches or {}).get(cache_name)
+    pooled = cache is not None and cache["k"] is not None
+    if pooled and torch.is_grad_enabled() and (q.requires_grad or attn.to_q.weight.requires_grad):
+        raise Unsupported(f"patch: {SYSTEM}'s cached attention has no gradient; run it under torch.no_grad()")
+    head_dim = attn.inner_dim // attn.heads
+    query, key, value = attn.to_q(q), attn.to_k(k), attn.to_v(v).unflatten(2, (attn.heads, -1))
+    table = tables.of(rotary_emb, _rope_table)
+    query, key = norm_rope(SYSTEM, query, key, attn.norm_q, attn.norm_k, table, head_dim=head_dim)
+    if pooled:
+        slots = mirrors.slots(attn, cache_name)
+        taken, evicted = slots.write(cache, key, value, update_cache == 1)
+        out = slots.attend(cache, query)
+        if update_cache == 0:
+            slots.release(taken)
+        if update_cache or evicted:
+            slots.publish(cache)
+    else:
+        out = attn.attn_op(query, key, value)
+    return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).type_as(query)))
 
 
 def _rope_table(freqs: Tensor) -> Tensor:
@@ -184,18 +218,20 @@ class _Slots:
     """
 
     def __init__(self, cache: dict[str, Tensor]) -> None:
-        self.cache = cache
+        self.pool = ref(cache["mask"])  # which pool it mirrors, without keeping it alive
         self.id, self.mask, self.is_pred = (cache[name].cpu().numpy().copy() for name in ("id", "mask", "is_pred"))
 
     @torch.compiler.disable  # NumPy on purpose: nothing here may become part of a graph
-    def write(self, key: Tensor, value: Tensor, is_pred: bool) -> tuple[np.ndarray, bool]:
+    def write(self, cache: dict[str, Tensor], key: Tensor, value: Tensor, is_pred: bool) -> tuple[np.ndarray, bool]:
         """Put ``[B, n, H, D]`` into the first n free slots; returns them, and whether the lowest ids had to go."""
         n = key.shape[1]
         free = np.flatnonzero(~self.mask)
         evicts = free.size < n
         if evicts:
             used = np.flatnonzero(self.mask)
-            evicted = used[np.argsort(self.id[used], kind="stable")[: n - free.size]]
+            # PyTorch's sort, not a stable one: which slots of one chunk go first is then what it is in the original
+            oldest = torch.argsort(torch.from_numpy(self.id[used])).numpy()
+            evicted = used[oldest[: n - free.size]]
             self.mask[evicted], self.id[evicted] = False, -1
             free = np.flatnonzero(~self.mask)
         if free.size < n:
@@ -204,8 +240,8 @@ class _Slots:
         new_id = self.id[self.mask].max() + 1 if self.mask.any() else 0
         at = 0
         for lo, hi in _stretches(taken):
-            self.cache["k"][:, lo:hi] = key[:, at : at + hi - lo]
-            self.cache["v"][:, lo:hi] = value[:, at : at + hi - lo]
+            cache["k"][:, lo:hi] = key[:, at : at + hi - lo]
+            cache["v"][:, lo:hi] = value[:, at : at + hi - lo]
             at += hi - lo
         self.mask[taken], self.id[taken], self.is_pred[taken] = True, new_id, is_pred
         return taken, evicts
@@ -215,17 +251,17 @@ class _Slots:
         self.mask[slots] = False
 
     @torch.compiler.disable
-    def attend(self, query: Tensor) -> Tensor:
+    def attend(self, cache: dict[str, Tensor], query: Tensor) -> Tensor:
         """Queries ``[B, S, H, D]`` over all valid slots, where they lie."""
         ranges = device_ranges(_stretches(np.flatnonzero(self.mask)), query.shape[0], query.device)
-        pool = self.cache["k"], self.cache["v"]
+        pool = cache["k"], cache["v"]
         return cached_attention(query.to(pool[0].dtype), *pool, ranges, group_rows=(query.shape[1],)).to(query.dtype)
 
     @torch.compiler.disable
-    def publish(self) -> None:
+    def publish(self, cache: dict[str, Tensor]) -> None:
         """Bring the pool's own tensors up to date."""
         for name in ("id", "mask", "is_pred"):
-            self.cache[name].copy_(torch.from_numpy(getattr(self, name)), non_blocking=True)
+            cache[name].copy_(torch.from_numpy(getattr(self, name)), non_blocking=True)
 
 
 def _stretches(slots: np.ndarray) -> tuple[tuple[int, int], ...]:

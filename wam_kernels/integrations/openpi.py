@@ -11,9 +11,11 @@ have a GPU kernel in bfloat16 and float16, not in float32.
 
 from __future__ import annotations
 
+import sys
+
 from torch import Tensor, nn
 
-from ._patching import MaskPlans, Patch, Unsupported, attend, require_kernel
+from ._patching import MaskPlans, Patch, Unsupported, attend, of_class, require_class, require_kernel, require_parts
 
 SYSTEM = "openpi"
 _FUNCTION = "eager_attention_forward"
@@ -21,31 +23,43 @@ _FUNCTION = "eager_attention_forward"
 
 def find(model: nn.Module) -> list[nn.Module]:
     """The pairs of Gemmas in a model."""
-    return [m for m in model.modules() if type(m).__name__ == "PaliGemmaWithExpertModel"]
+    return of_class(model, "PaliGemmaWithExpertModel")
 
 
 def apply(patch: Patch, pairs: list[nn.Module]) -> None:
     masks = MaskPlans()
-
-    def attention(
-        module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
-        dropout: float = 0.0, **kwargs,
-    ) -> tuple[Tensor, None]:  # fmt: skip
-        if attention_mask is None:
-            raise Unsupported(f"patch: {SYSTEM}'s attention must get an attention_mask, got None")
-        if dropout and module.training:
-            raise Unsupported(f"patch: {SYSTEM}'s attention must have no dropout, got {dropout}")
-        q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-        plan = masks.plan_of_bias(attention_mask, q.device)
-        if plan.batch not in (1, q.shape[0]):
-            raise Unsupported(
-                f"patch: {SYSTEM}'s mask must have {q.shape[0]} samples like its tokens, got {plan.batch}"
-            )
-        return attend(SYSTEM, q, k, v, plan, scale=scaling), None
-
     for pair in pairs:
+        require_class(SYSTEM, pair, "PaliGemmaWithExpertModel")
         for layers in (pair.paligemma.language_model.layers, pair.gemma_expert.model.layers):
             for layer in layers:
                 attn = layer.self_attn
+                require_parts(SYSTEM, attn, ("q_proj", "head_dim"))
                 require_kernel(SYSTEM, attn.q_proj.weight.new_empty(attn.head_dim))
-                patch.function(type(attn).__module__, _FUNCTION, attn, attention)
+                patch.function(_module_of(attn), _FUNCTION, attn, _attention, masks)
+
+
+def _module_of(attn: nn.Module) -> str:
+    """The Python module with the function that this attention calls: that of its class, which FSDP2 may have derived.
+
+    Raises:
+        Unsupported: there is none.
+    """
+    for cls in type(attn).__mro__:
+        if hasattr(sys.modules.get(cls.__module__), _FUNCTION):
+            return cls.__module__
+    raise Unsupported(f"patch: {SYSTEM}'s {type(attn).__name__} must call {_FUNCTION} of its module, but it has none")
+
+
+def _attention(
+    masks: MaskPlans, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float, dropout: float = 0.0, **kwargs,
+) -> tuple[Tensor, None]:  # fmt: skip
+    if attention_mask is None:
+        raise Unsupported(f"patch: {SYSTEM}'s attention must get an attention_mask, got None")
+    if dropout and module.training:
+        raise Unsupported(f"patch: {SYSTEM}'s attention must have no dropout, got {dropout}")
+    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    plan = masks.plan_of_bias(attention_mask, q.device)
+    if plan.batch not in (1, q.shape[0]):
+        raise Unsupported(f"patch: {SYSTEM}'s mask must have {q.shape[0]} samples like its tokens, got {plan.batch}")
+    return attend(SYSTEM, q, k, v, plan, scale=scaling), None

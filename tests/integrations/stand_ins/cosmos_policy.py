@@ -59,11 +59,19 @@ class Block(nn.Module):
 
 
 class MiniTrainDIT(nn.Module):
-    def __init__(self, dim=24, context_dim=10, layers=2):
+    def __init__(self, dim=24, context_dim=10, layers=2, head_dim=16):
         super().__init__()
+        self.head_dim = head_dim
         self.blocks = nn.ModuleList([Block(dim, context_dim) for _ in range(layers)])
 
-    def forward(self, x, text, rope_emb):
+    def pos_embedder(self, x):
+        """Angles ``[S, 1, 1, D]`` of a latent video, made anew in every forward."""
+        position = torch.arange(x[0, ..., 0].numel(), device=x.device)
+        half = torch.outer(position, 20.0 ** (-torch.arange(self.head_dim // 2, device=x.device) / 8))
+        return torch.cat((half, half), -1)[:, None, None]
+
+    def forward(self, x, text):
+        rope_emb = self.pos_embedder(x)
         for block in self.blocks:
             x = block(x, text, rope_emb)
         return x

@@ -129,9 +129,15 @@ class CausalWanModel(nn.Module):
         freqs = torch.polar(torch.ones_like(angle), angle)
         self.freqs, self.freqs_action, self.freqs_state = freqs[:, None], freqs[:300], freqs[:50]
 
+    def _create_freqs(self, first_position, video):
+        """Made anew in every forward, frame by frame."""
+        frame = self.blocks[0].self_attn.frame_seqlen
+        ends = range(first_position, first_position + video, frame)
+        return torch.cat([self.freqs[begin : min(begin + frame, first_position + video)] for begin in ends])
+
     def forward(self, x, first_position, video, caches=None, **arguments):
         """``video`` tokens are at consecutive positions from ``first_position`` on."""
-        freqs, new = self.freqs[first_position : first_position + video], []
+        freqs, new = self._create_freqs(first_position, video), []
         for i, block in enumerate(self.blocks):
             x, cache = block(
                 x, freqs=freqs, freqs_action=self.freqs_action, freqs_state=self.freqs_state,

@@ -22,7 +22,8 @@ class RMSNorm(nn.Module):
         self.eps, self.weight = eps, nn.Parameter(1 + 0.1 * torch.randn(dim))
 
     def forward(self, x):
-        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps)) * self.weight
+        normed = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
 
 
 class SelfAttention(nn.Module):
@@ -67,6 +68,18 @@ class Expert(nn.Module):
         self.blocks = nn.ModuleList(
             [DiTBlock(hidden_dim, attn_head_dim, num_heads, ffn_dim) for _ in range(num_layers)]
         )
+
+    def forward(self, x, freqs, t_mod, context, mask):
+        """The expert alone, as the first stage of idm has it; its own attention, not the mixture's."""
+        for block in self.blocks:
+            attn = block.self_attn
+            shift, scale, gate, shift_mlp, scale_mlp, gate_mlp = MoT._split_modulation(block, t_mod)
+            h = block.norm1(x) * (1 + scale) + shift
+            q, k = (rope_apply(t, freqs, self.num_heads) for t in (attn.norm_q(attn.q(h)), attn.norm_k(attn.k(h))))
+            x = block.gate(x, gate, attn.o(flash_attention(q, k, attn.v(h), self.num_heads, mask)))
+            x = x + block.cross_attn(block.norm3(x), context["context"], context["mask"][:, None])
+            x = block.gate(x, gate_mlp, block.ffn(block.norm2(x) * (1 + scale_mlp) + shift_mlp))
+        return x
 
 
 class MoT(nn.Module):
@@ -119,8 +132,8 @@ class MoT(nn.Module):
         self, action_tokens, action_freqs, action_t_mod, action_context_payload, video_kv_cache, attention_mask,
         video_seq_len,
     ):  # fmt: skip
-        mask = attention_mask[video_seq_len:]
         expert, x = self.mixtures["action"], action_tokens
+        mask = attention_mask[video_seq_len:]  # a new tensor in each denoising step
         for block, past in zip(expert.blocks, video_kv_cache, strict=True):
             io = self._build_expert_attention_io(
                 expert=expert, block=block, x=x, freqs=action_freqs, t_mod=action_t_mod

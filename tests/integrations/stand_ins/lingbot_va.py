@@ -89,7 +89,7 @@ class WanAttention(nn.Module):
         missing = key_size - int((~cache["mask"]).sum())
         if missing > 0:
             used = cache["mask"].nonzero().squeeze(-1)
-            oldest = used[torch.argsort(cache["id"][used], stable=True)[:missing]]
+            oldest = used[torch.argsort(cache["id"][used])[:missing]]
             cache["mask"][oldest] = False
             cache["id"][oldest] = -1
         return (~cache["mask"]).nonzero().squeeze(-1)[:key_size]
@@ -186,7 +186,8 @@ class WanTransformer3DModel(nn.Module):
     def time_embed(self, t):
         return self.time(t[..., None]).unflatten(-1, (6, -1))
 
-    def forward_train(self, d):
+    def forward_train(self, input_dict):
+        d = input_dict
         latent, action = d["latent_dict"], d["action_dict"]
         parts = [self.embed(part[name], part is action).flatten(0, 1) for part in (latent, action)
                  for name in ("noisy_latents", "latent")]  # fmt: skip

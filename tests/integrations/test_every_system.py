@@ -1,0 +1,302 @@
+"""What holds for every system: modes of autograd in any order, wrappers, copies, and models that are not as expected."""
+
+import copy
+import pickle
+from contextlib import nullcontext
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.integrations import test_cosmos_policy as cosmos
+from tests.integrations import test_dreamzero as dreamzero
+from tests.integrations import test_fast_wam as fast_wam
+from tests.integrations import test_lingbot_va as lingbot
+from tests.integrations import test_openpi as openpi
+from tests.integrations.checks import CLOSE, numbers, outputs_and_gradients
+from wam_kernels.integrations import Unsupported, _patching, patch, unpatch
+
+
+def openpi_step(gemmas):
+    prefix, suffix = gemmas(openpi.tokens(1), openpi.bias(openpi.visible(1)))
+    return suffix
+
+
+# model, a call that has gradients, one that has none (over a cache of keys and values)
+SYSTEMS = {
+    "Fast-WAM": (
+        fast_wam.model,
+        lambda m: fast_wam.train(m, "fast_wam_joint"),
+        lambda m: fast_wam.cached_actions(m, "fast_wam_joint"),
+    ),
+    "LingBot-VA": (lambda: lingbot.model("flex"), lambda m: m(lingbot.step(), train_mode=True), None),
+    "LingBot-VA inference": (lambda: lingbot.model("torch"), None, lambda m: lingbot.episode(m, 2)),
+    "DreamZero": (dreamzero.model, lambda m: dreamzero.train(m, 2), lambda m: dreamzero.rollout(m, 2)),
+    "Cosmos Policy": (cosmos.model, cosmos.call, cosmos.call),
+    "openpi": (openpi.model, openpi_step, openpi_step),
+}
+MODES = {"grad": nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode}
+every_system = pytest.mark.parametrize("system", SYSTEMS)
+
+
+def run(model: nn.Module, train, infer, mode: str) -> list[torch.Tensor]:
+    if mode == "grad":
+        return [] if train is None else outputs_and_gradients(model, lambda: train(model))
+    with MODES[mode]():
+        return [t.clone() for call in (train, infer) if call is not None for t in numbers(call(model))]
+
+
+def assert_close(got: list, expected: list) -> None:
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+
+
+def test_constants_born_in_inference_mode_are_recomputed():
+    """A frequency or mask tensor made in inference mode says nothing of writes to it."""
+    with torch.inference_mode():
+        x = torch.ones(6, 1, 8, dtype=torch.complex64)
+        mask = torch.ones(4, 4, dtype=torch.bool)
+    tables, plans = _patching.Tables(), _patching.MaskPlans()
+    make = lambda f: torch.view_as_real(f[:, 0])  # noqa: E731
+    first, plan = tables.of(x, make), plans.plan(mask, mask.device)
+    assert not first.is_inference()
+    with torch.inference_mode():
+        x.mul_(2)
+        mask[0, 1:] = False
+        assert torch.equal(tables.of(x, make), 2 * first)
+    assert plans.plan(mask, mask.device).visible_pairs == plan.visible_pairs - 3
+
+
+# ---- wrappers ----
+
+
+@pytest.fixture
+def process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@every_system
+def test_a_class_that_fsdp_renamed(system):
+    """fully_shard derives FSDP<name> from the class of the module that it shards."""
+    make, *calls = SYSTEMS[system]
+    model = make()
+    expected = run(model, *calls, "no_grad")
+    for m in model.modules():
+        if not isinstance(m, nn.ModuleList | nn.ModuleDict):
+            m.__class__ = type(f"FSDP{type(m).__name__}", (type(m),), {})
+    done = patch(model)
+    assert_close(run(model, *calls, "no_grad"), expected)
+    assert all(done.calls.values()) or system.startswith("LingBot-VA")  # it does not call all that is replaced
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+@pytest.mark.parametrize("patched", ["before", "after"])
+def test_lingbot_sharded_as_its_programs_shard_it(patched, process_group):
+    make, train, _ = SYSTEMS["LingBot-VA"]
+    wan = make()
+    expected = [t.clone() for t in outputs_and_gradients(wan, lambda: train(wan))]
+    done = patch(wan) if patched == "before" else None
+    for block in wan.blocks:
+        fully_shard(block.attn1)
+        fully_shard(block)
+    fully_shard(wan)
+    assert type(wan).__name__ == "FSDPWanTransformer3DModel"
+    done = done or patch(wan)
+    got = outputs_and_gradients(wan, lambda: train(wan))
+    assert_close([getattr(t, "full_tensor", lambda t=t: t)() for t in got], expected)
+    assert done.calls["FSDPWanAttention.forward"] == 2
+    unpatch(wan)
+
+
+@pytest.mark.parametrize("wrap", ["ddp", "compiled", "peft"])
+def test_inside_a_wrapper(wrap, request):
+    class PeftModel(nn.Module):
+        def __init__(self, model):
+            super().__init__()
+            self.base_model = model
+
+        def forward(self, *args):
+            return self.base_model(*args)
+
+    if wrap == "ddp":
+        request.getfixturevalue("process_group")
+    torch._dynamo.reset()
+    dit = cosmos.model(layers=1)
+    expected = cosmos.call(dit)
+    model = {
+        "ddp": DistributedDataParallel,
+        "compiled": lambda m: torch.compile(m, backend="eager"),
+        "peft": PeftModel,
+    }[wrap](dit)
+    cosmos.call(model)  # what is compiled by now must not go on
+    done = patch(model)
+    torch.testing.assert_close(cosmos.call(model), expected, **CLOSE)
+    assert done.calls["Attention.compute_qkv"] > 0
+    unpatch(model)
+    assert torch.equal(cosmos.call(model), expected)
+
+
+# ---- what was replaced ----
+
+
+def test_a_patch_counts_its_calls():
+    mot = fast_wam.model()
+    done = patch(mot)
+    assert "MoT._mixed_attention 0 calls so far" in repr(done)
+    fast_wam.train(mot, "fast_wam_uncond")
+    assert done.calls == {"MoT._mixed_attention": 2, "MoT._build_expert_attention_io": 4}  # 2 layers, 2 experts
+    assert "MoT._mixed_attention 2 calls so far" in repr(done)
+
+
+@every_system
+def test_copies_and_pickles_are_patched_and_can_be_unpatched(system):
+    make, *calls = SYSTEMS[system]
+    model = make()
+    expected = run(model, *calls, "no_grad")
+    patch(model)
+    ours = run(model, *calls, "no_grad")
+    assert any(not torch.equal(a, b) for a, b in zip(ours, expected, strict=True))
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for p in model.parameters():
+            p.data.zero_()  # a copy runs on its own weights
+        got = run(twin, *calls, "no_grad")
+        assert all(map(torch.equal, got, ours)), "the copy must run what the patched model ran"
+        assert sum(twin._wam_kernels_patch.calls.values()) > 0
+        with pytest.raises(ValueError, match="must not be patched already"):
+            patch(twin)
+        unpatch(twin)
+        assert all(map(torch.equal, run(twin, *calls, "no_grad"), expected))
+        model.load_state_dict(twin.state_dict())
+    unpatch(model)
+
+
+def test_a_copy_of_a_part():
+    whole = nn.ModuleDict({"mot": fast_wam.model()})
+    patch(whole)
+    part = copy.deepcopy(whole["mot"])
+    with pytest.raises(ValueError, match="unpatch it first"):
+        patch(part)
+    unpatch(part)
+    patch(part)
+    unpatch(whole)
+    assert "_mixed_attention" in vars(part) and "_mixed_attention" not in vars(whole["mot"])
+
+
+def test_what_was_replaced_once_more():
+    mot = fast_wam.model()
+    patch(mot)
+    mot._mixed_attention = lambda *args: None
+    with pytest.raises(ValueError, match="MoT._mixed_attention must be as patch left it"):
+        unpatch(mot)
+    assert "_build_expert_attention_io" in vars(mot)
+    del mot._mixed_attention
+    unpatch(mot)
+    with pytest.raises(ValueError, match="was not"):
+        unpatch(mot)
+
+
+# ---- models that are not as expected ----
+
+
+class MoTLayer(nn.Module):
+    pass
+
+
+def lerobot_mot():
+    """lerobot's port: the methods are on layers, the blocks are a plain list, and attentions name their size anew."""
+    block = nn.Module()
+    block.self_attn = nn.Linear(2, 2)
+    block.self_attn.head_dim = 16
+    mot = type("MoT", (nn.Module,), {})()
+    mot.mixtures = nn.ModuleDict({"video": nn.Module(), "action": nn.Module()})
+    for expert in mot.mixtures.values():
+        vars(expert)["blocks"] = [block]
+    mot.layers = nn.ModuleList([MoTLayer()])
+    return mot
+
+
+def without(make, change):
+    def changed():
+        model = make()
+        change(model)
+        return model
+
+    return changed
+
+
+def derived(name, value):
+    """The model's class with one attribute of another kind."""
+
+    def change(model):
+        model.__class__ = type("Mine", (type(model),), {name: value})
+
+    return change
+
+
+def no_layers(mot):
+    del mot.layers
+
+
+UNEXPECTED = {
+    "lerobot": (lerobot_mot, "Fast-WAM as lerobot ports it"),
+    "no layers": (without(lerobot_mot, no_layers), "must have num_heads, but it has none"),
+    "no mixture": (without(fast_wam.model, lambda m: m.mixtures.pop("action")), "has no action"),
+    "no blocks": (
+        without(fast_wam.model, lambda m: m.mixtures["video"].__delattr__("blocks")),
+        "no attribute 'blocks'",
+    ),
+    "blocks of another type": (
+        without(lambda: lingbot.model("flex"), lambda m: (m.__delattr__("blocks"), setattr(m, "blocks", 3))),
+        "LingBot-VA's model is not laid out as expected: 'int' object is not iterable",
+    ),
+    "an attribute missing": (
+        without(dreamzero.model, lambda m: m.blocks[1].self_attn.__delattr__("frame_seqlen")),
+        "CausalWanSelfAttention must have frame_seqlen",
+    ),
+    "another signature": (
+        without(fast_wam.model, derived("_mixed_attention", lambda self, q, k, v, mask: None)),
+        "MoT must be as its package has it, but Mine overrides _mixed_attention",
+    ),
+    "a part of another type": (
+        without(openpi.model, lambda m: m.gemma_expert.model.layers.__setitem__(0, nn.Identity())),
+        "no attribute 'self_attn'",
+    ),
+    "a head dim that is no number": (
+        without(cosmos.model, lambda m: setattr(m.blocks[0].self_attn, "head_dim", None)),
+        "Cosmos Policy's model is not laid out as expected",
+    ),
+}
+
+
+@pytest.mark.parametrize("make, message", UNEXPECTED.values(), ids=UNEXPECTED)
+def test_a_model_that_is_not_as_expected(make, message):
+    model = make()
+    attributes = [set(vars(m)) for m in model.modules()]
+    with pytest.raises(Unsupported, match=message):
+        patch(model)
+    with pytest.warns(UserWarning, match="original code of .* runs instead"):
+        assert patch(model, on_unsupported="original") is None
+    assert [set(vars(m)) for m in model.modules()] == attributes
+
+
+@pytest.mark.parametrize("name", ["_mixed_attention", "_build_expert_attention_io"])
+def test_a_replaced_method_has_the_expected_parameters(name, monkeypatch):
+    mot = fast_wam.model()
+    monkeypatch.setattr(type(mot), name, lambda self, one, *two: None)
+    with pytest.raises(Unsupported, match=rf"MoT.{name} must take \(.*\), but takes \(one, \*two\)"):
+        patch(mot)
+    monkeypatch.delattr(type(mot), name)
+    with pytest.raises(Unsupported, match=f"MoT must have the method {name}, but has none"):
+        patch(mot)
+    assert not {"_mixed_attention", "_build_expert_attention_io"} & set(vars(mot))
+
+
+def test_a_replaced_function_has_the_expected_parameters(monkeypatch):
+    monkeypatch.setattr(openpi.openpi, "eager_attention_forward", lambda module, q, k, v: None)
+    with pytest.raises(Unsupported, match="eager_attention_forward must take .*but takes .module, q, k, v."):
+        patch(openpi.model())
