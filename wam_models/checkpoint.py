@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
+import os
 import re
-from collections.abc import Mapping
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from .config import ModelConfig
@@ -19,6 +25,12 @@ from .text import WordEmbedding
 
 MODEL, CONFIG, EXTRA, TRAINING = "model.safetensors", "config.json", "extra.safetensors", "training.pt"
 _TEXT_KEY = "text."  # prefix of the word embedding's tensors among the extra tensors
+
+# Every file of a save holds the save's id, drawn anew each time: 16 hexadecimal digits. A save writes all its files to
+# the subfolder <id>.part and then puts its config.json in place of the old one. That one rename makes it the
+# checkpoint: a reader takes the files that still lie in the subfolder that config.json names from there.
+_SAVE_ID = "save_id"
+_ID = re.compile(r"[0-9a-f]{16}")
 
 # diffusers.WanTransformer3DModel holds the video expert only; its names, and ours.
 _DIFFUSERS = (
@@ -75,13 +87,15 @@ def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 @dataclass
 class Checkpoint:
-    """What :func:`load_checkpoint` finds."""
+    """What :func:`load_checkpoint` finds; ``save_id`` is None in a folder that an older version wrote."""
 
     model: WorldActionModel
     text: WordEmbedding | None
     extra: dict[str, Tensor] = field(default_factory=dict)
     metadata: dict = field(default_factory=dict)
     training_state: dict | None = None
+    folder: Path | None = None
+    save_id: str | None = None
 
 
 def save_checkpoint(
@@ -95,6 +109,9 @@ def save_checkpoint(
 ) -> None:
     """Write ``model.safetensors``, ``config.json``, ``extra.safetensors`` and, if given, ``training.pt`` to ``folder``.
 
+    Whenever it stops (an error, a full disk, a kill, a power cut), the folder holds all of the earlier save or all of
+    this one, and so it does for whoever reads meanwhile. That takes room for both. Other files there are left alone.
+
     Args:
         folder: Made if it does not exist; files of an earlier save are replaced.
         model: The model, any dtype, on any device.
@@ -104,47 +121,91 @@ def save_checkpoint(
         training_state: For resume: optimizer and generator states, step; read back with ``weights_only=True``.
 
     Raises:
-        ValueError: an extra tensor under a reserved name.
+        ValueError: an extra tensor or an entry of ``training_state`` under a reserved name.
+        TypeError: metadata that JSON cannot hold.
+        OSError: a file that cannot be written; the message names it. What was there before is unchanged.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     extra = dict(extra or {})
     reserved = sorted(name for name in extra if name.startswith(_TEXT_KEY))
     if reserved:
         raise ValueError(f"save_checkpoint: names of extra tensors must not start with {_TEXT_KEY!r}, got {reserved}")
+    if training_state is not None and _SAVE_ID in training_state:
+        raise ValueError(f"save_checkpoint: training_state must not have an entry {_SAVE_ID!r}, which is set here")
+    save_id = secrets.token_hex(8)
     config = {"model": model.config.to_dict(), "metadata": metadata or {}}
+    config["save"] = {"id": save_id, "training_state": training_state is not None}
     if text is not None:
         config["vocabulary"] = list(text.vocabulary)
         config["text_tokens"] = text.tokens
         extra |= {_TEXT_KEY + k: v for k, v in text.state_dict().items()}
-    files = {
-        MODEL: lambda path: save_file(_plain(model.state_dict()), path),
-        EXTRA: lambda path: save_file(_plain(extra), path),
-        CONFIG: lambda path: path.write_text(json.dumps(config, indent=1) + "\n"),
-    }
+    # what JSON or safetensors refuses is noticed here, before anything is written
+    settings = json.dumps(config, indent=1) + "\n"
+    weights, extra = _plain(model.state_dict()), _plain(extra)
+
+    def tensors(of: dict[str, Tensor]) -> Callable[[Path], None]:
+        return lambda path: save_file(of, path, {"format": "pt", _SAVE_ID: save_id})
+
+    def training(path: Path) -> None:
+        # torch turns a full disk into "unexpected pos"; writing to a file of Python keeps its error
+        with path.open("wb") as file:
+            torch.save({**training_state, _SAVE_ID: save_id}, file)
+
+    files = {MODEL: tensors(weights), EXTRA: tensors(extra), CONFIG: lambda path: path.write_text(settings)}
     if training_state is not None:
-        files[TRAINING] = lambda path: torch.save(training_state, path)
-    else:  # an older one would not belong to these weights
-        (folder / TRAINING).unlink(missing_ok=True)
-    for name, write in files.items():
-        # a run that is killed while it saves leaves whole files behind, old or new
-        scratch = folder / (name + ".part")
-        write(scratch)
-        scratch.replace(folder / name)
+        files[TRAINING] = training
+    folder.mkdir(parents=True, exist_ok=True)
+    with _alone(folder):
+        _settle(folder)
+        try:
+            part = folder / f"{save_id}.part"
+            part.mkdir()
+            for name, write in files.items():
+                _write(part / name, write)
+            _sync(part)
+            (part / CONFIG).replace(folder / CONFIG)
+            _sync(folder)
+        finally:
+            _settle(folder)
 
 
-def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu") -> Checkpoint:
+def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu", *, training: bool = True) -> Checkpoint:
     """Read what :func:`save_checkpoint` wrote; the model is in float32, in eval mode, on ``device``.
 
+    Args:
+        folder: May be written anew while this reads it.
+        device: Of the model, the text embedding and the extra tensors.
+        training: Also read ``training.pt``, where there is one, which only a resume needs.
+
     Raises:
-        ValueError: a missing or unreadable file, unknown or missing config fields, weights that do not fit or are left
-            over; the message names the file.
+        ValueError: a missing or unreadable file, files of different saves, unknown or missing config fields, weights
+            that do not fit or are left over; the message names the file.
     """
     folder = Path(folder)
+    while True:
+        before = _stamps(folder)
+        try:
+            return _load(folder, device, training)
+        except ValueError:
+            # a save meanwhile can take a file away between two looks; then the new one is whole
+            if _stamps(folder) == before:
+                raise
+
+
+def _load(folder: Path, device: torch.device | str, training: bool) -> Checkpoint:
     config = _read(folder / CONFIG, device)
-    if not isinstance(config, dict) or "model" not in config:
-        raise ValueError(f"load_checkpoint: {folder / CONFIG} must hold an object with a 'model' entry; save it again")
-    state, extra = (_read(folder / name, device) for name in (MODEL, EXTRA))
+    save_id, resumable = _save_of(config, folder)
+    ids = {}
+    (state, ids[MODEL]), (extra, ids[EXTRA]) = (_read(_place(folder, save_id, name), device) for name in (MODEL, EXTRA))
+    training_state = None
+    path = _place(folder, save_id, TRAINING)
+    # one that was found in the subfolder, and is no longer there, was moved up: reading fails, and is tried again
+    if training and resumable and (path.parent != folder or path.exists()):
+        training_state = _read(path, "cpu")
+        if not isinstance(training_state, dict):
+            raise ValueError(f"load_checkpoint: {path} must hold a dict, got {type(training_state).__name__}")
+        ids[TRAINING] = training_state.pop(_SAVE_ID, None)
+    _check_ids(folder, save_id, ids)
     model = WorldActionModel(ModelConfig.from_dict(config["model"])).to(device)
     unused = load_weights(model, state)
     if unused:
@@ -155,22 +216,159 @@ def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu") -> C
         load_weights(text, {k.removeprefix(_TEXT_KEY): v for k, v in extra.items() if k.startswith(_TEXT_KEY)})
         extra = {k: v for k, v in extra.items() if not k.startswith(_TEXT_KEY)}
         text.eval()
-    training = _read(folder / TRAINING, "cpu") if (folder / TRAINING).exists() else None
-    return Checkpoint(model.eval(), text, extra, config.get("metadata", {}), training)
+    return Checkpoint(model.eval(), text, extra, config.get("metadata", {}), training_state, folder, save_id)
 
 
 def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    """On the CPU, contiguous, each with a memory of its own: safetensors refuses tensors that share theirs."""
+    plain, taken = {}, set()
+    for name, value in state.items():
+        value = value.detach().cpu().contiguous()
+        memory = value.untyped_storage().data_ptr()
+        plain[name] = value.clone() if memory in taken else value
+        taken.add(memory)
+    return plain
+
+
+# ---- saves that are all old or all new ----
+
+
+def _save_of(config: dict, folder: Path) -> tuple[str | None, bool]:
+    """Id of the save that a config.json belongs to, and whether it has a training state (None, True before ids)."""
+    if not isinstance(config, dict) or "model" not in config:
+        raise ValueError(f"load_checkpoint: {folder / CONFIG} must hold an object with a 'model' entry; save it again")
+    if "save" not in config:
+        return None, True
+    match config["save"]:
+        case {"id": str(save_id), "training_state": bool(resumable)} if _ID.fullmatch(save_id):  # it names a folder
+            return save_id, resumable
+    raise ValueError(
+        f"load_checkpoint: {folder / CONFIG}: save must hold an id of 16 hexadecimal digits and whether there is a "
+        f"training_state, got {config['save']!r}; save it again"
+    )
+
+
+def _place(folder: Path, save_id: str | None, name: str) -> Path:
+    """Where a file of the current save lies: a save that was stopped, or goes on, has not moved all of them up."""
+    part = folder / f"{save_id}.part" / name
+    return part if part.exists() else folder / name
+
+
+def _check_ids(folder: Path, save_id: str | None, ids: dict[str, str | None]) -> None:
+    # weights without an id come from another tool; what a training state goes on from must be this very save
+    strict = save_id is None or TRAINING in ids
+    other = {name: i for name, i in ids.items() if i != save_id and (strict or i is not None)}
+    if other:
+        named = ", ".join(f"{name} is of save {i or 'without id'}" for name, i in other.items())
+        raise ValueError(
+            f"load_checkpoint: {folder} mixes files of different saves: {CONFIG} is of save {save_id or 'without id'}, "
+            f"{named}; take all of them from one save"
+        )
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """Changes when the file is replaced."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def _stamps(folder: Path) -> list[tuple[int, int] | None]:
+    return [_stamp(folder / name) for name in (CONFIG, MODEL, EXTRA, TRAINING)]
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Saves into one folder wait for each other, such as those of all ranks of a job."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # not every file system has locks
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _settle(folder: Path) -> None:
+    """Move the files of the current save up, and remove what saves that were stopped have left."""
+    try:
+        save_id, resumable = _save_of(json.loads((folder / CONFIG).read_text()), folder)
+    except (FileNotFoundError, ValueError):  # none yet, or none that anything could be read from
+        save_id, resumable = None, True
+    for part in folder.glob("*.part"):
+        if part.stem == save_id:
+            for file in part.iterdir():
+                file.replace(folder / file.name)
+            _sync(folder)
+            part.rmdir()
+        elif _ID.fullmatch(part.stem):
+            shutil.rmtree(part)
+        elif part.stem in (CONFIG, MODEL, EXTRA, TRAINING):  # of an older version
+            part.unlink()
+    if not resumable:  # an older one would not belong to these weights
+        (folder / TRAINING).unlink(missing_ok=True)
+
+
+def _write(path: Path, write: Callable[[Path], None]) -> None:
+    try:
+        path.touch()
+        mode = path.stat().st_mode
+        write(path)
+        path.chmod(mode)  # safetensors makes files that only their owner can read
+        _sync(path)
+    except (OSError, RuntimeError, SafetensorError) as error:
+        raise OSError(
+            f"save_checkpoint: cannot write {path.name} to {path.parent.parent}: {_reason(error)}; "
+            "what was there before is unchanged"
+        ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """What the operating system said, where torch or safetensors hide it."""
+    code = re.search(r"\(os error (\d+)\)", str(error))
+    if code:
+        return os.strerror(int(code[1]))
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.strerror:
+            return cause.strerror
+        cause = cause.__cause__ or cause.__context__
+    return str(error)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or which files a folder has, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:  # not every file system can do that for folders
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(handle)
 
 
 def _read(path: Path, device):
+    """JSON or training state; of tensors also the id of their save."""
     try:
         if path.suffix == ".safetensors":
-            return load_file(path, device=str(device))
+            return _read_tensors(path, device)
         if path.suffix == ".pt":
             return torch.load(path, map_location=device, weights_only=True)
         return json.loads(path.read_text())
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ValueError(
             f"load_checkpoint: cannot read {path}: {error}; expected a folder of save_checkpoint"
         ) from error
+
+
+def _read_tensors(path: Path, device) -> tuple[dict[str, Tensor], str | None]:
+    before = _stamp(path)
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    # the file is opened twice in there, for names and for numbers
+    if _stamp(path) != before:
+        raise ValueError("it was replaced meanwhile")
+    return tensors, metadata.get(_SAVE_ID)

@@ -121,13 +121,20 @@ class Policy:
         )
 
     @classmethod
-    def load(cls, folder: str | Path, device: torch.device | str = "cpu") -> tuple[Policy, Checkpoint]:
+    def load(
+        cls, folder: str | Path, device: torch.device | str = "cpu", *, training: bool = True
+    ) -> tuple[Policy, Checkpoint]:
         """The policy of a folder that :meth:`save` wrote, and the checkpoint itself.
+
+        Args:
+            folder: See :func:`load_checkpoint`.
+            device: Of the model and its text embedding.
+            training: Also read the training state, which only a resume needs.
 
         Raises:
             ValueError: a file that is missing, unreadable or lacks an entry; the message names it.
         """
-        found = load_checkpoint(folder, device)
+        found = load_checkpoint(folder, device, training=training)
         config, extra = Path(folder) / CONFIG, Path(folder) / EXTRA
         if found.text is None or "rollout" not in found.metadata:
             lacks = "vocabulary" if found.text is None else "metadata.rollout"

@@ -39,7 +39,7 @@ def run(args) -> int:
         writable_folder("--out", args.out)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    policy, _ = Policy.load(args.checkpoint, device)
+    policy, _ = Policy.load(args.checkpoint, device, training=False)
     writable_folder("--out, by default the checkpoint,", _out(args))
     config = policy.rollout
     config = replace(config, program=GJD if goal.conditional else args.program or config.program)

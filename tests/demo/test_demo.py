@@ -186,6 +186,13 @@ def test_a_foreign_checkpoint_is_refused(demo, tmp_path, capsys):
         Policy.load(broken)
 
 
+def test_acting_needs_no_training_state(demo, root, tmp_path, capsys):
+    shutil.copytree(demo[0] / "checkpoint", tmp_path / "copy")
+    (tmp_path / "copy" / "training.pt").write_bytes(b"damaged")
+    base = ["rollout", "--checkpoint", str(tmp_path / "copy"), "--data", str(root), "--out", str(tmp_path)]
+    assert cli.main([*base, "--objective", "inverse_dynamics"]) == 0
+
+
 def test_a_policy_survives_its_checkpoint(demo, root, config, data):
     policy, found = Policy.load(demo[0] / "checkpoint")
     assert found.training_state["step"] == 6 and policy.rollout.chunk_size == 2

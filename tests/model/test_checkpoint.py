@@ -1,12 +1,22 @@
 """Configs, strict loading, checkpoint folders, the text slot, the public names."""
 
 import dataclasses
+import errno
+import itertools
 import json
+import os
+import random
+import resource
+import signal
 import subprocess
 import sys
+import traceback
+from functools import cache, partial
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import wam_models
 from wam_models import (
@@ -126,6 +136,273 @@ def test_broken_checkpoint_folders_are_named(tmp_path):
     (tmp_path / "config.json").write_text("[]")
     with pytest.raises(ValueError, match="'model' entry"):
         load_checkpoint(tmp_path)
+
+
+TINY = ModelConfig(
+    hidden=8, heads=1, head_dim=6, layers=1, ffn=8, action_hidden=8, action_ffn=8, action_dim=1, actions_per_frame=1,
+    latent_channels=1, text_dim=1, freq_dim=2,
+)  # fmt: skip
+FILES = ["config.json", "extra.safetensors", "model.safetensors", "training.pt"]
+
+
+@cache
+def tiny_model():
+    return WorldActionModel(TINY)
+
+
+def save(folder, step, *, training=True, size=1):
+    """A save whose four files all hold the step."""
+    model = tiny_model()
+    torch.nn.init.constant_(model.core.proj_out.bias, step)
+    state = {"step": step, "size": torch.zeros(size)} if training else None
+    metadata = {"step": step, "training": training}
+    save_checkpoint(folder, model, extra={"step": torch.tensor(step)}, metadata=metadata, training_state=state)
+
+
+def step_of(folder):
+    """The step of a whole checkpoint; its training state is there if it should be."""
+    found = load_checkpoint(folder)
+    step = found.metadata["step"]
+    assert int(found.model.core.proj_out.bias[0]) == int(found.extra["step"]) == step
+    assert (found.training_state or {}).get("step") == (step if found.metadata["training"] else None)
+    return step
+
+
+def fork(work, hook=None):
+    """Runs ``work`` in a child; returns its process id. ``hook`` is told of what Python does, before it does it."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        if hook is not None:
+            sys.addaudithook(hook)
+        work()
+        os._exit(0)
+    finally:
+        traceback.print_exc()
+        os._exit(1)
+
+
+def at_operation(number, folder, act):
+    """A hook that calls ``act`` before the n-th operation on files under the folder; counts from 0."""
+    seen = iter(range(10**6))
+
+    def hook(event, args):
+        files = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.chmod")
+        if event in files and str(args[0]).startswith(str(folder)) and next(seen) >= number:
+            act(event, args)
+
+    return hook
+
+
+@pytest.fixture
+def no_wait(monkeypatch):
+    """A kill does not take what the operating system holds, so the disk needs not be waited for."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+def killed(folder, work, number):
+    """Whether ``work`` lived long enough to be killed before its n-th operation on files of the folder."""
+    hook = at_operation(number, folder, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    _, status = os.waitpid(fork(work, hook), 0)
+    assert status == 0 or os.WIFSIGNALED(status)
+    return status != 0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_save_that_is_killed_anywhere_is_all_old_or_all_new(training, tmp_path, no_wait):
+    save(tmp_path, 0)
+    committed = 0
+    for number in itertools.count():
+        old, new = 2 * number, 2 * number + 1
+        if not killed(tmp_path, partial(save, tmp_path, new, training=training), number):
+            break
+        found = step_of(tmp_path)
+        committed += found == new
+        assert found == (new if committed else old)
+        save(tmp_path, new + 1)  # over whatever is left
+        assert sorted(os.listdir(tmp_path)) == FILES
+    assert number >= 20 and committed >= 5
+
+
+def test_a_first_save_that_is_killed_anywhere_is_whole_or_nothing(tmp_path, no_wait):
+    committed = 0
+    for number in itertools.count():
+        folder = tmp_path / str(number)
+        if not killed(folder, partial(save, folder, 1), number):
+            break
+        committed += (folder / "config.json").exists()
+        if committed:
+            assert step_of(folder) == 1
+        save(folder, 2)
+        assert step_of(folder) == 2 and sorted(os.listdir(folder)) == FILES
+    assert number >= 20 and committed >= 5
+
+
+def test_28_kills_while_saving_and_reading(tmp_path, no_wait):
+    draw = random.Random(0)
+
+    def work(first):
+        for step in itertools.count(first):
+            save(tmp_path, step, size=draw.choice([1, 10**5]))
+
+    save(tmp_path, 0)
+    last = 0
+    for _ in range(28):
+        child = fork(partial(work, last + 1))
+        seen = [step_of(tmp_path)]
+        while seen[-1] == last and len(seen) < 10_000:  # a reader beside the saves, until one is done
+            seen.append(step_of(tmp_path))
+        seen += [step_of(tmp_path) for _ in range(draw.randrange(4))]
+        assert seen == sorted(seen)
+        os.kill(child, signal.SIGKILL)
+        assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+        last = step_of(tmp_path)
+    assert last >= 28
+    save(tmp_path, last + 1)
+    assert sorted(os.listdir(tmp_path)) == FILES
+
+
+def test_nothing_replaces_an_old_file_before_it_is_on_the_disk(tmp_path, monkeypatch):
+    """After a power cut there is what was waited for."""
+    synced, moved = [], []
+    real = os.fsync, os.replace
+
+    def sync(handle):
+        synced.append(os.fstat(handle).st_ino)
+        real[0](handle)
+
+    def move(source, target):
+        source, target = Path(source), Path(target)
+        assert {source.stat().st_ino, source.parent.stat().st_ino} <= set(synced)
+        if moved:  # what made it the checkpoint is there too
+            assert tmp_path.stat().st_ino in synced
+        moved.append(target.name)
+        real[1](source, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(os, "replace", move)
+    save(tmp_path, 1)
+    assert moved[0] == "config.json" and sorted(moved) == FILES
+
+
+def test_a_full_disk_costs_neither_the_checkpoint_nor_space(tmp_path, no_wait):
+    def refuse(event, args):
+        path, mode, flags = args if event == "open" else (None, None, 0)
+        if event == "os.mkdir" or (event == "open" and ((mode and mode != "r") or flags & (os.O_WRONLY | os.O_CREAT))):
+            raise OSError(errno.ENOSPC, "No space left on device", path)
+
+    def work():
+        try:
+            save(tmp_path, 2)
+        except OSError as error:
+            assert "No space left on device" in str(error)
+        else:
+            os._exit(7)
+
+    save(tmp_path, 1)
+    failures = 0
+    for number in range(1000):
+        _, status = os.waitpid(fork(work, at_operation(number, tmp_path, refuse)), 0)
+        if os.waitstatus_to_exitcode(status) == 7:
+            break
+        failures += 1
+        assert status == 0 and step_of(tmp_path) == 1 and sorted(os.listdir(tmp_path)) == FILES
+    assert failures >= 8 and step_of(tmp_path) == 2
+
+
+@pytest.mark.parametrize("limit, name", [(50, "model.safetensors"), (50_000, "training.pt")])
+def test_a_file_that_is_cut_short_is_named(limit, name, tmp_path):
+    """The operating system refuses to let a file grow, half way through it."""
+
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        with pytest.raises(OSError, match=f"cannot write {name} to .*: File too large; what was there"):
+            save(tmp_path, 2, size=10**5)
+
+    save(tmp_path, 1)
+    assert os.waitpid(fork(work), 0)[1] == 0
+    assert step_of(tmp_path) == 1 and sorted(os.listdir(tmp_path)) == FILES
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_different_saves_are_refused(name, tmp_path):
+    for step in (1, 2):
+        save(tmp_path / str(step), step)
+    (tmp_path / "1" / name).replace(tmp_path / "2" / name)
+    with pytest.raises(ValueError, match="mixes files of different saves") as error:
+        load_checkpoint(tmp_path / "2")
+    assert name in str(error.value)
+    if name == "training.pt":
+        assert load_checkpoint(tmp_path / "2", training=False).metadata["step"] == 2
+
+
+def without_ids(folder):
+    """As an older version wrote it."""
+    for path in folder.glob("*.safetensors"):
+        save_file(load_file(path), path)
+    config = json.loads((folder / "config.json").read_text())
+    del config["save"]
+    (folder / "config.json").write_text(json.dumps(config))
+    state = torch.load(folder / "training.pt")
+    del state["save_id"]
+    torch.save(state, folder / "training.pt")
+
+
+def test_folders_without_ids_still_load(tmp_path):
+    save(tmp_path / "old", 1)
+    without_ids(tmp_path / "old")
+    assert step_of(tmp_path / "old") == 1 and load_checkpoint(tmp_path / "old").save_id is None
+    for name in ("training.pt", "model.safetensors"):
+        save(tmp_path / "new", 2)
+        (tmp_path / "new" / name).write_bytes((tmp_path / "old" / name).read_bytes())
+        with pytest.raises(ValueError, match=f"{name} is of save without id"):
+            load_checkpoint(tmp_path / "new")
+    # weights that another tool wrote are taken, but no training goes on from them
+    assert load_checkpoint(tmp_path / "new", training=False).metadata["step"] == 2
+    for name in ("model.safetensors.part", "training.pt.part"):  # an older version was killed
+        (tmp_path / "old" / name).write_text("half")
+    save(tmp_path / "old", 2)
+    assert step_of(tmp_path / "old") == 2 and sorted(os.listdir(tmp_path / "old")) == FILES
+
+
+def test_what_cannot_be_saved_is_noticed_first(tmp_path):
+    save(tmp_path / "a", 1)
+    model = tiny_model()
+    for options, error in (
+        ({"metadata": {"scale": torch.ones(1)}}, TypeError),
+        ({"extra": {"text.words": torch.zeros(1)}}, ValueError),
+        ({"training_state": {"save_id": 1}}, ValueError),
+    ):
+        for folder in ("a", "b"):
+            with pytest.raises(error):
+                save_checkpoint(tmp_path / folder, model, **options)
+    with pytest.raises(Exception, match="pickle"):
+        save_checkpoint(tmp_path / "a", model, training_state={"step": 2, "f": lambda: 0})
+    assert step_of(tmp_path / "a") == 1 and sorted(os.listdir(tmp_path / "a")) == FILES
+    assert not (tmp_path / "b").exists()
+
+
+def test_a_folder_may_be_a_link_and_hold_other_files(tmp_path, monkeypatch):
+    (tmp_path / "real" / "notes.part").mkdir(parents=True)
+    (tmp_path / "real" / "film.gif").write_text("mine")
+    (tmp_path / "link").symlink_to("real")
+    monkeypatch.chdir(tmp_path)
+    for step, folder in enumerate(("link", "link/", "./link/../link")):
+        save(folder, step)
+        assert step_of(tmp_path / "real") == step_of(folder) == step
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(os.listdir("real")) == sorted([*FILES, "film.gif", "notes.part"])
+    modes = {(tmp_path / "real" / name).stat().st_mode for name in FILES}
+    assert len(modes) == 1
+
+
+def test_tensors_that_share_memory_are_saved(tmp_path):
+    both = torch.arange(6.0)
+    shared = {"whole": both, "same": both, "part": both[2:4], "turned": both.view(2, 3).T}
+    save_checkpoint(tmp_path, tiny_model(), extra=shared)
+    back = load_checkpoint(tmp_path).extra
+    assert set(back) == set(shared) and all(torch.equal(back[k], v) for k, v in shared.items())
 
 
 def test_word_embedding():
