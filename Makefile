@@ -10,14 +10,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PACKAGE := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench clean
+.PHONY: help demo test test-slow bench clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo    set up .venv and run the demo"
-	@echo "make test    set up .venv and run the whole test suite"
-	@echo "make bench   set up .venv and time every op on one CPU thread beside the saved baseline"
-	@echo "make clean   remove .venv and what was built"
+	@echo "make demo       set up .venv and run the demo"
+	@echo "make test       set up .venv and run the whole test suite"
+	@echo "make test-slow  set up .venv and run the tests that take long, which make test leaves out"
+	@echo "make bench      set up .venv and time every op on one CPU thread beside the saved baseline"
+	@echo "make clean      remove .venv and what was built"
 
 demo: $(VENV)/installed
 	$(BIN)/wam demo
@@ -26,9 +27,12 @@ demo: $(VENV)/installed
 # Both run whatever the first says; either failing fails make.
 test: $(VENV)/installed-test
 	@status=0; \
-	env -u TRITON_INTERPRET $(BIN)/python -m pytest tests --ignore=tests/interpreter || status=1; \
+	env -u TRITON_INTERPRET $(BIN)/python -m pytest tests --ignore=tests/interpreter -m "not slow" || status=1; \
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter || status=1; \
 	exit $$status
+
+test-slow: $(VENV)/installed-test
+	env -u TRITON_INTERPRET $(BIN)/python -m pytest tests --ignore=tests/interpreter -m slow
 
 # The baseline is of another machine; the yardstick rows say how this one compares. More: `wam bench --help`.
 bench: $(VENV)/installed-test

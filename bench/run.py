@@ -1,4 +1,4 @@
-"""``wam bench [run | report | tune]``: the suites, each a list of ``bench_*`` modules that also run on their own.
+"""``wam bench [run | report | tune | --base REF]``: the suites, each a list of ``bench_*`` modules that also run on their own.
 
 Every module runs in a process of its own: it meets a clean memory and a clean compiler, and a crash takes no other's
 rows with it. Its rows come back through a folder that ``bench.harness.record`` writes to; they are printed as one
@@ -74,6 +74,14 @@ def run_module(module: str, command: list[str]) -> Outcome:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.base is not None:
+        if args.action != "run" or args.suite or args.record or args.device == "cuda":
+            raise ValueError(
+                "--base compares the micro suite on a CPU and prints it; of the others it takes --quick alone"
+            )
+        from bench import compare
+
+        return compare.run(args)
     if args.action == "report":
         from bench import report
 

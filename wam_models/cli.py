@@ -110,6 +110,8 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     # suite names are checked by bench.run, their one home; its error lists the choices
     parser.add_argument("--suite", action="append", metavar="S", help="run only this one; may be repeated")
     parser.add_argument("--quick", action="store_true", help="small sizes (on a GPU few repeats); records nothing")
+    base = "compare the micro suite of this commit with that of this tree, in one run; with --quick without instructions"
+    parser.add_argument("--base", metavar="REF", help=base)
     keep = parser.add_mutually_exclusive_group()
     keep.add_argument("--record", action="store_true", help="append to bench/results even with --quick")
     keep.add_argument("--no-record", action="store_true", help="print only; bench/results stays as it is")

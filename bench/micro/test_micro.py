@@ -5,6 +5,8 @@ with that one, and so how far the other ratios can be believed. Save a new one w
 ``pytest bench/micro --benchmark-storage=bench/micro/baseline --benchmark-save=cpu``.
 """
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -19,6 +21,7 @@ from wam_kernels import (
 )
 from wam_kernels import frame_index as frame_index_module
 from wam_kernels.cached_attention import cached_attention
+from wam_models import RolloutConfig, RolloutEngine, TrainingConfig, WorldActionModel, demo_config, training_step
 
 WORK = workloads.packed(1000, heads=4, head_dim=64)
 TOKENS, WIDTH, HEADS = 288, 768, 6
@@ -99,3 +102,34 @@ def test_frame_index_cold(benchmark):
         return FrameIndex.from_runs([32] * 272)
 
     benchmark(call)
+
+
+def small_model() -> WorldActionModel:
+    torch.manual_seed(0)
+    return WorldActionModel(replace(demo_config(), layers=1))
+
+
+def test_training_step(benchmark):
+    model = small_model()
+    c = model.config
+    batch = {
+        "video": randn(1, c.latent_channels, 5, 8, 16),
+        "action": randn(1, 5, c.actions_per_frame, c.action_dim),
+        "text": randn(1, 8, c.text_dim),
+    }
+    config = TrainingConfig(program="joint", chunk_sizes=(2, 2), windows=(8, 8))
+
+    def call():
+        loss, _ = training_step(model, batch, torch.Generator().manual_seed(0), config)
+        loss.backward()
+
+    benchmark(call)
+
+
+def test_denoising_step(benchmark):
+    model = small_model().eval()
+    c = model.config
+    engine = RolloutEngine(model, RolloutConfig(program="joint", chunk_size=4, window=16, steps=1))
+    episode = engine.start(randn(1, c.latent_channels, 1, 8, 16), randn(1, 8, c.text_dim))
+    episode.observe(randn(1, c.latent_channels, 4, 8, 16), randn(1, 4, c.actions_per_frame, c.action_dim))
+    benchmark(lambda: episode.propose(generator=torch.Generator().manual_seed(0)))
