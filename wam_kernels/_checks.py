@@ -1,6 +1,14 @@
 """Argument checks shared by every public op. Metadata only: no values are read, so they trace."""
 
+from collections.abc import Iterable
+from itertools import chain
+
+import numpy as np
+import torch
 from torch import Tensor
+
+# Index tensors are int32.
+MAX_INT = 2**31 - 1
 
 
 def bind_dims(op: str, **args: tuple[Tensor, str]) -> dict[str, int]:
@@ -33,3 +41,79 @@ def same_kind(op: str, like_name: str, like: Tensor, **args: Tensor) -> None:
             raise ValueError(
                 f"{op}: {name} must be {like.dtype} on {like.device} like {like_name}, got {t.dtype} on {t.device}"
             )
+
+
+def integer(op: str, name: str, value: object, least: int = 0, most: int | None = MAX_INT) -> int:
+    """``value`` as a Python int. NumPy's integers are integers; bools, floats and strings are not, whatever they hold.
+
+    Raises:
+        ValueError: not an integer, or outside ``least .. most``; names the op and the argument.
+    """
+    if type(value) is not int:
+        if isinstance(value, bool) or not isinstance(value, int | np.integer | torch.SymInt):
+            raise ValueError(f"{op}: {name} must be an int, got {value!r}")
+        value = int(value)
+    if value < least:
+        raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
+    if most is not None and value > most:
+        raise ValueError(f"{op}: {name} must be at most {most}, got {value}")
+    return value
+
+
+def integers(op: str, name: str, values: Iterable[object], least: int = 0) -> tuple[int, ...]:
+    """As :func:`integer`, of each of ``values``: a sequence, or what :func:`int_array` takes as ``[n]``."""
+    if isinstance(values, Tensor | np.ndarray):
+        array = int_array(op, name, values)
+        if array.ndim != 1:
+            raise ValueError(f"{op}: {name} must have shape [n], got {list(array.shape)}")
+        values, good = tuple(array.tolist()), not ((array < least) | (array > MAX_INT)).any()
+    else:
+        try:
+            values = tuple(values)
+        except TypeError:
+            raise ValueError(f"{op}: {name} must be a sequence of ints, got {values!r}") from None
+        good = not set(map(type, values)) - {int} and (not values or least <= min(values) <= max(values) <= MAX_INT)
+    # one by one only where something is wrong, or NumPy's: there may be one for every token
+    if not good:
+        values = tuple(integer(op, f"{name}[{i}]", value, least) for i, value in enumerate(values))
+    return values
+
+
+def int_array(op: str, name: str, values: object) -> np.ndarray:
+    """The integers of nested sequences, a NumPy array or a CPU tensor; a copy, int64.
+
+    Raises:
+        ValueError: numbers that are no integers, or that are not on the host; names the op and the argument.
+    """
+    if isinstance(values, Tensor):
+        if values.device.type != "cpu":
+            raise ValueError(
+                f"{op}: {name} must be on the host, got {values.device}; reading them back would stop for the device, "
+                "so keep the numbers that they were made from"
+            )
+        kind = values.dtype
+        integral = not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
+        array = values.detach().numpy() if integral else np.empty(0)
+    else:
+        try:
+            array = np.array(values)
+        except ValueError as error:
+            raise ValueError(f"{op}: {name} must be integers, got {values!r} ({error})") from None
+        kind = array.dtype
+        integral = array.dtype.kind in "iu" or not array.size
+        # beside ints NumPy takes a bool for one
+        if array.ndim in (1, 2) and isinstance(values, list | tuple):
+            integral = integral and bool not in set(map(type, values if array.ndim == 1 else chain(*values)))
+    if not integral:
+        raise ValueError(f"{op}: {name} must be integers, got {kind} {list(np.shape(values))}")
+    return array.astype(np.int64)
+
+
+def int_pairs(op: str, name: str, values: object) -> np.ndarray:
+    """As :func:`int_array`, int64 ``[R, 2]``."""
+    array = int_array(op, name, values)
+    if array.size == 0:
+        return array.reshape(0, 2)
+    if array.ndim != 2 or array.shape[1] != 2:
+        raise ValueError(f"{op}: {name} must have shape [R, 2], got {list(array.shape)}")
+    return array

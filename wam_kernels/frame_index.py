@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from . import _index_buffer
+from ._checks import MAX_INT, integer, integers
+from ._host import device_of, host_side, plain
 
 # The sums of a segment cost one write and one read of float32 rows, so short segments cost traffic: with 16 tokens
 # about an eighth of a bf16 backward. Long ones leave too few programs to fill a GPU. Not yet measured on one.
@@ -39,12 +41,13 @@ class FrameIndex:
     FIELDS = ("row_of_token", "segments", "row_begin", "row_segments", "run")
 
     def __init__(self, layout: tuple[tuple[int, ...], ...], buffer: Tensor) -> None:
-        self._layout, self._buffer = layout, buffer
+        self._layout, self._buffer = layout, plain(buffer)
         self.length, self.frames = layout[0][0], layout[2][0] - 1
-        for name, view in zip(self.FIELDS, _index_buffer.views(layout, buffer), strict=True):
+        for name, view in zip(self.FIELDS, _index_buffer.views(layout, self._buffer), strict=True):
             setattr(self, name, view)
 
     @classmethod
+    @host_side
     def from_runs(
         cls,
         lengths: Sequence[int],
@@ -62,17 +65,17 @@ class FrameIndex:
             device: Where the index tensors go.
 
         Raises:
-            ValueError: a negative length or row, another number of rows than of lengths, or a row >= ``frames``.
+            ValueError: a length or row that is no integer or negative, another number of rows than of lengths, a row
+                >= ``frames``, or more tokens than int32 counts.
         """
-        lengths = tuple(int(n) for n in lengths)
-        rows = tuple(range(len(lengths))) if rows is None else tuple(int(r) for r in rows)
-        if any(n < 0 for n in lengths):
-            raise ValueError(f"FrameIndex.from_runs: lengths must not be negative, got {min(lengths)}")
+        op = "FrameIndex.from_runs"
+        lengths = integers(op, "lengths", lengths)
+        rows = tuple(range(len(lengths))) if rows is None else integers(op, "rows", rows)
         if len(rows) != len(lengths):
-            raise ValueError(
-                f"FrameIndex.from_runs: rows must have one entry for each of {len(lengths)} lengths, got {len(rows)}"
-            )
-        return _compile(lengths, rows, _frames("from_runs", rows, frames), torch.device(device))
+            raise ValueError(f"{op}: rows must have one entry for each of {len(lengths)} lengths, got {len(rows)}")
+        if sum(lengths) > MAX_INT:
+            raise ValueError(f"{op}: lengths must sum to at most {MAX_INT}, got {sum(lengths)}")
+        return _compile(lengths, rows, _frames(op, rows, frames), device_of(op, device))
 
     @classmethod
     def per_sample(cls, length: int, *, device: torch.device | str = "cpu") -> FrameIndex:
@@ -82,25 +85,21 @@ class FrameIndex:
     @classmethod
     def per_token(cls, length: int, *, device: torch.device | str = "cpu") -> FrameIndex:
         """A row for every token: modulation ``[B, S, D]``."""
-        return cls.from_runs([1] * length, device=device)
+        return cls.from_runs([1] * integer("FrameIndex.per_token", "length", length), device=device)
 
     @classmethod
+    @host_side
     def from_tensor(
-        cls, index: Tensor, frames: int | None = None, *, device: torch.device | str = "cpu"
+        cls, index: Tensor | np.ndarray, frames: int | None = None, *, device: torch.device | str = "cpu"
     ) -> FrameIndex:
-        """The row of every token, any integer ``[S]`` tensor on the CPU, in any order. Cached by value.
+        """The row of every token, any integer ``[S]`` tensor on the CPU (or array), in any order. Cached by value.
 
         Raises:
             ValueError: not a 1-D integer CPU tensor, a negative row, or a row >= ``frames``.
         """
-        integer = not (index.is_floating_point() or index.is_complex() or index.dtype == torch.bool)
-        if index.ndim != 1 or not integer or index.device.type != "cpu":
-            raise ValueError(
-                "FrameIndex.from_tensor: index must be a 1-D integer tensor on the CPU, "
-                f"got {index.dtype} {list(index.shape)} on {index.device}"
-            )
-        rows = tuple(index.tolist())
-        return _compile((1,) * len(rows), rows, _frames("from_tensor", rows, frames), torch.device(device))
+        op = "FrameIndex.from_tensor"
+        rows = integers(op, "index", index)
+        return _compile((1,) * len(rows), rows, _frames(op, rows, frames), device_of(op, device))
 
     @property
     def device(self) -> torch.device:
@@ -112,9 +111,17 @@ class FrameIndex:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> FrameIndex:
         """The same index on another device, in one copy; itself when it is there already."""
-        if torch.device(device) == self.device:
+        return self if device == self.device else self._moved(device, non_blocking)
+
+    @host_side
+    def _moved(self, device: torch.device | str, non_blocking: bool) -> FrameIndex:
+        device = device_of("FrameIndex.to", device)
+        if device == self.device:
             return self
         return FrameIndex(self._layout, self._buffer.to(device, non_blocking=non_blocking))
+
+    def __reduce__(self) -> tuple:
+        return FrameIndex, (self._layout, self._buffer)
 
     def __repr__(self) -> str:
         return (
@@ -123,15 +130,12 @@ class FrameIndex:
         )
 
 
-def _frames(constructor: str, rows: tuple[int, ...], frames: int | None) -> int:
-    if rows and min(rows) < 0:
-        raise ValueError(f"FrameIndex.{constructor}: rows must not be negative, got {min(rows)}")
+def _frames(op: str, rows: tuple[int, ...], frames: int | None) -> int:
     needed = max(rows, default=-1) + 1
-    if frames is not None and frames < needed:
-        raise ValueError(
-            f"FrameIndex.{constructor}: frames must be at least {needed} (the highest row + 1), got {frames}"
-        )
-    return needed if frames is None else int(frames)
+    frames = integer(op, "frames", needed if frames is None else frames)
+    if frames < needed:
+        raise ValueError(f"{op}: frames must be at least {needed} (the highest row + 1), got {frames}")
+    return frames
 
 
 def _run(row_of_token: np.ndarray, frames: int) -> int:

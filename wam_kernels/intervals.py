@@ -26,7 +26,7 @@ from .visibility import ACTION, SEGMENTS, VIDEO, Geometry, Tokens, visible
 # What has no token: stays below zero whatever first token is added to it.
 NOWHERE = np.iinfo(np.int32).min
 # The singleton frame of a geometry without one.
-NEVER = np.iinfo(np.int32).max
+NEVER = np.iinfo(np.int64).max
 
 STREAM_OF_SEGMENT = np.array([stream for stream, _ in SEGMENTS])
 # The segments as [stream, noise], so that what is the same for both noises of a stream broadcasts.

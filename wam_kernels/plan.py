@@ -19,7 +19,7 @@ buffer: touching fresh memory costs more than computing what goes there.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 
 from . import _index_buffer
+from ._checks import MAX_INT, integer
+from ._host import device_of, host_side, plain
 from ._index_buffer import Unwritten
 from .intervals import NOWHERE, SideRows, side_rows
 from .programs import Program
@@ -44,11 +46,20 @@ Sample = Geometry | Program | Ranges
 
 @dataclass(frozen=True)
 class TileShape:
-    """Query rows and key rows of a tile, and tokens of a full step of either side. Powers of two for a GPU."""
+    """Query rows and key rows of a tile, and tokens of a full step of either side. Powers of two for a GPU.
+
+    Raises:
+        ValueError: a number that is not an int of at least 1.
+    """
 
     rows: int
     step: int
     key_rows: int | None = None  # as many as rows
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value is not None or name != "key_rows":
+                object.__setattr__(self, name, integer("TileShape", name, value, 1))
 
 
 # Mean visible tokens per row from which a plan gets the tile for long windows.
@@ -85,6 +96,10 @@ class Side:
     def tensors(self) -> list[Tensor]:
         return [getattr(self, name) for name in self.FIELDS]
 
+    def __reduce__(self) -> tuple:
+        # on its own it needs the views alone, not the plan's whole buffer with each
+        return Side, (self.shape, [plain(t).clone() for t in self.tensors()])
+
     @property
     def computed_pairs(self) -> int:
         steps = self.full.shape[0] * self.shape.step + self.part.shape[0] * STEP_PART
@@ -93,6 +108,8 @@ class Side:
 
 class Plan:
     """What ``block_attention`` needs to know about a batch. Made by :func:`compile_plan`; immutable.
+
+    Can be copied and pickled, a DataLoader's workers may send it: as its samples and its one buffer.
 
     Attributes:
         length: Query tokens S of one batch element. Tensors of another length are refused.
@@ -115,8 +132,8 @@ class Plan:
         self.batch = len(batch_geometries)
         self.length, self.key_length = lengths
         self.visible_pairs = visible_pairs
-        self._shapes, self._layout, self._buffer = shapes, layout, buffer
-        n, views = len(Side.FIELDS), _index_buffer.views(layout, buffer)
+        self._shapes, self._layout, self._buffer = shapes, layout, plain(buffer)
+        n, views = len(Side.FIELDS), _index_buffer.views(layout, self._buffer)
         self.queries, self.keys = Side(shapes[0], views[:n]), Side(shapes[1], views[n : 2 * n])
         self.runs = views[2 * n]
 
@@ -140,15 +157,28 @@ class Plan:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Plan:
         """The same plan on another device, in one copy; itself when it is there already."""
-        if torch.device(device) == self.device:
-            return self
-        buffer = self._buffer.to(device, non_blocking=non_blocking)
-        lengths = (self.length, self.key_length)
-        return Plan(self.geometries, lengths, self.visible_pairs, self._shapes, self._layout, buffer)
+        return self if device == self.device else self._moved(device, non_blocking)
 
+    @host_side
+    def _moved(self, device: torch.device | str, non_blocking: bool) -> Plan:
+        device = device_of("Plan.to", device)
+        if device == self.device:
+            return self
+        *rest, buffer = self._parts()
+        return Plan(*rest, buffer.to(device, non_blocking=non_blocking))
+
+    def _parts(self) -> tuple:
+        """What it is made of."""
+        lengths = (self.length, self.key_length)
+        return self.geometries, lengths, self.visible_pairs, self._shapes, self._layout, self._buffer
+
+    def __reduce__(self) -> tuple:
+        return Plan, self._parts()
+
+    @host_side
     def mask(self) -> Tensor:
         """Dense bool ``[batch, 1, S, T]`` straight from the predicate: for the reference backend and for tests."""
-        mask = torch.zeros(self.batch, 1, self.length, self.key_length, dtype=torch.bool)
+        mask = torch.zeros(self.batch, 1, self.length, self.key_length, dtype=torch.bool, device="cpu")
         for b, samples in enumerate(self.geometries):
             q, k = 0, 0
             for sample in samples:
@@ -164,6 +194,7 @@ class Plan:
         )
 
 
+@host_side
 def compile_plan(
     batch: Sample | Sequence[Sample | Sequence[Sample]],
     *,
@@ -184,43 +215,69 @@ def compile_plan(
         tile: Tiles of both sides; default by :func:`tile_shape`. For measurements.
 
     Raises:
-        ValueError: an empty batch, no tokens at all, or ``length`` or ``key_length`` shorter than the samples.
+        ValueError: an empty batch, no queries or no keys at all, ``length`` or ``key_length`` that is no integer or
+            shorter than the samples, or more tokens than int32 counts.
         TypeError: an entry that is none of the three.
     """
-    entries = [batch] if isinstance(batch, Sample) else list(batch)
-    packed = tuple((e,) if isinstance(e, Sample) else tuple(e) for e in entries)
+    packed = tuple(_entry(e) for e in ([batch] if isinstance(batch, Sample) else _sequence(batch)))
     if not packed:
         raise ValueError("compile_plan: batch must hold at least one geometry, got none; pass a Geometry")
-    for samples in packed:
-        for s in samples:
-            if not isinstance(s, Sample):
-                kind = type(s).__name__
-                raise TypeError(f"compile_plan: batch must hold Geometry, Program or Ranges objects, got {kind}")
     packed = tuple(tuple(s.ranges if isinstance(s, Program) else s for s in samples) for samples in packed)
     square = all(s.length == s.key_length for samples in packed for s in samples)
     longest = max(sum(s.length for s in samples) for samples in packed)
     longest_keys = max(sum(s.key_length for s in samples) for samples in packed)
-    length = longest if length is None else length
+    length = integer("compile_plan", "length", longest if length is None else length)
     if key_length is None:
         key_length = length if square else longest_keys
+    key_length = integer("compile_plan", "key_length", key_length)
     for name, value, least in (("length", length, longest), ("key_length", key_length, longest_keys)):
         if value < least:
             raise ValueError(f"compile_plan: {name} must be at least {least} (the longest element), got {value}")
     if length == 0 or key_length == 0:
-        raise ValueError("compile_plan: batch must hold at least one token, got empty geometries")
-    return _compile(packed, (int(length), int(key_length)), tile, torch.device(device))
+        raise ValueError(
+            f"compile_plan: batch must hold at least one query and one key, got {length} queries and {key_length} "
+            "keys; a row without keys gives 0, so leave the call out or pass length and key_length"
+        )
+    if len(packed) * max(length, key_length) > MAX_INT:
+        raise ValueError(
+            f"compile_plan: batch must hold at most {MAX_INT} tokens in all, got {len(packed)} elements of "
+            f"{max(length, key_length)}; split the batch"
+        )
+    if tile is not None and not isinstance(tile, TileShape):
+        raise TypeError(f"compile_plan: tile must be a TileShape, got {type(tile).__name__}")
+    # the tiles of short and of long windows, part of the key: what is tuned may change while plans are kept
+    tiles = (tile, tile) if tile else (tile_shape(False), tile_shape(True))
+    return _compile(packed, (length, key_length), tiles, device_of("compile_plan", device))
+
+
+def _sequence(entries: object) -> list:
+    """A batch, or the samples of one of its elements, as a list."""
+    if isinstance(entries, str) or not isinstance(entries, Iterable):
+        kind = type(entries).__name__
+        raise TypeError(f"compile_plan: batch must hold Geometry, Program or Ranges objects, got {kind}")
+    return list(entries)
+
+
+def _entry(entry: Sample | Sequence[Sample]) -> tuple[Sample, ...]:
+    """The samples of one batch element."""
+    samples = (entry,) if isinstance(entry, Sample) else tuple(_sequence(entry))
+    for s in samples:
+        if not isinstance(s, Sample):
+            kind = type(s).__name__
+            raise TypeError(f"compile_plan: batch must hold Geometry, Program or Ranges objects, got {kind}")
+    return samples
 
 
 @lru_cache(maxsize=64)
-def _compile(packed: tuple, lengths: tuple[int, int], tile: TileShape | None, device: torch.device) -> Plan:
+def _compile(packed: tuple, lengths: tuple[int, int], tiles: tuple[TileShape, TileShape], device: torch.device) -> Plan:
     if device.type != "cpu":
-        return _compile(packed, lengths, tile, torch.device("cpu")).to(device)
+        return _compile(packed, lengths, tiles, torch.device("cpu")).to(device)
     placement = _place(packed, lengths)
     queries, keys = side_rows(placement.samples)
     lo, hi = queries.bounds
     times = np.bincount(placement.which).repeat(queries.of_sample)  # that each row occurs in the batch
     visible = int((times * queries.count * (hi - lo).sum(0)).sum())
-    tile = tile or tile_shape(visible >= LONG_WINDOW * len(packed) * lengths[0])
+    tile = tiles[visible >= LONG_WINDOW * len(packed) * lengths[0]]
     shapes = tile, TileShape(tile.key_rows or tile.rows, tile.step)
     query_tiles = _cut(queries, shapes[0].rows)
     # rows are alike but for their bounds

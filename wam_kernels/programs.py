@@ -12,12 +12,16 @@ a program costs runs x runs and a plan what its ranges cost. Each function below
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property, lru_cache
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from difflib import get_close_matches
+from functools import cached_property, lru_cache, wraps
+from inspect import signature
+from types import MappingProxyType
 
 import numpy as np
 
+from ._checks import MAX_INT, int_pairs, integer
 from .ranges import Ranges
 
 
@@ -56,6 +60,8 @@ class Program:
         segments: Names of the segments that ``Runs.segment`` counts.
         queries, keys: The tokens; the same object where every token is both.
         visible: May query ``q`` see key ``k``? Broadcasts over the attributes of runs or of tokens; returns bool.
+        sizes: Arguments of the function of ``NAMED_PROGRAMS`` that made it, which is how it is pickled; None for a
+            program of your own.
     """
 
     name: str
@@ -63,6 +69,7 @@ class Program:
     queries: Runs
     keys: Runs
     visible: Rule
+    sizes: Mapping[str, object] | None = None
 
     @property
     def length(self) -> int:
@@ -89,6 +96,11 @@ class Program:
         q, k = (np.concatenate([[0], runs.count.cumsum()]) for runs in (self.queries, self.keys))
         q_ranges, k_ranges = np.stack([q[row], q[row + 1]], 1), np.stack([k[begin], k[end]], 1)
         return Ranges(q_ranges, k_ranges, self.length, self.key_length)
+
+    def __reduce__(self) -> tuple:
+        if self.sizes is not None:
+            return _made_again, (self.name, dict(self.sizes))
+        return Program, (self.name, self.segments, self.queries, self.keys, self.visible)
 
     def __repr__(self) -> str:
         return f"Program({self.name}, length={self.length}, key_length={self.key_length})"
@@ -117,8 +129,47 @@ def _all(q: Runs, k: Runs) -> np.ndarray:
 
 def _require(name: str, least: int = 0, **values: int) -> None:
     for argument, value in values.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < least:
-            raise ValueError(f"{name}: {argument} must be an int of at least {least}, got {value!r}")
+        integer(name, argument, value, least)
+
+
+class _Programs(dict):
+    """The named programs; a name that is not there is answered with those that are."""
+
+    def __missing__(self, name: object) -> Callable[..., Program]:
+        near = get_close_matches(str(name), self, 1, 0.5)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        raise KeyError(f"NAMED_PROGRAMS: name must be one of {tuple(self)}, got {name!r}{hint}")
+
+
+NAMED_PROGRAMS: dict[str, Callable[..., Program]] = _Programs()
+
+
+def _named(rule: Callable[..., Program]) -> Callable[..., Program]:
+    """Puts a rule into ``NAMED_PROGRAMS``. The same sizes give the same object."""
+    name, types = rule.__name__, {p.name: p.annotation for p in signature(rule).parameters.values()}
+
+    @lru_cache
+    def make(*sizes: tuple[str, object]) -> Program:
+        return replace(rule(**dict(sizes)), sizes=MappingProxyType(dict(sizes)))
+
+    @wraps(rule)
+    def program(**sizes) -> Program:
+        # before the cache, to which 2.0 and True are 2 and 1
+        for size, value in sizes.items():
+            if types.get(size) == "int":
+                value = integer(name, size, value, -MAX_INT, most=None)
+                # beyond all tokens a window makes no difference
+                sizes[size] = min(value, MAX_INT) if size == "window" else value
+            elif types.get(size, "").startswith("tuple"):
+                sizes[size] = tuple(map(tuple, int_pairs(name, size, value).tolist()))
+        return make(*sorted(sizes.items()))
+
+    NAMED_PROGRAMS[name] = program
+    return program
+
+
+def _made_again(name: str, sizes: dict[str, object]) -> Program:
+    return NAMED_PROGRAMS[name](**sizes)
 
 
 # --- Fast-WAM: [video | action] ---------------------------------------------------------------------------------------
@@ -148,7 +199,7 @@ def _fast_wam(name: str, video_frames: int, video_tokens: int, actions: int, vid
     return _square(name, ("video", "action"), parts, visible)
 
 
-@lru_cache
+@_named
 def fast_wam_uncond(
     *, video_frames: int, video_tokens: int, actions: int, video_mode: str = "first_frame_causal"
 ) -> Program:
@@ -156,7 +207,7 @@ def fast_wam_uncond(
     return _fast_wam("fast_wam_uncond", video_frames, video_tokens, actions, video_mode, lambda q, k: k.frame == 0)
 
 
-@lru_cache
+@_named
 def fast_wam_joint(
     *, video_frames: int, video_tokens: int, actions: int, video_mode: str = "first_frame_causal"
 ) -> Program:
@@ -164,7 +215,7 @@ def fast_wam_joint(
     return _fast_wam("fast_wam_joint", video_frames, video_tokens, actions, video_mode, _all)
 
 
-@lru_cache
+@_named
 def fast_wam_idm(
     *, video_frames: int, video_tokens: int, actions: int, video_mode: str = "first_frame_causal"
 ) -> Program:
@@ -187,7 +238,7 @@ def fast_wam_idm(
 LINGBOT_SEGMENTS = ("noisy video", "clean video", "noisy action", "clean action", "padding")
 
 
-@lru_cache
+@_named
 def lingbot_va_train(
     *,
     samples: int,
@@ -227,7 +278,7 @@ def lingbot_va_train(
     return _square(name, LINGBOT_SEGMENTS, [*parts, _segment(4, 1, padding, sample=-1)], visible)
 
 
-@lru_cache
+@_named
 def lingbot_va_text(*, samples: int, video: int, actions: int, text_tokens: int = 512, padding: int = 0) -> Program:
     """Cross-attention of :func:`lingbot_va_train`: the tokens of a sample see that sample's text, padding nothing.
 
@@ -246,7 +297,7 @@ def lingbot_va_text(*, samples: int, video: int, actions: int, text_tokens: int 
 # --- DreamZero: [clean video | noisy video | action | state] ---------------------------------------------------------
 
 
-@lru_cache
+@_named
 def dreamzero_train(
     *,
     video_frames: int,
@@ -289,7 +340,7 @@ def dreamzero_train(
     return _square(name, ("clean video", "noisy video", "action", "state"), parts, visible)
 
 
-@lru_cache
+@_named
 def dreamzero_cached(*, cached: int, video: int, actions: int, states: int) -> Program:
     """Inference: [video | action | state] queries all see [cache | video | action | state], the state too."""
     name = "dreamzero_cached"
@@ -302,14 +353,14 @@ def dreamzero_cached(*, cached: int, video: int, actions: int, states: int) -> P
 # --- Dense ones, and the prefix that is blind to what follows --------------------------------------------------------
 
 
-@lru_cache
+@_named
 def cosmos_policy(*, frames: int, tokens: int) -> Program:
     """Dense over all latent frames; actions and states are frames, and conditioning replaces frames."""
     _require("cosmos_policy", frames=frames, tokens=tokens)
     return _square("cosmos_policy", ("frames",), [_segment(0, frames, tokens)], _all)
 
 
-@lru_cache
+@_named
 def prefix_suffix(*, prefix: int, actions: int, states: int = 0, padding: tuple[tuple[int, int], ...] = ()) -> Program:
     """pi-0 and pi-0.5: the prefix sees itself; state tokens (pi-0) see prefix and state; actions see everything.
 
@@ -335,18 +386,9 @@ def prefix_suffix(*, prefix: int, actions: int, states: int = 0, padding: tuple[
     return _square(name, ("prefix", "state", "action", "padding"), parts, visible)
 
 
-@lru_cache
+@_named
 def tri_tower(*, video: int, actions: int, understanding: int) -> Program:
     """Motus: three experts share one attention, [video | state, actions and registers | understanding], all see all."""
     _require("tri_tower", video=video, actions=actions, understanding=understanding)
     parts = [_segment(index, 1, n) for index, n in enumerate((video, actions, understanding))]
     return _square("tri_tower", ("video", "action", "understanding"), parts, _all)
-
-
-NAMED_PROGRAMS: dict[str, Callable[..., Program]] = {
-    f.__name__: f
-    for f in (
-        fast_wam_uncond, fast_wam_joint, fast_wam_idm, lingbot_va_train, lingbot_va_text, dreamzero_train,
-        dreamzero_cached, cosmos_policy, prefix_suffix, tri_tower,
-    )
-}  # fmt: skip

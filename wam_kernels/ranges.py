@@ -12,6 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ._checks import int_pairs, integer
+
 # Key columns of one side: a row tests a token against every column's range, and Triton unrolls that test.
 MAX_COLUMNS = 32
 
@@ -32,13 +34,15 @@ class Ranges:
     Equal contents are equal and hash alike, so plans are cached by them.
 
     Args:
-        q_ranges: int ``[R, 2]``, begin and end of query tokens; pairs may repeat and overlap, a key still counts once.
+        q_ranges: int ``[R, 2]``, begin and end of query tokens: pairs, a NumPy array or a CPU tensor. Pairs may repeat
+            and overlap, a key still counts once.
         k_ranges: int ``[R, 2]``, begin and end of key tokens.
         length: Query tokens.
         key_length: Key tokens; default ``length``. Another number makes a rectangular plan: queries over a cache.
 
     Raises:
-        ValueError: a shape, a range that leaves the tokens or runs backwards, or lengths below 0.
+        ValueError: a shape, numbers that are no integers, a range that leaves the tokens or runs backwards, or lengths
+            below 0.
 
     Source: the (q_ranges, k_ranges) lists of MagiAttention's flexible flash attention.
     """
@@ -52,16 +56,9 @@ class Ranges:
         if self.key_length is None:
             object.__setattr__(self, "key_length", self.length)
         for name in ("length", "key_length"):
-            value = getattr(self, name)
-            if not isinstance(value, int | np.integer) or value < 0:
-                raise ValueError(f"Ranges: {name} must be an int of at least 0, got {value!r}")
-            object.__setattr__(self, name, int(value))
+            object.__setattr__(self, name, integer("Ranges", name, getattr(self, name)))
         for name, tokens in (("q_ranges", self.length), ("k_ranges", self.key_length)):
-            array = np.array(getattr(self, name), dtype=np.int64)  # a copy: nobody else may change it
-            if array.size == 0:
-                array = array.reshape(0, 2)
-            if array.ndim != 2 or array.shape[1] != 2:
-                raise ValueError(f"Ranges: {name} must have shape [R, 2], got {list(array.shape)}")
+            array = int_pairs("Ranges", name, getattr(self, name))  # a copy: nobody else may change it
             bad = np.flatnonzero((array[:, 0] < 0) | (array[:, 1] < array[:, 0]) | (array[:, 1] > tokens))
             if bad.size:
                 i, got = int(bad[0]), array[bad[0]].tolist()
@@ -82,10 +79,9 @@ class Ranges:
         Raises:
             ValueError: not a 2-D boolean array.
         """
-        if mask.ndim != 2 or mask.dtype != bool:
-            raise ValueError(
-                f"Ranges.from_mask: mask must be bool [queries, keys], got {mask.dtype} {list(mask.shape)}"
-            )
+        if not isinstance(mask, np.ndarray) or mask.ndim != 2 or mask.dtype != bool:
+            got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, np.ndarray) else type(mask).__name__
+            raise ValueError(f"Ranges.from_mask: mask must be a NumPy array, bool [queries, keys], got {got}")
         # equal rows that follow each other are one range of queries
         edges = np.flatnonzero((mask[1:] != mask[:-1]).any(1)) + 1
         edges = np.concatenate([[0], edges, [len(mask)]]) if len(mask) else np.zeros(1, np.int64)
@@ -102,6 +98,9 @@ class Ranges:
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Ranges) and self._content == other._content
+
+    def __reduce__(self) -> tuple:
+        return Ranges, (self.q_ranges, self.k_ranges, self.length, self.key_length)
 
     def __repr__(self) -> str:
         return f"Ranges({len(self.q_ranges)} pairs, length={self.length}, key_length={self.key_length})"

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._checks import integer, integers
+from ._host import device_of, eager, host_side, plain
 from .visibility import ACTION, CLEAN, NOISY, SEGMENTS, VIDEO, Geometry, tokens, visible
 
 # Both rings may wrap around and the chunk adds its clean and its noisy copies of both streams; two of these touch.
@@ -78,9 +80,11 @@ class StreamingCache:
         length: N slots.
 
     Raises:
-        ValueError: a size below 1, or rings that do not hold one chunk.
+        ValueError: a size that is no integer or below 1, rings that do not hold one chunk, or more slots than int32
+            counts.
     """
 
+    @eager
     def __init__(
         self,
         *,
@@ -95,11 +99,14 @@ class StreamingCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
-        for name, value in list(locals().items()):
-            if name not in ("self", "dtype", "device") and value < 1:
-                raise ValueError(f"StreamingCache: {name} must be at least 1, got {value}")
+        op = "StreamingCache"
+        sizes = {"layers": layers, "batch": batch, "heads": heads, "head_dim": head_dim, "video_tokens": video_tokens}
+        sizes |= {"action_tokens": action_tokens, "chunk_size": chunk_size, "frames": frames}
+        layers, batch, heads, head_dim, video_tokens, action_tokens, chunk_size, frames = (
+            integer(op, name, value, 1) for name, value in sizes.items()
+        )
         if frames < chunk_size:
-            raise ValueError(f"StreamingCache: frames must be at least chunk_size={chunk_size}, got {frames}")
+            raise ValueError(f"{op}: frames must be at least chunk_size={chunk_size}, got {frames}")
         self.batch, self.chunk_size, self.frames = batch, chunk_size, frames
         self.per_frame = {VIDEO: video_tokens, ACTION: action_tokens}
         self._ring = {VIDEO: 0, ACTION: frames * video_tokens}
@@ -108,8 +115,16 @@ class StreamingCache:
             (stream, noise): rings + (chunk if noise == NOISY else 0) + (chunk_size * video_tokens) * (stream == ACTION)
             for stream, noise in SEGMENTS
         }
-        self.length = rings + 2 * chunk
-        self.buffer = torch.empty(layers, 2, batch, self.length, heads, head_dim, dtype=dtype, device=device)
+        # ranges are int32
+        self.length = integer(op, "its slots (of frames and chunk_size)", rings + 2 * chunk)
+        shape = layers, 2, batch, self.length, heads, head_dim
+        # written to as long as it lives, in whatever mode: an inference tensor could not be
+        with torch.inference_mode(False):
+            self.buffer = torch.empty(shape, dtype=dtype, device=device_of(op, device))
+
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        self.buffer = plain(self.buffer)
 
     def keys(self, layer: int) -> Tensor:
         """``[B, N, H, D]`` of a layer, a view."""
@@ -136,6 +151,7 @@ class StreamingCache:
         parts = [(place, min(place + count, self.frames)), (0, place + count - self.frames)]
         return [(ring + a * per, ring + b * per) for a, b in parts if a < b]
 
+    @host_side
     def ranges(
         self, geometries: Sequence[Geometry], starts: Sequence[int], seen: Sequence[int], counts: Sequence[int],
         streams: Sequence[int], noise: int,
@@ -154,6 +170,10 @@ class StreamingCache:
         Returns:
             int32 ``[B, len(streams), MAX_RANGES, 2]`` on the CPU.
         """
+        starts, seen, counts = (
+            integers("StreamingCache.ranges", name, values)
+            for name, values in (("starts", starts), ("seen", seen), ("counts", counts))
+        )
         table = np.zeros((self.batch, len(streams), MAX_RANGES, 2), np.int32)
         for b, (geometry, start, before, count) in enumerate(zip(geometries, starts, seen, counts, strict=True)):
             for g, spans in enumerate(key_spans(geometry, before, tuple(streams), noise) if count else ()):
@@ -169,11 +189,15 @@ class StreamingCache:
                 table[b, g, : len(found)] = np.reshape(found, (-1, 2))
         return torch.from_numpy(table)
 
+    @eager
     def keep(self, streams: Sequence[int], firsts: Sequence[int], counts: Sequence[int]) -> None:
         """Copy the clean chunk's first ``counts[b]`` frames to the places of the frames ``firsts[b]`` and following.
 
         Fewer rollouts than the batch: it is so many copies of them, as in classifier-free guidance.
         """
+        firsts, counts = (
+            integers("StreamingCache.keep", name, values) for name, values in (("firsts", firsts), ("counts", counts))
+        )
         rollouts = len(firsts)
         assert self.batch % rollouts == 0
         groups: dict[tuple[int, int], list[int]] = {}

@@ -15,6 +15,8 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
+from ._checks import MAX_INT, integer
+
 PROGRAMS = (
     "video_then_action",
     "action_then_video",
@@ -44,7 +46,7 @@ class Geometry:
         video_tokens: Tokens of one video frame.
         action_frames: Frames of each action segment (a prefix has no actions); may differ from ``video_frames``.
         action_tokens: Action slots of one frame.
-        chunk_size: Frames of one chunk.
+        chunk_size: Frames of one chunk. From 2^31 - 1 on there is no limit, as for the window.
         window: Largest distance of two order blocks that see each other; two order blocks make a chunk.
         history: Which earlier clean tokens a query sees, one of ``HISTORIES``.
         chunk_origin: First frame of chunk 0. 1 makes frame 0 chunk -1: the observed start-up frame.
@@ -84,21 +86,23 @@ class Geometry:
                 raise ValueError(f"Geometry: {name} must be one of {choices}, got {getattr(self, name)!r}")
         least = {"video_frames": 0, "video_tokens": 1, "action_frames": 0, "action_tokens": 1, "chunk_size": 1}
         least |= {"window": 1, "prefix_frames": 0, "startup_action_frames": 0}
-        for field in fields(self):
-            value, low = getattr(self, field.name), least.get(field.name)
-            is_int = isinstance(value, int) and not isinstance(value, bool)
-            if field.type == "int" and not is_int:
-                raise ValueError(f"Geometry: {field.name} must be an int, got {value!r}")
-            if low is not None and value < low:
-                raise ValueError(f"Geometry: {field.name} must be at least {low}, got {value}")
-        if self.singleton_frame is not None and not isinstance(self.singleton_frame, int):
-            raise ValueError(f"Geometry: singleton_frame must be an int or None, got {self.singleton_frame!r}")
+        least |= {"chunk_origin": -MAX_INT, "singleton_frame": -MAX_INT}
+        for name, low in least.items():
+            value = getattr(self, name)
+            if name == "singleton_frame" and value is None:
+                continue
+            if name in ("chunk_size", "window"):
+                # beyond all tokens the number makes no difference, so sums of it need not fit either
+                value = min(integer("Geometry", name, value, low, most=None), MAX_INT)
+            object.__setattr__(self, name, integer("Geometry", name, value, low))
         for name, most in (
             ("prefix_frames", self.video_frames),
             ("startup_action_frames", self.action_frames),
         ):
             if getattr(self, name) > most:
                 raise ValueError(f"Geometry: {name} must be at most {most}, got {getattr(self, name)}")
+        if self.length > MAX_INT:
+            raise ValueError(f"Geometry: a sample must have at most {MAX_INT} tokens, got {self.length}")
 
     @property
     def segment_lengths(self) -> tuple[int, int, int, int]:

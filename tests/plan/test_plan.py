@@ -157,7 +157,7 @@ NO_TOKENS = small(video_frames=0, action_frames=0, startup_action_frames=0)
     [
         (lambda: compile_plan([]), ValueError, "batch must hold at least one geometry"),
         (lambda: compile_plan(small(), length=10), ValueError, "length must be at least 84"),
-        (lambda: compile_plan(NO_TOKENS), ValueError, "one token"),
+        (lambda: compile_plan(NO_TOKENS), ValueError, "at least one query and one key"),
         (lambda: compile_plan(["joint"]), TypeError, "batch must hold Geometry, Program or Ranges objects, got str"),
     ],
 )

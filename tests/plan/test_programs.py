@@ -242,7 +242,7 @@ def test_efficiency_at_typical_sizes(name, sizes, least):
             dict(prefix=4, actions=1, padding=((2, 5),)),
             "padding must hold ranges in order inside prefix=4",
         ),
-        ("cosmos_policy", dict(frames=2.5, tokens=2), "frames must be an int of at least 0, got 2.5"),
+        ("cosmos_policy", dict(frames=2.5, tokens=2), "cosmos_policy: frames must be an int, got 2.5"),
     ],
 )
 def test_refusals(name, sizes, message):

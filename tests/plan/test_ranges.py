@@ -109,14 +109,17 @@ def test_content_cannot_change_under_a_cached_plan():
 @pytest.mark.parametrize(
     "call, message",
     [
-        (lambda: Ranges([(0, 2)], [(0, 2)], -1), "length must be an int of at least 0, got -1"),
-        (lambda: Ranges([(0, 2)], [(0, 2)], 2.5), "length must be an int of at least 0, got 2.5"),
+        (lambda: Ranges([(0, 2)], [(0, 2)], -1), "length must be at least 0, got -1"),
+        (lambda: Ranges([(0, 2)], [(0, 2)], 2.5), "length must be an int, got 2.5"),
         (lambda: Ranges([0, 2], [(0, 2)], 4), r"q_ranges must have shape \[R, 2\], got \[2\]"),
         (lambda: Ranges([(0, 2)], [(0, 5)], 4), r"k_ranges\[0\] must be .* <= 4, got \[0, 5\]"),
         (lambda: Ranges([(0, 2), (3, 2)], [(0, 2)], 4), r"q_ranges\[1\] must be .* got \[3, 2\]"),
         (lambda: Ranges([(0, 2)], [(0, 2), (0, 1)], 4), "k_ranges must have R=1 rows like q_ranges, got 2"),
-        (lambda: Ranges.from_mask(np.ones((2, 2))), r"mask must be bool \[queries, keys\], got float64 \[2, 2\]"),
-        (lambda: compile_plan(Ranges([], [], 4, 0)), "at least one token"),
+        (
+            lambda: Ranges.from_mask(np.ones((2, 2))),
+            r"mask must be a NumPy array, bool \[queries, keys\], got float64 \[2, 2\]",
+        ),
+        (lambda: compile_plan(Ranges([], [], 4, 0)), "at least one query and one key, got 4 queries and 0 keys"),
         (lambda: compile_plan(Ranges([], [], 4, 9), key_length=8), "key_length must be at least 9"),
         (
             lambda: Ranges([(0, 1)] * 99, [(2 * i, 2 * i + 1) for i in range(99)], 1, 200).rows,

@@ -35,7 +35,7 @@ GOOD = dict(program="joint", video_frames=4, video_tokens=2, action_frames=4, ac
         ({"window": 2.5}, "window must be an int, got 2.5"),
         ({"prefix_frames": 5}, "prefix_frames must be at most 4, got 5"),
         ({"startup_action_frames": 5}, "startup_action_frames must be at most 4, got 5"),
-        ({"singleton_frame": "0"}, "singleton_frame must be an int or None, got '0'"),
+        ({"singleton_frame": "0"}, "singleton_frame must be an int, got '0'"),
         ({"conditional_history": "all"}, r"conditional_history must be one of"),
     ],
 )

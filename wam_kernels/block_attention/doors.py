@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import bind_dims
+from .._checks import bind_dims, integer
+from .._host import device_of, eager
 from ..plan import Plan, Sample, compile_plan
 from ..ranges import Ranges
 from .op import block_attention
@@ -55,18 +57,22 @@ def varlen_attention(
     Source: ``flash_attn_varlen_func`` of FlashAttention, with the range lists of MagiAttention's flexible attention.
     """
     dims = bind_dims("varlen_attention", q=(q, "total_q H D"), k=(k, "total_k Hkv D"), v=(v, "total_k Hkv D"))
-    for name, ranges in (("q_ranges", q_ranges), ("k_ranges", k_ranges)):
-        if isinstance(ranges, Tensor) and ranges.device.type != "cpu":
-            raise ValueError(
-                f"varlen_attention: {name} must be on the host, got {ranges.device}; reading them back would stop for "
-                "the device, so keep the numbers that they were made from"
-            )
-    ranges = Ranges(np.asarray(q_ranges), np.asarray(k_ranges), dims["total_q"], dims["total_k"])
-    plan = compile_plan(ranges, device=q.device)
+    queries, keys = dims["total_q"], dims["total_k"]
+    plan = _plan_of(q_ranges, k_ranges, queries, keys, q.device)
+    # a plan has tokens: where there are none, one that nothing attends to
+    q, k, v = (t if t.shape[0] else F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (q, k, v))
     out, lse = block_attention(q[None], k[None], v[None], plan, scale=softmax_scale, impl=impl, return_lse=True)
-    return (out[0], lse[0]) if return_lse else out[0]
+    out, lse = out[0, :queries], lse[0, :, :queries]
+    return (out, lse) if return_lse else out
 
 
+@eager
+def _plan_of(q_ranges: _Pairs, k_ranges: _Pairs, queries: int, keys: int, device: torch.device) -> Plan:
+    ranges = Ranges(q_ranges, k_ranges, queries, keys)
+    return compile_plan(ranges, length=max(queries, 1), key_length=max(keys, 1), device=device)
+
+
+@eager
 def plan_from_mask_mod(
     mask_mod: MaskMod,
     geometry: Sample | Sequence | int | tuple[int, int],
@@ -98,8 +104,11 @@ def plan_from_mask_mod(
     Source: ``create_block_mask`` of ``torch.nn.attention.flex_attention``.
     """
     name = "plan_from_mask_mod"
-    lengths = (geometry, geometry) if isinstance(geometry, int) else geometry
-    by_length = isinstance(lengths, tuple) and len(lengths) == 2 and all(isinstance(n, int) for n in lengths)
+    device, batch, heads = device_of(name, device), integer(name, "batch", batch, 1), integer(name, "heads", heads, 1)
+    lengths = geometry if isinstance(geometry, tuple | list) else (geometry, geometry)
+    by_length = len(lengths) == 2 and all(isinstance(n, int | float | np.number) for n in lengths)
+    if by_length:
+        lengths = tuple(integer(name, "geometry", n, 1) for n in lengths)
     known = None if by_length else compile_plan(geometry, device=device)
     if known is not None:
         lengths = (known.length, known.key_length)
@@ -111,7 +120,7 @@ def plan_from_mask_mod(
             f"{max(lengths)}; raise max_length if the time is no matter"
         )
     pieces: list[list[Ranges]] = []
-    for first, mask in _evaluate(mask_mod, lengths, batch, heads, torch.device(device)):
+    for first, mask in _evaluate(mask_mod, lengths, batch, heads, device):
         if known is not None:
             _same(name, mask, _rows_of(known, first, first + mask.shape[1]), first)
         else:

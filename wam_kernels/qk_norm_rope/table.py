@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._checks import integer, integers
+
 _OP = "rope_table"
 
 
@@ -51,9 +53,12 @@ def rope_table(
 
     Raises:
         ValueError: a shape, dtype, head_dim, theta or split outside the above.
+        TypeError: ``positions`` is not a tensor.
 
     Source: Su et al., "RoFormer", 2021; three axes as in Wan (``diffusers.WanRotaryPosEmbed``).
     """
+    if not isinstance(positions, Tensor):
+        raise TypeError(f"{_OP}: positions must be a tensor [..., S, 3], got {type(positions).__name__}")
     if positions.ndim < 2 or positions.shape[-1] != 3:
         raise ValueError(
             f"{_OP}: positions must have shape [..., S, 3] (frame, row, column), got {list(positions.shape)}"
@@ -65,14 +70,22 @@ def rope_table(
         )
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"{_OP}: dtype must be torch.float32 or torch.float64, got {dtype}")
+    head_dim = integer(_OP, "head_dim", head_dim)
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"{_OP}: head_dim must be even and at least 2, got {head_dim}")
     if not theta > 0:
         raise ValueError(f"{_OP}: theta must be positive, got {theta}")
-    split = default_split(head_dim) if split is None else tuple(split)
-    if len(split) != 3 or any(d < 0 or d % 2 for d in split) or sum(split) != head_dim:
+    split = default_split(head_dim) if split is None else integers(_OP, "split", split)
+    if len(split) != 3 or any(d % 2 for d in split) or sum(split) != head_dim:
         raise ValueError(f"{_OP}: split must be three even sizes that sum to head_dim={head_dim}, got {split}")
     positions = positions.detach().double()
+    if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
+        return _table(positions, split, theta, dtype)
+    with torch.inference_mode(False):  # a training step may use it later on
+        return _table(positions, split, theta, dtype)
+
+
+def _table(positions: Tensor, split: Sequence[int], theta: float, dtype: torch.dtype) -> Tensor:
     angles = []
     for axis, d in enumerate(split):
         power = torch.arange(0, d, 2, dtype=torch.float64, device=positions.device) / max(d, 1)
