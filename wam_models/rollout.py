@@ -129,6 +129,11 @@ def stages(program: str, objective: Objective, want: str) -> tuple[Stage, ...]:
     return (Stage(both, both),)
 
 
+def _lasting(method: Callable) -> Callable:
+    """Without gradients, and outside of inference mode, whose tensors no later call in another mode could write to."""
+    return torch.inference_mode(False)(torch.no_grad()(method))
+
+
 class RolloutEngine:
     """Starts episodes of a model.
 
@@ -142,7 +147,7 @@ class RolloutEngine:
             raise TypeError(f"RolloutEngine: config must be a RolloutConfig, got {type(config).__name__}")
         self.model, self.config = model, config
 
-    @torch.no_grad()
+    @_lasting
     def start(self, observation: Tensor, text: Tensor, *, objective: str = "joint") -> Episode:
         """A batch of episodes after one observed frame each.
 
@@ -238,7 +243,7 @@ class Episode:
 
     # ---- requests ----
 
-    @torch.no_grad()
+    @_lasting
     def propose(
         self,
         *,
@@ -291,7 +296,7 @@ class Episode:
         chunk = (self._chunk[s].clone() if s in done else None for s in (VIDEO, ACTION))
         return Candidate(*chunk, source=(self, self._version))
 
-    @torch.no_grad()
+    @_lasting
     def accept(self, candidate: Candidate) -> None:
         """The predicted chunk becomes history, until an observation replaces it.
 
@@ -311,7 +316,7 @@ class Episode:
         frames = {VIDEO: candidate.video, ACTION: candidate.action}
         self._append(frames, [self.chunk_size] * self._batch)
 
-    @torch.no_grad()
+    @_lasting
     def observe(
         self,
         video: Tensor,
@@ -362,7 +367,7 @@ class Episode:
                 )
         self._replace({VIDEO: video, ACTION: action}, counts)
 
-    @torch.no_grad()
+    @_lasting
     def restart(self, rollouts: Sequence[int], observation: Tensor, text: Tensor) -> None:
         """Begin anew with some rollouts of the batch; the others go on.
 
