@@ -19,6 +19,7 @@ from tqdm import tqdm
 from wam_kernels import PROGRAMS
 
 from .data import psnr
+from .data.latents import pictures_of
 from .objectives import GJD, OBJECTIVES
 from .policy import Policy
 from .rollout import CONDITIONAL_CHUNK, RolloutEngine
@@ -188,7 +189,7 @@ def evaluate(
     action = torch.cat([c["action"][:, :end] for c in clips])
     text = policy.text([c["text"] for c in clips])
     pictures = np.stack([c["frames"][:end] for c in clips])
-    seen = np.stack([policy.codec.decode(v) for v in video])
+    seen = np.stack([pictures_of(policy.codec, v) for v in video])
     ceiling = mean_psnr(pictures[:, begin:], seen[:, begin:])
 
     rows = []
@@ -218,7 +219,9 @@ def evaluate(
             errors["mean_action_rmse"] = rmse(torch.zeros_like(real), real, policy.varying)
         if goal.video:
             guess = torch.cat([c.video.cpu() for c in done], 2).unflatten(0, (-1, samples)).mean(1)
-            imagined = np.stack([policy.codec.decode(v) for v in guess])
+            # behind the frames before them, which a codec that compresses time looks back to
+            whole = torch.cat([video[:, :, :begin], guess], 2)
+            imagined = np.stack([pictures_of(policy.codec, v)[begin:] for v in whole])
             errors["psnr"] = mean_psnr(imagined, pictures[:, begin:])
             errors["repeat_frame_psnr"] = mean_psnr(seen[:, before], pictures[:, begin:])
             errors["repeat_picture_psnr"] = mean_psnr(pictures[:, before], pictures[:, begin:])
@@ -282,4 +285,4 @@ def imagine(
         objective=objective, generator=rng, end=end, closed_loop=False,
     )  # fmt: skip
     frames = [clip["video"][:, :, :1], *(c.video.cpu() for c in done)]
-    return policy.codec.decode(torch.cat(frames, 2)[0])
+    return pictures_of(policy.codec, torch.cat(frames, 2)[0])

@@ -13,6 +13,7 @@ from ._checks import check_field, whole
 from ._json import from_fields
 from .checkpoint import CONFIG, EXTRA, Checkpoint, load_checkpoint, save_checkpoint
 from .data import ClipDataset, LeRobotDataset, PatchPCA
+from .data.latents import CODECS, WanVAECodec, codec_kind
 from .data.clips import LEAST_STD, action_slots, episode_frames
 from .model import WorldActionModel
 from .rollout import RolloutConfig
@@ -73,7 +74,7 @@ class Policy:
 
     model: WorldActionModel
     text: WordEmbedding
-    codec: PatchPCA
+    codec: PatchPCA | WanVAECodec
     action_mean: Tensor
     action_std: Tensor
     varying: Tensor
@@ -110,10 +111,15 @@ class Policy:
         return cls(model.eval(), text.eval(), data.codec, *units, rollout, camera)
 
     def save(self, folder: str | Path, *, training: Mapping | None = None, training_state: dict | None = None) -> None:
-        """Write a checkpoint folder; ``training`` (anything for JSON) and ``training_state`` serve a resume."""
+        """Write a checkpoint folder; ``training`` (anything for JSON) and ``training_state`` serve a resume.
+
+        Raises:
+            ValueError: a codec that is none of ``wam_models.data.latents.CODECS``.
+        """
         extra = {_CODEC + k: v for k, v in self.codec.state_dict().items()}
         extra |= {"action_mean": self.action_mean, "action_std": self.action_std, "varying": self.varying}
-        metadata = {"rollout": asdict(self.rollout), "training": dict(training or {})}
+        codec = {"kind": codec_kind(self.codec), "config": self.codec.config}
+        metadata = {"rollout": asdict(self.rollout), "training": dict(training or {}), "codec": codec}
         if self.camera is not None:
             metadata["camera"] = asdict(self.camera)
         save_checkpoint(
@@ -143,16 +149,18 @@ class Policy:
         camera = found.metadata.get("camera")
         if camera is not None:
             camera = from_fields(Camera, camera, f"{config}: metadata.camera")
+        kind = found.metadata.get("codec", {"kind": "patch_pca", "config": {}})  # all that older checkpoints have
+        if not isinstance(kind, dict) or set(kind) != {"kind", "config"} or kind["kind"] not in list(CODECS):
+            raise ValueError(f"{config}: metadata.codec must have a config and a kind of {list(CODECS)}, got {kind!r}")
         units = {name: found.extra.get(name) for name in ("action_mean", "action_std", "varying")}
         missing = [name for name, value in units.items() if value is None]
         if missing:
             raise ValueError(f"{extra}: no checkpoint of wam train, {missing} are missing; train again")
         try:
-            codec = {k.removeprefix(_CODEC): v.cpu() for k, v in found.extra.items() if k.startswith(_CODEC)}
+            codec = {k.removeprefix(_CODEC): v for k, v in found.extra.items() if k.startswith(_CODEC)}
+            codec = CODECS[kind["kind"]].from_state_dict(codec, kind["config"])
             units = {name: value.cpu() for name, value in units.items()}
-            policy = cls(
-                found.model, found.text, PatchPCA.from_state_dict(codec), **units, rollout=rollout, camera=camera
-            )
+            policy = cls(found.model, found.text, codec, **units, rollout=rollout, camera=camera)
         except ValueError as error:
             raise ValueError(f"{extra}: {error}; train again") from error
         return policy, found

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from ._checks import writable_folder
 from .data.clips import STRIDE
+from .data.latents import pictures_of
 from .evaluate import mean_psnr, rmse, stream
 from .objectives import GJD, MODEL_PROGRAMS, OBJECTIVES
 from .pictures import film
@@ -93,7 +94,8 @@ def _recorded(args, policy: Policy, config: RolloutConfig, objective: str, name:
         predicted, recorded = (policy.denormalize_action(a[0]).numpy() for a in (guess, real))
         _write_actions(args, name, action=predicted, recorded=recorded, frame=frames)
     if goal.video:
-        imagined = policy.codec.decode(torch.cat([clip["video"][:, :, :1], *(c.video.cpu() for c in done)], 2)[0])
+        latents = torch.cat([clip["video"][:, :, :1], *(c.video.cpu() for c in done)], 2)
+        imagined = pictures_of(policy.codec, latents[0])
         real = clip["frames"][: len(imagined)]
         print(f"video          {mean_psnr(imagined[None, 1:], real[None, 1:]):.2f} dB PSNR")
         _film(args, name, real, imagined, dataset.fps)

@@ -27,6 +27,7 @@ from ._json import from_fields, read_json
 from .checkpoint import Checkpoint, load_weights
 from .config import LARGEST, ModelConfig
 from .data import ClipDataset, LeRobotDataset
+from .data.latents import codec_kind
 from .flow import SHIFTS, TimestepDraw
 from .model import WorldActionModel
 from .muon import Muon
@@ -283,11 +284,13 @@ def train(
         before clipping), ``seconds`` since the start of the call.
 
     Raises:
-        ValueError: data that does not fit the model, or a checkpoint without a training state.
+        ValueError: data that does not fit the model, a codec that cannot be saved to ``out``, or a checkpoint without a training state.
         FloatingPointError: a loss that is not finite.
     """
     device = torch.device(device)
     _check_fit(config, data)
+    if out is not None:
+        codec_kind(data.codec)  # refuses before the run what could not be saved after it
     torch.manual_seed(seed)  # of the initial weights
     generator = torch.Generator().manual_seed(seed)
     model = WorldActionModel(config.model)

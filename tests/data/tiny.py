@@ -35,6 +35,15 @@ def states(episode):
     return np.repeat(actions(episode)[:, :1], 8, axis=1) + np.arange(8, dtype=np.float32)
 
 
+def wan_vae(mean, std):
+    """diffusers' AutoencoderKLWan with random weights: 4 channels, 8 pixels a cell, 4 frames a latent frame."""
+    from diffusers import AutoencoderKLWan
+
+    return AutoencoderKLWan(
+        base_dim=4, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, latents_mean=mean, latents_std=std
+    )
+
+
 def write(root):
     """Writes the data set: two data files and one video file, as the format allows."""
     count = len(LENGTHS)

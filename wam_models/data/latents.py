@@ -5,17 +5,20 @@ A codec is an object with
     decode(latents)  the reverse, uint8 [T, H, W, 3]
     channels, spatial, temporal: C, pixels per latent cell, video frames per latent frame after the first
 with T = 1 + temporal * (T' - 1). PatchPCA has temporal 1, Wan's VAE 4; ClipDataset gives either of them what makes
-latent frame f stand for video frame 4 f.
+latent frame f stand for video frame 4 f. Those of CODECS are saved with a policy; they also have
+    config, state_dict()              what JSON takes, and tensors
+    from_state_dict(state, config)    the codec again
 """
 
 import importlib.util
+import json
 import math
 from pathlib import Path
 
 import numpy as np
 import torch
 
-__all__ = ["PatchPCA", "WanVAECodec", "psnr", "wan_vae_codec"]
+__all__ = ["CODECS", "PatchPCA", "WanVAECodec", "codec_kind", "pictures_of", "psnr", "wan_vae_codec"]
 
 PATCH = 16  # pixels of PatchPCA's cells, unless told otherwise
 
@@ -45,6 +48,7 @@ class PatchPCA:
     """
 
     temporal = 1
+    config = {}
 
     def __init__(self, mean, basis, scale):
         patch = math.isqrt(mean.numel() // 3)
@@ -60,7 +64,7 @@ class PatchPCA:
                 raise ValueError(
                     f"PatchPCA: {name} must be finite floats, got {x.dtype} {x.flatten().tolist()[:3]} ..."
                 )
-        self.mean, self.basis, self.scale = (x.to(torch.float32).contiguous() for x in (mean, basis, scale))
+        self.mean, self.basis, self.scale = (x.cpu().to(torch.float32).contiguous() for x in (mean, basis, scale))
         if not (self.scale > 0).all():
             raise ValueError(f"PatchPCA: scale must be positive, got {self.scale.min().item():g}")
         skew = (self.basis @ self.basis.T - torch.eye(len(basis))).abs().max().item()
@@ -130,10 +134,10 @@ class PatchPCA:
         return {"mean": self.mean, "basis": self.basis, "scale": self.scale}
 
     @classmethod
-    def from_state_dict(cls, state):
-        """The reverse of `state_dict`. Raises ValueError for missing or further keys, or shapes that do not fit."""
+    def from_state_dict(cls, state, config=None):
+        """The reverse of `state_dict`; `config` says nothing more. Raises ValueError for missing or further keys, or shapes that do not fit."""
         if set(state) != {"mean", "basis", "scale"}:
-            raise ValueError(f"PatchPCA.from_state_dict: keys are {sorted(state)}, expected basis, mean and scale")
+            raise ValueError(f"PatchPCA.from_state_dict: keys are {sorted(state)[:5]}, expected basis, mean and scale")
         return cls(**state)
 
 
@@ -145,6 +149,7 @@ class WanVAECodec:
     """
 
     def __init__(self, vae):
+        self.config = json.loads(vae.to_json_string())
         self.vae = vae.eval().requires_grad_(False)
         config = vae.config
         self.channels = config.z_dim
@@ -178,6 +183,50 @@ class WanVAECodec:
         pixels = (pixels.cpu().to(torch.float32).permute(1, 2, 3, 0) + 1) * 127.5
         return pixels.round().clamp(0, 255).to(torch.uint8).numpy()
 
+    def state_dict(self):
+        """The weights of the VAE, in its dtype, ready for safetensors."""
+        return self.vae.state_dict()
+
+    @classmethod
+    def from_state_dict(cls, state, config):
+        """The reverse of `state_dict` and `config`, where the tensors are.
+
+        Raises ValueError if diffusers is not installed, if it refuses the config, or for tensors that do not fit or are
+        not finite.
+        """
+        vae_class = _vae_class("WanVAECodec.from_state_dict", ValueError)
+        try:
+            vae = vae_class.from_config(config)
+        except Exception as error:  # whatever its constructor makes of wrong sizes
+            raise ValueError(f"WanVAECodec: diffusers refuses the config ({type(error).__name__}: {error})") from error
+        own = vae.state_dict()
+        wrong = sorted(set(own) ^ set(state)) or [k for k in own if own[k].shape != state[k].shape]
+        wrong = wrong or [k for k in own if not state[k].is_floating_point() or not state[k].isfinite().all()]
+        if wrong:
+            raise ValueError(
+                f"WanVAECodec: {len(wrong)} tensors are missing, unknown, of another shape or not finite floats, "
+                f"among them {wrong[:3]}"
+            )
+        vae.load_state_dict(state, assign=True)  # keeps dtype and device
+        return cls(vae)
+
+
+CODECS = {"patch_pca": PatchPCA, "wan_vae": WanVAECodec}
+
+
+def codec_kind(codec):
+    """The key of a codec's class in CODECS. Raises ValueError for another class."""
+    for kind, cls in CODECS.items():
+        if type(codec) is cls:
+            return kind
+    names = " or a ".join(cls.__name__ for cls in CODECS.values())
+    raise ValueError(f"codec must be a {names} to be saved with a policy, got a {type(codec).__name__}")
+
+
+def pictures_of(codec, latents):
+    """The picture of each latent frame, uint8 [T', H, W, 3], of latents [C, T', h, w] from an episode's first frame on."""
+    return codec.decode(latents)[:: codec.temporal]
+
 
 def wan_vae_codec(path, device="cpu", dtype=torch.float32):
     """Loads Wan's VAE from a local folder in diffusers' layout (config.json and the weights); nothing is downloaded.
@@ -190,12 +239,17 @@ def wan_vae_codec(path, device="cpu", dtype=torch.float32):
         raise FileNotFoundError(f"{path / 'config.json'}: not found; pass the vae/ folder of a local Wan checkpoint")
     if not any(path.glob("diffusion_pytorch_model*")):
         raise FileNotFoundError(f"{path}/diffusion_pytorch_model*: not found; the folder has a config but no weights")
+    vae_class = _vae_class("wan_vae_codec", ImportError)
+    vae = vae_class.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
+    return WanVAECodec(vae.to(device))
+
+
+def _vae_class(where, error):
     if importlib.util.find_spec("diffusers") is None:
-        raise ImportError("wan_vae_codec needs diffusers: pip install diffusers accelerate, or use PatchPCA")
+        raise error(f"{where} needs diffusers: pip install diffusers accelerate, or use PatchPCA")
     from diffusers import AutoencoderKLWan
 
-    vae = AutoencoderKLWan.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
-    return WanVAECodec(vae.to(device))
+    return AutoencoderKLWan
 
 
 def _check_frames(frames, patch, where):

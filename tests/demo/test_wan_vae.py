@@ -1,0 +1,111 @@
+"""A policy on the latents of Wan's VAE: trained, saved, loaded, evaluated and rolled out like any other."""
+
+import importlib.util
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests.data import tiny
+from wam_models import ClipDataset, LeRobotDataset, Policy, cli
+from wam_models.data import PatchPCA
+from wam_models.data.latents import WanVAECodec
+from wam_models.evaluate import evaluate, mean_psnr
+from wam_models.train import train
+
+if importlib.util.find_spec("diffusers") is None:
+    pytest.skip("needs diffusers", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def wan(root, config, tmp_path_factory):
+    """(clips, checkpoint folder) of one step."""
+    torch.manual_seed(0)
+    data = ClipDataset(root, WanVAECodec(tiny.wan_vae([0.1, -0.2, 0.3, 0.0], [1.5, 0.5, 2.0, 1.0])))
+    config = replace(config, model=replace(config.model, latent_channels=4, patch=(1, 2, 2)), steps=1)
+    out = tmp_path_factory.mktemp("wan")
+    train(config, data, out=out, progress=False)
+    return data, out / "checkpoint"
+
+
+def test_a_clip_is_what_training_had(wan, root):
+    data, folder = wan
+    policy, _ = Policy.load(folder)
+    assert isinstance(policy.codec, WanVAECodec)
+    for episode in range(4):
+        clip, whole = policy.clip(LeRobotDataset(root), episode), data.episode(episode)
+        assert torch.equal(clip["video"], whole["video"])
+        torch.testing.assert_close(clip["action"], whole["action"], atol=1e-6, rtol=0)
+        assert len(clip["frames"]) == data.length(episode) == clip["video"].shape[2]
+        np.testing.assert_array_equal(clip["frames"], LeRobotDataset(root).frames(episode, 4)[: data.length(episode)])
+
+
+def test_it_is_evaluated_and_rolled_out(wan, root, tmp_path, capsys):
+    _, folder = wan
+    policy, _ = Policy.load(folder)
+    clip = policy.clip(LeRobotDataset(root), 1)
+    (row,) = evaluate(policy, [clip], cases=[("joint", "joint")], timed=1, progress=False).rows
+    decoded = policy.codec.decode(clip["video"][0])[::4]
+    assert row.ceiling_psnr == mean_psnr(clip["frames"][None, 3:], decoded[None, 3:])
+    base = ["rollout", "--checkpoint", str(folder), "--data", str(root), "--out", str(tmp_path)]
+    assert cli.main([*base, "--chunks", "1"]) == 0
+    assert "dB PSNR" in capsys.readouterr().out
+    assert {p.suffix for p in tmp_path.iterdir()} == {".gif", ".npz"}
+
+
+class Own(PatchPCA):
+    """A codec that nothing knows how to save."""
+
+
+def test_a_codec_that_cannot_be_saved_is_refused_before_the_run(root, config, data, tmp_path):
+    own = ClipDataset(root, Own.from_state_dict(data.codec.state_dict()))
+    with pytest.raises(
+        ValueError, match="codec must be a PatchPCA or a WanVAECodec to be saved with a policy, got a Own"
+    ):
+        train(config, own, out=tmp_path / "out", progress=False, stop=pytest.fail)
+    assert not (tmp_path / "out").exists()
+    train(config, own, progress=False, stop=lambda: True)
+
+
+def _edit(folder, change):
+    settings = json.loads((folder / "config.json").read_text())
+    change(settings["metadata"])
+    (folder / "config.json").write_text(json.dumps(settings))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda m: m.update(codec="wan"), r"config.json: metadata.codec must have a config and a kind .*, got 'wan'"),
+        (lambda m: m["codec"].update(kind=["wan_vae"]), "config.json: metadata.codec must have a config and a kind"),
+        (lambda m: m["codec"].update(kind="patch_pca"), "extra.safetensors: PatchPCA.from_state_dict: keys are"),
+        (lambda m: m["codec"].update(config=None), "extra.safetensors: WanVAECodec: diffusers refuses the config"),
+        (lambda m: m["codec"]["config"].update(dim_mult="x"), "extra.safetensors: WanVAECodec: diffusers refuses the"),
+        (lambda m: m["codec"]["config"].update(z_dim=8), r"WanVAECodec: \d+ tensors are missing, .* of another shape"),
+    ],
+)
+def test_a_damaged_description_is_refused(wan, tmp_path, change, message):
+    folder = shutil.copytree(wan[1], tmp_path / "copy")
+    _edit(folder, change)
+    with pytest.raises(ValueError, match=message) as error:
+        Policy.load(folder)
+    assert len(str(error.value)) < 1000
+
+
+def test_what_is_missing_is_named(wan, tmp_path, monkeypatch):
+    folder = shutil.copytree(wan[1], tmp_path / "copy")
+    state = load_file(folder / "extra.safetensors")
+    key = next(k for k in state if k.startswith("codec.decoder"))
+    for broken in ({k: v for k, v in state.items() if k != key}, {**state, key: state[key] * float("nan")}):
+        save_file(broken, folder / "extra.safetensors")
+        with pytest.raises(
+            ValueError, match=f"extra.safetensors: WanVAECodec: 1 tensors .*{key.removeprefix('codec.')}"
+        ):
+            Policy.load(folder)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="needs diffusers: pip install diffusers"):
+        Policy.load(wan[1])
