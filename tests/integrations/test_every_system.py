@@ -254,6 +254,10 @@ UNEXPECTED = {
         without(lambda: lingbot.model("flex"), lambda m: (m.__delattr__("blocks"), setattr(m, "blocks", 3))),
         "LingBot-VA's model is not laid out as expected: 'int' object is not iterable",
     ),
+    "an empty list of blocks": (
+        without(lambda: lingbot.model("flex"), lambda m: m.__setattr__("blocks", nn.ModuleList())),
+        "LingBot-VA's model must have attentions to replace, but has none",
+    ),
     "an attribute missing": (
         without(dreamzero.model, lambda m: m.blocks[1].self_attn.__delattr__("frame_seqlen")),
         "CausalWanSelfAttention must have frame_seqlen",
@@ -282,6 +286,28 @@ def test_a_model_that_is_not_as_expected(make, message):
     with pytest.warns(UserWarning, match="original code of .* runs instead"):
         assert patch(model, on_unsupported="original") is None
     assert [set(vars(m)) for m in model.modules()] == attributes
+
+
+@pytest.mark.parametrize("what", ["freqs", "mask"])
+def test_an_argument_of_another_kind_is_left_to_the_original(what):
+    mot = fast_wam.model()
+    data = fast_wam.inputs(fast_wam.VIDEO)["video"]
+    mask = fast_wam.mask("fast_wam_joint")[: fast_wam.VIDEO, : fast_wam.VIDEO]
+    if what == "freqs":
+        data["freqs"] = torch.ones(fast_wam.VIDEO, 1, fast_wam.D // 2)
+    else:
+        mask = None
+    call = lambda: mot.prefill_video_cache(data["x"], data["freqs"], data["t_mod"], data["context"], mask)  # noqa: E731
+    expected = numbers(call())
+    patch(mot)
+    with pytest.raises(
+        Unsupported, match="must be a complex tensor, got torch.float32|must be torch.bool .*, got None"
+    ):
+        call()
+    unpatch(mot)
+    patch(mot, on_unsupported="original")
+    with pytest.warns(UserWarning, match="original code of Fast-WAM runs instead"):
+        assert_close(numbers(call()), expected)
 
 
 @pytest.mark.parametrize("name", ["_mixed_attention", "_build_expert_attention_io"])

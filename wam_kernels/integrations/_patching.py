@@ -328,8 +328,8 @@ class MaskPlans(Cache):
         Raises:
             Unsupported: not a boolean ``[Sq, Sk]``, or one that needs more key columns than a plan has.
         """
-        if mask.dtype != torch.bool or mask.ndim != 2:
-            raise Unsupported(f"patch: attention_mask must be torch.bool [Sq, Sk], got {mask.dtype} {list(mask.shape)}")
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 2:
+            raise Unsupported(f"patch: attention_mask must be torch.bool [Sq, Sk], got {_kind(mask)}")
         return self._of(mask, device, lambda m: m)
 
     def plan_of_bias(self, bias: Tensor, device: torch.device) -> Plan:
@@ -338,10 +338,9 @@ class MaskPlans(Cache):
         Raises:
             Unsupported: another shape, a value in between (a bias, which a plan cannot express), or too many columns.
         """
-        if not bias.is_floating_point() or bias.ndim != 4 or bias.shape[1] != 1:
-            raise Unsupported(
-                f"patch: attention_mask must be additive [B, 1, Sq, Sk], got {bias.dtype} {list(bias.shape)}"
-            )
+        additive = isinstance(bias, Tensor) and bias.is_floating_point()
+        if not additive or bias.ndim != 4 or bias.shape[1] != 1:
+            raise Unsupported(f"patch: attention_mask must be additive [B, 1, Sq, Sk], got {_kind(bias)}")
         # one byte for each pair, and one copy to the host: 1 visible, 0 not, 2 neither
         return self._of(bias, device, lambda b: torch.where(b <= -1e30, 0, 2 - (b == 0).byte())[:, 0])
 
@@ -369,6 +368,10 @@ class MaskPlans(Cache):
         while len(self._by_digest) > self.KEPT:
             self._by_digest.popitem(last=False)
         return plan
+
+
+def _kind(mask: Any) -> str:
+    return f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
 
 
 def plan_of_mask(mask: Tensor | np.ndarray) -> Plan:
@@ -431,6 +434,17 @@ def require_kernel(system: str, q: Tensor) -> None:
             f"patch: {system} has heads of {D} channels in {q.dtype}, for which there is no GPU kernel; run it in "
             "bfloat16"
         )
+
+
+def require_complex(system: str, freqs: Tensor) -> None:
+    """Rope frequencies are complex numbers.
+
+    Raises:
+        Unsupported: they are not.
+    """
+    if not isinstance(freqs, Tensor) or not freqs.is_complex():
+        got = freqs.dtype if isinstance(freqs, Tensor) else type(freqs).__name__
+        raise Unsupported(f"patch: {system}'s rope frequencies must be a complex tensor, got {got}")
 
 
 def attend(system: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = None) -> Tensor:

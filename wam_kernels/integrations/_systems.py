@@ -46,6 +46,8 @@ def patch(model: nn.Module, on_unsupported: str = "error") -> Patch | None:
             found = _expected(system, system.find, model)
             if found:
                 _expected(system, system.apply, done, found)
+                if not done.replaced:
+                    raise Unsupported(f"patch: {system.SYSTEM}'s model must have attentions to replace, but has none")
         except Unsupported as reason:
             done.undo()  # all of a model or nothing
             done.policy.refuse(reason)

@@ -26,6 +26,7 @@ from ._patching import (
     norm_rope,
     of_class,
     require_class,
+    require_complex,
     require_kernel,
     require_parts,
 )
@@ -60,8 +61,7 @@ def _forward(
     action_register_length: int | None, kv_cache: Tensor | None = None, current_start_frame: int = 0,
     is_tf: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    if not freqs.is_complex():
-        raise Unsupported(f"patch: {SYSTEM}'s freqs must be complex, got {freqs.dtype} (its TensorRT path)")
+    require_complex(SYSTEM, freqs)  # its TensorRT path has others
     registers = action_register_length or 0
     if kv_cache is None:
         if not is_tf or not registers:

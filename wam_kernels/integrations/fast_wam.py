@@ -20,6 +20,7 @@ from ._patching import (
     norm_rope,
     of_class,
     require_class,
+    require_complex,
     require_kernel,
     require_parts,
 )
@@ -65,6 +66,7 @@ def _build_io(
     tables: Tables, mot: nn.Module, expert: nn.Module, block: nn.Module, x: Tensor, freqs: Tensor, t_mod: Tensor
 ) -> tuple:
     attn = block.self_attn
+    require_complex(SYSTEM, freqs)
     table = tables.of(freqs, _table)
     shift, scale, gate, *mlp = mot._split_modulation(block, t_mod)
     h = block.norm1(x) * (1 + scale) + shift

@@ -34,6 +34,7 @@ from ._patching import (
     norm_rope,
     of_class,
     require_class,
+    require_complex,
     require_kernel,
     require_parts,
 )
@@ -187,11 +188,13 @@ def _forward(
     pooled = cache is not None and cache["k"] is not None
     if pooled and torch.is_grad_enabled() and (q.requires_grad or attn.to_q.weight.requires_grad):
         raise Unsupported(f"patch: {SYSTEM}'s cached attention has no gradient; run it under torch.no_grad()")
+    require_complex(SYSTEM, rotary_emb)
     head_dim = attn.inner_dim // attn.heads
     query, key, value = attn.to_q(q), attn.to_k(k), attn.to_v(v).unflatten(2, (attn.heads, -1))
     table = tables.of(rotary_emb, _rope_table)
     query, key = norm_rope(SYSTEM, query, key, attn.norm_q, attn.norm_k, table, head_dim=head_dim)
     if pooled:
+        require_kernel(SYSTEM, query)  # before anything is written
         slots = mirrors.slots(attn, cache_name)
         taken, evicted = slots.write(cache, key, value, update_cache == 1)
         out = slots.attend(cache, query)

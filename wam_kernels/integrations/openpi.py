@@ -54,8 +54,6 @@ def _attention(
     masks: MaskPlans, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float, dropout: float = 0.0, **kwargs,
 ) -> tuple[Tensor, None]:  # fmt: skip
-    if attention_mask is None:
-        raise Unsupported(f"patch: {SYSTEM}'s attention must get an attention_mask, got None")
     if dropout and module.training:
         raise Unsupported(f"patch: {SYSTEM}'s attention must have no dropout, got {dropout}")
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
