@@ -30,7 +30,8 @@ def apply(patch: Patch, pairs: list[nn.Module]) -> None:
     masks = MaskPlans()
     for pair in pairs:
         require_class(SYSTEM, pair, "PaliGemmaWithExpertModel")
-        for layers in (pair.paligemma.language_model.layers, pair.gemma_expert.model.layers):
+        whole = pair.paligemma if hasattr(pair.paligemma, "language_model") else pair.paligemma.model  # newer transformers
+        for layers in (whole.language_model.layers, pair.gemma_expert.model.layers):
             for layer in layers:
                 attn = layer.self_attn
                 require_parts(SYSTEM, attn, ("q_proj", "head_dim"))
