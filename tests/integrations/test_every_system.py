@@ -39,6 +39,8 @@ SYSTEMS = {
     "openpi": (openpi.model, openpi_step, openpi_step),
 }
 MODES = {"grad": nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode}
+# every mode behind every mode, itself too, and the caches are born in inference mode
+ORDER = ("inference", "inference", "grad", "grad", "no_grad", "no_grad", "inference", "no_grad", "grad", "inference")
 every_system = pytest.mark.parametrize("system", SYSTEMS)
 
 
@@ -52,6 +54,17 @@ def run(model: nn.Module, train, infer, mode: str) -> list[torch.Tensor]:
 def assert_close(got: list, expected: list) -> None:
     for a, b in zip(got, expected, strict=True):
         torch.testing.assert_close(a, b, **CLOSE)
+
+
+@every_system
+def test_every_mode_behind_every_mode(system):
+    make, *calls = SYSTEMS[system]
+    model = make()
+    expected = {mode: run(model, *calls, mode) for mode in MODES}
+    _patching.device_ranges.cache_clear()
+    patch(model)
+    for mode in ORDER:
+        assert_close(run(model, *calls, mode), expected[mode])
 
 
 def test_constants_born_in_inference_mode_are_recomputed():

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .._host import eager, host_side, plain
 from ..block_attention import block_attention
 from ..block_attention.config import MAX_D, fits_triton
 from ..plan import Plan, compile_plan
@@ -344,7 +345,7 @@ class MaskPlans(Cache):
         # one byte for each pair, and one copy to the host: 1 visible, 0 not, 2 neither
         return self._of(bias, device, lambda b: torch.where(b <= -1e30, 0, 2 - (b == 0).byte())[:, 0])
 
-    @torch.compiler.disable  # a compiled model breaks its graph here; the plan is what goes on
+    @eager  # a compiled model breaks its graph here; the plan is what goes on
     def _of(self, mask: Tensor, device: torch.device, visible: Callable[[Tensor], Tensor]) -> Plan:
         if mask.is_inference():
             return self._find(visible(mask)).to(device)
@@ -399,7 +400,7 @@ class Tables(Cache):
     def __init__(self) -> None:
         self._tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
-    @torch.compiler.disable
+    @eager
     def of(self, freqs: Tensor, make: Callable[[Tensor], Tensor], key: tuple = ()) -> Tensor:
         """``make(freqs)`` in float32, contiguous, without a gradient; ``key`` holds what else it depends on."""
         if freqs.is_inference():
@@ -414,8 +415,7 @@ class Tables(Cache):
     def _make(self, freqs: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
         # whatever mode the call is in, a later one may train on the table
         with torch.inference_mode(False), torch.no_grad():
-            table = make(freqs.detach()).float().contiguous()
-            return table.clone() if table.is_inference() else table
+            return plain(make(freqs.detach()).float().contiguous())
 
 
 def require_kernel(system: str, q: Tensor) -> None:
@@ -479,6 +479,7 @@ def norm_rope(
 
 
 @lru_cache(maxsize=256)
+@host_side
 def device_ranges(ranges: tuple[tuple[int, int], ...], batch: int, device: torch.device) -> Tensor:
     """int32 ``[batch, 1, R, 2]``; a rollout comes back to the same few lists, so this seldom copies anything."""
     one = torch.tensor(ranges or [(0, 0)], dtype=torch.int32, device=device)

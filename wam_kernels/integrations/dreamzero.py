@@ -16,6 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from .._host import eager
 from ..plan import Plan, compile_plan
 from ..programs import dreamzero_train
 from ._patching import (
@@ -77,7 +78,7 @@ def _forward(
 _Freqs = tuple[Tensor, Tensor, Tensor]  # video, action, state: complex [n, 1, D / 2]; the last two hold spare positions
 
 
-@torch.compiler.disable  # made of NumPy, which a compiled model must not trace
+@eager  # made of NumPy, which a compiled model must not trace
 def _plan(attn: nn.Module, tokens: int, registers: int, device: torch.device) -> Plan:
     """The plan of ``dreamzero_train`` at the sizes of this call.
 

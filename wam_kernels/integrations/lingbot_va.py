@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .._host import eager
 from ..cached_attention import cached_attention
 from ..plan import Plan, compile_plan
 from ..programs import lingbot_va_text, lingbot_va_train
@@ -110,7 +111,7 @@ def _forward_train(policy: Policy, plans: _StepPlans, model: nn.Module, input_di
         flex.init_mask = original
 
 
-@torch.compiler.disable  # made of NumPy, which a compiled model must not trace
+@eager  # made of NumPy, which a compiled model must not trace
 def _plans(latent_shape, action_shape, padding: int, chunk_size: int, window: int, patch_size, device) -> dict:
     samples, _, frames, rows, columns = latent_shape
     _, _, action_frames, *slots = action_shape
@@ -150,7 +151,7 @@ class _Mirrors(Cache):
     def __init__(self) -> None:
         self._of: WeakKeyDictionary[nn.Module, dict[str, _Slots]] = WeakKeyDictionary()
 
-    @torch.compiler.disable
+    @eager
     def slots(self, attn: nn.Module, cache_name: str) -> _Slots:
         cache = attn.attn_caches[cache_name]
         mirrors = self._of.setdefault(attn, {})
@@ -224,7 +225,7 @@ class _Slots:
         self.pool = ref(cache["mask"])  # which pool it mirrors, without keeping it alive
         self.id, self.mask, self.is_pred = (cache[name].cpu().numpy().copy() for name in ("id", "mask", "is_pred"))
 
-    @torch.compiler.disable  # NumPy on purpose: nothing here may become part of a graph
+    @eager  # NumPy on purpose: nothing here may become part of a graph
     def write(self, cache: dict[str, Tensor], key: Tensor, value: Tensor, is_pred: bool) -> tuple[np.ndarray, bool]:
         """Put ``[B, n, H, D]`` into the first n free slots; returns them, and whether the lowest ids had to go."""
         n = key.shape[1]
@@ -249,18 +250,18 @@ class _Slots:
         self.mask[taken], self.id[taken], self.is_pred[taken] = True, new_id, is_pred
         return taken, evicts
 
-    @torch.compiler.disable
+    @eager
     def release(self, slots: np.ndarray) -> None:
         self.mask[slots] = False
 
-    @torch.compiler.disable
+    @eager
     def attend(self, cache: dict[str, Tensor], query: Tensor) -> Tensor:
         """Queries ``[B, S, H, D]`` over all valid slots, where they lie."""
         ranges = device_ranges(_stretches(np.flatnonzero(self.mask)), query.shape[0], query.device)
         pool = cache["k"], cache["v"]
         return cached_attention(query.to(pool[0].dtype), *pool, ranges, group_rows=(query.shape[1],)).to(query.dtype)
 
-    @torch.compiler.disable
+    @eager
     def publish(self, cache: dict[str, Tensor]) -> None:
         """Bring the pool's own tensors up to date."""
         for name in ("id", "mask", "is_pred"):

@@ -30,7 +30,9 @@ def apply(patch: Patch, pairs: list[nn.Module]) -> None:
     masks = MaskPlans()
     for pair in pairs:
         require_class(SYSTEM, pair, "PaliGemmaWithExpertModel")
-        whole = pair.paligemma if hasattr(pair.paligemma, "language_model") else pair.paligemma.model  # newer transformers
+        whole = (
+            pair.paligemma if hasattr(pair.paligemma, "language_model") else pair.paligemma.model
+        )  # newer transformers
         for layers in (whole.language_model.layers, pair.gemma_expert.model.layers):
             for layer in layers:
                 attn = layer.self_attn
