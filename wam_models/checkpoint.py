@@ -192,6 +192,27 @@ def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu", *, t
                 raise
 
 
+def saved_as(folder: Path) -> tuple[str | None, dict] | None:
+    """Save id and metadata of the checkpoint in a folder; None where there is none.
+
+    Raises:
+        ValueError: a config.json that cannot be read.
+    """
+    if not (folder / CONFIG).exists():
+        return None
+    config = _read(folder / CONFIG, "cpu")
+    return _save_of(config, folder)[0], config.get("metadata", {})
+
+
+def remove_checkpoint(folder: Path) -> None:
+    """Remove the files of a checkpoint, where there is one, and no others."""
+    if folder.is_dir():
+        with _alone(folder):
+            _settle(folder)
+            for name in (CONFIG, MODEL, EXTRA, TRAINING):  # without the first, the others are none
+                (folder / name).unlink(missing_ok=True)
+
+
 def _load(folder: Path, device: torch.device | str, training: bool) -> Checkpoint:
     config = _read(folder / CONFIG, device)
     save_id, resumable = _save_of(config, folder)

@@ -67,6 +67,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=at_least(1), metavar="N", help=limit)
     parser.add_argument("--seconds", type=positive_seconds, metavar="S", help=limit)
     parser.add_argument("--resume", type=Path, metavar="CKPT", help="checkpoint to go on from")
+    parser.add_argument("--overwrite", action="store_true", help="lose the run that --out holds")
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
 

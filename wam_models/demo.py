@@ -22,7 +22,7 @@ from .objectives import GJD
 from .pictures import curves, film, film_strip
 from .rollout import CONDITIONAL_CHUNK
 from .threads import pick_threads
-from .train import STREAMS, TrainConfig, Trained, read_data, recent, train
+from .train import STREAMS, RunFolder, TrainConfig, Trained, read_data, recent, train
 
 EPISODES = 6  # held-out episodes that are evaluated, spread over the tasks
 IMAGINED_CHUNKS = 4
@@ -128,9 +128,12 @@ def make_demo(
         progress: Show progress bars.
 
     Raises:
-        ValueError: a data set without held-out episodes, or what training and evaluation raise.
+        ValueError: a data set without held-out episodes, a folder that holds a run which is no demo's, or what training and evaluation raise.
     """
     began = time.perf_counter()
+    page_file = out / "report.md"
+    again = page_file.exists()  # then what is there is an earlier demo's, and nothing is lost that cannot be made again
+    RunFolder(out, overwrite=again)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = config or demo_training()
     print(f"1. read {root}")
@@ -145,7 +148,11 @@ def make_demo(
     else:
         precision = "bf16 autocast"
     print(f"2. train for {seconds:.0f} s on {len(data.train)} episodes ({device}, {precision})")
-    trained = train(config, data, seed=seed, device=device, seconds=seconds, out=out, progress=progress)
+    out.mkdir(parents=True, exist_ok=True)
+    page_file.write_text(f"# Demo on {root}\n\nNot finished.\n")
+    trained = train(
+        config, data, seed=seed, device=device, seconds=seconds, out=out, overwrite=again, progress=progress
+    )
     policy = trained.policy
     parameters = sum(p.numel() for p in policy.model.parameters())
     took = trained.log[-1]["seconds"]
@@ -240,12 +247,12 @@ Open loop from one observed frame ([animation](imagined.gif)): no real frame is 
 
 Next: `wam rollout --checkpoint {out / "checkpoint"} --data {root}`
 """
-    (out / "report.md").write_text(page)
+    page_file.write_text(page)
     for sentence in sentences:
         print(f"   {sentence}")
     for what, ok in promises.items():
         print(f"   {'yes' if ok else 'NO'}: {what}")
-    print(f"\n{total:.0f} s in all. Read {out / 'report.md'}; roll out with")
+    print(f"\n{total:.0f} s in all. Read {page_file}; roll out with")
     print(f"  wam rollout --checkpoint {out / 'checkpoint'} --data {root}")
     return report
 

@@ -12,7 +12,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from wam_kernels import HISTORIES, PROGRAMS
 
 from ._checks import check_field, choice, number, whole, whole_range, writable_folder
 from ._json import from_fields, read_json
-from .checkpoint import Checkpoint, load_weights
+from .checkpoint import Checkpoint, load_weights, remove_checkpoint, saved_as
 from .config import LARGEST, ModelConfig
 from .data import ClipDataset, LeRobotDataset
 from .data.latents import codec_kind
@@ -40,6 +41,7 @@ from .training import MOST, TrainingConfig, training_step
 SCHEDULES = ("constant", "cosine", "decay")
 DECAY = 0.5  # part of a "decay" run, its end, over which the learning rate falls
 TINIEST = 1e-12  # of a learning rate or a gradient's length, which must be positive
+MOMENT = 0.2  # seconds within which signals are one: timeout(1) sends it to the process and to its group
 SPARE = 0.03  # part of a run's time that its planned end leaves, so that a slow moment does not cut the decay off
 
 
@@ -256,6 +258,7 @@ def train(
     out: str | Path | None = None,
     resume: Checkpoint | None = None,
     rollout: RolloutConfig | None = None,
+    overwrite: bool = False,
     stop: Callable[[], bool] = lambda: False,
     progress: bool = True,
 ) -> Trained:
@@ -272,9 +275,11 @@ def train(
             the speed of the first half decides, once, at which step the rate reaches 0 and the run ends; that step is
             stored, so a resumed run keeps it.
         out: Folder of ``log.jsonl`` (a row a step) and ``checkpoint/``, written every ``config.save_every`` steps
-            and at the end. None writes nothing.
+            and at the end. None writes nothing. A folder that holds a run is refused, unless it is the one that is
+            resumed.
         resume: From ``load_checkpoint`` on a folder that this function wrote.
         rollout: Stored with the checkpoint as its default; default: chunks of the largest size trained on.
+        overwrite: Whether a run in ``out`` may be lost.
         stop: Asked after every step; True ends the run as if its time were up.
         progress: Show a progress bar.
 
@@ -284,10 +289,13 @@ def train(
         before clipping), ``seconds`` since the start of the call.
 
     Raises:
-        ValueError: data that does not fit the model, a codec that cannot be saved to ``out``, or a checkpoint without a training state.
+        ValueError: data that does not fit the model, a codec that cannot be saved to ``out``, a checkpoint without a
+            training state, an ``out`` that holds another run or cannot be written.
+        OSError: no room for a row or a checkpoint; the message names the file.
         FloatingPointError: a loss that is not finite.
     """
     device = torch.device(device)
+    folder = None if out is None else RunFolder(out, resume, overwrite=overwrite)
     _check_fit(config, data)
     if out is not None:
         codec_kind(data.codec)  # refuses before the run what could not be saved after it
@@ -331,7 +339,6 @@ def train(
     )
     log: list[dict] = []
     first = step
-    keeper = _Keeper(out, resuming_at=step)
     began = time.perf_counter()
 
     def policy() -> Policy:
@@ -342,9 +349,9 @@ def train(
         load_weights(nn.ModuleDict({"model": averaged, "text": words}), average)
         return Policy.of(averaged, words, data, rollout)
 
-    def save() -> None:
-        keeper.save(
-            policy,
+    def save(checkpoint: Path) -> None:
+        policy().save(
+            checkpoint,
             training={"config": config.to_dict(), "step": step, "seed": seed},
             training_state={
                 "weights": learner.state_dict(),
@@ -360,7 +367,7 @@ def train(
     else:  # time is what ends the run, as a rule
         extent = {"total": seconds, "bar_format": "{l_bar}{bar}| {n:.0f}/{total:.0f} s{postfix}"}
     bar = tqdm(**extent, desc="train", disable=not progress, dynamic_ncols=True)
-    with bar, keeper:
+    with bar, nullcontext() if folder is None else folder.begin(step):
         while step < config.steps:
             kind = kinds[int(torch.multinomial(weights, 1, generator=generator))]
             clips = data.sample(config.batch, config.frames, generator)
@@ -389,7 +396,8 @@ def train(
                 "seconds": time.perf_counter() - began,
             }
             log.append(row)
-            keeper.row(row)
+            if folder is not None:
+                folder.add(row)
             bar.update(1 if seconds is None else min(row["seconds"], seconds) - bar.n)
             means = [f"{s} loss {m:.3f}" for s in STREAMS if (m := recent(log, s)) is not None]
             bar.set_postfix_str(", ".join([f"step {step}", *means]), refresh=False)
@@ -400,8 +408,8 @@ def train(
                     planned = min(step + max(left, 1), config.steps)
             over = step == (config.steps if planned is None else planned)
             done = over or stop() or (seconds is not None and row["seconds"] >= seconds)
-            if done or step % config.save_every == 0:
-                save()
+            if folder is not None and (done or step % config.save_every == 0):
+                save(folder.checkpoint)
             if done:
                 break
     return Trained(policy(), log, step)
@@ -520,35 +528,65 @@ def recent(log: list[dict], stream: str, steps: int = 30, first: bool = False) -
     return sum(values) / len(values) if values else None
 
 
-class _Keeper:
-    """The files of a run: log rows as they come, the latest checkpoint."""
+class RunFolder:
+    """The files of a run: log rows as they come, the latest checkpoint.
 
-    def __init__(self, out: str | Path | None, resuming_at: int) -> None:
-        self.out, self.file = None if out is None else Path(out), None
-        if self.out is None:
-            return
-        self.out.mkdir(parents=True, exist_ok=True)
-        path = self.out / "log.jsonl"
-        # rows behind the checkpoint belong to steps that are run again
-        kept = path.read_text().splitlines()[:resuming_at] if resuming_at and path.exists() else []
-        path.write_text("".join(line + "\n" for line in kept))
-        self.file = path.open("a")
+    Args:
+        out: The folder.
+        resume: The checkpoint that the run goes on from.
+        overwrite: Whether another run in the folder may be lost.
 
-    def row(self, row: dict) -> None:
-        if self.file is not None:
-            self.file.write(json.dumps(row) + "\n")
+    Raises:
+        ValueError: a folder that cannot be written, or that holds another run.
+    """
 
-    def save(self, policy: Callable[[], Policy], **state) -> None:
-        if self.file is not None:
-            self.file.flush()
-            policy().save(self.out / "checkpoint", **state)
+    def __init__(self, out: str | Path, resume: Checkpoint | None = None, *, overwrite: bool = False) -> None:
+        out = Path(out)
+        writable_folder("--out", out)
+        self.log, self.checkpoint = out / "log.jsonl", out / "checkpoint"
+        saved = None
+        with suppress(ValueError) if overwrite else nullcontext():
+            saved = saved_as(self.checkpoint)
+        self.goes_on = saved is not None and resume is not None and saved == (resume.save_id, resume.metadata)
+        held = saved is not None or (self.log.exists() and self.log.stat().st_size > 0)
+        if held and not self.goes_on and not overwrite:
+            raise ValueError(
+                f"--out: {out} holds {'a' if resume is None else 'another'} run; go on from its latest checkpoint with "
+                "--resume, lose it with --overwrite (overwrite=True), or name another folder"
+            )
 
-    def __enter__(self) -> None:
-        pass
+    @contextmanager
+    def begin(self, step: int) -> Iterator[None]:
+        """Keeps the log's rows up to this step, or nothing of another run, and is open for more."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        if not self.goes_on:
+            remove_checkpoint(self.checkpoint)
+        # rows behind the checkpoint belong to steps that are run again, and a kill can leave half a row
+        kept = [line for line in lines if self.goes_on and _step(line) <= step]
+        if kept != lines:
+            part = self.log.with_name("log.jsonl.part")
+            part.write_text("".join(line + "\n" for line in kept))
+            part.replace(self.log)
+        with self.log.open("ab", buffering=0) as self._file:
+            yield
 
-    def __exit__(self, *_) -> None:
-        if self.file is not None:
-            self.file.close()
+    def add(self, row: dict) -> None:
+        """Appends a row; whoever reads the log finds it at once."""
+        left = json.dumps(row).encode() + b"\n"
+        try:
+            while left:
+                left = left[self._file.write(left) :]
+        except OSError as error:
+            raise OSError(f"train: cannot write {self.log}: {error.strerror}") from error
+
+
+def _step(line: str) -> float:
+    """Of a row of the log."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def _optimizers(learner: nn.Module, config: TrainConfig) -> tuple[Muon, torch.optim.AdamW]:
@@ -633,27 +671,48 @@ def run(args) -> int:
         config = replace(config, steps=args.steps)
     if resume is not None and resume.training_state["step"] >= config.steps:
         raise ValueError(f"--steps must be above {resume.training_state['step']}, the steps done, got {config.steps}")
+    RunFolder(args.out, resume, overwrite=args.overwrite)  # refused before the data is read
     data = read_data(args.data, codec, args.camera, None if resume is None else policy.camera)
-    asked = threading.Event()
-
-    def ask(*_) -> None:
-        print("\nstopping after this step; once more to stop at once", file=sys.stderr)
-        asked.set()
-        signal.signal(signal.SIGINT, before)
-
-    before = signal.signal(signal.SIGINT, ask)
-    try:
+    with _stop_asked() as stop:
         done = train(
-            config, data, seed=seed, device=device, seconds=args.seconds, out=args.out, resume=resume, stop=asked.is_set
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
+            config, data, seed=seed, device=device, seconds=args.seconds, out=args.out, resume=resume,
+            overwrite=args.overwrite, stop=stop,
+        )  # fmt: skip
     for stream in STREAMS:
         first, last = recent(done.log, stream, first=True), recent(done.log, stream)
         if first is not None and last is not None:
             print(f"{stream} loss {first:.3f} -> {last:.3f}")
     print(f"step {done.step} of {config.steps}; checkpoint: {args.out / 'checkpoint'}")
     return 0
+
+
+@contextmanager
+def _stop_asked() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C, SIGTERM (a scheduler's notice) or SIGHUP (a lost terminal) came; a second one acts as usual."""
+    asked: list[float] = []
+    before = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def ask(number: int, _) -> None:
+        asked.append(time.monotonic())
+        if len(asked) == 1:
+            with suppress(OSError, RuntimeError):  # the terminal may be gone, or be written to right now
+                print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+        elif asked[-1] - asked[0] > MOMENT:
+            restore()
+            signal.raise_signal(number)
+
+    if threading.current_thread() is threading.main_thread():  # no other can have handlers
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup, or a shell that started this with &
+                before[number] = signal.signal(number, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        restore()
 
 
 def read_data(

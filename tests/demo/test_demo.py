@@ -13,6 +13,7 @@ from PIL import Image
 from tests.data import tiny
 from wam_kernels import PROGRAMS, Geometry, dense_mask
 from wam_models import GJD, cli
+from wam_models import demo as demo_module
 from wam_models.data import LeRobotDataset
 from wam_models.demo import make_demo, verdicts
 from wam_models.evaluate import CASES, Evaluation, Row, evaluate, rmse
@@ -42,6 +43,17 @@ def test_the_demo_writes_a_report(demo):
     assert report["steps"] == 6 and report["evaluation"]["frames"] == (3, 5)
     page = (out / "report.md").read_text()
     assert all(program in page for program in PROGRAMS) and all(s in page for s in report["verdicts"])
+
+
+def test_a_demo_is_run_again_over_a_demo_alone(demo, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(demo_module, "read_data", lambda *_, **__: asked.append("read") or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        make_demo(demo[0], tmp_path)
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match="holds a run"):
+        make_demo(tmp_path, tmp_path)
+    assert asked == ["read"]
 
 
 def test_the_demo_draws(demo):

@@ -1,7 +1,9 @@
 """The training loop: configs that refuse nonsense, runs that resume exactly, draws that keep the mixture."""
 
+import errno
 import itertools
 import json
+import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -15,7 +17,7 @@ from wam_models import train as train_module
 from wam_models.data import ClipDataset
 from wam_models.muon import Muon
 from wam_models.policy import Policy
-from wam_models.train import TrainConfig, prepare, train
+from wam_models.train import RunFolder, TrainConfig, prepare, train
 from wam_models.model import WorldActionModel
 
 
@@ -29,6 +31,8 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(config, data, root
     cut = train(config, data, seed=3, out=tmp_path, stop=lambda: rows.append(0) or len(rows) == 5, progress=False)
     assert cut.step == 5
     policy, found = Policy.load(tmp_path / "checkpoint")
+    with (tmp_path / "log.jsonl").open("a") as log:  # it ran on behind its last checkpoint, and was killed
+        log.write('{"step": 6, "loss": 1}\n{"step": 7, "lo')
     # another process would read the data again, with the checkpoint's codec
     again = ClipDataset(root, policy.codec)
     rest = train(config, again, seed=99, out=tmp_path, resume=found, progress=False)
@@ -160,6 +164,107 @@ def test_the_command_trains_and_resumes(root, tmp_path, capsys):
     assert load_checkpoint(out / "checkpoint").training_state["step"] == 4
     assert cli.main([*base, "--resume", str(out / "checkpoint"), "--steps", "4"]) == 2
     assert "--steps must be above 4, the steps done, got 4" in capsys.readouterr().err
+
+
+def at_step(number, act, monkeypatch):
+    """Calls ``act`` within that step of a run."""
+    steps, real = itertools.count(1), train_module.training_step
+
+    def step(*args):
+        if next(steps) == number:
+            act()
+        return real(*args)
+
+    monkeypatch.setattr(train_module, "training_step", step)
+
+
+@pytest.fixture
+def flags(root, tmp_path):
+    """Of a run of a hundred steps."""
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(TINY | {"steps": 100}))
+    return ["train", "--data", str(root), "--out", str(tmp_path / "run"), "--config", str(path)]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(number, flags, tmp_path, capsys, monkeypatch):
+    before = signal.getsignal(number)
+    # timeout(1) sends it twice
+    at_step(2, lambda: (signal.raise_signal(number), signal.raise_signal(number)), monkeypatch)
+    assert cli.main(flags) == 0
+    out, err = capsys.readouterr()
+    assert "step 2 of 100; checkpoint:" in out and "stopping after this step" in err
+    assert load_checkpoint(tmp_path / "run/checkpoint").training_state["step"] == 2
+    assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 2
+    assert signal.getsignal(number) is before
+
+
+def test_a_second_signal_stops_at_once(flags, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "MOMENT", -1)
+    at_step(2, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)], monkeypatch)
+    assert cli.main(flags) == 130
+    # what was done is in the log
+    assert [json.loads(line)["step"] for line in (tmp_path / "run/log.jsonl").open()] == [1]
+    assert not (tmp_path / "run/checkpoint").exists()
+
+
+def test_ignored_signals_stay_ignored(flags, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup
+    try:
+        at_step(1, lambda: signal.raise_signal(signal.SIGHUP), monkeypatch)
+        assert cli.main([*flags, "--steps", "2"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_full_disk_is_one_line(flags, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        assert cli.main([*flags, "--steps", "1"]) == 2
+        *bars, line = capsys.readouterr().err.splitlines()
+        assert line.startswith("wam train: error: save_checkpoint: cannot write training.pt to ")
+        assert "No space left on device" in line and not any("error" in bar for bar in bars)
+    assert not list((tmp_path / "run/checkpoint").iterdir())
+    folder = RunFolder(tmp_path / "rows")
+    with folder.begin(0), open("/dev/full", "wb", buffering=0) as folder._file:
+        with pytest.raises(OSError, match=r"cannot write .*rows/log\.jsonl: No space left on device"):
+            folder.add({"step": 1})
+
+
+def test_no_run_is_lost_unless_that_is_asked_for(config, data, tmp_path, capsys):
+    short, out = replace(config, steps=2), tmp_path / "run"
+    train(short, data, out=out, progress=False)
+    (out / "checkpoint/film.gif").write_text("mine")
+    found = load_checkpoint(out / "checkpoint")
+    files = {path: path.read_bytes() for path in out.rglob("*.*")}
+    for options in ({}, {"resume": replace(found, save_id="0" * 16)}):
+        with pytest.raises(
+            ValueError, match="holds (a|another) run; go on from its latest checkpoint with --resume, lose"
+        ):
+            train(config, data, out=out, progress=False, **options)
+    # before the data is looked for
+    assert cli.main(["train", "--data", str(tmp_path / "none"), "--out", str(out)]) == 2
+    assert "--overwrite" in (err := capsys.readouterr().err) and err.count("\n") == 1
+    assert files == {path: path.read_bytes() for path in out.rglob("*.*")}
+    # a run without a checkpoint yet, and one that begins from another's
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/log.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(ValueError, match="holds another run"):
+        train(config, data, out=tmp_path / "new", resume=found, progress=False)
+    train(replace(config, steps=3), data, out=tmp_path / "new", resume=found, overwrite=True, progress=False)
+    assert [json.loads(line)["step"] for line in (tmp_path / "new/log.jsonl").open()] == [3]
+    # the old checkpoint never stands beside the new log, whose rows come one by one
+    seen = []
+
+    def look():
+        seen.append(((out / "checkpoint/config.json").exists(), len((out / "log.jsonl").read_text().splitlines())))
+
+    train(short, data, out=out, overwrite=True, stop=look, progress=False)
+    assert seen == [(False, 1)] and load_checkpoint(out / "checkpoint").training_state["step"] == 2
+    assert (out / "checkpoint/film.gif").read_text() == "mine"
 
 
 @pytest.mark.parametrize(
