@@ -14,8 +14,11 @@ saw.
 
 from __future__ import annotations
 
+import copy
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import wraps
 
 import torch
 from torch import Tensor
@@ -25,6 +28,7 @@ from wam_kernels.streaming_cache import MAX_RANGES
 from wam_kernels.visibility import ACTION, CLEAN, NOISY, VIDEO
 
 from ._checks import check_field, choice, memory, number, switch, whole, wholes
+from .config import ModelConfig
 from .flow import ACTION_SHIFT, SHIFTS, TRAIN_TIMESTEPS, VIDEO_SHIFT, sigmas, timesteps
 from .model import Exact, Slots, WorldActionModel, wide
 from .objectives import GJD, MODEL_PROGRAMS, OBJECTIVES, Objective, geometry_for
@@ -97,7 +101,7 @@ class Candidate:
 
     video: Tensor | None  # [B, C, chunk, y, x] float32
     action: Tensor | None  # [B, chunk, n, A] float32
-    source: tuple[Episode, int]  # the episode that it continues, and how often that had changed
+    moment: uuid.UUID  # what it continues: an episode as it was between two changes, and its copies
 
 
 @dataclass(frozen=True)
@@ -129,25 +133,46 @@ def stages(program: str, objective: Objective, want: str) -> tuple[Stage, ...]:
     return (Stage(both, both),)
 
 
-def _lasting(method: Callable) -> Callable:
-    """Without gradients, and outside of inference mode, whose tensors no later call in another mode could write to."""
-    return torch.inference_mode(False)(torch.no_grad()(method))
+def _apart(method: Callable) -> Callable:
+    """Out of reach of the caller's grad mode, inference mode and autocast: what it makes serves calls in any mode."""
+
+    @wraps(method)
+    def run(self, *args, **kwargs):
+        autocast = torch.autocast(self.model.device.type, enabled=False)
+        with torch.inference_mode(False), torch.no_grad(), autocast:
+            return method(self, *args, **kwargs)
+
+    return run
 
 
 class RolloutEngine:
     """Starts episodes of a model.
 
     Args:
-        model: In eval mode, on its device. Latents and actions stay float32 whatever the model's dtype.
+        model: In eval mode, on its device. Its dtype is that of the computation, under autocast too; latents and actions
+            stay float32.
         config: Program, chunk, window, steps.
+
+    Raises:
+        TypeError: another model or config than these classes.
+        ValueError: a model that is sharded.
     """
 
     def __init__(self, model: WorldActionModel, config: RolloutConfig) -> None:
+        if not isinstance(getattr(model, "config", None), ModelConfig):
+            inside = "; give its .module" if hasattr(model, "module") else ""
+            raise TypeError(f"RolloutEngine: model must be a WorldActionModel, got {type(model).__name__}{inside}")
+        if any(hasattr(p, "full_tensor") for p in model.parameters()):
+            raise ValueError(
+                "RolloutEngine: model must not be sharded, got DTensor parameters; load what "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict gives with full_state_dict=True into a "
+                "WorldActionModel"
+            )
         if not isinstance(config, RolloutConfig):
             raise TypeError(f"RolloutEngine: config must be a RolloutConfig, got {type(config).__name__}")
         self.model, self.config = model, config
 
-    @_lasting
+    @_apart
     def start(self, observation: Tensor, text: Tensor, *, objective: str = "joint") -> Episode:
         """A batch of episodes after one observed frame each.
 
@@ -181,6 +206,23 @@ class Episode:
     """A batch of B rollouts, each at a frame of its own. Made by :meth:`RolloutEngine.start`.
 
     A call that raises leaves what was accepted as it was. Not for several threads at once.
+
+    To choose the best of N chunks, propose N times and accept one. To look further ahead, branch: ``copy.deepcopy``
+    gives an episode that shares nothing but the model, equal from there on, with a cache and CUDA graphs of its own. A
+    candidate continues every episode whose history is the one that it was proposed for, so it may be given to copies
+    that were made after it::
+
+        candidates = [episode.propose(generator=g) for _ in range(n)]
+        branches = [copy.deepcopy(episode) for _ in candidates]
+        for branch, candidate in zip(branches, candidates):
+            branch.accept(candidate)  # imagine on, and judge what comes of it
+
+    A pickled episode holds its model.
+
+    No number that is not finite becomes history or leaves as an action, as far as that can be told without waiting for
+    a GPU: tensors on the CPU are checked, on their way in and out. Those on a GPU are not; look at actions when they
+    are on the host, before a robot gets them. Such numbers stay in their own rollout until it is restarted, or with
+    ``cache="recomputed"`` until they have left its window.
 
     Attributes:
         next_frame: For each rollout, the frame at which its next chunk begins.
@@ -237,13 +279,31 @@ class Episode:
         self._loops: dict[Stage, Callable[[], None]] = {}
         self._text: list | None = None
         self._text_shape = (self._batch, text.shape[1] if text.ndim == 3 else None, c.text_dim)
-        self._version = 0
+        self._moment = uuid.uuid4()
         self._stale = False  # the rings must be computed anew before they are read
         self.next_frame, self.observed = [0] * self._batch, [0] * self._batch
 
+    # ---- copies ----
+
+    def __getstate__(self) -> dict:
+        # both are made anew where they are needed; loops are closures, or CUDA graphs over this episode's memory
+        return vars(self) | {"_passes": {}, "_loops": {}}
+
+    def __copy__(self) -> Episode:
+        raise TypeError(
+            "Episode: copy.copy would share the history's memory; use copy.deepcopy, which shares the model"
+        )
+
+    @_apart
+    def __deepcopy__(self, memo: dict) -> Episode:
+        memo.setdefault(id(self.model), self.model)
+        copied = memo[id(self)] = object.__new__(type(self))
+        vars(copied).update(copy.deepcopy(self.__getstate__(), memo))
+        return copied
+
     # ---- requests ----
 
-    @_lasting
+    @_apart
     def propose(
         self,
         *,
@@ -268,7 +328,8 @@ class Episode:
             The chunk, with every stream that was resolved or given.
 
         Raises:
-            ValueError: ``want`` that does not fit the objective, a missing or mis-shaped tensor.
+            ValueError: ``want`` that does not fit the objective; a tensor that is missing, mis-shaped or on the CPU and
+                not finite; or a chunk on the CPU that is not finite.
         """
         self._check_request(want, clean_video, clean_action)
         loops = stages(self.config.program, self.goal, want)
@@ -293,20 +354,23 @@ class Episode:
                 promotion.aim(self.next_frame, [self.chunk_size] * self._batch)
                 promotion.run()
         done = denoised | {s for stage in loops for s in stage.slots}
+        for s in done:
+            where = f"propose: {NAMES[s]} of the chunk at frames {self.next_frame}"
+            _check_finite(where, self._chunk[s], hint="; are there such numbers in the weights, or do they overflow?")
         chunk = (self._chunk[s].clone() if s in done else None for s in (VIDEO, ACTION))
-        return Candidate(*chunk, source=(self, self._version))
+        return Candidate(*chunk, moment=self._moment)
 
-    @_lasting
+    @_apart
     def accept(self, candidate: Candidate) -> None:
         """The predicted chunk becomes history, until an observation replaces it.
 
         Raises:
             ValueError: a candidate of another episode or of an earlier moment of this one, or one that lacks a stream.
         """
-        if candidate.source != (self, self._version):
-            which = "an earlier moment of this episode" if candidate.source[0] is self else "another episode"
+        if candidate.moment != self._moment:
             raise ValueError(
-                f"accept: candidate must continue the episode as it is now, got one of {which}; propose again"
+                "accept: candidate must continue the episode as it is now, got one of an earlier moment or of another "
+                "episode; propose again"
             )
         if candidate.video is None or candidate.action is None:
             lacks = "video" if candidate.video is None else "action"
@@ -314,9 +378,12 @@ class Episode:
                 f"accept: candidate must have video and action, got no {lacks}; propose with want='both', or observe"
             )
         frames = {VIDEO: candidate.video, ACTION: candidate.action}
+        for s, t in frames.items():
+            self._expect(f"accept: candidate.{NAMES[s]}", t, s, self.chunk_size)
+            _check_finite(f"accept: candidate.{NAMES[s]}", t)
         self._append(frames, [self.chunk_size] * self._batch)
 
-    @_lasting
+    @_apart
     def observe(
         self,
         video: Tensor,
@@ -340,8 +407,8 @@ class Episode:
                 observations can come late, twice or not at all.
 
         Raises:
-            ValueError: shapes that do not fit; an observation that was there already or that has a gap before it; or
-                the history before it has left the rings.
+            ValueError: shapes that do not fit; frames on the CPU that are not finite; an observation that was there
+                already or that has a gap before it; or the history before it has left the rings.
         """
         K = video.shape[2] if video.ndim == 5 else -1
         self._expect("observe: video", video, VIDEO, K)
@@ -349,6 +416,8 @@ class Episode:
         counts = self._each("observe: frames", K if frames is None else frames)
         if max(counts) > K or not max(counts):
             raise ValueError(f"observe: frames must be numbers from 0 to K={K}, not all 0, got {counts}")
+        for s, t in ((VIDEO, video), (ACTION, action)):
+            _check_finite(f"observe: {NAMES[s]}", t, s, counts)
         given = [None] * self._batch if first_frame is None else self._each("observe: first_frame", first_frame)
         for b, count in enumerate(counts):
             if not count:
@@ -367,7 +436,7 @@ class Episode:
                 )
         self._replace({VIDEO: video, ACTION: action}, counts)
 
-    @_lasting
+    @_apart
     def restart(self, rollouts: Sequence[int], observation: Tensor, text: Tensor) -> None:
         """Begin anew with some rollouts of the batch; the others go on.
 
@@ -388,6 +457,8 @@ class Episode:
         want = [len(rollouts), *self._text_shape[1:]]
         if list(text.shape) != want:
             raise ValueError(f"text must have shape [B, L, text_dim] = {want}, got {list(text.shape)}")
+        _check_finite("observation", observation)
+        _check_finite("text", text)
         self._set_text(rollouts, text)
         # no action leads to frame 0: its slots are never a key
         video, action = (torch.zeros_like(t.narrow(FRAME_DIM[s], 0, 1)) for s, t in self._chunk.items())
@@ -397,6 +468,7 @@ class Episode:
             self.next_frame[b] = self.observed[b] = 0
         self._replace({VIDEO: video, ACTION: action}, [int(b in rollouts) for b in range(self._batch)])
 
+    @_apart
     def accepted(self, rollout: int = 0) -> tuple[Tensor, Tensor]:
         """Copies of the accepted frames that are still held: video ``[C, T, y, x]`` and actions ``[T, n, A]``.
 
@@ -424,12 +496,12 @@ class Episode:
                     for i in range(count):
                         self._held(s, b, self.next_frame[b] + i).copy_(t[b].select(FRAME_DIM[s] - 1, i))
             self.next_frame = [f + n for f, n in zip(self.next_frame, now, strict=True)]
-            self._version += 1
+            self._moment = uuid.uuid4()
         self._stale = self.config.cache == "recomputed"
 
     def _replace(self, frames: dict[int, Tensor], counts: list[int]) -> None:
         """Observed frames in place of all predictions of the rollouts that bring any."""
-        self._version += 1
+        self._moment = uuid.uuid4()
         self.next_frame = [o if n else f for f, o, n in zip(self.next_frame, self.observed, counts, strict=True)]
         self._append(frames, counts)
         self.observed = [f if n else o for f, o, n in zip(self.next_frame, self.observed, counts, strict=True)]
@@ -578,9 +650,11 @@ class Episode:
             drawn = torch.randn(shape, generator=generator, device=generator.device)
         if clean is not None:
             self._expect(f"propose: clean_{name}", clean, stream, self.chunk_size)
+            _check_finite(f"propose: clean_{name}", clean)
             return clean
         if noise is not None:
             self._expect(f"propose: {name}_noise", noise, stream, self.chunk_size)
+            _check_finite(f"propose: {name}_noise", noise)
             return noise
         if drawn is None and denoised:
             raise ValueError(f"propose: {name}_noise must be a tensor {shape} where no generator is given, got None")
@@ -591,6 +665,19 @@ class Episode:
         if frames < 1 or list(tensor.shape) != expected:
             expected[FRAME_DIM[stream]] = frames if frames > 0 else "at least 1 frame"
             raise ValueError(f"{name} must have shape {expected}, got {list(tensor.shape)}")
+
+
+def _check_finite(
+    name: str, tensor: Tensor, stream: int = VIDEO, counts: Sequence[int] | None = None, hint: str = ""
+) -> None:
+    """A tensor on the CPU is finite, of each rollout its first ``counts[b]`` frames; one on a GPU is not looked at."""
+    if tensor.device.type != "cpu" or tensor.isfinite().all():
+        return
+    frames = tensor.isfinite().movedim(FRAME_DIM[stream], 1).flatten(2).all(2).tolist()
+    counts = [tensor.shape[FRAME_DIM[stream]]] * len(frames) if counts is None else counts
+    bad = [b for b, (row, count) in enumerate(zip(frames, counts, strict=True)) if not all(row[:count])]
+    if bad:
+        raise ValueError(f"{name} must be finite, got NaN or infinity in samples {bad}{hint}")
 
 
 class _Pass:

@@ -644,7 +644,7 @@ def test_faults_are_refused_and_leave_the_accepted_state_usable():
         (lambda: episode.restart([0, 0], video, randn(B, 3, 8)), "different numbers"),
         (lambda: episode.restart([0], video, randn(1, 3, 8)), "observation must have shape"),
         (lambda: episode.restart([0], video[:1], randn(1, 4, 8)), "text must have shape"),
-        (lambda: episode.accept(twin.propose(**good)), "another episode"),
+        (lambda: episode.accept(twin.propose(**good)), "candidate must continue the episode as it is now.* another"),
         (lambda: RolloutConfig(window=1), "window must be a whole number of at least 2"),
         (lambda: RolloutConfig(history="none"), "history must be one of"),
         (lambda: RolloutConfig(program="none"), "program must be one of"),
