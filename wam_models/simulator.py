@@ -12,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from numbers import Real
 from pathlib import Path
 from typing import Protocol
 
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ._checks import whole
 from .data.clips import STRIDE
 from .policy import Policy
 from .rollout import RolloutConfig, RolloutEngine
@@ -91,7 +93,7 @@ def control_freq(simulator: Simulator) -> float:
         ValueError: what the adapter says is not a positive number.
     """
     freq = getattr(simulator, "control_freq", CONTROL_FREQ)
-    if not isinstance(freq, int | float) or not 0 < freq < math.inf:
+    if not isinstance(freq, Real) or isinstance(freq, bool) or not 0 < freq < math.inf:
         raise ValueError(f"simulator: control_freq must be actions a second, a positive number, got {freq!r}")
     return float(freq)
 
@@ -112,6 +114,7 @@ def play(
             executed; whatever the simulator raises, as the cause; no pair where one is due, pictures of another size or
             dtype than the policy's, or more of them than actions allow. The message names the chunk, from 1.
     """
+    chunks = whole("play: chunks", chunks, 1)
     if policy.codec.temporal != 1:
         raise ValueError(
             f"play: policy.codec must encode pictures one by one, but a {type(policy.codec).__name__} takes "

@@ -16,6 +16,8 @@ from wam_models.rollout import RolloutConfig, RolloutEngine
 from wam_models.train import train
 
 ADAPTERS = """
+import numpy as np
+
 class Box:
     def reset(self): ...
     def step(self, actions): ...
@@ -28,6 +30,12 @@ class Stopped(Box):
 
 class Spoken(Box):
     control_freq = "20 Hz"
+
+class Counted(Box):
+    control_freq = np.int64(10)
+
+class Flagged(Box):
+    control_freq = True
 
 class Endless(Box):
     control_freq = float("nan")
@@ -45,7 +53,7 @@ def adapters(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name, milliseconds", [("Box", 200), ("Slow", 400)])
+@pytest.mark.parametrize("name, milliseconds", [("Box", 200), ("Slow", 400), ("Counted", 400)])
 def test_the_film_is_as_fast_as_the_robot(name, milliseconds, adapters, monkeypatch, capsys):
     """Four actions from picture to picture, at 20 actions a second where the adapter does not say."""
     pictures = np.random.default_rng(0).integers(0, 255, (3, 32, 64, 3), np.uint8)
@@ -227,7 +235,9 @@ def test_a_codec_of_whole_videos_cannot_act(policy):
         play(replace(policy, codec=codec), Toy())
 
 
-@pytest.mark.parametrize("name, got", [("Stopped", "got 0"), ("Spoken", "got '20 Hz'"), ("Endless", "got nan")])
+@pytest.mark.parametrize(
+    "name, got", [("Stopped", "got 0"), ("Spoken", "got '20 Hz'"), ("Endless", "got nan"), ("Flagged", "got True")]
+)
 def test_what_is_no_frequency_is_refused(name, got, adapters):
     with pytest.raises(ValueError, match=f"control_freq must be actions a second, a positive number, {got}"):
         simulator.load(f"adapters:{name}")

@@ -248,7 +248,7 @@ class LeRobotDataset:
         # half a frame of slack: timestamps are rounded to the stream's time base
         start, stop = place.start - 0.5 / self.fps, place.stop - 0.5 / self.fps
         try:
-            with av.open(str(place.video)) as container:
+            with av.open(str(place.video), metadata_errors="ignore") as container:  # titles and the like
                 if not container.streams.video:
                     raise ValueError(f"{place.video}: holds no video stream; fetch the file again")
                 stream = container.streams.video[0]
