@@ -154,6 +154,11 @@ def test_inside_a_wrapper(wrap, request):
     assert torch.equal(cosmos.call(model), expected)
 
 
+def test_data_parallel_is_refused():
+    with pytest.raises(Unsupported, match="use DistributedDataParallel"):
+        patch(nn.DataParallel(cosmos.model()))
+
+
 # ---- what was replaced ----
 
 

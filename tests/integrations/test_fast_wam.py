@@ -122,6 +122,18 @@ def test_inside_a_larger_model_and_in_a_copy():
     assert "_mixed_attention" in vars(whole["mot"])
 
 
+def test_an_expert_alone_stays_the_model_s_own():
+    """The first stage of idm calls the video expert, not the mixture."""
+    mot = model()
+    data = inputs(VIDEO)["video"]
+    call = lambda: mot.mixtures["video"](**data, mask=mask("fast_wam_joint")[:VIDEO, :VIDEO])  # noqa: E731
+    expected = call()
+    done = patch(mot)
+    assert torch.equal(call(), expected) and not any(done.calls.values())
+    with pytest.raises(Unsupported, match="got Expert"):
+        patch(model().mixtures["video"])
+
+
 def test_refuses_a_head_dim_without_a_kernel():
     mot = model(head_dim=12)
     with pytest.raises(Unsupported, match="Fast-WAM has heads of 12 channels; block_attention takes multiples of 8"):

@@ -1,6 +1,7 @@
 """openpi: joint training pass, prefix cache and action steps, with padding; several models on one function."""
 
 import copy
+from weakref import ref
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from tests.integrations.checks import CLOSE, check_patch
 from tests.integrations.stand_ins import openpi
 from tests.integrations.stand_ins.openpi import PaliGemmaWithExpertModel
 from wam_kernels import NAMED_PROGRAMS, compile_plan
-from wam_kernels.integrations import Unsupported, patch, unpatch
+from wam_kernels.integrations import Unsupported, _patching, patch, unpatch
 from wam_kernels.integrations._patching import MaskPlans
 
 PREFIX, ACTIONS, HIDDEN = 9, 4, -2.3819763e38
@@ -66,6 +67,30 @@ def test_prefix_cache_and_action_steps(states):
         return gemmas((None, suffix), bias(mask[:, PREFIX:]), past=cache)
 
     check_patch(gemmas, call, REPLACED)
+
+
+def test_a_mask_for_every_prompt(monkeypatch):
+    """Prompts have lengths, so masks differ from step to step: each is read once, and none is kept."""
+    converted, make = [], _patching.plan_of_mask
+    monkeypatch.setattr(_patching, "plan_of_mask", lambda mask: converted.append(mask.shape) or make(mask))
+    gemmas, kept = model(), []
+    masks = [visible(1).clone() for _ in range(3)]
+    for length, mask in enumerate(masks):
+        mask[0, PREFIX - length : PREFIX] = False
+        mask[0, :, PREFIX - length : PREFIX] = False
+    expected = [gemmas(tokens(1), bias(mask))[1] for mask in (*masks, *masks)]
+    patch(gemmas)
+    for mask, want in zip((*masks, *masks), expected, strict=True):
+        additive = bias(mask)  # a new tensor in every step
+        kept.append(ref(additive))
+        torch.testing.assert_close(gemmas(tokens(1), additive)[1], want, **CLOSE)
+        del additive
+    assert len(converted) == len(masks)
+    assert not any(mask() is not None for mask in kept)
+    plans = MaskPlans()
+    for i in range(2 * MaskPlans.KEPT):
+        plans.plan(torch.arange(64)[None] <= torch.arange(64)[:, None] + i - 40, torch.device("cpu"))
+    assert len(plans._by_digest) == MaskPlans.KEPT
 
 
 def test_masks_are_the_named_program():

@@ -16,9 +16,9 @@ _ATTRIBUTE = "_wam_kernels_patch"
 def patch(model: nn.Module, on_unsupported: str = "error") -> Patch | None:
     """Run a world-action model's attention, and the norms around it, on this library. One model, in place.
 
-    Recognises, by class and configuration, Fast-WAM (``MoT``), LingBot-VA (``WanTransformer3DModel``), DreamZero
-    (``CausalWanSelfAttention``), Cosmos Policy (its ``Attention``) and openpi (``PaliGemmaWithExpertModel``); none of
-    these packages is imported. Parameters, buffers and state-dict keys stay as they are.
+    Recognises, by class (or one derived from it, as FSDP2 does) and configuration, Fast-WAM (``MoT``), LingBot-VA
+    (``WanTransformer3DModel``), DreamZero (``CausalWanSelfAttention``), Cosmos Policy (its ``Attention``) and openpi
+    (``PaliGemmaWithExpertModel``); none of these packages is imported. Parameters, buffers and state-dict keys stay.
     What is replaced depends on the system: see the modules of ``wam_kernels.integrations``.
 
     Args:
@@ -40,6 +40,13 @@ def patch(model: nn.Module, on_unsupported: str = "error") -> Patch | None:
         raise ValueError(
             f"patch: model must not be patched already, but this {type(model).__name__} is; unpatch it first"
         )
+    if any(isinstance(m, nn.DataParallel) for m in model.modules()):
+        reason = Unsupported(
+            "patch: model must not be in nn.DataParallel, whose replicas would run on the weights of the first device; "
+            "use DistributedDataParallel"
+        )
+        Policy(type(model).__name__, on_unsupported).refuse(reason)
+        return None
     for system in _SYSTEMS:
         done = Patch(system.SYSTEM, on_unsupported)
         try:
