@@ -67,12 +67,17 @@ def rotates():
     return lambda: stepped(lambda q, w: qk_norm_rope(q, q, w, w, table, head_dim=16), x, weight)
 
 
+# one frame of history and a chunk of one
+ONE_CHUNK = small(video_frames=2, video_tokens=3, action_frames=2, action_tokens=2, chunk_size=1)
+CACHE = {"layers": 1, "batch": 1, "heads": 2, "head_dim": 16, "video_tokens": 3, "action_tokens": 2, "chunk_size": 1}
+CACHE |= {"frames": 2, "dtype": torch.float32, "device": "cpu"}
+
+
 def caches(copied=lambda made: made):
-    sizes = {"layers": 1, "batch": 1, "heads": 2, "head_dim": 16, "video_tokens": 3, "action_tokens": 2}
-    cache = StreamingCache(**sizes, chunk_size=1, frames=2, dtype=torch.float32, device="cpu")
+    cache = StreamingCache(**CACHE)
     cache.buffer.copy_(randn(*cache.buffer.shape))
     cache, streams = copied(cache), (VIDEO, ACTION)
-    ranges = cache.ranges([small(video_frames=2, action_frames=2, chunk_size=1)], [0], [1], [1], streams, CLEAN)
+    ranges = cache.ranges([ONE_CHUNK], [0], [1], [1], streams, CLEAN)
     q = randn(1, 5, 2, 16, seed=1)
 
     def call():
@@ -188,3 +193,76 @@ def test_works_in_any_mode_after_any_other(make, first, second):
         after = make()()  # what the caches have kept of it
     for a, b in zip(before, after, strict=False):  # one of the two may lack gradients
         torch.testing.assert_close(a, b)
+
+
+def vmapped(build):
+    return torch.vmap(lambda x: (build(), x)[1])(torch.ones(2))
+
+
+def under(mode):
+    def run(build):
+        with mode():
+            build()
+
+    return run
+
+
+# Where a build may happen to come first. Each calls ``build`` in a surrounding of its own.
+SURROUNDINGS = {
+    "inference_mode": under(torch.inference_mode),
+    "device": under(lambda: torch.device("meta")),
+    "fake": under(FakeTensorMode),
+    "vmap": vmapped,
+    "grad": lambda build: torch.func.grad(lambda x: (build(), x.sum())[1])(torch.ones(2)),
+    "jvp": lambda build: torch.func.jvp(lambda x: (build(), x)[1], (torch.ones(2),), (torch.ones(2),)),
+    "functionalize": lambda build: torch.func.functionalize(lambda x: (build(), x)[1])(torch.ones(2)),
+    "make_fx": lambda build: make_fx(lambda x: (build(), x)[1], tracing_mode="symbolic")(torch.ones(2)),
+    "compile": lambda build: torch.compile(lambda x: (build(), x)[1], backend="eager")(torch.ones(2)),
+}
+
+
+@pytest.mark.parametrize("surrounding", SURROUNDINGS.values(), ids=SURROUNDINGS)
+def test_what_is_built_is_plain_whatever_surrounds_it(surrounding):
+    def build():
+        plan, index = compile_plan(small()), FrameIndex.from_runs([2, 3])
+        ranges = compile_plan(Ranges([(0, 4)], [(0, 5)], 4, 9))
+        by_value = FrameIndex.from_tensor(row_of_token)
+        built[:] = plan, index, ranges, by_value
+        moved[:] = plan.to("meta"), index.to("meta")
+        tensors[:] = plan.mask(), cache.ranges([ONE_CHUNK], [0], [1], [1], (VIDEO,), CLEAN)
+
+    cache, row_of_token = StreamingCache(**CACHE), torch.tensor([0, 0, 1])
+    built, moved, tensors = [], [], []
+    build()
+    expected = [t.clone() for b in built for t in b.tensors()] + [t.clone() for t in tensors]
+    for cached in lru_caches():
+        cached.cache_clear()
+    surrounding(build)
+    got = [t for b in built for t in b.tensors()] + tensors
+    assert compile_plan(small()) is built[0] and FrameIndex.from_runs([2, 3]) is built[1]
+    for t in [*got, *(t for m in moved for t in m.tensors())]:
+        assert type(t) is Tensor and not t.is_inference() and not torch._C._functorch.is_functorch_wrapped_tensor(t)
+    for a, b in zip(got, expected, strict=True):
+        assert torch.equal(a, b)
+    assert all(t.device.type == "meta" for m in moved for t in m.tensors())
+
+
+@pytest.mark.parametrize(
+    "change", [lambda: torch.set_default_device("meta"), lambda: torch.set_default_dtype(torch.float64)]
+)
+def test_process_wide_defaults_do_not_stick(change):
+    try:
+        change()
+        calls = [ENTRIES[name] for name in ("block_attention", "ada_layer_norm")]
+        plan, index, table = compile_plan(small()), FrameIndex.from_runs([2, 3]), rope_table(POSITIONS, 16)
+    finally:
+        torch.set_default_device(None)
+        torch.set_default_dtype(torch.float32)
+    for t in (*plan.tensors(), *index.tensors(), plan.mask()):
+        assert t.device.type == "cpu"
+    assert table.dtype == torch.float32 and table.device.type == "cpu"
+    for call in calls:
+        call()()
+
+
+POSITIONS = torch.arange(15.0).view(5, 3)
