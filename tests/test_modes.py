@@ -2,6 +2,8 @@
 
 import copy
 import gc
+from collections.abc import Callable
+from dataclasses import replace
 from contextlib import nullcontext
 from functools import _lru_cache_wrapper, cache
 
@@ -30,6 +32,7 @@ from wam_kernels import (
 from wam_kernels.visibility import ACTION, CLEAN, VIDEO
 from wam_models import RolloutConfig, RolloutEngine, TrainingConfig, WorldActionModel, golden_config, training_step
 
+CONFIG = replace(golden_config(), layers=1, text_dim=8)
 MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 PAIRS = [(first, second) for first in MODES for second in MODES if first != second]
 
@@ -90,22 +93,23 @@ def caches(copied=lambda made: made):
 
 
 @cache
-def model() -> WorldActionModel:
+def small_model() -> WorldActionModel:
     torch.manual_seed(0)
-    return WorldActionModel(golden_config())
+    return WorldActionModel(CONFIG)
 
 
-def forwards():
-    c, frames = golden_config(), 2
+def forwards(model: Callable | None = None):
+    model = small_model() if model is None else model
+    c, frames = CONFIG, 2
     geometry = small(video_frames=2, video_tokens=1, action_frames=2, action_tokens=2, chunk_size=1)
     plan = compile_plan(geometry)
     video, action = randn(1, c.latent_channels, frames, 2, 2), randn(1, frames, c.actions_per_frame, c.action_dim)
     t, text = randn(1, frames).abs(), randn(1, 3, c.text_dim)
-    return lambda: stepped(lambda video, action: model()(video, video, action, action, t, t, text, plan), video, action)
+    return lambda: stepped(lambda video, action: model(video, video, action, action, t, t, text, plan), video, action)
 
 
 def trains():
-    c, config = golden_config(), TrainingConfig(program="joint", chunk_sizes=(1, 1), windows=(4, 4))
+    c, config = CONFIG, TrainingConfig(program="joint", chunk_sizes=(1, 1), windows=(4, 4))
     batch = {
         "video": randn(1, c.latent_channels, 2, 2, 2),
         "action": randn(1, 2, c.actions_per_frame, c.action_dim),
@@ -113,7 +117,7 @@ def trains():
     }
 
     def call():
-        loss = training_step(model(), batch, torch.Generator().manual_seed(0), config)[0]
+        loss = training_step(small_model(), batch, torch.Generator().manual_seed(0), config)[0]
         if torch.is_grad_enabled():
             loss.backward()
         return [loss]
@@ -122,10 +126,10 @@ def trains():
 
 
 def rolls_out():
-    c = golden_config()
+    c = CONFIG
     config = RolloutConfig(program="video_then_action", chunk_size=1, window=2, steps=1, guidance=2.0)
     first, text = randn(1, c.latent_channels, 1, 2, 2), randn(1, 3, c.text_dim)
-    episode = RolloutEngine(model(), config).start(first, text)
+    episode = RolloutEngine(small_model(), config).start(first, text)
 
     def call():
         candidate = episode.propose(generator=torch.Generator().manual_seed(0))
@@ -214,10 +218,8 @@ SURROUNDINGS = {
     "fake": under(FakeTensorMode),
     "vmap": vmapped,
     "grad": lambda build: torch.func.grad(lambda x: (build(), x.sum())[1])(torch.ones(2)),
-    "jvp": lambda build: torch.func.jvp(lambda x: (build(), x)[1], (torch.ones(2),), (torch.ones(2),)),
     "functionalize": lambda build: torch.func.functionalize(lambda x: (build(), x)[1])(torch.ones(2)),
-    "make_fx": lambda build: make_fx(lambda x: (build(), x)[1], tracing_mode="symbolic")(torch.ones(2)),
-    "compile": lambda build: torch.compile(lambda x: (build(), x)[1], backend="eager")(torch.ones(2)),
+    "make_fx": lambda build: make_fx(lambda x: (build(), x)[1])(torch.ones(2)),
 }
 
 
@@ -266,3 +268,50 @@ def test_process_wide_defaults_do_not_stick(change):
 
 
 POSITIONS = torch.arange(15.0).view(5, 3)
+
+
+def compiled_attention(x: Tensor) -> Tensor:
+    plan = compile_plan(small()).to(x.device)
+    q = x[:, None, None].expand(1, plan.length, 2, 16).contiguous()
+    return block_attention(q, q * 2, q, plan)
+
+
+def compiled_varlen(x: Tensor) -> Tensor:
+    q = x[:, None, None] * torch.ones(6, 2, 16)
+    return varlen_attention(q, q * 2, q, PAIRS_OF_TOKENS, PAIRS_OF_TOKENS)
+
+
+def compiled_norm(x: Tensor) -> Tensor:
+    by_run, by_value = FrameIndex.from_runs([4, 2]), FrameIndex.from_tensor(torch.tensor([0, 1, 1, 0, 0, 1]))
+    out, s = x * torch.arange(96.0).view(1, 6, 16), x * torch.ones(1, 2, 16)
+    for index in (by_run, by_value, FrameIndex.per_sample(6).to(x.device)):
+        out = ada_layer_norm(out, s[:, : index.frames], s[:, : index.frames], index)
+    return out
+
+
+def compiled_cache(x: Tensor) -> Tensor:
+    cache, streams = StreamingCache(**CACHE), (VIDEO, ACTION)
+    cache.buffer.fill_(1)
+    cache.buffer[:, :, :, cache.chunk_slots(streams, CLEAN)] += x
+    ranges = cache.ranges([ONE_CHUNK], [0], [1], [1], streams, CLEAN)
+    cache.keep(streams, [1], [1])
+    q = x.expand(1, 5, 2, 16).contiguous()
+    return cached_attention(q, cache.keys(0), cache.values(0), ranges, group_rows=cache.rows(streams))
+
+
+COMPILED = (compiled_attention, compiled_varlen, compiled_norm, compiled_cache)
+
+
+@pytest.mark.parametrize("function", COMPILED, ids=lambda f: f.__name__.removeprefix("compiled_"))
+def test_compiles_around_what_is_built_on_the_host(function):
+    torch._dynamo.reset()
+    with torch.no_grad():
+        x = torch.ones(1)
+        torch.testing.assert_close(torch.compile(function, backend="eager")(x), function(x))
+
+
+def test_the_whole_model_compiles():
+    torch._dynamo.reset()
+    with torch.no_grad():
+        call = forwards(torch.compile(small_model(), backend="eager"))
+        torch.testing.assert_close(call(), forwards()())

@@ -97,13 +97,17 @@ class Side:
         return [getattr(self, name) for name in self.FIELDS]
 
     def __reduce__(self) -> tuple:
-        # on its own it needs the views alone, not the plan's whole buffer with each
-        return Side, (self.shape, [plain(t).clone() for t in self.tensors()])
+        # on its own it needs its views alone, not the plan's whole buffer with each
+        return _unpickled_side, (self.shape, [t.clone() for t in self.tensors()])
 
     @property
     def computed_pairs(self) -> int:
         steps = self.full.shape[0] * self.shape.step + self.part.shape[0] * STEP_PART
         return steps * self.shape.rows
+
+
+def _unpickled_side(shape: TileShape, tensors: Sequence[Tensor]) -> Side:
+    return Side(shape, [plain(t) for t in tensors])
 
 
 class Plan:
