@@ -283,10 +283,11 @@ def _compile(packed: tuple, lengths: tuple[int, int], tiles: tuple[TileShape, Ti
     visible = int((times * queries.count * (hi - lo).sum(0)).sum())
     tile = tiles[visible >= LONG_WINDOW * len(packed) * lengths[0]]
     shapes = tile, TileShape(tile.key_rows or tile.rows, tile.step)
-    query_tiles = _cut(queries, shapes[0].rows)
-    # rows are alike but for their bounds
-    alike = all(a is b or np.array_equal(a, b) for a, b in zip(queries[:-1], keys[:-1], strict=True))
-    key_tiles = query_tiles if alike and shapes[0].rows == shapes[1].rows else _cut(keys, shapes[1].rows)
+    programs = sum(isinstance(sample, Geometry) for sample in placement.samples)
+    query_tiles = _cut(queries, shapes[0].rows, programs)
+    # programs' rows are alike but for their bounds, which do not decide how they are cut
+    alike = shapes[0].rows == shapes[1].rows and programs == len(placement.samples)
+    key_tiles = query_tiles if alike else _cut(keys, shapes[1].rows, programs)
     parts = [
         *_side(queries, query_tiles, shapes[0], placement, side=0),
         *_side(keys, key_tiles, shapes[1], placement, side=1),
@@ -347,41 +348,75 @@ class Tiles(NamedTuple):
     heads: np.ndarray  # int64 [T]: where those of each tile begin
 
 
-def _cut(rows: SideRows, tile_rows: int) -> Tiles:
-    """Cut rows into tiles; all in whole-array operations."""
+def _spans(bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """lo and hi of ``bounds`` with an empty range that begins last and ends first of all."""
+    lo, hi = bounds
+    return np.where(lo == NOWHERE, np.iinfo(np.int32).max, lo), hi
+
+
+def _cut(rows: SideRows, tile_rows: int, programs: int) -> Tiles:
+    """Cut rows into tiles; all in whole-array operations.
+
+    What a tile visits reaches each of its rows if it is NaN, for 0 * NaN is NaN. So the rows of a tile meet a token in
+    common, or nothing at all. Rows of the first ``programs`` samples stay together whatever they meet.
+    """
     # groups (sample, stream) are padded in front to whole tiles
     sample = np.arange(rows.of_sample.size).repeat(rows.of_sample)
     group = 2 * sample + rows.stream
     order = np.lexsort((rows.order, group))  # stable: like rows stay in the order of their tokens
     group, start, count = group[order], rows.start[order], rows.count[order]
-    tokens = np.bincount(group, count, 2 * rows.of_sample.size).astype(np.int64)
-    slots = -(-tokens // tile_rows) * tile_rows
-    padding = slots - tokens
-    slot = starts(count) + padding.cumsum()[group]
-    end = slot + count
+    new = np.ones(group.size, bool)
+    new[1:] = group[1:] != group[:-1]
+    if programs < rows.of_sample.size:
+        # rows that meet nothing have that in common: one more column
+        lo, hi = _spans(np.concatenate([rows.bounds, np.full((2, 1, group.size), NOWHERE, np.int32)], 1).take(order, 2))
+        nothing = (hi == NOWHERE).all(0)
+        lo[-1, nothing], hi[-1, nothing] = 0, 1
+        kept = rows.of_sample[:programs].sum()
+        lo[:, :kept], hi[:, :kept] = 0, 1
+        new[1:] |= ~(np.maximum(lo[:, 1:], lo[:, :-1]) < np.minimum(hi[:, 1:], hi[:, :-1])).any(0)
+    first_rows = np.flatnonzero(new)
+    padding = np.zeros_like(count)  # before each row
+    padding[first_rows] = -np.add.reduceat(count, first_rows) % tile_rows
+    while True:
+        slot = starts(count + padding) + padding
+        # rows are in slot order, so those that a tile meets follow each other
+        first, last = slot // tile_rows, (slot + count - 1) // tile_rows
+        n_tiles = last - first + 1
+        tile, row = expand(first, n_tiles), np.arange(group.size).repeat(n_tiles)
+        heads = np.flatnonzero(np.diff(tile, prepend=-1))
+        if programs == rows.of_sample.size:
+            break
+        # neighbours overlap, but the ends of a chain need not: halve its tile until they do
+        common = np.maximum.reduceat(lo.take(row, 1), heads, 1) < np.minimum.reduceat(hi.take(row, 1), heads, 1)
+        apart = np.flatnonzero(~common.any(0))
+        if not apart.size:
+            break
+        ends = np.append(heads[1:], row.size)[apart] - 1
+        padding[(row[heads[apart]] + row[ends] + 1) // 2] += tile_rows  # the first half keeps its slots
 
-    width = end.copy()  # of a row with the padding before it
-    width[1:] -= end[:-1]
+    width = count + padding
     token_at = (start - slot).astype(np.int32).repeat(width)
     token_at += np.arange(token_at.size, dtype=np.int32)
     row_at = (order - starts(rows.of_sample)[sample]).astype(np.int32).repeat(width)
-    empty = expand(starts(slots), padding)
+    empty = expand(slot - padding, padding)
     token_at[empty] = NOWHERE
     row_at[empty] = NOWHERE
-
-    # rows are in slot order, so those that a tile meets follow each other
-    first, last = slot // tile_rows, (end - 1) // tile_rows
-    n_tiles = last - first + 1
-    tile = expand(first, n_tiles)
-    head = np.ones(tile.size, bool)
-    head[1:] = tile[1:] != tile[:-1]
     return Tiles(
-        of_sample=slots.reshape(-1, 2).sum(1) // tile_rows,
+        of_sample=np.bincount(sample[row[heads]], minlength=rows.of_sample.size),
         tokens=token_at.reshape(-1, tile_rows),
         rows=row_at.reshape(-1, tile_rows),
-        meets=order.repeat(n_tiles),
-        heads=np.flatnonzero(head),
+        meets=order[row],
+        heads=heads,
     )
+
+
+class Holes(NamedTuple):
+    """Tokens inside runs, which nothing of their tile meets."""
+
+    run: np.ndarray  # int64 [N]: of all runs, counted [T, n]
+    first: np.ndarray  # int64 [N]
+    end: np.ndarray  # int64 [N]
 
 
 class Visits(NamedTuple):
@@ -396,11 +431,21 @@ class Visits(NamedTuple):
     at_base: np.ndarray  # int64 [2, R]
 
     @classmethod
-    def of(cls, step: int, first: np.ndarray, count: np.ndarray) -> Visits:
-        """``count`` entries from token ``first`` on, both ``[T, n]``, in this order; a count may be 0."""
+    def of(cls, step: int, first: np.ndarray, count: np.ndarray, holes: Holes | None = None) -> Visits:
+        """``count`` entries from token ``first`` on, both ``[T, n]``, in this order; a count may be 0.
+
+        Entries are ``step`` tokens each; with ``holes``, which are left out, one.
+        """
         n_tiles, n_runs = count.shape
         some = np.flatnonzero(count)
-        first, count, tile = first.ravel()[some], count.ravel()[some], some // n_runs
+        first, count = first.ravel()[some], count.ravel()[some]
+        if holes is not None and holes.run.size:
+            # what is left of the runs, as their first tokens and their ends: one more of both for each hole
+            begin, end = some << 32, some << 32
+            begin = np.sort(np.append(begin + first, (holes.run << 32) + holes.end))
+            end = np.sort(np.append(end + first + count, (holes.run << 32) + holes.first))
+            some, first, count = begin >> 32, begin & 0xFFFFFFFF, end - begin
+        tile = some // n_runs
         total = np.bincount(tile, count, n_tiles).astype(np.int64)
         at = starts(count) - starts(total)[tile]
         return cls(step, total, np.bincount(tile, minlength=n_tiles), np.array([at, first - step * at]))
@@ -421,10 +466,8 @@ class Visits(NamedTuple):
 
 def _visits(bounds: np.ndarray, tiles: Tiles, step: int) -> tuple[Visits, Visits]:
     """What tiles visit of their rows' ``bounds``: full steps, by their first tokens; and the tokens of partial steps."""
-    lo, hi = bounds
-    # an empty range begins last and ends first of all
-    lo = np.where(lo == NOWHERE, np.iinfo(np.int32).max, lo).take(tiles.meets, axis=1)
-    hi = hi.take(tiles.meets, axis=1)
+    lo, hi = _spans(bounds)
+    lo, hi = lo.take(tiles.meets, axis=1), hi.take(tiles.meets, axis=1)
     # what some row of a tile sees, and what every row sees: [columns, T]
     any_lo, all_lo = (f.reduceat(lo, tiles.heads, axis=1) for f in (np.minimum, np.maximum))
     any_hi, all_hi = (f.reduceat(hi, tiles.heads, axis=1) for f in (np.maximum, np.minimum))
@@ -437,7 +480,29 @@ def _visits(bounds: np.ndarray, tiles: Tiles, step: int) -> tuple[Visits, Visits
     left = np.empty((2, tiles.heads.size, len(lo), 2), np.int32)  # [first token or count, T, columns, before or behind]
     left[0, ..., 0], left[0, ..., 1] = any_lo.T, cut_hi.T
     left[1, ..., 0], left[1, ..., 1] = (cut_lo - any_lo).T, (any_hi - cut_hi).T
-    return Visits.of(step, all_lo.T, n_full.T), Visits.of(1, *left.reshape(2, tiles.heads.size, -1))
+    holes = _holes(lo, hi, tiles.heads, cut_lo)
+    return Visits.of(step, all_lo.T, n_full.T), Visits.of(1, *left.reshape(2, tiles.heads.size, -1), holes)
+
+
+def _holes(lo: np.ndarray, hi: np.ndarray, heads: np.ndarray, cut_lo: np.ndarray) -> Holes:
+    """What lies between tokens that some of a tile's rows see, in one column, but is seen by none of them.
+
+    ``lo``, ``hi`` ``[columns, M]``: what each row of each tile sees. ``cut_lo`` ``[columns, T]``: what lies before it
+    is in run 0 of the two that a column has, else in run 1.
+    """
+    tile = np.zeros(lo.shape[1], np.int64)
+    tile[heads[1:]] = 1
+    of_range = tile.cumsum() * len(lo) + np.arange(len(lo))[:, None]
+    some = hi != NOWHERE
+    # the ranges of all tiles and columns end to end: one running maximum serves them all
+    begin, end = ((of_range << 32) + lo)[some], ((of_range << 32) + hi)[some]
+    if (begin[1:] < begin[:-1]).any():
+        order = np.argsort(begin)
+        begin, end = begin[order], end[order]
+    reach = np.maximum.accumulate(end)[:-1]
+    hole = np.flatnonzero((begin[1:] > reach) & (begin[1:] >> 32 == reach >> 32))
+    of_range, first, end = begin[hole + 1] >> 32, reach[hole] & 0xFFFFFFFF, begin[hole + 1] & 0xFFFFFFFF
+    return Holes(2 * of_range + (first >= cut_lo.T.ravel()[of_range]), first, end)
 
 
 def _side(

@@ -27,7 +27,10 @@ def mask_of_intervals(geometry, transposed: bool) -> np.ndarray:
 
 
 def mask_of_side(side: Side, batch: int, length: int, others: int | None = None) -> np.ndarray:
-    """Replay the kernel's walk. A pair computed twice, or a row owned by no tile or two, is an error here."""
+    """Replay the kernel's walk.
+
+    A pair computed twice, a row owned by no tile or two, or a token visited that no row of the tile sees, is an error.
+    """
     tiles, rows, groups, bounds, full, part = (t.numpy() for t in side.tensors())
     times = np.zeros((batch, length, length if others is None else others), int)
     owners = np.zeros((batch, length), int)
@@ -41,6 +44,7 @@ def mask_of_side(side: Side, batch: int, length: int, others: int | None = None)
             lo, hi = np.moveaxis(bounds[group], -1, 0)[..., None]
             sees = ((lo <= tokens) & (tokens < hi)).any(1)
             assert not sees[:, tokens < 0].any(), "a hole in a partial step must be invisible"
+            assert sees[is_row].any(0)[tokens >= 0].all(), "what a tile visits may be NaN, and so reach its rows"
             times[b, row[is_row][:, None], tokens[tokens >= 0]] += sees[is_row][:, tokens >= 0]
     assert (owners == 1).all()
     assert times.max(initial=0) <= 1

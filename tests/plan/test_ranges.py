@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from tests.geometries import geometries, small
 from tests.plan.test_plan import mask_of_side
 from wam_kernels import Ranges, TileShape, compile_plan
+from wam_kernels.plan import Side
 from wam_kernels.ranges import MAX_COLUMNS
 
 
@@ -67,6 +68,53 @@ def test_tiles_compute_exactly_the_visible_pairs(batch, padding, tile):
     assert mask.shape == (plan.batch, length, key_length) and plan.visible_pairs == mask.sum()
     np.testing.assert_array_equal(mask_of_side(plan.queries, plan.batch, length, key_length), mask)
     np.testing.assert_array_equal(mask_of_side(plan.keys, plan.batch, key_length, length), mask.transpose(0, 2, 1))
+    for b, samples in enumerate(batch):
+        q, k = 0, 0
+        for s in samples:
+            if isinstance(s, Ranges):
+                assert_rows_of_a_tile_meet(plan.queries, mask, b, q, q + s.length)
+                assert_rows_of_a_tile_meet(plan.keys, mask.transpose(0, 2, 1), b, k, k + s.key_length)
+            q, k = q + s.length, k + s.key_length
+
+
+def assert_rows_of_a_tile_meet(side: Side, mask: np.ndarray, b: int, begin: int, end: int) -> None:
+    """Any two rows of a tile of this sample see a token in common, or both nothing; and no other sample is in it."""
+    for (of_tile, *_), row in zip(side.tiles.numpy(), side.rows.numpy(), strict=True):
+        own = row[(row >= begin) & (row < end)]
+        if of_tile == b and own.size:
+            assert own.size == (row >= 0).sum(), "rows of two samples share a tile"
+            seen = mask[b, own]
+            assert (seen.astype(int) @ seen.T.astype(int) > 0).all() or not seen.any()
+
+
+WINDOW = 12
+
+
+@pytest.mark.parametrize(
+    "r",
+    [
+        pytest.param(Ranges([(0, 12), (12, 20)], [(0, 12), (12, 20)], 20), id="two-documents"),
+        pytest.param(Ranges([(i, i + 1) for i in range(40)], [(0, i + 1) for i in range(40)], 40), id="causal"),
+        pytest.param(
+            Ranges([(i, i + 1) for i in range(90)], [(max(0, i - WINDOW), i + 1) for i in range(90)], 90),
+            id="sliding-window",
+        ),
+        pytest.param(Ranges([(0, 5), (5, 9), (9, 14)], [(0, 6), (5, 10), (9, 14)], 14), id="chain-of-three"),
+        pytest.param(
+            Ranges([(0, 4), (4, 8), (4, 8), (8, 12)], [(0, 4), (0, 4), (8, 12), (8, 12)], 12), id="chain-in-two-columns"
+        ),
+        pytest.param(Ranges([(3, 9), (20, 25)], [(2, 9), (20, 22)], 30), id="rows-in-no-range"),
+        pytest.param(Ranges([(i, i + 1) for i in range(40)], [(i, i + 1) for i in range(40)], 40), id="each-itself"),
+    ],
+)
+def test_rows_of_a_tile_meet(r):
+    plan = compile_plan([[small(), r], [r, r]], tile=TileShape(16, 8, key_rows=32))
+    mask = plan.mask()[:, 0].numpy()
+    mask_of_side(plan.queries, 2, *mask.shape[1:]), mask_of_side(plan.keys, 2, *mask.shape[:0:-1])
+    n, first = r.length, small().length
+    for b, begin in ((0, first), (1, 0), (1, n)):
+        for side, seen in ((plan.queries, mask), (plan.keys, mask.transpose(0, 2, 1))):
+            assert_rows_of_a_tile_meet(side, seen, b, begin, begin + n)
 
 
 @settings(max_examples=60, deadline=None)
