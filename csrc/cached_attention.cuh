@@ -13,8 +13,12 @@
 // Softmax works in base 2; lse_p is in base 2. Scores and sums are float32; rounded to the dtype are p, before its
 // product, and out, at the store. A part without slots stores lse_p = -inf and no out_p.
 //
+// A row's scores may all be -inf, by overflow: then its lse is -inf and its out 0, as of a row that sees nothing.
+//
 // One warp of the second kernel owns a row of a head and adds the parts in order. No atomics: the same bits every time.
 #pragma once
+
+#include <cfloat>
 
 #include "qk_norm_rope.cuh"  // Heads
 #include "tile_mma.cuh"
@@ -163,8 +167,11 @@ __global__ void __launch_bounds__(kThreads) part_kernel(const __grid_constant__ 
 
   fetch(first, tiles[0]);
   const T* q = static_cast<const T*>(p.q.data) + b * p.q.stride_batch + h * p.q.stride_head;
-  const auto q_rows = load_operand<T, D>(q + row * p.q.stride_token, p.q.stride_token, rows, p.head_dim);
-  const float to_base2 = p.scale * kLog2e;
+  auto q_rows = load_operand<T, D>(q + row * p.q.stride_token, p.q.stride_token, rows, p.head_dim);
+  // The sign of the scale goes into q: then the largest product is the largest score, and -inf, which marks what is
+  // masked, stays -inf, also at scale 0, which becomes the smallest normal number.
+  if (p.scale < 0.0f) change_sign(q_rows);
+  const float to_base2 = fmaxf(fabsf(p.scale) * kLog2e, FLT_MIN);
   // of the two rows that this lane holds parts of; a lane sums its own columns until the end
   float m[2] = {-INFINITY, -INFINITY}, total[2] = {};
   Accumulator<D> out = {};
@@ -180,21 +187,23 @@ __global__ void __launch_bounds__(kThreads) part_kernel(const __grid_constant__ 
     Accumulator<kSlots> s = {};
     multiply_transposed(s, q_rows, now.k);
     const int seen = visible - step * kSlots;
-    float m_new[2] = {m[0], m[1]};
+    float largest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int j = 0; j < kSlots / 8; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        s.at[j][i] = column_of(lane, j, i) < seen ? s.at[j][i] * to_base2 : -INFINITY;
-        m_new[i / 2] = fmaxf(m_new[i / 2], s.at[j][i]);
+        if (column_of(lane, j, i) >= seen) s.at[j][i] = -INFINITY;
+        largest[i / 2] = fmaxf(largest[i / 2], s.at[j][i]);
       }
     }
+    float shift[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
-      // every step has at least one slot, so this is finite
-      m_new[r] = quad_max(m_new[r]);
-      const float shrink = exp2f(m[r] - m_new[r]);
-      m[r] = m_new[r];
+      const float before = m[r];
+      m[r] = fmaxf(before, quad_max(largest[r]) * to_base2);
+      // -inf where all scores are: exp2f(-inf - -inf) would be NaN
+      shift[r] = m[r] == -INFINITY ? 0.0f : m[r];
+      const float shrink = exp2f(before - shift[r]);
       total[r] *= shrink;
 #pragma unroll
       for (int j = 0; j < D / 8; ++j) {
@@ -206,7 +215,7 @@ __global__ void __launch_bounds__(kThreads) part_kernel(const __grid_constant__ 
     for (int j = 0; j < kSlots / 8; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        s.at[j][i] = exp2f(s.at[j][i] - m[i / 2]);
+        s.at[j][i] = exp2f(fmaf(s.at[j][i], to_base2, -shift[i / 2]));
         total[i / 2] += s.at[j][i];
       }
     }
@@ -216,6 +225,8 @@ __global__ void __launch_bounds__(kThreads) part_kernel(const __grid_constant__ 
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     total[r] = quad_sum(total[r]);
+    // scores past 2^31, where rounding m alone is more than exp2f can take
+    if (total[r] == 0.0f && m[r] != -INFINITY) total[r] = NAN;
     const int at = row_of(lane, 2 * r);
     if (at >= rows) continue;
     if (lane % 4 == 0) p.lse_part[row_of_part + at] = m[r] + log2f(total[r]);
@@ -245,7 +256,7 @@ __global__ void __launch_bounds__(kCombineRows * kWarp)
   for (int part = 0; part < p.parts; ++part) {
     const int64_t at = part * stride_part + row_of_part;
     const float lse = p.lse_part[at];
-    if (lse == -INFINITY) continue;  // this part has no slots and has stored no out_p
+    if (lse == -INFINITY) continue;  // this part has no slots, or no finite score: its out_p is no number
     const float weight = exp2f(lse - m);
     total += weight;
     if (channel < p.head_dim) {

@@ -239,6 +239,15 @@ __device__ inline Operand<T, K> load_operand(const T* data, int64_t stride_row, 
   return a;
 }
 
+template <class T, int K>
+__device__ inline void change_sign(Operand<T, K>& a) {
+#pragma unroll
+  for (int j = 0; j < K / 16; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) a.at[j][i] ^= 0x80008000u;
+  }
+}
+
 // An accumulator rounded to T. Lanes hold the same places of both, so nothing moves between them.
 template <class T, int N>
 __device__ inline Operand<T, N> to_operand(const Accumulator<N>& c) {

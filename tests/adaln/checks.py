@@ -137,6 +137,28 @@ def check_same_bits(index: FrameIndex, inputs: dict[str, Tensor], impl: str | No
         assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def check_nan_stays(index: FrameIndex, impl: str | None, device: str = "cpu") -> None:
+    """NaN and Inf in a token and in a frame's modulation reach that token, that frame and nothing else."""
+    index, inputs = index.to(device), make_inputs(index, 2, 64, torch.float32, device)
+    rows = index.row_of_token.long().cpu()
+    token, frame = 1, int(rows[-1])
+    assert rows[token] != frame, "the token is of another frame"
+    bad = {name: t.clone() for name, t in inputs.items()}
+    for name, value in (("x", torch.nan), ("y", torch.inf), ("dr", torch.nan), ("dh", -torch.inf)):
+        bad[name][0, token, 3] = value
+    bad["t_proj"][0, frame, :3, 5] = torch.nan
+    for variant in (FULL, VARIANTS["norm"], VARIANTS["gate-alone"]):
+        expected, actual = run(variant, index, inputs, impl), run(variant, index, bad, impl)
+        kept = (torch.arange(index.length) != token) & (rows != frame)
+        kept_frames = [f for f in range(index.frames) if f not in (frame, int(rows[token]))]
+        for name in actual.keys() - {"d table"}:  # every token's
+            at = kept_frames if name == "d t_proj" else kept
+            assert torch.equal(actual[name][0, at], expected[name][0, at]), f"{name} of other tokens"
+            assert torch.equal(actual[name][1], expected[name][1]), f"{name} of the other sample"
+        last = "h" if "h" in actual else "r"
+        assert actual[last][0, token].isnan().any() and not actual[last][0, rows == frame].isfinite().all()
+
+
 def check_fused_equals_parts(index: FrameIndex, inputs: dict[str, Tensor], impl: str | None) -> None:
     """The norm is of the rounded r: the fused op gives the bits of its two halves, one after the other."""
     shift, scale, gate, *_ = inputs["t_proj"].unbind(2)

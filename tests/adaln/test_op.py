@@ -6,7 +6,7 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.adaln.checks import (
     FULL, LAYOUTS, SHAPES, SHARED, UNEVEN, VARIANTS, check_against_reference, check_fused_equals_parts, check_layout,
-    check_one_gradient, check_same_bits, make_inputs, run,
+    check_nan_stays, check_one_gradient, check_same_bits, make_inputs, run,
 )  # fmt: skip
 from wam_kernels.adaln import ada_layer_norm, config, gate_residual_ada_layer_norm
 from wam_kernels.frame_index import FrameIndex
@@ -53,6 +53,12 @@ def test_fused_equals_its_parts(dtype):
 
 def test_only_one_output_used():
     check_one_gradient(SHARED, make_inputs(SHARED, 2, 64, torch.float32), "cpu")
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("index", [UNEVEN, SHARED], ids=["uneven", "shared"])
+def test_nan_stays(index, impl):
+    check_nan_stays(index, impl)
 
 
 def test_same_bits_from_run_to_run():

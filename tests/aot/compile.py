@@ -3,10 +3,13 @@
 Not in a process with TRITON_INTERPRET=1: there ``triton.jit`` makes interpreted functions.
 """
 
+from __future__ import annotations
+
 import os
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +21,32 @@ _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
 @dataclass(frozen=True)
+class Loop:
+    """Machine instructions of one turn, by name without what follows a dot: ``FFMA``, ``HGMMA``, ``LDL``."""
+
+    count: Counter[str]
+
+    @property
+    def total(self) -> int:
+        return sum(self.count.values())
+
+    @property
+    def spills(self) -> int:
+        return self.count["LDL"] + self.count["STL"]
+
+
+@dataclass(frozen=True)
 class Compiled:
     registers: int
     spill_bytes: int
+    loops: tuple[Loop, ...]  # the innermost ones that a tensor core is used in
     shared_bytes: int
     wgmma: int
     wgmma_serialised: bool
-    copies_behind: tuple[int, ...]  # of each pipelined loop: groups of copies that may still be under way when it computes
+    copies_behind: tuple[
+        int, ...
+    ]  # of each pipelined loop: groups of copies that may still be under way when it computes
+    repeated: tuple[str, ...]  # products of which several warps compute the same part
     ptx: str
 
 
@@ -43,21 +65,58 @@ def compile_sm90(kernel, types: dict[str, str], constants: dict, *, num_warps: i
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
     ptx = built.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "kernel.ptx")
+        path, cubin = os.path.join(folder, "kernel.ptx"), os.path.join(folder, "kernel.cubin")
         Path(path).write_text(ptx)
-        report = subprocess.run(
-            [_BIN / "ptxas", "-v", "-arch=sm_90a", path, "-o", os.path.join(folder, "kernel.cubin")],
-            capture_output=True, text=True, check=True,
-        ).stderr  # fmt: skip
+        report = _run("ptxas", "-v", "-arch=sm_90a", path, "-o", cubin).stderr
+        sass = _run("nvdisasm", "-c", cubin).stdout
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
     return Compiled(
         registers=int(re.search(r"Used (\d+) registers", report).group(1)),
         spill_bytes=sum(spills),
+        loops=_loops(sass),
         shared_bytes=built.metadata.shared,
         wgmma=len(re.findall(r"wgmma\.mma_async", ptx)),
         wgmma_serialised="C7511" in report or "C7510" in report,
         copies_behind=_copies_behind(built.asm["ttgir"]),
+        repeated=_repeated(built.asm["ttgir"]),
         ptx=ptx,
+    )
+
+
+def _run(tool: str, *args: str) -> subprocess.CompletedProcess:
+    return subprocess.run([_BIN / tool, *args], capture_output=True, text=True, check=True)
+
+
+def _loops(sass: str) -> tuple[Loop, ...]:
+    """What lies between a label and a branch back to it, without another such pair inside, if it multiplies tiles."""
+    names, labels, loops = [], {}, []
+    for line in sass.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label.group(1)] = len(names)
+        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?(\w+)[\w.]*\s*(.*?);", line):
+            names.append(found.group(1))
+            target = re.search(r"`\((\.L_x_\d+)\)", found.group(2))
+            if found.group(1) == "BRA" and target and target.group(1) in labels:
+                loops.append((labels[target.group(1)], len(names)))
+    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    counts = [Counter(names[begin:end]) for begin, end in inner]
+    return tuple(Loop(c) for c in counts if c["HGMMA"] or c["HMMA"])
+
+
+def _repeated(ttgir: str) -> tuple[str, ...]:
+    """Products whose warps reach beyond the result, and so come round to parts that another warp computes as well."""
+    layouts = {
+        name: [[int(n) for n in re.search(rf"{key} = \[([\d, ]+)\]", fields).group(1).split(",")][:2]
+               for key in ("warpsPerCTA", "instrShape")]
+        for name, fields in re.findall(r"#(\w+) = #ttg.nvidia_mma<\{(.*)\}>", ttgir)
+    }  # fmt: skip
+    products = re.findall(r"(?:warp_group_dot|tt\.dot) .*-> tensor<(\d+)x(\d+)xf32, #(\w+)>", ttgir)
+    assert products, "no tl.dot was found: has Triton another name for it?"
+    return tuple(
+        f"[{rows}, {columns}] by warps {warps} of {shape}"
+        for rows, columns, layout in products
+        for warps, shape in [layouts[layout]]
+        if warps[0] * shape[0] > int(rows) or warps[1] * shape[1] > int(columns)
     )
 
 

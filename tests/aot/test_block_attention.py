@@ -13,7 +13,7 @@ KERNELS = {
     "dq": (kernel_triton._block_attention_bwd_dq_kernel, config.backward),
     "dkdv": (kernel_triton._block_attention_bwd_dkdv_kernel, config.backward),
 }
-FLOAT32 = {"lse_ptr", "dlse_ptr", "delta_ptr"}
+FLOAT32 = {"lse_ptr", "lse2_ptr", "dlse_ptr", "delta_ptr"}
 INDEX = {f"{name}_ptr" for name in ("tiles", "rows", "groups", "bounds", "full", "part")}
 
 

@@ -1,12 +1,15 @@
 """What every backend must pass; called by the CPU suite, the interpreter suite and the GPU suite."""
 
+from __future__ import annotations
+
 import contextlib
+from dataclasses import dataclass
 
 import torch
 
 from tests.budget import assert_within_budget
 from tests.geometries import small
-from wam_kernels import NAMED_PROGRAMS, Plan, Ranges, block_attention, compile_plan
+from wam_kernels import NAMED_PROGRAMS, Geometry, Plan, Ranges, TileShape, block_attention, compile_plan
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
@@ -85,3 +88,102 @@ def blind_plan() -> Plan:
     plan = compile_plan([[alone, small()]], length=100)
     assert (plan.mask().sum(-1) == 0).any()
     return plan
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Tokens of a sample that hold NaN and Inf, and those whose numbers must be as without."""
+
+    name: str
+    sample: Geometry | Ranges
+    bad: dict[str, list[int]]  # of q, dout; k, v
+    kept_queries: list[int]
+    kept_keys: list[int]
+
+
+def _all_of(tokens: list[int]) -> dict[str, list[int]]:
+    return dict.fromkeys(("q", "dout", "k", "v"), tokens)
+
+
+def _span(*spans: tuple[int, int]) -> list[int]:
+    return [i for begin, end in spans for i in range(begin, end)]
+
+
+def _each(n: int, sees) -> Ranges:
+    return Ranges([(i, i + 1) for i in range(n)], [sees(i) for i in range(n)], n)
+
+
+def _unmet(name: str, sample: Geometry | Ranges) -> Scene:
+    """All that meets nothing is bad: queries that see no key, keys that no query sees."""
+    mask = compile_plan(sample).mask()[0, 0]
+    q, k = ((~mask.any(dim)).nonzero().flatten().tolist() for dim in (1, 0))
+    assert q or k
+    others = [[i for i in range(n) if i not in bad] for n, bad in zip(mask.shape, (q, k), strict=True)]
+    return Scene(name, sample, {"q": q, "dout": q, "k": k, "v": k}, *others)
+
+
+DOCUMENTS = [(0, 12), (12, 20), (20, 29)]
+SCENES = [
+    Scene("middle document", Ranges(DOCUMENTS, DOCUMENTS, 29), _all_of(_span((12, 20))), *[_span((0, 12), (20, 29))] * 2),
+    Scene("values of a document", Ranges(DOCUMENTS, DOCUMENTS, 29), {"v": [3]}, *[_span((12, 29))] * 2),
+    # rows that see a token in common may share a tile: here those within 7 of each other
+    Scene(
+        "end of a sliding window", _each(32, lambda i: (max(0, i - 7), i + 1)), _all_of(_span((27, 32))),
+        _span((0, 20)), _span((0, 6)),
+    ),
+    # the first meets the second and the second the third, but the third does not meet the first
+    Scene(
+        "chain", Ranges([(0, 5), (5, 9), (9, 14)], [(0, 6), (5, 10), (9, 14)], 14), _all_of(_span((0, 5))),
+        _span((9, 14)), _span((10, 14)),
+    ),
+    _unmet("key between ranges, query in no range", Ranges([(0, 9), (2, 7)], [(0, 4), (6, 8)], 11)),
+    # in the second column of a tile whose rows have a key of the first in common
+    _unmet("key between the ranges of two rows", Ranges([(0, 12), (0, 6), (6, 12)], [(0, 2), (3, 5), (8, 12)], 12)),
+    _unmet("program", small("decoupled_same_step", video_frames=3, action_frames=5, startup_action_frames=2)),
+]  # fmt: skip
+
+
+def check_nan_stays(impl: str) -> None:
+    """NaN and Inf reach what the formula says and no other document, sample or batch element; unmet tokens get 0."""
+    samples = [scene.sample for scene in SCENES]
+    # the second element is bad, and so is the padding that ends both
+    length = sum(s.length for s in samples) + 5
+    plan = compile_plan([samples, [samples[0]]], length=length, tile=TileShape(16, 16))
+    inputs = make_inputs(plan, 2, 2, 16, torch.float32, kv_heads=1)
+    expected = run(plan, inputs, "reference")
+    values = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    for name, t in zip(("q", "k", "v", "dout"), inputs, strict=False):
+        t[1], t[0, -5:] = torch.nan, torch.inf
+        first = 0
+        for scene in SCENES:
+            at = first + torch.tensor(scene.bad.get(name, []), dtype=torch.long)
+            t[0, at] = values[torch.arange(at.numel()) % 3, None, None]
+            first += scene.sample.length
+    actual = run(plan, inputs, impl)
+    for name, *both in zip(NAMES, actual, expected, strict=True):
+        got, want = (t[0].mT if name == "lse" else t[0] for t in both)
+        of_keys, first = name in ("dk", "dv"), 0
+        for scene in SCENES:
+            at = first + torch.tensor(scene.kept_keys if of_keys else scene.kept_queries, dtype=torch.long)
+            torch.testing.assert_close(
+                got[at], want[at], atol=1e-5, rtol=1e-5, msg=lambda m, scene=scene: f"{scene.name}: {name}: {m}"
+            )
+            first += scene.sample.length
+        unmet = ~plan.mask()[0, 0].any(0 if of_keys else 1)
+        assert (got[unmet] == (-torch.inf if name == "lse" else 0)).all(), f"{name} of what meets nothing"
+        assert not got[~unmet].isfinite().all(), f"{name} hides what is not finite"
+
+
+def check_infinite_scores(impl: str) -> None:
+    """A row whose scores all overflow to -inf is as one that sees nothing; +inf is NaN, in that row alone."""
+    plan = compile_plan(Ranges([(0, 3), (3, 6)], [(0, 3), (3, 6)], 6), tile=TileShape(16, 16))
+    inputs = make_inputs(plan, 1, 1, 16, torch.float32)
+    (out_before, _, dq_before, *_), (q, k, v, *douts) = run(plan, inputs, impl, scale=1.0), inputs
+    q[0, 4], k[0, 3:] = 3e38, -10
+    out, lse, dq, dk, dv = run(plan, inputs, impl, scale=1.0)
+    assert (out[0, 4] == 0).all() and (lse[0, :, 4] == -torch.inf).all() and (dq[0, 4] == 0).all()
+    assert all(t.isfinite().all() for t in (out, dq, dk, dv))
+    k[0, 3:] *= -1
+    out, _, dq, *_ = run(plan, [q, k, v, *douts], impl, scale=1.0)
+    assert out[0, 4].isnan().all() and out[0, [3, 5]].isfinite().all()
+    assert torch.equal(out[0, :3], out_before[0, :3]) and torch.equal(dq[0, :3], dq_before[0, :3])

@@ -7,6 +7,8 @@ from torch.utils.checkpoint import checkpoint
 from tests.block_attention.checks import (
     blind_plan,
     check_against_reference,
+    check_infinite_scores,
+    check_nan_stays,
     make_inputs,
     ragged_plan,
     rectangular_plan,
@@ -85,9 +87,20 @@ def test_programs_of_other_systems(name):
     check_against_reference(plan, make_inputs(plan, 2, 2, 16, torch.float32), "cpu")
 
 
-def test_scale():
+@pytest.mark.parametrize("scale", [0.7, -0.7, 0.0])
+def test_scale(scale):
     plan = compile_plan(small())
-    check_against_reference(plan, make_inputs(plan, 1, 2, 16, torch.float32), "cpu", scale=0.7)
+    check_against_reference(plan, make_inputs(plan, 1, 2, 16, torch.float32), "cpu", scale=scale)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_nan_stays(impl):
+    check_nan_stays(impl)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_infinite_scores(impl):
+    check_infinite_scores(impl)
 
 
 LAYOUTS = {

@@ -127,6 +127,30 @@ def check_strides_are_free(case: Case, impl: str | None) -> None:
         assert torch.equal(a.nan_to_num(), b.nan_to_num())
 
 
+def check_nan_stays(attend, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
+    """NaN and Inf reach the rows that hold or see them; a row whose scores are all -inf is as one that sees nothing.
+
+    ``attend(case, inputs)`` gives out and lse.
+    """
+    groups = [[(0, 40), (50, 60)], [(40, 50)]]
+    case = Case([groups, groups], (20, 4), 70, H=1, dtype=dtype, device=device, scale=1.0)
+    q, k, v = inputs = case.inputs()
+    expected, _ = attend(case, inputs)
+    # the second sample; a row; slots that only the second group sees, beside those of the first
+    q[1], k[1], v[1] = torch.nan, torch.inf, torch.nan
+    q[0, 3], q[0, 7] = torch.nan, torch.inf
+    v[0, 40:50] = torch.nan
+    q[0, 23], k[0, 40:50] = 3e38, -10
+    out, lse = attend(case, inputs)
+    kept = [i for i in range(20) if i not in (3, 7)]
+    assert torch.equal(out[0, kept], expected[0, kept])
+    assert not out[1].isfinite().any() and not out[0, [3, 7, 20, 21, 22]].isfinite().all(-1).any()
+    v[0, 40:50] = 1.0
+    out, lse = attend(case, inputs)
+    assert (out[0, 23] == 0).all() and (lse[0, :, 23] == -torch.inf).all()
+    assert torch.equal(out[0, kept], expected[0, kept])
+
+
 def check_same_bits_from_run_to_run(case: Case, impl: str | None, runs: int = 2) -> None:
     inputs, ranges = case.inputs(), case.ranges()
     first = run(case, inputs, impl, ranges)

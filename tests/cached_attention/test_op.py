@@ -70,6 +70,12 @@ def test_any_ranges(case):
     checks.assert_right(case, inputs, run(case, inputs, "cpu"))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_nan_stays(impl, dtype):
+    checks.check_nan_stays(lambda case, inputs: run(case, inputs, impl), dtype)
+
+
 def test_slots_of_one_group_do_not_reach_another():
     # a slot that another group sees holds numbers, not NaN: only a missing mask would let it in, so poison it by value
     case = Case([[[(0, 20)], [(20, 40)]]], (4, 4), 40)

@@ -147,6 +147,26 @@ def test_free_strides(machine):
     check(machine, t, dr, dh, UNEVEN)
 
 
+def test_nan_stays(machine):
+    def results(t, dr, dh):
+        index = UNEVEN.to(machine.device)
+        r, h = machine.run(kernel_cuda.forward, *t.values(), index.row_of_token, EPS)
+        names = ("gate", "scale", "gate_table", "scale_table", "weight")
+        sums = index.segments, index.row_begin, index.row_segments, EPS
+        grads = machine.run(kernel_cuda.backward, dr, dh, r, t["y"], *(t[n] for n in names), *sums)
+        return dict(zip(("r", "h", "dx", "dy", "dgate", "dshift", "dscale"), (r, h, *grads), strict=False))
+
+    t, dr, dh = make_inputs(UNEVEN, 2, 72, "float32", EVERYTHING, machine.device)
+    expected = results(t, dr, dh)
+    t["x"][0, 1, 3], t["y"][0, 1, 9], dr[0, 1, 4], t["gate"][0, 3, 2] = torch.nan, torch.inf, torch.nan, torch.nan
+    token, frame = [1, *UNEVEN.row_of_token.eq(3).nonzero().flatten().tolist()], [3, int(UNEVEN.row_of_token[1])]
+    for name, got in results(t, dr, dh).items():
+        hit = frame if name in ("dgate", "dshift", "dscale") else token
+        kept = [i for i in range(got.shape[1]) if i not in hit]
+        assert torch.equal(got[0, kept], expected[name][0, kept]) and torch.equal(got[1], expected[name][1]), name
+        assert name == "dshift" or not got[0].isfinite().all()
+
+
 @pytest.mark.parametrize("row", [-1, 5, 2**31 - 1])
 def test_a_row_outside_the_modulation_is_answered_with_nan(machine, row):
     t, _, _ = make_inputs(UNEVEN, 1, 64, "float32", EVERYTHING, machine.device)

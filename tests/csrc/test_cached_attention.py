@@ -76,6 +76,15 @@ def test_what_a_block_before_left_in_shared_memory_does_not_matter(machine):
     check(machine, Case([[[(3, 8)]]], (16,), 64, H=1, D=104, dtype=BF16))
 
 
+def test_nan_stays(machine):
+    checks.check_nan_stays(lambda case, inputs: machine.run(lambda: forward(case, *inputs)), BF16, machine.device)
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_scale(machine, scale):
+    check(machine, Case([[WRAPPED, []]], (17, 2), 80, H=1, dtype=BF16, scale=scale))
+
+
 def test_strides_are_free(machine):
     case = Case([[[(5, 30), (33, 60)]], [[(5, 9)]]], (7,), 64, H=3, D=40, dtype=BF16, device=machine.device)
     q, k, v = case.inputs()

@@ -90,6 +90,25 @@ def test_programs_share_out_the_tokens(machine, B, S, per_head, programs, monkey
     check(machine, make_inputs(B, S, 2, 32, "float32", per_head, machine.device), 32, per_head, True)
 
 
+@pytest.mark.parametrize("per_head", [False, True])
+def test_nan_stays(machine, per_head):
+    def results(inputs):
+        outs = [torch.empty_like(g) for g in inputs[:2]]
+        kernel_cuda.forward(*inputs[2:], *options, *outs)
+        return [*outs, *machine.run(lambda: kernel_cuda.backward(*inputs, *options))[:2]]
+
+    options = 16, per_head, True, EPS
+    inputs = make_inputs(2, 5, 3, 16, "float32", per_head, machine.device)
+    expected = results(inputs)
+    inputs[2][1, 2, 19], inputs[3][0, 4, 0], inputs[1][0, 4, 0] = torch.nan, torch.inf, torch.nan
+    for got, want, (b, s, h) in zip(results(inputs), expected, [(1, 2, 1), (0, 4, 0)] * 2, strict=True):
+        got, want = (t.unflatten(-1, (3, 16)) if t.ndim == 3 else t for t in (got, want))
+        heads = slice(h, h + 1) if per_head else slice(None)
+        assert not got[b, s, heads].isfinite().all()
+        got[b, s, heads] = want[b, s, heads] = 0
+        assert torch.equal(got, want)
+
+
 def test_free_strides_and_a_cache_slot(machine):
     B, S, H, D = 2, 4, 3, 16
     inputs = make_inputs(B, S, H, D, "bfloat16", False, machine.device)

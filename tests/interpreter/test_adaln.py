@@ -5,7 +5,7 @@ import torch
 
 from tests.adaln.checks import (
     FULL, LAYOUTS, SHAPES, SHARED, UNEVEN, VARIANTS, check_against_reference, check_fused_equals_parts, check_layout,
-    check_one_gradient, check_same_bits, make_inputs,
+    check_nan_stays, check_one_gradient, check_same_bits, make_inputs,
 )  # fmt: skip
 from wam_kernels.frame_index import FrameIndex
 
@@ -42,3 +42,7 @@ def test_only_one_output_used():
 def test_same_bits_from_run_to_run():
     index = FrameIndex.from_runs([3, 2], rows=[0, 0])
     check_same_bits(index, make_inputs(index, 2, 72, torch.float32), "triton")
+
+
+def test_nan_stays():
+    check_nan_stays(FrameIndex.from_runs([2, 1, 2]), "triton")

@@ -7,6 +7,8 @@ import torch
 from tests.block_attention.checks import (
     blind_plan,
     check_against_reference,
+    check_infinite_scores,
+    check_nan_stays,
     make_inputs,
     ragged_plan,
     rectangular_plan,
@@ -97,3 +99,17 @@ def test_large_scores_do_not_overflow():
     torch.testing.assert_close(out.double(), out_truth, atol=1e-2, rtol=0)  # a score has 0.002 of rounding itself
     torch.testing.assert_close(lse.double(), lse_truth, atol=0, rtol=1e-6)
     assert all(torch.isfinite(g).all() for g in grads)
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_scale(scale):
+    plan = compile_plan(small(video_frames=3, action_frames=2))
+    check_against_reference(plan, make_inputs(plan, 1, 1, 16, torch.float32), "triton", scale=scale)
+
+
+def test_nan_stays():
+    check_nan_stays("triton")
+
+
+def test_infinite_scores():
+    check_infinite_scores("triton")

@@ -56,6 +56,17 @@ def test_large_scores_do_not_overflow():
     torch.testing.assert_close(lse.double(), lse_truth, atol=0, rtol=1e-6)
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_nan_stays(parts, monkeypatch):
+    monkeypatch.setattr(config, "splits", lambda programs, slots: parts)
+    checks.check_nan_stays(lambda case, inputs: run(case, inputs, "triton"))
+
+
+@pytest.mark.parametrize("scale", [-0.7, 0.0])
+def test_scale(scale):
+    checks.check_against_reference(Case([[WRAPPED, []]], (17, 2), 80, H=1, scale=scale), "triton")
+
+
 def test_every_slot_is_read_once(monkeypatch):
     """All scores 0 and v one-hot: out holds each slot's weight, 1 / visible, so one read twice or never would show."""
     for parts in (1, 3):

@@ -42,3 +42,8 @@ def test_a_table_per_sample_is_one_call_a_sample():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_out_into_a_cache_slot(dtype):
     checks.check_out_into_a_cache_slot(checks.Case(2, 2, 3, 16, dtype), "triton")
+
+
+@pytest.mark.parametrize("variant", ["wan", "cosmos"])
+def test_nan_stays(variant):
+    checks.check_nan_stays("triton", **checks.VARIANTS[variant])

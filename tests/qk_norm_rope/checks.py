@@ -144,6 +144,24 @@ def check_out_into_a_cache_slot(case: Case, impl: str | None) -> None:
             assert rest.isnan().all()
 
 
+def check_nan_stays(impl: str | None, per_head: bool, interleaved: bool, device: str = "cpu") -> None:
+    """NaN and Inf in a token of q or k stay in it, with ``per_head`` in its head; only weight gradients meet them."""
+    case = Case(2, 5, 3, 24, device=device)
+    inputs = case.inputs(per_head)
+    bad = {name: t.clone() for name, t in inputs.items()}
+    bad["q"][1, 2, case.D + 3], bad["k"][1, 4, 0], bad["dk_out"][0, 1, 2] = torch.nan, torch.inf, -torch.inf
+    options = {"per_head": per_head, "interleaved": interleaved}
+    expected, actual = run(inputs, impl, **options), run(bad, impl, **options)
+    for name, got, want in zip(NAMES[:4], actual, expected, strict=False):
+        got, want = (t.view(case.B, case.S, case.H, case.D).clone() for t in (got, want))
+        hit = {"q": [(1, 2, 1)], "k": [(1, 4, 0)] + [(0, 1, 2)] * (name == "dk")}[name.removeprefix("d")[0]]
+        for b, s, h in hit:
+            heads = slice(h, h + 1) if per_head else slice(None)
+            assert not got[b, s, heads].isfinite().all(), name
+            got[b, s, heads] = want[b, s, heads] = 0
+        assert torch.equal(got, want), name
+
+
 def check_same_bits_from_run_to_run(case: Case, impl: str | None, per_head: bool) -> None:
     inputs = case.inputs(per_head)
     first, second = (run(inputs, impl, per_head=per_head) for _ in range(2))

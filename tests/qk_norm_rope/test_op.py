@@ -25,6 +25,12 @@ def test_many_chunks(variant, monkeypatch):
     checks.check_out_into_a_cache_slot(Case(2, 11, 3, 16), "cpu")
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+@pytest.mark.parametrize("variant", checks.VARIANTS)
+def test_nan_stays(variant, impl):
+    checks.check_nan_stays(impl, **checks.VARIANTS[variant])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_strides_are_free(dtype):
     checks.check_strides_are_free(Case(2, 6, 3, 16, dtype), "cpu")

@@ -7,6 +7,9 @@ chunk, or both where their keys agree. So a run needs no mask: lay its slices en
     backward  p = exp(scale q k^T - lse);  dv += p^T dout;  ds = p (dout v^T - delta)
               dq = scale ds k;  dk += scale ds^T q;  delta = rowsum(dout out) - dlse
 
+Nothing masked is multiplied, so a NaN stays with the rows that see it. A row whose scores are all -inf has out 0 and
+lse -inf, like one that sees nothing.
+
 Runs are visited in order, so dk and dv sum in the same order every time. Work is float32 (float64 for float64).
 Query heads that share a key head are laid under each other as more rows of one GEMM, which also sums their dk and dv.
 
@@ -61,6 +64,11 @@ def _unheads(t: Tensor, like: Tensor) -> Tensor:
     return t.unflatten(0, (B, H)).transpose(1, 2).to(like.dtype).contiguous()
 
 
+def _finite(t: Tensor) -> Tensor:
+    """-inf becomes 0: what all scores of a row are -inf beside, and -inf - -inf would be NaN."""
+    return t.masked_fill(t == float("-inf"), 0)
+
+
 # The sums stay in float32 under autocast too, which would take their products in bf16.
 @torch.autocast("cpu", enabled=False)
 def forward(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, shared: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -74,9 +82,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, shared: bool, scale: 
         g, n = (slice(None) if shared else slice(b * heads, (b + 1) * heads) for heads in (H, Hkv))
         q_heads, k_run, v_run = _take(q_GSD[g], queries), _take(k_NTD[n], keys), _take(v_NTD[n], keys)
         s = (_stack(q_heads, k_run.shape[0]) * scale) @ k_run.mT
-        m = s.amax(-1, keepdim=True)
+        m = _finite(s.amax(-1, keepdim=True))
         total = s.sub_(m).exp_().sum(-1, keepdim=True)
-        _put(out_GSD[g], queries, (s @ v_run).div_(total).view(q_heads.shape))
+        _put(out_GSD[g], queries, (s @ v_run).div_(total.masked_fill(total == 0, 1)).view(q_heads.shape))
         _put(lse_GS[g], queries, (m + total.log()).view(q_heads.shape[:2]))
     return _unheads(out_GSD, q), lse_GS.unflatten(0, (B, H))
 
@@ -89,7 +97,7 @@ def backward(
     H, Hkv, acc = q.shape[2], k.shape[2], lse.dtype
     q_GSD, k_NTD, v_NTD, dout_GSD = (_heads(t, acc) for t in (q, k, v, dout))
     dq_GSD, dk_NTD, dv_NTD = (torch.zeros_like(t) for t in (q_GSD, k_NTD, v_NTD))
-    lse_GS = lse.flatten(0, 1)
+    lse_GS = _finite(lse).flatten(0, 1)
     delta_GS = (dout_GSD * _heads(out, acc)).sum(-1) - dlse.flatten(0, 1)
     for b, queries, keys in _runs(runs):
         g, n = (slice(None) if shared else slice(b * heads, (b + 1) * heads) for heads in (H, Hkv))

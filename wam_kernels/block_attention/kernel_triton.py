@@ -15,6 +15,10 @@ step, and with three stages the rows of the next two steps are on their way whil
 Scores and sums are float32; p and ds are rounded to the input dtype before their products, outputs at the store.
 Softmax works in base 2: LOG2E is folded into the scale. Tokens are gathered by row, so token strides are free.
 
+0 * NaN is NaN, so what is masked is selected and not multiplied: p, ds, and at the end the rows that see nothing, which
+get 0. What is left is the product with a step's tokens: a NaN or Inf in one of them, which some row of the tile sees,
+may reach all rows of the tile, and no others (``wam_kernels.plan`` says which rows share one).
+
 Query head h reads key head h // GROUP; the program of a key tile walks its steps once for each of its GROUP query heads.
 
 S query tokens, H query heads, D channels, R rows of the tile, T tokens of a step.
@@ -74,12 +78,32 @@ def _sees(bounds_ptr, group, tokens, RANGES: tl.constexpr):
 
 
 @triton.jit
-def _online_softmax(s, m, total, acc, v, PRECISION: tl.constexpr):
-    """Fold one step of scores (base 2, -inf where masked) into the running max, sum and weighted values."""
-    m_new = tl.maximum(m, tl.max(s, 1))
+def _sees_any(bounds_ptr, group, RANGES: tl.constexpr):
+    """bool [R]: is one of the ranges of each row not empty?"""
+    some = tl.full([group.shape[0]], 0, tl.int1)
+    for r in tl.static_range(RANGES):
+        some |= tl.load(bounds_ptr + (group * RANGES + r) * 2) < tl.load(bounds_ptr + (group * RANGES + r) * 2 + 1)
+    return some
+
+
+@triton.jit
+def _positive_scale(q, scale):
+    """q and a factor that takes q k to base 2, above 0 whatever the sign of ``scale``, which goes into q.
+
+    So the largest product is the largest score, and -inf, which marks what is masked, stays -inf: a scale of 0 becomes
+    the smallest normal number.
+    """
+    return tl.where(scale < 0, -q, q), tl.maximum(tl.abs(scale) * LOG2E, 1.1754943508222875e-38)
+
+
+@triton.jit
+def _online_softmax(s, to_base2, m, total, acc, v, PRECISION: tl.constexpr):
+    """Fold one step of q k (-inf where masked) into the running max (base 2), sum and weighted values."""
+    # scaled after the maximum, and below in the same instruction as the subtraction
+    m_new = tl.maximum(m, tl.max(s, 1) * to_base2)
     # a row that has seen nothing yet keeps m = -inf; exp2(-inf - -inf) would be NaN
     m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s - m_safe[:, None])
+    p = tl.exp2(s * to_base2 - m_safe[:, None])
     shrink = tl.exp2(m - m_safe)
     total = total * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
@@ -108,9 +132,9 @@ def _block_attention_fwd_kernel(
     q = tl.load(
         _row_pointers(q_ptr + b * stride_q_b + h * stride_q_h, rows, stride_q_s, d), mask=is_row & in_d, other=0.0
     )
+    q, to_base2 = _positive_scale(q, scale)
     k_base = k_ptr + b * stride_k_b + h // GROUP * stride_k_h
     v_base = v_ptr + b * stride_v_b + h // GROUP * stride_v_h
-    to_base2 = scale * LOG2E
     m = tl.full([BLOCK_R], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
@@ -122,8 +146,8 @@ def _block_attention_fwd_kernel(
         first = _first_token(full_ptr, step + 1, full_end)
         k = tl.load(_row_pointers(k_base, tokens, stride_k_s, d), mask=in_d, other=0.0)
         v = tl.load(_row_pointers(v_base, tokens, stride_v_s, d), mask=in_d, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * to_base2
-        m, total, acc = _online_softmax(s, m, total, acc, v, PRECISION)
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        m, total, acc = _online_softmax(s, to_base2, m, total, acc, v, PRECISION)
 
     part_begin, part_end = tl.load(tiles_ptr + tile * 5 + 3), tl.load(tiles_ptr + tile * 5 + 4)
     listed = _listed_tokens(part_ptr, part_begin, part_end, BLOCK_P)
@@ -133,13 +157,15 @@ def _block_attention_fwd_kernel(
         is_token = (tokens >= 0)[:, None]
         k = tl.load(_row_pointers(k_base, tokens, stride_k_s, d), mask=is_token & in_d, other=0.0)
         v = tl.load(_row_pointers(v_base, tokens, stride_v_s, d), mask=is_token & in_d, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * to_base2
+        s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         s = tl.where(_sees(bounds_ptr, group, tokens, RANGES), s, float("-inf"))
-        m, total, acc = _online_softmax(s, m, total, acc, v, PRECISION)
+        m, total, acc = _online_softmax(s, to_base2, m, total, acc, v, PRECISION)
 
-    nothing = total == 0.0
-    acc = acc / tl.where(nothing, 1.0, total)[:, None]
-    lse = tl.where(nothing, float("-inf"), (m + tl.log2(tl.where(nothing, 1.0, total))) / LOG2E)
+    # NaN scores leave m at -inf, and scores past 2**31, where rounding m alone is more than exp2 can take, total at 0
+    nothing = (total == 0.0) & (m == float("-inf"))
+    total = tl.where(nothing, 1.0, tl.where(total == 0.0, float("nan"), total))
+    acc = tl.where(nothing[:, None], 0.0, acc / total[:, None])
+    lse = (m + tl.log2(total)) / LOG2E
     out_base = out_ptr + b * stride_out_b + h * stride_out_h
     tl.store(_row_pointers(out_base, rows, stride_out_s, d), acc.to(out_ptr.dtype.element_ty), mask=is_row & in_d)
     tl.store(lse_ptr + (b * H + h) * S + rows, lse, mask=rows >= 0)
@@ -147,7 +173,7 @@ def _block_attention_fwd_kernel(
 
 @triton.jit(do_not_specialize=_PER_CALL)
 def _block_attention_bwd_dq_kernel(
-    dout_ptr, dlse_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr,
+    dout_ptr, dlse_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr, lse2_ptr,
     tiles_ptr, rows_ptr, groups_ptr, bounds_ptr, full_ptr, part_ptr,
     stride_dout_b, stride_dout_s, stride_dout_h, stride_q_b, stride_q_s, stride_q_h,
     stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
@@ -156,7 +182,10 @@ def _block_attention_bwd_dq_kernel(
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
     RANGES: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dq of one query tile; also leaves delta [B, H, S] for the dk, dv kernel. out and dq share strides."""
+    """dq of one query tile; also leaves delta and lse2, lse in base 2, both [B, H, S], for the dk, dv kernel.
+
+    out and dq share strides.
+    """
     tile, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     b = (tl.load(tiles_ptr + tile * 5) + tl.program_id(2)).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -177,8 +206,10 @@ def _block_attention_bwd_dq_kernel(
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1) - tl.load(dlse_ptr + at, mask=rows >= 0, other=0.0)
     tl.store(delta_ptr + at, delta, mask=rows >= 0)
 
-    # a row that sees nothing has no step it is visible in; 0 keeps exp2 finite where it is masked anyway
-    lse = tl.where(lse == float("-inf"), 0.0, lse * LOG2E)
+    # a row that sees nothing, or scores of -inf alone, has lse -inf, and s - lse could be NaN; with 0 its p are 0
+    nothing = lse == float("-inf")
+    lse = tl.where(nothing, 0.0, lse * LOG2E)
+    tl.store(lse2_ptr + at, lse, mask=rows >= 0)
     k_base = k_ptr + b * stride_k_b + h // GROUP * stride_k_h
     v_base = v_ptr + b * stride_v_b + h // GROUP * stride_v_h
     to_base2 = scale * LOG2E
@@ -203,19 +234,20 @@ def _block_attention_bwd_dq_kernel(
         is_token = (tokens >= 0)[:, None]
         k = tl.load(_row_pointers(k_base, tokens, stride_k_s, d), mask=is_token & in_d, other=0.0)
         v = tl.load(_row_pointers(v_base, tokens, stride_v_s, d), mask=is_token & in_d, other=0.0)
-        s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * to_base2 - lse[:, None]
-        # mask before exp2: a masked score may exceed lse by any amount
-        p = tl.exp2(tl.where(_sees(bounds_ptr, group, tokens, RANGES), s, float("-inf")))
+        p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * to_base2 - lse[:, None])
         ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
+        # where masked it may be anything: a score may exceed lse by any amount
+        ds = tl.where(_sees(bounds_ptr, group, tokens, RANGES), ds, 0.0)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
     dq_at = _row_pointers(dq_ptr + out_at, rows, stride_out_s, d)
-    tl.store(dq_at, (dq * scale).to(dq_ptr.dtype.element_ty), mask=is_row & in_d)
+    dq = tl.where(nothing[:, None], 0.0, dq * scale)
+    tl.store(dq_at, dq.to(dq_ptr.dtype.element_ty), mask=is_row & in_d)
 
 
 @triton.jit(do_not_specialize=_PER_CALL)
 def _block_attention_bwd_dkdv_kernel(
-    dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr,
+    dout_ptr, q_ptr, k_ptr, v_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr,
     tiles_ptr, rows_ptr, groups_ptr, bounds_ptr, full_ptr, part_ptr,
     stride_dout_b, stride_dout_s, stride_dout_h, stride_q_b, stride_q_s, stride_q_h,
     stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
@@ -258,7 +290,7 @@ def _block_attention_bwd_dkdv_kernel(
         q = tl.load(_row_pointers(q_base, tokens, stride_q_s, d), mask=in_d, other=0.0)
         dout = tl.load(_row_pointers(dout_base, tokens, stride_dout_s, d), mask=in_d, other=0.0)
         row_at = (b * H + h_q) * S + tokens
-        lse = tl.load(lse_ptr + row_at) * LOG2E
+        lse = tl.load(lse2_ptr + row_at)
         delta = tl.load(delta_ptr + row_at)
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * to_base2 - lse[None, :])
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
@@ -279,20 +311,20 @@ def _block_attention_bwd_dkdv_kernel(
         q = tl.load(_row_pointers(q_base, tokens, stride_q_s, d), mask=is_token[:, None] & in_d, other=0.0)
         dout = tl.load(_row_pointers(dout_base, tokens, stride_dout_s, d), mask=is_token[:, None] & in_d, other=0.0)
         row_at = (b * H + h_q) * S + tokens
-        lse = tl.load(lse_ptr + row_at, mask=is_token, other=0.0) * LOG2E
+        lse = tl.load(lse2_ptr + row_at, mask=is_token, other=0.0)
         delta = tl.load(delta_ptr + row_at, mask=is_token, other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * to_base2
-        # subtract lse only where visible: a query that sees nothing has lse = -inf
+        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * to_base2 - lse[None, :]
         seen = _sees(bounds_ptr, group, tokens, RANGES)
-        p = tl.exp2(tl.where(seen, s - tl.where(seen, lse[None, :], 0.0), float("-inf")))
+        p = tl.where(seen, tl.exp2(s), 0.0)
         dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
+        ds = tl.where(seen, ds, 0.0)
         dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
+    some = _sees_any(bounds_ptr, group, RANGES)[:, None]
+    dk, dv = tl.where(some, dk * scale, 0.0), tl.where(some, dv, 0.0)
     at = b * stride_dk_b + h * stride_dk_h
-    tl.store(
-        _row_pointers(dk_ptr + at, rows, stride_dk_s, d), (dk * scale).to(dk_ptr.dtype.element_ty), mask=is_row & in_d
-    )
+    tl.store(_row_pointers(dk_ptr + at, rows, stride_dk_s, d), dk.to(dk_ptr.dtype.element_ty), mask=is_row & in_d)
     tl.store(_row_pointers(dv_ptr + at, rows, stride_dk_s, d), dv.to(dv_ptr.dtype.element_ty), mask=is_row & in_d)
 
 
@@ -340,20 +372,20 @@ def backward(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     queries: list[Tensor], keys: list[Tensor], full_step: int, shared: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv in the shapes of q, k, v, contiguous. Two launches, the second reads the first's delta."""
+    """dq, dk, dv in the shapes of q, k, v, contiguous. Two launches, the second reads what the first leaves."""
     B, S, H, D = q.shape
     if q.numel() == 0:
         return tuple(t.new_zeros(t.shape) for t in (q, k, v))
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
-    delta = torch.empty_like(lse)
+    delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     launch = config.backward(D, q.itemsize, queries[1].shape[1])
     _block_attention_bwd_dq_kernel[(queries[0].shape[0], H, B if shared else 1)](
-        dout, dlse, q, k, v, out, lse, dq, delta, *queries, *_strides(dout, q, k, v, out), S, H, scale,
+        dout, dlse, q, k, v, out, lse, dq, delta, lse2, *queries, *_strides(dout, q, k, v, out), S, H, scale,
         **_constants(queries, full_step, q, k), num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     launch = config.backward(D, q.itemsize, keys[1].shape[1])
     _block_attention_bwd_dkdv_kernel[(keys[0].shape[0], k.shape[2], B if shared else 1)](
-        dout, q, k, v, lse, delta, dk, dv, *keys, *_strides(dout, q, k, v, dk), S, H, scale,
+        dout, q, k, v, lse2, delta, dk, dv, *keys, *_strides(dout, q, k, v, dk), S, H, scale,
         **_constants(keys, full_step, q, k), num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     return dq, dk, dv

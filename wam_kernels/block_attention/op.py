@@ -105,7 +105,9 @@ def block_attention(
     .. math:: out_i = \sum_{j \in N(i)} softmax_j(scale \; q_i \cdot k_j) \; v_j
 
     Differentiable in q, k, v (and through ``lse``); deterministic; registered, so it traces under
-    ``torch.compile(fullgraph=True)``. A row that sees nothing gives out 0, lse -inf and gradients 0.
+    ``torch.compile(fullgraph=True)``. A row that sees nothing gives out 0, lse -inf and gradients 0. NaN and Inf stay in
+    their sample and in rows that share a tile with one that sees them; what attends to nothing, or is attended to by
+    nothing, gets gradient 0 whatever it holds.
 
     Args:
         q: ``[B, S, H, D]``, bf16, fp16 or float32; last dim stride 1, others free. D a multiple of 8 from 8 to 256.

@@ -1,7 +1,76 @@
-"""Attention under a plan in plain PyTorch: the definition that every backend is tested against."""
+"""Attention under a plan in plain PyTorch: the definition that every backend is tested against.
+
+Dense products multiply masked pairs by 0, and 0 * NaN is NaN. The two products here leave masked pairs out, forward and
+backward, so NaN and Inf reach what they do in the formula and nothing else.
+"""
+
+from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+class _Product(torch.autograd.Function):
+    """Two tensors and ``mask`` ``[.., S, T]`` to their product over the pairs that are in it."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+
+class _Scores(_Product):
+    @staticmethod
+    def forward(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        return (x @ y.mT).masked_fill(~mask, 0.0)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, y, mask = ctx.saved_tensors
+        grad = grad.masked_fill(~mask, 0.0)
+        return _sums(grad, y, mask), _sums(grad.mT, x, mask.mT), None
+
+
+class _Sums(_Product):
+    @staticmethod
+    def forward(p: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+        # NaN in the rows that see a token which is not finite, in the channels where some token is not
+        finite = y.isfinite()
+        bad = (~finite).any(-1, keepdim=True).to(y.dtype)
+        reached = (mask.to(y.dtype) @ bad > 0) & ~finite.all(-2, keepdim=True)
+        return (p @ y.masked_fill(~finite, 0.0)).masked_fill(reached, torch.nan)
+
+    @staticmethod
+    def backward(ctx, grad):
+        p, y, mask = ctx.saved_tensors
+        return _scores(grad, y, mask), _sums(p.mT, grad, mask.mT), None
+
+
+# With a forward mode; torch.compile traces no function that has one.
+class _ScoresBothModes(_Scores):
+    @staticmethod
+    def jvp(ctx, dx, dy, _):
+        x, y, mask = ctx.saved_tensors
+        return _scores(dx, y, mask) + _scores(x, dy, mask)
+
+
+class _SumsBothModes(_Sums):
+    @staticmethod
+    def jvp(ctx, dp, dy, _):
+        p, y, mask = ctx.saved_tensors
+        return _sums(dp, y, mask) + _sums(p, dy, mask)
+
+
+def _scores(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """``x_S y_T`` of every pair in ``mask`` ``[.., S, T]``, 0 elsewhere."""
+    return (_Scores if torch.compiler.is_compiling() else _ScoresBothModes).apply(x, y, mask)
+
+
+def _sums(p: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """Sums over T of ``p_ST y_T``, where p is 0 outside ``mask`` ``[.., S, T]``."""
+    return (_Sums if torch.compiler.is_compiling() else _SumsBothModes).apply(p, y, mask)
 
 
 def block_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -11,9 +80,14 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float)
     # query head h reads key head h // group
     k, v = (t.repeat_interleave(group, dim=2) for t in (k, v))
     q_BHSD, k_BHTD, v_BHTD = (t.to(acc).transpose(1, 2) for t in (q, k, v))
-    scores = (q_BHSD @ k_BHTD.mT * scale).masked_fill(~mask, float("-inf"))
-    lse = torch.logsumexp(scores, -1)
-    # a row that sees nothing: keep its -inf out of the subtraction, where it would turn into NaN
-    finite = lse.masked_fill(lse == float("-inf"), 0.0)
-    p = torch.exp(scores - finite[..., None])
-    return (p @ v_BHTD).transpose(1, 2).to(q.dtype), lse
+    scores = (_scores(q_BHSD, k_BHTD, mask) * scale).masked_fill(~mask, float("-inf"))
+    # a constant that cancels; -inf, of a row that sees nothing or has no score above it, would make NaN of -inf - -inf
+    shift = torch.logsumexp(scores.detach(), -1, keepdim=True)
+    shift = shift.masked_fill(shift == float("-inf"), 0.0)
+    weights = torch.exp(scores - shift)
+    total = weights.sum(-1, keepdim=True)
+    nothing = total == 0
+    total = total.masked_fill(nothing, 1.0)
+    lse = (shift + total.log()).masked_fill(nothing, float("-inf"))
+    p = (weights / total).masked_fill(~mask, 0.0)  # also where total is NaN
+    return _sums(p, v_BHTD, mask).transpose(1, 2).to(q.dtype), lse.squeeze(-1)

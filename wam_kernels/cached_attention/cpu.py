@@ -60,6 +60,22 @@ def _take(t: Tensor, slices: _Slices) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """out ``[B, H, s, D]`` and lse ``[B, H, s]`` of rows over the slots, all ``[B, H, *, D]``."""
+    # the public scaled_dot_product_attention runs this too, but keeps the lse to itself
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+    doubtful = (lse == 0) | ~lse.isfinite()
+    if not doubtful.any():
+        return out, lse
+    # it gives 0 for rows whose scores are all NaN or -inf, and in bf16 also where one is inf
+    acc = lse.dtype
+    s = (q.to(acc) * scale) @ k.to(acc).mT
+    right = torch.logsumexp(s, -1)
+    p = torch.exp(s - right.masked_fill(right == float("-inf"), 0.0)[..., None])
+    out = torch.where(doubtful[..., None], (p @ v.to(acc)).to(q.dtype), out)
+    return out, torch.where(doubtful, right, lse)
+
+
 def forward(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, group_rows: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor]:
@@ -68,10 +84,8 @@ def forward(
     calls = list(_calls(ranges, group_rows, k_cache.shape[1])) if q.numel() else []
     results = []
     for samples, rows, slots in calls:
-        # the public scaled_dot_product_attention runs this too, but keeps the lse to itself
-        out_BHsD, lse_BHs = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _take(q[samples], rows), _take(k_cache[samples], slots), _take(v_cache[samples], slots), scale=scale
-        )
+        operands = _take(q[samples], rows), _take(k_cache[samples], slots), _take(v_cache[samples], slots)
+        out_BHsD, lse_BHs = _attend(*operands, scale)
         results.append((out_BHsD.transpose(1, 2), lse_BHs))
     if [call[:2] for call in calls] == [(slice(None), [(0, S)])]:  # one call made everything
         return results[0][0].contiguous(), results[0][1].contiguous()

@@ -61,7 +61,7 @@ def _step(
     q, k_ptr, v_ptr, stride_k_n, stride_v_n, slot, end, to_base2, m, total, acc,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
-    """Fold the slots from ``slot``, MASKED: up to ``end``, into the running max, sum and weighted values."""
+    """Fold the slots from ``slot``, MASKED: up to ``end``, into the running max (base 2), sum and weighted values."""
     slots = slot + tl.arange(0, BLOCK_N)
     d = tl.arange(0, BLOCK_D)[None, :]
     # int64 before the stride multiply: slots * H * D of a long cache
@@ -69,13 +69,15 @@ def _step(
     there = (slots < end)[:, None] & (d < D) if MASKED else d < D
     k = tl.load(k_ptr + at * stride_k_n + d, mask=there, other=0.0)
     v = tl.load(v_ptr + at * stride_v_n + d, mask=there, other=0.0)
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * to_base2
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
     if MASKED:
         s = tl.where((slots < end)[None, :], s, float("-inf"))
-    # every step has at least one slot, so m_new is finite
-    m_new = tl.maximum(m, tl.max(s, 1))
-    p = tl.exp2(s - m_new[:, None])
-    shrink = tl.exp2(m - m_new)
+    # scaled after the maximum, and below in the same instruction as the subtraction
+    m_new = tl.maximum(m, tl.max(s, 1) * to_base2)
+    # -inf where all scores are: exp2(-inf - -inf) would be NaN
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s * to_base2 - m_safe[:, None])
+    shrink = tl.exp2(m - m_safe)
     total = total * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return m_new, total, acc
@@ -108,7 +110,10 @@ def _cached_attention_part_kernel(
     q = tl.load(q_at, mask=is_element, other=0.0)
     k_ptr += b * stride_k_b + h * stride_k_h
     v_ptr += b * stride_v_b + h * stride_v_h
-    to_base2 = scale * LOG2E
+    # the sign goes into q: then the largest product is the largest score, and -inf, which marks what is masked, stays
+    # -inf, also at scale 0, which becomes the smallest normal number
+    q = tl.where(scale < 0, -q, q)
+    to_base2 = tl.maximum(tl.abs(scale) * LOG2E, 1.1754943508222875e-38)
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -131,10 +136,11 @@ def _cached_attention_part_kernel(
             )  # fmt: skip
         before += length
 
-    # a part without slots: weight 0 in the combine
-    nothing = total == 0.0
-    total = tl.where(nothing, 1.0, total)
-    lse = tl.where(nothing, float("-inf"), m + tl.log2(total))
+    # a part without slots, or with scores of -inf alone: lse -inf, weight 0 in the combine. NaN scores leave m at -inf,
+    # and scores past 2**31, where rounding m alone is more than exp2 can take, total at 0
+    nothing = (total == 0.0) & (m == float("-inf"))
+    total = tl.where(nothing, 1.0, tl.where(total == 0.0, float("nan"), total))
+    lse = m + tl.log2(total)
     row_of_part = ((part * B + b) * H + h) * S + rows
     out_at = out_part_ptr + row_of_part[:, None] * D + d[None, :]
     tl.store(out_at, acc / total[:, None], mask=is_element)
