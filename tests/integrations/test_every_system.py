@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -275,6 +276,13 @@ UNEXPECTED = {
     "an empty list of blocks": (
         without(lambda: lingbot.model("flex"), lambda m: m.__setattr__("blocks", nn.ModuleList())),
         "LingBot-VA's model must have attentions to replace, but has none",
+    ),
+    "an attention in a wrapper of its own": (
+        without(
+            lambda: lingbot.model("flex"),
+            lambda m: setattr(m.blocks[0], "attn1", checkpoint_wrapper(m.blocks[0].attn1)),
+        ),
+        "LingBot-VA must have a WanAttention, but has a CheckpointWrapper in its place",
     ),
     "an attribute missing": (
         without(dreamzero.model, lambda m: m.blocks[1].self_attn.__delattr__("frame_seqlen")),

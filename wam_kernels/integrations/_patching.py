@@ -47,10 +47,12 @@ def require_class(system: str, module: nn.Module, name: str) -> None:
     """The module behaves as the class that this library knows by ``name``.
 
     Raises:
-        Unsupported: a class derived from that one, other than FSDP2's, overrides something of it.
+        Unsupported: it is of another class, or of a derived one that overrides something; FSDP2's does not.
     """
     classes = type(module).__mro__
-    known = next(cls for cls in classes if cls.__name__ == name)
+    known = next((cls for cls in classes if cls.__name__ == name), None)
+    if known is None:
+        raise Unsupported(f"patch: {system} must have a {name}, but has a {type(module).__name__} in its place")
     for derived in classes[: classes.index(known)]:
         changed = sorted(n for n in vars(derived) if not n.startswith("__") and n in vars(known))
         if changed:
@@ -108,10 +110,10 @@ class Replacement:
 
     def __init__(self, policy: Policy, owner: nn.Module, name: str, new: Callable, shared: tuple) -> None:
         self.policy, self.owner, self.name, self.new, self.shared = policy, owner, name, new, shared
-        self._count_from(0)
+        self._count_calls()
 
-    def _count_from(self, calls: int) -> None:
-        self._calls = [calls]
+    def _count_calls(self) -> None:
+        self._calls = [0]
 
         # runs where a graph is traced, and leaves nothing in it: no state that a compiled call would have to guard
         @torch.compiler.assume_constant_result
@@ -147,7 +149,7 @@ class Replacement:
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
-        self._count_from(0)
+        self._count_calls()
 
     def removed(self) -> None:
         """It stands for nothing any more."""
@@ -259,10 +261,6 @@ class Patch:
             )
         setattr(owner, name, make())
         self.replaced.append((owner, name))
-
-    def refuse(self, reason: Unsupported) -> None:
-        """Raise, or warn once, as the user chose."""
-        self.policy.refuse(reason)
 
     def undo(self) -> None:
         """Put everything back."""

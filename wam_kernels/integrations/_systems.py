@@ -75,7 +75,9 @@ def _expected(system, function, *args):
     """``function(*args)``; a model that it stumbles over is one that is not laid out as this library knows it."""
     try:
         return function(*args)
-    except (AttributeError, TypeError, LookupError) as error:
+    except Unsupported:
+        raise
+    except (AttributeError, TypeError, LookupError, ValueError) as error:
         raise Unsupported(f"patch: {system.SYSTEM}'s model is not laid out as expected: {error}") from error
 
 

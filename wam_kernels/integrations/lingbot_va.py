@@ -59,7 +59,6 @@ def apply(patch: Patch, models: list[nn.Module]) -> None:
     for model in models:
         require_class(SYSTEM, model, "WanTransformer3DModel")
         plans = _StepPlans()
-        flex = [False]
         for block in model.blocks:
             require_class(SYSTEM, block.attn1, "WanAttention")
             require_parts(SYSTEM, block.attn1, _PARTS)
@@ -67,16 +66,16 @@ def apply(patch: Patch, models: list[nn.Module]) -> None:
             patch.method(block.attn1, "forward", _forward, tables, mirrors)
             for new in (_update_cache, _restore_cache, _clear_pred_cache):
                 patch.method(block.attn1, new.__name__[1:], new, mirrors)
-            flex = [_is_flex(attn.attn_op) for attn in (block.attn1, block.attn2)]
-            for attn in (attn for attn, of_flex in zip((block.attn1, block.attn2), flex, strict=True) if of_flex):
-                require_class(SYSTEM, attn.attn_op, "FlexAttnFunc")
-                patch.method(attn.attn_op, "forward", _flex_forward, plans)
-        if flex[0]:
+            for attn in (block.attn1, block.attn2):
+                if _is_flex(attn):
+                    require_class(SYSTEM, attn.attn_op, "FlexAttnFunc")
+                    patch.method(attn.attn_op, "forward", _flex_forward, plans)
+        if any(_is_flex(block.attn1) for block in model.blocks):
             patch.method(model, "forward_train", _forward_train, patch.policy, plans)
 
 
-def _is_flex(attn_op: object) -> bool:
-    return any(cls.__name__ == "FlexAttnFunc" for cls in type(attn_op).__mro__)
+def _is_flex(attn: nn.Module) -> bool:
+    return any(cls.__name__ == "FlexAttnFunc" for cls in type(attn.attn_op).__mro__)
 
 
 # --- training ---------------------------------------------------------------------------------------------------------

@@ -57,8 +57,7 @@ def install(on_unsupported: str = "error", *, reuse_history: bool = True) -> boo
             far as they are still right; False frees them, and computes them anew for every chunk, as the package does.
             With True, a retry from one state and seed may differ in the last bits (5e-7 in float32): how much is
             computed anew depends on what ran before in the process, and matrices of other sizes round in another order.
-            With False a retry gives the same bits. Nothing is reused while a process group exists (FSDP writes
-            new weights behind the version counter that tells old ones) or with parameters born in inference mode.
+            With False a retry gives the same bits.
 
     Returns:
         True if OpenWAM is switched over; False if the version is unsupported and ``on_unsupported="original"``.

@@ -112,11 +112,37 @@ class Stage:
     rope: dict[int, Tensor] = field(default_factory=dict)  # by number of video tokens: of the first step, of the others
 
 
+@dataclass(frozen=True)
+class Weights:
+    """What tells one state of the weights from another, at one more reading of them for each stage.
+
+    Versions alone do not: FSDP gathers new weights into the memory of the old ones, an average of weights is written to
+    ``parameter.data``, both behind the version's back, and what was born in inference mode has none. Norms alone do not
+    see the other shards of a sharded parameter, of which a version speaks.
+    """
+
+    versions: tuple[int, ...]
+    norms: Tensor  # float64 [parameters]
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, *modules: nn.Module) -> Weights:
+        parameters = [p for module in modules for p in module.parameters()]
+        versions = tuple(0 if p.is_inference() else p._version for p in parameters)
+        shards = [p.to_local() if hasattr(p, "to_local") else p for p in parameters]
+        shards = [p if p.is_floating_point() else p.double() for p in shards]
+        norms = torch._foreach_norm(shards, 2, dtype=torch.float64)
+        return cls(versions, torch.stack([norm.to(norms[0].device) for norm in norms]))
+
+    def same(self, other: Weights) -> bool:
+        return self.versions == other.versions and _equal(self.norms, other.norms)
+
+
 @dataclass
 class Remembered:
     """What a stage leaves for the next chunk."""
 
-    weights: tuple  # of the blocks and the video side; what the action side computes is compared itself
+    weights: Weights  # of the blocks and the video side; what the action side computes is compared itself
     text_context: Tensor
     action_text: Tensor | None  # projected, for the action expert
     units: Units
@@ -131,9 +157,9 @@ class History:
     def __init__(self) -> None:
         self._by_model: WeakKeyDictionary[nn.Module, list[Remembered]] = WeakKeyDictionary()
 
-    def get(self, stack: nn.Module, weights: tuple, text: Tensor) -> Remembered | None:
+    def get(self, stack: nn.Module, weights: Weights, text: Tensor) -> Remembered | None:
         for known in self._by_model.get(stack, ()):
-            if known.weights == weights and _equal(known.text_context, text):
+            if known.weights.same(weights) and _equal(known.text_context, text):
                 return known
         return None
 
@@ -234,8 +260,8 @@ def _begin(
     slot_of[required.cpu()] = torch.arange(required.numel())
     layers = [LayerCache() for _ in stack.packed_blocks]
     known, leave = np.zeros(required.numel(), bool), None
-    weights = None if history is None else _weights(stack, core)
-    if weights is not None:
+    if history is not None:
+        weights = Weights.of(stack, core)
         units = _units(inputs, visible, all_tokens, slot_of.numpy())
         action_text = None if inputs.packed_action_pre is None else inputs.packed_action_pre.context
         remembered = history.get(stack, weights, inputs.text_context)
@@ -260,19 +286,6 @@ def _begin(
 
 
 # ---- the history ----
-
-
-def _weights(*modules: nn.Module) -> tuple | None:
-    """What tells one state of the weights from another: addresses and versions. None where they cannot tell.
-
-    FSDP gathers new weights into the same memory and keeps the version; it needs a process group, and may have been
-    applied to whatever holds these modules, which they do not say. Parameters born in inference mode have no version.
-    """
-    parameters = [p for module in modules for p in module.parameters()]
-    in_group = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if in_group or any(p.is_inference() for p in parameters):
-        return None
-    return tuple((p.data_ptr(), p._version) for p in parameters)
 
 
 def _units(inputs: Inputs, visible: Visibility, tokens: Tokens, slot_of: np.ndarray) -> Units:
