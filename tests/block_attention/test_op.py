@@ -149,7 +149,7 @@ def test_memory_is_linear_in_length():
 def test_registration():
     plan = ragged_plan()
     q, k, v, *_ = make_inputs(plan, 2, 2, 16, torch.float32)
-    args = (q, k, v, plan.tensors(), False, plan.queries.shape.step, 0.25, "cpu")
+    args = (q, k, v, *plan.tensors(), False, plan.queries.shape.step, 0.25, "cpu")
     torch.library.opcheck(torch.ops.wam.block_attention.default, args)
     for t in (q, k, v):
         t.requires_grad_()

@@ -35,6 +35,10 @@ def test_strides_are_free(dtype):
     checks.check_strides_are_free(checks.Case(2, 2, 3, 16, dtype), "triton")
 
 
+def test_a_graph_notices_that_out_was_written_to():
+    checks.check_a_graph_notices_that_out_was_written_to("triton")
+
+
 def test_a_table_per_sample_is_one_call_a_sample():
     checks.check_a_table_per_sample_is_one_call_a_sample("triton")
 

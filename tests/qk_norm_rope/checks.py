@@ -166,3 +166,14 @@ def check_same_bits_from_run_to_run(case: Case, impl: str | None, per_head: bool
     inputs = case.inputs(per_head)
     first, second = (run(inputs, impl, per_head=per_head) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def check_a_graph_notices_that_out_was_written_to(impl: str) -> None:
+    t = Case(1, 2, 1, 8).inputs(False)
+    out = tuple(torch.ones(1, 2, 1, 8) for _ in range(2))
+    saves_out = (out[0] * torch.ones_like(out[0]).requires_grad_()).sum()
+    with torch.no_grad():
+        args = (t[name] for name in ("q", "k", "weight_q", "weight_k", "table"))
+        qk_norm_rope(*args, head_dim=8, out=out, impl=impl)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saves_out.backward()

@@ -43,6 +43,11 @@ def test_out_into_a_cache_slot(dtype, impl):
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_a_graph_notices_that_out_was_written_to(impl):
+    checks.check_a_graph_notices_that_out_was_written_to(impl)
+
+
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_a_table_per_sample_is_one_call_a_sample(impl):
     checks.check_a_table_per_sample_is_one_call_a_sample(impl)
 

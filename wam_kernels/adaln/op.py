@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -170,7 +171,15 @@ def _gradients(ctx, dr, dh):
     return (*grads, *(None for _ in index), None, None)
 
 
-_autograd.register("wam::gate_residual_norm", _save, _gradients)
+def _backward_samples(inputs: tuple, mapped: Collection[int]) -> range:
+    """dr, dh, r, y, gate and scale; but the gradients of weight and bias are sums over the batch."""
+    return range(6 if inputs[8] is None else 0)
+
+
+_autograd.register(
+    "ada_layer_norm (or gate_residual_ada_layer_norm)", "wam::gate_residual_norm", _save, _gradients,
+    samples=lambda inputs, mapped: range(5), backward_samples=_backward_samples,
+)  # fmt: skip
 
 
 # ---- checks ----
@@ -253,7 +262,9 @@ def ada_layer_norm(
     .. math:: y_s = \frac{x_s - mean(x_s)}{\sqrt{var(x_s) + eps}} (1 + scale_f + scale\_table) + shift_f + shift\_table,
         \quad f = index(s)
 
-    Differentiable in all tensors; deterministic; registered, so it traces under ``torch.compile(fullgraph=True)``.
+    Differentiable in all tensors, once and in reverse mode, also under ``torch.func``; forward mode and second order
+    are for ``impl="reference"``, others refuse them. Deterministic; registered, so it traces under
+    ``torch.compile(fullgraph=True)``.
     Arithmetic is float32 (float64 for float64), rounded once. Nothing is expanded from frames to tokens.
 
     Args:
@@ -274,6 +285,7 @@ def ada_layer_norm(
     Raises:
         ValueError: a shape, dtype, device, stride or ``impl`` outside the above, or an index made for something else.
         TypeError: ``index`` is not a FrameIndex.
+        NotImplementedError: forward mode or a second derivative through another ``impl`` than ``"reference"``.
 
     Source: Ba et al. 2016 (LayerNorm); Peebles and Xie 2023 (adaLN of DiT).
     """
@@ -328,6 +340,7 @@ def gate_residual_ada_layer_norm(
         ValueError: a shape, dtype, device, stride or ``impl`` outside the above, tensors that do not go together, or an
             index made for something else.
         TypeError: ``index`` is not a FrameIndex.
+        NotImplementedError: forward mode or a second derivative through another ``impl`` than ``"reference"``.
 
     Source: Ba et al. 2016 (LayerNorm); Peebles and Xie 2023 (adaLN of DiT).
     """

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .. import _autograd
 from .._backends import check_impl, launchers
 from .._checks import bind_dims, same_kind
-from ..plan import Plan
+from ..plan import Plan, Side
 from . import cpu, reference
 from .config import MAX_D, fits_triton
 
@@ -18,19 +19,21 @@ _DTYPES = {
     "cpu": (torch.bfloat16, torch.float16, torch.float32, torch.float64),
     "triton": (torch.bfloat16, torch.float16, torch.float32),
 }
-_SIDE = 6  # tensors of one side of a plan; a plan's list is query side, key side, runs
+_SIDE = len(Side.FIELDS)
+_OPTIONS = 4  # shared, step, scale, impl
+
+# ---- the registered forward and backward: after the tensors, those of a plan (query side, key side, runs) ----
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, plan: list[Tensor], shared: bool, step: int, scale: float, impl: str):
+def _forward(q: Tensor, k: Tensor, v: Tensor, *args):
+    *plan, shared, step, scale, impl = args
     if impl == "cpu":
         return cpu.forward(q, k, v, plan[-1], shared, scale)
     return launchers(__package__, impl).forward(q, k, v, plan[:_SIDE], step, shared, scale)
 
 
-def _backward(
-    dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: list[Tensor],
-    shared: bool, step: int, scale: float, impl: str,
-):  # fmt: skip
+def _backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args):
+    *plan, shared, step, scale, impl = args
     if impl == "cpu":
         return cpu.backward(dout, dlse, q, k, v, out, lse, plan[-1], shared, scale)
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
@@ -39,21 +42,25 @@ def _backward(
     return grads(dout, dlse.contiguous(), q, k, v, out, lse, *sides, step, shared, scale)
 
 
-def _forward_fake(q, k, v, plan, shared, step, scale, impl):
+def _forward_fake(q, k, v, *args):
     B, S, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((B, H, S), dtype=torch.promote_types(q.dtype, torch.float32))
 
 
-def _backward_fake(dout, dlse, q, k, v, out, lse, plan, shared, step, scale, impl):
+def _backward_fake(dout, dlse, q, k, v, *args):
     return tuple(t.new_empty(t.shape) for t in (q, k, v))
 
 
-_OPTIONS = "Tensor[] plan, bool shared, int step, float scale, str impl"
-torch.library.define("wam::block_attention", f"(Tensor q, Tensor k, Tensor v, {_OPTIONS}) -> (Tensor, Tensor)")
+# one argument for each tensor of the plan: a list would cost PyTorch's autograd 150 us a call
+_PLAN = ", ".join(
+    [f"Tensor {side}_{name}" for side in ("query", "key") for name in Side.FIELDS]
+    + ["Tensor runs", "bool shared", "int step", "float scale", "str impl"]
+)
+torch.library.define("wam::block_attention", f"(Tensor q, Tensor k, Tensor v, {_PLAN}) -> (Tensor, Tensor)")
 torch.library.define(
     "wam::block_attention_backward",
     "(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor)",
+    f"{_PLAN}) -> (Tensor, Tensor, Tensor)",
 )
 torch.library.impl("wam::block_attention", ["CPU", "CUDA"], _forward)
 torch.library.impl("wam::block_attention_backward", ["CPU", "CUDA"], _backward)
@@ -62,18 +69,21 @@ torch.library.register_fake("wam::block_attention_backward", _backward_fake)
 
 
 def _save(ctx, inputs, output) -> None:
-    q, k, v, plan, *ctx.options = inputs
-    out, lse = output
-    ctx.save_for_backward(q, k, v, out, lse, *plan)
+    ctx.options = inputs[-_OPTIONS:]
+    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:-_OPTIONS])
 
 
-def _autograd(ctx, dout, dlse):
-    q, k, v, out, lse, *plan = ctx.saved_tensors
-    grads = torch.ops.wam.block_attention_backward(dout, dlse, q, k, v, out, lse, plan, *ctx.options)
-    return (*grads, [None] * len(plan), None, None, None, None)
+def _gradients(ctx, dout, dlse):
+    grads = torch.ops.wam.block_attention_backward(dout, dlse, *ctx.saved_tensors, *ctx.options)
+    return (*grads, *(None for _ in range(2 * _SIDE + 1 + _OPTIONS)))
 
 
-torch.library.register_autograd("wam::block_attention", _autograd, setup_context=_save)
+def _samples(count: int) -> _autograd.Samples:
+    """The tensors before those of the plan, if its one element serves all of the batch."""
+    return lambda inputs, mapped: range(count if inputs[-_OPTIONS] else 0)
+
+
+_autograd.register(_OP, "wam::block_attention", _save, _gradients, _samples(3), _samples(7))
 
 
 def _pick(impl: str | None, q: Tensor) -> str:
@@ -104,7 +114,8 @@ def block_attention(
 
     .. math:: out_i = \sum_{j \in N(i)} softmax_j(scale \; q_i \cdot k_j) \; v_j
 
-    Differentiable in q, k, v (and through ``lse``); deterministic; registered, so it traces under
+    Differentiable in q, k, v (and through ``lse``), once and in reverse mode, also under ``torch.func``; forward mode
+    and second order are for ``impl="reference"``, others refuse them. Deterministic; registered, so it traces under
     ``torch.compile(fullgraph=True)``. A row that sees nothing gives out 0, lse -inf and gradients 0. NaN and Inf stay in
     their sample and in rows that share a tile with one that sees them; what attends to nothing, or is attended to by
     nothing, gets gradient 0 whatever it holds.
@@ -128,6 +139,7 @@ def block_attention(
     Raises:
         ValueError: a shape, dtype, device, stride or ``impl`` outside the above, or a plan made for something else.
         TypeError: ``plan`` is not a Plan.
+        NotImplementedError: forward mode or a second derivative through another ``impl`` than ``"reference"``.
 
     Source: Vaswani et al. 2017; the online softmax of Dao 2023 (FlashAttention-2); grouped heads: Ainslie et al. 2023.
     """
@@ -161,6 +173,6 @@ def block_attention(
         if t.stride(-1) != 1:
             raise ValueError(f"{_OP}: {name} must have last-dim stride 1, got {t.stride(-1)}; use .contiguous()")
     out, lse = torch.ops.wam.block_attention(
-        q, k, v, plan.tensors(), plan.batch == 1, plan.queries.shape.step, scale, impl
+        q, k, v, *plan.tensors(), plan.batch == 1, plan.queries.shape.step, scale, impl
     )
     return (out, lse) if return_lse else out

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .. import _autograd
 from .._backends import check_impl, launchers
 from .._checks import bind_dims, same_kind
 from . import reference
@@ -40,6 +41,7 @@ torch.library.define(
 )
 torch.library.impl("wam::cached_attention", ["CPU", "CUDA"], _forward)
 torch.library.register_fake("wam::cached_attention", _forward_fake)
+_autograd.register_inference(_OP, "wam::cached_attention", samples=lambda inputs, mapped: range(4))
 
 
 def _pick(impl: str | None, q: Tensor, groups: int) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
@@ -12,6 +14,7 @@ from . import reference
 from .config import DEFAULT_IMPL, MAX_HEAD_DIM, MAX_INNER
 
 _OP = "qk_norm_rope"
+_TABLE_GRADED = f"{_OP}: table must not require a gradient, there is none for it; use table.detach()"
 _GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _DTYPES = {
     "reference": (*_GPU_DTYPES, torch.float64),
@@ -42,6 +45,9 @@ def _forward_out(
 ) -> None:  # fmt: skip
     args = q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, eps, q_out, k_out, v, v_out
     launchers(__package__, impl).forward(*args)
+    # what another graph saved of these tensors is gone: its backward must notice
+    written = (t for t in (q_out, k_out, v_out) if t is not None and not t.is_inference())
+    torch.autograd.graph.increment_version(written)
 
 
 def _backward(
@@ -92,15 +98,29 @@ torch.library.register_fake("wam::qk_norm_rope_backward", _backward_fake)
 
 def _save(ctx, inputs, output) -> None:
     q, k, weight_q, weight_k, table, *ctx.options = inputs
+    ctx.table_graded = table.requires_grad
     ctx.save_for_backward(q, k, weight_q, weight_k, table)
 
 
 def _gradients(ctx, dq_out, dk_out):
+    if ctx.table_graded:
+        raise ValueError(_TABLE_GRADED)
     grads = torch.ops.wam.qk_norm_rope_backward(dq_out, dk_out, *ctx.saved_tensors, *ctx.options)
     return (*grads, None, *(None for _ in ctx.options))
 
 
-_autograd.register("wam::qk_norm_rope", _save, _gradients)
+def _samples(inputs: tuple, mapped: Collection[int]) -> tuple[int, ...]:
+    """q, k and a table of every sample."""
+    return (0, 1) if inputs[4].ndim == 3 + (4 in mapped) else (0, 1, 4)
+
+
+def _no_samples(inputs: tuple, mapped: Collection[int]) -> tuple[int, ...]:
+    return ()
+
+
+# the gradients of the weights are sums over the batch
+_autograd.register(_OP, "wam::qk_norm_rope", _save, _gradients, _samples, backward_samples=_no_samples)
+_autograd.register_inference(_OP, "wam::qk_norm_rope_out", _no_samples, outs=(10, 11, 13))
 
 
 def _pick(impl: str | None, q: Tensor) -> str:
@@ -194,7 +214,8 @@ def qk_norm_rope(
 
     The mean runs over all heads together (Wan) or with ``per_head`` over each head (Cosmos). Everything is float32
     until the one rounding at the end; plain PyTorch rounds n to the dtype of q before it rotates. Differentiable in q,
-    k and the weights, not in the table; deterministic; registered, so it traces under
+    k and the weights, not in the table, once and in reverse mode, also under ``torch.func``; forward mode and second
+    order are for ``impl="reference"``, others refuse them. Deterministic; registered, so it traces under
     ``torch.compile(fullgraph=True)``.
 
     Args:
@@ -224,6 +245,7 @@ def qk_norm_rope(
     Raises:
         ValueError: a shape, dtype, device, stride or ``impl`` outside the above; ``out`` where a gradient is needed;
             ``v`` without ``v_out`` or the reverse.
+        NotImplementedError: forward mode or a second derivative through another ``impl`` than ``"reference"``.
         RuntimeError: ``impl="cuda"`` and the CUDA extension was not built.
 
     Source: Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019; Su et al., "RoFormer", 2021.
@@ -233,7 +255,7 @@ def qk_norm_rope(
     impl = _pick(impl, q)
     graded = torch.is_grad_enabled()
     if graded and table.requires_grad:
-        raise ValueError(f"{_OP}: table must not require a gradient, there is none for it; use table.detach()")
+        raise ValueError(_TABLE_GRADED)
     args = q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, float(eps)
     if out is None:
         if v is not None:
