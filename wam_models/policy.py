@@ -139,6 +139,7 @@ class Policy:
 
         Raises:
             ValueError: a file that is missing, unreadable or lacks an entry; the message names it.
+            ModuleNotFoundError: the codec is Wan's VAE, and diffusers is not installed.
         """
         found = load_checkpoint(folder, device, training=training)
         config, extra = Path(folder) / CONFIG, Path(folder) / EXTRA

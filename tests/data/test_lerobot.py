@@ -295,9 +295,10 @@ def test_pictures_in_the_data_files(images_root):
         with pytest.raises(ValueError, match=message) as error:
             dataset.frames(0)
         assert str(root / DATA) in str(error.value) and f"{tiny.KEY} of episode 0" in str(error.value)
-    _edit(root, _camera(shape=[16, 64, 3]))
-    with pytest.raises(ValueError, match="frame 0 of the episode is 32 x 64, the shape in info.json 16 x 64"):
-        LeRobotDataset(root).frames(0)
+    for height in (16, 2**40):
+        _edit(root, _camera(shape=[height, 64, 3]))
+        with pytest.raises(ValueError, match=f"frame 0 of episode 0 is 32 x 64, the shape in info.json {height} x 64"):
+            LeRobotDataset(root).frames(0)
 
 
 def test_cameras(tiny_root):

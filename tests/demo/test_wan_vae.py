@@ -95,7 +95,7 @@ def test_a_damaged_description_is_refused(wan, tmp_path, change, message):
     assert len(str(error.value)) < 1000
 
 
-def test_what_is_missing_is_named(wan, monkeypatch):
+def test_what_is_missing_is_named(wan, monkeypatch, capsys):
     codec = wan[0].codec
     state = codec.state_dict()
     key = next(k for k in state if k.startswith("decoder"))
@@ -103,5 +103,7 @@ def test_what_is_missing_is_named(wan, monkeypatch):
         with pytest.raises(ValueError, match=f"WanVAECodec: 1 tensors are missing, .* not finite .*{key}"):
             WanVAECodec.from_state_dict(broken, codec.config)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(ValueError, match="extra.safetensors: .*needs diffusers: pip install diffusers"):
+    with pytest.raises(ModuleNotFoundError, match="needs diffusers: pip install diffusers"):
         Policy.load(wan[1])
+    assert cli.main(["rollout", "--checkpoint", str(wan[1]), "--data", "none"]) == 2
+    assert "the Python package 'diffusers' is not installed" in capsys.readouterr().err

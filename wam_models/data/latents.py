@@ -191,10 +191,10 @@ class WanVAECodec:
     def from_state_dict(cls, state, config):
         """The reverse of `state_dict` and `config`, where the tensors are.
 
-        Raises ValueError if diffusers is not installed, if it refuses the config, or for tensors that do not fit or are
-        not finite.
+        Raises ModuleNotFoundError if diffusers is not installed, ValueError if it refuses the config, or for tensors that
+        do not fit or are not finite.
         """
-        vae_class = _vae_class("WanVAECodec.from_state_dict", ValueError)
+        vae_class = _vae_class("WanVAECodec.from_state_dict")
         try:
             vae = vae_class.from_config(config)
         except Exception as error:  # whatever its constructor makes of wrong sizes
@@ -231,22 +231,24 @@ def pictures_of(codec, latents):
 def wan_vae_codec(path, device="cpu", dtype=torch.float32):
     """Loads Wan's VAE from a local folder in diffusers' layout (config.json and the weights); nothing is downloaded.
 
-    Returns a WanVAECodec. Raises FileNotFoundError if the folder or its files are missing, ImportError if diffusers is
-    not installed.
+    Returns a WanVAECodec. Raises FileNotFoundError if the folder or its files are missing, ModuleNotFoundError if
+    diffusers is not installed.
     """
     path = Path(path)
     if not (path / "config.json").exists():
         raise FileNotFoundError(f"{path / 'config.json'}: not found; pass the vae/ folder of a local Wan checkpoint")
     if not any(path.glob("diffusion_pytorch_model*")):
         raise FileNotFoundError(f"{path}/diffusion_pytorch_model*: not found; the folder has a config but no weights")
-    vae_class = _vae_class("wan_vae_codec", ImportError)
+    vae_class = _vae_class("wan_vae_codec")
     vae = vae_class.from_pretrained(path, torch_dtype=dtype, local_files_only=True)
     return WanVAECodec(vae.to(device))
 
 
-def _vae_class(where, error):
+def _vae_class(where):
     if importlib.util.find_spec("diffusers") is None:
-        raise error(f"{where} needs diffusers: pip install diffusers accelerate, or use PatchPCA")
+        raise ModuleNotFoundError(
+            f"{where} needs diffusers: pip install diffusers accelerate, or use PatchPCA", name="diffusers"
+        )
     from diffusers import AutoencoderKLWan
 
     return AutoencoderKLWan

@@ -77,12 +77,9 @@ class LeRobotDataset:
         if "splits" not in info:
             raise ValueError(f'{self._info}: field \'splits\' is missing; add "splits": {{"train": "0:{total}"}}')
         splits = _ranges(_field(info, "splits", dict, self._info), self._info)
-        # one camera has one file per group of episodes, numbered as its rows of meta/episodes say
-        data_path = _template(info, "data_path", ("chunk_index", "file_index"), self._info)
-        video_path = None
+        self._data_path = _template(info, "data_path", ("chunk_index", "file_index"), self._info)
         if self._is_video:
-            video_path = _template(info, "video_path", ("video_key", "chunk_index", "file_index"), self._info)
-
+            self._video_path = _template(info, "video_path", ("video_key", "chunk_index", "file_index"), self._info)
         self.episodes, self._places = [], []
         for row in self._rows(total):
             index, length, path = row["episode_index"], row["length"], row["path"]
@@ -90,17 +87,7 @@ class LeRobotDataset:
                 raise ValueError(f"{path}: length of episode {index} is {length}, expected 1 or more; drop the episode")
             split = next((name for name, span in splits.items() if index in span), "")
             self.episodes.append(Episode(index, length, _task(row["tasks"], index, path), split))
-            data = data_path.format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
-            video, start, stop = None, 0.0, 0.0
-            if self._is_video:
-                chunk, file, start, stop = (row[name] for name in self._video_columns())
-                video = self.root / video_path.format(video_key=self.camera, chunk_index=chunk, file_index=file)
-                if start < 0 or round((stop - start) * self.fps) != length:
-                    raise ValueError(
-                        f"{path}: length of episode {index} is {length}, but from_timestamp {start:g} and to_timestamp "
-                        f"{stop:g} span {(stop - start) * self.fps:.1f} frames at {self.fps:g} fps; fetch the file again"
-                    )
-            self._places.append(_Place(self.root / data, video, start, stop))
+            self._places.append(self._place(row))
         self._tables = {}
 
     @cached_property
@@ -128,8 +115,17 @@ class LeRobotDataset:
         if every < 1:
             raise ValueError(f"LeRobotDataset.frames: every is {every}, expected 1 or more")
         number = self._number(episode)
-        out = np.empty((-(-self.episodes[number].length // every), *self.picture_size, 3), dtype=np.uint8)
-        return self._decode_video(number, every, out) if self._is_video else self._decode_images(number, every, out)
+        out = None
+        for place, (path, picture) in enumerate((self._video if self._is_video else self._images)(number, every)):
+            if picture.shape[:2] != self.picture_size:
+                got, expected = (f"{height} x {width}" for height, width in (picture.shape[:2], self.picture_size))
+                raise ValueError(
+                    f"{path}: frame {place * every} of episode {number} is {got}, the shape in info.json {expected}"
+                )
+            if out is None:  # not before the size is known to be true
+                out = np.empty((-(-self.episodes[number].length // every), *picture.shape), dtype=np.uint8)
+            out[place] = picture
+        return out
 
     def _choose_camera(self, camera, usual_camera):
         cameras = sorted(k for k, v in self.features.items() if isinstance(v, dict) and v.get("dtype") in PICTURES)
@@ -180,6 +176,20 @@ class LeRobotDataset:
                 f"{self._info}: total_episodes is {total}, but meta/episodes lists {len(rows)}; fetch both again"
             )
         return rows
+
+    def _place(self, row):
+        data = self._data_path.format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
+        if not self._is_video:
+            return _Place(self.root / data, None, 0.0, 0.0)
+        chunk, file, start, stop = (row[name] for name in self._video_columns())
+        frames = (stop - start) * self.fps
+        if start < 0 or not abs(frames - row["length"]) < 0.5:
+            raise ValueError(
+                f"{row['path']}: length of episode {row['episode_index']} is {row['length']}, but from_timestamp "
+                f"{start:g} and to_timestamp {stop:g} span {frames:.1f} frames at {self.fps:g} fps; fetch the file again"
+            )
+        video = self._video_path.format(video_key=self.camera, chunk_index=chunk, file_index=file)
+        return _Place(self.root / data, self.root / video, start, stop)
 
     def _number(self, episode):
         number = episode.index if isinstance(episode, Episode) else int(episode)
@@ -238,7 +248,8 @@ class LeRobotDataset:
             raise ValueError(f"{self._info}: features[{name!r}] has shape {shape!r}, expected [how many numbers]")
         return shape[0]
 
-    def _decode_video(self, number, every, out):
+    def _video(self, number, every):
+        """The video file and every `every`-th picture of an episode, one after the other."""
         import av  # here: whatever reads no video, the GPU benchmarks among it, runs without PyAV
 
         place, length = self._places[number], self.episodes[number].length
@@ -260,7 +271,7 @@ class LeRobotDataset:
                     if frame.time >= stop or count == length:
                         break
                     if count % every == 0:
-                        self._put(out, count // every, frame.to_ndarray(format="rgb24"), place.video, count)
+                        yield place.video, frame.to_ndarray(format="rgb24")
                     count += 1
         except (av.FFmpegError, OverflowError) as error:
             raise ValueError(f"{place.video}: cannot be decoded ({error}); fetch the file again") from error
@@ -268,14 +279,14 @@ class LeRobotDataset:
             raise ValueError(
                 f"{place.video}: episode {number} has {count} frames, length in meta/episodes says {length}"
             )
-        return out
 
-    def _decode_images(self, number, every, out):
+    def _images(self, number, every):
+        """The data file and every `every`-th picture of an episode, one after the other."""
         from PIL import Image  # here, as PyAV
 
         path = self._places[number].data
         mine = pc.field("episode_index") == number
-        column, rows = self._column(number, self.camera, _read_table(path, ["episode_index", self.camera], mine))
+        column, _ = self._column(number, self.camera, _read_table(path, ["episode_index", self.camera], mine))
         for frame in range(0, len(column), every):
             where = f"{path}: {self.camera} of episode {number}, frame {frame},"
             value = column[frame].as_py()
@@ -286,14 +297,7 @@ class LeRobotDataset:
                 picture = np.asarray(Image.open(io.BytesIO(value)).convert("RGB"))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise ValueError(f"{where} cannot be decoded ({error}); fetch the file again") from error
-            self._put(out, frame // every, picture, path, frame)
-        return out
-
-    def _put(self, out, place, picture, path, frame):
-        if picture.shape != out.shape[1:]:
-            got, expected = (f"{shape[0]} x {shape[1]}" for shape in (picture.shape, self.picture_size))
-            raise ValueError(f"{path}: frame {frame} of the episode is {got}, the shape in info.json {expected}")
-        out[place] = picture
+            yield path, picture
 
 
 def _read_json(path):
