@@ -13,8 +13,8 @@ from ._checks import check_field, whole
 from ._json import from_fields
 from .checkpoint import CONFIG, EXTRA, Checkpoint, load_checkpoint, save_checkpoint
 from .data import ClipDataset, LeRobotDataset, PatchPCA
-from .data.latents import CODECS, WanVAECodec, codec_kind
 from .data.clips import LEAST_STD, action_slots, episode_frames
+from .data.latents import CODECS, WanVAECodec, codec_kind
 from .model import WorldActionModel
 from .rollout import RolloutConfig
 from .text import WordEmbedding

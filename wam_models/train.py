@@ -673,6 +673,11 @@ def run(args) -> int:
         raise ValueError(f"--steps must be above {resume.training_state['step']}, the steps done, got {config.steps}")
     RunFolder(args.out, resume, overwrite=args.overwrite)  # refused before the data is read
     data = read_data(args.data, codec, args.camera, None if resume is None else policy.camera)
+    short = sum(data.length(i) < config.frames for i in data.train)
+    if short:
+        print(
+            f"{short} of {len(data.train)} training episodes are shorter than a clip of {config.frames} frames: unused"
+        )
     with _stop_asked() as stop:
         done = train(
             config, data, seed=seed, device=device, seconds=args.seconds, out=args.out, resume=resume,

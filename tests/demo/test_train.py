@@ -155,10 +155,11 @@ def test_data_that_does_not_fit_is_refused(config, data):
 
 def test_the_command_trains_and_resumes(root, tmp_path, capsys):
     path, out = tmp_path / "config.json", tmp_path / "run"
-    path.write_text(json.dumps(TINY))
+    path.write_text(json.dumps(TINY | {"frames": 6}))
     base = ["train", "--data", str(root), "--out", str(out)]
     assert cli.main([*base, "--config", str(path), "--steps", "2"]) == 0
-    assert "step 2 of 2; checkpoint:" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "step 2 of 2; checkpoint:" in said and "2 of 3 training episodes are shorter than a clip of 6 frames" in said
     assert cli.main([*base, "--resume", str(out / "checkpoint"), "--steps", "4"]) == 0
     assert len((out / "log.jsonl").read_text().splitlines()) == 4
     assert load_checkpoint(out / "checkpoint").training_state["step"] == 4

@@ -92,8 +92,9 @@ class ClipDataset:
                     f"{actions[0].shape[1]}; expected one width"
                 )
 
-        frames = [episode_frames(dataset, e, codec or PatchPCA) for e in progress(episodes)]
+        frames = (episode_frames(dataset, e, codec or PatchPCA) for e in progress(episodes))
         if codec is None:
+            frames = list(frames)
             pool = [(i, t) for i in self.train for t in range(len(frames[i]))]
             chosen = np.linspace(0, len(pool) - 1, min(FIT_FRAMES, len(pool))).round().astype(int)
             codec = PatchPCA.fit(np.stack([frames[pool[c][0]][pool[c][1]] for c in chosen]))
