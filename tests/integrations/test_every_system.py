@@ -284,6 +284,26 @@ UNEXPECTED = {
         ),
         "LingBot-VA must have a WanAttention, but has a CheckpointWrapper in its place",
     ),
+    "another norm": (
+        without(dreamzero.model, lambda m: setattr(m.blocks[1].self_attn, "norm_k", nn.LayerNorm(32))),
+        "DreamZero's norms of queries and keys must be RMSNorm with a weight of 32 and no bias, got LayerNorm",
+    ),
+    "a norm of each head": (
+        without(fast_wam.model, lambda m: setattr(m.mixtures["video"].blocks[0].self_attn, "norm_q", nn.RMSNorm(16))),
+        "must be RMSNorm with a weight of 32 and no bias, got RMSNorm",
+    ),
+    "a norm without a weight": (
+        without(cosmos.model, lambda m: setattr(m.blocks[0].self_attn.q_norm, "weight", None)),
+        "must be RMSNorm with a weight of 16",
+    ),
+    "two eps": (
+        without(lambda: lingbot.model("torch"), lambda m: setattr(m.blocks[1].attn1.norm_k, "eps", 1e-5)),
+        "must have one eps, got 1e-06 and 1e-05",
+    ),
+    "another layout": (
+        without(cosmos.model, lambda m: setattr(m.blocks[1].self_attn, "qkv_format", "sbhd")),
+        "must have qkv_format='bshd', got 'sbhd'",
+    ),
     "an attribute missing": (
         without(dreamzero.model, lambda m: m.blocks[1].self_attn.__delattr__("frame_seqlen")),
         "CausalWanSelfAttention must have frame_seqlen",

@@ -72,6 +72,29 @@ def require_parts(system: str, module: nn.Module, parts: Sequence[str]) -> None:
             raise Unsupported(f"patch: {system}'s {type(module).__name__} must have {part}, but it has none")
 
 
+def require_norms(system: str, norm_q: nn.Module, norm_k: nn.Module, channels: int) -> None:
+    """The norms of queries and keys are what ``qk_norm_rope`` computes.
+
+    Raises:
+        Unsupported: one is no RMSNorm of so many channels, has a bias or a weight around 0, or their eps differ.
+    """
+    for norm in (norm_q, norm_k):
+        named = any("RMSNorm" in cls.__name__ for cls in type(norm).__mro__)
+        weight = getattr(norm, "weight", None)
+        plain_weight = isinstance(weight, Tensor) and tuple(weight.shape) == (channels,)
+        if not named or not plain_weight or getattr(norm, "bias", None) is not None:
+            raise Unsupported(
+                f"patch: {system}'s norms of queries and keys must be RMSNorm with a weight of {channels} and no bias, "
+                f"got {norm}"
+            )
+        if getattr(norm, "zero_centered_gamma", False):
+            raise Unsupported(f"patch: {system}'s {type(norm).__name__} must have zero_centered_gamma=False, got True")
+    if not isinstance(norm_q.eps, float) or norm_q.eps != norm_k.eps:
+        raise Unsupported(
+            f"patch: {system}'s norms of queries and keys must have one eps, got {norm_q.eps} and {norm_k.eps}"
+        )
+
+
 def _parameters(function: Callable, skip: int) -> list[str]:
     """Names of the parameters behind the first ``skip``, with their stars."""
     stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}

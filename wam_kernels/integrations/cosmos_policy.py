@@ -10,7 +10,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._patching import Patch, Tables, Unsupported, norm_rope, of_class, require_class, require_kernel, require_parts
+from ._patching import (
+    Patch,
+    Tables,
+    Unsupported,
+    norm_rope,
+    of_class,
+    require_class,
+    require_kernel,
+    require_norms,
+    require_parts,
+)
 
 SYSTEM = "Cosmos Policy"
 _PARTS = ("is_selfattn", "q_proj", "k_proj", "v_proj", "output_proj", "q_norm", "k_norm", "compute_qkv", "attn_op")
@@ -27,8 +37,10 @@ def apply(patch: Patch, attentions: list[nn.Module]) -> None:
         require_class(SYSTEM, attn, "Attention")
         require_parts(SYSTEM, attn, ("head_dim", "n_heads", "v_norm"))
         require_kernel(SYSTEM, attn.q_proj.weight.new_empty(attn.head_dim))
-        if getattr(attn.q_norm, "zero_centered_gamma", False):
-            raise Unsupported(f"patch: {SYSTEM}'s q_norm must have zero_centered_gamma=False, got True")
+        require_norms(SYSTEM, attn.q_norm, attn.k_norm, attn.head_dim)
+        layout = getattr(attn, "qkv_format", "bshd")
+        if layout != "bshd":
+            raise Unsupported(f"patch: {SYSTEM}'s attention must have qkv_format='bshd', got {layout!r}")
         patch.method(attn, "compute_qkv", _compute_qkv, tables)
 
 

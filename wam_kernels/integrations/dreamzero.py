@@ -29,6 +29,7 @@ from ._patching import (
     require_class,
     require_complex,
     require_kernel,
+    require_norms,
     require_parts,
 )
 
@@ -54,6 +55,7 @@ def apply(patch: Patch, attentions: list[nn.Module]) -> None:
         require_kernel(SYSTEM, attn.q.weight.new_empty(attn.head_dim))
         if not attn.qk_norm:
             raise Unsupported(f"patch: {SYSTEM}'s attention must have qk_norm=True, got {attn.qk_norm}")
+        require_norms(SYSTEM, attn.norm_q, attn.norm_k, attn.num_heads * attn.head_dim)
         patch.method(attn, "forward", _forward, tables)
 
 

@@ -22,6 +22,7 @@ from ._patching import (
     require_class,
     require_complex,
     require_kernel,
+    require_norms,
     require_parts,
 )
 
@@ -50,6 +51,7 @@ def apply(patch: Patch, mots: list[nn.Module]) -> None:
                 attn = block.self_attn
                 require_parts(SYSTEM, attn, ("q", "k", "v", "norm_q", "norm_k", "attn_head_dim"))
                 require_kernel(SYSTEM, attn.q.weight.new_empty(attn.attn_head_dim))
+                require_norms(SYSTEM, attn.norm_q, attn.norm_k, mot.num_heads * attn.attn_head_dim)
         patch.method(mot, "_mixed_attention", _mixed_attention, masks)
         patch.method(mot, "_build_expert_attention_io", _build_io, tables)
 

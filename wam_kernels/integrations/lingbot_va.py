@@ -37,6 +37,7 @@ from ._patching import (
     require_class,
     require_complex,
     require_kernel,
+    require_norms,
     require_parts,
 )
 
@@ -63,6 +64,7 @@ def apply(patch: Patch, models: list[nn.Module]) -> None:
             require_class(SYSTEM, block.attn1, "WanAttention")
             require_parts(SYSTEM, block.attn1, _PARTS)
             require_kernel(SYSTEM, block.attn1.to_q.weight.new_empty(model.attention_head_dim))
+            require_norms(SYSTEM, block.attn1.norm_q, block.attn1.norm_k, block.attn1.inner_dim)
             patch.method(block.attn1, "forward", _forward, tables, mirrors)
             for new in (_update_cache, _restore_cache, _clear_pred_cache):
                 patch.method(block.attn1, new.__name__[1:], new, mirrors)
