@@ -7,6 +7,7 @@ encoder that the large video models were trained with. "Zeroed text" means zeros
 from __future__ import annotations
 
 import unicodedata
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -25,8 +26,8 @@ _UNSPACED += ("KHMER ", "MYANMAR ", "TIBETAN ", "TAI ", "NEW TAI ", "JAVANESE ",
 def words_of(instruction: str) -> list[str]:
     """Words in any script, without case: runs of letters and digits with their marks.
 
-    In a script that puts no spaces between words, such as Chinese or Thai, every character is a word. Spellings that
-    Unicode holds equivalent (composed or not, full or half width) give the same words.
+    In a script that puts no spaces between words, such as Chinese or Thai, every character is a word, and so is every
+    pictograph. Spellings that Unicode holds equivalent (composed or not, full or half width) give the same words.
     """
     words: list[str] = []
     takes_letter = takes_mark = False  # whether the last word does
@@ -38,8 +39,8 @@ def words_of(instruction: str) -> list[str]:
             if takes_mark:
                 words[-1] += c
             continue
-        takes_mark = kind[0] in "LN"
-        alone = name.startswith(_UNSPACED)
+        takes_mark = kind[0] in "LN" or kind == "So"
+        alone = kind == "So" or name.startswith(_UNSPACED)
         if takes_mark and takes_letter and not alone:
             words[-1] += c
         elif takes_mark:
@@ -84,10 +85,14 @@ class WordEmbedding(nn.Module):
     ) -> WordEmbedding:
         """The sorted words of these instructions; ``tokens`` defaults to the longest of them.
 
+        Warns of different instructions with the same words, such as "turn 30" and "turn -30", by name.
+
         Raises:
             ValueError: an instruction that is no string, or not empty and yet without a letter or digit.
         """
+        instructions = list(instructions)
         sentences = [_sentence(text) for text in instructions]
+        _warn_of_twins(instructions, sentences)
         longest = max((len(words) for words in sentences), default=1)
         return cls(sorted({word for words in sentences for word in words}), text_dim, tokens=tokens or max(longest, 1))
 
@@ -128,6 +133,19 @@ def _sentence(instruction: str) -> list[str]:
             f"WordEmbedding: instruction {instruction!r} has no letter or digit; write it in words, or leave it empty"
         )
     return words
+
+
+def _warn_of_twins(instructions: Sequence[str], sentences: Sequence[Sequence[str]]) -> None:
+    """Letter case, spaces and the mark at the end make no difference that is worth a word."""
+    first: dict[tuple, str] = {}
+    for text, words in zip(instructions, sentences, strict=True):
+        twin = first.setdefault(tuple(words), text)
+        if len({" ".join(t.casefold().split()).rstrip(" .!?") for t in (text, twin)}) > 1:
+            warnings.warn(
+                f"WordEmbedding: {twin!r} and {text!r} have the same words, so the model cannot tell them apart; "
+                "write out in words what they differ in",
+                stacklevel=3,
+            )
 
 
 def umt5_encoder(folder: str | Path, *, tokens: int = 512, device: str = "cpu") -> Callable[[Sequence[str]], Tensor]:

@@ -24,7 +24,7 @@ SENTENCES = {
     "Straße": "strasse",
     "ＡＢＣ１２": "abc12",
     "don’t — stop…": "don t stop",
-    "☕\ufe0f cup \ufe0f": "cup",
+    "☕\ufe0f cup🍎🍎 \ufe0f": "☕ cup 🍎 🍎",
     "\u0301cup": "cup",
     "": "",
     "  ?!": "",
@@ -61,12 +61,20 @@ def test_instructions_that_differ_have_embeddings_that_differ(pair):
     assert torch.equal(again([unicodedata.normalize("NFD", t) for t in pair]), text(pair))
 
 
+@pytest.mark.parametrize(
+    "pair, twins", [(("turn 30", "turn -30"), True), (("C++", "C"), True), (("Pick  up.", "pick up"), False)]
+)
+def test_instructions_with_the_same_words_are_named(pair, twins, recwarn):
+    WordEmbedding.from_instructions([*pair, pair[0]], 8)
+    assert [f"{pair[0]!r} and {pair[1]!r} have the same words" in str(w.message) for w in recwarn] == [True] * twins
+
+
 def test_what_has_no_known_word():
     text = WordEmbedding.from_instructions(["pick up", ""], 8)
     assert not text(["", " \n"]).any()
     for bad, message in (
         (["pick up", "?!"], r"instruction '\?!' has no letter or digit"),
-        (["🍎"], "instruction '🍎' has no letter or digit"),
+        (["→ +"], "instruction '→ .' has no letter or digit"),
         ([None], "an instruction must be a string, got None"),
         (["拿起"], r"no word of '拿起' is in the vocabulary, pick, up \.\.\. \(2 words\)"),
         ("pick up", "instructions must be a list of strings, got 'pick up'"),
