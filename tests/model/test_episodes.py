@@ -28,8 +28,9 @@ def reloaded(episode):
 # ---- copies ----
 
 
-@pytest.mark.parametrize("again", [copy.deepcopy, reloaded])
-@pytest.mark.parametrize("options", [{}, {"cache": "recomputed", "guidance": 2.0}], ids=str)
+@pytest.mark.parametrize(
+    "again,options", [(copy.deepcopy, {}), (reloaded, {"cache": "recomputed", "guidance": 2.0})], ids=["copy", "pickle"]
+)
 def test_a_copy_goes_on_like_the_original_and_apart_from_it(again, options):
     episode, twin = (started("video_then_action", torch.float32, **options) for _ in range(2))
     for e in (episode, twin):
@@ -119,10 +120,9 @@ def test_an_episode_goes_on_in_any_mode(first, later):
     training_step(small_model(torch.float32).requires_grad_(), batch(), generator(), CONFIG)[0].backward()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_a_rollout_computes_in_the_models_dtype_under_autocast(dtype):
+def test_a_rollout_computes_in_the_models_dtype_under_autocast():
     want = started("joint", torch.float32).propose(**noises(2, 0, torch.float32))
-    with torch.autocast("cpu", dtype):
+    with torch.autocast("cpu", torch.bfloat16):
         assert equal(started("joint", torch.float32).propose(**noises(2, 0, torch.float32)), want)
 
 
@@ -163,8 +163,7 @@ def test_numbers_that_are_not_finite_are_refused_on_their_way_in_and_out():
         episode.propose(**noise)
 
 
-@pytest.mark.parametrize("cache", ["persistent", "recomputed"])
-@pytest.mark.parametrize("program", ["joint", "action_then_video"])
+@pytest.mark.parametrize("program,cache", [("joint", "persistent"), ("action_then_video", "recomputed")])
 def test_what_is_not_finite_stays_in_its_rollout(program, cache, monkeypatch):
     """On a GPU nobody looks; the other robots of the batch do not notice."""
     monkeypatch.setattr(rollout, "_check_finite", lambda *args, **options: None)

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from wam_kernels import PROGRAMS, block_attention, compile_plan, dense_mask
+from wam_kernels import PROGRAMS, compile_plan
 from wam_models import model as model_module
 
 from .cases import BOUND, META, error, golden_model, packed_geometry, packed_inputs
@@ -96,22 +95,13 @@ def test_two_geometries_in_one_batch():
         assert all(error(a[i : i + 1], b) < 1e-6 for a, b in zip(together, alone, strict=True))
 
 
-@pytest.mark.parametrize("attention", ["plan", "mask"])
-def test_blocks_compile_as_one_graph(attention):
+def test_blocks_compile_as_one_graph():
     inputs, _ = packed_inputs("joint")
-    model, geometry = golden_model(), packed_geometry("joint")
-    plan, mask = compile_plan(geometry), torch.from_numpy(dense_mask(geometry))
-
-    def attend(layer, q, k, v):
-        if attention == "plan":
-            return block_attention(q, k, v, plan)
-        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
-
-    eager = model(**inputs, attend=attend)
+    model, plan = golden_model(), compile_plan(packed_geometry("joint"))
+    eager = model(**inputs, plan=plan)
     torch._dynamo.reset()
     model.packed_block_stack = torch.compile(model.packed_block_stack, fullgraph=True, backend="aot_eager")
-    compiled = model(**inputs, attend=attend)
+    compiled = model(**inputs, plan=plan)
     assert all(error(a, b) < 1e-6 for a, b in zip(compiled, eager, strict=True))
 
 

@@ -25,9 +25,9 @@ SMALL = dataclasses.replace(golden_config(), text_dim=8, freq_dim=16)
 ONLY = {name: {name: 1.0} for name in OBJECTIVES}
 
 
-def small_model() -> WorldActionModel:
+def small_model(**sizes) -> WorldActionModel:
     torch.manual_seed(0)
-    model = WorldActionModel(SMALL)
+    model = WorldActionModel(dataclasses.replace(SMALL, **sizes))
     for side in (model.core.proj_out, model.action_expert.action_proj_out):
         torch.nn.init.normal_(side.weight, std=0.3)
     return model

@@ -1,7 +1,8 @@
-"""The model in the wrappers that people train in: FSDP2, DistributedDataParallel, checkpointing, the meta device."""
+"""The model in the wrappers that people train in: FSDP2, DistributedDataParallel, torch.compile, meta."""
 
 import copy
 import pickle
+from functools import cache
 
 import pytest
 import torch
@@ -11,7 +12,6 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from wam_models import (
-    GJD,
     OBJECTIVES,
     RolloutConfig,
     RolloutEngine,
@@ -32,7 +32,6 @@ PARTS = {
         *(model.core.proj_out, model.action_expert.action_proj_out),
         *(model.core.time_conditioner, model.action_expert.time_conditioner),
     ],
-    "linear maps": lambda model: [m for m in model.modules() if isinstance(m, torch.nn.Linear)],
 }
 
 
@@ -50,6 +49,11 @@ def step(model, config=CONFIG):
     grads = {name.replace("module.", "").replace("_orig_mod.", ""): p.grad for name, p in model.named_parameters()}
     assert all(grad is not None for grad in grads.values())
     return loss.detach(), {k: getattr(g, "full_tensor", lambda g=g: g)().float() for k, g in grads.items()}
+
+
+@cache
+def narrow_step(dtype):
+    return step(small_model().to(dtype))
 
 
 def assert_same_step(got, want):
@@ -74,7 +78,7 @@ def test_fsdp_mixed_precision_is_a_narrow_model(part, dtype, options, mesh):
     model.checkpoint_activations(part == "blocks")
     for module in (*PARTS[part](model), model):
         fully_shard(module, mesh=mesh, mp_policy=MixedPrecisionPolicy(**options))
-    assert_same_step(step(model), step(small_model().to(dtype)))
+    assert_same_step(step(model), narrow_step(dtype))
 
 
 def test_rounded_timesteps_are_refused_with_the_flag(mesh):
@@ -85,12 +89,17 @@ def test_rounded_timesteps_are_refused_with_the_flag(mesh):
         model(*inputs, attend=lambda layer, q, k, v: v)
 
 
-@pytest.mark.parametrize("program,objective", [(GJD, o) for o in OBJECTIVES] + [("video_then_action", "joint")])
-def test_data_parallel_uses_every_parameter_in_every_step(program, objective, mesh):
-    config = TrainingConfig(program=program, mixture=ONLY[objective])
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_data_parallel_uses_every_parameter_in_every_step(objective, mesh):
+    config = TrainingConfig(mixture=ONLY[objective])
     model = DistributedDataParallel(small_model())
     assert_same_step(step(model, config), step(small_model(), config))
     training_step(model, batch(), generator(), config)[0].backward()  # raises, had the step before left one out
+
+
+def test_a_compiled_model_takes_the_same_step():
+    torch._dynamo.reset()
+    assert_same_step(step(torch.compile(small_model(layers=1), backend="eager")), step(small_model(layers=1)))
 
 
 def test_recomputed_activations_give_the_same_step():
