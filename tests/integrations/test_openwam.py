@@ -9,7 +9,6 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 
 pytest.importorskip("open_wam", reason="openwam is in requirements-test.txt")
 
@@ -180,6 +179,36 @@ def test_bf16_errs_no_more_than_the_package(architecture):
 def test_checkpointed_activations_agree():
     pipeline = build("dual_expert", "joint", policy={"use_activation_checkpointing": True})
     step_both(pipeline)
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sharded_training_agrees(architecture, process_group):
+    """FSDP2 as the package applies it: to blocks, to their attentions, to the whole."""
+    from open_wam.training.strategies import _apply_composable_fsdp_sharding
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    class Sharded:
+        """FSDP hooks ``forward``, which goes the way that train_step calls directly."""
+
+        def __init__(self):
+            mesh = init_device_mesh("cpu", (1,))
+            pipeline = build(architecture, "joint")
+            self.pipeline = _apply_composable_fsdp_sharding(pipeline, mesh=mesh, mp_policy=MixedPrecisionPolicy())
+
+        def __getattr__(self, name):
+            return getattr(self.pipeline, name)
+
+        def forward_train_from_latents(self, video, batch, text_context):
+            return self.pipeline(batch=batch, video_latents=video, text_context=text_context)
+
+    def run():
+        return {n: getattr(t, "full_tensor", lambda t=t: t)() for n, t in train_step(Sharded()).items()}
+
+    theirs = run()
+    with installed():
+        assert_agree(run(), theirs)
 
 
 # ---- rollout ----
@@ -389,7 +418,7 @@ def test_retries_from_one_state_and_seed(reuse_history, reused_slots):
         assert torch.equal(again[0], first[0])
 
 
-def test_sharded_weights_that_change_in_place(monkeypatch, reused_slots):
+def test_sharded_weights_that_change_in_place(process_group, monkeypatch, reused_slots):
     """FSDP2 gathers new weights into the memory of the old ones and leaves their versions alone."""
     from open_wam.models.common import unshard_runtime_parameters
     from torch.distributed.fsdp import fully_shard
@@ -397,40 +426,35 @@ def test_sharded_weights_that_change_in_place(monkeypatch, reused_slots):
 
     # a caching allocator gives the same addresses again; here nothing is freed
     monkeypatch.setattr(_fsdp_param, "free_storage", lambda tensor: None)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        pipeline = build("dual_expert", "joint", window=64).eval()
-        stack, core = pipeline.policy_variant.packed_block_stack, pipeline.visual_tower.core
-        for module in (*stack.packed_blocks, pipeline):
-            fully_shard(module)
-        frame = torch.randn(1, cases.CHANNELS, 1, 4, 4, generator=torch.Generator().manual_seed(5))
-        session = cases.VariantRolloutRunner(pipeline).reset(text_context=torch.ones(1, 5, cases.TEXT_DIM))
-        reuses = []
+    pipeline = build("dual_expert", "joint", window=64).eval()
+    for module in (*pipeline.policy_variant.packed_block_stack.packed_blocks, pipeline):
+        fully_shard(module)
+    frame = torch.randn(1, cases.CHANNELS, 1, 4, 4, generator=torch.Generator().manual_seed(5))
+    session = cases.VariantRolloutRunner(pipeline).reset(text_context=torch.ones(1, 5, cases.TEXT_DIM))
+    reuses = []
 
-        def evaluated(session):
-            with unshard_runtime_parameters(pipeline):
-                return evaluate(pipeline, session, frame)
+    def evaluated(session):
+        with unshard_runtime_parameters(pipeline):
+            return evaluate(pipeline, session, frame)
 
-        def evaluate_train_evaluate(session):
-            for _ in range(2):
-                session, _ = evaluated(session)
-            before = evaluated(session)[1]
-            reuses.append(len(reused_slots))
-            kept = [p.to_local().clone() for p in pipeline.parameters()]
-            with torch.no_grad():
-                for p in pipeline.parameters():
-                    p.to_local().mul_(1.1)
-            after = evaluated(session)[1]
-            with torch.no_grad():
-                for p, old in zip(pipeline.parameters(), kept, strict=True):
-                    p.to_local().copy_(old)
-            return before + after
+    def evaluate_train_evaluate(session):
+        for _ in range(2):
+            session, _ = evaluated(session)
+        before = evaluated(session)[1]
+        reuses.append(len(reused_slots))
+        kept = [p.to_local().clone() for p in pipeline.parameters()]
+        with torch.no_grad():
+            for p in pipeline.parameters():
+                p.to_local().mul_(1.1)
+        after = evaluated(session)[1]
+        with torch.no_grad():
+            for p, old in zip(pipeline.parameters(), kept, strict=True):
+                p.to_local().copy_(old)
+        return before + after
 
-        theirs = evaluate_train_evaluate(session)
-        with installed():
-            ours = evaluate_train_evaluate(session)
-    finally:
-        dist.destroy_process_group()
+    theirs = evaluate_train_evaluate(session)
+    with installed():
+        ours = evaluate_train_evaluate(session)
     assert float((theirs[1] - theirs[0]).abs().max()) > 1e-3
     assert_agree(ours, theirs, 1e-5)
     assert 0 < reuses[-1] == len(reused_slots), "reused before the weights changed, and not behind that"
