@@ -174,6 +174,7 @@ def fork(work, hook=None):
     if child:
         return child
     try:
+        torch.set_num_threads(1)  # OpenMP's other threads are not in the child, which would wait for them
         if hook is not None:
             sys.addaudithook(hook)
         work()
