@@ -1,5 +1,6 @@
 """Argument checks shared by every public op. Metadata only: no values are read, so they trace."""
 
+import operator
 from collections.abc import Iterable
 from itertools import chain
 
@@ -44,20 +45,29 @@ def same_kind(op: str, like_name: str, like: Tensor, **args: Tensor) -> None:
 
 
 def integer(op: str, name: str, value: object, least: int = 0, most: int | None = MAX_INT) -> int:
-    """``value`` as a Python int. NumPy's integers are integers; bools, floats and strings are not, whatever they hold.
+    """``value`` as a Python int. NumPy's integers and those of CPU tensors are integers; bools, floats and strings not.
 
     Raises:
         ValueError: not an integer, or outside ``least .. most``; names the op and the argument.
     """
     if type(value) is not int:
-        if isinstance(value, bool) or not isinstance(value, int | np.integer | torch.SymInt):
-            raise ValueError(f"{op}: {name} must be an int, got {value!r}")
-        value = int(value)
+        value = _index(op, name, value)
     if value < least:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
     if most is not None and value > most:
         raise ValueError(f"{op}: {name} must be at most {most}, got {value}")
     return value
+
+
+def _index(op: str, name: str, value: object) -> int:
+    dtype, device = getattr(value, "dtype", None), getattr(value, "device", None)
+    try:
+        # a tensor of a GPU would stop for it
+        if isinstance(value, bool) or dtype == torch.bool or getattr(value, "ndim", 0) or str(device or "cpu") != "cpu":
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{op}: {name} must be an int, got {value!r}") from None
 
 
 def integers(op: str, name: str, values: Iterable[object], least: int = 0) -> tuple[int, ...]:
@@ -97,13 +107,14 @@ def int_array(op: str, name: str, values: object) -> np.ndarray:
     else:
         try:
             array = np.array(values)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"{op}: {name} must be integers, got {values!r} ({error})") from None
         kind = array.dtype
-        integral = array.dtype.kind in "iu" or not array.size
         # beside ints NumPy takes a bool for one
         if array.ndim in (1, 2) and isinstance(values, list | tuple):
-            integral = integral and bool not in set(map(type, values if array.ndim == 1 else chain(*values)))
+            types = set(map(type, values if array.ndim == 1 else chain(*values)))
+            kind = np.dtype(bool) if types & {bool, np.bool_} else kind
+        integral = kind.kind in "iu" or not array.size
     if not integral:
         raise ValueError(f"{op}: {name} must be integers, got {kind} {list(np.shape(values))}")
     return array.astype(np.int64)

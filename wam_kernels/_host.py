@@ -48,8 +48,8 @@ def device_of(op: str, device: torch.device | str | int) -> torch.device:
     """
     try:
         device = torch.device(device)
-    except (RuntimeError, TypeError) as error:
-        raise ValueError(f"{op}: device must be one such as 'cpu' or 'cuda:0', got {device!r} ({error})") from None
+    except (RuntimeError, TypeError):
+        raise ValueError(f"{op}: device must be a torch.device or a name such as 'cuda:0', got {device!r}") from None
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type == "meta" or device.index is not None:

@@ -19,7 +19,7 @@ buffer: touching fresh memory costs more than computing what goes there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -223,9 +223,14 @@ def compile_plan(
             shorter than the samples, or more tokens than int32 counts.
         TypeError: an entry that is none of the three.
     """
-    packed = tuple(_entry(e) for e in ([batch] if isinstance(batch, Sample) else _sequence(batch)))
+    packed = tuple(_listed(entry) for entry in _listed(batch))
     if not packed:
         raise ValueError("compile_plan: batch must hold at least one geometry, got none; pass a Geometry")
+    for samples in packed:
+        for sample in samples:
+            if not isinstance(sample, Sample):
+                kind = type(sample).__name__
+                raise TypeError(f"compile_plan: batch must hold Geometry, Program or Ranges objects, got {kind}")
     packed = tuple(tuple(s.ranges if isinstance(s, Program) else s for s in samples) for samples in packed)
     square = all(s.length == s.key_length for samples in packed for s in samples)
     longest = max(sum(s.length for s in samples) for samples in packed)
@@ -240,7 +245,7 @@ def compile_plan(
     if length == 0 or key_length == 0:
         raise ValueError(
             f"compile_plan: batch must hold at least one query and one key, got {length} queries and {key_length} "
-            "keys; a row without keys gives 0, so leave the call out or pass length and key_length"
+            "keys; attention over no keys gives 0, so leave the call out"
         )
     if len(packed) * max(length, key_length) > MAX_INT:
         raise ValueError(
@@ -254,22 +259,12 @@ def compile_plan(
     return _compile(packed, (length, key_length), tiles, device_of("compile_plan", device))
 
 
-def _sequence(entries: object) -> list:
-    """A batch, or the samples of one of its elements, as a list."""
-    if isinstance(entries, str) or not isinstance(entries, Iterable):
-        kind = type(entries).__name__
-        raise TypeError(f"compile_plan: batch must hold Geometry, Program or Ranges objects, got {kind}")
-    return list(entries)
-
-
-def _entry(entry: Sample | Sequence[Sample]) -> tuple[Sample, ...]:
-    """The samples of one batch element."""
-    samples = (entry,) if isinstance(entry, Sample) else tuple(_sequence(entry))
-    for s in samples:
-        if not isinstance(s, Sample):
-            kind = type(s).__name__
-            raise TypeError(f"compile_plan: batch must hold Geometry, Program or Ranges objects, got {kind}")
-    return samples
+def _listed(samples: object) -> tuple:
+    """A sequence as a tuple; anything else, a sample above all, as a tuple of it alone."""
+    try:
+        return (samples,) if isinstance(samples, Sample) else tuple(samples)
+    except TypeError:
+        return (samples,)
 
 
 @lru_cache(maxsize=64)

@@ -47,6 +47,14 @@ def test_varlen_attention(form):
     torch.testing.assert_close(grads, truth)
 
 
+@pytest.mark.parametrize("total_q, total_k", [(0, 6), (6, 0), (0, 0)])
+def test_varlen_attention_without_queries_or_keys(total_q, total_k):
+    q, k, v = qkv(total_q, total_k)
+    out, lse = varlen_attention(q, k, v, [], [], return_lse=True)
+    assert out.shape == q.shape and lse.shape == (4, total_q) and (out == 0).all() and (lse == float("-inf")).all()
+    assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
 def test_varlen_attention_keeps_its_plan():
     q, k, v = qkv(26, 40)
     _compile.cache_clear()
@@ -62,6 +70,7 @@ def test_varlen_attention_keeps_its_plan():
         ({"v": torch.zeros(39, 2, 16)}, r"varlen_attention: v must have shape \[total_k=40, Hkv=2, D=16\]"),
         ({"q_ranges": torch.zeros(1, 2, device="meta")}, "q_ranges must be on the host, got meta"),
         ({"k_ranges": [(0, 41)] * 4}, r"k_ranges\[0\] must be .* <= 40, got \[0, 41\]"),
+        ({"k_ranges": torch.tensor([[0.0, 5.9]] * 4)}, r"k_ranges must be integers, got torch.float32 \[4, 2\]"),
         ({"k_ranges": [(0, 4)]}, "k_ranges must have R=4 rows like q_ranges, got 1"),
     ],
 )
@@ -141,6 +150,8 @@ def test_a_mask_mod_that_depends_on_the_batch():
         ),
         (lambda: plan_from_mask_mod(lambda b, h, q, k: q - k, 9), "must return a bool tensor, got torch.int64"),
         (lambda: plan_from_mask_mod(lambda b, h, q, k: True, 9), "must return a bool tensor, got bool"),
+        (lambda: plan_from_mask_mod(lambda b, h, q, k: q >= k, 0), "geometry must be at least 1, got 0"),
+        (lambda: plan_from_mask_mod(lambda b, h, q, k: q >= k, (4, 2.0)), "geometry must be an int, got 2.0"),
         (lambda: plan_from_mask_mod(lambda b, h, q, k: q >= k, 40_000), "at most max_length=32768 tokens.*got 40000"),
         (
             lambda: plan_from_mask_mod(lambda b, h, q, k: q >= k, [[small()]] * 3, batch=2),

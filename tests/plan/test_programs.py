@@ -1,5 +1,7 @@
 """The named programs of other systems, against masks painted block by block from each rule in words."""
 
+import sys
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -223,6 +225,28 @@ def test_efficiency_at_typical_sizes(name, sizes, least):
     assert min(sides) >= least
 
 
+def test_a_name_that_is_not_there_is_answered_with_those_that_are():
+    with pytest.raises(KeyError, match="one of .*tri_tower.*got 'fastwam_joint'; did you mean 'fast_wam_joint'"):
+        NAMED_PROGRAMS["fastwam_joint"]
+    assert NAMED_PROGRAMS.get("fastwam_joint") is None and "fastwam_joint" not in NAMED_PROGRAMS
+
+
+def test_sizes_are_checked_before_the_cache_that_takes_2_for_2_0():
+    policy = NAMED_PROGRAMS["cosmos_policy"]
+    assert policy(tokens=np.int64(1), frames=np.uint8(2)) is policy(frames=2, tokens=1)
+    for sizes in ({"frames": 2.0, "tokens": 1}, {"frames": 2, "tokens": True}):
+        with pytest.raises(ValueError, match="cosmos_policy: .* must be an int, got"):
+            policy(**sizes)
+
+
+@pytest.mark.parametrize("window", [10**9, sys.maxsize, 2**63])
+def test_a_window_without_a_limit(window):
+    for name in ("dreamzero_train", "lingbot_va_train"):
+        sizes = next(sizes for typical, sizes, _ in TYPICAL if typical == name)
+        program, wide = (NAMED_PROGRAMS[name](**sizes | {"window": w}) for w in (window, 1000))
+        assert program.ranges == wide.ranges
+
+
 @pytest.mark.parametrize(
     "name, sizes, message",
     [
@@ -242,6 +266,7 @@ def test_efficiency_at_typical_sizes(name, sizes, least):
             dict(prefix=4, actions=1, padding=((2, 5),)),
             "padding must hold ranges in order inside prefix=4",
         ),
+        ("prefix_suffix", dict(prefix=4, actions=1, padding=[(1.0, 2)]), "prefix_suffix: padding must be integers"),
         ("cosmos_policy", dict(frames=2.5, tokens=2), "cosmos_policy: frames must be an int, got 2.5"),
     ],
 )

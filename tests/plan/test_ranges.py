@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -117,6 +118,11 @@ def test_rows_of_a_tile_meet(r):
             assert_rows_of_a_tile_meet(side, seen, b, begin, begin + n)
 
 
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor, lambda pairs: np.array(pairs, np.uint8)])
+def test_pairs_of_any_integers(kind):
+    assert Ranges(kind([(0, 2)]), kind([(1, 3)]), np.int64(4)) == Ranges([(0, 2)], [(1, 3)], 4)
+
+
 @settings(max_examples=60, deadline=None)
 @given(ranges())
 def test_from_mask(r):
@@ -159,6 +165,12 @@ def test_content_cannot_change_under_a_cached_plan():
     [
         (lambda: Ranges([(0, 2)], [(0, 2)], -1), "length must be at least 0, got -1"),
         (lambda: Ranges([(0, 2)], [(0, 2)], 2.5), "length must be an int, got 2.5"),
+        (lambda: Ranges([(0, 2.0)], [(0, 2)], 4), r"q_ranges must be integers, got float64 \[1, 2\]"),
+        (lambda: Ranges([(0, 2)], [(False, 2)], 4), r"k_ranges must be integers, got bool \[1, 2\]"),
+        (lambda: Ranges([("0", "2")], [(0, 2)], 4), "q_ranges must be integers, got <U1"),
+        (lambda: Ranges([(0, 2), (3,)], [(0, 2)], 4), r"q_ranges must be integers, got \[\(0, 2\), \(3,\)\]"),
+        (lambda: Ranges([(0, 2**70)], [(0, 2)], 4), "q_ranges must be integers, got object"),
+        (lambda: Ranges(torch.zeros(1, 2, device="meta"), [(0, 2)], 4), "q_ranges must be on the host, got meta"),
         (lambda: Ranges([0, 2], [(0, 2)], 4), r"q_ranges must have shape \[R, 2\], got \[2\]"),
         (lambda: Ranges([(0, 2)], [(0, 5)], 4), r"k_ranges\[0\] must be .* <= 4, got \[0, 5\]"),
         (lambda: Ranges([(0, 2), (3, 2)], [(0, 2)], 4), r"q_ranges\[1\] must be .* got \[3, 2\]"),

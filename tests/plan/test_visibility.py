@@ -1,9 +1,12 @@
 """The predicate against every mask recorded from the reference system."""
 
+import sys
+
 import numpy as np
 import pytest
 
 from tests.golden_masks import load
+from wam_kernels import compile_plan
 from wam_kernels.visibility import PROGRAMS, Geometry, dense_mask
 
 CASES = load()
@@ -42,3 +45,15 @@ GOOD = dict(program="joint", video_frames=4, video_tokens=2, action_frames=4, ac
 def test_refusals_name_the_field(change, message):
     with pytest.raises(ValueError, match=message):
         Geometry(**(GOOD | change))
+
+
+@pytest.mark.parametrize("size", [10**9, sys.maxsize, 2**63])
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_a_window_or_chunk_without_a_limit(program, size):
+    for change in ({}, {"chunk_origin": 1}, {"prefix_frames": 1}, {"singleton_frame": 2}):
+        for names in (("window",), ("window", "chunk_size")):
+            values = GOOD | {"program": program} | change
+            unlimited, wide = (Geometry(**values | dict.fromkeys(names, n)) for n in (size, 1000))
+            np.testing.assert_array_equal(dense_mask(unlimited), dense_mask(wide))
+            np.testing.assert_array_equal(compile_plan(unlimited).mask()[0, 0].numpy(), dense_mask(wide))
+            assert compile_plan(unlimited).visible_pairs == dense_mask(wide).sum()

@@ -107,7 +107,7 @@ def plan_from_mask_mod(
     name = "plan_from_mask_mod"
     device, batch, heads = device_of(name, device), integer(name, "batch", batch, 1), integer(name, "heads", heads, 1)
     lengths = geometry if isinstance(geometry, tuple | list) else (geometry, geometry)
-    by_length = len(lengths) == 2 and all(isinstance(n, int | float | np.number) for n in lengths)
+    by_length = len(lengths) == 2 and any(isinstance(n, int | float | np.number | np.ndarray | Tensor) for n in lengths)
     if by_length:
         lengths = tuple(integer(name, "geometry", n, 1) for n in lengths)
     known = None if by_length else compile_plan(geometry, device=device)
@@ -115,7 +115,7 @@ def plan_from_mask_mod(
         lengths = (known.length, known.key_length)
         if known.batch not in (1, batch):
             raise ValueError(f"{name}: batch must be {known.batch} like geometry, got {batch}")
-    if max(lengths) > max_length:
+    if max(lengths) > integer(name, "max_length", max_length, 1, most=None):
         raise ValueError(
             f"{name}: geometry must have at most max_length={max_length} tokens, because every pair is evaluated, got "
             f"{max(lengths)}; raise max_length if the time is no matter"

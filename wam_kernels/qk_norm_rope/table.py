@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,8 +74,8 @@ def rope_table(
     head_dim = integer(_OP, "head_dim", head_dim)
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"{_OP}: head_dim must be even and at least 2, got {head_dim}")
-    if not theta > 0:
-        raise ValueError(f"{_OP}: theta must be positive, got {theta}")
+    if isinstance(theta, bool) or not isinstance(theta, int | float | np.number) or not theta > 0:
+        raise ValueError(f"{_OP}: theta must be a positive number, got {theta!r}")
     split = default_split(head_dim) if split is None else integers(_OP, "split", split)
     if len(split) != 3 or any(d % 2 for d in split) or sum(split) != head_dim:
         raise ValueError(f"{_OP}: split must be three even sizes that sum to head_dim={head_dim}, got {split}")
