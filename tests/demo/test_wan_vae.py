@@ -13,7 +13,7 @@ from tests.data import tiny
 from wam_models import ClipDataset, LeRobotDataset, Policy, cli
 from wam_models.data import PatchPCA
 from wam_models.data.latents import WanVAECodec
-from wam_models.evaluate import evaluate, mean_psnr
+from wam_models.evaluate import Chunk, evaluate, mean_psnr
 from wam_models.train import train
 
 if importlib.util.find_spec("diffusers") is None:
@@ -54,6 +54,21 @@ def test_it_is_evaluated_and_rolled_out(wan, root, tmp_path, capsys):
     assert cli.main([*base, "--chunks", "1"]) == 0
     assert "dB PSNR" in capsys.readouterr().out
     assert {p.suffix for p in tmp_path.iterdir()} == {".gif", ".npz"}
+
+
+def test_a_perfect_prediction_is_at_the_ceiling(wan, root, monkeypatch):
+    """The pictures of a chunk are decoded behind the frames before it."""
+    policy, _ = Policy.load(wan[1])
+
+    def recorded(engine, video, action, text, *, begin, end=None, **_):
+        for frame in range(begin, (end or video.shape[2]) - 1, 2):
+            span = slice(frame, frame + 2)
+            yield Chunk(frame, video[:, :, span], action[:, span], 0.1)
+
+    monkeypatch.setattr("wam_models.evaluate.stream", recorded)
+    clip = policy.clip(LeRobotDataset(root), 0)
+    (row,) = evaluate(policy, [clip], cases=[("joint", "joint")], progress=False).rows
+    assert row.psnr == pytest.approx(row.ceiling_psnr) and row.action_rmse == 0
 
 
 class Own(PatchPCA):
