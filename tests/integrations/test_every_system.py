@@ -1,4 +1,4 @@
-"""What holds for every system: modes of autograd in any order, wrappers, copies, and models that are not as expected."""
+"""What holds for every system: modes of autograd in any order, wrappers, copies, models that are not as expected."""
 
 import copy
 import pickle

@@ -244,7 +244,7 @@ class Patch:
         self.replaced: list[tuple[nn.Module, str]] = []
 
     def method(self, owner: nn.Module, name: str, new: Callable, *shared: Any) -> None:
-        """``owner.name(...)`` becomes ``new(*shared, owner, ...)``; where that raises Unsupported, the original may run.
+        """``owner.name(...)`` becomes ``new(*shared, owner, ...)``; if that raises Unsupported, the original may run.
 
         Args:
             owner: A module.
