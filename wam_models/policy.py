@@ -166,9 +166,19 @@ class Policy:
             raise ValueError(f"{extra}: {error}; train again") from error
         return policy, found
 
-    def denormalize_action(self, action: Tensor) -> Tensor:
-        """float32 ``[..., A]`` on the CPU, in the units of the data set, of normalised actions on any device."""
-        return action.cpu() * self.action_std + self.action_mean
+    def denormalize_action(self, action: Tensor, where: str = "Policy.denormalize_action") -> Tensor:
+        """float32 ``[..., A]`` on the CPU, in the units of the data set, of normalised actions on any device.
+
+        Raises:
+            ValueError: an action that is not finite, which no robot must get; the message begins with ``where``.
+        """
+        found = action.cpu() * self.action_std + self.action_mean
+        if not found.isfinite().all():
+            raise ValueError(
+                f"{where}: actions are not finite and must not be executed; are there such numbers in the weights, or do "
+                "they overflow in half precision?"
+            )
+        return found
 
     def dataset(self, root: str | Path, camera: str | None = None) -> LeRobotDataset:
         """The data set in ``root``; of several cameras this policy's, unless ``camera`` names one.

@@ -136,12 +136,7 @@ def play(
         action = candidate.action.cpu()
         predicted = time.perf_counter() - began
         imagined.append(policy.codec.decode(candidate.video[0].cpu()))
-        executed = policy.denormalize_action(action[0].flatten(0, 1)).numpy()
-        if not np.isfinite(executed).all():
-            raise ValueError(
-                f"play: the actions of chunk {chunk} are not finite, so they were not executed; are there such numbers in "
-                "the weights, or do they overflow in half precision?"
-            )
+        executed = policy.denormalize_action(action[0].flatten(0, 1), f"play: chunk {chunk}").numpy()
         actions.append(executed.reshape(episode.chunk_size, STRIDE, -1).copy())
         where, returned = _call(simulator, "step", f" of chunk {chunk}", "pictures, done", executed)
         seen, done = _pictures(where, returned[0], 4, policy, like=picture), _flag(where, returned[1])

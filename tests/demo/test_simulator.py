@@ -217,7 +217,7 @@ def test_no_robot_gets_actions_that_are_not_finite(policy, root, monkeypatch):
     with pytest.raises(ValueError, match=r"propose: \w+ of the chunk at frames \[1\] must be finite"):
         play(broken, toy)
     monkeypatch.setattr(rollout, "_check_finite", lambda *args, **options: None)
-    with pytest.raises(ValueError, match="the actions of chunk 1 are not finite, so they were not executed"):
+    with pytest.raises(ValueError, match="play: chunk 1: actions are not finite and must not be executed"):
         play(broken, toy)
     assert not toy.actions
     clip = broken.clip(LeRobotDataset(root), 0)
