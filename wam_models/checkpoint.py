@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import math
 import os
 import re
 import secrets
@@ -17,8 +18,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from ._json import read_json
 from .config import ModelConfig
 from .model import WorldActionModel
 from .text import WordEmbedding
@@ -43,7 +45,7 @@ _DIFFUSERS = (
 )
 
 
-def load_weights(model: torch.nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     """Copy every parameter of ``model`` from ``state``; values are cast to the model's dtype.
 
     Returns:
@@ -52,22 +54,43 @@ def load_weights(model: torch.nn.Module, state: Mapping[str, Tensor]) -> list[st
         ``action_expert.hidden_context_proj``); the caller decides whether others are acceptable.
 
     Raises:
-        ValueError: naming the parameters that ``state`` lacks or holds in another shape; the model is unchanged.
+        ValueError: naming the parameters that ``state`` lacks, or holds in another shape or not as floating point; the
+            model is unchanged.
     """
     own = model.state_dict()
     missing = sorted(set(own) - set(state))
-    shapes = [
-        f"{k}: expected {list(v.shape)}, got {list(state[k].shape)}"
-        for k, v in own.items()
-        if k in state and state[k].shape != v.shape
-    ]
-    if missing or shapes:
+    misfits = [f"{k}: {misfit}" for k, v in own.items() if k in state and (misfit := _misfit(v, state[k]))]
+    if missing or misfits:
         raise ValueError(
-            f"load_weights: missing keys {missing}, mis-shaped keys {shapes}; "
+            f"load_weights: missing keys {_few(missing)}, mis-shaped keys {_few(misfits)}; "
             "the checkpoint must come from a model of the same config"
         )
     model.load_state_dict({k: state[k] for k in own})
     return sorted(set(state) - set(own))
+
+
+def _misfit(own: Tensor, given: object) -> str | None:
+    if not isinstance(given, Tensor):
+        return f"expected a tensor, got {type(given).__name__}"
+    if given.shape != own.shape:
+        return f"expected {list(own.shape)}, got {list(given.shape)}"
+    if own.is_floating_point() and not given.is_floating_point():
+        return f"expected floating point, got {given.dtype}"
+    return None
+
+
+def _few(names: list[str]) -> str:
+    """The first few, and how many more: a model has hundreds."""
+    return f"{names[:3]}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+
+
+def check_finite(named: Mapping[str, Tensor]) -> None:
+    """One pass over the numbers. Raises ValueError that names the first tensor with a NaN or an infinity."""
+    for name, value in named.items():
+        if value.numel() and not all(map(math.isfinite, torch.stack(value.detach().aminmax()).tolist())):
+            raise ValueError(
+                f"{name} must hold finite numbers, got {value.numel() - int(value.isfinite().sum())} others"
+            )
 
 
 def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -214,8 +237,9 @@ def remove_checkpoint(folder: Path) -> None:
 
 
 def _load(folder: Path, device: torch.device | str, training: bool) -> Checkpoint:
-    config = _read(folder / CONFIG, device)
+    config = _read_config(folder / CONFIG)
     save_id, resumable = _save_of(config, folder)
+    _check_entries(config, folder / CONFIG)
     ids = {}
     (state, ids[MODEL]), (extra, ids[EXTRA]) = (_read(_place(folder, save_id, name), device) for name in (MODEL, EXTRA))
     training_state = None
@@ -227,17 +251,48 @@ def _load(folder: Path, device: torch.device | str, training: bool) -> Checkpoin
             raise ValueError(f"load_checkpoint: {path} must hold a dict, got {type(training_state).__name__}")
         ids[TRAINING] = training_state.pop(_SAVE_ID, None)
     _check_ids(folder, save_id, ids)
-    model = WorldActionModel(ModelConfig.from_dict(config["model"])).to(device)
-    unused = load_weights(model, state)
-    if unused:
-        raise ValueError(f"load_checkpoint: {folder / MODEL} has keys that the model does not: {unused}")
+    with _about(folder / CONFIG):
+        model = WorldActionModel(ModelConfig.from_dict(config["model"], "model")).to(device)
+    with _about(folder / MODEL):
+        _load_all(model, state)
     text = None
     if "vocabulary" in config:
-        text = WordEmbedding(config["vocabulary"], model.config.text_dim, tokens=config["text_tokens"]).to(device)
-        load_weights(text, {k.removeprefix(_TEXT_KEY): v for k, v in extra.items() if k.startswith(_TEXT_KEY)})
+        with _about(folder / CONFIG):
+            text = WordEmbedding(config["vocabulary"], model.config.text_dim, tokens=config["text_tokens"]).to(device)
+        with _about(folder / EXTRA):
+            # named as in the file
+            _load_all(nn.ModuleDict({"text": text}), {k: v for k, v in extra.items() if k.startswith(_TEXT_KEY)})
         extra = {k: v for k, v in extra.items() if not k.startswith(_TEXT_KEY)}
         text.eval()
     return Checkpoint(model.eval(), text, extra, config.get("metadata", {}), training_state, folder, save_id)
+
+
+@contextmanager
+def _about(path: Path) -> Iterator[None]:
+    """What is wrong inside is wrong with this file."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def _load_all(module: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """As :func:`load_weights`, but nothing may be left over or not finite."""
+    unused = load_weights(module, state)
+    if unused:
+        raise ValueError(f"keys that the model does not have: {_few(unused)}; save it again")
+    # looked at here, because numbers of a wider dtype can become infinite
+    check_finite(module.state_dict())
+
+
+def _check_entries(config: dict, path: Path) -> None:
+    known = {"model", "metadata", "save", "vocabulary", "text_tokens"}
+    if not set(config) <= known:
+        raise ValueError(f"{path}: unknown entries {sorted(set(config) - known)}; expected some of {sorted(known)}")
+    if ("vocabulary" in config) != ("text_tokens" in config):
+        raise ValueError(f"{path}: vocabulary and text_tokens must both be there or both be missing; save it again")
+    if not isinstance(config.get("metadata", {}), dict):
+        raise ValueError(f"{path}: metadata must be an object, got {config['metadata']!r}; save it again")
 
 
 def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -315,7 +370,7 @@ def _alone(folder: Path) -> Iterator[None]:
 def _settle(folder: Path) -> None:
     """Move the files of the current save up, and remove what saves that were stopped have left."""
     try:
-        save_id, resumable = _save_of(json.loads((folder / CONFIG).read_text()), folder)
+        save_id, resumable = _save_of(read_json(folder / CONFIG), folder)
     except (FileNotFoundError, ValueError):  # none yet, or none that anything could be read from
         save_id, resumable = None, True
     for part in folder.glob("*.part"):
@@ -371,17 +426,26 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
+def _read_config(path: Path):
+    try:
+        return read_json(path)
+    except OSError as error:
+        raise ValueError(
+            f"load_checkpoint: cannot read {path}: {error.strerror}; expected a folder of save_checkpoint"
+        ) from error
+
+
 def _read(path: Path, device):
-    """JSON or training state; of tensors also the id of their save."""
+    """Training state, or tensors and the id of their save."""
     try:
         if path.suffix == ".safetensors":
             return _read_tensors(path, device)
-        if path.suffix == ".pt":
-            return torch.load(path, map_location=device, weights_only=True)
-        return json.loads(path.read_text())
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        return torch.load(path, map_location=device, weights_only=True)
+    # torch.load has no error of its own: whatever the unpickler stumbles over comes out
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
         raise ValueError(
-            f"load_checkpoint: cannot read {path}: {error}; expected a folder of save_checkpoint"
+            f"load_checkpoint: cannot read {path}: {type(error).__name__}: {reason}; expected a folder of save_checkpoint"
         ) from error
 
 

@@ -13,7 +13,7 @@ from ._checks import check_field, whole
 from ._json import from_fields
 from .checkpoint import CONFIG, EXTRA, Checkpoint, load_checkpoint, save_checkpoint
 from .data import ClipDataset, LeRobotDataset, PatchPCA
-from .data.clips import LEAST_STD, action_slots, episode_frames
+from .data.clips import LEAST_STD, STRIDE, action_slots, episode_frames
 from .data.latents import CODECS, WanVAECodec, codec_kind
 from .model import WorldActionModel
 from .rollout import RolloutConfig
@@ -146,6 +146,9 @@ class Policy:
         if found.text is None or "rollout" not in found.metadata:
             lacks = "vocabulary" if found.text is None else "metadata.rollout"
             raise ValueError(f"{config}: no checkpoint of wam train, {lacks} is missing; train again")
+        if found.model.config.actions_per_frame != STRIDE:
+            per_frame = found.model.config.actions_per_frame
+            raise ValueError(f"{config}: model: actions_per_frame must be {STRIDE} for a policy, got {per_frame}")
         rollout = from_fields(RolloutConfig, found.metadata["rollout"], f"{config}: metadata.rollout")
         camera = found.metadata.get("camera")
         if camera is not None:
