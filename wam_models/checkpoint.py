@@ -1,12 +1,12 @@
-"""Weights in and out: strict loading, and the folder that a training run leaves behind."""
+"""The folder that a training run leaves behind, and how it is written such that it is never half."""
 
 from __future__ import annotations
 
 import errno
 import fcntl
 import json
-import math
 import os
+import pickle
 import re
 import secrets
 import shutil
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -24,6 +24,7 @@ from ._json import read_json
 from .config import ModelConfig
 from .model import WorldActionModel
 from .text import WordEmbedding
+from .weights import INDEX, SAVE_ID, bare_names, check_finite, few, load_weights, not_here, read_tensors, stamp
 
 MODEL, CONFIG, EXTRA, TRAINING = "model.safetensors", "config.json", "extra.safetensors", "training.pt"
 _TEXT_KEY = "text."  # prefix of the word embedding's tensors among the extra tensors
@@ -31,81 +32,7 @@ _TEXT_KEY = "text."  # prefix of the word embedding's tensors among the extra te
 # Every file of a save holds the save's id, drawn anew each time: 16 hexadecimal digits. A save writes all its files to
 # the subfolder <id>.part and then puts its config.json in place of the old one. That one rename makes it the
 # checkpoint: a reader takes the files that still lie in the subfolder that config.json names from there.
-_SAVE_ID = "save_id"
 _ID = re.compile(r"[0-9a-f]{16}")
-
-# diffusers.WanTransformer3DModel holds the video expert only; its names, and ours.
-_DIFFUSERS = (
-    (r"^blocks\.(\d+)\.", r"packed_block_stack.packed_blocks.\1.video_block."),
-    (r"^condition_embedder\.time_embedder\.", "core.time_conditioner.time_embedder."),
-    (r"^condition_embedder\.time_proj\.", "core.time_conditioner.time_proj."),
-    (r"^condition_embedder\.text_embedder\.", "core.text_proj."),
-    (r"^patch_embedding\.", "core.patch_embedding_mlp."),
-    (r"^(proj_out\.|scale_shift_table$)", r"core.\1"),
-)
-
-
-def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
-    """Copy every parameter of ``model`` from ``state``; values are cast to the model's dtype.
-
-    Returns:
-        Sorted keys of ``state`` that the model has no place for. Checkpoints of the reference system carry some that
-        only run with proprioception (``core.action_*``, ``core.runtime_stream_adapters.*``,
-        ``action_expert.hidden_context_proj``); the caller decides whether others are acceptable.
-
-    Raises:
-        ValueError: naming the parameters that ``state`` lacks, or holds in another shape or not as floating point; the
-            model is unchanged.
-    """
-    own = model.state_dict()
-    missing = sorted(set(own) - set(state))
-    misfits = [f"{k}: {misfit}" for k, v in own.items() if k in state and (misfit := _misfit(v, state[k]))]
-    if missing or misfits:
-        raise ValueError(
-            f"load_weights: missing keys {_few(missing)}, mis-shaped keys {_few(misfits)}; "
-            "the checkpoint must come from a model of the same config"
-        )
-    model.load_state_dict({k: state[k] for k in own})
-    return sorted(set(state) - set(own))
-
-
-def _misfit(own: Tensor, given: object) -> str | None:
-    if not isinstance(given, Tensor):
-        return f"expected a tensor, got {type(given).__name__}"
-    if given.shape != own.shape:
-        return f"expected {list(own.shape)}, got {list(given.shape)}"
-    if own.is_floating_point() and not given.is_floating_point():
-        return f"expected floating point, got {given.dtype}"
-    return None
-
-
-def _few(names: list[str]) -> str:
-    """The first few, and how many more: a model has hundreds."""
-    return f"{names[:3]}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
-
-
-def check_finite(named: Mapping[str, Tensor]) -> None:
-    """One pass over the numbers. Raises ValueError that names the first tensor with a NaN or an infinity."""
-    for name, value in named.items():
-        if value.numel() and not all(map(math.isfinite, torch.stack(value.detach().aminmax()).tolist())):
-            raise ValueError(
-                f"{name} must hold finite numbers, got {value.numel() - int(value.isfinite().sum())} others"
-            )
-
-
-def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of ``diffusers.WanTransformer3DModel`` under this library's names: the video expert, without actions.
-
-    Unknown keys pass unchanged. To load, update the state dict of a fresh model with the result.
-    """
-    renamed = {}
-    for key, value in state.items():
-        if key == "patch_embedding.weight":  # a convolution whose stride is its kernel is a linear map of patches
-            value = value.flatten(1)
-        for pattern, name in _DIFFUSERS:
-            key = re.sub(pattern, name, key)
-        renamed[key] = value
-    return renamed
 
 
 @dataclass
@@ -137,15 +64,16 @@ def save_checkpoint(
 
     Args:
         folder: Made if it does not exist; files of an earlier save are replaced.
-        model: The model, any dtype, on any device.
+        model: The model, any dtype, on any device, also wrapped: DDP's, compiled, FSDP's own of unsharded weights.
         text: The word embedding trained with it; its vocabulary goes to ``config.json``.
         extra: Further tensors, for example of the latent codec; names must not start with ``text.``.
         metadata: Anything ``json.dumps`` takes: program, normalisation, codec sizes.
         training_state: For resume: optimizer and generator states, step; read back with ``weights_only=True``.
 
     Raises:
-        ValueError: an extra tensor or an entry of ``training_state`` under a reserved name.
-        TypeError: metadata that JSON cannot hold.
+        ValueError: an extra tensor or an entry of ``training_state`` under a reserved name; tensors that are sharded or
+            on the meta device.
+        TypeError: a model of another class, metadata that JSON cannot hold.
         OSError: a file that cannot be written; the message names it. What was there before is unchanged.
     """
     folder = Path(folder)
@@ -153,10 +81,17 @@ def save_checkpoint(
     reserved = sorted(name for name in extra if name.startswith(_TEXT_KEY))
     if reserved:
         raise ValueError(f"save_checkpoint: names of extra tensors must not start with {_TEXT_KEY!r}, got {reserved}")
-    if training_state is not None and _SAVE_ID in training_state:
-        raise ValueError(f"save_checkpoint: training_state must not have an entry {_SAVE_ID!r}, which is set here")
+    if training_state is not None and SAVE_ID in training_state:
+        raise ValueError(f"save_checkpoint: training_state must not have an entry {SAVE_ID!r}, which is set here")
+    inner = model
+    while not hasattr(inner, "config") and isinstance(getattr(inner, "module", None), nn.Module):  # DDP hides it
+        inner = inner.module
+    if not isinstance(getattr(inner, "config", None), ModelConfig):
+        raise TypeError(
+            f"save_checkpoint: model must be a WorldActionModel, wrapped or not, got {type(model).__name__}"
+        )
     save_id = secrets.token_hex(8)
-    config = {"model": model.config.to_dict(), "metadata": metadata or {}}
+    config = {"model": inner.config.to_dict(), "metadata": metadata or {}}
     config["save"] = {"id": save_id, "training_state": training_state is not None}
     if text is not None:
         config["vocabulary"] = list(text.vocabulary)
@@ -164,15 +99,16 @@ def save_checkpoint(
         extra |= {_TEXT_KEY + k: v for k, v in text.state_dict().items()}
     # what JSON or safetensors refuses is noticed here, before anything is written
     settings = json.dumps(config, indent=1) + "\n"
-    weights, extra = _plain(model.state_dict()), _plain(extra)
+    state = model.state_dict()
+    weights, extra = _plain({name: state[key] for name, key in bare_names(state).items()}), _plain(extra)
 
     def tensors(of: dict[str, Tensor]) -> Callable[[Path], None]:
-        return lambda path: save_file(of, path, {"format": "pt", _SAVE_ID: save_id})
+        return lambda path: save_file(of, path, {"format": "pt", SAVE_ID: save_id})
 
     def training(path: Path) -> None:
         # torch turns a full disk into "unexpected pos"; writing to a file of Python keeps its error
         with path.open("wb") as file:
-            torch.save({**training_state, _SAVE_ID: save_id}, file)
+            torch.save({**training_state, SAVE_ID: save_id}, file)
 
     files = {MODEL: tensors(weights), EXTRA: tensors(extra), CONFIG: lambda path: path.write_text(settings)}
     if training_state is not None:
@@ -200,6 +136,8 @@ def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu", *, t
         device: Of the model, the text embedding and the extra tensors.
         training: Also read ``training.pt``, where there is one, which only a resume needs.
 
+    In place of ``model.safetensors`` there may be shards, with their ``model.safetensors.index.json``.
+
     Raises:
         ValueError: a missing or unreadable file, files of different saves, unknown or missing config fields, weights
             that do not fit or are left over; the message names the file.
@@ -223,7 +161,7 @@ def saved_as(folder: Path) -> tuple[str | None, dict] | None:
     """
     if not (folder / CONFIG).exists():
         return None
-    config = _read(folder / CONFIG, "cpu")
+    config = _read_config(folder / CONFIG)
     return _save_of(config, folder)[0], config.get("metadata", {})
 
 
@@ -236,20 +174,21 @@ def remove_checkpoint(folder: Path) -> None:
                 (folder / name).unlink(missing_ok=True)
 
 
+@torch.inference_mode(False)
 def _load(folder: Path, device: torch.device | str, training: bool) -> Checkpoint:
     config = _read_config(folder / CONFIG)
     save_id, resumable = _save_of(config, folder)
     _check_entries(config, folder / CONFIG)
     ids = {}
-    (state, ids[MODEL]), (extra, ids[EXTRA]) = (_read(_place(folder, save_id, name), device) for name in (MODEL, EXTRA))
+    (state, ids[MODEL]), (extra, ids[EXTRA]) = (
+        _read_tensors(_place(folder, save_id, name), device) for name in (MODEL, EXTRA)
+    )
     training_state = None
     path = _place(folder, save_id, TRAINING)
     # one that was found in the subfolder, and is no longer there, was moved up: reading fails, and is tried again
     if training and resumable and (path.parent != folder or path.exists()):
-        training_state = _read(path, "cpu")
-        if not isinstance(training_state, dict):
-            raise ValueError(f"load_checkpoint: {path} must hold a dict, got {type(training_state).__name__}")
-        ids[TRAINING] = training_state.pop(_SAVE_ID, None)
+        training_state = _read_training(path)
+        ids[TRAINING] = training_state.pop(SAVE_ID, None)
     _check_ids(folder, save_id, ids)
     with _about(folder / CONFIG):
         model = WorldActionModel(ModelConfig.from_dict(config["model"], "model")).to(device)
@@ -280,7 +219,7 @@ def _load_all(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """As :func:`load_weights`, but nothing may be left over or not finite."""
     unused = load_weights(module, state)
     if unused:
-        raise ValueError(f"keys that the model does not have: {_few(unused)}; save it again")
+        raise ValueError(f"keys that the model does not have: {few(unused)}; save it again")
     # looked at here, because numbers of a wider dtype can become infinite
     check_finite(module.state_dict())
 
@@ -299,6 +238,8 @@ def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """On the CPU, contiguous, each with a memory of its own: safetensors refuses tensors that share theirs."""
     plain, taken = {}, set()
     for name, value in state.items():
+        if not_here(value):
+            raise ValueError(f"save_checkpoint: {name} {not_here(value)}")
         value = value.detach().cpu().contiguous()
         memory = value.untyped_storage().data_ptr()
         plain[name] = value.clone() if memory in taken else value
@@ -326,8 +267,11 @@ def _save_of(config: dict, folder: Path) -> tuple[str | None, bool]:
 
 def _place(folder: Path, save_id: str | None, name: str) -> Path:
     """Where a file of the current save lies: a save that was stopped, or goes on, has not moved all of them up."""
-    part = folder / f"{save_id}.part" / name
-    return part if part.exists() else folder / name
+    path = folder / f"{save_id}.part" / name
+    if not path.exists():
+        path = folder / name
+    shards = folder / (name + INDEX)
+    return shards if shards.exists() and not path.exists() else path
 
 
 def _check_ids(folder: Path, save_id: str | None, ids: dict[str, str | None]) -> None:
@@ -342,17 +286,8 @@ def _check_ids(folder: Path, save_id: str | None, ids: dict[str, str | None]) ->
         )
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """Changes when the file is replaced."""
-    try:
-        found = path.stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns
-
-
 def _stamps(folder: Path) -> list[tuple[int, int] | None]:
-    return [_stamp(folder / name) for name in (CONFIG, MODEL, EXTRA, TRAINING)]
+    return [stamp(folder / name) for name in (CONFIG, MODEL, EXTRA, TRAINING)]
 
 
 @contextmanager
@@ -435,25 +370,23 @@ def _read_config(path: Path):
         ) from error
 
 
-def _read(path: Path, device):
-    """Training state, or tensors and the id of their save."""
+def _read_tensors(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], str | None]:
     try:
-        if path.suffix == ".safetensors":
-            return _read_tensors(path, device)
-        return torch.load(path, map_location=device, weights_only=True)
-    # torch.load has no error of its own: whatever the unpickler stumbles over comes out
-    except Exception as error:
-        reason = str(error).partition("\n")[0]
+        return read_tensors(path, device)
+    except ValueError as error:
+        raise ValueError(f"load_checkpoint: {error}; expected a folder of save_checkpoint") from error
+
+
+def _read_training(path: Path) -> dict:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # of a damaged file it can be any
+        # what torch says of these is how to load them nevertheless, and run what is in them
+        unsafe = isinstance(error, pickle.UnpicklingError)
+        reason = "it holds more than tensors and plain values" if unsafe else str(error).partition("\n")[0]
         raise ValueError(
-            f"load_checkpoint: cannot read {path}: {type(error).__name__}: {reason}; expected a folder of save_checkpoint"
+            f"load_checkpoint: cannot read {path}: {type(error).__name__}: {reason}; resume from another checkpoint"
         ) from error
-
-
-def _read_tensors(path: Path, device) -> tuple[dict[str, Tensor], str | None]:
-    before = _stamp(path)
-    with safe_open(path, framework="pt", device=str(device)) as file:
-        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
-    # the file is opened twice in there, for names and for numbers
-    if _stamp(path) != before:
-        raise ValueError("it was replaced meanwhile")
-    return tensors, metadata.get(_SAVE_ID)
+    if not isinstance(state, dict):
+        raise ValueError(f"load_checkpoint: {path} must hold a dict, got {type(state).__name__}")
+    return state

@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 import wam_models
 from wam_models import (
@@ -28,6 +30,7 @@ from wam_models import (
     golden_config,
     load_checkpoint,
     load_weights,
+    read_weights,
     save_checkpoint,
     umt5_encoder,
     wan_5b_config,
@@ -404,6 +407,161 @@ def test_tensors_that_share_memory_are_saved(tmp_path):
     save_checkpoint(tmp_path, tiny_model(), extra=shared)
     back = load_checkpoint(tmp_path).extra
     assert set(back) == set(shared) and all(torch.equal(back[k], v) for k, v in shared.items())
+
+
+@pytest.mark.parametrize(
+    "prefix",
+    ["module.", "_orig_mod.", "module._orig_mod.", "model.", "net.model.", "_fsdp_wrapped_module."],
+)
+def test_names_behind_a_prefix_are_recognised(prefix):
+    state = {prefix + k: v for k, v in tiny_model().state_dict().items()}
+    model = WorldActionModel(TINY)
+    assert load_weights(model, state | {prefix + "spare": torch.zeros(1)}) == [prefix + "spare"]
+    assert all(torch.equal(v, state[prefix + k]) for k, v in model.state_dict().items())
+    if not set(prefix.split(".")) & {"_orig_mod", "_fsdp_wrapped_module"}:  # these stand for nothing else
+        with pytest.raises(ValueError, match=f"missing keys .* more.* behind \\['{prefix}'\\], beside others") as error:
+            load_weights(model, state | {"loss.scale": torch.zeros(1)})
+        assert len(str(error.value)) < 700
+
+
+def test_weights_pass_between_wrapped_models(tmp_path):
+    def wrapped():
+        model = WorldActionModel(TINY)
+        block = model.packed_block_stack.packed_blocks[0]
+        model.packed_block_stack.packed_blocks[0] = checkpoint_wrapper(block)
+        model.action_expert = torch.compile(model.action_expert)
+        return model
+
+    state = tiny_model().state_dict()
+    assert set(wrapped().state_dict()) != set(state)
+    for model in (wrapped(), torch.compile(WorldActionModel(TINY)), torch.nn.DataParallel(wrapped())):
+        assert load_weights(model, state) == []
+        assert load_weights(WorldActionModel(TINY), model.state_dict()) == []
+        save_checkpoint(tmp_path, model)
+        back = load_checkpoint(tmp_path).model.state_dict()
+        assert all(torch.equal(v, back[k]) for k, v in state.items())
+
+
+def test_a_model_on_the_meta_device_is_filled():
+    state = tiny_model().bfloat16().state_dict()
+    tiny_model().float()
+    with torch.device("meta"):
+        model = WorldActionModel(TINY)
+    model.core.requires_grad_(False)
+    model.action_expert.to_empty(device="cpu")
+    kept = model.action_expert.action_proj_out.weight
+    with torch.inference_mode():
+        assert load_weights(model, state) == []
+    for name, value in model.named_parameters():
+        assert torch.equal(value, state[name].float()) and not value.is_inference()
+        assert value.requires_grad != name.startswith("core.") and value.data_ptr() != state[name].data_ptr()
+    assert model.action_expert.action_proj_out.weight is kept  # as an optimizer may hold it
+    with torch.device("meta"):
+        model.register_buffer("table", torch.zeros(1), persistent=False)
+    with pytest.raises(ValueError, match=r"no state dict holds the model's \['table'\]"):
+        load_weights(model, state)
+
+
+class Sharded(torch.Tensor):
+    """Looks like a DTensor."""
+
+    full_tensor = None
+
+
+def test_weights_that_are_not_here_are_refused(tmp_path):
+    state = dict(tiny_model().state_dict())
+    bias = state["core.proj_out.bias"]
+    for value, message in (
+        (bias.to("meta"), "is on the meta device"),
+        (bias.as_subclass(Sharded), "is a DTensor"),
+        (bias.tolist(), "expected a tensor, got list"),
+    ):
+        with pytest.raises(ValueError, match=rf"core\.proj_out\.bias: {message}"):
+            load_weights(WorldActionModel(TINY), state | {"core.proj_out.bias": value})
+    with pytest.raises(ValueError, match=r"state holds mappings, \['model'\]: pass one of them"):
+        load_weights(tiny_model(), {"model": state, "step": 3})
+    with pytest.raises(TypeError, match="state must map names to tensors, got PosixPath; see read_weights"):
+        load_weights(tiny_model(), tmp_path)
+    with torch.device("meta"):
+        model = WorldActionModel(TINY)
+    with pytest.raises(ValueError, match="save_checkpoint: core.* is on the meta device"):
+        save_checkpoint(tmp_path, model)
+    with pytest.raises(TypeError, match="must be a WorldActionModel, wrapped or not, got Linear"):
+        save_checkpoint(tmp_path, torch.nn.Linear(2, 2))
+
+
+def shard(folder, name, count=3):
+    """Splits a file of tensors as diffusers and transformers do; returns the index."""
+    tensors = load_file(folder / f"{name}.safetensors")
+    (folder / f"{name}.safetensors").unlink()
+    where = {}
+    for number in range(count):
+        part = {k: v for i, (k, v) in enumerate(tensors.items()) if i % count == number}
+        file = f"{name}-{number + 1:05d}-of-{count:05d}.safetensors"
+        save_file(part, folder / file)
+        where |= dict.fromkeys(part, file)
+    index = folder / f"{name}.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": where}))
+    return index
+
+
+def test_shards_are_followed(tmp_path):
+    save(tmp_path, 1, training=False)
+    whole = load_file(tmp_path / "model.safetensors")
+    index = shard(tmp_path, "model")
+    assert step_of(tmp_path) == 1
+    save(tmp_path, 2)  # the shards are of no save any more
+    assert step_of(tmp_path) == 2
+    (tmp_path / "transformer").mkdir()
+    for path in tmp_path.glob("model-*"):
+        path.replace(tmp_path / "transformer" / path.name)
+    index.replace(tmp_path / "transformer" / index.name)
+    for path in (tmp_path / "transformer", tmp_path / "transformer" / index.name):
+        found = read_weights(path)
+        assert set(found) == set(whole) and all(torch.equal(v, found[k]) for k, v in whole.items())
+    with pytest.raises(ValueError, match=r"must hold one index .* got \['extra.safetensors', 'model.safetensors'\]"):
+        read_weights(tmp_path)
+    assert set(read_weights(tmp_path / "extra.safetensors")) == {"step"}
+
+
+def test_broken_shards_are_named(tmp_path):
+    save(tmp_path, 1, training=False)
+    index = shard(tmp_path, "model")
+    listed = json.loads(index.read_text())
+    first = "model-00001-of-00003.safetensors"
+
+    def refused(change, *words):
+        index.write_text(json.dumps(change(json.loads(json.dumps(listed)))))
+        for read, path in ((load_checkpoint, tmp_path), (read_weights, index)):
+            with pytest.raises(ValueError, match=".*".join(map(re.escape, words))):
+                read(path)
+
+    def moved(to, key="core.proj_out.bias"):
+        return lambda held: held | {"weight_map": held["weight_map"] | {key: to}}
+
+    refused(moved("../model-00001-of-00003.safetensors"), index.name, "files beside it", "'../model-")
+    refused(moved("/etc/passwd"), index.name, "files beside it", "/etc/passwd")
+    refused(moved("model-00009-of-00003.safetensors"), index.name, "1 of 4 shards are missing", "model-00009")
+    refused(moved(first, "core.new"), first, "lacks ['core.new']")
+    key = next(key for key, file in listed["weight_map"].items() if file != first)
+    refused(moved(first, key), first, f"lacks ['{key}']")
+    refused(lambda held: [], index.name, "must hold a weight_map")
+    refused(lambda held: held | {"weight_map": {"a": 1}}, index.name, "files beside it", "1")
+    refused(lambda held: held | {"weight_map": {}}, index.name, "must hold a weight_map")
+    tensors = load_file(tmp_path / first)
+    save_file(tensors, tmp_path / first, {"save_id": "0" * 16})
+    refused(lambda held: held, index.name, "different saves")
+    (tmp_path / first).write_bytes(b"half")
+    refused(lambda held: held, first)
+
+
+@pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+def test_what_is_loaded_in_any_mode_can_be_trained(mode, tmp_path):
+    with mode():
+        save(tmp_path, 1)
+        found = load_checkpoint(tmp_path)
+    tensors = [*found.model.parameters(), *found.extra.values(), found.training_state["size"]]
+    assert not any(t.is_inference() for t in tensors) and next(found.model.parameters()).requires_grad
 
 
 def test_word_embedding():

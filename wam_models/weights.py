@@ -1,0 +1,229 @@
+"""Weights by name: strict loading into a model, other systems' names, single and sharded safetensors files."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ._json import read_json
+
+SAVE_ID = "save_id"  # entry of a file that save_checkpoint wrote, see there
+INDEX = ".index.json"  # ends the name of a list of shards, behind that of the file which they are in place of
+
+# What wrappers put into the names of parameters: torch.compile, FSDP, activation checkpointing.
+_WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+# diffusers.WanTransformer3DModel holds the video expert only; its names, and ours.
+_DIFFUSERS = (
+    (r"^blocks\.(\d+)\.", r"packed_block_stack.packed_blocks.\1.video_block."),
+    (r"^condition_embedder\.time_embedder\.", "core.time_conditioner.time_embedder."),
+    (r"^condition_embedder\.time_proj\.", "core.time_conditioner.time_proj."),
+    (r"^condition_embedder\.text_embedder\.", "core.text_proj."),
+    (r"^patch_embedding\.", "core.patch_embedding_mlp."),
+    (r"^(proj_out\.|scale_shift_table$)", r"core.\1"),
+)
+
+
+def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
+    """Copy every parameter of ``model`` from ``state``; values are cast to the model's dtype.
+
+    Names may hold what wrappers add to them (``torch.compile``, DDP, FSDP, activation checkpointing) on either side, and
+    a prefix that all keys of ``state`` share. What of the model is on the meta device gets the device of its value.
+
+    Returns:
+        Sorted keys of ``state`` that the model has no place for. Checkpoints of the reference system carry some that
+        only run with proprioception (``core.action_*``, ``core.runtime_stream_adapters.*``,
+        ``action_expert.hidden_context_proj``); the caller decides whether others are acceptable.
+
+    Raises:
+        TypeError: ``state`` is no mapping.
+        ValueError: naming the parameters that ``state`` lacks, or holds in another shape, not as floating point or not
+            here (sharded over ranks, on the meta device); the model is unchanged.
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"load_weights: state must map names to tensors, got {type(state).__name__}; see read_weights")
+    own = model.state_dict()
+    buffers = [name for name, value in model.named_buffers() if value.is_meta and name not in own]
+    if buffers:
+        raise ValueError(
+            f"load_weights: no state dict holds the model's {few(buffers)}, which are on the meta device; make the model "
+            "on its device"
+        )
+    names, given = bare_names(own), bare_names(state)
+    first = {name.partition(".")[0] for name in names}
+    while len(prefix := {name.partition(".")[0] for name in given}) == 1 and not prefix & first:
+        if not all("." in name for name in given):
+            break
+        given = {name.partition(".")[2]: key for name, key in given.items()}
+    missing = sorted(set(names) - set(given))
+    misfits = [
+        f"{name}: {misfit}"
+        for name, key in names.items()
+        if name in given and (misfit := _misfit(own[key], state[given[name]]))
+    ]
+    if missing or misfits:
+        raise ValueError(
+            f"load_weights: missing keys {few(missing)}, keys that do not fit {few(misfits)}; the checkpoint must come "
+            f"from a model of the same config{_hint(state, missing, given)}"
+        )
+    values = {key: state[given[name]] for name, key in names.items()}
+    meta = {key: values.pop(key) for key in own if own[key].is_meta}
+    model.load_state_dict(values, strict=False)
+    if meta:
+        with torch.inference_mode(False):  # these become parameters
+            meta = {key: value.detach().to(own[key].dtype, copy=True) for key, value in meta.items()}
+            model.load_state_dict(meta, strict=False, assign=True)
+    return sorted(key for name, key in given.items() if name not in names)
+
+
+def bare_names(keys: Iterable[str]) -> dict[str, str]:
+    """Keys of a state dict by the names that they had without wrappers."""
+    bare = {_WRAPPERS.sub("", key): key for key in keys}
+    if bare and all(name.startswith("module.") for name in bare):  # DDP
+        bare = {name.removeprefix("module."): key for name, key in bare.items()}
+    return bare
+
+
+def _misfit(own: Tensor, given: object) -> str | None:
+    if not isinstance(given, Tensor):
+        return f"expected a tensor, got {type(given).__name__}"
+    if given.shape != own.shape:
+        return f"expected {list(own.shape)}, got {list(given.shape)}"
+    if own.is_floating_point() and not given.is_floating_point():
+        return f"expected floating point, got {given.dtype}"
+    if not own.is_meta and not_here(own):
+        return f"the model's {not_here(own)}"
+    return not_here(given)
+
+
+def not_here(value: Tensor) -> str | None:
+    """Why the numbers of a tensor cannot be read or written in this process, None where they can."""
+    if value.is_meta:
+        return "is on the meta device, which holds no numbers"
+    if hasattr(value, "full_tensor"):
+        return "is a DTensor, sharded over ranks; use torch.distributed.checkpoint.state_dict with full_state_dict=True"
+    return None
+
+
+def _hint(state: Mapping[str, Tensor], missing: list[str], given: Mapping[str, str]) -> str:
+    nested = [key for key, value in state.items() if isinstance(value, Mapping)]
+    if nested:
+        return f"; state holds mappings, {few(nested)}: pass one of them"
+    prefixes = {name[: -len(missing[0])] for name in given if name.endswith("." + missing[0])} if missing else ()
+    if prefixes:
+        return f"; state holds them behind {few(sorted(prefixes))}, beside others: pass those alone"
+    return ""
+
+
+def few(names: list[str]) -> str:
+    """The first few, and how many more: a model has hundreds."""
+    return f"{names[:3]}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
+
+
+def check_finite(named: Mapping[str, Tensor]) -> None:
+    """One pass over the numbers. Raises ValueError that names the first tensor with a NaN or an infinity."""
+    for name, value in named.items():
+        if value.numel() and not all(map(math.isfinite, torch.stack(value.detach().aminmax()).tolist())):
+            raise ValueError(
+                f"{name} must hold finite numbers, got {value.numel() - int(value.isfinite().sum())} others"
+            )
+
+
+def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of ``diffusers.WanTransformer3DModel`` under this library's names: the video expert, without actions.
+
+    Unknown keys pass unchanged. To load, update the state dict of a fresh model with the result. :func:`read_weights`
+    reads a folder of diffusers, sharded or not.
+    """
+    renamed = {}
+    for key, value in state.items():
+        if key == "patch_embedding.weight":  # a convolution whose stride is its kernel is a linear map of patches
+            value = value.flatten(1)
+        for pattern, name in _DIFFUSERS:
+            key = re.sub(pattern, name, key)
+        renamed[key] = value
+    return renamed
+
+
+def read_weights(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Tensors of a ``.safetensors`` file, of the shards that a ``.safetensors.index.json`` lists, or of a folder.
+
+    A folder must hold one index, or else one file.
+
+    Raises:
+        ValueError: nothing or several to read, a damaged file, shards that are missing, lie elsewhere, or hold other
+            tensors than the index says; the message names the file.
+    """
+    path = Path(path)
+    if path.is_dir():
+        found = sorted(path.glob(f"*.safetensors{INDEX}")) or sorted(path.glob("*.safetensors"))
+        if len(found) != 1:
+            raise ValueError(
+                f"read_weights: {path} must hold one index of shards or one .safetensors file, got "
+                f"{few([file.name for file in found])}; name the file to read"
+            )
+        path = found[0]
+    return read_tensors(path, device)[0]
+
+
+def read_tensors(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], str | None]:
+    """As :func:`read_weights` of a file, and the id of the save that it belongs to, None where there is none."""
+    if path.name.endswith(INDEX):
+        return _read_shards(path, device)
+    before = stamp(path)
+    try:
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except (OSError, RuntimeError, SafetensorError) as error:
+        reason = str(error).partition("\n")[0]
+        raise ValueError(f"cannot read {path}: {type(error).__name__}: {reason}") from error
+    # the file is opened twice in there, for names and for numbers
+    if stamp(path) != before:
+        raise ValueError(f"{path} was replaced while it was read; read it again")
+    return tensors, metadata.get(SAVE_ID)
+
+
+def _read_shards(index: Path, device: torch.device | str) -> tuple[dict[str, Tensor], str | None]:
+    try:
+        listed = read_json(index)
+    except OSError as error:
+        raise ValueError(f"cannot read {index}: {error.strerror}") from error
+    where = listed.get("weight_map") if isinstance(listed, dict) else None
+    if not isinstance(where, dict) or not where:
+        raise ValueError(f"{index}: must hold a weight_map from names of tensors to files")
+    outside = [name for name in where.values() if not isinstance(name, str) or Path(name).name != name]
+    if outside:
+        raise ValueError(f"{index}: weight_map must name files beside it, got {few(outside)}")
+    shards = sorted(set(where.values()))
+    missing = [name for name in shards if not (index.parent / name).is_file()]
+    if missing:
+        raise ValueError(f"{index}: {len(missing)} of {len(shards)} shards are missing, {few(missing)}; fetch them too")
+    tensors, ids = {}, set()
+    for name in shards:
+        held, save_id = read_tensors(index.parent / name, device)
+        said = {key for key, shard in where.items() if shard == name}
+        if set(held) != said:
+            raise ValueError(
+                f"{index.parent / name}: holds other tensors than {index.name} says: lacks {few(sorted(said - set(held)))}, "
+                f"has {few(sorted(set(held) - said))} besides"
+            )
+        tensors |= held
+        ids.add(save_id)
+    if len(ids) > 1:
+        raise ValueError(f"{index}: its shards are of different saves, {few(sorted(map(str, ids)))}; take all from one")
+    return tensors, ids.pop()
+
+
+def stamp(path: Path) -> tuple[int, int] | None:
+    """Changes when the file is replaced."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
