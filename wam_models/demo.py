@@ -22,7 +22,7 @@ from .objectives import GJD
 from .pictures import curves, film, film_strip
 from .rollout import CONDITIONAL_CHUNK
 from .threads import pick_threads
-from .train import STREAMS, RunFolder, TrainConfig, Trained, read_data, recent, train
+from .train import STREAMS, RunFolder, TrainConfig, Trained, loss_ends, read_data, train
 
 EPISODES = 6  # held-out episodes that are evaluated, spread over the tasks
 IMAGINED_CHUNKS = 4
@@ -83,13 +83,13 @@ def beaten(evaluation: Evaluation) -> dict[str, bool]:
 
 
 def loss_line(trained: Trained) -> str:
-    """First and last losses of both streams, each a mean over 30 steps."""
+    """First and last losses of both streams, each a mean over up to 30 steps."""
     parts = []
-    for stream in STREAMS:
-        first, last = recent(trained.log, stream, first=True), recent(trained.log, stream)
+    steps, losses = loss_ends(trained.log)
+    for stream, (first, last) in losses.items():
         if first is not None and last is not None:
             parts.append(f"{stream} {first:.3f} -> {last:.3f}")
-    return "loss (means of the first and the last 30 steps): " + ", ".join(parts)
+    return f"loss (means of the first and the last {steps} steps): " + ", ".join(parts)
 
 
 def run(args) -> int:
@@ -203,7 +203,7 @@ def make_demo(
         "steps": trained.step,
         "training_seconds": took,
         "total_seconds": total,
-        "losses": {s: {"first": recent(trained.log, s, first=True), "last": recent(trained.log, s)} for s in STREAMS},
+        "losses": {s: {"first": first, "last": last} for s, (first, last) in loss_ends(trained.log)[1].items()},
         "episodes": chosen,
         "config": config.to_dict(),
         "evaluation": evaluation.to_dict(),

@@ -110,6 +110,11 @@ class Policy:
         camera = Camera(name=data.camera, height=data.picture_size[0], width=data.picture_size[1])
         return cls(model.eval(), text.eval(), data.codec, *units, rollout, camera)
 
+    @property
+    def units(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Those of its actions, as ClipDataset takes them."""
+        return self.action_mean, self.action_std, self.varying
+
     def save(self, folder: str | Path, *, training: Mapping | None = None, training_state: dict | None = None) -> None:
         """Write a checkpoint folder; ``training`` (anything for JSON) and ``training_state`` serve a resume.
 

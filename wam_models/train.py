@@ -12,10 +12,11 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,7 +26,7 @@ from wam_kernels import HISTORIES, PROGRAMS
 
 from ._checks import check_field, choice, number, whole, whole_range, writable_folder
 from ._json import from_fields, read_json
-from .checkpoint import Checkpoint, load_weights, remove_checkpoint, saved_as
+from .checkpoint import CONFIG, TRAINING, Checkpoint, remove_checkpoint, saved_as
 from .config import LARGEST, ModelConfig
 from .data import ClipDataset, LeRobotDataset
 from .data.latents import codec_kind
@@ -33,15 +34,18 @@ from .flow import SHIFTS, TimestepDraw
 from .model import WorldActionModel
 from .muon import Muon
 from .objectives import GJD, GJD_MIXTURE, OBJECTIVES, checked_mixture
-from .policy import Camera, Policy
+from .policy import Policy
 from .rollout import CONDITIONAL_CHUNK, RolloutConfig
-from .text import WordEmbedding
+from .text import WordEmbedding, words_of
 from .training import MOST, TrainingConfig, training_step
+from .weights import check_finite, load_weights
 
 SCHEDULES = ("constant", "cosine", "decay")
 DECAY = 0.5  # part of a "decay" run, its end, over which the learning rate falls
 TINIEST = 1e-12  # of a learning rate or a gradient's length, which must be positive
 MOMENT = 0.2  # seconds within which signals are one: timeout(1) sends it to the process and to its group
+LARGEST_SEED = 2**63 - 1
+MOMENTA = {Muon: {"average"}, torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"}}  # what they hold of each parameter
 SPARE = 0.03  # part of a run's time that its planned end leaves, so that a slow moment does not cut the decay off
 
 
@@ -268,7 +272,7 @@ def train(
 
     Args:
         config: What to train and how.
-        data: Clips; with ``resume`` made with the checkpoint's codec.
+        data: Clips; with ``resume`` in the checkpoint's latents and units.
         seed: Of the weights and of everything that is drawn. Ignored with ``resume``.
         device: Where the model runs.
         seconds: Stop after so much time, if that comes before the last step. Where ``config.schedule`` is ``"decay"``,
@@ -289,12 +293,14 @@ def train(
         before clipping), ``seconds`` since the start of the call.
 
     Raises:
-        ValueError: data that does not fit the model, a codec that cannot be saved to ``out``, a checkpoint without a
-            training state, an ``out`` that holds another run or cannot be written.
+        ValueError: data that does not fit the model or the checkpoint, a codec that cannot be saved to ``out``, a
+            checkpoint without a training state or with a damaged one, an ``out`` that holds another run or cannot be
+            written.
         OSError: no room for a row or a checkpoint; the message names the file.
-        FloatingPointError: a loss that is not finite.
+        FloatingPointError: a loss or a gradient that is not finite.
     """
     device = torch.device(device)
+    seed = whole("train: seed", seed, 0, LARGEST_SEED)
     folder = None if out is None else RunFolder(out, resume, overwrite=overwrite)
     _check_fit(config, data)
     if out is not None:
@@ -305,26 +311,20 @@ def train(
     prepare(model)
     text = WordEmbedding.from_instructions(data.tasks, config.model.text_dim)
     if resume is not None:
-        if resume.training_state is None or resume.text is None:
-            raise ValueError("train: the checkpoint to resume has no training state; name one that wam train wrote")
+        _check_resumable(config, data, resume)
         text = WordEmbedding(resume.text.vocabulary, config.model.text_dim, tokens=resume.text.tokens)
+    with torch.no_grad():
+        text(data.tasks)  # what it refuses could be drawn an hour later
     learner = nn.ModuleDict({"model": model, "text": text}).to(device).train()
     optimizers = _optimizers(learner, config)
     average = {k: v.detach().clone() for k, v in learner.state_dict().items()}
     step = 0
     planned: int | None = None  # the last step, once the clock has decided it
     if resume is not None:
-        state = resume.training_state
         average = {f"model.{k}": v for k, v in resume.model.state_dict().items()}
         average |= {f"text.{k}": v for k, v in resume.text.state_dict().items()}
         average = {k: v.detach().to(device, copy=True) for k, v in average.items()}
-        load_weights(learner, state["weights"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        generator.set_state(state["generator"].cpu())
-        step = state["step"]
-        if state["planned"] is not None and step < state["planned"]:  # else that run is over, and this one goes beyond
-            planned = state["planned"]
+        step, planned = _restore(resume, learner, optimizers, generator)
 
     weights, kinds = zip(*config.draws(), strict=True)
     weights = torch.tensor(weights)
@@ -379,10 +379,12 @@ def train(
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 loss, metrics = training_step(model, {**clips, "text": words}, generator, kind)
             if not torch.isfinite(loss):
-                raise FloatingPointError(f"train: the loss of step {step + 1} is {loss.item()}; lower learning_rate")
+                raise _diverged("loss", loss, step + 1, rate, clips)
             learner.zero_grad(set_to_none=True)
             loss.backward()
             norm = nn.utils.clip_grad_norm_(learner.parameters(), config.clip_norm)
+            if not torch.isfinite(norm):  # a step along it would lose the weights
+                raise _diverged("gradient", norm, step + 1, rate, clips)
             for optimizer in optimizers:
                 optimizer.step()
             step += 1
@@ -518,6 +520,17 @@ def _looking(config: ModelConfig, places: list[tuple[float | None, int, int]]) -
     return bias.flatten()
 
 
+def _diverged(what: str, value: torch.Tensor, step: int, rate: float, clips: dict) -> FloatingPointError:
+    advice = f"lower learning_rate, {rate:g} in this step, or clip_norm, or raise warmup"
+    for name in ("video", "action"):
+        finite = clips[name].isfinite().flatten(1).all(1)
+        if not finite.all():
+            advice = (
+                f"episode {clips['episode'][~finite][0]} of the data has {name} that is not finite; mend or drop it"
+            )
+    return FloatingPointError(f"train: the {what} of step {step} is {value.item()}; {advice}")
+
+
 STREAMS = ("video", "action")
 
 
@@ -526,6 +539,12 @@ def recent(log: list[dict], stream: str, steps: int = 30, first: bool = False) -
     values = [row[f"{stream}_loss"] for row in (log[:steps] if first else log[-steps:])]
     values = [v for v in values if v is not None]
     return sum(values) / len(values) if values else None
+
+
+def loss_ends(log: list[dict], most: int = 30) -> tuple[int, dict[str, tuple[float | None, float | None]]]:
+    """How many steps are compared, none of them twice, and each stream's mean loss over the first and the last."""
+    steps = min(most, max(1, len(log) // 2))
+    return steps, {s: (recent(log, s, steps, first=True), recent(log, s, steps)) for s in STREAMS}
 
 
 class RunFolder:
@@ -604,6 +623,69 @@ def _optimizers(learner: nn.Module, config: TrainConfig) -> tuple[Muon, torch.op
     return Muon(inner, config.learning_rate, weight_decay=config.weight_decay), adamw
 
 
+def _check_resumable(config: TrainConfig, data: ClipDataset, resume: Checkpoint) -> None:
+    training = resume.metadata.get("training")
+    if resume.training_state is None or resume.text is None or not isinstance(training, dict):
+        raise ValueError("train: the checkpoint to resume has no training state; name one that wam train wrote")
+    ours, theirs = config.model.to_dict(), resume.model.config.to_dict()
+    other = [f"{name} {theirs[name]}, not {ours[name]}" for name in ours if ours[name] != theirs[name]]
+    if other:
+        raise ValueError(f"train: config.model must be that of the checkpoint to resume, which has {', '.join(other)}")
+    units = {"action_mean": data.action_mean, "action_std": data.action_std, "varying": ~data.constant_actions}
+    for name, value in (units | {f"codec.{k}": v for k, v in data.codec.state_dict().items()}).items():
+        kept = resume.extra.get(name)
+        # on another machine the same data gives a mean with other last digits
+        if kept is None or kept.shape != value.shape or not torch.allclose(kept.double().cpu(), value.double().cpu()):
+            raise ValueError(
+                f"train: {name} of data must be the checkpoint's; make data with ClipDataset(root, policy.codec, "
+                "units=policy.units), of the policy that Policy.load gives with the checkpoint"
+            )
+
+
+def _restore(
+    resume: Checkpoint, learner: nn.Module, optimizers: Sequence[torch.optim.Optimizer], generator: torch.Generator
+) -> tuple[int, int | None]:
+    """Puts a training state in its places; returns the steps done and the last one, if that is decided.
+
+    Raises:
+        ValueError: a damaged state; the message names the file and the entry.
+    """
+    file = (resume.folder or Path()) / TRAINING
+
+    def take(name: str, use: Callable[[Any], Any]) -> Any:
+        if name not in resume.training_state:
+            raise ValueError(f"{file}: {name} is missing; resume from another checkpoint")
+        try:
+            return use(resume.training_state[name])
+        except Exception as error:  # what is damaged can raise anything
+            raise ValueError(f"{file}: {name}: {error}; resume from another checkpoint") from error
+
+    def load_optimizers(states: Sequence[dict]) -> None:
+        for optimizer, state in zip(optimizers, states, strict=True):
+            optimizer.load_state_dict(state)
+            for p, held in optimizer.state.items():
+                if set(held) != MOMENTA[type(optimizer)]:
+                    raise ValueError(f"must hold {sorted(MOMENTA[type(optimizer)])} of a parameter, got {sorted(held)}")
+                for name in held.keys() - {"step"}:
+                    if held[name].shape != p.shape:
+                        raise ValueError(
+                            f"{name} must be {list(p.shape)} as its parameter, got {list(held[name].shape)}"
+                        )
+                check_finite(held)
+
+    step = take("step", lambda value: whole("it", value, 1))
+    planned = take("planned", lambda value: None if value is None else whole("it", value, 1))
+    saved = resume.metadata["training"].get("step")
+    if saved != step:
+        raise ValueError(f"{file}: it is of step {step}, {CONFIG} of step {saved}; take both from one save")
+    take("generator", generator.set_state)
+    take("weights", lambda weights: load_weights(learner, weights))
+    take("weights", lambda _: check_finite(learner.state_dict()))
+    take("optimizers", load_optimizers)
+    # else that run is over, and this one goes beyond
+    return step, planned if planned is not None and step < planned else None
+
+
 @torch.no_grad()
 def _follow(average: dict, current: dict, step: int, sharpness: float) -> None:
     """Moves the average of the weights towards the current ones, such that step s has weight ~ s ** sharpness."""
@@ -652,41 +734,47 @@ def run(args) -> int:
     """``wam train``."""
     device = check_device(args.device)
     writable_folder("--out", args.out)
-    resume, codec, seed = None, None, args.seed
+    policy, resume, seed = None, None, args.seed
     if args.resume is not None:
         if args.config is not None:
             raise ValueError("--config cannot be given with --resume: the checkpoint has its config; leave one out")
         policy, resume = Policy.load(args.resume)
-        training = resume.metadata["training"]
-        if resume.training_state is None or "config" not in training:
+        training = resume.metadata.get("training")
+        if resume.training_state is None or not training:
             raise ValueError(f"--resume: {args.resume} has no training state; name a checkpoint that wam train wrote")
-        config, codec, seed = (
-            TrainConfig.from_dict(training["config"], str(args.resume)),
-            policy.codec,
-            training["seed"],
-        )
+        where = f"{args.resume / CONFIG}: metadata.training"
+        held = sorted(training) if isinstance(training, dict) else training
+        if not isinstance(training, dict) or not {"config", "seed"} <= set(training):
+            raise ValueError(f"{where} must hold config and seed, got {held!r}; resume from another checkpoint")
+        config = TrainConfig.from_dict(training["config"], f"{where}.config")
+        seed = whole(f"{where}.seed", training["seed"], 0, LARGEST_SEED)
     else:
         config = TrainConfig() if args.config is None else TrainConfig.from_json(args.config)
     if args.steps is not None:
         config = replace(config, steps=args.steps)
-    if resume is not None and resume.training_state["step"] >= config.steps:
-        raise ValueError(f"--steps must be above {resume.training_state['step']}, the steps done, got {config.steps}")
-    RunFolder(args.out, resume, overwrite=args.overwrite)  # refused before the data is read
-    data = read_data(args.data, codec, args.camera, None if resume is None else policy.camera)
+    steps_done = 0 if resume is None else resume.training_state.get("step")
+    if isinstance(steps_done, int) and steps_done >= config.steps:
+        raise ValueError(f"--steps must be above {steps_done}, the steps done, got {config.steps}")
+    RunFolder(args.out, resume, overwrite=args.overwrite)  # refuses before the data is read
+    data = read_data(args.data, policy, camera=args.camera)
     short = sum(data.length(i) < config.frames for i in data.train)
     if short:
         print(
             f"{short} of {len(data.train)} training episodes are shorter than a clip of {config.frames} frames: unused"
         )
+    if policy is not None:
+        for line in _differences(policy, data):
+            print(line)
     with _stop_asked() as stop:
         done = train(
             config, data, seed=seed, device=device, seconds=args.seconds, out=args.out, resume=resume,
             overwrite=args.overwrite, stop=stop,
         )  # fmt: skip
-    for stream in STREAMS:
-        first, last = recent(done.log, stream, first=True), recent(done.log, stream)
-        if first is not None and last is not None:
-            print(f"{stream} loss {first:.3f} -> {last:.3f}")
+    steps, losses = loss_ends(done.log)
+    spans = [f"steps {rows[0]['step']} to {rows[-1]['step']}" for rows in (done.log[:steps], done.log[-steps:])]
+    for stream, means in losses.items():
+        if None not in means:
+            print(f"{stream} loss", " -> ".join(f"{m:.3f} ({span})" for m, span in zip(means, spans, strict=True)))
     print(f"step {done.step} of {config.steps}; checkpoint: {args.out / 'checkpoint'}")
     return 0
 
@@ -720,12 +808,34 @@ def _stop_asked() -> Iterator[Callable[[], bool]]:
         restore()
 
 
+def _differences(policy: Policy, data: ClipDataset) -> Iterator[str]:
+    """What is another in this data than in that which the policy was trained on, and what becomes of it."""
+    (mean, std, varying), (own_mean, own_std, own_varying) = policy.units, data.own_units
+    if not (torch.allclose(mean, own_mean, rtol=1e-3, atol=1e-3) and torch.allclose(std, own_std, rtol=1e-3)):
+        ratios = own_std / std
+        yield (
+            "units of the checkpoint are kept for actions: in these, the means of this data are up to "
+            f"{((own_mean - mean) / std).abs().max():.3g} from 0, and its stds {ratios.min():.3g} to {ratios.max():.3g}"
+        )
+    still = (own_varying & ~varying).nonzero().flatten().tolist()
+    if still:
+        yield f"action dimensions {still} did not vary before: their unit stays 1, and errors leave them out"
+    words = sorted({word for task in data.tasks for word in words_of(task)} - set(policy.text.vocabulary))
+    if words:
+        yield f"words that the checkpoint does not know share one vector: {', '.join(words)}"
+    camera = policy.camera
+    if camera is not None and tuple(data.picture_size) != (camera.height, camera.width):
+        height, width = data.picture_size
+        yield f"pictures are {height} x {width} from now on, those before were {camera.height} x {camera.width}"
+
+
 def read_data(
-    root: Path, codec=None, camera: str | None = None, usual: Camera | None = None, progress: bool = True
+    root: Path, policy: Policy | None = None, *, camera: str | None = None, progress: bool = True
 ) -> ClipDataset:
-    """The data set as clips, with a progress bar over its episodes; ``usual`` is the camera of a policy."""
+    """The data set as clips, in the latents and units of a policy if given, with a progress bar over its episodes."""
     return ClipDataset(
-        LeRobotDataset(root, camera, usual and usual.name),
-        codec,
+        LeRobotDataset(root, camera) if policy is None else policy.dataset(root, camera),
+        policy and policy.codec,
         progress=lambda e: tqdm(e, desc="read", unit="episode", disable=not progress, dynamic_ncols=True),
+        units=policy and policy.units,
     )

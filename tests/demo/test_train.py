@@ -1,12 +1,18 @@
 """The training loop: configs that refuse nonsense, runs that resume exactly, draws that keep the mixture."""
 
+import copy
 import errno
 import itertools
 import json
+import math
+import re
+import shutil
 import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -17,7 +23,7 @@ from wam_models import train as train_module
 from wam_models.data import ClipDataset
 from wam_models.muon import Muon
 from wam_models.policy import Policy
-from wam_models.train import RunFolder, TrainConfig, prepare, train
+from wam_models.train import RunFolder, TrainConfig, _differences, loss_ends, prepare, train
 from wam_models.model import WorldActionModel
 
 
@@ -160,11 +166,89 @@ def test_the_command_trains_and_resumes(root, tmp_path, capsys):
     assert cli.main([*base, "--config", str(path), "--steps", "2"]) == 0
     said = capsys.readouterr().out
     assert "step 2 of 2; checkpoint:" in said and "2 of 3 training episodes are shorter than a clip of 6 frames" in said
+    assert re.search(r"loss \S+ \(steps 1 to 1\) -> \S+ \(steps 2 to 2\)", said)
     assert cli.main([*base, "--resume", str(out / "checkpoint"), "--steps", "4"]) == 0
+    assert "(steps 3 to 3) -> " in (said := capsys.readouterr().out) and "units" not in said
     assert len((out / "log.jsonl").read_text().splitlines()) == 4
     assert load_checkpoint(out / "checkpoint").training_state["step"] == 4
     assert cli.main([*base, "--resume", str(out / "checkpoint"), "--steps", "4"]) == 2
     assert "--steps must be above 4, the steps done, got 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("steps, compared", [(1, 1), (2, 1), (59, 29), (60, 30), (400, 30)])
+def test_losses_are_compared_between_different_steps(steps, compared):
+    log = [{"video_loss": float(i), "action_loss": None} for i in range(steps)]
+    first, last = (compared - 1) / 2, steps - 1 - (compared - 1) / 2
+    assert loss_ends(log) == (compared, {"video": (first, last), "action": (None, None)})
+
+
+def test_a_resume_on_other_data_keeps_units_and_words(root, config, data, tmp_path, capsys):
+    train(replace(config, steps=2), data, out=tmp_path / "run", progress=False)
+    policy, found = Policy.load(tmp_path / "run/checkpoint")
+    other = tmp_path / "other"
+    shutil.copytree(root, other)
+    for path in (other / "data").rglob("*.parquet"):
+        table = pq.read_table(path)
+        actions = [[10 * number + 3 for number in row] for row in table["action"].to_pylist()]
+        column = pa.array(actions, table["action"].type)
+        pq.write_table(table.set_column(table.schema.get_field_index("action"), "action", column), path)
+    flags = ["train", "--data", str(other), "--resume", str(tmp_path / "run/checkpoint"), "--steps", "3", "--out"]
+    assert cli.main([*flags, str(tmp_path / "more")]) == 0
+    assert "units of the checkpoint are kept" in (said := capsys.readouterr().out) and "its stds 1 to 10" in said
+    kept, _ = Policy.load(tmp_path / "more/checkpoint")
+    assert all(torch.equal(a, b) for a, b in zip(kept.units, policy.units, strict=True))
+    new = ClipDataset(other, policy.codec, units=policy.units)
+    shifted = (10 * data.episode(0)["action"] + (9 * data.action_mean + 3) / data.action_std)[0, 1:]
+    torch.testing.assert_close(new.episode(0)["action"][0, 1:], shifted, rtol=1e-4, atol=1e-4)
+    # from Python nothing is changed unseen either
+    for wrong, name in ((ClipDataset(other, policy.codec), "action_mean"), (ClipDataset(other), "action_mean|codec")):
+        with pytest.raises(
+            ValueError, match=rf"train: ({name})\S* of data must be the checkpoint's; .*units=policy.units"
+        ):
+            train(config, wrong, resume=found, progress=False)
+    with pytest.raises(ValueError, match="actions have 7 numbers, the units 6"):
+        ClipDataset(other, policy.codec, units=tuple(u[:6] for u in policy.units))
+    with pytest.raises(ValueError, match="config.model must be .* ffn 32, not 64"):
+        train(replace(config, model=replace(config.model, ffn=64)), data, resume=found, progress=False)
+    # instructions
+    new.tasks = ["lift", "push", "lift it"]
+    with pytest.raises(ValueError, match="at most 1 words, got 2 in 'lift it'"):
+        train(config, new, resume=found, progress=False)
+    assert "words that the checkpoint does not know share one vector: it" in list(_differences(policy, new))
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+def test_files_of_different_steps_are_not_resumed(resumed, config, data, tmp_path):
+    found = train(replace(config, steps=1), data, out=tmp_path, progress=False)
+    found = load_checkpoint(tmp_path / "checkpoint")
+    found.training_state["step"] = 7
+    with pytest.raises(ValueError, match=r"checkpoint/training.pt: it is of step 7, config.json of step 1"):
+        train(config, data, resume=found, progress=False)
+
+
+def test_what_diverges_is_named_with_what_helps(config, data, monkeypatch):
+    real = train_module.training_step
+
+    def spoil(change):
+        def step(model, *args):
+            loss, metrics = real(model, *args)
+            return change(loss, model), metrics
+
+        monkeypatch.setattr(train_module, "training_step", step)
+
+    spoil(lambda loss, _: loss * math.nan)
+    with pytest.raises(FloatingPointError, match="the loss of step 1 is nan; lower learning_rate, 0.0005 in this step"):
+        train(config, data, progress=False)
+    spoil(lambda loss, model: loss + (model.core.proj_out.bias.sum() * 0).abs().sqrt())
+    with pytest.raises(FloatingPointError, match="the gradient of step 1 is nan; lower"):
+        train(config, data, progress=False)
+    spoil(lambda loss, _: loss)
+    bad = copy.copy(data)
+    bad._action = [a.copy() for a in data._action]
+    bad._action[1][:] = math.inf
+    bad.train = [1]
+    with pytest.raises(FloatingPointError, match="episode 1 of the data has action that is not finite"):
+        train(config, bad, progress=False)
 
 
 def at_step(number, act, monkeypatch):
@@ -289,7 +373,7 @@ def test_mistakes_are_one_line(flags, message, root, tmp_path, capsys):
 
 
 def test_missing_data_is_one_line(tmp_path, capsys):
-    for command in (["train", "--out", str(tmp_path)], ["demo", "--out", str(tmp_path)]):
-        assert cli.main([*command, "--data", str(tmp_path / "none")]) == 2
+    for command, words in (("train", "meta/info.json"), ("demo", "there is no folder")):
+        assert cli.main([command, "--out", str(tmp_path), "--data", str(tmp_path / "none")]) == 2
         err = capsys.readouterr().err
-        assert "meta/info.json" in err and err.count("\n") == 1
+        assert words in err and err.count("\n") == 1

@@ -48,21 +48,24 @@ class ClipDataset:
         codec: see wam_models.data.latents.
         action_mean, action_std: float32 [A]; std below LEAST_STD is replaced by 1.
         constant_actions: bool [A], dimensions that never vary in the training split; leave them out of error averages.
+        own_units: mean, std and which dimensions vary, of this training split even where `units` are others.
         latent_shape: (channels, rows, columns) of one latent frame.
         camera, picture_size: as of LeRobotDataset.
 
     Args:
         dataset: a LeRobotDataset, or the folder of one, which is then read from its only camera.
         codec: the codec to use; None fits PatchPCA with 48 channels.
+        units: (action_mean, action_std, bool [A] which dimensions vary) in place of the training split's own, such as
+            `Policy.units` for a policy that is to be trained on.
         progress: called with an iterable of episodes and returning it, such as tqdm.
 
     Raises:
         ValueError: no training episode, pictures that the codec's cells do not divide, episodes whose actions differ in
-            width, or what the reader and the codec raise.
+            width from each other or from the units, or what the reader and the codec raise.
         FileNotFoundError: what the reader raises.
     """
 
-    def __init__(self, dataset, codec=None, progress=iter):
+    def __init__(self, dataset, codec=None, progress=iter, units=None):
         if not isinstance(dataset, LeRobotDataset):
             dataset = LeRobotDataset(dataset)
         episodes = dataset.episodes
@@ -91,6 +94,8 @@ class ClipDataset:
                     f"{dataset.root}: action of episode {episode.index} has {action.shape[1]} numbers, of episode 0 "
                     f"{actions[0].shape[1]}; expected one width"
                 )
+        if units is not None and len(units[0]) != actions[0].shape[1]:
+            raise ValueError(f"{dataset.root}: actions have {actions[0].shape[1]} numbers, the units {len(units[0])}")
 
         frames = (episode_frames(dataset, e, codec or PatchPCA) for e in progress(episodes))
         if codec is None:
@@ -107,9 +112,10 @@ class ClipDataset:
 
         known = torch.cat([actions[i] for i in self.train]).to(torch.float64)
         std = known.std(0, correction=0)
-        self.constant_actions = std < LEAST_STD
-        self.action_mean = known.mean(0).to(torch.float32)
-        self.action_std = torch.where(self.constant_actions, 1.0, std).to(torch.float32)
+        varying = std >= LEAST_STD
+        self.own_units = known.mean(0).to(torch.float32), torch.where(varying, std, 1.0).to(torch.float32), varying
+        self.action_mean, self.action_std, varying = units or self.own_units
+        self.constant_actions = ~varying
         self._action = [
             action_slots(self.normalize_action(action), video.shape[1]).numpy()
             for video, action in zip(self._video, actions, strict=True)
