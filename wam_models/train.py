@@ -252,6 +252,8 @@ class Trained:
     step: int
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def train(
     config: TrainConfig,
     data: ClipDataset,
