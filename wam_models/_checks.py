@@ -19,6 +19,17 @@ def check_field(config: object, name: str, check: Callable, *bounds) -> None:
     object.__setattr__(config, name, value)
 
 
+def instance(where: str, value: object, kind: type) -> None:
+    """``value`` is of this class.
+
+    Raises:
+        TypeError: it is not.
+    """
+    if not isinstance(value, kind):
+        hint = "; torch.from_numpy makes one" if isinstance(value, np.ndarray) else ""
+        raise TypeError(f"{where} must be a {kind.__name__}, got {type(value).__name__}{hint}")
+
+
 def whole(where: str, value: object, low: int, high: int | None = None) -> int:
     """``value`` as an int: an integer of Python or NumPy, or an integer tensor without dims; no bool, no float.
 

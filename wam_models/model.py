@@ -30,6 +30,7 @@ from wam_kernels import (
     qk_norm_rope,
     rope_table,
 )
+from wam_kernels._checks import integer
 
 from ._checks import memory
 from .config import ModelConfig
@@ -489,9 +490,9 @@ class WorldActionModel(nn.Module):
     def token_grid(self, latent_y: int, latent_x: int) -> tuple[int, int]:
         """Rows and columns of video tokens of a latent frame."""
         _, py, px = self.config.patch
-        if latent_y % py or latent_x % px:
+        if latent_y < 1 or latent_x < 1 or latent_y % py or latent_x % px:
             raise ValueError(
-                f"video must have rows and columns divisible by patch {(py, px)}, got {(latent_y, latent_x)}"
+                f"video must have positive rows and columns divisible by patch {(py, px)}, got {(latent_y, latent_x)}"
             )
         return latent_y // py, latent_x // px
 
@@ -537,7 +538,13 @@ class WorldActionModel(nn.Module):
             t.tensors[0] if isinstance(t, Exact) else t
             for t in (video_timesteps, action_timesteps, clean_video_timesteps)
         )
-        frames = self._check(noisy_video, clean_video, noisy_action, clean_action, video_timesteps, action_timesteps)
+        if clean_video_timesteps is None:
+            clean_video_timesteps = torch.zeros_like(video_timesteps)
+        frame_start = integer("WorldActionModel", "frame_start", frame_start)
+        frames = self._check(
+            noisy_video, clean_video, noisy_action, clean_action, video_timesteps, action_timesteps,
+            clean_video_timesteps, text,
+        )  # fmt: skip
         rows, columns = self.token_grid(*noisy_video.shape[-2:])
         if (plan is None) == (attend is None):
             raise ValueError(
@@ -548,8 +555,6 @@ class WorldActionModel(nn.Module):
             def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 return block_attention(q, k, v, plan, impl=impl)
 
-        if clean_video_timesteps is None:
-            clean_video_timesteps = torch.zeros_like(video_timesteps)
         streams = self.embed(
             torch.cat([noisy_video, clean_video], 2),
             torch.cat([video_timesteps, clean_video_timesteps], 1),
@@ -562,17 +567,24 @@ class WorldActionModel(nn.Module):
         streams = self.packed_block_stack(streams, Exact(*rope), self.embed_text(text), attend)
         return self.flows(tuple(first_half(s) for s in streams), frames, rows, columns)
 
-    def _check(self, noisy_video, clean_video, noisy_action, clean_action, video_timesteps, action_timesteps) -> int:
+    def _check(
+        self, noisy_video, clean_video, noisy_action, clean_action, video_timesteps, action_timesteps,
+        clean_video_timesteps, text,
+    ) -> int:  # fmt: skip
         c = self.config
-        if noisy_video.ndim != 5 or noisy_video.shape[1] != c.latent_channels:
-            raise ValueError(f"noisy_video must be [B, {c.latent_channels}, F, y, x], got {list(noisy_video.shape)}")
+        if noisy_video.ndim != 5 or noisy_video.shape[1] != c.latent_channels or not noisy_video.shape[2]:
+            raise ValueError(
+                f"noisy_video must be [B, {c.latent_channels}, F >= 1, y, x], got {list(noisy_video.shape)}"
+            )
         B, frames = noisy_video.shape[0], noisy_video.shape[2]
         expected = {
             "clean_video": (clean_video, tuple(noisy_video.shape)),
             "noisy_action": (noisy_action, (B, frames, c.actions_per_frame, c.action_dim)),
             "clean_action": (clean_action, (B, frames, c.actions_per_frame, c.action_dim)),
             "video_timesteps": (video_timesteps, (B, frames)),
-            "action_timesteps": (action_timesteps, (B, frames, c.actions_per_frame)[: action_timesteps.ndim]),
+            "action_timesteps": (action_timesteps, (B, frames, c.actions_per_frame)[: max(action_timesteps.ndim, 2)]),
+            "clean_video_timesteps": (clean_video_timesteps, (B, frames)),
+            "text": (text, (B, *text.shape[1:2], c.text_dim)),
         }
         for name, (tensor, shape) in expected.items():
             if tuple(tensor.shape) != shape:

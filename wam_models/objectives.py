@@ -70,7 +70,7 @@ def draw_objectives(
     Raises:
         ValueError: an unknown program or objective, or weights that are negative or all 0.
     """
-    if choice("draw_objectives: program", program, MODEL_PROGRAMS) != GJD:
+    if choice("draw_objectives: program", program, MODEL_PROGRAMS) != GJD or not batch:
         return [OBJECTIVES["joint"]] * batch
     mixture = checked_mixture("draw_objectives: mixture", mixture)
     weights = torch.tensor([mixture.get(name, 0.0) for name in OBJECTIVES], device=generator.device)

@@ -27,7 +27,7 @@ from wam_kernels import HISTORIES, FrameIndex, Geometry, StreamingCache, cached_
 from wam_kernels.streaming_cache import MAX_RANGES
 from wam_kernels.visibility import ACTION, CLEAN, NOISY, VIDEO
 
-from ._checks import check_field, choice, memory, number, switch, whole, wholes
+from ._checks import check_field, choice, instance, memory, number, switch, whole, wholes
 from .config import ModelConfig
 from .flow import ACTION_SHIFT, SHIFTS, TRAIN_TIMESTEPS, VIDEO_SHIFT, sigmas, timesteps
 from .model import Exact, Slots, WorldActionModel, wide
@@ -155,7 +155,7 @@ class RolloutEngine:
 
     Raises:
         TypeError: another model or config than these classes.
-        ValueError: a model that is sharded.
+        ValueError: a model that is sharded, or on the meta device.
     """
 
     def __init__(self, model: WorldActionModel, config: RolloutConfig) -> None:
@@ -168,8 +168,9 @@ class RolloutEngine:
                 "torch.distributed.checkpoint.state_dict.get_model_state_dict gives with full_state_dict=True into a "
                 "WorldActionModel"
             )
-        if not isinstance(config, RolloutConfig):
-            raise TypeError(f"RolloutEngine: config must be a RolloutConfig, got {type(config).__name__}")
+        if model.device.type == "meta":
+            raise ValueError("RolloutEngine: model must have weights, got one on the meta device; load them before")
+        instance("RolloutEngine: config", config, RolloutConfig)
         self.model, self.config = model, config
 
     @_apart
@@ -183,7 +184,8 @@ class RolloutEngine:
                 chunk, text zeroed.
 
         Raises:
-            ValueError: shapes that do not fit the model or each other, an objective that the program lacks, or a
+            TypeError: no tensors.
+            ValueError: shapes that do not fit the model or each other, numbers that are not finite, an objective that the program lacks, or a
                 window whose keys and values exceed the device's memory.
         """
         c = self.model.config
@@ -192,6 +194,8 @@ class RolloutEngine:
             objective,
             tuple(OBJECTIVES) if self.config.program == GJD else ("joint",),
         )
+        instance("start: observation", observation, Tensor)
+        instance("start: text", text, Tensor)
         if observation.ndim != 5 or observation.shape[1:3] != (c.latent_channels, 1) or not observation.shape[0]:
             raise ValueError(
                 f"start: observation must be [B >= 1, {c.latent_channels}, 1, y, x], got {list(observation.shape)}"
@@ -278,7 +282,7 @@ class Episode:
         self._passes: dict[tuple, _Pass] = {}
         self._loops: dict[Stage, Callable[[], None]] = {}
         self._text: list | None = None
-        self._text_shape = (self._batch, text.shape[1] if text.ndim == 3 else None, c.text_dim)
+        self._text_length = text.shape[1] if text.ndim == 3 else "L"
         self._moment = uuid.uuid4()
         self._stale = False  # the rings must be computed anew before they are read
         self.next_frame, self.observed = [0] * self._batch, [0] * self._batch
@@ -332,6 +336,8 @@ class Episode:
                 not finite; or a chunk on the CPU that is not finite.
         """
         self._check_request(want, clean_video, clean_action)
+        if generator is not None:
+            instance("propose: generator", generator, torch.Generator)
         loops = stages(self.config.program, self.goal, want)
         denoised = {stream for stage in loops for stream in stage.denoised}
         starts = {
@@ -367,6 +373,7 @@ class Episode:
         Raises:
             ValueError: a candidate of another episode or of an earlier moment of this one, or one that lacks a stream.
         """
+        instance("accept: candidate", candidate, Candidate)
         if candidate.moment != self._moment:
             raise ValueError(
                 "accept: candidate must continue the episode as it is now, got one of an earlier moment or of another "
@@ -410,7 +417,7 @@ class Episode:
             ValueError: shapes that do not fit; frames on the CPU that are not finite; an observation that was there
                 already or that has a gap before it; or the history before it has left the rings.
         """
-        K = video.shape[2] if video.ndim == 5 else -1
+        K = video.shape[2] if getattr(video, "ndim", 0) == 5 else -1
         self._expect("observe: video", video, VIDEO, K)
         self._expect("observe: action", action, ACTION, K)
         counts = self._each("observe: frames", K if frames is None else frames)
@@ -451,10 +458,12 @@ class Episode:
         rollouts = wholes("restart: rollouts", rollouts, 0)
         if len(set(rollouts)) != len(rollouts) or not set(rollouts) <= set(range(self._batch)) or not rollouts:
             raise ValueError(f"restart: rollouts must be different numbers from 0 to {self._batch - 1}, got {rollouts}")
+        instance("restart: observation", observation, Tensor)
+        instance("restart: text", text, Tensor)
         shape = [len(rollouts), *_with_frames(VIDEO, self._chunk[VIDEO].shape, 1)[1:]]
         if list(observation.shape) != shape:
             raise ValueError(f"restart: observation must have shape {shape}, got {list(observation.shape)}")
-        want = [len(rollouts), *self._text_shape[1:]]
+        want = [len(rollouts), self._text_length, self.model.config.text_dim]
         if list(text.shape) != want:
             raise ValueError(f"text must have shape [B, L, text_dim] = {want}, got {list(text.shape)}")
         _check_finite("observation", observation)
@@ -661,6 +670,7 @@ class Episode:
         return drawn
 
     def _expect(self, name: str, tensor: Tensor, stream: int, frames: int) -> None:
+        instance(name, tensor, Tensor)
         expected = _with_frames(stream, self._chunk[stream].shape, frames)
         if frames < 1 or list(tensor.shape) != expected:
             expected[FRAME_DIM[stream]] = frames if frames > 0 else "at least 1 frame"

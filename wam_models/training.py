@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wam_kernels import HISTORIES, compile_plan
 
-from ._checks import check_field, choice, number, whole_range
+from ._checks import check_field, choice, instance, number, whole_range
 from .flow import TimestepDraw, add_noise, target, timesteps
 from .model import Exact, WorldActionModel, wide
 from .objectives import (
@@ -104,8 +104,11 @@ def training_step(
         objective as ``samples/<name>``.
 
     Raises:
+        TypeError: a batch entry, generator or config of another class.
         ValueError: a batch entry that is missing or has a shape that does not fit.
     """
+    instance("training_step: generator", generator, torch.Generator)
+    instance("training_step: config", config, TrainingConfig)
     inside = getattr(model, "module", model)  # of DistributedDataParallel
     video, action, text = _checked(inside, batch)
     B, _, frames, y, x = video.shape
@@ -187,10 +190,12 @@ def _checked(model: WorldActionModel, batch: Mapping[str, Tensor]) -> tuple[Tens
     missing = sorted({"video", "action", "text"} - set(batch))
     if missing:
         raise ValueError(f"training_step: batch lacks {missing}; expected video, action, text")
+    for name in ("video", "action", "text"):
+        instance(f"training_step: {name}", batch[name], Tensor)
     video, action, text = (batch[name].to(model.device) for name in ("video", "action", "text"))
-    if video.ndim != 5 or video.shape[1] != c.latent_channels or video.shape[2] < 2:
+    if video.ndim != 5 or video.shape[1] != c.latent_channels or video.shape[2] < 2 or not video.shape[0]:
         raise ValueError(
-            f"training_step: video must be [B, {c.latent_channels}, F >= 2, y, x], got {list(video.shape)}"
+            f"training_step: video must be [B >= 1, {c.latent_channels}, F >= 2, y, x], got {list(video.shape)}"
         )
     B, F = video.shape[0], video.shape[2]
     if tuple(action.shape) != (B, F, c.actions_per_frame, c.action_dim):
