@@ -580,14 +580,14 @@ class RunFolder:
     def begin(self, step: int) -> Iterator[None]:
         """Keeps the log's rows up to this step, or nothing of another run, and is open for more."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        lines = self.log.read_text().splitlines() if self.log.exists() else []
+        held = self.log.read_bytes() if self.log.exists() else b""
         if not self.goes_on:
             remove_checkpoint(self.checkpoint)
         # rows behind the checkpoint belong to steps that are run again, and a kill can leave half a row
-        kept = [line for line in lines if self.goes_on and _step(line) <= step]
-        if kept != lines:
+        rows = [line + b"\n" for line in held.splitlines() if self.goes_on and _step(line) <= step]
+        if (kept := b"".join(rows)) != held:
             part = self.log.with_name("log.jsonl.part")
-            part.write_text("".join(line + "\n" for line in kept))
+            part.write_bytes(kept)
             part.replace(self.log)
         with self.log.open("ab", buffering=0) as self._file:
             yield
@@ -602,7 +602,7 @@ class RunFolder:
             raise OSError(f"train: cannot write {self.log}: {error.strerror}") from error
 
 
-def _step(line: str) -> float:
+def _step(line: bytes) -> float:
     """Of a row of the log."""
     try:
         return json.loads(line)["step"]

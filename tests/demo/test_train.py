@@ -37,8 +37,8 @@ def test_a_resumed_run_has_the_losses_of_an_uninterrupted_one(config, data, root
     cut = train(config, data, seed=3, out=tmp_path, stop=lambda: rows.append(0) or len(rows) == 5, progress=False)
     assert cut.step == 5
     policy, found = Policy.load(tmp_path / "checkpoint")
-    with (tmp_path / "log.jsonl").open("a") as log:  # it ran on behind its last checkpoint, and was killed
-        log.write('{"step": 6, "loss": 1}\n{"step": 7, "lo')
+    log = tmp_path / "log.jsonl"  # it ran on behind its last checkpoint, and was killed
+    log.write_bytes(log.read_bytes() + b'{"step": 6, "loss": 1}\n\xff\n{"step": 7, "lo')
     # another process would read the data again, with the checkpoint's codec
     again = ClipDataset(root, policy.codec)
     rest = train(config, again, seed=99, out=tmp_path, resume=found, progress=False)
@@ -218,9 +218,8 @@ def test_a_resume_on_other_data_keeps_units_and_words(root, config, data, tmp_pa
     assert "words that the checkpoint does not know share one vector: it" in list(_differences(policy, new))
 
 
-@pytest.mark.parametrize("resumed", [False, True])
-def test_files_of_different_steps_are_not_resumed(resumed, config, data, tmp_path):
-    found = train(replace(config, steps=1), data, out=tmp_path, progress=False)
+def test_files_of_different_steps_are_not_resumed(config, data, tmp_path):
+    train(replace(config, steps=1), data, out=tmp_path, progress=False)
     found = load_checkpoint(tmp_path / "checkpoint")
     found.training_state["step"] = 7
     with pytest.raises(ValueError, match=r"checkpoint/training.pt: it is of step 7, config.json of step 1"):
