@@ -776,7 +776,9 @@ def run(args) -> int:
     spans = [f"steps {rows[0]['step']} to {rows[-1]['step']}" for rows in (done.log[:steps], done.log[-steps:])]
     for stream, means in losses.items():
         if None not in means:
-            print(f"{stream} loss", " -> ".join(f"{m:.3f} ({span})" for m, span in zip(means, spans, strict=True)))
+            # of a single step there is one value
+            said = dict.fromkeys(f"{mean:.3f} ({span})" for mean, span in zip(means, spans, strict=True))
+            print(f"{stream} loss {' -> '.join(said)}")
     print(f"step {done.step} of {config.steps}; checkpoint: {args.out / 'checkpoint'}")
     return 0
 
