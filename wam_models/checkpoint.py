@@ -64,7 +64,7 @@ def save_checkpoint(
 
     Args:
         folder: Made if it does not exist; files of an earlier save are replaced.
-        model: The model, any dtype, on any device, also wrapped: DDP's, compiled, FSDP's own of unsharded weights.
+        model: The model, any dtype, on any device, also compiled or wrapped by DDP; not sharded.
         text: The word embedding trained with it; its vocabulary goes to ``config.json``.
         extra: Further tensors, for example of the latent codec; names must not start with ``text.``.
         metadata: Anything ``json.dumps`` takes: program, normalisation, codec sizes.
@@ -73,7 +73,7 @@ def save_checkpoint(
     Raises:
         ValueError: an extra tensor or an entry of ``training_state`` under a reserved name; tensors that are sharded or
             on the meta device.
-        TypeError: a model of another class, metadata that JSON cannot hold.
+        TypeError: a model of another class, an extra that is no tensor, metadata that JSON cannot hold.
         OSError: a file that cannot be written; the message names it. What was there before is unchanged.
     """
     folder = Path(folder)
@@ -131,12 +131,12 @@ def save_checkpoint(
 def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu", *, training: bool = True) -> Checkpoint:
     """Read what :func:`save_checkpoint` wrote; the model is in float32, in eval mode, on ``device``.
 
+    In place of ``model.safetensors`` there may be shards, with their ``model.safetensors.index.json``.
+
     Args:
         folder: May be written anew while this reads it.
         device: Of the model, the text embedding and the extra tensors.
         training: Also read ``training.pt``, where there is one, which only a resume needs.
-
-    In place of ``model.safetensors`` there may be shards, with their ``model.safetensors.index.json``.
 
     Raises:
         ValueError: a missing or unreadable file, files of different saves, unknown or missing config fields, weights
@@ -238,6 +238,8 @@ def _plain(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """On the CPU, contiguous, each with a memory of its own: safetensors refuses tensors that share theirs."""
     plain, taken = {}, set()
     for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"save_checkpoint: {name} must be a tensor, got {type(value).__name__}")
         if not_here(value):
             raise ValueError(f"save_checkpoint: {name} {not_here(value)}")
         value = value.detach().cpu().contiguous()
@@ -308,7 +310,7 @@ def _settle(folder: Path) -> None:
         save_id, resumable = _save_of(read_json(folder / CONFIG), folder)
     except (FileNotFoundError, ValueError):  # none yet, or none that anything could be read from
         save_id, resumable = None, True
-    for part in folder.glob("*.part"):
+    for part in list(folder.glob("*.part")):
         if part.stem == save_id:
             for file in part.iterdir():
                 file.replace(folder / file.name)
@@ -327,7 +329,8 @@ def _write(path: Path, write: Callable[[Path], None]) -> None:
         path.touch()
         mode = path.stat().st_mode
         write(path)
-        path.chmod(mode)  # safetensors makes files that only their owner can read
+        if path.stat().st_mode != mode:  # safetensors makes files that only their owner can read
+            path.chmod(mode)
         _sync(path)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise OSError(

@@ -375,6 +375,7 @@ def test_what_cannot_be_saved_is_noticed_first(tmp_path):
     model = tiny_model()
     for options, error in (
         ({"metadata": {"scale": torch.ones(1)}}, TypeError),
+        ({"extra": {"mean": [1.0]}}, TypeError),
         ({"extra": {"text.words": torch.zeros(1)}}, ValueError),
         ({"training_state": {"save_id": 1}}, ValueError),
     ):
