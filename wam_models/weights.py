@@ -46,7 +46,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
         ValueError: naming the parameters that ``state`` lacks, or holds in another shape, not as floating point or not
             here (sharded over ranks, on the meta device); the model is unchanged.
     """
-    if not isinstance(state, Mapping):
+    if not isinstance(state, Mapping) or not all(isinstance(key, str) for key in state):
         raise TypeError(f"load_weights: state must map names to tensors, got {type(state).__name__}; see read_weights")
     own = model.state_dict()
     buffers = [name for name, value in model.named_buffers() if value.is_meta and name not in own]
@@ -77,7 +77,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     model.load_state_dict(values, strict=False)
     if meta:
         with torch.inference_mode(False):  # these become parameters
-            meta = {key: value.detach().to(own[key].dtype, copy=True) for key, value in meta.items()}
+            plain = {"copy": True, "memory_format": torch.contiguous_format}
+            meta = {key: value.detach().to(own[key].dtype, **plain) for key, value in meta.items()}
             model.load_state_dict(meta, strict=False, assign=True)
     return sorted(key for name, key in given.items() if name not in names)
 
