@@ -12,7 +12,6 @@ import torch
 
 from wam_kernels import PROGRAMS
 
-from ._checks import writable_folder
 from .cli import UserError
 from .data import LeRobotDataset
 from .data.clips import STRIDE
@@ -99,7 +98,6 @@ def run(args) -> int:
             f"--data must be a data set in LeRobot v3 layout, but there is no folder {args.data}; the demo's own data is "
             "not in the installed package: run wam demo in a clone of the repository, or pass --data DIR"
         )
-    writable_folder("--out", args.out)
     make_demo(args.out, args.data, camera=args.camera, seconds=args.seconds, seed=args.seed)
     return 0
 

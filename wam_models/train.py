@@ -735,7 +735,6 @@ def check_device(name: str) -> torch.device:
 def run(args) -> int:
     """``wam train``."""
     device = check_device(args.device)
-    writable_folder("--out", args.out)
     policy, resume, seed = None, None, args.seed
     if args.resume is not None:
         if args.config is not None:
@@ -754,9 +753,10 @@ def run(args) -> int:
         config = TrainConfig() if args.config is None else TrainConfig.from_json(args.config)
     if args.steps is not None:
         config = replace(config, steps=args.steps)
-    steps_done = 0 if resume is None else resume.training_state.get("step")
-    if isinstance(steps_done, int) and steps_done >= config.steps:
-        raise ValueError(f"--steps must be above {steps_done}, the steps done, got {config.steps}")
+    if resume is not None:
+        steps_done = whole(f"{args.resume / TRAINING}: step", resume.training_state.get("step"), 1)
+        if steps_done >= config.steps:
+            raise ValueError(f"--steps must be above {steps_done}, the steps done, got {config.steps}")
     RunFolder(args.out, resume, overwrite=args.overwrite)  # refuses before the data is read
     data = read_data(args.data, policy, camera=args.camera)
     short = sum(data.length(i) < config.frames for i in data.train)
