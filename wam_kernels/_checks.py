@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ._host import host_side
+
 # Index tensors are int32.
 MAX_INT = 2**31 - 1
 
@@ -103,7 +105,7 @@ def int_array(op: str, name: str, values: object) -> np.ndarray:
             )
         kind = values.dtype
         integral = not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
-        array = values.detach().numpy() if integral else np.empty(0)
+        array = _numbers(op, name, values) if integral else np.empty(0)
     else:
         try:
             array = np.array(values)
@@ -118,6 +120,17 @@ def int_array(op: str, name: str, values: object) -> np.ndarray:
     if not integral:
         raise ValueError(f"{op}: {name} must be integers, got {kind} {list(np.shape(values))}")
     return array.astype(np.int64)
+
+
+@host_side
+def _numbers(op: str, name: str, tensor: Tensor) -> np.ndarray:
+    try:
+        return tensor.numpy()
+    except RuntimeError:
+        raise ValueError(
+            f"{op}: {name} must be numbers, got a tensor that has none: it is fake, or was made inside a torch.func "
+            "transform; pass a list or an array"
+        ) from None
 
 
 def int_pairs(op: str, name: str, values: object) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from . import _index_buffer
 from ._checks import MAX_INT, integer, integers
-from ._host import device_of, host_side, plain
+from ._host import device_of, eager, host_side, plain
 
 # The sums of a segment cost one write and one read of float32 rows, so short segments cost traffic: with 16 tokens
 # about an eighth of a bf16 backward. Long ones leave too few programs to fill a GPU. Not yet measured on one.
@@ -47,7 +47,7 @@ class FrameIndex:
             setattr(self, name, view)
 
     @classmethod
-    @host_side
+    @eager
     def from_runs(
         cls,
         lengths: Sequence[int],
@@ -88,7 +88,7 @@ class FrameIndex:
         return cls.from_runs([1] * integer("FrameIndex.per_token", "length", length), device=device)
 
     @classmethod
-    @host_side
+    @eager
     def from_tensor(
         cls, index: Tensor | np.ndarray, frames: int | None = None, *, device: torch.device | str = "cpu"
     ) -> FrameIndex:
@@ -146,6 +146,7 @@ def _run(row_of_token: np.ndarray, frames: int) -> int:
 
 
 @lru_cache(maxsize=64)
+@host_side
 def _compile(lengths: tuple[int, ...], rows: tuple[int, ...], frames: int, device: torch.device) -> FrameIndex:
     if device.type != "cpu":
         return _compile(lengths, rows, frames, torch.device("cpu")).to(device)

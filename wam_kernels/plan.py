@@ -30,7 +30,7 @@ from torch import Tensor
 
 from . import _index_buffer
 from ._checks import MAX_INT, integer
-from ._host import device_of, host_side, plain
+from ._host import device_of, eager, host_side, plain
 from ._index_buffer import Unwritten
 from .intervals import NOWHERE, SideRows, side_rows
 from .programs import Program
@@ -198,7 +198,7 @@ class Plan:
         )
 
 
-@host_side
+@eager
 def compile_plan(
     batch: Sample | Sequence[Sample | Sequence[Sample]],
     *,
@@ -254,9 +254,9 @@ def compile_plan(
         )
     if tile is not None and not isinstance(tile, TileShape):
         raise TypeError(f"compile_plan: tile must be a TileShape, got {type(tile).__name__}")
-    # the tiles of short and of long windows, part of the key: what is tuned may change while plans are kept
-    tiles = (tile, tile) if tile else (tile_shape(False), tile_shape(True))
-    return _compile(packed, (length, key_length), tiles, device_of("compile_plan", device))
+    # what is tuned for this GPU is known as soon as CUDA runs, so plans from before are others
+    tuned_tiles = tile is None and torch.cuda.is_initialized()
+    return _compile(packed, (length, key_length), tile, tuned_tiles, device_of("compile_plan", device))
 
 
 def _listed(samples: object) -> tuple:
@@ -268,15 +268,18 @@ def _listed(samples: object) -> tuple:
 
 
 @lru_cache(maxsize=64)
-def _compile(packed: tuple, lengths: tuple[int, int], tiles: tuple[TileShape, TileShape], device: torch.device) -> Plan:
+@host_side
+def _compile(
+    packed: tuple, lengths: tuple[int, int], tile: TileShape | None, tuned_tiles: bool, device: torch.device
+) -> Plan:
     if device.type != "cpu":
-        return _compile(packed, lengths, tiles, torch.device("cpu")).to(device)
+        return _compile(packed, lengths, tile, tuned_tiles, torch.device("cpu")).to(device)
     placement = _place(packed, lengths)
     queries, keys = side_rows(placement.samples)
     lo, hi = queries.bounds
     times = np.bincount(placement.which).repeat(queries.of_sample)  # that each row occurs in the batch
     visible = int((times * queries.count * (hi - lo).sum(0)).sum())
-    tile = tiles[visible >= LONG_WINDOW * len(packed) * lengths[0]]
+    tile = tile or tile_shape(visible >= LONG_WINDOW * len(packed) * lengths[0])
     shapes = tile, TileShape(tile.key_rows or tile.rows, tile.step)
     programs = sum(isinstance(sample, Geometry) for sample in placement.samples)
     query_tiles = _cut(queries, shapes[0].rows, programs)

@@ -95,16 +95,16 @@ def _choice(op: str, key: str, device: int) -> object | None:
     """The recorded choice; None where the default was measured to be best, or, with one warning, where nothing was."""
     path, name = path_of(_name()), _name()
     try:
-        choices = json.loads(path.read_text())["choices"]
+        found = json.loads(path.read_text())["choices"].get(op, {}).get(key)
+        if found is not None:
+            return found["choice"]
     except FileNotFoundError:
         _warn(f"no tuned launch choices for {name!r} ({path} is not there); defaults are used")
         return None
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} must hold launch choices, got {error!r}; write it with `wam bench tune`") from None
-    if key not in choices.get(op, {}):
-        _warn(f"no tuned launch choice for {op} with {key} on {name!r}; its default is used")
-        return None
-    return choices[op][key]["choice"]
+    _warn(f"no tuned launch choice for {op} with {key} on {name!r}; its default is used")
+    return None
 
 
 @cache
@@ -120,4 +120,6 @@ def _over(default, choice: object, where: str):
     known = [field.name for field in fields(default)]
     if not isinstance(choice, dict) or not set(choice) <= set(known):
         raise ValueError(f"wam_kernels: {where} must be an object with some of the fields {known}, got {choice!r}")
+    if not all(value is None or type(value) is int and value >= 1 for value in choice.values()):
+        raise ValueError(f"wam_kernels: {where} must have whole numbers of at least 1, got {choice!r}")
     return replace(default, **choice)

@@ -86,6 +86,9 @@ def test_no_entry_warns_and_takes_the_default(op, h100):
         ("[]", "must hold launch choices"),
         (choices({"num_wraps": 4}), r"fields \['num_warps', 'num_stages'\], got {'num_wraps': 4}"),
         (choices(4), "must be an object"),
+        (choices({"num_warps": 4.0}), "must have whole numbers of at least 1, got {'num_warps': 4.0}"),
+        ('{"choices": [4]}', "must hold launch choices"),
+        ('{"choices": {"some_op.forward": {"D=64 itemsize=2": 4}}}', "must hold launch choices"),
     ],
 )
 def test_a_wrong_file_is_refused(op, h100, text, message):
