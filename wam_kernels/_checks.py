@@ -1,4 +1,4 @@
-"""Argument checks shared by every public op. Metadata only: no values are read, so they trace."""
+"""Argument checks shared by every public function. Those of an op read metadata only, so they trace."""
 
 import operator
 from collections.abc import Iterable
