@@ -25,7 +25,7 @@ def sigmas(steps: int, shift: float) -> Tensor:
         ValueError: ``steps`` that is no whole number from 1 to 1000, or ``shift`` that is none from 0.001 to 1000.
     """
     steps, shift = whole("sigmas: steps", steps, 1, TRAIN_TIMESTEPS), number("sigmas: shift", shift, *SHIFTS)
-    s = torch.linspace(1, 0, steps + 1)[:-1]
+    s = torch.linspace(1, 0, steps + 1, dtype=torch.float32, device="cpu")[:-1]
     return shift * s / (1 + (shift - 1) * s)
 
 
@@ -104,6 +104,6 @@ class TimestepDraw:
         """
         device, half = generator.device, TRAIN_TIMESTEPS // 2
         grid = sigmas(TRAIN_TIMESTEPS, self.video_shift).to(device)
-        noised = torch.rand(batch, 1, generator=generator, device=device) < probability
+        noised = torch.rand(batch, 1, generator=generator, dtype=torch.float32, device=device) < probability
         index = torch.randint(half, TRAIN_TIMESTEPS, (batch, frames), generator=generator, device=device)
         return torch.where(noised, grid[index], 0.0)

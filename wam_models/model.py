@@ -315,9 +315,8 @@ class TimeConditioner(nn.Module):
         self.time_embedder = TwoLinears(config.freq_dim, width, F.silu)
         self.time_proj = nn.Linear(width, 6 * width)
 
-    def forward(self, timesteps_BT: Exact) -> tuple[Tensor, Tensor]:
-        """temb ``[B, T, D]`` and t_proj ``[B, T, 6, D]``, float32."""
-        dtype = self.time_embedder.linear_1.weight.dtype
+    def forward(self, timesteps_BT: Exact, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """temb ``[B, T, D]`` and t_proj ``[B, T, 6, D]``, float32; computed in ``dtype``."""
         temb = self.time_embedder(sinusoid(*timesteps_BT.tensors, self.freq_dim).to(dtype))
         return wide(temb), wide(self.time_proj(F.silu(temb))).unflatten(-1, (6, -1))
 
@@ -342,14 +341,14 @@ class VideoSide(nn.Module):
         B, C, frames, y, x = video_BCFyx.shape
         _, py, px = self.config.patch
         patches = video_BCFyx.reshape(B, C, frames, y // py, py, x // px, px).permute(0, 2, 3, 5, 1, 4, 6)
-        temb, t_proj = self.time_conditioner(Exact(timesteps_BF))
+        temb, t_proj = self.time_conditioner(Exact(timesteps_BF), self.scale_shift_table.dtype)
         return stream_of(self.patch_embedding_mlp(patches.flatten(4).flatten(1, 3)), t_proj, (temb, temb))
 
     def flow(self, stream: Stream, frames: int, rows: int, columns: int) -> Tensor:
         _, py, px = self.config.patch
         out = head_norm(stream, self.scale_shift_table, self.config.eps)
-        # blocks may come out in another dtype than the head's, as FSDP policies say
-        out = self.proj_out(out.to(self.proj_out.weight.dtype))
+        # FSDP policies may let the blocks end in another dtype
+        out = self.proj_out(out.to(self.scale_shift_table.dtype))
         out = out.unflatten(-1, (py, px, -1)).unflatten(1, (frames, rows, columns))
         return out.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
@@ -372,12 +371,12 @@ class ActionSide(nn.Module):
         draw_table(self.scale_shift_table)
 
     def embed(self, action_BFnA: Tensor, timesteps_BT: Tensor) -> Stream:
-        _, t_proj = self.time_conditioner(Exact(timesteps_BT))
+        _, t_proj = self.time_conditioner(Exact(timesteps_BT), self.scale_shift_table.dtype)
         return stream_of(self.action_embedder(action_BFnA.flatten(1, 2)), t_proj, (t_proj[:, :, 0], t_proj[:, :, 1]))
 
     def flow(self, stream: Stream, frames: int) -> Tensor:
         out = head_norm(stream, self.scale_shift_table, self.config.eps)
-        out = self.action_proj_out(out.to(self.action_proj_out.weight.dtype))
+        out = self.action_proj_out(out.to(self.scale_shift_table.dtype))
         return out.unflatten(1, (frames, -1))
 
 

@@ -73,7 +73,8 @@ def draw_objectives(
     if choice("draw_objectives: program", program, MODEL_PROGRAMS) != GJD or not batch:
         return [OBJECTIVES["joint"]] * batch
     mixture = checked_mixture("draw_objectives: mixture", mixture)
-    weights = torch.tensor([mixture.get(name, 0.0) for name in OBJECTIVES], device=generator.device)
+    weights = [mixture.get(name, 0.0) for name in OBJECTIVES]
+    weights = torch.tensor(weights, dtype=torch.float32, device=generator.device)
     drawn = torch.multinomial(weights, batch, replacement=True, generator=generator)
     return [tuple(OBJECTIVES.values())[i] for i in drawn.tolist()]
 

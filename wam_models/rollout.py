@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import wraps
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from wam_kernels import HISTORIES, FrameIndex, Geometry, StreamingCache, cached_attention
@@ -276,9 +277,7 @@ class Episode:
         self._chunk = {s: torch.zeros(_with_frames(s, shape, self.chunk_size), **kind) for s, shape in frames.items()}
         self._step = torch.zeros(1, dtype=torch.int64, device=model.device)
         shifts = {VIDEO: config.video_shift, ACTION: config.action_shift}
-        self._sigmas = {
-            s: torch.cat([sigmas(config.steps, shift), torch.zeros(1)]).to(**kind) for s, shift in shifts.items()
-        }
+        self._sigmas = {s: F.pad(sigmas(config.steps, shift), (0, 1)).to(**kind) for s, shift in shifts.items()}
         self._passes: dict[tuple, _Pass] = {}
         self._loops: dict[Stage, Callable[[], None]] = {}
         self._text: list | None = None
@@ -292,6 +291,13 @@ class Episode:
     def __getstate__(self) -> dict:
         # both are made anew where they are needed; loops are closures, or CUDA graphs over this episode's memory
         return vars(self) | {"_passes": {}, "_loops": {}}
+
+    def __setstate__(self, state: dict) -> None:
+        if state["_step"].is_inference():
+            # loaded in inference mode: no later call in another mode could write to such tensors
+            with torch.inference_mode(False), torch.no_grad():
+                state = copy.deepcopy(state, {id(state["model"]): state["model"]})
+        vars(self).update(state)
 
     def __copy__(self) -> Episode:
         raise TypeError(
@@ -656,7 +662,7 @@ class Episode:
         name, shape = NAMES[stream], list(self._chunk[stream].shape)
         drawn = None
         if generator is not None and noise is None:
-            drawn = torch.randn(shape, generator=generator, device=generator.device)
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device)
         if clean is not None:
             self._expect(f"propose: clean_{name}", clean, stream, self.chunk_size)
             _check_finite(f"propose: clean_{name}", clean)
@@ -727,7 +733,7 @@ class _Pass:
             *(list(x) * copies for x in (geometries, starts, seen, counts)), self.streams, self.noise
         )
         self.ranges.copy_(e._here(table))
-        frames = e._here(torch.tensor(list(firsts) * copies))[:, None] + self.frames
+        frames = e._here(torch.tensor(list(firsts) * copies, device="cpu"))[:, None] + self.frames
         video, action = (frames if s in self.streams else None for s in (VIDEO, ACTION))
         for kept, table in zip(self.rope, model.rope(video, *e._grid, action), strict=True):
             if kept is not None:

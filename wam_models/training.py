@@ -122,12 +122,13 @@ def training_step(
     video_sigma, action_sigma = config.timesteps.sigmas(B, frames, generator)
     history_sigma = config.timesteps.history_sigmas(B, frames, config.noised_history, generator)
     video_noise, history_noise, action_noise = (
-        torch.randn(t.shape, generator=generator, device=draws).to(device) for t in (video, video, action)
+        torch.randn(t.shape, generator=generator, dtype=torch.float32, device=draws).to(device)
+        for t in (video, video, action)
     )
 
     # 1 where the sample denoises the stream, 0 where the noisy slot holds the clean stream at timestep 0
     denoises_video, denoises_action, keeps_text = (
-        torch.tensor([float(flag(o)) for o in objectives], device=device)[:, None]
+        torch.tensor([flag(o) for o in objectives], dtype=torch.float32, device=device)[:, None]
         for flag in (lambda o: o.video, lambda o: o.action, lambda o: not o.conditional)
     )
     video_sigma = video_sigma.to(device) * denoises_video

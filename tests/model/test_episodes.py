@@ -120,6 +120,29 @@ def test_an_episode_goes_on_in_any_mode(first, later):
     training_step(small_model(torch.float32).requires_grad_(), batch(), generator(), CONFIG)[0].backward()
 
 
+def test_a_copy_made_in_inference_mode_goes_on_outside_of_it():
+    episode = started("joint", torch.float32)
+    stored = pickle.dumps(episode)
+    with torch.inference_mode():
+        copies = copy.deepcopy(episode), pickle.loads(stored)
+    for e in (episode, *copies):
+        e.accept(e.propose(**noises(2, 0, torch.float32)))
+    assert all(torch.equal(e.accepted()[0], episode.accepted()[0]) for e in copies)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_changes_neither_a_rollout_nor_a_step(dtype):
+    episode, model, data = started("joint", torch.float32), small_model(torch.float32), batch()
+    want = episode.propose(generator=generator()), training_step(model, data, generator())[0]
+    started_with = randn(B, C, 1, *GRID, dtype=torch.float32), randn(B, 3, 8, seed=1, dtype=torch.float32)
+    torch.set_default_dtype(dtype)
+    try:
+        got = RolloutEngine(episode.model, episode.config).start(*started_with).propose(generator=generator())
+        assert equal(got, want[0]) and torch.equal(training_step(model, data, generator())[0], want[1])
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_rollout_computes_in_the_models_dtype_under_autocast():
     want = started("joint", torch.float32).propose(**noises(2, 0, torch.float32))
     with torch.autocast("cpu", torch.bfloat16):
