@@ -185,9 +185,9 @@ class RolloutEngine:
                 chunk, text zeroed.
 
         Raises:
-            TypeError: no tensors.
-            ValueError: shapes that do not fit the model or each other, numbers that are not finite, an objective that the program lacks, or a
-                window whose keys and values exceed the device's memory.
+            TypeError: an observation or text that is no tensor.
+            ValueError: shapes that do not fit the model or each other, numbers on the CPU that are not finite, an
+                objective that the program lacks, or a window whose keys and values exceed the device's memory.
         """
         c = self.model.config
         choice(
@@ -377,7 +377,8 @@ class Episode:
         """The predicted chunk becomes history, until an observation replaces it.
 
         Raises:
-            ValueError: a candidate of another episode or of an earlier moment of this one, or one that lacks a stream.
+            ValueError: a candidate of another episode or of an earlier moment of this one; one that lacks a stream or
+                was changed to another shape, or to numbers on the CPU that are not finite.
         """
         instance("accept: candidate", candidate, Candidate)
         if candidate.moment != self._moment:
@@ -459,7 +460,8 @@ class Episode:
             text: ``[len(rollouts), L, text_dim]``; L as at the start.
 
         Raises:
-            ValueError: rollouts that do not exist or repeat, or shapes that do not fit.
+            ValueError: rollouts that do not exist or repeat, shapes that do not fit, or numbers on the CPU that are not
+                finite.
         """
         rollouts = wholes("restart: rollouts", rollouts, 0)
         if len(set(rollouts)) != len(rollouts) or not set(rollouts) <= set(range(self._batch)) or not rollouts:
