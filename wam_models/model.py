@@ -590,8 +590,9 @@ class WorldActionModel(nn.Module):
                 raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
             if "timesteps" in name and tensor.dtype in (torch.bfloat16, torch.float16):
                 raise ValueError(
-                    f"{name} must be float32 or float64, got {tensor.dtype}, which does not tell neighbours apart; where "
-                    "FSDP casts them, use training_step, or MixedPrecisionPolicy(cast_forward_inputs=False) on the model"
+                    f"{name} must be float32 or float64, got {tensor.dtype}, which does not tell neighbours apart; "
+                    "where FSDP casts them, use training_step, or MixedPrecisionPolicy(cast_forward_inputs=False) on "
+                    "the model"
                 )
         return frames
 

@@ -150,8 +150,8 @@ class RolloutEngine:
     """Starts episodes of a model.
 
     Args:
-        model: In eval mode, on its device. Its dtype is that of the computation, under autocast too; latents and actions
-            stay float32.
+        model: In eval mode, on its device. Its dtype is that of the computation, under autocast too; latents and
+            actions stay float32.
         config: Program, chunk, window, steps.
 
     Raises:
@@ -616,7 +616,7 @@ class Episode:
         return self._loops[stage]
 
     def _here(self, tensor: Tensor) -> Tensor:
-        """``tensor`` on the model's device, without waiting for it: from pageable memory a copy may wait for the GPU."""
+        """``tensor`` on the model's device, without waiting: from pageable memory a copy may wait for the GPU."""
         if self.model.device.type == "cuda" and tensor.device.type == "cpu":
             tensor = tensor.pin_memory()
         return tensor.to(self.model.device, non_blocking=True)

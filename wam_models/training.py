@@ -86,8 +86,10 @@ def training_step(
     A sample's loss is the mean squared error of its flows over the tokens that count, the batch's the mean over
     samples, so a sample weighs the same whatever the objectives of the others. Frame 0 is the observed start-up
     frame: a rollout never generates it, so it carries no loss; its clean video is read, its action slots by nobody.
-    On a GPU run it under ``torch.autocast`` in bf16, with a bf16 model, or with FSDP2: ``fully_shard`` each block of
-    ``model.packed_block_stack.packed_blocks``, then the model, with ``MixedPrecisionPolicy(param_dtype=torch.bfloat16)``.
+    On a GPU run it under ``torch.autocast`` in bf16, with a bf16 model, or with FSDP2 and
+    ``MixedPrecisionPolicy(param_dtype=torch.bfloat16)``: ``fully_shard`` each of
+    ``model.packed_block_stack.packed_blocks``, then the model. Experts and attentions cannot be sharded on their own:
+    they are entered by other methods than ``forward``.
 
     Args:
         model: The model, sharded, compiled or in DistributedDataParallel or not; its parameters' device is where the

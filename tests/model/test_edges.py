@@ -109,7 +109,7 @@ def test_calls_that_mean_nothing_are_refused_by_name():
         (TypeError, "generator must be a Generator, got int", lambda: training_step(model, data, 0)),
         (TypeError, "config must be a TrainingConfig, got dict", lambda: training_step(model, data, g, {})),
         (ValueError, "noisy_video must be", lambda: model(**forward | {"noisy_video": video[0, 0]})),
-        (ValueError, r"noisy_video must be \[B, 48, F >= 1", lambda: model(**forward | {"noisy_video": video[:, :, :0]})),
+        (ValueError, "F >= 1, y, x", lambda: model(**forward | {"noisy_video": video[:, :, :0]})),
         (ValueError, "text must have shape", lambda: model(**forward | {"text": text[:1]})),
         (ValueError, "action_timesteps must have shape", lambda: model(**forward | {"action_timesteps": t[:, 0]})),
         (ValueError, "clean_video_timesteps must", lambda: model(**forward, clean_video_timesteps=t[:, :1])),
