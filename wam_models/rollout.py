@@ -518,9 +518,15 @@ class Episode:
 
     def _replace(self, frames: dict[int, Tensor], counts: list[int]) -> None:
         """Observed frames in place of all predictions of the rollouts that bring any."""
-        self._moment = uuid.uuid4()
-        self.next_frame = [o if n else f for f, o, n in zip(self.next_frame, self.observed, counts, strict=True)]
-        self._append(frames, counts)
+        before = self.next_frame
+        self.next_frame = anew = [o if n else f for f, o, n in zip(before, self.observed, counts, strict=True)]
+        try:
+            self._append(frames, counts)
+        except BaseException:
+            if self.next_frame is anew:
+                # no frame was replaced
+                self.next_frame = before
+            raise
         self.observed = [f if n else o for f, o, n in zip(self.next_frame, self.observed, counts, strict=True)]
 
     def _remember(self, frames: dict[int, Tensor], firsts: list[int], counts: list[int], seen_from: list[int]) -> None:

@@ -682,6 +682,8 @@ def test_integers_of_numpy_and_torch_are_integers(whole):
 
 def test_a_model_that_fails_leaves_the_accepted_state_usable(monkeypatch):
     episode, twin = started("joint"), started("joint")
+    for e in (episode, twin):
+        e.accept(e.propose(**noises(2, 5)))
     candidate = episode.propose(**noises(2, 0))
     right = PackedBlockStack.forward
 
@@ -691,13 +693,17 @@ def test_a_model_that_fails_leaves_the_accepted_state_usable(monkeypatch):
 
     before = snapshot(episode)
     monkeypatch.setattr(PackedBlockStack, "forward", broken)
-    for call in (lambda: episode.accept(candidate), lambda: episode.propose(**noises(2, 1))):
+    for call in (
+        lambda: episode.observe(*real(2, 40)),
+        lambda: episode.accept(candidate),
+        lambda: episode.propose(**noises(2, 1)),
+    ):
         with pytest.raises(RuntimeError, match="out of memory"):
             call()
     monkeypatch.setattr(PackedBlockStack, "forward", right)
     assert_unchanged(episode, before)
-    for e in (episode, twin):
-        e.accept(e.propose(**noises(2, 0)))
+    episode.accept(candidate)
+    twin.accept(twin.propose(**noises(2, 0)))
     assert_candidates(episode.propose(**noises(2, 1)), twin.propose(**noises(2, 1)))
 
 
