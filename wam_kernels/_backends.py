@@ -1,7 +1,7 @@
 """What the ops' choice of a backend has in common. Devices and names only, so it traces; and what launchers share."""
 
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from functools import wraps
 from importlib import import_module
 from types import ModuleType
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 _MODULES = {"cpu": ".cpu", "triton": ".kernel_triton", "cuda": ".kernel_cuda"}
+_ON_GPU = ("triton", "cuda")
+
+HALF_AND_FLOAT = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def launchers(package: str, impl: str) -> ModuleType:
@@ -20,23 +23,49 @@ def launchers(package: str, impl: str) -> ModuleType:
     return import_module(_MODULES[impl], package)
 
 
-def check_impl(op: str, impl: str, impls: Collection[str], device: torch.device) -> None:
-    """``impl`` is one of the op's and runs on ``device``.
+def select_backend(
+    op: str,
+    impl: str | None,
+    dtypes: Mapping[str, Collection[torch.dtype]],
+    default: Mapping[str, str],
+    limit: str | None = None,
+    **like: Tensor,
+) -> str:
+    """The backend of a call.
+
+    Args:
+        op: The public op.
+        impl: What its caller asked for.
+        dtypes: Those of each of its backends.
+        default: Backend of each device type for ``impl=None``; ``"reference"`` on others, and where that backend cannot
+            take the call. The meta device is like the CPU: nothing runs there, every backend gives the same shapes.
+        limit: What the GPU kernels take and what came, if they cannot take this call.
+        like: The tensor whose dtype and device count, by its name.
 
     Raises:
-        ValueError: names the op, the backends that there are or the device that it needs, and what came.
+        ValueError: ``impl`` is no backend of the op or cannot take the call; names what it takes and the way out.
     """
-    if impl not in impls:
-        raise ValueError(f"{op}: impl must be None or one of {tuple(impls)}, got {impl!r}")
-    # no kernel runs there: every backend gives the same shapes
-    if device.type == "meta":
-        return
-    if impl == "cpu" and device.type != "cpu":
-        raise ValueError(f"{op}: impl='cpu' needs CPU tensors, got {device}; use impl=None")
-    if impl == "triton" and device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        raise ValueError(f"{op}: impl='triton' needs CUDA tensors (or TRITON_INTERPRET=1), got {device}; use impl=None")
-    if impl == "cuda" and device.type != "cuda":
-        raise ValueError(f"{op}: impl='cuda' needs CUDA tensors, got {device}; use impl=None")
+    ((name, x),) = like.items()
+    device = x.device.type
+    if impl is None:
+        impl = default.get("cpu" if device == "meta" else device, "reference")
+        if x.dtype not in dtypes[impl] or limit and impl in _ON_GPU:
+            impl = "reference"
+    if impl not in dtypes:
+        raise ValueError(f"{op}: impl must be None or one of {tuple(dtypes)}, got {impl!r}")
+    if impl == "cpu" and device not in ("cpu", "meta"):
+        raise ValueError(f"{op}: impl='cpu' needs CPU tensors, got {x.device}; use impl=None")
+    interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if impl in _ON_GPU and device not in ("cuda", "meta") and not interpreted:
+        other = " (or TRITON_INTERPRET=1)" if impl == "triton" else ""
+        raise ValueError(f"{op}: impl={impl!r} needs CUDA tensors{other}, got {x.device}; use impl=None")
+    if x.dtype not in dtypes[impl]:
+        names = ", ".join(str(t).removeprefix("torch.") for t in dtypes[impl])
+        way_out = "impl=None" if x.dtype in dtypes["reference"] else f"{name}.to({dtypes[impl][0]})"
+        raise ValueError(f"{op}: {name} must be {names} for impl={impl!r}, got {x.dtype}; use {way_out}")
+    if limit and impl in _ON_GPU:
+        raise ValueError(f"{op}: impl={impl!r} takes {limit}; use impl='reference'")
+    return impl
 
 
 def on_its_device(launcher: Callable) -> Callable:

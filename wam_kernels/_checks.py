@@ -1,7 +1,8 @@
 """Argument checks shared by every public function. Those of an op read metadata only, so they trace."""
 
 import operator
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Mapping
 from itertools import chain
 
 import numpy as np
@@ -12,16 +13,32 @@ from ._host import host_side
 
 # Index tensors are int32.
 MAX_INT = 2**31 - 1
+_MAX_FLOAT = sys.float_info.max
+_NUMBERS = (int, float, np.integer, np.floating, torch.SymInt, torch.SymFloat)
+
+
+def are_tensors(op: str, **args: object) -> None:
+    """
+    Raises:
+        TypeError: one is no tensor; names the op, the argument, what came and the way out.
+    """
+    for name, value in args.items():
+        if not isinstance(value, Tensor):
+            way_out = {np.ndarray: "; use torch.from_numpy", type(None): ""}.get(type(value), "; use torch.tensor")
+            raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(value).__name__}{way_out}")
 
 
 def bind_dims(op: str, **args: tuple[Tensor, str]) -> dict[str, int]:
     """Match tensors to letters, ``x=(x, "B S D")``, and return the size of each letter.
 
     Raises:
+        TypeError: not a tensor.
         ValueError: a tensor of another rank, or a letter with two sizes; names the op, argument and both shapes.
     """
     dims: dict[str, int] = {}
     for name, (tensor, spec) in args.items():
+        if not isinstance(tensor, Tensor):
+            are_tensors(op, **{name: tensor})
         letters = spec.split()
         fits = tensor.ndim == len(letters)
         if fits:
@@ -29,8 +46,29 @@ def bind_dims(op: str, **args: tuple[Tensor, str]) -> dict[str, int]:
                 fits = fits and dims.setdefault(letter, size) == size
         if not fits:
             want = ", ".join(f"{k}={dims[k]}" if k in dims else k for k in letters)
-            raise ValueError(f"{op}: {name} must have shape [{want}], got {list(tensor.shape)}")
+            before = list(args.values())[: list(args).index(name)]
+            sure = {k: n for t, s in before for k, n in zip(s.split(), t.shape, strict=True)}
+            hint = heads_first(name, tensor, spec, sure)
+            raise ValueError(f"{op}: {name} must have shape [{want}], got {list(tensor.shape)}{hint}")
     return dims
+
+
+def heads_first(name: str, tensor: Tensor, spec: str, dims: Mapping[str, int]) -> str:
+    """What to add to a message about ``tensor`` if its dims fit with heads and tokens swapped: "" if they do not.
+
+    Args:
+        spec: As for :func:`bind_dims`, with heads after tokens.
+        dims: Sizes that are sure.
+    """
+    letters = spec.split()
+    heads = next((i for i, letter in enumerate(letters) if letter.startswith("H")), 0)
+    if not heads or len(letters) != tensor.ndim:
+        return ""
+    letters[heads - 1 : heads + 1] = letters[heads], letters[heads - 1]
+    sure = [(dims[letter], size) for letter, size in zip(letters, tensor.shape, strict=True) if letter in dims]
+    if not sure or any(want != got for want, got in sure):
+        return ""
+    return f"; {name} looks like [{', '.join(letters)}]: use {name}.transpose({heads - 1}, {heads})"
 
 
 def same_kind(op: str, like_name: str, like: Tensor, **args: Tensor) -> None:
@@ -70,6 +108,26 @@ def _index(op: str, name: str, value: object) -> int:
         return operator.index(value)
     except TypeError:
         raise ValueError(f"{op}: {name} must be an int, got {value!r}") from None
+
+
+def number(op: str, name: str, value: object, least: float = -_MAX_FLOAT) -> float:
+    """``value``, a finite number of Python or NumPy, as a float.
+
+    Raises:
+        ValueError: not a number, NaN, infinite or below ``least``; names the op and the argument.
+    """
+    if isinstance(value, Tensor):
+        raise ValueError(
+            f"{op}: {name} must be a number, got a tensor, which would get no gradient; multiply an input by it, or "
+            "use .item()"
+        )
+    if isinstance(value, bool) or not isinstance(value, _NUMBERS):
+        raise ValueError(f"{op}: {name} must be a number, got {value!r}")
+    value = float(value)
+    if not least <= value <= _MAX_FLOAT:  # NaN neither
+        at_least = "" if least == -_MAX_FLOAT else f" of at least {least}"
+        raise ValueError(f"{op}: {name} must be a finite number{at_least}, got {value}")
+    return value
 
 
 def integers(op: str, name: str, values: Iterable[object], least: int = 0) -> tuple[int, ...]:

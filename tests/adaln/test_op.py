@@ -185,6 +185,14 @@ def test_refuses_widths_outside_its_range(D):
         ada_layer_norm(torch.zeros(1, 3, D), rows, rows, FrameIndex.per_sample(3))
 
 
+def test_a_norm_needs_its_modulation():
+    call = good_call()
+    for name in ("shift", "scale"):
+        arguments = {n: call[n] for n in ("x", "shift", "scale", "index")} | {name: None}
+        with pytest.raises(TypeError, match=f"ada_layer_norm: {name} must be a torch.Tensor, got NoneType"):
+            ada_layer_norm(**arguments)
+
+
 def test_refuses_strided_channels():
     call = good_call()
     call["x"] = call["x"].mT.contiguous().mT

@@ -225,7 +225,18 @@ def good_call() -> dict:
         ({"k": torch.zeros(2, 84, 2, 8)}, ValueError, r"k must have shape \[B=2, T=84, Hkv=2, D=16\], got .*8\]"),
         ({"v": torch.zeros(2, 84, 1, 16)}, ValueError, r"v must have shape \[B=2, T=84, Hkv=2, D=16\]"),
         (_kv(84, 3), ValueError, "k must have a number of heads that divides H=2, got 3"),
-        (_kv(83, 2), ValueError, "k must have T=84 tokens like plan, got 83"),
+        (_kv(83, 2), ValueError, "k must have T=84 tokens like plan, got 83; compile a plan"),
+        (
+            {n: torch.zeros(2, 2, 84, 16) for n in "qkv"},
+            ValueError,
+            r"q must have S=84 tokens like plan, got 2; q looks like \[B, H, S, D\]: use q.transpose\(1, 2\)",
+        ),
+        (
+            {n: torch.zeros(2, 2, 84, 16) for n in "kv"},
+            ValueError,
+            r"k must have T=84 tokens like plan, got 2; k looks like \[B, H, T, D\]: use k.transpose\(1, 2\)",
+        ),
+        ({"plan": small()}, TypeError, "plan must be a Plan from compile_plan, got Geometry"),
         (
             {"v": torch.zeros(2, 84, 2, 16).double()},
             ValueError,

@@ -165,6 +165,11 @@ def heads(*shape, dtype=torch.float32):
 REFUSED = {
     "q-rank": ({"q": heads(2, 5, 64)}, r"q must have shape \[B, S, H, D\], got \[2, 5, 64\]"),
     "heads": ({"k_cache": heads(2, 12, 3, 32)}, r"k_cache must have shape \[.*N=12, H=2.*got \[2, 12, 3, 32\]"),
+    "q-heads-first": ({"q": heads(2, 2, 5, 32)}, r"q must have shape \[B, S=5, H, D\] .*; q looks like \[B, H, S, D\]: use"),
+    "cache-heads-first": (
+        {"k_cache": heads(2, 2, 12, 32)},
+        r"k_cache must have .* got \[2, 2, 12, 32\]; k_cache looks like \[B, H, N, D\]: use k_cache.transpose\(1, 2\)",
+    ),
     "slots": ({"v_cache": heads(2, 11, 2, 32)}, r"v_cache must have shape \[.*N=12, H=2.*got \[2, 11, 2, 32\]"),
     "dtype": ({"k_cache": heads(2, 12, 2, 32, dtype=torch.float16)}, "k_cache must be torch.float32 on cpu"),
     "batch": ({"ranges": GOOD.ranges()[:1]}, r"ranges must have shape \[B=2, G, R, 2\], got \[1, 2, 2, 2\]"),
@@ -174,7 +179,7 @@ REFUSED = {
     "strided-ranges": ({"ranges": GOOD.ranges().transpose(1, 2)}, "ranges must be contiguous, got strides"),
     "group-rows-sum": ({"group_rows": (3, 3)}, r"group_rows must be G=2 counts .* sum to S=5 .*got \(3, 3\)"),
     "group-rows-count": ({"group_rows": (5,)}, r"group_rows must be G=2 counts .*got \(5,\)"),
-    "group-rows-negative": ({"group_rows": (6, -1)}, r"group_rows must be G=2 counts .*got \(6, -1\)"),
+    "group-rows-negative": ({"group_rows": (6, -1)}, r"group_rows\[1\] must be at least 0, got -1"),
     "impl": ({"impl": "best"}, r"impl must be None or one of \('reference', 'cpu'.*got 'best'"),
     "outside": ({"ranges": GOOD.ranges() + 3}, r"ranges\[0, 0\] must lie in the 12 slots, got \[11, 13\)"),
     "before": ({"ranges": GOOD.ranges() - 1}, r"ranges\[0, 0\] must lie in the 12 slots, got \[-1, 4\)"),

@@ -9,20 +9,18 @@ import torch
 from torch import Tensor
 
 from .. import _autograd
-from .._backends import check_impl, launchers
-from .._checks import bind_dims
+from .._backends import HALF_AND_FLOAT, launchers, select_backend
+from .._checks import are_tensors, bind_dims, number
 from ..frame_index import FrameIndex
 from . import cpu, reference
 from .config import DEFAULT_IMPL, MAX_D
 
-_IMPLS = ("reference", "cpu", "triton", "cuda")
 _TABLES = ("gate_table", "shift_table", "scale_table")
-_HALF = (torch.bfloat16, torch.float16, torch.float32)
 _DTYPES = {
-    "reference": (*_HALF, torch.float64),
-    "cpu": (*_HALF, torch.float64),
-    "triton": _HALF,
-    "cuda": _HALF,
+    "reference": (*HALF_AND_FLOAT, torch.float64),
+    "cpu": (*HALF_AND_FLOAT, torch.float64),
+    "triton": HALF_AND_FLOAT,
+    "cuda": HALF_AND_FLOAT,
 }
 
 
@@ -185,22 +183,11 @@ _autograd.register(
 # ---- checks ----
 
 
-def _pick(op: str, impl: str | None, x: Tensor) -> str:
-    """The backend of a call, or the reason why there is none."""
-    if impl is None:
-        impl = DEFAULT_IMPL.get(x.device.type, "reference")
-        impl = impl if x.dtype in _DTYPES[impl] else "reference"
-    check_impl(op, impl, _IMPLS, x.device)
-    if x.dtype not in _DTYPES[impl]:
-        names = ", ".join(str(t).removeprefix("torch.") for t in _DTYPES[impl])
-        raise ValueError(f"{op}: x must be {names} for impl={impl!r}, got {x.dtype}; use .to() or impl='reference'")
-    return impl
-
-
 def _check(op: str, t: _Inputs, index: FrameIndex) -> None:
     """Everything that can be told from shapes, dtypes, strides and devices."""
     if not isinstance(index, FrameIndex):
         raise TypeError(f"{op}: index must be a FrameIndex, got {type(index).__name__}; see FrameIndex.from_tensor")
+    are_tensors(op, x=t.x)
     x, acc = t.x, _accumulator(t.x)
     kinds = (
         (("x", "y"), "B S D", (x.dtype,)),
@@ -237,10 +224,11 @@ def _check(op: str, t: _Inputs, index: FrameIndex) -> None:
 
 def _call(op: str, t: _Inputs, index: FrameIndex, eps: float, impl: str | None) -> tuple[Tensor, Tensor]:
     _check(op, t, index)
-    impl = _pick(op, impl, t.x)
+    eps = number(op, "eps", eps, least=0.0)
+    impl = select_backend(op, impl, _DTYPES, DEFAULT_IMPL, x=t.x)
     if impl == "reference":
         return reference.gate_residual_norm(*t, index.row_of_token, eps)
-    return torch.ops.wam.gate_residual_norm(*t, *index.tensors(), float(eps), impl)
+    return torch.ops.wam.gate_residual_norm(*t, *index.tensors(), eps, impl)
 
 
 # ---- public ----
@@ -277,18 +265,19 @@ def ada_layer_norm(
         eps: Added to the variance.
         impl: ``"reference"`` (plain PyTorch, any device, also float64), ``"cpu"`` (also float64), ``"triton"`` or
             ``"cuda"`` (CUDA tensors), or ``None``: ``"cpu"`` for CPU tensors; for CUDA tensors ``"triton"``, or
-            ``"reference"`` for float64.
+            ``"reference"`` for float64; ``"reference"`` on other devices.
 
     Returns:
         ``[B, S, D]``, dtype of ``x``, contiguous.
 
     Raises:
         ValueError: a shape, dtype, device, stride or ``impl`` outside the above, or an index made for something else.
-        TypeError: ``index`` is not a FrameIndex.
+        TypeError: ``index`` is not a FrameIndex, or something else not a tensor.
         NotImplementedError: forward mode or a second derivative through another ``impl`` than ``"reference"``.
 
     Source: Ba et al. 2016 (LayerNorm); Peebles and Xie 2023 (adaLN of DiT).
     """
+    are_tensors("ada_layer_norm", shift=shift, scale=scale)
     t = _Inputs(x, shift=shift, scale=scale, shift_table=shift_table, scale_table=scale_table)
     return _call("ada_layer_norm", t, index, eps, impl)[1]
 
@@ -339,7 +328,7 @@ def gate_residual_ada_layer_norm(
     Raises:
         ValueError: a shape, dtype, device, stride or ``impl`` outside the above, tensors that do not go together, or an
             index made for something else.
-        TypeError: ``index`` is not a FrameIndex.
+        TypeError: ``index`` is not a FrameIndex, or something else not a tensor.
         NotImplementedError: forward mode or a second derivative through another ``impl`` than ``"reference"``.
 
     Source: Ba et al. 2016 (LayerNorm); Peebles and Xie 2023 (adaLN of DiT).

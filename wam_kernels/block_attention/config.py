@@ -10,6 +10,9 @@ from ..tuning import tuned
 
 MAX_D = 256
 
+# Which backend impl=None takes for each device type.
+DEFAULT_IMPL = {"cpu": "cpu", "cuda": "triton"}
+
 
 @dataclass(frozen=True)
 class Config:

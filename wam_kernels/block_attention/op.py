@@ -6,18 +6,17 @@ import torch
 from torch import Tensor
 
 from .. import _autograd
-from .._backends import check_impl, launchers
-from .._checks import bind_dims, same_kind
+from .._backends import HALF_AND_FLOAT, launchers, select_backend
+from .._checks import bind_dims, heads_first, number, same_kind
 from ..plan import Plan, Side
 from . import cpu, reference
-from .config import MAX_D, fits_triton
+from .config import DEFAULT_IMPL, MAX_D, fits_triton
 
 _OP = "block_attention"
-_IMPLS = ("reference", "cpu", "triton")
 _DTYPES = {
-    "reference": (torch.bfloat16, torch.float16, torch.float32, torch.float64),
-    "cpu": (torch.bfloat16, torch.float16, torch.float32, torch.float64),
-    "triton": (torch.bfloat16, torch.float16, torch.float32),
+    "reference": (*HALF_AND_FLOAT, torch.float64),
+    "cpu": (*HALF_AND_FLOAT, torch.float64),
+    "triton": HALF_AND_FLOAT,
 }
 _SIDE = len(Side.FIELDS)
 _OPTIONS = 4  # shared, step, scale, impl
@@ -86,20 +85,6 @@ def _samples(count: int) -> _autograd.Samples:
 _autograd.register(_OP, "wam::block_attention", _save, _gradients, _samples(3), _samples(7))
 
 
-def _pick(impl: str | None, q: Tensor) -> str:
-    """The backend of a call, or the reason why there is none."""
-    triton_can = q.dtype in _DTYPES["triton"] and fits_triton(q.shape[-1], q.itemsize)
-    if impl is None:
-        impl = "cpu" if q.device.type == "cpu" else "triton" if triton_can else "reference"
-    check_impl(_OP, impl, _IMPLS, q.device)
-    if q.dtype not in _DTYPES[impl]:
-        names = ", ".join(str(t).removeprefix("torch.") for t in _DTYPES[impl])
-        raise ValueError(f"{_OP}: q must be {names} for impl={impl!r}, got {q.dtype}; impl='reference' takes any")
-    if impl == "triton" and not triton_can:
-        raise ValueError(f"{_OP}: impl='triton' takes float32 up to D=128, got D={q.shape[-1]}; use impl='reference'")
-    return impl
-
-
 def block_attention(
     q: Tensor,
     k: Tensor,
@@ -129,7 +114,8 @@ def block_attention(
         scale: Factor on the scores; default ``D ** -0.5``.
         impl: ``"reference"`` (dense S x S, any device, also float64), ``"cpu"`` (GEMMs over the plan's runs, also
             float64), ``"triton"`` (CUDA; float32 up to D = 128), or ``None``: ``"cpu"`` for CPU tensors; for CUDA
-            tensors ``"triton"``, or ``"reference"`` where Triton cannot (float64, and float32 beyond D = 128).
+            tensors ``"triton"``, or ``"reference"`` where Triton cannot (float64, and float32 beyond D = 128);
+            ``"reference"`` on other devices.
         return_lse: Also return the log-sum-exp of every row's scores.
 
     Returns:
@@ -138,7 +124,7 @@ def block_attention(
 
     Raises:
         ValueError: a shape, dtype, device, stride or ``impl`` outside the above, or a plan made for something else.
-        TypeError: ``plan`` is not a Plan.
+        TypeError: ``plan`` is not a Plan, or something else not a tensor.
         NotImplementedError: forward mode or a second derivative through another ``impl`` than ``"reference"``.
 
     Source: Vaswani et al. 2017; the online softmax of Dao 2023 (FlashAttention-2); grouped heads: Ainslie et al. 2023.
@@ -147,6 +133,13 @@ def block_attention(
         raise TypeError(f"{_OP}: plan must be a Plan from compile_plan, got {type(plan).__name__}")
     dims = bind_dims(_OP, q=(q, "B S H D"), k=(k, "B T Hkv D"), v=(v, "B T Hkv D"))
     same_kind(_OP, "q", q, k=k, v=v)
+    for name, t, letter, length in (("q", q, "S", plan.length), ("k", k, "T", plan.key_length)):
+        if dims[letter] != length:
+            hint = heads_first(name, t, f"B {letter} H D", {letter: length})
+            raise ValueError(
+                f"{_OP}: {name} must have {letter}={length} tokens like plan, got {dims[letter]}"
+                + (hint or "; compile a plan for this geometry")
+            )
     if dims["Hkv"] == 0 or dims["H"] % dims["Hkv"]:
         raise ValueError(
             f"{_OP}: k must have a number of heads that divides H={dims['H']}, got {dims['Hkv']}; query head h reads "
@@ -154,18 +147,13 @@ def block_attention(
         )
     if dims["D"] % 8 or not 8 <= dims["D"] <= MAX_D:
         raise ValueError(f"{_OP}: D must be a multiple of 8 from 8 to {MAX_D}, got {dims['D']}; pad the heads")
-    for name, letter, length in (("q", "S", plan.length), ("k", "T", plan.key_length)):
-        if dims[letter] != length:
-            raise ValueError(
-                f"{_OP}: {name} must have {letter}={length} tokens like plan, got {dims[letter]}; compile a plan for "
-                "this geometry"
-            )
     if plan.batch not in (1, dims["B"]):
         raise ValueError(f"{_OP}: plan must have 1 or B={dims['B']} batch elements, got {plan.batch}")
     if plan.device != q.device:
         raise ValueError(f"{_OP}: plan must be on {q.device} like q, got {plan.device}; use plan.to({str(q.device)!r})")
-    impl = _pick(impl, q)
-    scale = dims["D"] ** -0.5 if scale is None else float(scale)
+    limit = None if fits_triton(dims["D"], q.itemsize) else f"float32 up to D=128, got {q.dtype} with D={dims['D']}"
+    impl = select_backend(_OP, impl, _DTYPES, DEFAULT_IMPL, limit, q=q)
+    scale = dims["D"] ** -0.5 if scale is None else number(_OP, "scale", scale)
     if impl == "reference":
         out, lse = reference.block_attention(q, k, v, plan.mask(), scale)
         return (out, lse) if return_lse else out

@@ -8,17 +8,16 @@ import torch
 from torch import Tensor
 
 from .. import _autograd
-from .._backends import check_impl, launchers
-from .._checks import bind_dims, same_kind
+from .._backends import HALF_AND_FLOAT, launchers, select_backend
+from .._checks import are_tensors, bind_dims, heads_first, integers, number, same_kind
 from . import reference
 from .config import DEFAULT_IMPL, MAX_D, MAX_GROUPS, MAX_KERNEL_D
 
 _OP = "cached_attention"
-_GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _DTYPES = {
-    "reference": (*_GPU_DTYPES, torch.float64),
-    "cpu": (*_GPU_DTYPES, torch.float64),
-    "triton": _GPU_DTYPES,
+    "reference": (*HALF_AND_FLOAT, torch.float64),
+    "cpu": (*HALF_AND_FLOAT, torch.float64),
+    "triton": HALF_AND_FLOAT,
     "cuda": (torch.bfloat16, torch.float16),
 }
 
@@ -44,27 +43,11 @@ torch.library.register_fake("wam::cached_attention", _forward_fake)
 _autograd.register_inference(_OP, "wam::cached_attention", samples=lambda inputs, mapped: range(4))
 
 
-def _pick(impl: str | None, q: Tensor, groups: int) -> str:
-    """The backend of a call, or the reason why there is none."""
-    fits_kernels = q.shape[-1] <= MAX_KERNEL_D and groups <= MAX_GROUPS
-    if impl is None:
-        impl = DEFAULT_IMPL.get(q.device.type, "reference")
-        if q.dtype not in _DTYPES[impl] or impl != "cpu" and not fits_kernels:
-            impl = "reference"
-    check_impl(_OP, impl, _DTYPES, q.device)
-    if q.dtype not in _DTYPES[impl]:
-        names = ", ".join(str(t).removeprefix("torch.") for t in _DTYPES[impl])
-        other = "triton" if q.dtype in _GPU_DTYPES and fits_kernels else "reference"
-        raise ValueError(f"{_OP}: q must be {names} for impl={impl!r}, got {q.dtype}; use impl={other!r}")
-    if impl not in ("reference", "cpu") and not fits_kernels:
-        raise ValueError(
-            f"{_OP}: impl={impl!r} takes D up to {MAX_KERNEL_D} and up to {MAX_GROUPS} groups, got D={q.shape[-1]} and "
-            f"{groups} groups; use impl='reference'"
-        )
-    return impl
-
-
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, group_rows: tuple[int, ...]) -> None:
+    are_tensors(_OP, q=q)
+    rows = sum(group_rows)
+    if q.ndim == 4 and q.shape[1] != rows and (hint := heads_first("q", q, "B S H D", {"S": rows})):
+        raise ValueError(f"{_OP}: q must have shape [B, S={rows}, H, D] like group_rows, got {list(q.shape)}{hint}")
     dims = bind_dims(
         _OP, q=(q, "B S H D"), k_cache=(k_cache, "B N H D"), v_cache=(v_cache, "B N H D"), ranges=(ranges, "B G R 2")
     )
@@ -79,7 +62,7 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, group_ro
         )
     if not ranges.is_contiguous():
         raise ValueError(f"{_OP}: ranges must be contiguous, got strides {ranges.stride()}; use .contiguous()")
-    if len(group_rows) != dims["G"] or any(rows < 0 for rows in group_rows) or sum(group_rows) != dims["S"]:
+    if len(group_rows) != dims["G"] or rows != dims["S"]:
         raise ValueError(
             f"{_OP}: group_rows must be G={dims['G']} counts (one for each group of ranges) that sum to S={dims['S']} "
             f"(the rows of q), got {group_rows}"
@@ -129,7 +112,7 @@ def cached_attention(
         impl: ``"reference"`` (dense, any device, also float64), ``"cpu"`` (also float64), ``"triton"`` and ``"cuda"``
             (CUDA tensors, D up to 128, up to 4 groups; ``"cuda"`` no float32), or ``None``: ``"cpu"`` for CPU tensors;
             for CUDA tensors what ``config.py`` records (``"triton"``), or ``"reference"`` where that cannot (float64,
-            larger D, more groups).
+            larger D, more groups) and on other devices.
         return_lse: Also return the log-sum-exp of every row's scores.
 
     Returns:
@@ -137,15 +120,20 @@ def cached_attention(
         for float64 inputs). A row whose ranges are all empty gives out 0 and lse -inf.
 
     Raises:
-        ValueError: a shape, dtype, device, stride or ``impl`` outside the above; an input that requires a gradient.
+        ValueError: a shape, dtype, device, stride or ``impl`` outside the above; an input that requires a gradient or
+            has a tangent.
+        TypeError: something that is not a tensor.
         RuntimeError: ``impl="cuda"`` and the CUDA extension was not built.
 
     Source: Vaswani et al. 2017; splitting the keys: Dao et al. 2023, "Flash-Decoding for long-context inference".
     """
-    group_rows = tuple(group_rows)
+    group_rows = integers(_OP, "group_rows", group_rows)
     _check(q, k_cache, v_cache, ranges, group_rows)
-    impl = _pick(impl, q, len(group_rows))
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    D, groups, limit = q.shape[-1], len(group_rows), None
+    if D > MAX_KERNEL_D or groups > MAX_GROUPS:
+        limit = f"D up to {MAX_KERNEL_D} and up to {MAX_GROUPS} groups, got D={D} and {groups} groups"
+    impl = select_backend(_OP, impl, _DTYPES, DEFAULT_IMPL, limit, q=q)
+    scale = D**-0.5 if scale is None else number(_OP, "scale", scale)
     if impl == "reference":
         out, lse = reference.cached_attention(q, k_cache, v_cache, ranges, group_rows, scale)
     else:

@@ -8,19 +8,18 @@ import torch
 from torch import Tensor
 
 from .. import _autograd
-from .._backends import check_impl, launchers
-from .._checks import bind_dims, same_kind
+from .._backends import HALF_AND_FLOAT, launchers, select_backend
+from .._checks import are_tensors, bind_dims, integer, number, same_kind
 from . import reference
 from .config import DEFAULT_IMPL, MAX_HEAD_DIM, MAX_INNER
 
 _OP = "qk_norm_rope"
 _TABLE_GRADED = f"{_OP}: table must not require a gradient, there is none for it; use table.detach()"
-_GPU_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _DTYPES = {
-    "reference": (*_GPU_DTYPES, torch.float64),
-    "cpu": (*_GPU_DTYPES, torch.float64),
-    "triton": _GPU_DTYPES,
-    "cuda": _GPU_DTYPES,
+    "reference": (*HALF_AND_FLOAT, torch.float64),
+    "cpu": (*HALF_AND_FLOAT, torch.float64),
+    "triton": HALF_AND_FLOAT,
+    "cuda": HALF_AND_FLOAT,
 }
 
 
@@ -123,21 +122,10 @@ _autograd.register(_OP, "wam::qk_norm_rope", _save, _gradients, _samples, backwa
 _autograd.register_inference(_OP, "wam::qk_norm_rope_out", _no_samples, outs=(10, 11, 13))
 
 
-def _pick(impl: str | None, q: Tensor) -> str:
-    """The backend of a call, or the reason why there is none."""
-    if impl is None:
-        impl = DEFAULT_IMPL.get(q.device.type, "reference")
-        impl = impl if q.dtype in _DTYPES[impl] else "reference"
-    check_impl(_OP, impl, _DTYPES, q.device)
-    if q.dtype not in _DTYPES[impl]:
-        names = ", ".join(str(t).removeprefix("torch.") for t in _DTYPES[impl])
-        raise ValueError(f"{_OP}: q must be {names} for impl={impl!r}, got {q.dtype}; impl='reference' takes float64")
-    return impl
-
-
 def _check(
     q: Tensor, k: Tensor, v: Tensor | None, weights: dict[str, Tensor], table: Tensor, head_dim: int, per_head: bool
 ) -> None:
+    are_tensors(_OP, **weights, table=table)
     rows = {"q": q, "k": k} if v is None else {"q": q, "k": k, "v": v}
     dims = bind_dims(_OP, **{name: (t, "B S inner") for name, t in rows.items()})
     same_kind(_OP, "q", q, **rows)
@@ -180,6 +168,7 @@ def _check_out(q: Tensor, v: Tensor | None, head_dim: int, out: tuple[Tensor, ..
             f"{_OP}: out must be ({slots}) {'without' if v is None else 'with'} v, got {len(out)} tensors; "
             "v and v_out go together"
         )
+    are_tensors(_OP, **{f"out[{i}]": t for i, t in enumerate(out)})
     want = list(_heads(q, head_dim))
     for i, t in enumerate(out):
         name = f"out[{i}]"
@@ -237,7 +226,7 @@ def qk_norm_rope(
             only: no gradient flows through them.
         impl: ``"reference"`` (plain PyTorch, any device, also float64), ``"cpu"`` (also float64), ``"triton"`` and
             ``"cuda"`` (CUDA tensors), or ``None``: ``"cpu"`` for CPU tensors, for CUDA tensors what ``config.py``
-            records (``"triton"``), or ``"reference"`` for float64.
+            records (``"triton"``), or ``"reference"`` for float64 and on other devices.
 
     Returns:
         ``(q_out, k_out)``, ``[B, S, H, D]`` each, dtype of ``q``, contiguous; or the tensors of ``out``.
@@ -245,18 +234,20 @@ def qk_norm_rope(
     Raises:
         ValueError: a shape, dtype, device, stride or ``impl`` outside the above; ``out`` where a gradient is needed;
             ``v`` without ``v_out`` or the reverse.
+        TypeError: something that is not a tensor.
         NotImplementedError: forward mode or a second derivative through another ``impl`` than ``"reference"``.
         RuntimeError: ``impl="cuda"`` and the CUDA extension was not built.
 
     Source: Zhang & Sennrich, "Root Mean Square Layer Normalization", 2019; Su et al., "RoFormer", 2021.
     """
     weights = {"weight_q": weight_q, "weight_k": weight_k}
+    head_dim = integer(_OP, "head_dim", head_dim)
     _check(q, k, v, weights, table, head_dim, per_head)
-    impl = _pick(impl, q)
+    impl = select_backend(_OP, impl, _DTYPES, DEFAULT_IMPL, q=q)
     graded = torch.is_grad_enabled()
     if graded and table.requires_grad:
         raise ValueError(_TABLE_GRADED)
-    args = q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, float(eps)
+    args = q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, number(_OP, "eps", eps, least=0.0)
     if out is None:
         if v is not None:
             raise ValueError(f"{_OP}: v must be None without out, got a tensor; pass out=(q_out, k_out, v_out)")
