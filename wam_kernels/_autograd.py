@@ -58,7 +58,7 @@ def register_inference(op: str, name: str, samples: Samples, outs: Collection[in
     """
     overload = _overload(name)
 
-    def call(*inputs):
+    def autograd(*inputs):
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs) or _has_tangent(inputs):
             raise ValueError(
                 f"{op}: is for inference and has no derivative, but an input requires a gradient or has a tangent; use "
@@ -67,8 +67,22 @@ def register_inference(op: str, name: str, samples: Samples, outs: Collection[in
         with torch._C._AutoDispatchBelowAutograd():
             return overload(*inputs)
 
-    torch.library.impl(name, "Autograd", call)
+    torch.library.impl(name, "Autograd", autograd)
     _register_vmap(op, name, samples, outs)
+
+
+def call(overload: Callable, *inputs):
+    """A registered op. Where nothing asks for a derivative it goes around autograd, which takes 5 to 10 us of Python."""
+    if (
+        torch.compiler.is_compiling()
+        or torch.is_grad_enabled()
+        and torch._C._any_requires_grad(*inputs)
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    ):
+        return overload(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return overload(*inputs)
 
 
 def _overload(name: str) -> Callable:
@@ -114,7 +128,7 @@ def _register_function(op: str, name: str, setup_context: Callable, backward: Ca
     # of one level of torch.func, like a kernel of PyTorch's own: the dispatcher goes from level to level
     function = type(f"Autograd_{name.partition('::')[2]}", (torch.autograd.function._SingleLevelFunction,), methods)
 
-    def call(*inputs):
+    def autograd(*inputs):
         graded = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
         if not graded and forward_ad._current_level < 0:
             return below(*inputs)
@@ -123,7 +137,7 @@ def _register_function(op: str, name: str, setup_context: Callable, backward: Ca
         with enable_single_level_autograd_function():
             return function.apply((torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()), *inputs)
 
-    torch.library.impl(name, "Autograd", call)
+    torch.library.impl(name, "Autograd", autograd)
 
 
 def _register_vmap(op: str, name: str, samples: Samples, outs: Collection[int] = ()) -> None:

@@ -39,17 +39,18 @@ def bind_dims(op: str, **args: tuple[Tensor, str]) -> dict[str, int]:
     for name, (tensor, spec) in args.items():
         if not isinstance(tensor, Tensor):
             are_tensors(op, **{name: tensor})
-        letters = spec.split()
-        fits = tensor.ndim == len(letters)
-        if fits:
-            for letter, size in zip(letters, tensor.shape, strict=True):
-                fits = fits and dims.setdefault(letter, size) == size
-        if not fits:
-            want = ", ".join(f"{k}={dims[k]}" if k in dims else k for k in letters)
-            before = list(args.values())[: list(args).index(name)]
-            sure = {k: n for t, s in before for k, n in zip(s.split(), t.shape, strict=True)}
-            hint = heads_first(name, tensor, spec, sure)
-            raise ValueError(f"{op}: {name} must have shape [{want}], got {list(tensor.shape)}{hint}")
+        letters, shape = spec.split(), tensor.shape
+        if len(letters) == len(shape):
+            for letter, size in zip(letters, shape, strict=True):
+                if dims.setdefault(letter, size) != size:
+                    break
+            else:
+                continue
+        want = ", ".join(f"{k}={dims[k]}" if k in dims else k for k in letters)
+        before = list(args.values())[: list(args).index(name)]
+        sure = {k: n for t, s in before for k, n in zip(s.split(), t.shape, strict=True)}
+        hint = heads_first(name, tensor, spec, sure)
+        raise ValueError(f"{op}: {name} must have shape [{want}], got {list(shape)}{hint}")
     return dims
 
 

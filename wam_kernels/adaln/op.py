@@ -228,7 +228,7 @@ def _call(op: str, t: _Inputs, index: FrameIndex, eps: float, impl: str | None) 
     impl = select_backend(op, impl, _DTYPES, DEFAULT_IMPL, x=t.x)
     if impl == "reference":
         return reference.gate_residual_norm(*t, index.row_of_token, eps)
-    return torch.ops.wam.gate_residual_norm(*t, *index.tensors(), eps, impl)
+    return _autograd.call(torch.ops.wam.gate_residual_norm.default, *t, *index.tensors(), eps, impl)
 
 
 # ---- public ----

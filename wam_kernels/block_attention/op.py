@@ -160,7 +160,6 @@ def block_attention(
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.stride(-1) != 1:
             raise ValueError(f"{_OP}: {name} must have last-dim stride 1, got {t.stride(-1)}; use .contiguous()")
-    out, lse = torch.ops.wam.block_attention(
-        q, k, v, *plan.tensors(), plan.batch == 1, plan.queries.shape.step, scale, impl
-    )
+    options = plan.batch == 1, plan.queries.shape.step, scale, impl
+    out, lse = _autograd.call(torch.ops.wam.block_attention.default, q, k, v, *plan.tensors(), *options)
     return (out, lse) if return_lse else out

@@ -137,5 +137,7 @@ def cached_attention(
     if impl == "reference":
         out, lse = reference.cached_attention(q, k_cache, v_cache, ranges, group_rows, scale)
     else:
-        out, lse = torch.ops.wam.cached_attention(q, k_cache, v_cache, ranges, group_rows, scale, impl)
+        out, lse = _autograd.call(
+            torch.ops.wam.cached_attention.default, q, k_cache, v_cache, ranges, group_rows, scale, impl
+        )
     return (out, lse) if return_lse else out

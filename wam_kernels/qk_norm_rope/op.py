@@ -251,7 +251,9 @@ def qk_norm_rope(
     if out is None:
         if v is not None:
             raise ValueError(f"{_OP}: v must be None without out, got a tensor; pass out=(q_out, k_out, v_out)")
-        return reference.qk_norm_rope(*args) if impl == "reference" else torch.ops.wam.qk_norm_rope(*args, impl)
+        if impl == "reference":
+            return reference.qk_norm_rope(*args)
+        return _autograd.call(torch.ops.wam.qk_norm_rope.default, *args, impl)
     _check_out(q, v, head_dim, out)
     if graded and any(t is not None and t.requires_grad for t in (q, k, v, weight_q, weight_k, *out)):
         raise ValueError(f"{_OP}: out is for inference, but an input requires a gradient; use torch.no_grad()")
@@ -261,5 +263,5 @@ def qk_norm_rope(
             t.copy_(value)
     else:
         q_out, k_out, *v_out = out
-        torch.ops.wam.qk_norm_rope_out(*args, impl, q_out, k_out, v, *(v_out or (None,)))
+        _autograd.call(torch.ops.wam.qk_norm_rope_out.default, *args, impl, q_out, k_out, v, *(v_out or (None,)))
     return tuple(out)
