@@ -9,7 +9,16 @@ import torch
 
 from tests.budget import assert_within_budget
 from tests.geometries import small
-from wam_kernels import NAMED_PROGRAMS, Geometry, Plan, Ranges, TileShape, block_attention, compile_plan
+from wam_kernels import (
+    NAMED_PROGRAMS,
+    Geometry,
+    Plan,
+    Ranges,
+    TileShape,
+    block_attention,
+    compile_plan,
+    varlen_attention,
+)
 
 NAMES = ("out", "lse", "dq", "dk", "dv")
 
@@ -187,3 +196,35 @@ def check_infinite_scores(impl: str) -> None:
     out, _, dq, *_ = run(plan, [q, k, v, *douts], impl, scale=1.0)
     assert out[0, 4].isnan().all() and out[0, [3, 5]].isfinite().all()
     assert torch.equal(out[0, :3], out_before[0, :3]) and torch.equal(dq[0, :3], dq_before[0, :3])
+
+
+# q_ranges, k_ranges, queries, keys: where some or all attend to nothing, or are not there
+EDGES = {
+    "no-ranges": ([], [], 3, 4),
+    "ranges-without-queries": ([(0, 0), (1, 1)], [(0, 3), (1, 2)], 3, 4),
+    "ranges-without-keys": ([(0, 3), (1, 3)], [(0, 0), (2, 2)], 3, 4),
+    "some-without-keys": ([(0, 2), (1, 3)], [(1, 3), (2, 2)], 3, 4),
+    "no-queries": ([(0, 0)], [(0, 4)], 0, 4),
+    "no-keys": ([(0, 3)], [(0, 0)], 3, 0),
+    "neither": ([], [], 0, 0),
+}
+
+
+def check_edge(name: str, impl: str) -> None:
+    """Zeros, lse -inf and finite gradients, as the reference has them."""
+    q_ranges, k_ranges, queries, keys = EDGES[name]
+    results = []
+    for i in (impl, "reference"):
+        g = torch.Generator().manual_seed(0)
+        shapes = (queries, 2, 8), (keys, 1, 8), (keys, 1, 8)
+        leaves = [torch.randn(shape, generator=g).requires_grad_() for shape in shapes]
+        with poisoned_allocations():
+            out, lse = varlen_attention(*leaves, q_ranges, k_ranges, impl=i, return_lse=True)
+            loss = out.square().sum() + lse.masked_fill(lse == float("-inf"), 0.0).sum()
+            results.append([out, lse, *torch.autograd.grad(loss, leaves)])
+    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
+    attends = torch.zeros(queries, dtype=torch.bool)
+    for (begin, end), (k_begin, k_end) in zip(q_ranges, k_ranges, strict=True):
+        attends[begin:end] |= k_begin < k_end
+    out, lse, dq, *_ = results[0]
+    assert (out[~attends] == 0).all() and (dq[~attends] == 0).all() and (lse[:, ~attends] == float("-inf")).all()

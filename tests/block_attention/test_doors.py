@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import and_masks, create_block_mask, create_mask, flex_attention, or_masks
 
+from tests.block_attention.checks import EDGES, check_edge
 from tests.geometries import small
 from wam_kernels import (
     NAMED_PROGRAMS,
@@ -47,12 +48,9 @@ def test_varlen_attention(form):
     torch.testing.assert_close(grads, truth)
 
 
-@pytest.mark.parametrize("total_q, total_k", [(0, 6), (6, 0), (0, 0)])
-def test_varlen_attention_without_queries_or_keys(total_q, total_k):
-    q, k, v = qkv(total_q, total_k)
-    out, lse = varlen_attention(q, k, v, [], [], return_lse=True)
-    assert out.shape == q.shape and lse.shape == (4, total_q) and (out == 0).all() and (lse == float("-inf")).all()
-    assert all((g == 0).all() for g in torch.autograd.grad(out.sum(), (q, k, v)))
+@pytest.mark.parametrize("name", EDGES)
+def test_varlen_attention_at_the_edges(name):
+    check_edge(name, "cpu")
 
 
 def test_varlen_attention_keeps_its_plan():

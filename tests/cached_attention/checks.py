@@ -65,6 +65,8 @@ CASES = [
     pytest.param(Case([[[]]], (5,), 20), id="nothing-at-all"),
     pytest.param(Case([[[(0, 9)], [(9, 30)], [(30, 33)]]], (4, 0, 3), 40), id="group-without-rows"),
     pytest.param(Case([[[(0, 9)]]], (0,), 40), id="no-rows"),
+    pytest.param(Case([[[], []]], (4, 1), 0), id="no-slots"),
+    pytest.param(Case([[[(0, 9)]]], (4,), 40, H=0), id="no-heads"),
     pytest.param(Case([[[(7 * i, 7 * i + 1 + i % 6) for i in range(23)]]], (17,), 170), id="many-ranges"),
     pytest.param(Case([[[(1, 2)]]], (1,), 3, H=1, D=8), id="smallest"),
     pytest.param(Case([[[(0, 130), (140, 199)]]], (70,), 200, H=1, D=128), id="D128"),

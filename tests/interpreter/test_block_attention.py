@@ -5,8 +5,10 @@ import pytest
 import torch
 
 from tests.block_attention.checks import (
+    EDGES,
     blind_plan,
     check_against_reference,
+    check_edge,
     check_infinite_scores,
     check_nan_stays,
     make_inputs,
@@ -113,3 +115,8 @@ def test_nan_stays():
 
 def test_infinite_scores():
     check_infinite_scores("triton")
+
+
+@pytest.mark.parametrize("name", EDGES)
+def test_varlen_attention_at_the_edges(name):
+    check_edge(name, "triton")
