@@ -72,7 +72,7 @@ def save_checkpoint(
 
     Raises:
         ValueError: an extra tensor or an entry of ``training_state`` under a reserved name; tensors that are sharded or
-            on the meta device.
+            on the meta device; weights that are not finite.
         TypeError: a model of another class, an extra that is no tensor, metadata that JSON cannot hold.
         OSError: a file that cannot be written; the message names it. What was there before is unchanged.
     """
@@ -101,6 +101,8 @@ def save_checkpoint(
     settings = json.dumps(config, indent=1) + "\n"
     state = model.state_dict()
     weights, extra = _plain({name: state[key] for name, key in bare_names(state).items()}), _plain(extra)
+    # nothing could load it, and it would take the place of what can be loaded
+    check_finite(weights | {k: v for k, v in extra.items() if k.startswith(_TEXT_KEY)}, "save_checkpoint: ")
 
     def tensors(of: dict[str, Tensor]) -> Callable[[Path], None]:
         return lambda path: save_file(of, path, {"format": "pt", SAVE_ID: save_id})

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 from wam_kernels import HISTORIES, PROGRAMS
@@ -38,7 +38,7 @@ from .policy import Policy
 from .rollout import CONDITIONAL_CHUNK, RolloutConfig
 from .text import WordEmbedding, words_of
 from .training import MOST, TrainingConfig, training_step
-from .weights import check_finite, load_weights
+from .weights import check_finite, few, load_weights
 
 SCHEDULES = ("constant", "cosine", "decay")
 DECAY = 0.5  # part of a "decay" run, its end, over which the learning rate falls
@@ -664,28 +664,50 @@ def _restore(
 
     def load_optimizers(states: Sequence[dict]) -> None:
         for optimizer, state in zip(optimizers, states, strict=True):
-            optimizer.load_state_dict(state)
-            for p, held in optimizer.state.items():
-                if set(held) != MOMENTA[type(optimizer)]:
-                    raise ValueError(f"must hold {sorted(MOMENTA[type(optimizer)])} of a parameter, got {sorted(held)}")
-                for name in held.keys() - {"step"}:
-                    if held[name].shape != p.shape:
-                        raise ValueError(
-                            f"{name} must be {list(p.shape)} as its parameter, got {list(held[name].shape)}"
-                        )
-                check_finite(held)
+            own = optimizer.state_dict()["param_groups"]
+            if [g["params"] for g in state["param_groups"]] != [g["params"] for g in own]:
+                raise ValueError("param_groups must be of the parameters of this model, got others")
+            params = [p for g in optimizer.param_groups for p in g["params"]]
+            if not state["state"] or not set(state["state"]) <= set(range(len(params))):
+                raise ValueError(f"state must be of parameters 0 to {len(params) - 1}, got {few(list(state['state']))}")
+            for i, held in state["state"].items():
+                _check_momenta(held, params[i], MOMENTA[type(optimizer)], step)
+            # the settings are those of the config
+            optimizer.load_state_dict({"state": state["state"], "param_groups": own})
 
+    def load_all_weights(weights: Mapping[str, Tensor]) -> None:
+        unused = load_weights(learner, weights)
+        if unused:
+            raise ValueError(f"keys that the model does not have: {few(unused)}")
+        check_finite(learner.state_dict())
+
+    names = {"step", "planned", "generator", "weights", "optimizers"}
+    if not set(resume.training_state) <= names:
+        unknown = sorted(map(str, set(resume.training_state) - names))
+        raise ValueError(f"{file}: unknown entries {unknown}; resume with the version that wrote it")
     step = take("step", lambda value: whole("it", value, 1))
     planned = take("planned", lambda value: None if value is None else whole("it", value, 1))
     saved = resume.metadata["training"].get("step")
     if saved != step:
         raise ValueError(f"{file}: it is of step {step}, {CONFIG} of step {saved}; take both from one save")
     take("generator", generator.set_state)
-    take("weights", lambda weights: load_weights(learner, weights))
-    take("weights", lambda _: check_finite(learner.state_dict()))
+    take("weights", load_all_weights)
     take("optimizers", load_optimizers)
     # else that run is over, and this one goes beyond
     return step, planned if planned is not None and step < planned else None
+
+
+def _check_momenta(held: Mapping[str, Tensor], p: Tensor, names: set[str], step: int) -> None:
+    """Whether this is what an optimizer holds of a parameter after so many steps."""
+    if set(held) != names:
+        raise ValueError(f"must hold {sorted(names)} of a parameter, got {sorted(held)}")
+    for name, value in held.items():
+        shape = [] if name == "step" else list(p.shape)
+        if not value.is_floating_point() or list(value.shape) != shape:
+            raise ValueError(f"{name} must be floats {shape} as its parameter, got {value.dtype} {list(value.shape)}")
+    check_finite(held)
+    if "step" in held and not 1 <= held["step"] <= step:
+        raise ValueError(f"step of a parameter must be from 1 to {step}, got {held['step']:g}")
 
 
 @torch.no_grad()

@@ -127,12 +127,12 @@ def few(names: list[str]) -> str:
     return f"{names[:3]}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
 
-def check_finite(named: Mapping[str, Tensor]) -> None:
+def check_finite(named: Mapping[str, Tensor], where: str = "") -> None:
     """One pass over the numbers. Raises ValueError that names the first tensor with a NaN or an infinity."""
     for name, value in named.items():
         if value.numel() and not all(map(math.isfinite, torch.stack(value.detach().aminmax()).tolist())):
             raise ValueError(
-                f"{name} must hold finite numbers, got {value.numel() - int(value.isfinite().sum())} others"
+                f"{where}{name} must hold finite numbers, got {value.numel() - int(value.isfinite().sum())} others"
             )
 
 

@@ -1,9 +1,11 @@
 """Configs, strict loading, checkpoint folders, the text slot, the public names."""
 
+import copy
 import dataclasses
 import errno
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -382,6 +384,10 @@ def test_what_cannot_be_saved_is_noticed_first(tmp_path):
         for folder in ("a", "b"):
             with pytest.raises(error):
                 save_checkpoint(tmp_path / folder, model, **options)
+    lost = copy.deepcopy(model)
+    torch.nn.init.constant_(lost.core.proj_out.bias, math.inf)
+    with pytest.raises(ValueError, match=r"save_checkpoint: core.proj_out.bias must hold finite numbers, got 4 others"):
+        save_checkpoint(tmp_path / "a", lost)
     with pytest.raises(Exception, match="pickle"):
         save_checkpoint(tmp_path / "a", model, training_state={"step": 2, "f": lambda: 0})
     assert step_of(tmp_path / "a") == 1 and sorted(os.listdir(tmp_path / "a")) == FILES
