@@ -660,7 +660,8 @@ def _restore(
         try:
             return use(resume.training_state[name])
         except Exception as error:  # what is damaged can raise anything
-            raise ValueError(f"{file}: {name}: {error}; resume from another checkpoint") from error
+            kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+            raise ValueError(f"{file}: {name}: {kind}{error}; resume from another checkpoint") from error
 
     def load_optimizers(states: Sequence[dict]) -> None:
         for optimizer, state in zip(optimizers, states, strict=True):
