@@ -61,12 +61,11 @@ def randn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 def attention_cases(backward: bool) -> Iterator[Case]:
     sizes = [(D, torch.bfloat16, rows) for D in (64, 128) for rows in (32, 64, 128)]
-    for D, dtype, rows in [*sizes, (64, torch.float32, 64), (128, torch.float32, 64)]:
+    for D, dtype, rows in [*sizes, *((D, torch.float32, rows) for D in (64, 128) for rows in (64, 128))]:
         chunk, window = (1, 8) if rows == 32 else (4, 64)
         work = packed(9360, heads=24, head_dim=D, chunk=chunk, window=window)
         q, k, v, dout = work.inputs("cuda", dtype, 0)
-        step = min(rows, 64)
-        plan = compile_plan([work.samples], device="cuda", tile=TileShape(rows, step, key_rows=step))
+        plan = compile_plan([work.samples], device="cuda", tile=TileShape(rows, min(rows, 64), key_rows=rows))
 
         def forward(q=q, k=k, v=v, plan=plan) -> tuple[Tensor, ...]:
             return (block_attention(q, k, v, plan, impl="triton"),)
@@ -131,7 +130,8 @@ def qk_cases() -> Iterator[Case]:
 # op -> (the module whose import declares it tunable, its candidates, its cases)
 TARGETS: dict[str, tuple[str, list, Callable[[], Iterator[Case]]]] = {
     "block_attention.forward": ("wam_kernels.block_attention.config", STAGED, lambda: attention_cases(False)),
-    "block_attention.backward": ("wam_kernels.block_attention.config", STAGED, lambda: attention_cases(True)),
+    "block_attention.dq": ("wam_kernels.block_attention.config", STAGED, lambda: attention_cases(True)),
+    "block_attention.dkdv": ("wam_kernels.block_attention.config", STAGED, lambda: attention_cases(True)),
     # with the launches that were just tuned
     "plan.tile_shape": ("wam_kernels.plan", TILES, tile_cases),
     "adaln.forward_warps": ("wam_kernels.adaln.config", list(WARPS), lambda: adaln_cases(False)),

@@ -72,10 +72,12 @@ def tile_shape(long_window: bool) -> TileShape:
 
     Small windows waste most of a large tile (LIBERO ``joint``, chunk 1, window 8: 0.57 of 64 x 64 is useful, 0.79
     of 32 x 32); long ones want the 64-row tensor-core instruction (chunk 4, window 64: 0.96 of 64 x 64 is useful).
-    128 query rows would read keys and values half as often, for 0.92 useful. The efficiencies are counted; which tile
-    is fastest is not yet measured on a GPU: ``wam bench tune`` tries them.
+    128 query rows would read keys and values half as often, for 0.92 useful. Key tiles of long windows have 128 rows:
+    the sums of dk and dv of 64 do not fit into the registers of one warpgroup, and a second one would compute the same
+    scores once more. The efficiencies are counted; which tile is fastest is not yet measured on a GPU: ``wam bench
+    tune`` tries them.
     """
-    return TileShape(64, 64) if long_window else TileShape(32, 32)
+    return TileShape(64, 64, key_rows=128) if long_window else TileShape(32, 32)
 
 
 class Side:

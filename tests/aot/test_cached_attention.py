@@ -31,10 +31,10 @@ def build_part(rows: int, D: int, dtype: str) -> Compiled:
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     launch = config.forward(rows, D, torch_dtype.itemsize)
     constants = kernel_triton._constants(launch, D, torch_dtype)
-    return build(
-        kernel_triton._cached_attention_part_kernel, constants, dtype,
-        num_warps=launch.num_warps, num_stages=launch.num_stages,
-    )  # fmt: skip
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    built = build(kernel_triton._cached_attention_part_kernel, constants, dtype, **options)
+    assert built.repeated == (), "several warps compute the same part of a product"
+    return built
 
 
 @pytest.mark.parametrize("D", [64, 128])
@@ -45,6 +45,8 @@ def test_large_tiles_use_wgmma_without_spills(D):
     # the next steps' slots arrive in 16-byte copies behind the arithmetic
     copies = re.findall(r"cp\.async\.\w+\S* \[[^\]]*\], \[[^\]]*\], (\w+)", built.ptx)
     assert set(copies) == {"0x10"}
+    # scores are scaled in an FFMA; what is left scales the sums
+    assert all(loop.count["FMUL"] < D // 2 + 8 for loop in built.loops)
     # config.PROGRAMS counts on two programs an SM: shared memory (with 1 KB of the system's each) and registers
     assert 2 * (built.shared_bytes + 1024) <= 233_472 and built.registers <= 255
 

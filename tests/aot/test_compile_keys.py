@@ -6,7 +6,7 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from tests.geometries import libero, small
-from wam_kernels import PROGRAMS, compile_plan
+from wam_kernels import PROGRAMS, TileShape, compile_plan
 from wam_kernels.block_attention import config, kernel_triton
 from wam_kernels.programs import lingbot_va_train
 
@@ -19,10 +19,10 @@ def launch_key(plan, B: int, H: int, D: int, side) -> str:
     q = torch.empty_strided((B, plan.length, H, D), (plan.length * H * D, H * D, D, 1), dtype=torch.bfloat16)
     lse = torch.empty(B, H, plan.length)
     launch = config.forward(D, q.itemsize, side.shape.rows)
+    _, constants = kernel_triton._constants(side.tensors(), side.shape.step, q, q, launch)
     _, specialization, options = bind(
         q, q, q, q, lse, *side.tensors(), *kernel_triton._strides(q, q, q, q), plan.length, H, D**-0.5,
-        **kernel_triton._constants(side.tensors(), side.shape.step, q, q),
-        num_warps=launch.num_warps, num_stages=launch.num_stages, debug=False,
+        **constants, debug=False,
     )  # fmt: skip
     return str((specialization, sorted(options.items())))
 
@@ -63,4 +63,4 @@ def test_a_key_is_sensitive():
 
 
 def libero_tile():
-    return compile_plan(libero(4, 64)).queries.shape
+    return TileShape(64, 64)

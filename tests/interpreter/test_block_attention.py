@@ -18,7 +18,8 @@ from tests.block_attention.checks import (
 )
 from tests.geometries import libero, small
 from tests.interpreter.bf16 import pack, unpack
-from wam_kernels import PROGRAMS, TileShape, compile_plan
+from wam_kernels import PROGRAMS, Ranges, TileShape, compile_plan
+from wam_kernels.block_attention import config
 
 
 def test_interpreted_bf16_rounds_like_torch():
@@ -70,6 +71,15 @@ def test_shapes_and_dtypes(plan, B, H, D, dtype):
 )
 def test_grouped_query_heads_and_rectangular_plans(plan, B, H, kv_heads, D, dtype):
     check_against_reference(plan, make_inputs(plan, B, H, D, dtype, kv_heads=kv_heads), "triton")
+
+
+def test_pieces_of_tiles_and_sums_apart(monkeypatch):
+    # what the largest rows do: a program owns a half of a tile, and dk and dv are launches of their own
+    for name in ("forward", "dq", "dkdv"):
+        monkeypatch.setattr(config, name, lambda D, itemsize, rows: config.Config(rows // 2, 4, 1))
+    monkeypatch.setattr(config, "dkdv_launches", lambda *_: ({"DK": False, "DV": True}, {"DK": True, "DV": False}))
+    plan = compile_plan(Ranges([(0, 20), (9, 28)], [(0, 24), (10, 30)], 28, 30), tile=TileShape(32, 16))
+    check_against_reference(plan, make_inputs(plan, 1, 2, 16, torch.float32, kv_heads=1), "triton")
 
 
 def test_full_steps_are_walked():

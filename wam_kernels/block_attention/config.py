@@ -1,7 +1,8 @@
 """Launch choices for block attention, and what is known about each.
 
 Nothing here has been timed on a GPU yet: the choices follow from the counted efficiency of the tiles (``plan.py``)
-and from ahead-of-time compilation for sm_90 (``tests/aot``): registers, spills, and the tensor-core instruction.
+and from ahead-of-time compilation for sm_90 (``tests/aot``): registers, spills, the tensor-core instruction, and which
+warps compute which part of a product.
 """
 
 from dataclasses import dataclass
@@ -16,8 +17,9 @@ DEFAULT_IMPL = {"cpu": "cpu", "cuda": "triton"}
 
 @dataclass(frozen=True)
 class Config:
-    """Triton launch options of one kernel."""
+    """Triton launch options of one kernel: rows of a program, which divide those of a tile, warps and stages."""
 
+    rows: int
     num_warps: int
     num_stages: int
 
@@ -29,24 +31,48 @@ def block_d(D: int) -> int:
 
 @tuned("block_attention.forward")
 def forward(D: int, itemsize: int, rows: int) -> Config:
-    # 4 warps: one warpgroup owns 64 rows, those of a wgmma tile; from D = 256 on its accumulator needs two.
     # 3 stages, where they fit: two steps are on their way behind the one that is computed, and as many blocks live on
     # an SM as with 2 (three at D = 64, two at D = 128)
     row = block_d(D) * itemsize  # bytes of one token of one operand
-    return Config(num_warps=4 if block_d(D) <= 128 and rows <= 64 else 8, num_stages=_stages(row, itemsize))
+    return _config(rows if row <= 256 else min(rows, 64), _stages(row, itemsize))
 
 
-@tuned("block_attention.backward")
-def backward(D: int, itemsize: int, rows: int) -> Config:
-    # two accumulators of [64, D] and three [64, 64] products live at once: 8 warps from 256 bytes a row on, or they
-    # spill. Registers let one block live on an SM there, so its copies must hide behind its own products: 3 stages
+@tuned("block_attention.dq")
+def dq(D: int, itemsize: int, rows: int) -> Config:
+    # 64 rows of 256 bytes by 4 warps take all registers of two blocks an SM, whose shared memory holds 2 stages of both
     row = block_d(D) * itemsize
-    return Config(num_warps=8 if row >= 256 or rows > 64 else 4, num_stages=_stages(row, itemsize) if row <= 256 else 1)
+    return _config(rows if row <= 256 else min(rows, 64), min(_backward_stages(row, itemsize), 3 if row < 256 else 2))
+
+
+@tuned("block_attention.dkdv")
+def dkdv(D: int, itemsize: int, rows: int) -> Config:
+    # 128 rows by 8 warps: one block lives on an SM, so its copies must hide behind its own products: 3 stages
+    row = block_d(D) * itemsize
+    return _config(rows if row <= 256 else min(rows, 64), _backward_stages(row, itemsize))
+
+
+def dkdv_launches(D: int, itemsize: int) -> tuple[dict[str, bool], ...]:
+    """Which of dk and dv each launch of their kernel makes. Beyond 256 bytes a row the sums of both do not fit into
+    registers: apart they cost five products for four, and no spills.
+    """
+    if block_d(D) * itemsize <= 256:
+        return ({"DK": True, "DV": True},)
+    return {"DK": False, "DV": True}, {"DK": True, "DV": False}
+
+
+def _config(rows: int, num_stages: int) -> Config:
+    # one warpgroup for each 64 rows, those of a wgmma tile: a second one would compute the same rows of q k once more
+    return Config(rows, num_warps=4 if rows <= 64 else 8, num_stages=num_stages)
 
 
 def _stages(row: int, itemsize: int) -> int:
     # float32: twice the bytes and three products, so that a third stage costs a block of the SM
     return 3 if row <= (256 if itemsize == 2 else 128) else 2 if row <= 512 else 1
+
+
+def _backward_stages(row: int, itemsize: int) -> int:
+    # the longest float32 rows, two operands of 64 beside those of a step, leave no room for a second stage
+    return 1 if row > 256 and itemsize == 4 else _stages(row, itemsize)
 
 
 def fits_triton(D: int, itemsize: int) -> bool:

@@ -4,8 +4,8 @@
     backward  p = exp(s - lse);  ds = p (dout v^T - delta);  delta = rowsum(dout out) - dlse
               dq = scale ds k;  dk = scale ds^T q;  dv = p^T dout
 
-One program owns one tile of rows (queries for the forward and dq, keys for dk and dv) of one head and walks that tile's
-steps (``wam_kernels.plan``): first the full steps, which need no mask, then the partial ones, where a row sees
+One program owns one tile of rows (queries for the forward and dq, keys for dk and dv), or one of PIECES equal pieces of
+it where a whole one does not fit into registers or shared memory, of one head and walks that tile's steps (``wam_kernels.plan``): first the full steps, which need no mask, then the partial ones, where a row sees
 token t iff lo <= t < hi for one of its RANGES ranges. Tiles come heaviest first. No atomics: every output row is
 written by one program in a fixed order, so results are the same from run to run.
 
@@ -118,15 +118,16 @@ def _block_attention_fwd_kernel(
     stride_v_b, stride_v_s, stride_v_h, stride_out_b, stride_out_s, stride_out_h,
     S, H, scale,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-    RANGES: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    PIECES: tl.constexpr, RANGES: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    tile, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    piece, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tile = piece // PIECES
     # a plan of one batch element serves them all: the grid's third axis counts them
     b = (tl.load(tiles_ptr + tile * 5) + tl.program_id(2)).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     in_d = (d < D)[None, :]
-    rows = tl.load(rows_ptr + tile * BLOCK_R + tl.arange(0, BLOCK_R))
-    group = tl.load(groups_ptr + tile * BLOCK_R + tl.arange(0, BLOCK_R))
+    rows = tl.load(rows_ptr + piece * BLOCK_R + tl.arange(0, BLOCK_R))
+    group = tl.load(groups_ptr + piece * BLOCK_R + tl.arange(0, BLOCK_R))
     is_row = (rows >= 0)[:, None]
 
     q = tl.load(
@@ -180,18 +181,19 @@ def _block_attention_bwd_dq_kernel(
     stride_out_b, stride_out_s, stride_out_h,
     S, H, scale,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-    RANGES: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    PIECES: tl.constexpr, RANGES: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dq of one query tile; also leaves delta and lse2, lse in base 2, both [B, H, S], for the dk, dv kernel.
 
     out and dq share strides.
     """
-    tile, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    piece, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tile = piece // PIECES
     b = (tl.load(tiles_ptr + tile * 5) + tl.program_id(2)).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     in_d = (d < D)[None, :]
-    rows = tl.load(rows_ptr + tile * BLOCK_R + tl.arange(0, BLOCK_R))
-    group = tl.load(groups_ptr + tile * BLOCK_R + tl.arange(0, BLOCK_R))
+    rows = tl.load(rows_ptr + piece * BLOCK_R + tl.arange(0, BLOCK_R))
+    group = tl.load(groups_ptr + piece * BLOCK_R + tl.arange(0, BLOCK_R))
     is_row = (rows >= 0)[:, None]
 
     q = tl.load(
@@ -234,10 +236,11 @@ def _block_attention_bwd_dq_kernel(
         is_token = (tokens >= 0)[:, None]
         k = tl.load(_row_pointers(k_base, tokens, stride_k_s, d), mask=is_token & in_d, other=0.0)
         v = tl.load(_row_pointers(v_base, tokens, stride_v_s, d), mask=is_token & in_d, other=0.0)
+        seen = _sees(bounds_ptr, group, tokens, RANGES)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * to_base2 - lse[:, None])
         ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         # where masked it may be anything: a score may exceed lse by any amount
-        ds = tl.where(_sees(bounds_ptr, group, tokens, RANGES), ds, 0.0)
+        ds = tl.where(seen, ds, 0.0)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
     dq_at = _row_pointers(dq_ptr + out_at, rows, stride_out_s, d)
@@ -254,18 +257,20 @@ def _block_attention_bwd_dkdv_kernel(
     stride_dk_b, stride_dk_s, stride_dk_h,
     S, H, scale,
     D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-    RANGES: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    PIECES: tl.constexpr, RANGES: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    DK: tl.constexpr, DV: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of one key tile of one key head h: rows are keys, steps are queries, products are transposed.
 
-    dk and dv share strides. Query heads and steps come in a fixed order, so their sum is the same from run to run.
+    Only one of them, if DK or DV says so: two sums of 256 channels do not fit into registers. dk and dv share strides. Query heads and steps come in a fixed order, so their sum is the same from run to run.
     """
-    tile, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    piece, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
+    tile = piece // PIECES
     b = (tl.load(tiles_ptr + tile * 5) + tl.program_id(2)).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     in_d = (d < D)[None, :]
-    rows = tl.load(rows_ptr + tile * BLOCK_R + tl.arange(0, BLOCK_R))
-    group = tl.load(groups_ptr + tile * BLOCK_R + tl.arange(0, BLOCK_R))
+    rows = tl.load(rows_ptr + piece * BLOCK_R + tl.arange(0, BLOCK_R))
+    group = tl.load(groups_ptr + piece * BLOCK_R + tl.arange(0, BLOCK_R))
     is_row = (rows >= 0)[:, None]
 
     k_base = k_ptr + b * stride_k_b + h * stride_k_h
@@ -293,9 +298,11 @@ def _block_attention_bwd_dkdv_kernel(
         lse = tl.load(lse2_ptr + row_at)
         delta = tl.load(delta_ptr + row_at)
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * to_base2 - lse[None, :])
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        if DV:
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        if DK:
+            ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
     part_begin, part_end = tl.load(tiles_ptr + tile * 5 + 3), tl.load(tiles_ptr + tile * 5 + 4)
     listed = _listed_tokens(part_ptr, part_begin, part_end, BLOCK_P)
@@ -313,35 +320,46 @@ def _block_attention_bwd_dkdv_kernel(
         row_at = (b * H + h_q) * S + tokens
         lse = tl.load(lse2_ptr + row_at, mask=is_token, other=0.0)
         delta = tl.load(delta_ptr + row_at, mask=is_token, other=0.0)
-        s = tl.dot(k, tl.trans(q), input_precision=PRECISION) * to_base2 - lse[None, :]
         seen = _sees(bounds_ptr, group, tokens, RANGES)
-        p = tl.where(seen, tl.exp2(s), 0.0)
-        dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
-        ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
-        ds = tl.where(seen, ds, 0.0)
-        dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
+        p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * to_base2 - lse[None, :])
+        p = tl.where(seen, p, 0.0)
+        if DV:
+            dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
+        if DK:
+            ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
+            ds = tl.where(seen, ds, 0.0)
+            dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
     some = _sees_any(bounds_ptr, group, RANGES)[:, None]
-    dk, dv = tl.where(some, dk * scale, 0.0), tl.where(some, dv, 0.0)
     at = b * stride_dk_b + h * stride_dk_h
-    tl.store(_row_pointers(dk_ptr + at, rows, stride_dk_s, d), dk.to(dk_ptr.dtype.element_ty), mask=is_row & in_d)
-    tl.store(_row_pointers(dv_ptr + at, rows, stride_dk_s, d), dv.to(dv_ptr.dtype.element_ty), mask=is_row & in_d)
+    if DK:
+        dk = tl.where(some, dk * scale, 0.0).to(dk_ptr.dtype.element_ty)
+        tl.store(_row_pointers(dk_ptr + at, rows, stride_dk_s, d), dk, mask=is_row & in_d)
+    if DV:
+        dv = tl.where(some, dv, 0.0).to(dv_ptr.dtype.element_ty)
+        tl.store(_row_pointers(dv_ptr + at, rows, stride_dk_s, d), dv, mask=is_row & in_d)
 
 
-def _constants(side: list[Tensor], full_step: int, q: Tensor, k: Tensor) -> dict[str, object]:
-    _, rows, _, bounds, _, part = side
-    D = q.shape[-1]
-    return {
+def _constants(
+    side: list[Tensor], full_step: int, q: Tensor, k: Tensor, launch: config.Config
+) -> tuple[int, dict[str, object]]:
+    """Programs of the grid's first axis, and what a launch is compiled for."""
+    tiles, rows, _, bounds, _, part = side
+    D, pieces = q.shape[-1], rows.shape[1] // launch.rows
+    return tiles.shape[0] * pieces, {
         "D": D,
-        "BLOCK_R": rows.shape[1],
+        "BLOCK_R": launch.rows,
         "BLOCK_T": full_step,
         "BLOCK_P": part.shape[1],
         "BLOCK_D": config.block_d(D),
+        "PIECES": pieces,
         "RANGES": bounds.shape[1],
         "GROUP": q.shape[2] // k.shape[2],
         # float32 means float32: one tf32 product would miss the error budget by a factor of a thousand, three do not
         # (and "ieee" leaves the tensor cores: 64 x 64 tiles then spill 100 KB and take a minute to compile)
         "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
     }
 
 
@@ -360,10 +378,10 @@ def forward(
         return out, lse
     check_grid("block_attention", B=B if shared else 1, H=H)
     launch = config.forward(D, q.itemsize, queries[1].shape[1])
-    _block_attention_fwd_kernel[(queries[0].shape[0], H, B if shared else 1)](
-        q, k, v, out, lse, *queries, *_strides(q, k, v, out), S, H, scale,
-        **_constants(queries, full_step, q, k), num_warps=launch.num_warps, num_stages=launch.num_stages,
-    )  # fmt: skip
+    programs, constants = _constants(queries, full_step, q, k, launch)
+    _block_attention_fwd_kernel[(programs, H, B if shared else 1)](
+        q, k, v, out, lse, *queries, *_strides(q, k, v, out), S, H, scale, **constants
+    )
     return out, lse
 
 
@@ -372,20 +390,23 @@ def backward(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     queries: list[Tensor], keys: list[Tensor], full_step: int, shared: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv in the shapes of q, k, v, contiguous. Two launches, the second reads what the first leaves."""
+    """dq, dk, dv in the shapes of q, k, v, contiguous. The launch for dk and dv reads what that for dq leaves."""
     B, S, H, D = q.shape
     if q.numel() == 0:
         return tuple(t.new_zeros(t.shape) for t in (q, k, v))
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
-    launch = config.backward(D, q.itemsize, queries[1].shape[1])
-    _block_attention_bwd_dq_kernel[(queries[0].shape[0], H, B if shared else 1)](
+    launch = config.dq(D, q.itemsize, queries[1].shape[1])
+    programs, constants = _constants(queries, full_step, q, k, launch)
+    _block_attention_bwd_dq_kernel[(programs, H, B if shared else 1)](
         dout, dlse, q, k, v, out, lse, dq, delta, lse2, *queries, *_strides(dout, q, k, v, out), S, H, scale,
-        **_constants(queries, full_step, q, k), num_warps=launch.num_warps, num_stages=launch.num_stages,
+        **constants,
     )  # fmt: skip
-    launch = config.backward(D, q.itemsize, keys[1].shape[1])
-    _block_attention_bwd_dkdv_kernel[(keys[0].shape[0], k.shape[2], B if shared else 1)](
-        dout, q, k, v, lse2, delta, dk, dv, *keys, *_strides(dout, q, k, v, dk), S, H, scale,
-        **_constants(keys, full_step, q, k), num_warps=launch.num_warps, num_stages=launch.num_stages,
-    )  # fmt: skip
+    launch = config.dkdv(D, q.itemsize, keys[1].shape[1])
+    programs, constants = _constants(keys, full_step, q, k, launch)
+    for outputs in config.dkdv_launches(D, q.itemsize):
+        _block_attention_bwd_dkdv_kernel[(programs, k.shape[2], B if shared else 1)](
+            dout, q, k, v, lse2, delta, dk, dv, *keys, *_strides(dout, q, k, v, dk), S, H, scale,
+            **constants, **outputs,
+        )  # fmt: skip
     return dq, dk, dv
