@@ -496,9 +496,8 @@ def _holes(lo: np.ndarray, hi: np.ndarray, heads: np.ndarray, cut_lo: np.ndarray
     some = hi != NOWHERE
     # the ranges of all tiles and columns end to end: one running maximum serves them all
     begin, end = ((of_range << 32) + lo)[some], ((of_range << 32) + hi)[some]
-    if (begin[1:] < begin[:-1]).any():
-        order = np.argsort(begin)
-        begin, end = begin[order], end[order]
+    order = np.argsort(begin)
+    begin, end = begin[order], end[order]
     reach = np.maximum.accumulate(end)[:-1]
     hole = np.flatnonzero((begin[1:] > reach) & (begin[1:] >> 32 == reach >> 32))
     of_range, first, end = begin[hole + 1] >> 32, reach[hole] & 0xFFFFFFFF, begin[hole + 1] & 0xFFFFFFFF

@@ -46,7 +46,8 @@ class Compiled:
     copies_behind: tuple[
         int, ...
     ]  # of each pipelined loop: groups of copies that may still be under way when it computes
-    repeated: tuple[str, ...]  # products of which several warps compute the same part
+    products: int  # tl.dot
+    repeated: tuple[str, ...]  # those of which several warps compute the same part
     ptx: str
 
 
@@ -78,6 +79,7 @@ def compile_sm90(kernel, types: dict[str, str], constants: dict, *, num_warps: i
         wgmma=len(re.findall(r"wgmma\.mma_async", ptx)),
         wgmma_serialised="C7511" in report or "C7510" in report,
         copies_behind=_copies_behind(built.asm["ttgir"]),
+        products=len(_products(built.asm["ttgir"])),
         repeated=_repeated(built.asm["ttgir"]),
         ptx=ptx,
     )
@@ -103,6 +105,11 @@ def _loops(sass: str) -> tuple[Loop, ...]:
     return tuple(Loop(c) for c in counts if c["HGMMA"] or c["HMMA"])
 
 
+def _products(ttgir: str) -> list[tuple[str, str, str]]:
+    """Rows, columns and name of the layout of each result."""
+    return re.findall(r"(?:warp_group_dot|tt\.dot) .*-> tensor<(\d+)x(\d+)xf32, #(\w+)>", ttgir)
+
+
 def _repeated(ttgir: str) -> tuple[str, ...]:
     """Products whose warps reach beyond the result, and so come round to parts that another warp computes as well."""
     layouts = {
@@ -110,11 +117,9 @@ def _repeated(ttgir: str) -> tuple[str, ...]:
                for key in ("warpsPerCTA", "instrShape")]
         for name, fields in re.findall(r"#(\w+) = #ttg.nvidia_mma<\{(.*)\}>", ttgir)
     }  # fmt: skip
-    products = re.findall(r"(?:warp_group_dot|tt\.dot) .*-> tensor<(\d+)x(\d+)xf32, #(\w+)>", ttgir)
-    assert products, "no tl.dot was found: has Triton another name for it?"
     return tuple(
         f"[{rows}, {columns}] by warps {warps} of {shape}"
-        for rows, columns, layout in products
+        for rows, columns, layout in _products(ttgir)
         for warps, shape in [layouts[layout]]
         if warps[0] * shape[0] > int(rows) or warps[1] * shape[1] > int(columns)
     )

@@ -33,7 +33,7 @@ def build_part(rows: int, D: int, dtype: str) -> Compiled:
     constants = kernel_triton._constants(launch, D, torch_dtype)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     built = build(kernel_triton._cached_attention_part_kernel, constants, dtype, **options)
-    assert built.repeated == (), "several warps compute the same part of a product"
+    assert built.products and built.repeated == (), "several warps compute the same part of a product"
     return built
 
 
