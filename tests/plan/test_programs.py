@@ -197,7 +197,7 @@ TYPICAL = [
     (
         "lingbot_va_train",
         dict(samples=1, video_frames=26, video_tokens=120, action_frames=26, action_tokens=16, chunk_size=2, window=64),
-        0.95,
+        0.91,
     ),
     (
         "lingbot_va_train",
@@ -210,7 +210,7 @@ TYPICAL = [
         dict(video_frames=9, video_tokens=880, frames_per_block=2, action_tokens=24, state_tokens=1, window=9),
         0.98,
     ),
-    ("dreamzero_cached", dict(cached=3520, video=1760, actions=24, states=1), 0.99),
+    ("dreamzero_cached", dict(cached=3520, video=1760, actions=24, states=1), 0.98),
     ("cosmos_policy", dict(frames=9, tokens=196), 0.96),
     ("prefix_suffix", dict(prefix=968, actions=50), 0.94),
     ("tri_tower", dict(video=1200, actions=50, understanding=100), 0.94),
