@@ -13,10 +13,13 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import pytest
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import CUDABackend
 from triton.compiler import ASTSource
 
+H100 = GPUTarget("cuda", 90, 32)
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 
 
@@ -53,6 +56,54 @@ class Compiled:
 
 def compile_sm90(kernel, types: dict[str, str], constants: dict, *, num_warps: int, num_stages: int) -> Compiled:
     """``types`` maps every non-constexpr argument to Triton's name of its type (``*bf16``, ``i32``, ``fp32``)."""
+    options = {"num_warps": num_warps, "num_stages": num_stages}
+    built = triton.compile(_source(kernel, types, constants), target=H100, options=options)
+    ptx = built.asm["ptx"]
+    with tempfile.TemporaryDirectory() as folder:
+        path, cubin = os.path.join(folder, "kernel.ptx"), os.path.join(folder, "kernel.cubin")
+        Path(path).write_text(ptx)
+        report = _run("ptxas", "-v", "-arch=sm_90a", path, "-o", cubin).stderr
+        sass = _run("nvdisasm", "-c", cubin).stdout
+    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
+    ttgir = built.asm["ttgir"]
+    return Compiled(
+        registers=int(re.search(r"Used (\d+) registers", report).group(1)),
+        spill_bytes=sum(spills),
+        loops=_loops(sass),
+        shared_bytes=built.metadata.shared,
+        wgmma=len(re.findall(r"wgmma\.mma_async", ptx)),
+        wgmma_serialised="C7511" in report or "C7510" in report,
+        copies_behind=_copies_behind(ttgir),
+        products=len(_products(ttgir)),
+        repeated=_repeated(ttgir),
+        ptx=ptx,
+    )
+
+
+def repeated_products(
+    kernel, types: dict[str, str], constants: dict, *, num_warps: int, num_stages: int
+) -> tuple[str, ...]:
+    """``Compiled.repeated`` alone, for a tenth of the time: the compiler is stopped where layouts are settled."""
+
+    class Settled(Exception):
+        pass
+
+    def stop(_backend, module, *_args):
+        raise Settled(str(module))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CUDABackend, "make_llir", stop)
+        # the cache may have it compiled to the end
+        patch.setattr(triton.knobs.compilation, "always_compile", True)
+        with pytest.raises(Settled) as settled:
+            options = {"num_warps": num_warps, "num_stages": num_stages}
+            triton.compile(_source(kernel, types, constants), target=H100, options=options)
+    ttgir = str(settled.value)
+    assert _products(ttgir), "no tl.dot was found: has Triton another name for it?"
+    return _repeated(ttgir)
+
+
+def _source(kernel, types: dict[str, str], constants: dict) -> ASTSource:
     names = [p.name for p in kernel.params]
     missing = [n for n in names if n not in types and n not in constants]
     assert not missing, f"no type for {missing}"
@@ -61,28 +112,7 @@ def compile_sm90(kernel, types: dict[str, str], constants: dict, *, num_warps: i
     free = {p.name for p in kernel.params if p.do_not_specialize}
     aligned = [n for n in names if n not in constants and n not in free and types[n] != "fp32"]
     attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
-    source = ASTSource(kernel, signature=signature, constexprs=constants, attrs=attrs)
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    ptx = built.asm["ptx"]
-    with tempfile.TemporaryDirectory() as folder:
-        path, cubin = os.path.join(folder, "kernel.ptx"), os.path.join(folder, "kernel.cubin")
-        Path(path).write_text(ptx)
-        report = _run("ptxas", "-v", "-arch=sm_90a", path, "-o", cubin).stderr
-        sass = _run("nvdisasm", "-c", cubin).stdout
-    spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
-    return Compiled(
-        registers=int(re.search(r"Used (\d+) registers", report).group(1)),
-        spill_bytes=sum(spills),
-        loops=_loops(sass),
-        shared_bytes=built.metadata.shared,
-        wgmma=len(re.findall(r"wgmma\.mma_async", ptx)),
-        wgmma_serialised="C7511" in report or "C7510" in report,
-        copies_behind=_copies_behind(built.asm["ttgir"]),
-        products=len(_products(built.asm["ttgir"])),
-        repeated=_repeated(built.asm["ttgir"]),
-        ptx=ptx,
-    )
+    return ASTSource(kernel, signature=signature, constexprs=constants, attrs=attrs)
 
 
 def _run(tool: str, *args: str) -> subprocess.CompletedProcess:

@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 
-from tests.aot.compile import Compiled, compile_sm90
+from tests.aot.compile import Compiled, compile_sm90, repeated_products
 from wam_kernels.block_attention import config, kernel_triton
 from wam_kernels.plan import STEP_PART, tile_shape
 
@@ -20,9 +20,8 @@ INDEX = {f"{name}_ptr" for name in ("tiles", "rows", "groups", "bounds", "full",
 LONG, SHORT = ({"forward": t.rows, "dq": t.rows, "dkdv": t.key_rows or t.rows} for t in map(tile_shape, (True, False)))
 
 
-@cache
-def build(name: str, D: int, rows: int, dtype: str, ranges: int = 4, group: int = 1) -> tuple[Compiled, ...]:
-    """The launches of a kernel for a tile of ``rows``: one, or one for each of dk and dv."""
+def launches(name: str, D: int, rows: int, dtype: str, ranges: int = 4, group: int = 1) -> tuple[dict, ...]:
+    """What a kernel is compiled with for a tile of ``rows``: once, or once for each of dk and dv."""
     kernel, choose = KERNELS[name]
     itemsize = 4 if dtype == "fp32" else 2
     launch = choose(D, itemsize, rows)
@@ -41,17 +40,32 @@ def build(name: str, D: int, rows: int, dtype: str, ranges: int = 4, group: int 
             types[p.name] = f"*{dtype}"
         elif p.name not in (*constants, "DK", "DV"):
             types[p.name] = "fp32" if p.name == "scale" else "i32"
-    launches = config.dkdv_launches(D, itemsize) if name == "dkdv" else ({},)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    return tuple(compile_sm90(kernel, types, constants | outputs, **options) for outputs in launches)
+    outputs = config.dkdv_launches(D, itemsize) if name == "dkdv" else ({},)
+    return tuple({"kernel": kernel, "types": types, "constants": constants | o, **options} for o in outputs)
 
 
-def check(name: str, *args, **options) -> tuple[Compiled, ...]:
-    launches = build(name, *args, **options)
-    for built in launches:
+@cache
+def check(*args, **kwargs) -> tuple[Compiled, ...]:
+    """The arguments of :func:`launches`, compiled."""
+    compiled = tuple(compile_sm90(**launch) for launch in launches(*args, **kwargs))
+    for built in compiled:
         assert built.shared_bytes <= H100_SHARED
-        assert built.products and built.repeated == (), "several warps compute the same part of a product"
-    return launches
+        assert built.products and built.repeated == ()
+    return compiled
+
+
+# the other sizes are compiled to the end below
+@pytest.mark.parametrize("D, dtype", [(72, "bf16"), (256, "bf16"), (64, "fp32"), (128, "fp32")])
+def test_no_warps_compute_the_same_part_of_a_product(D, dtype):
+    for name, rows in [*LONG.items(), *SHORT.items()]:
+        assert not any(repeated_products(**launch) for launch in launches(name, D, rows, dtype)), (name, rows)
+
+
+def test_repeated_products_are_seen():
+    # eight warps on 64 rows, as dq once had: both warpgroups compute all scores
+    (launch,) = launches("dq", 128, 64, "bf16")
+    assert "[64, 64] by warps [8, 1] of [16, 32]" in repeated_products(**launch | {"num_warps": 8})
 
 
 @pytest.mark.parametrize("D", [64, 128])
