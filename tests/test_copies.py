@@ -14,7 +14,6 @@ from wam_kernels import NAMED_PROGRAMS, FrameIndex, Plan, Program, Ranges, Strea
 from wam_kernels.plan import Side
 from wam_kernels.programs import Runs
 
-
 BIG = small(video_frames=40, action_frames=40, video_tokens=20)
 
 

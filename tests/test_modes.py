@@ -4,7 +4,6 @@ import copy
 import gc
 from collections.abc import Callable
 from dataclasses import replace
-from contextlib import nullcontext
 from functools import _lru_cache_wrapper, cache
 
 import pytest

@@ -7,8 +7,9 @@ their keys and values are computed once and stay. Every layer has the same slots
 
 Frame f lies in place ``f % frames`` of each ring. The last two hold the chunk at work: its noisy tokens are
 overwritten at every denoising step, its clean copies are copied into the rings when the chunk is accepted
-(:meth:`keep`), so a chunk that is not accepted leaves no trace. What a query sees is a handful of slot ranges (:meth:`ranges`), which change from
-chunk to chunk but not from step to step; ``cached_attention`` reads them from device memory.
+(:meth:`keep`), so a chunk that is not accepted leaves no trace. What a query sees is a handful of slot ranges
+(:meth:`ranges`), which change from chunk to chunk but not from step to step; ``cached_attention`` reads them from
+device memory.
 """
 
 from __future__ import annotations
