@@ -571,9 +571,10 @@ class RunFolder:
         self.goes_on = saved is not None and resume is not None and saved == (resume.save_id, resume.metadata)
         held = saved is not None or (self.log.exists() and self.log.stat().st_size > 0)
         if held and not self.goes_on and not overwrite:
+            resumed = "" if saved is None else f"go on from {self.checkpoint} with --resume, "
             raise ValueError(
-                f"--out: {out} holds {'a' if resume is None else 'another'} run; go on from its latest checkpoint with "
-                "--resume, lose it with --overwrite (overwrite=True), or name another folder"
+                f"--out: {out} holds {'a' if resume is None else 'another'} run; {resumed}lose it with --overwrite "
+                "(overwrite=True), or name another folder"
             )
 
     @contextmanager

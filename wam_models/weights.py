@@ -68,9 +68,10 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
         if name in given and (misfit := _misfit(own[key], state[given[name]]))
     ]
     if missing or misfits:
+        wrong = [f"{what} {few(keys)}" for what, keys in (("missing keys", missing), ("misfits", misfits)) if keys]
         raise ValueError(
-            f"load_weights: missing keys {few(missing)}, keys that do not fit {few(misfits)}; the checkpoint must come "
-            f"from a model of the same config{_hint(state, missing, given)}"
+            f"load_weights: {', '.join(wrong)}; the checkpoint must come from a model of the same config"
+            f"{_hint(state, missing, given)}"
         )
     values = {key: state[given[name]] for name, key in names.items()}
     meta = {key: values.pop(key) for key in own if own[key].is_meta}
