@@ -94,8 +94,9 @@ def training_step(
     Args:
         model: The model, sharded, compiled or in DistributedDataParallel or not; its parameters' device is where the
             step runs.
-        batch: ``video`` ``[B, C, F, y, x]`` clean latents, ``action`` ``[B, F, n, A]`` normalised (frame 0's are
-            ignored), ``text`` ``[B, L, text_dim]`` raw embeddings, through which the loss differentiates. F at least 2.
+        batch: ``video`` ``[B, C, F, y, x]`` clean latents; ``action`` ``[B, F, n, A]`` normalised, those of frame 0 are
+            ignored, whatever they hold; ``text`` ``[B, L, text_dim]`` raw embeddings, through which the loss
+            differentiates, ignored likewise where an objective has none. F at least 2.
         generator: Source of every random number; its device may differ from the model's.
         config: What is drawn and how it is weighed.
         impl: Backend of ``block_attention``.
@@ -159,7 +160,7 @@ def training_step(
         action,
         Exact(timesteps(video_sigma)),
         Exact(timesteps(action_sigma)),
-        text * keeps_text[:, :, None].to(text.dtype),
+        torch.where(keeps_text[:, :, None] > 0, text, 0),
         plan,
         clean_video_timesteps=Exact(timesteps(history_sigma)),
         impl=impl,
@@ -207,5 +208,5 @@ def _checked(model: WorldActionModel, batch: Mapping[str, Tensor]) -> tuple[Tens
         )
     if text.ndim != 3 or text.shape[0] != B or text.shape[2] != c.text_dim:
         raise ValueError(f"training_step: text must be [{B}, L, {c.text_dim}], got {list(text.shape)}")
-    # losses and noise levels are float32 whatever the data was stored in
-    return wide(video), wide(action), text
+    # losses and noise levels are float32 whatever the data was stored in; no action leads to frame 0
+    return wide(video), wide(torch.cat([torch.zeros_like(action[:, :1]), action[:, 1:]], 1)), text
