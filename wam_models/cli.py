@@ -111,7 +111,9 @@ def _bench(parser: argparse.ArgumentParser) -> None:
     # suite names are checked by bench.run, their one home; its error lists the choices
     parser.add_argument("--suite", action="append", metavar="S", help="run only this one; may be repeated")
     parser.add_argument("--quick", action="store_true", help="small sizes (on a GPU few repeats); records nothing")
-    base = "compare the micro suite of this commit with that of this tree, in one run; with --quick without instructions"
+    base = (
+        "compare the micro suite of this commit with that of this tree, in one run; with --quick without instructions"
+    )
     parser.add_argument("--base", metavar="REF", help=base)
     keep = parser.add_mutually_exclusive_group()
     keep.add_argument("--record", action="store_true", help="append to bench/results even with --quick")
@@ -143,18 +145,17 @@ def make_parser() -> argparse.ArgumentParser:
     # no abbreviations: a script that says --s would change its meaning with the next flag
     parser = _Parser(prog="wam", description="World-action models: train, roll out, look inside.", allow_abbrev=False)
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version of wam-kernels and exit")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, add_flags, line) in COMMANDS.items():
-        command = commands.add_parser(name, help=line, description=line.capitalize() + ".", allow_abbrev=False)
-        add_flags(command)
-        command.set_defaults(parser=command)
+        add_flags(commands.add_parser(name, help=line, description=line.capitalize() + ".", allow_abbrev=False))
     return parser
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    args, unknown = make_parser().parse_known_args(argv)
+    parser = make_parser()
+    args, unknown = parser.parse_known_args(argv)
     if unknown:  # argparse's parse_args would name the help page of ``wam``, not that of the command
-        args.parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     return args
 
 
