@@ -59,7 +59,7 @@ def register_inference(op: str, name: str, samples: Samples, outs: Collection[in
     overload = _overload(name)
 
     def autograd(*inputs):
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs) or _has_tangent(inputs):
+        if torch.is_grad_enabled() and _any_requires_grad(*inputs) or _has_tangent(inputs):
             raise ValueError(
                 f"{op}: is for inference and has no derivative, but an input requires a gradient or has a tangent; use "
                 "torch.no_grad(), and impl='reference' for forward mode"
@@ -76,7 +76,7 @@ def call(overload: Callable, *inputs):
     if (
         torch.compiler.is_compiling()
         or torch.is_grad_enabled()
-        and torch._C._any_requires_grad(*inputs)
+        and _any_requires_grad(*inputs)
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
     ):
@@ -88,6 +88,14 @@ def call(overload: Callable, *inputs):
 def _overload(name: str) -> Callable:
     namespace, _, op_name = name.partition("::")
     return getattr(getattr(torch.ops, namespace), op_name).default
+
+
+def _one_requires_grad(*inputs) -> bool:
+    return any(isinstance(t, Tensor) and t.requires_grad for t in inputs)
+
+
+# PyTorch's own is faster; 2.7 has none
+_any_requires_grad = getattr(torch._C, "_any_requires_grad", _one_requires_grad)
 
 
 def _has_tangent(inputs: tuple) -> bool:
@@ -129,7 +137,7 @@ def _register_function(op: str, name: str, setup_context: Callable, backward: Ca
     function = type(f"Autograd_{name.partition('::')[2]}", (torch.autograd.function._SingleLevelFunction,), methods)
 
     def autograd(*inputs):
-        graded = torch.is_grad_enabled() and torch._C._any_requires_grad(*inputs)
+        graded = torch.is_grad_enabled() and _any_requires_grad(*inputs)
         if not graded and forward_ad._current_level < 0:
             return below(*inputs)
         if not torch._C._are_functorch_transforms_active():

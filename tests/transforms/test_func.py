@@ -5,7 +5,7 @@ import torch
 from torch.func import grad, jvp, vmap
 
 from tests.transforms.checks import OPS, REFUSED, RIGHT, TABLES, N, check_refused, check_right
-from wam_kernels import cached_attention, qk_norm_rope
+from wam_kernels import cached_attention, qk_norm_rope, rope_table
 
 
 @pytest.mark.parametrize("transform", RIGHT.values(), ids=RIGHT)
@@ -116,9 +116,16 @@ def test_a_table_that_requires_a_gradient_is_refused_at_every_level():
     def loss(table):
         return qk_norm_rope(q, k, weight, weight, table, head_dim=8, impl="cpu")[0].sin().sum()
 
-    for ask, table in ((grad(loss), TABLES[0]), (grad(lambda t: vmap(loss)(t).sum()), TABLES)):
+    def of_positions(positions):
+        return loss(rope_table(positions, 8))
+
+    positions = torch.rand(3, 3)
+    asked = (grad(loss), TABLES[0]), (grad(lambda t: vmap(loss)(t).sum()), TABLES), (grad(of_positions), positions)
+    for ask, argument in asked:
         with pytest.raises(ValueError, match="qk_norm_rope: table must not require a gradient"):
-            ask(table)
+            ask(argument)
+    with pytest.raises(NotImplementedError, match="qk_norm_rope: has no forward-mode derivative"):
+        jvp(of_positions, (positions,), (positions,))
 
 
 def test_compiled():

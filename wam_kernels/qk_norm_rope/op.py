@@ -44,9 +44,8 @@ def _forward_out(
 ) -> None:  # fmt: skip
     args = q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, eps, q_out, k_out, v, v_out
     launchers(__package__, impl).forward(*args)
-    # what another graph saved of these tensors is gone: its backward must notice
-    written = (t for t in (q_out, k_out, v_out) if t is not None and not t.is_inference())
-    torch.autograd.graph.increment_version(written)
+    # a graph that saved one of them must notice
+    torch.autograd.graph.increment_version([t for t in (q_out, k_out, v_out) if t is not None])
 
 
 def _backward(

@@ -50,7 +50,8 @@ def rope_table(
         dtype: float32, or float64 for a model that is float64.
 
     Returns:
-        ``[..., S, head_dim // 2, 2]``: (cos, sin), ``dtype``, contiguous, on the device of ``positions``. No gradient.
+        ``[..., S, head_dim // 2, 2]``: (cos, sin), ``dtype``, contiguous, on the device of ``positions``. Plain PyTorch,
+        so differentiable, but ``qk_norm_rope`` has no gradient for a table and refuses one that requires it.
 
     Raises:
         ValueError: a shape, dtype, head_dim, theta or split outside the above.
@@ -79,7 +80,7 @@ def rope_table(
     split = default_split(head_dim) if split is None else integers(_OP, "split", split)
     if len(split) != 3 or any(d % 2 for d in split) or sum(split) != head_dim:
         raise ValueError(f"{_OP}: split must be three even sizes that sum to head_dim={head_dim}, got {split}")
-    positions = positions.detach().double()
+    positions = positions.double()
     if torch.compiler.is_compiling() or not torch.is_inference_mode_enabled():
         return _table(positions, split, theta, dtype)
     with torch.inference_mode(False):  # a training step may use it later on
