@@ -29,8 +29,8 @@ def _block(device: str, **arguments):
     return block_attention(plan=PLAN.to(device), return_lse=True, **arguments)
 
 
-def _varlen(device: str, scale=None, **arguments):
-    return varlen_attention(q_ranges=PAIRS, k_ranges=PAIRS, softmax_scale=scale, return_lse=True, **arguments)
+def _varlen(device: str, **arguments):
+    return varlen_attention(q_ranges=PAIRS, k_ranges=PAIRS, return_lse=True, **arguments)
 
 
 def _cached(device: str, **arguments):
@@ -159,17 +159,17 @@ def test_arrays_are_no_tensors(name):
 @each_op
 def test_numbers(name):
     call, _ = make(name)
-    argument = "scale" if "attention" in name else "eps"
+    argument = {"varlen_attention": "softmax_scale"}.get(name, "scale" if "attention" in name else "eps")
     for one in (1, np.int64(1), np.float32(1)):
         torch.testing.assert_close(call(**{argument: one}), call(**{argument: 1.0}), rtol=0, atol=0)
-    for bad in (
-        float("nan"),
-        float("inf"),
-        "1",
-        True,
-        torch.tensor(1.0),
-        np.float64("nan"),
-        *([-1e-6] * (argument == "eps")),
-    ):
-        with pytest.raises(ValueError, match=rf"{argument} must be a (finite )?number"):
+    negative = [-1e-6] if argument == "eps" else []
+    for bad in (float("nan"), float("inf"), np.float64("nan"), "1", True, torch.tensor(1.0), *negative):
+        with pytest.raises(ValueError, match=rf"{name.removesuffix('-out')}: {argument} must be a (finite )?number"):
             call(**{argument: bad})
+
+
+@each_op
+def test_impl_is_a_name(name):
+    for impl in (["cpu"], 1, "CPU"):
+        with pytest.raises(ValueError, match=r": impl must be None or one of \('reference', 'cpu'"):
+            make(name)[0](impl=impl)

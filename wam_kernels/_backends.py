@@ -51,7 +51,7 @@ def select_backend(
         impl = default.get("cpu" if device == "meta" else device, "reference")
         if x.dtype not in dtypes[impl] or limit and impl in _ON_GPU:
             impl = "reference"
-    if impl not in dtypes:
+    if not isinstance(impl, str) or impl not in dtypes:
         raise ValueError(f"{op}: impl must be None or one of {tuple(dtypes)}, got {impl!r}")
     if impl == "cpu" and device not in ("cpu", "meta"):
         raise ValueError(f"{op}: impl='cpu' needs CPU tensors, got {x.device}; use impl=None")

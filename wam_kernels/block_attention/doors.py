@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .._checks import bind_dims, integer
+from .._checks import bind_dims, integer, number
 from .._host import device_of, eager
 from ..plan import Plan, Sample, compile_plan
 from ..ranges import Ranges
@@ -59,6 +59,8 @@ def varlen_attention(
     """
     dims = bind_dims("varlen_attention", q=(q, "total_q H D"), k=(k, "total_k Hkv D"), v=(v, "total_k Hkv D"))
     queries, keys = dims["total_q"], dims["total_k"]
+    if softmax_scale is not None:
+        softmax_scale = number("varlen_attention", "softmax_scale", softmax_scale)
     plan = _plan_of(q_ranges, k_ranges, queries, keys, q.device)
     # a plan has tokens: where there are none, one that nothing attends to
     q, k, v = (t if t.shape[0] else F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (q, k, v))
