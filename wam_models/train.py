@@ -604,11 +604,12 @@ class RunFolder:
 
 
 def _step(line: bytes) -> float:
-    """Of a row of the log."""
+    """Of a row of the log; infinity where that cannot be read."""
     try:
-        return json.loads(line)["step"]
-    except (ValueError, TypeError, KeyError):
+        step = json.loads(line)["step"]
+    except (ValueError, TypeError, KeyError, RecursionError):
         return math.inf
+    return step if isinstance(step, int) else math.inf
 
 
 def _optimizers(learner: nn.Module, config: TrainConfig) -> tuple[Muon, torch.optim.AdamW]:
@@ -708,6 +709,8 @@ def _check_momenta(held: Mapping[str, Tensor], p: Tensor, names: set[str], step:
         if not value.is_floating_point() or list(value.shape) != shape:
             raise ValueError(f"{name} must be floats {shape} as its parameter, got {value.dtype} {list(value.shape)}")
     check_finite(held)
+    if "exp_avg_sq" in held and held["exp_avg_sq"].min() < 0:
+        raise ValueError(f"exp_avg_sq must be mean squares, got {held['exp_avg_sq'].min():g}")
     if "step" in held and not 1 <= held["step"] <= step:
         raise ValueError(f"step of a parameter must be from 1 to {step}, got {held['step']:g}")
 

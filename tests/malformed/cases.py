@@ -30,6 +30,7 @@ STATE = CHECKPOINT + "training.pt"
 ROLLOUT = f"rollout --checkpoint {{0}}/run/checkpoint --data {{0}}/data --episode {EPISODE} --chunks 1 --out {{0}}/out"
 ROLLOUT += " --objective inverse_dynamics"
 RESUME = "train --data {0}/data --out {0}/more --resume {0}/run/checkpoint --steps 2"
+RESUME_HERE = "train --data {0}/data --out {0}/run --resume {0}/run/checkpoint --steps 2"
 TRAIN = "train --data {0}/data --out {0}/more --config {0}/config.json --steps 1"
 GONE = object()  # in place of a value: take the entry away
 

@@ -224,8 +224,23 @@ CODEC = {
     "basis zeros": (tensor(EXTRA, "codec.basis", torch.zeros_like), "extra.safetensors", "basis", "orthonormal"),
     "scale missing": (tensor(EXTRA, "codec.scale", GONE), "extra.safetensors", "keys are ['basis', 'mean']"),
     "scale short": (tensor(EXTRA, "codec.scale", lambda t: t[:5]), "extra.safetensors", "scale (5,)"),
-    "scale 0": (tensor(EXTRA, "codec.scale", at(3, 0)), "extra.safetensors", "scale must be positive, got 0"),
-    "scale negative": (tensor(EXTRA, "codec.scale", torch.neg), "extra.safetensors", "scale must be positive, got -"),
+    "scale 0": (
+        tensor(EXTRA, "codec.scale", at(3, 0)),
+        "extra.safetensors",
+        "scale must be from 1e-12 to 1e12, got 0 to",
+    ),
+    "scale negative": (
+        tensor(EXTRA, "codec.scale", torch.neg),
+        "extra.safetensors",
+        "scale must be from",
+        "got [-",
+    ),
+    "scale denormal": (
+        tensor(EXTRA, "codec.scale", lambda t: t * 1e-42),
+        "extra.safetensors",
+        "scale must be from",
+    ),
+    "basis huge": (tensor(EXTRA, "codec.basis", lambda t: t * 1e38), "extra.safetensors", "basis", "orthonormal"),
     "scale NaN": (tensor(EXTRA, "codec.scale", at(0, float("nan"))), "extra.safetensors", "scale must be finite"),
 }
 TEXT = {

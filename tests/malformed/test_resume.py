@@ -1,10 +1,12 @@
 """Damaged training states, through ``wam train --resume``."""
 
+import json
+
 import pytest
 import torch
 
 from . import cases
-from .cases import GONE, RESUME, SAVED, STATE, Accepted, entry, raw, state
+from .cases import GONE, RESUME, RESUME_HERE, SAVED, STATE, Accepted, entry, raw, state
 
 NAN = float("nan")
 SETTINGS = "an optimizer's settings come from the config"
@@ -61,6 +63,7 @@ STATES = {
     "momentum's step NaN": (state([*ADAMW, "state", 0, "step"], torch.tensor(NAN)), "training.pt", "optimizers"),
     "momentum's step negative": (state([*ADAMW, "state", 0, "step"], torch.tensor(-5.0)), "training.pt", "optimizers"),
     "Muon's average NaN": (state(["optimizers", 0, "state", 0, "average"], lambda t: t * NAN), "training.pt", "optimizers"),
+    "squares negative": (state([*ADAMW, "state", 0, "exp_avg_sq"], torch.neg), "training.pt", "optimizers", "exp_avg_sq"),
     "weights further": (state(["weights", "more"], torch.zeros(1)), "training.pt", "weights", "more"),
     "an unknown entry": (state(["colour"], 1), "training.pt", "colour"),
     "planned 0": (state(["planned"], 0), "training.pt", "planned", "0"),
@@ -80,7 +83,19 @@ CONFIGS = {
     "seed a string": (entry(SAVED, "metadata.training.seed", "one"), "config.json", "seed", "'one'"),
     "seed negative": (entry(SAVED, "metadata.training.seed", -1), "config.json", "seed", "-1"),
     "seed beyond int64": (entry(SAVED, "metadata.training.seed", 2**64), "config.json", "seed"),
-    "log damaged": (raw("run/log.jsonl", b"\xff\xff"), Accepted("another folder's log is not read")),
+}
+
+LOG = "run/log.jsonl"
+UNREAD = "rows that cannot be read, as a kill leaves them, are dropped"
+LOGS = {
+    "missing": (raw(LOG, GONE), Accepted("the log is for people; the steps that follow are written to a new one")),
+    "not UTF-8": (raw(LOG, b"\xff\xff\n"), Accepted(UNREAD)),
+    "of text": (raw(LOG, b"it went well\n"), Accepted(UNREAD)),
+    "of lists": (raw(LOG, b"[1, 2]\n"), Accepted(UNREAD)),
+    "of steps as text": (raw(LOG, b'{"step": "1"}\n'), Accepted(UNREAD)),
+    "without steps": (raw(LOG, b'{"loss": 1}\n'), Accepted(UNREAD)),
+    "nested too deep": (raw(LOG, b"[" * 100_000 + b"\n"), Accepted(UNREAD)),
+    "a folder": (cases.directory(LOG), "log.jsonl: Is a directory"),
 }
 
 
@@ -98,3 +113,10 @@ TABLE = {
 def test_resuming_from_a_damaged_checkpoint(damage, words, folder, capsys):
     cases.check(folder, capsys, RESUME, damage, words)
     assert not (folder / "evil").exists()
+
+
+@pytest.mark.parametrize("damage, words", [(row[0], row[1:]) for row in LOGS.values()], ids=LOGS)
+def test_going_on_with_a_damaged_log(damage, words, folder, capsys):
+    cases.check(folder, capsys, RESUME_HERE, damage, words)
+    if isinstance(words[0], Accepted):
+        assert [json.loads(line)["step"] for line in (folder / LOG).read_text().splitlines()] == [2]

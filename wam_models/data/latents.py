@@ -65,10 +65,11 @@ class PatchPCA:
                     f"PatchPCA: {name} must be finite floats, got {x.dtype} {x.flatten().tolist()[:3]} ..."
                 )
         self.mean, self.basis, self.scale = (x.cpu().to(torch.float32).contiguous() for x in (mean, basis, scale))
-        if not (self.scale > 0).all():
-            raise ValueError(f"PatchPCA: scale must be positive, got {self.scale.min().item():g}")
+        if not ((self.scale > 1e-12) & (self.scale < 1e12)).all():  # else latents or pictures overflow
+            low, high = self.scale.aminmax()
+            raise ValueError(f"PatchPCA: scale must be from 1e-12 to 1e12, got {low:g} to {high:g}")
         skew = (self.basis @ self.basis.T - torch.eye(len(basis))).abs().max().item()
-        if skew > 0.02:  # as far as rows stored in bf16 are from it
+        if not skew <= 0.02:  # as far as rows stored in bf16 are from it
             raise ValueError(f"PatchPCA: basis must have orthonormal rows, got products that are {skew:g} off")
         self.spatial = patch
         self.channels = basis.shape[0]
