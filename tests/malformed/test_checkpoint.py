@@ -217,6 +217,7 @@ CODEC = {
     "mean empty": (tensor(EXTRA, "codec.mean", torch.zeros(0)), "extra.safetensors", "mean has shape (0,)"),
     "mean of another patch": (tensor(EXTRA, "codec.mean", torch.zeros(192)), "extra.safetensors", "mean (192,)"),
     "mean NaN": (tensor(EXTRA, "codec.mean", at(9, float("nan"))), "extra.safetensors", "mean must be finite"),
+    "mean of bytes": (tensor(EXTRA, "codec.mean", lambda t: t * 255), "extra.safetensors", "mean must be of pixels"),
     "mean int32": (tensor(EXTRA, "codec.mean", torch.Tensor.int), "extra.safetensors", "mean must be", "int32"),
     "basis transposed": (tensor(EXTRA, "codec.basis", torch.t), "extra.safetensors", "basis (768, 48)"),
     "basis of fewer": (tensor(EXTRA, "codec.basis", lambda t: t[:40]), "extra.safetensors", "basis (40, 768)"),
@@ -229,12 +230,7 @@ CODEC = {
         "extra.safetensors",
         "scale must be from 1e-12 to 1e12, got 0 to",
     ),
-    "scale negative": (
-        tensor(EXTRA, "codec.scale", torch.neg),
-        "extra.safetensors",
-        "scale must be from",
-        "got [-",
-    ),
+    "scale negative": (tensor(EXTRA, "codec.scale", torch.neg), "extra.safetensors", "scale must be from", "got -"),
     "scale denormal": (
         tensor(EXTRA, "codec.scale", lambda t: t * 1e-42),
         "extra.safetensors",

@@ -65,6 +65,9 @@ class PatchPCA:
                     f"PatchPCA: {name} must be finite floats, got {x.dtype} {x.flatten().tolist()[:3]} ..."
                 )
         self.mean, self.basis, self.scale = (x.cpu().to(torch.float32).contiguous() for x in (mean, basis, scale))
+        if not ((self.mean > -0.01) & (self.mean < 1.01)).all():
+            low, high = self.mean.aminmax()
+            raise ValueError(f"PatchPCA: mean must be of pixels from 0 to 1, got {low:g} to {high:g}")
         if not ((self.scale > 1e-12) & (self.scale < 1e12)).all():  # else latents or pictures overflow
             low, high = self.scale.aminmax()
             raise ValueError(f"PatchPCA: scale must be from 1e-12 to 1e12, got {low:g} to {high:g}")
