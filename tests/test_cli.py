@@ -39,6 +39,7 @@ def test_help_loads_no_torch():
         ("doctor --fast", "wam doctor: error: unrecognized arguments: --fast; see wam doctor --help"),
         ("mask --frames many", "wam mask: error: argument --frames: must be a whole number, got 'many'; see wam mask"),
         ("mask --chunk-size 0", "wam mask: error: argument --chunk-size: must be at least 1, got 0"),
+        ("demo --seed 99999999999999999999", "wam demo: error: argument --seed: must be at most 9223372036854775807"),
         ("mask --chunk 4", "wam mask: error: unrecognized arguments: --chunk 4; see wam mask --help"),
         ("demo --seconds -1", "wam demo: error: argument --seconds: must be a positive number of seconds, got -1"),
         ("demo --seconds nan", "wam demo: error: argument --seconds: must be a positive number of seconds, got nan"),

@@ -59,3 +59,16 @@ def test_training_beside_a_busy_process(tmp_path, monkeypatch):
         busy.kill()
         busy.wait()
     assert crowded <= 2 * alone
+
+
+def test_a_command_leaves_the_threads_as_they_were():
+    before = torch.get_num_threads()
+
+    @threads.restores_threads
+    def command():
+        torch.set_num_threads(before + 1)
+        raise ValueError
+
+    with pytest.raises(ValueError):
+        command()
+    assert torch.get_num_threads() == before

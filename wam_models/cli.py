@@ -17,6 +17,9 @@ from pathlib import Path
 from .threads import limit_spinning
 
 
+LARGEST = 2**63 - 1  # whole number that torch takes
+
+
 class UserError(Exception):
     """What the user can mend. The message names the flag or field, what was expected, what came, and the way out."""
 
@@ -35,6 +38,8 @@ def at_least(low: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
         if value < low:
             raise argparse.ArgumentTypeError(f"must be at least {low}, got {value}")
+        if value > LARGEST:
+            raise argparse.ArgumentTypeError(f"must be at most {LARGEST}, got {value}")
         return value
 
     return whole_number

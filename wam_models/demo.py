@@ -20,7 +20,7 @@ from .mask_picture import draw_mask, draw_programs, save_small, small_geometry
 from .objectives import GJD
 from .pictures import curves, film, film_strip
 from .rollout import CONDITIONAL_CHUNK
-from .threads import pick_threads
+from .threads import pick_threads, restores_threads
 from .train import STREAMS, RunFolder, TrainConfig, Trained, loss_ends, read_data, train
 
 EPISODES = 6  # held-out episodes that are evaluated, spread over the tasks
@@ -102,6 +102,7 @@ def run(args) -> int:
     return 0
 
 
+@restores_threads
 def make_demo(
     out: Path,
     root: Path,

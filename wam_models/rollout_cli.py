@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,17 +15,19 @@ from tqdm import tqdm
 from ._checks import writable_folder
 from .data.clips import STRIDE
 from .data.latents import pictures_of
-from .evaluate import mean_psnr, rmse, stream
+from .evaluate import Chunk, mean_psnr, rmse, stream
 from .objectives import GJD, MODEL_PROGRAMS, OBJECTIVES
 from .pictures import film
 from .policy import Policy
 from .rollout import CONDITIONAL_CHUNK, RolloutConfig, RolloutEngine
 from .simulator import control_freq, load, play
+from .threads import pick_threads, restores_threads
 from .train import check_device
 
 SIMULATED_CHUNKS = 40
 
 
+@restores_threads
 def run(args) -> int:
     """``wam rollout``."""
     objective = args.objective or "joint"
@@ -72,11 +75,17 @@ def _recorded(args, policy: Policy, config: RolloutConfig, objective: str, name:
         raise ValueError(f"--episode {number} has {frames} latent frames, too few for one chunk of {size}")
     with torch.no_grad():
         text = policy.text([clip["text"]])
-    chunks = stream(
-        RolloutEngine(policy.model, config), clip["video"], clip["action"], text, objective=objective,
-        generator=torch.Generator().manual_seed(args.seed), end=1 + total * size, closed_loop=not args.open_loop,
-    )  # fmt: skip
-    done = list(tqdm(chunks, total=total, desc="rollout", unit="chunk", dynamic_ncols=True))
+    engine = RolloutEngine(policy.model, config)
+
+    def predict(chunks: int) -> Iterator[Chunk]:
+        return stream(
+            engine, clip["video"], clip["action"], text, objective=objective, end=1 + chunks * size,
+            generator=torch.Generator().manual_seed(args.seed), closed_loop=not args.open_loop,
+        )  # fmt: skip
+
+    if policy.model.device.type == "cpu":
+        pick_threads(lambda: list(predict(1)))
+    done = list(tqdm(predict(total), total=total, desc="rollout", unit="chunk", dynamic_ncols=True))
 
     split = dataset.episodes[number].split or "no split"
     print(f'episode        {number} ({split}), {frames} latent frames: "{clip["text"]}"')
@@ -106,6 +115,12 @@ def _simulated(args, policy: Policy, config: RolloutConfig, name: str) -> int:
     simulator = load(args.simulator)
     freq = control_freq(simulator)
     generator = torch.Generator().manual_seed(args.seed)
+    if policy.model.device.type == "cpu" and policy.camera is not None:  # else no picture is known before the episode
+        black = np.zeros((1, policy.camera.height, policy.camera.width, 3), np.uint8)
+        with torch.no_grad():
+            text = policy.text([""])
+        trial = RolloutEngine(policy.model, config).start(policy.codec.encode(black)[None], text)
+        pick_threads(lambda: trial.propose(generator=torch.Generator().manual_seed(0)))
     played = play(policy, config, simulator, chunks=args.chunks or SIMULATED_CHUNKS, generator=generator)
     print(f'simulator      {args.simulator}: "{played.instruction}"')
     print(f"program        {config.program}, {config.steps} denoising steps, {policy.model.device}")

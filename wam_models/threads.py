@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, MutableMapping
+from functools import wraps
 
 # Of GNU's OpenMP. Seconds a step beside a busy process: 0.28 for 0, 0.32 for 1,000, 0.68 for 10,000, 10 by default.
 SPIN_COUNT = "1000"
@@ -25,6 +26,22 @@ def limit_spinning(environ: MutableMapping[str, str] = os.environ) -> None:
     """
     if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & set(environ):
         environ["GOMP_SPINCOUNT"] = SPIN_COUNT
+
+
+def restores_threads(command: Callable) -> Callable:
+    """``command`` may set the number of torch's threads; afterwards it is what it was."""
+
+    @wraps(command)
+    def run(*args, **kwargs):
+        import torch
+
+        before = torch.get_num_threads()
+        try:
+            return command(*args, **kwargs)
+        finally:
+            torch.set_num_threads(before)
+
+    return run
 
 
 def pick_threads(work: Callable[[], object]) -> int:
@@ -49,6 +66,19 @@ def pick_threads(work: Callable[[], object]) -> int:
     best = every if GAIN * min(_seconds(work) for _ in range(calls)) < one else 1
     torch.set_num_threads(best)
     return best
+
+
+def set_threads(count: int) -> int:
+    """As many of torch's CPU threads as ``count``, at most what there are; what ``OMP_NUM_THREADS`` says is left alone.
+
+    Returns:
+        How many there are now.
+    """
+    import torch
+
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(count, torch.get_num_threads()))
+    return torch.get_num_threads()
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -37,6 +37,7 @@ from .objectives import GJD, GJD_MIXTURE, OBJECTIVES, checked_mixture
 from .policy import Policy
 from .rollout import CONDITIONAL_CHUNK, RolloutConfig
 from .text import WordEmbedding, words_of
+from .threads import pick_threads, restores_threads, set_threads
 from .training import MOST, TrainingConfig, training_step
 from .weights import check_finite, few, load_weights
 
@@ -354,7 +355,7 @@ def train(
     def save(checkpoint: Path) -> None:
         policy().save(
             checkpoint,
-            training={"config": config.to_dict(), "step": step, "seed": seed},
+            training={"config": config.to_dict(), "step": step, "seed": seed, "threads": torch.get_num_threads()},
             training_state={
                 "weights": learner.state_dict(),
                 "optimizers": [o.state_dict() for o in optimizers],
@@ -759,6 +760,7 @@ def check_device(name: str) -> torch.device:
     return device
 
 
+@restores_threads
 def run(args) -> int:
     """``wam train``."""
     device = check_device(args.device)
@@ -795,6 +797,13 @@ def run(args) -> int:
         for line in _differences(policy, data):
             print(line)
     with _stop_asked() as stop:
+        if device.type == "cpu":
+            threads = None if resume is None else training.get("threads")
+            if threads is None:
+                threads = pick_threads(lambda: train(replace(config, steps=2), data, stop=stop, progress=False))
+            else:  # sums of float32 depend on their number, and a resumed run has the losses of an uninterrupted one
+                threads = set_threads(whole(f"{where}.threads", threads, 1))
+            print(f"threads: {threads}")
         done = train(
             config, data, seed=seed, device=device, seconds=args.seconds, out=args.out, resume=resume,
             overwrite=args.overwrite, stop=stop,

@@ -1,4 +1,5 @@
 import pytest
+import torch
 
 from tests.data import tiny
 from wam_models.data import ClipDataset
@@ -17,6 +18,12 @@ TINY_MODEL = {
 }
 # the tiny episodes have 5 or 6 latent frames: one observed, one chunk of 2 to observe, one to predict
 TINY = {"model": TINY_MODEL, "frames": 5, "batch": 2, "chunk_sizes": [1, 2], "windows": [3, 6], "steps": 8, "warmup": 2}
+
+
+@pytest.fixture(autouse=True)
+def no_trial_of_threads(monkeypatch):
+    """Commands leave the number of threads to who has set it; tests/test_threads.py has the trial."""
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
 
 
 @pytest.fixture(scope="session")

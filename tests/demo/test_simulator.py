@@ -63,7 +63,7 @@ def test_the_film_is_as_fast_as_the_robot(name, milliseconds, adapters, monkeypa
     model = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(actions_per_frame=4))
     args = SimpleNamespace(simulator=f"adapters:{name}", seed=0, chunks=None, out=adapters)
     config = RolloutConfig(program="joint", chunk_size=2)
-    assert rollout_cli._simulated(args, SimpleNamespace(model=model), config, "joint") == 0
+    assert rollout_cli._simulated(args, SimpleNamespace(model=model, camera=None), config, "joint") == 0
     assert f"whose robot takes {4000 // milliseconds}" in capsys.readouterr().out
     with Image.open(adapters / "simulated_joint.gif") as film:
         assert film.n_frames == 3 and film.info["duration"] == milliseconds
