@@ -43,6 +43,15 @@ def wide(x: Tensor) -> Tensor:
     return x if x.dtype == torch.float64 else x.float()
 
 
+def dtype_of(linear: nn.Module, otherwise: torch.dtype) -> torch.dtype:
+    """What a linear map takes; ``otherwise`` where its weight does not say: it is quantised, or behind an adapter.
+
+    Parts of a model may differ, because some are kept in float32, or FSDP shards them with another policy.
+    """
+    weight = getattr(linear, "weight", None)
+    return weight.dtype if isinstance(weight, Tensor) and weight.is_floating_point() else otherwise
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dim (all heads together) of the cross-attention's q and k, which have no rope."""
     # PyTorch's fused kernel takes one dtype; under autocast x is narrower than the weight
@@ -316,9 +325,11 @@ class TimeConditioner(nn.Module):
         self.time_proj = nn.Linear(width, 6 * width)
 
     def forward(self, timesteps_BT: Exact, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """temb ``[B, T, D]`` and t_proj ``[B, T, 6, D]``, float32; computed in ``dtype``."""
-        temb = self.time_embedder(sinusoid(*timesteps_BT.tensors, self.freq_dim).to(dtype))
-        return wide(temb), wide(self.time_proj(F.silu(temb))).unflatten(-1, (6, -1))
+        """temb ``[B, T, D]`` and t_proj ``[B, T, 6, D]``, float32; ``dtype`` as in :func:`dtype_of`."""
+        waves = sinusoid(*timesteps_BT.tensors, self.freq_dim)
+        temb = self.time_embedder(waves.to(dtype_of(self.time_embedder.linear_1, dtype)))
+        t_proj = self.time_proj(F.silu(temb).to(dtype_of(self.time_proj, dtype)))
+        return wide(temb), wide(t_proj).unflatten(-1, (6, -1))
 
 
 class VideoSide(nn.Module):
@@ -337,18 +348,22 @@ class VideoSide(nn.Module):
     def reset_parameters(self) -> None:
         draw_table(self.scale_shift_table)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.scale_shift_table.dtype
+
     def embed(self, video_BCFyx: Tensor, timesteps_BF: Tensor) -> Stream:
         B, C, frames, y, x = video_BCFyx.shape
         _, py, px = self.config.patch
         patches = video_BCFyx.reshape(B, C, frames, y // py, py, x // px, px).permute(0, 2, 3, 5, 1, 4, 6)
-        temb, t_proj = self.time_conditioner(Exact(timesteps_BF), self.scale_shift_table.dtype)
-        return stream_of(self.patch_embedding_mlp(patches.flatten(4).flatten(1, 3)), t_proj, (temb, temb))
+        temb, t_proj = self.time_conditioner(Exact(timesteps_BF), self.dtype)
+        patches = patches.flatten(4).flatten(1, 3).to(dtype_of(self.patch_embedding_mlp, self.dtype))
+        return stream_of(self.patch_embedding_mlp(patches), t_proj, (temb, temb))
 
     def flow(self, stream: Stream, frames: int, rows: int, columns: int) -> Tensor:
         _, py, px = self.config.patch
         out = head_norm(stream, self.scale_shift_table, self.config.eps)
-        # FSDP policies may let the blocks end in another dtype
-        out = self.proj_out(out.to(self.scale_shift_table.dtype))
+        out = self.proj_out(out.to(dtype_of(self.proj_out, self.dtype)))
         out = out.unflatten(-1, (py, px, -1)).unflatten(1, (frames, rows, columns))
         return out.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
 
@@ -370,13 +385,18 @@ class ActionSide(nn.Module):
     def reset_parameters(self) -> None:
         draw_table(self.scale_shift_table)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.scale_shift_table.dtype
+
     def embed(self, action_BFnA: Tensor, timesteps_BT: Tensor) -> Stream:
-        _, t_proj = self.time_conditioner(Exact(timesteps_BT), self.scale_shift_table.dtype)
-        return stream_of(self.action_embedder(action_BFnA.flatten(1, 2)), t_proj, (t_proj[:, :, 0], t_proj[:, :, 1]))
+        _, t_proj = self.time_conditioner(Exact(timesteps_BT), self.dtype)
+        actions = action_BFnA.flatten(1, 2).to(dtype_of(self.action_embedder, self.dtype))
+        return stream_of(self.action_embedder(actions), t_proj, (t_proj[:, :, 0], t_proj[:, :, 1]))
 
     def flow(self, stream: Stream, frames: int) -> Tensor:
         out = head_norm(stream, self.scale_shift_table, self.config.eps)
-        out = self.action_proj_out(out.to(self.scale_shift_table.dtype))
+        out = self.action_proj_out(out.to(dtype_of(self.action_proj_out, self.dtype)))
         return out.unflatten(1, (frames, -1))
 
 
@@ -429,7 +449,7 @@ class WorldActionModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.core.scale_shift_table.dtype
+        return dtype_of(self.core.patch_embedding_mlp, self.core.dtype)
 
     @property
     def device(self) -> torch.device:
@@ -447,8 +467,9 @@ class WorldActionModel(nn.Module):
         """
         if text_BLE.ndim != 3 or text_BLE.shape[-1] != self.config.text_dim:
             raise ValueError(f"text must be [B, L, text_dim={self.config.text_dim}], got {list(text_BLE.shape)}")
-        text_BLE = text_BLE.to(self.dtype)
-        video, action = self.core.text_proj(text_BLE), self.action_expert.context_proj(text_BLE)
+        core, expert = self.core, self.action_expert
+        video = core.text_proj(text_BLE.to(dtype_of(core.text_proj.linear_1, core.dtype)))
+        action = expert.context_proj(text_BLE.to(dtype_of(expert.context_proj, expert.dtype)))
         blocks = self.packed_block_stack.packed_blocks
         if not keys_values:
             return [(video, action)] * len(blocks)
@@ -462,8 +483,8 @@ class WorldActionModel(nn.Module):
         Timesteps run from 0 (clean) to 1000: ``[B, F]``, for actions also ``[B, F, n]``.
         """
         return (
-            None if video is None else self.core.embed(video.to(self.dtype), video_t),
-            None if action is None else self.action_expert.embed(action.to(self.dtype), action_t.flatten(1)),
+            None if video is None else self.core.embed(video, video_t),
+            None if action is None else self.action_expert.embed(action, action_t.flatten(1)),
         )
 
     def rope(self, video_frames: Tensor | None, rows: int, columns: int, action_frames: Tensor | None) -> Pair:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from wam_kernels import StreamingCache
 from wam_models import RolloutConfig, RolloutEngine
 from wam_models import model as model_module
 from wam_models import rollout as rollout_module
@@ -93,6 +94,13 @@ def test_a_wrong_boundary_fails_the_conditional_goldens(name, monkeypatch):
         geometry = right(*args, **named)
         return rollout_module.Geometry(**vars(geometry) | {"conditional_history": None, "history": "full", "window": 1})
 
+    def zeroed(**sizes):
+        # the wrong boundary reads slots that nothing has written
+        cache = StreamingCache(**sizes)
+        cache.buffer.zero_()
+        return cache
+
+    monkeypatch.setattr(rollout_module, "StreamingCache", zeroed)
     monkeypatch.setattr(rollout_module, "geometry_for", wrong)
     assert rollout_errors(name)[1] > 5 * TIGHT
 

@@ -81,6 +81,41 @@ def test_fsdp_mixed_precision_is_a_narrow_model(part, dtype, options, mesh):
     assert_same_step(step(model), narrow_step(dtype))
 
 
+@pytest.mark.parametrize("kept", [("scale_shift_table",), ("scale_shift_table", "norm", "time_embedder")], ids=len)
+def test_parts_may_stay_in_float32(kept):
+    """As diffusers keeps them in a narrow model."""
+    model = small_model().bfloat16()
+    for name, p in model.named_parameters():
+        if any(part in name for part in kept):
+            p.data = p.data.float()
+    loss, grads = step(model)
+    assert abs(loss / step(small_model())[0] - 1) < 1e-3 and all(g.isfinite().all() for g in grads.values())
+    engine = RolloutEngine(model, RolloutConfig(program="joint", chunk_size=1, steps=1))
+    episode = engine.start(batch()["video"][:, :, :1], batch()["text"])
+    assert episode.cache.buffer.dtype == torch.bfloat16 and episode.propose(generator=generator()).action.any()
+
+
+class Adapter(torch.nn.Module):
+    """Stands for LoRA and quantised maps: a linear map whose own weight is not to be seen."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.base = linear
+
+    def forward(self, x):
+        return self.base(x)
+
+
+def test_linear_maps_may_be_replaced():
+    model = small_model().bfloat16()
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, torch.nn.Linear):
+                setattr(module, name, Adapter(child))
+    loss, _ = training_step(model, batch(), generator(), CONFIG)
+    assert torch.equal(loss, narrow_step(torch.bfloat16)[0])
+
+
 def test_rounded_timesteps_are_refused_with_the_flag(mesh):
     model = fully_shard(small_model(), mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
     data, t = batch(), torch.full((2, 5), 997.0)
