@@ -19,6 +19,7 @@
 #pragma once
 
 #include <cfloat>
+#include <cmath>
 
 #include "qk_norm_rope.cuh"  // Heads
 #include "tile_mma.cuh"
@@ -38,6 +39,8 @@ struct CachedAttentionParams {
   int32_t heads, head_dim, groups, ranges_of_group, parts;
   int32_t group_rows[kMaxGroups];  // they sum to rows
   float scale;
+  // What takes products to base 2, above 0; `launch_kernels` sets it. An argument: as a constant it costs no register.
+  float to_base2;
 };
 
 // Checks and launches both kernels; errors as those of adaln.cuh. bf16 and fp16 only.
@@ -168,12 +171,10 @@ __global__ void __launch_bounds__(kThreads) part_kernel(const __grid_constant__ 
   fetch(first, tiles[0]);
   const T* q = static_cast<const T*>(p.q.data) + b * p.q.stride_batch + h * p.q.stride_head;
   auto q_rows = load_operand<T, D>(q + row * p.q.stride_token, p.q.stride_token, rows, p.head_dim);
-  // The sign of the scale goes into q: then the largest product is the largest score, and -inf, which marks what is
-  // masked, stays -inf, also at scale 0, which becomes the smallest normal number.
   if (p.scale < 0.0f) change_sign(q_rows);
-  const float to_base2 = fmaxf(fabsf(p.scale) * kLog2e, FLT_MIN);
   // of the two rows that this lane holds parts of; a lane sums its own columns until the end
-  float m[2] = {-INFINITY, -INFINITY}, total[2] = {};
+  // (the lowest number instead of -inf: with all scores -inf, -inf - -inf would be NaN)
+  float m[2] = {-FLT_MAX, -FLT_MAX}, total[2] = {};
   Accumulator<D> out = {};
 
   for (int step = first; step < last; ++step) {
@@ -186,24 +187,28 @@ __global__ void __launch_bounds__(kThreads) part_kernel(const __grid_constant__ 
 
     Accumulator<kSlots> s = {};
     multiply_transposed(s, q_rows, now.k);
-    const int seen = visible - step * kSlots;
+    // of the last step alone
+    if (visible - step * kSlots < kSlots) {
+      const int seen = visible - step * kSlots;
+#pragma unroll
+      for (int j = 0; j < kSlots / 8; ++j) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (column_of(lane, j, i) >= seen) s.at[j][i] = -INFINITY;
+        }
+      }
+    }
     float largest[2] = {-INFINITY, -INFINITY};
 #pragma unroll
     for (int j = 0; j < kSlots / 8; ++j) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        if (column_of(lane, j, i) >= seen) s.at[j][i] = -INFINITY;
-        largest[i / 2] = fmaxf(largest[i / 2], s.at[j][i]);
-      }
+      for (int i = 0; i < 4; ++i) largest[i / 2] = fmaxf(largest[i / 2], s.at[j][i]);
     }
-    float shift[2];
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const float before = m[r];
-      m[r] = fmaxf(before, quad_max(largest[r]) * to_base2);
-      // -inf where all scores are: exp2f(-inf - -inf) would be NaN
-      shift[r] = m[r] == -INFINITY ? 0.0f : m[r];
-      const float shrink = exp2f(before - shift[r]);
+      m[r] = fmaxf(before, quad_max(largest[r]) * p.to_base2);
+      const float shrink = exp2f(before - m[r]);
       total[r] *= shrink;
 #pragma unroll
       for (int j = 0; j < D / 8; ++j) {
@@ -215,7 +220,7 @@ __global__ void __launch_bounds__(kThreads) part_kernel(const __grid_constant__ 
     for (int j = 0; j < kSlots / 8; ++j) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        s.at[j][i] = exp2f(fmaf(s.at[j][i], to_base2, -shift[i / 2]));
+        s.at[j][i] = exp2f(fmaf(s.at[j][i], p.to_base2, -m[i / 2]));
         total[i / 2] += s.at[j][i];
       }
     }
@@ -226,7 +231,7 @@ __global__ void __launch_bounds__(kThreads) part_kernel(const __grid_constant__ 
   for (int r = 0; r < 2; ++r) {
     total[r] = quad_sum(total[r]);
     // scores past 2^31, where rounding m alone is more than exp2f can take
-    if (total[r] == 0.0f && m[r] != -INFINITY) total[r] = NAN;
+    if (total[r] == 0.0f && m[r] != -FLT_MAX) total[r] = NAN;
     const int at = row_of(lane, 2 * r);
     if (at >= rows) continue;
     if (lane % 4 == 0) p.lse_part[row_of_part + at] = m[r] + log2f(total[r]);
@@ -278,8 +283,12 @@ __global__ void __launch_bounds__(kCombineRows * kWarp)
 }
 
 template <DType DTYPE>
-void launch_kernels(const CachedAttentionParams& p, void* stream) {
+void launch_kernels(const CachedAttentionParams& params, void* stream) {
   using T = typename OfDType<DTYPE>::T;
+  CachedAttentionParams p = params;
+  // The sign of the scale goes into q: then the largest product is the largest score, and -inf, which marks what is
+  // masked, stays -inf, also at scale 0, which becomes the smallest normal number.
+  p.to_base2 = std::fmax(std::fabs(p.scale) * kLog2e, FLT_MIN);
   int64_t tiles = 0;
   for (int g = 0; g < p.groups; ++g) tiles += ceil_div(p.group_rows[g], kTileRows);
   const unsigned heads = static_cast<unsigned>(p.batch * p.heads);

@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pytest
@@ -42,7 +43,6 @@ class Loop:
 class Compiled:
     registers: int
     spill_bytes: int
-    loops: tuple[Loop, ...]  # the innermost ones that a tensor core is used in
     shared_bytes: int
     wgmma: int
     wgmma_serialised: bool
@@ -52,6 +52,15 @@ class Compiled:
     products: int  # tl.dot
     repeated: tuple[str, ...]  # those of which several warps compute the same part
     ptx: str
+    cubin: bytes
+
+    @cached_property
+    def loops(self) -> tuple[Loop, ...]:
+        """The innermost ones that a tensor core is used in."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "kernel.cubin")
+            path.write_bytes(self.cubin)
+            return _loops(_run("nvdisasm", "-c", path).stdout)
 
 
 def compile_sm90(kernel, types: dict[str, str], constants: dict, *, num_warps: int, num_stages: int) -> Compiled:
@@ -63,13 +72,12 @@ def compile_sm90(kernel, types: dict[str, str], constants: dict, *, num_warps: i
         path, cubin = os.path.join(folder, "kernel.ptx"), os.path.join(folder, "kernel.cubin")
         Path(path).write_text(ptx)
         report = _run("ptxas", "-v", "-arch=sm_90a", path, "-o", cubin).stderr
-        sass = _run("nvdisasm", "-c", cubin).stdout
+        binary = Path(cubin).read_bytes()
     spills = [int(n) for n in re.findall(r"(\d+) bytes spill (?:stores|loads)", report)]
     ttgir = built.asm["ttgir"]
     return Compiled(
         registers=int(re.search(r"Used (\d+) registers", report).group(1)),
         spill_bytes=sum(spills),
-        loops=_loops(sass),
         shared_bytes=built.metadata.shared,
         wgmma=len(re.findall(r"wgmma\.mma_async", ptx)),
         wgmma_serialised="C7511" in report or "C7510" in report,
@@ -77,30 +85,38 @@ def compile_sm90(kernel, types: dict[str, str], constants: dict, *, num_warps: i
         products=len(_products(ttgir)),
         repeated=_repeated(ttgir),
         ptx=ptx,
+        cubin=binary,
     )
 
 
-def repeated_products(
-    kernel, types: dict[str, str], constants: dict, *, num_warps: int, num_stages: int
-) -> tuple[str, ...]:
+def repeated_products(kernel, types: dict, constants: dict, **options: int) -> tuple[str, ...]:
     """``Compiled.repeated`` alone, for a tenth of the time: the compiler is stopped where layouts are settled."""
-
-    class Settled(Exception):
-        pass
-
-    def stop(_backend, module, *_args):
-        raise Settled(str(module))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CUDABackend, "make_llir", stop)
-        # the cache may have it compiled to the end
-        patch.setattr(triton.knobs.compilation, "always_compile", True)
-        with pytest.raises(Settled) as settled:
-            options = {"num_warps": num_warps, "num_stages": num_stages}
-            triton.compile(_source(kernel, types, constants), target=H100, options=options)
-    ttgir = str(settled.value)
+    ttgir, _ = _before("make_llir", _source(kernel, types, constants), options)
     assert _products(ttgir), "no tl.dot was found: has Triton another name for it?"
     return _repeated(ttgir)
+
+
+def shared_bytes(kernel, types: dict, constants: dict, **options: int) -> int:
+    """``Compiled.shared_bytes`` alone, without ptxas, which takes most of the time where registers spill."""
+    return _before("make_ptx", _source(kernel, types, constants), options)[1]["shared"]
+
+
+def _before(stage: str, source: ASTSource, options: dict[str, int]) -> tuple[str, dict]:
+    """What a stage of the compiler is given: the program so far, and what is known about it."""
+
+    class Stopped(Exception):
+        pass
+
+    def stop(_backend, module, metadata, *_):
+        raise Stopped(str(module), metadata)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CUDABackend, stage, stop)
+        # the cache may have it compiled to the end
+        patch.setattr(triton.knobs.compilation, "always_compile", True)
+        with pytest.raises(Stopped) as stopped:
+            triton.compile(source, target=H100, options=options)
+    return stopped.value.args
 
 
 def _source(kernel, types: dict[str, str], constants: dict) -> ASTSource:

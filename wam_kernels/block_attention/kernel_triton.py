@@ -33,6 +33,8 @@ from .._backends import check_grid, on_its_device
 from . import config
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# Where a running maximum starts: with -inf, a row that has seen nothing yet would make NaN of -inf - -inf.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 # Numbers that change with the geometry must not key a compilation of their own. Strides do take part in the key: what
 # counts is that they are multiples of 16, which makes 16-byte loads legal, and that holds for every length S.
@@ -101,10 +103,8 @@ def _online_softmax(s, to_base2, m, total, acc, v, PRECISION: tl.constexpr):
     """Fold one step of q k (-inf where masked) into the running max (base 2), sum and weighted values."""
     # scaled after the maximum, and below in the same instruction as the subtraction
     m_new = tl.maximum(m, tl.max(s, 1) * to_base2)
-    # a row that has seen nothing yet keeps m = -inf; exp2(-inf - -inf) would be NaN
-    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s * to_base2 - m_safe[:, None])
-    shrink = tl.exp2(m - m_safe)
+    p = tl.exp2(s * to_base2 - m_new[:, None])
+    shrink = tl.exp2(m - m_new)
     total = total * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return m_new, total, acc
@@ -136,7 +136,7 @@ def _block_attention_fwd_kernel(
     q, to_base2 = _positive_scale(q, scale)
     k_base = k_ptr + b * stride_k_b + h // GROUP * stride_k_h
     v_base = v_ptr + b * stride_v_b + h // GROUP * stride_v_h
-    m = tl.full([BLOCK_R], float("-inf"), tl.float32)
+    m = tl.full([BLOCK_R], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_R], tl.float32)
     acc = tl.zeros([BLOCK_R, BLOCK_D], tl.float32)
 
@@ -162,11 +162,11 @@ def _block_attention_fwd_kernel(
         s = tl.where(_sees(bounds_ptr, group, tokens, RANGES), s, float("-inf"))
         m, total, acc = _online_softmax(s, to_base2, m, total, acc, v, PRECISION)
 
-    # NaN scores leave m at -inf, and scores past 2**31, where rounding m alone is more than exp2 can take, total at 0
-    nothing = (total == 0.0) & (m == float("-inf"))
+    # NaN scores leave m where it was, and scores past 2**31, where rounding m alone is more than exp2 can take, total at 0
+    nothing = (total == 0.0) & (m == LOWEST)
     total = tl.where(nothing, 1.0, tl.where(total == 0.0, float("nan"), total))
     acc = tl.where(nothing[:, None], 0.0, acc / total[:, None])
-    lse = (m + tl.log2(total)) / LOG2E
+    lse = tl.where(nothing, float("-inf"), (m + tl.log2(total)) / LOG2E)
     out_base = out_ptr + b * stride_out_b + h * stride_out_h
     tl.store(_row_pointers(out_base, rows, stride_out_s, d), acc.to(out_ptr.dtype.element_ty), mask=is_row & in_d)
     tl.store(lse_ptr + (b * H + h) * S + rows, lse, mask=rows >= 0)

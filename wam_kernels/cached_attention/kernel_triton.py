@@ -27,6 +27,8 @@ from .._backends import check_grid, on_its_device
 from . import config
 
 LOG2E = tl.constexpr(1.4426950408889634)
+# Where a running maximum starts: with -inf, scores of -inf alone would make NaN of -inf - -inf.
+LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 # Numbers that change with the chunk or the cache must not key a compilation of their own, nor the place of the ranges
 # in a larger buffer. Strides do take part in the key: that they are multiples of 16 makes 16-byte loads legal.
@@ -74,10 +76,8 @@ def _step(
         s = tl.where((slots < end)[None, :], s, float("-inf"))
     # scaled after the maximum, and below in the same instruction as the subtraction
     m_new = tl.maximum(m, tl.max(s, 1) * to_base2)
-    # -inf where all scores are: exp2(-inf - -inf) would be NaN
-    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-    p = tl.exp2(s * to_base2 - m_safe[:, None])
-    shrink = tl.exp2(m - m_safe)
+    p = tl.exp2(s * to_base2 - m_new[:, None])
+    shrink = tl.exp2(m - m_new)
     total = total * shrink + tl.sum(p, 1)
     acc = tl.dot(p.to(v.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
     return m_new, total, acc
@@ -114,7 +114,7 @@ def _cached_attention_part_kernel(
     # -inf, also at scale 0, which becomes the smallest normal number
     q = tl.where(scale < 0, -q, q)
     to_base2 = tl.maximum(tl.abs(scale) * LOG2E, 1.1754943508222875e-38)
-    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    m = tl.full([BLOCK_M], LOWEST, tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
 
@@ -136,11 +136,11 @@ def _cached_attention_part_kernel(
             )  # fmt: skip
         before += length
 
-    # a part without slots, or with scores of -inf alone: lse -inf, weight 0 in the combine. NaN scores leave m at -inf,
+    # a part without slots, or with scores of -inf alone: lse -inf, weight 0 in the combine. NaN scores leave m where it was,
     # and scores past 2**31, where rounding m alone is more than exp2 can take, total at 0
-    nothing = (total == 0.0) & (m == float("-inf"))
+    nothing = (total == 0.0) & (m == LOWEST)
     total = tl.where(nothing, 1.0, tl.where(total == 0.0, float("nan"), total))
-    lse = m + tl.log2(total)
+    lse = tl.where(nothing, float("-inf"), m + tl.log2(total))
     row_of_part = ((part * B + b) * H + h) * S + rows
     out_at = out_part_ptr + row_of_part[:, None] * D + d[None, :]
     tl.store(out_at, acc / total[:, None], mask=is_element)
