@@ -202,7 +202,8 @@ def _one_line(error: Exception) -> str:
         return f"the Python package {error.name!r} is not installed; install it with pip"
     if _out_of_memory(error):
         error = f"not enough memory for sizes such as those of model, batch and window: {error}"
-    return " ".join(str(error).split())
+    text = " ".join(str(error).split())
+    return text if len(text) <= 1000 else f"{text[:900]} ... ({len(text)} characters)"  # what came can be of any length
 
 
 if __name__ == "__main__":

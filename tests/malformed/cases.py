@@ -204,4 +204,4 @@ def check(folder, capsys, command, damage, words) -> None:
     assert code == 2 and len(errors) == 1, (code, err)
     assert err.endswith(errors[0] + "\n") and errors[0].startswith(f"wam {command.split()[0]}: error: ")
     assert [w for w in words if w not in errors[0]] == [], errors[0]
-    assert len(errors[0]) < 800
+    assert len(errors[0]) < 1000

@@ -48,6 +48,7 @@ CONFIG = {
     "programs empty": (trains("programs", []), "config.json", "programs must be some of"),
     "programs repeated": (trains("programs", ["joint", "joint"]), "config.json", "programs must be", "each once"),
     "programs a string": (trains("programs", "joint"), "config.json", "programs must be some of", "'joint'"),
+    "programs without end": (trains("programs", "joint " * 10**5), "config.json", "programs must be some of", "characters)"),
     "programs of objects": (trains("programs", [{}]), "config.json", "programs must be some of"),
     "mixture negative": (trains("mixture", {"joint": -1}), "config.json", "mixture['joint'] must be"),
     "mixture unknown": (trains("mixture", {"dreams": 1}), "config.json", "mixture must map some of"),
