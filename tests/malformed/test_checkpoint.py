@@ -1,5 +1,7 @@
 """Damaged checkpoint folders, through ``wam rollout``."""
 
+import json
+
 import pytest
 import safetensors.torch
 import torch
@@ -176,6 +178,48 @@ WEIGHTS = {
     "zeros": (tensor(MODEL, BIAS, torch.zeros_like), Accepted("a weight may be 0, and most start so")),
 }
 
+INDEX = MODEL + ".index.json"
+SHARDS = ("one.safetensors", "two.safetensors")
+
+
+def shards(damage=cases.nothing):
+    """The weights in two files, with an index of them; and damage to these."""
+
+    def cut(folder):
+        tensors = sorted(safetensors.torch.load_file(folder / MODEL).items())
+        halves = dict(tensors[::2]), dict(tensors[1::2])
+        for name, half in zip(SHARDS, halves, strict=True):
+            cases.put(folder / cases.CHECKPOINT / name, safetensors.torch.save(half))
+        index = {"weight_map": {key: name for name, half in zip(SHARDS, halves, strict=True) for key in half}}
+        (folder / INDEX).write_text(json.dumps(index))
+        (folder / MODEL).unlink()
+        damage(folder)
+
+    return cut
+
+
+def listed(where, value):
+    return shards(cases.entry(INDEX, where, value))
+
+
+ONE = cases.CHECKPOINT + SHARDS[0]
+SHARDED = {
+    "sound": (shards(), Accepted("as large checkpoints come")),
+    "index empty": (shards(raw(INDEX, b"")), "index.json: not valid JSON"),
+    "index a list": (shards(raw(INDEX, b"[]")), "index.json: must hold a weight_map"),
+    "index missing": (shards(raw(INDEX, GONE)), "model.safetensors", "No such file"),
+    "map missing": (listed("weight_map", GONE), "index.json: must hold a weight_map"),
+    "map a list": (listed("weight_map", ["one.safetensors"]), "index.json: must hold a weight_map"),
+    "map to numbers": (listed(("weight_map", BIAS), 1), "index.json: weight_map must name files", "1"),
+    "map elsewhere": (listed(("weight_map", BIAS), "../one.safetensors"), "index.json: weight_map must name files"),
+    "map to none": (listed(("weight_map", BIAS), "three.safetensors"), "index.json: 1 of 3 shards are missing", "three"),
+    "map to another": (listed(("weight_map", "core.more"), SHARDS[0]), "one.safetensors: holds other tensors", "core.more"),
+    "map without one": (listed(("weight_map", BIAS), GONE), "safetensors: holds other tensors", BIAS),
+    "shard missing": (shards(raw(ONE, GONE)), "index.json: 1 of 2 shards are missing", "one.safetensors"),
+    "shard truncated": (shards(raw(ONE, lambda old: old[:-4])), "one.safetensors"),
+    "shard with NaN": (shards(every_tensor(ONE, lambda t: t * float("nan"))), "model.safetensors", "finite"),
+}  # fmt: skip
+
 ACTION = {
     "action_std missing": (tensor(EXTRA, "action_std", GONE), "extra.safetensors", "['action_std']"),
     "action_std short": (tensor(EXTRA, "action_std", lambda t: t[:3]), "extra.safetensors", "action_std", "[7]", "[3]"),
@@ -271,6 +315,7 @@ TABLE = {
         ("config", CONFIG),
         ("file", FILES),
         ("weights", WEIGHTS),
+        ("shards", SHARDED),
         ("action", ACTION),
         ("codec", CODEC),
         ("text", TEXT),
