@@ -1,4 +1,4 @@
-"""The model in the wrappers that people train in: FSDP2, DistributedDataParallel, torch.compile, meta."""
+"""The model in the wrappers that people train in: FSDP2, DistributedDataParallel, adapters, the meta device."""
 
 import copy
 import pickle
@@ -46,7 +46,7 @@ def step(model, config=CONFIG):
     """The loss and the gradients of all parameters."""
     loss, _ = training_step(model, batch(), generator(), config)
     loss.backward()
-    grads = {name.replace("module.", "").replace("_orig_mod.", ""): p.grad for name, p in model.named_parameters()}
+    grads = {name.replace("module.", ""): p.grad for name, p in model.named_parameters()}
     assert all(grad is not None for grad in grads.values())
     return loss.detach(), {k: getattr(g, "full_tensor", lambda g=g: g)().float() for k, g in grads.items()}
 
@@ -130,11 +130,6 @@ def test_data_parallel_uses_every_parameter_in_every_step(objective, mesh):
     model = DistributedDataParallel(small_model())
     assert_same_step(step(model, config), step(small_model(), config))
     training_step(model, batch(), generator(), config)[0].backward()  # raises, had the step before left one out
-
-
-def test_a_compiled_model_takes_the_same_step():
-    torch._dynamo.reset()
-    assert_same_step(step(torch.compile(small_model(layers=1), backend="eager")), step(small_model(layers=1)))
 
 
 def test_recomputed_activations_give_the_same_step():
