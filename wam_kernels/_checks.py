@@ -14,6 +14,8 @@ from ._host import host_side
 # Index tensors are int32.
 MAX_INT = 2**31 - 1
 _MAX_FLOAT = sys.float_info.max
+# tuples, as a union of types does not trace in PyTorch 2.7
+_ARRAYS = (Tensor, np.ndarray)
 _NUMBERS = (int, float, np.integer, np.floating, torch.SymInt, torch.SymFloat)
 
 
@@ -133,7 +135,7 @@ def number(op: str, name: str, value: object, least: float = -_MAX_FLOAT) -> flo
 
 def integers(op: str, name: str, values: Iterable[object], least: int = 0) -> tuple[int, ...]:
     """As :func:`integer`, of each of ``values``: a sequence, or what :func:`int_array` takes as ``[n]``."""
-    if isinstance(values, Tensor | np.ndarray):
+    if isinstance(values, _ARRAYS):
         array = int_array(op, name, values)
         if array.ndim != 1:
             raise ValueError(f"{op}: {name} must have shape [n], got {list(array.shape)}")

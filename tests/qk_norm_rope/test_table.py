@@ -75,7 +75,7 @@ def test_no_tokens():
         ({"positions": torch.zeros(4, 3).bfloat16()}, "positions must be float32 or float64, got torch.bfloat16"),
         ({"dtype": torch.bfloat16}, "dtype must be torch.float32 or torch.float64, got torch.bfloat16"),
         ({"head_dim": 15}, "head_dim must be even and at least 2, got 15"),
-        ({"theta": 0.0}, "theta must be a positive number, got 0.0"),
+        ({"theta": 0.0}, "theta must be positive, got 0.0"),
         ({"split": (8, 8, 2)}, r"split must be three even sizes that sum to head_dim=16, got \(8, 8, 2\)"),
         ({"split": (6, 5, 5)}, r"split must be three even sizes that sum to head_dim=16, got \(6, 5, 5\)"),
         ({"split": (8, 8)}, r"split must be three even sizes that sum to head_dim=16, got \(8, 8\)"),

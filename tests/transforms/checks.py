@@ -181,6 +181,7 @@ def _create_graph(loss: Callable, op: Op) -> tuple[Tensor, ...]:
 REFUSED = {
     "jvp": _jvp,
     "jvp-no-grad": lambda loss, op: torch.no_grad()(_jvp)(loss, op),
+    # PyTorch 2.7 itself gives 0 there, whatever the function
     "jvp-inference-mode": lambda loss, op: torch.inference_mode()(_jvp)(loss, op),
     "jacfwd": lambda loss, op: jacfwd(loss)(*op.inputs()),
     "dual": _dual,

@@ -153,7 +153,7 @@ def _check(
         )
     if table.device != q.device or table.dtype not in (torch.float32, torch.promote_types(q.dtype, torch.float32)):
         raise ValueError(f"{_OP}: table must be torch.float32 on {q.device}, got {table.dtype} on {table.device}")
-    for name, t in (rows | weights).items():
+    for name, t in {**rows, **weights}.items():
         if t.stride(-1) != 1:
             raise ValueError(f"{_OP}: {name} must have last-dim stride 1, got {t.stride(-1)}; use .contiguous()")
     if not table.is_contiguous():

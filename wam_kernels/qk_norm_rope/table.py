@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import integer, integers
+from .._checks import integer, integers, number
 
 _OP = "rope_table"
 
@@ -75,8 +74,9 @@ def rope_table(
     head_dim = integer(_OP, "head_dim", head_dim)
     if head_dim < 2 or head_dim % 2:
         raise ValueError(f"{_OP}: head_dim must be even and at least 2, got {head_dim}")
-    if isinstance(theta, bool) or not isinstance(theta, int | float | np.number) or not theta > 0:
-        raise ValueError(f"{_OP}: theta must be a positive number, got {theta!r}")
+    theta = number(_OP, "theta", theta)
+    if theta <= 0:
+        raise ValueError(f"{_OP}: theta must be positive, got {theta}")
     split = default_split(head_dim) if split is None else integers(_OP, "split", split)
     if len(split) != 3 or any(d % 2 for d in split) or sum(split) != head_dim:
         raise ValueError(f"{_OP}: split must be three even sizes that sum to head_dim={head_dim}, got {split}")
