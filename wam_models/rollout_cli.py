@@ -99,7 +99,10 @@ def _recorded(args, policy: Policy, config: RolloutConfig, objective: str, name:
     frames, name = np.arange(1, 1 + len(done) * size), f"episode{number:03d}_{name}"
     if goal.action:
         guess, real = torch.cat([c.action.cpu() for c in done], 1), clip["action"][:, frames]
-        print(f"action error   {rmse(guess, real, policy.varying):.3f} (units of the training split's std)")
+        if policy.varying.any():
+            print(f"action error   {rmse(guess, real, policy.varying):.3f} (units of the training split's std)")
+        else:
+            print("action error   none: no number of an action varies in the training split")
         predicted, recorded = (policy.denormalize_action(a[0]).numpy() for a in (guess, real))
         _write_actions(args, name, action=predicted, recorded=recorded, frame=frames)
     if goal.video:

@@ -252,6 +252,10 @@ ACTION = {
     "varying missing": (tensor(EXTRA, "varying", GONE), "extra.safetensors", "['varying']"),
     "varying float": (tensor(EXTRA, "varying", torch.Tensor.float), "extra.safetensors", "varying", "torch.float32"),
     "varying uint8": (tensor(EXTRA, "varying", torch.Tensor.byte), "extra.safetensors", "varying", "torch.uint8"),
+    "varying nowhere": (
+        tensor(EXTRA, "varying", torch.zeros(7).bool()),
+        Accepted("so it is of data that stands still"),
+    ),
     "varying long": (tensor(EXTRA, "varying", torch.ones(9).bool()), "extra.safetensors", "varying", "[9]"),
 }
 CODEC = {
