@@ -1,9 +1,10 @@
 """The command line: ``wam demo | train | rollout | mask | bench | doctor``.
 
 Every subcommand is a function ``run(args: argparse.Namespace)`` of a module that is imported when it is chosen, so
-``wam --help`` needs neither torch nor time. What a user can get wrong (a flag, a file, a config field, a learning rate)
-is raised there as :class:`UserError`, ``ValueError``, ``OSError`` or ``FloatingPointError`` and ends here as one line on
-stderr and exit code 2; ``WAM_TRACEBACK=1`` shows where it came from.
+``wam --help`` needs neither torch nor time. What a user can get wrong (a flag, a file, a config field, a learning rate,
+sizes beyond the memory) is raised there as :class:`UserError`, ``ValueError``, ``OSError``, ``FloatingPointError`` or
+as what could not be allocated, and ends here as one line on stderr and exit code 2; ``WAM_TRACEBACK=1`` shows where it
+came from.
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """What the tables of mutations are made of: ways to damage a file, the commands that meet it, what must come of it.
 
-A table maps a name to (damage, words...): each word must be in the one line on stderr. Or to (damage, Accepted(reason)):
+A table maps a name to (damage, words...): each must be in the one line on stderr. Or to (damage, Accepted(reason)):
 the command runs as if nothing had happened, and why that is right.
 """
 
