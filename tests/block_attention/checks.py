@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -108,6 +108,7 @@ class Scene:
     bad: dict[str, list[int]]  # of q, dout; k, v
     kept_queries: list[int]
     kept_keys: list[int]
+    kept_dk: list[int] = field(default_factory=list)  # of dk alone
 
 
 def _all_of(tokens: list[int]) -> dict[str, list[int]]:
@@ -131,6 +132,7 @@ def _unmet(name: str, sample: Geometry | Ranges) -> Scene:
     return Scene(name, sample, {"q": q, "dout": q, "k": k, "v": k}, *others)
 
 
+STARTING = small("decoupled_same_step", video_frames=0, action_frames=4, startup_action_frames=2)
 DOCUMENTS = [(0, 12), (12, 20), (20, 29)]
 SCENES = [
     Scene("middle document", Ranges(DOCUMENTS, DOCUMENTS, 29), _all_of(_span((12, 20))), *[_span((0, 12), (20, 29))] * 2),
@@ -148,7 +150,12 @@ SCENES = [
     _unmet("key between ranges, query in no range", Ranges([(0, 9), (2, 7)], [(0, 4), (6, 8)], 11)),
     # in the second column of a tile whose rows have a key of the first in common
     _unmet("key between the ranges of two rows", Ranges([(0, 12), (0, 6), (6, 12)], [(0, 2), (3, 5), (8, 12)], 12)),
-    _unmet("program", small("decoupled_same_step", video_frames=3, action_frames=5, startup_action_frames=2)),
+    _unmet("program", STARTING),
+    # rows that meet nothing get 0 also where all else of their tile is bad
+    Scene("bad program", STARTING, _all_of(_span((0, STARTING.length))), [], []),
+    # the second keys share a tile with those of the bad queries; in dv these are multiplied by 0, in dk left out
+    Scene("gradients of queries", Ranges([(0, 8), (4, 8)], [(0, 4), (4, 8)], 8), {"dout": _span((0, 4))},
+          _span((4, 8)), [], _span((4, 8))),
 ]  # fmt: skip
 
 
@@ -173,7 +180,8 @@ def check_nan_stays(impl: str) -> None:
         got, want = (t[0].mT if name == "lse" else t[0] for t in both)
         of_keys, first = name in ("dk", "dv"), 0
         for scene in SCENES:
-            at = first + torch.tensor(scene.kept_keys if of_keys else scene.kept_queries, dtype=torch.long)
+            kept = scene.kept_keys if of_keys else scene.kept_queries
+            at = first + torch.tensor(kept + scene.kept_dk * (name == "dk"), dtype=torch.long)
             torch.testing.assert_close(
                 got[at], want[at], atol=1e-5, rtol=1e-5, msg=lambda m, scene=scene: f"{scene.name}: {name}: {m}"
             )
