@@ -1,6 +1,7 @@
 """The command line: one line and exit code 2 for whatever a user gets wrong, and what `wam doctor` says."""
 
 import dataclasses
+import io
 import json
 import subprocess
 import sys
@@ -97,6 +98,18 @@ def test_a_user_error_in_a_command_is_one_line(fault, message, capsys, monkeypat
     monkeypatch.setenv("WAM_TRACEBACK", "1")
     with pytest.raises((cli.UserError, ValueError, OSError, ImportError, FloatingPointError)):
         cli.main(["doctor"])
+
+
+def test_characters_that_the_terminal_does_not_have(monkeypatch):
+    """Of an instruction, or of a path that is not UTF-8: the work was done, and what it says comes through."""
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setitem(
+        sys.modules, doctor.__name__, types.SimpleNamespace(run=lambda args: print("\u673a \ud83e \udcff"))
+    )
+    assert cli.main(["doctor"]) == 0
+    out.flush()
+    assert out.buffer.getvalue() == b"\\u673a \\ud83e \\udcff\n"
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):

@@ -8,6 +8,7 @@ came from.
 """
 
 import argparse
+import io
 import math
 import os
 import sys
@@ -166,6 +167,10 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        # an instruction or a folder's name in characters that the terminal does not have is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     args = _parse(argv)
     if "torch" not in sys.modules:  # else it has no effect on this process any more
         limit_spinning()
