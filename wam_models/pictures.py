@@ -51,7 +51,10 @@ def film_strip(rows: Mapping[str, np.ndarray], path: Path, *, title: str, column
 
 
 def film(rows: Mapping[str, np.ndarray], path: Path, *, milliseconds: int, scale: float = 1.5) -> None:
-    """A GIF that plays the videos one above the other, each with its label; arguments as :func:`film_strip`."""
+    """A GIF that plays the videos one above the other, each with its label; arguments as :func:`film_strip`.
+
+    A frame is shown for ``milliseconds``, or as near to it as a GIF can say: 10 to 655,350.
+    """
     videos = list(rows.values())
     height, width = (round(n * scale) for n in videos[0].shape[1:3])
     pictures = []
@@ -64,7 +67,8 @@ def film(rows: Mapping[str, np.ndarray], path: Path, *, milliseconds: int, scale
             image.paste(enlarged(video[f], scale), (0, y + LABEL_HEIGHT))
         pictures.append(image.quantize(128))
     path.parent.mkdir(parents=True, exist_ok=True)
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=milliseconds, loop=0)
+    shown = min(max(milliseconds, 10), 655_350)
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=shown, loop=0)
 
 
 def curves(

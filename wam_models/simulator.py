@@ -6,7 +6,6 @@ the factory without arguments. ``scripts/libero_simulator.py`` is one for LIBERO
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -22,6 +21,7 @@ from tqdm import tqdm
 
 from ._checks import whole
 from .data.clips import STRIDE
+from .data.lerobot import FREQUENCIES
 from .policy import Policy
 from .rollout import RolloutConfig, RolloutEngine
 
@@ -90,11 +90,17 @@ def control_freq(simulator: Simulator) -> float:
     """Actions a second, in simulated time.
 
     Raises:
-        ValueError: what the adapter says is not a positive number.
+        ValueError: what the adapter says is not a positive number, or asking it raises.
     """
-    freq = getattr(simulator, "control_freq", CONTROL_FREQ)
-    if not isinstance(freq, Real) or isinstance(freq, bool) or not 0 < freq < math.inf:
-        raise ValueError(f"simulator: control_freq must be actions a second, a positive number, got {freq!r}")
+    try:
+        freq = getattr(simulator, "control_freq", CONTROL_FREQ)
+    except Exception as error:
+        raise ValueError(f"simulator: control_freq raised {_said(error)}") from error
+    if not isinstance(freq, Real) or isinstance(freq, bool) or not FREQUENCIES[0] <= freq <= FREQUENCIES[1]:
+        raise ValueError(
+            f"simulator: control_freq must be actions a second, a positive number, got {freq!r}; between "
+            f"{FREQUENCIES[0]:g} and {FREQUENCIES[1]:g}"
+        )
     return float(freq)
 
 
@@ -175,12 +181,10 @@ def _said(error: Exception) -> str:
 
 def _pictures(where: str, given: object, ndim: int, policy: Policy, like: np.ndarray | None = None) -> np.ndarray:
     """A copy of a picture ``[H, W, 3]`` or of several, after what an adapter can get wrong was looked for."""
-    if isinstance(given, torch.Tensor):
-        given = given.detach().cpu().numpy()
     try:
-        found = np.array(given)
-    except ValueError as error:  # pictures of different sizes
-        raise ValueError(f"{where} must return pictures of one size: {error}") from error
+        found = np.array(given.detach().cpu().numpy() if isinstance(given, torch.Tensor) else given)
+    except Exception as error:  # pictures of different sizes, dtypes that NumPy does not have, memory that is gone
+        raise ValueError(f"{where} must return pictures of one size, as uint8: {_said(error)}") from error
     if ndim == 4 and len(np.atleast_1d(found)) == 0:
         return np.empty((0, *like.shape), np.uint8)
     if found.dtype != np.uint8 or found.ndim != ndim or found.shape[-1] != 3:
@@ -197,8 +201,10 @@ def _pictures(where: str, given: object, ndim: int, policy: Policy, like: np.nda
 
 
 def _flag(where: str, given: object) -> bool:
-    if isinstance(given, torch.Tensor):
-        given = given.cpu().numpy()
-    if np.size(given) != 1 or np.asarray(given).dtype != bool:
+    try:
+        found = np.asarray(given.cpu().numpy() if isinstance(given, torch.Tensor) else given)
+    except Exception as error:  # as for pictures
+        raise ValueError(f"{where} must return done as a bool: {_said(error)}") from error
+    if found.size != 1 or found.dtype != bool:
         raise ValueError(f"{where} must return done as a bool, got {given!r}")
-    return bool(given)
+    return found.item()

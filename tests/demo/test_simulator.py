@@ -40,6 +40,17 @@ class Flagged(Box):
 class Endless(Box):
     control_freq = float("nan")
 
+class Huge(Box):
+    control_freq = 10**400
+
+class Unasked(Box):
+    @property
+    def control_freq(self):
+        raise RuntimeError("reset first")
+
+class Daily(Box):
+    control_freq = 1 / 86_400
+
 def failing():
     raise RuntimeError("no display")
 """
@@ -53,7 +64,7 @@ def adapters(tmp_path, monkeypatch) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("name, milliseconds", [("Box", 200), ("Slow", 400), ("Counted", 400)])
+@pytest.mark.parametrize("name, milliseconds", [("Box", 200), ("Slow", 400), ("Counted", 400), ("Daily", 655_350)])
 def test_the_film_is_as_fast_as_the_robot(name, milliseconds, adapters, monkeypatch, capsys):
     """Four actions from picture to picture, at 20 actions a second where the adapter does not say."""
     pictures = np.random.default_rng(0).integers(0, 255, (3, 32, 64, 3), np.uint8)
@@ -64,7 +75,8 @@ def test_the_film_is_as_fast_as_the_robot(name, milliseconds, adapters, monkeypa
     args = SimpleNamespace(simulator=f"adapters:{name}", seed=0, chunks=None, out=adapters)
     config = RolloutConfig(program="joint", chunk_size=2)
     assert rollout_cli._simulated(args, SimpleNamespace(model=model, camera=None), config, "joint") == 0
-    assert f"whose robot takes {4000 // milliseconds}" in capsys.readouterr().out
+    takes = 4000 // milliseconds or "1.15741e-05"
+    assert f"whose robot takes {takes}" in capsys.readouterr().out
     with Image.open(adapters / "simulated_joint.gif") as film:
         assert film.n_frames == 3 and film.info["duration"] == milliseconds
 
@@ -132,8 +144,21 @@ def test_what_was_executed_is_kept(policy):
         Toy(done=np.bool_(False)),
         Toy(done=np.array([False])),
         Toy(done=torch.tensor(False)),
+        Toy(done=[False]),
     ],
-    ids=["one buffer", "flipped", "Fortran", "tensor", "strided", "list", "read-only", "bool_", "array", "bool tensor"],
+    ids=[
+        "one buffer",
+        "flipped",
+        "Fortran",
+        "tensor",
+        "strided",
+        "list",
+        "read-only",
+        "bool_",
+        "array",
+        "bool tensor",
+        "list of one",
+    ],
 )
 def test_pictures_may_come_in_any_memory(policy, adapter, recwarn):
     played, plain = play(policy, adapter), play(policy, Toy())
@@ -180,6 +205,9 @@ PICTURE = np.zeros((32, 64, 3), np.uint8)
         ({"step": (PICTURE[None], 0.0, False, False, {})}, r"Wrong.step of chunk 3 .*\(pictures, done\), got 5 values"),
         ({"step": (PICTURE, False)}, r"Wrong.step of chunk 3 .* uint8 \[F, H, W, 3\], got uint8 \[32, 64, 3\]"),
         ({"step": ([PICTURE, PICTURE[1:]], False)}, "Wrong.step of chunk 3 must return pictures of one size"),
+        ({"step": (torch.zeros(1, 32, 64, 3).bfloat16(), False)}, "Wrong.step of chunk 3 .* as uint8: .*BFloat16"),
+        ({"step": (torch.zeros(1, 32, 64, 3, device="meta"), False)}, "Wrong.step of chunk 3 .* as uint8: .*meta"),
+        ({"step": (PICTURE[None], torch.zeros(1, device="meta"))}, "Wrong.step of chunk 3 .* done as a bool: .*meta"),
         ({"step": (PICTURE[None, :, :32], False)}, "Wrong.step of chunk 3: pictures are 32 x 32, but the policy"),
         ({"step": (PICTURE[None], None)}, "Wrong.step of chunk 3 must return done as a bool, got None"),
         ({"step": (PICTURE[None], 1.0)}, "Wrong.step of chunk 3 must return done as a bool, got 1.0"),
@@ -236,10 +264,18 @@ def test_a_codec_of_whole_videos_cannot_act(policy):
 
 
 @pytest.mark.parametrize(
-    "name, got", [("Stopped", "got 0"), ("Spoken", "got '20 Hz'"), ("Endless", "got nan"), ("Flagged", "got True")]
+    "name, got",
+    [
+        ("Stopped", "must be actions a second, a positive number, got 0"),
+        ("Spoken", "must be actions a second, a positive number, got '20 Hz'"),
+        ("Endless", "must be actions a second, a positive number, got nan"),
+        ("Flagged", "must be actions a second, a positive number, got True"),
+        ("Huge", "must be actions a second, a positive number, got 1000"),
+        ("Unasked", "raised RuntimeError: reset first"),
+    ],
 )
 def test_what_is_no_frequency_is_refused(name, got, adapters):
-    with pytest.raises(ValueError, match=f"control_freq must be actions a second, a positive number, {got}"):
+    with pytest.raises(ValueError, match=f"control_freq {got}"):
         simulator.load(f"adapters:{name}")
 
 

@@ -28,6 +28,8 @@ INFO_JSON = {
     "fps 0": (info("fps", 0), "info.json: fps is 0, expected a positive number"),
     "fps NaN": (info("fps", NAN), "info.json: fps is nan, expected a positive number"),
     "fps Infinity": (info("fps", INF), "info.json: fps is inf, expected a positive number"),
+    "fps beyond floats": (info("fps", 10**400), "info.json: fps is 1000", "expected a positive number"),
+    "fps denormal": (info("fps", 5e-324), "info.json: fps is 5e-324, expected a positive number"),
     "fps another": (info("fps", 30), "file-000.parquet", "length of episode 0", "30 fps"),
     "features missing": (info("features", GONE), "info.json: field 'features' is missing"),
     "features a list": (info("features", []), "info.json: field 'features' is []"),

@@ -1,7 +1,6 @@
 """Reader of LeRobot v3 data sets with pyarrow, PyAV and Pillow only."""
 
 import io
-import math
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from wam_models._json import read_json
 
 __all__ = ["Episode", "LeRobotDataset"]
 
+FREQUENCIES = 1e-6, 1e9  # of pictures and actions, in Hz: times of both can be reckoned with
 PICTURES = ("video", "image")  # dtypes of a camera: an mp4 file, or a PNG or JPEG in each row of the data files
 
 
@@ -65,8 +65,11 @@ class LeRobotDataset:
                 f"{self._info}: codebase_version is {version!r}, expected v3.x; convert the data set with lerobot first"
             )
         self.fps = _field(info, "fps", (int, float), self._info)
-        if not 0 < self.fps < math.inf:
-            raise ValueError(f"{self._info}: fps is {self.fps}, expected a positive number")
+        if not FREQUENCIES[0] <= self.fps <= FREQUENCIES[1]:
+            low, high = FREQUENCIES
+            raise ValueError(
+                f"{self._info}: fps is {self.fps}, expected a positive number, between {low:g} and {high:g}"
+            )
         self.features = _field(info, "features", dict, self._info)
         self.camera = self._choose_camera(camera, usual_camera)
         self.picture_size = _picture_size(self.features[self.camera], self.camera, self._info)
