@@ -125,10 +125,14 @@ def writable_folder(where: str, path: Path) -> None:
     """Whether files can be made in ``path``, or in the folder above that exists; looked at before work begins.
 
     Raises:
-        ValueError: there is a file of that name or on the way to it, or no right to write.
+        ValueError: there is a file or a link to nothing of that name or on the way to it, or no right to write.
     """
     found = path.absolute()
     while not found.exists():
+        if found.is_symlink():
+            raise ValueError(
+                f"{where} must be a folder, but {found} is a link to {found.readlink()}, which is not there"
+            )
         found = found.parent
     if not found.is_dir():
         raise ValueError(f"{where} must be a folder, but {found} is a file; name another")

@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -116,7 +116,7 @@ def save_checkpoint(
     if training_state is not None:
         files[TRAINING] = training
     folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with alone(folder):
         _settle(folder)
         try:
             part = folder / f"{save_id}.part"
@@ -170,7 +170,7 @@ def saved_as(folder: Path) -> tuple[str | None, dict] | None:
 def remove_checkpoint(folder: Path) -> None:
     """Remove the files of a checkpoint, where there is one, and no others."""
     if folder.is_dir():
-        with _alone(folder):
+        with alone(folder):
             _settle(folder)
             for name in (CONFIG, MODEL, EXTRA, TRAINING):  # without the first, the others are none
                 (folder / name).unlink(missing_ok=True)
@@ -295,12 +295,20 @@ def _stamps(folder: Path) -> list[tuple[int, int] | None]:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Saves into one folder wait for each other, such as those of all ranks of a job."""
+def alone(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Whoever works in this folder is alone there: saves wait for each other, such as those of all ranks of a job.
+
+    Raises:
+        BlockingIOError: another one is there, and ``wait`` is False.
+    """
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # not every file system has locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise
+        except OSError:  # not every file system has locks
+            pass
         yield
     finally:
         os.close(handle)
@@ -370,9 +378,10 @@ def _read_config(path: Path):
     try:
         return read_json(path)
     except OSError as error:
-        raise ValueError(
-            f"load_checkpoint: cannot read {path}: {error.strerror}; expected a folder of save_checkpoint"
-        ) from error
+        below = path.parent / "checkpoint"
+        found = (below / CONFIG).exists()
+        expected = f"there is one in {below}" if found else "expected a folder of save_checkpoint"
+        raise ValueError(f"load_checkpoint: cannot read {path}: {error.strerror}; {expected}") from error
 
 
 def _read_tensors(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], str | None]:

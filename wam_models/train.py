@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from wam_kernels import HISTORIES, PROGRAMS
 
 from ._checks import check_field, choice, number, whole, whole_range, writable_folder
 from ._json import from_fields, read_json
-from .checkpoint import CONFIG, TRAINING, Checkpoint, remove_checkpoint, saved_as
+from .checkpoint import CONFIG, TRAINING, Checkpoint, alone, remove_checkpoint, saved_as
 from .config import LARGEST, ModelConfig
 from .data import ClipDataset, LeRobotDataset
 from .data.latents import codec_kind
@@ -563,25 +563,48 @@ class RunFolder:
     """
 
     def __init__(self, out: str | Path, resume: Checkpoint | None = None, *, overwrite: bool = False) -> None:
-        out = Path(out)
-        writable_folder("--out", out)
-        self.log, self.checkpoint = out / "log.jsonl", out / "checkpoint"
+        self.out, self.resume, self.overwrite = Path(out), resume, overwrite
+        self.log, self.checkpoint = self.out / "log.jsonl", self.out / "checkpoint"
+        for folder in (self.out, self.checkpoint):
+            writable_folder("--out", folder)
+        self._look()
+
+    def _look(self) -> None:
+        """What the folder holds, and whether that is in the way."""
         saved = None
-        with suppress(ValueError) if overwrite else nullcontext():
+        with suppress(ValueError) if self.overwrite else nullcontext():
             saved = saved_as(self.checkpoint)
+        resume = self.resume
         self.goes_on = saved is not None and resume is not None and saved == (resume.save_id, resume.metadata)
         held = saved is not None or (self.log.exists() and self.log.stat().st_size > 0)
-        if held and not self.goes_on and not overwrite:
+        if held and not self.goes_on and not self.overwrite:
             resumed = "" if saved is None else f"go on from {self.checkpoint} with --resume, "
             raise ValueError(
-                f"--out: {out} holds {'a' if resume is None else 'another'} run; {resumed}lose it with --overwrite "
+                f"--out: {self.out} holds {'a' if resume is None else 'another'} run; {resumed}lose it with --overwrite "
                 "(overwrite=True), or name another folder"
             )
 
     @contextmanager
     def begin(self, step: int) -> Iterator[None]:
-        """Keeps the log's rows up to this step, or nothing of another run, and is open for more."""
-        self.log.parent.mkdir(parents=True, exist_ok=True)
+        """Keeps the log's rows up to this step, or nothing of another run, and is open for more.
+
+        Raises:
+            ValueError: another process trains into the folder, or did so since it was looked at.
+        """
+        self.out.mkdir(parents=True, exist_ok=True)
+        with ExitStack() as stack:
+            try:
+                stack.enter_context(alone(self.out, wait=False))
+            except BlockingIOError as error:
+                raise ValueError(
+                    f"--out: another process trains into {self.out} right now; wait for its end, or name another folder"
+                ) from error
+            self._look()
+            self._tidy(step)
+            self._file = stack.enter_context(self.log.open("ab", buffering=0))
+            yield
+
+    def _tidy(self, step: int) -> None:
         held = self.log.read_bytes() if self.log.exists() else b""
         if not self.goes_on:
             remove_checkpoint(self.checkpoint)
@@ -591,8 +614,6 @@ class RunFolder:
             part = self.log.with_name("log.jsonl.part")
             part.write_bytes(kept)
             part.replace(self.log)
-        with self.log.open("ab", buffering=0) as self._file:
-            yield
 
     def add(self, row: dict) -> None:
         """Appends a row; whoever reads the log finds it at once."""

@@ -350,6 +350,38 @@ def test_no_run_is_lost_unless_that_is_asked_for(config, data, tmp_path, capsys)
     assert (out / "checkpoint/film.gif").read_text() == "mine"
 
 
+def test_one_process_trains_into_a_folder(config, data, tmp_path):
+    out, refused = tmp_path / "run", []
+    late = RunFolder(out)
+
+    def other():
+        """Another process, which would take the first one's files away."""
+        with pytest.raises(ValueError, match="another process trains into .*run right now"):
+            train(config, data, out=out, overwrite=True, progress=False)
+        refused.append(True)
+        return True
+
+    train(config, data, out=out, stop=other, progress=False)
+    assert refused and load_checkpoint(out / "checkpoint").training_state["step"] == 1
+    # one that looked before the first had begun, and begins after its end
+    with pytest.raises(ValueError, match="holds a run"), late.begin(0):
+        pass
+    assert load_checkpoint(out / "checkpoint").training_state["step"] == 1
+
+
+@pytest.mark.parametrize("name", ["run", "run/checkpoint"])
+def test_a_link_to_nothing_and_a_file_are_no_folders(name, tmp_path):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to("away")
+    with pytest.raises(ValueError, match=f"--out must be a folder, but {path} is a link to away, which is not there"):
+        RunFolder(tmp_path / "run")
+    path.unlink()
+    path.touch()
+    with pytest.raises(ValueError, match=f"--out must be a folder, but {path} is a file"):
+        RunFolder(tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     "flags, message",
     [
@@ -357,6 +389,7 @@ def test_no_run_is_lost_unless_that_is_asked_for(config, data, tmp_path, capsys)
         ("--config {tmp}/bad.json", "bad.json: not valid JSON"),
         ("--config {tmp}/field.json", "field.json: unknown fields ['stepz']"),
         ("--resume {tmp}/none", "cannot read"),
+        ("--resume {tmp}/old", "old/config.json: No such file or directory; there is one in {tmp}/old/checkpoint"),
         ("--device toaster", "--device must be cpu, cuda or cuda:N, got 'toaster'"),
         ("--device cuda:99", "--device cuda:99: this machine has"),
     ],
@@ -364,7 +397,9 @@ def test_no_run_is_lost_unless_that_is_asked_for(config, data, tmp_path, capsys)
 def test_mistakes_are_one_line(flags, message, root, tmp_path, capsys):
     (tmp_path / "bad.json").write_text("{")
     (tmp_path / "field.json").write_text('{"stepz": 1}')
-    flags = flags.format(tmp=tmp_path).split()
+    (tmp_path / "old/checkpoint").mkdir(parents=True)
+    (tmp_path / "old/checkpoint/config.json").touch()
+    flags, message = flags.format(tmp=tmp_path).split(), message.format(tmp=tmp_path)
     assert cli.main(["train", "--data", str(root), "--out", str(tmp_path / "run"), *flags]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1 and err.startswith("wam train: error: ")
