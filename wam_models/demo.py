@@ -12,6 +12,7 @@ import torch
 
 from wam_kernels import PROGRAMS
 
+from ._files import new_file
 from .cli import UserError
 from .data import LeRobotDataset
 from .data.clips import STRIDE
@@ -148,7 +149,7 @@ def make_demo(
         precision = "bf16 autocast"
     print(f"2. train for {seconds:.0f} s on {len(data.train)} episodes ({device}, {precision})")
     out.mkdir(parents=True, exist_ok=True)
-    page_file.write_text(f"# Demo on {root}\n\nNot finished.\n")
+    page_file.write_text(f"# Demo on {root}\n\nNot finished.\n", encoding="utf-8")
     trained = train(
         config, data, seed=seed, device=device, seconds=seconds, out=out, overwrite=again, progress=progress
     )
@@ -209,7 +210,8 @@ def make_demo(
         "beaten": promises,
         "verdicts": sentences,
     }
-    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    with new_file(out / "report.json") as part:
+        part.write_text(json.dumps(report, indent=1) + "\n")
     mixture = ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in config.mixture.items())
     facts = (
         f"Trained for {took:.0f} s ({trained.step} steps of {config.batch} clips of {config.frames} latent frames; "
@@ -246,7 +248,8 @@ Open loop from one observed frame ([animation](imagined.gif)): no real frame is 
 
 Next: `wam rollout --checkpoint {out / "checkpoint"} --data {root}`
 """
-    page_file.write_text(page)
+    with new_file(page_file) as part:
+        part.write_text(page, encoding="utf-8")
     for sentence in sentences:
         print(f"   {sentence}")
     for what, ok in promises.items():

@@ -16,6 +16,8 @@ from PIL import Image, ImageDraw, ImageFont
 from wam_kernels import NAMED_PROGRAMS, PROGRAMS, Geometry, Program, compile_plan, dense_mask, tokens
 from wam_kernels.visibility import SEGMENTS
 
+from ._files import new_file
+
 NAMES = ("V_noisy", "V_clean", "A_noisy", "A_clean")
 MAX_TOKENS = 6000  # a picture draws every pair, and nobody can see more
 
@@ -252,8 +254,8 @@ def _segment_legend(draw: ImageDraw.ImageDraw, program: Program, left: int, y: i
 
 def save_small(image: Image.Image, path: str | Path) -> None:
     """As a PNG of at most 128 colours: flat colours need no more, and it is a quarter of the size."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    image.quantize(128, dither=Image.Dither.NONE).save(path, optimize=True)
+    with new_file(Path(path)) as part:
+        image.quantize(128, dither=Image.Dither.NONE).save(part, optimize=True)
 
 
 def describe(geometry: Geometry | Program) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ._files import new_file
 from .mask_picture import FAINT, INK, PAPER, font, save_small
 
 COLOURS = ((43, 108, 176), (214, 93, 62), (47, 141, 98))
@@ -46,8 +47,8 @@ def film_strip(rows: Mapping[str, np.ndarray], path: Path, *, title: str, column
         draw.text((left, y + 3), label, font=font(15), fill=INK)
         for c, f in enumerate(shown):
             image.paste(enlarged(video[f], scale), (left + c * (width + gap), y + LABEL_HEIGHT))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, optimize=True)
+    with new_file(path) as part:
+        image.save(part, optimize=True)
 
 
 def film(rows: Mapping[str, np.ndarray], path: Path, *, milliseconds: int, scale: float = 1.5) -> None:
@@ -66,9 +67,9 @@ def film(rows: Mapping[str, np.ndarray], path: Path, *, milliseconds: int, scale
             draw.text((4, y + 3), f"{label}, frame {f}", font=font(14), fill=INK)
             image.paste(enlarged(video[f], scale), (0, y + LABEL_HEIGHT))
         pictures.append(image.quantize(128))
-    path.parent.mkdir(parents=True, exist_ok=True)
     shown = min(max(milliseconds, 10), 655_350)
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=shown, loop=0)
+    with new_file(path) as part:
+        pictures[0].save(part, save_all=True, append_images=pictures[1:], duration=shown, loop=0)
 
 
 def curves(

@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from ._checks import writable_folder
+from ._files import new_file
 from .data.clips import STRIDE
 from .data.latents import pictures_of
 from .evaluate import Chunk, mean_psnr, rmse, stream
@@ -159,8 +160,8 @@ def _write_actions(args, name: str, **arrays: np.ndarray) -> None:
     """``action`` and ``recorded`` float32 ``[F, 4, A]`` in the units of the data set; ``frame`` int64 ``[F]``: row i leads
     to latent frame ``frame[i]``, which is video frame ``4 frame[i]``."""
     path = _out(args) / f"{name}.npz"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    np.savez(path, **arrays)
+    with new_file(path) as part:
+        np.savez(part, **arrays)
     print(f"written        {path}: {', '.join(f'{key} {list(a.shape)}' for key, a in arrays.items())}")
 
 

@@ -1,6 +1,8 @@
 """The demo end to end on tiny data, the rollout of its checkpoint, and the mask pictures."""
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -118,6 +120,26 @@ def test_a_folder_that_cannot_be_written_is_refused_first(flags, tmp_path, capsy
     monkeypatch.setattr("os.access", lambda path, mode: False)
     assert cli.main([*flags, "--out", str(tmp_path / "new/er")]) == 2
     assert f"no right to write in {tmp_path};" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind, full", [("npz", (np, "savez")), ("gif", (Image.Image, "save"))])
+def test_a_full_disk_leaves_earlier_results(kind, full, demo, root, tmp_path, capsys, monkeypatch):
+    command = ["rollout", "--checkpoint", str(demo[0] / "checkpoint"), "--data", str(root), "--out", str(tmp_path)]
+    assert cli.main([*command, "--chunks", "1"]) == 0
+    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    name = next(path for path in files if path.suffix == f".{kind}")
+
+    def write(*given, **_):
+        next(g for g in given if isinstance(g, Path)).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(*full, write)
+    capsys.readouterr()
+    assert cli.main([*command, "--chunks", "1"]) == 2
+    assert f"error: cannot write {name}: No space left on device; what was there" in capsys.readouterr().err
+    if kind == "gif":  # the actions of this call were written
+        files = {path: data for path, data in files.items() if path == name}
+    assert all(path.read_bytes() == data for path, data in files.items()) and len(list(tmp_path.iterdir())) == 2
 
 
 SIMULATOR = """
