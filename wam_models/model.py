@@ -231,7 +231,7 @@ class PackedBlock(nn.Module):
         self.action_block = ExpertBlock(config, config.action_hidden, config.action_ffn)
 
     def forward(
-        self, streams: Pair, rope: Exact, text: Pair, attend: Callable, slots: Slots | None, wanted: Sequence[int]
+        self, streams: Pair, rope: Exact, text: Pair, attend: Callable, slots: Slots | None, wanted: tuple[bool, bool]
     ) -> Pair:
         experts = (self.video_block, self.action_block)
         present = [i for i, stream in enumerate(streams) if stream is not None]
@@ -240,11 +240,11 @@ class PackedBlock(nn.Module):
         tables = rope.tensors
         parts = [experts[i].before(streams[i], tables[i], place) for i, place in zip(present, places, strict=True)]
         done: list[Stream | None] = [None, None]
-        if not set(present) & set(wanted):
+        if not any(wanted[i] for i in present):
             return done[0], done[1]
         q, k, v = (torch.cat(part, 1) for part in zip(*parts, strict=True)) if slots is None else slots
         for i, out in zip(present, attend(q, k, v).split(lengths, 1), strict=True):
-            if i in wanted:
+            if wanted[i]:
                 done[i] = experts[i].after(streams[i], out, text[i])
         return done[0], done[1]
 
@@ -279,13 +279,15 @@ class PackedBlockStack(nn.Module):
             wanted: Streams whose result the caller needs: the last block computes nothing else but keys and values.
         """
         last = len(self.packed_blocks) - 1
+        # not `i in wanted`: with dynamic=True Dynamo makes the ints symbolic, and finds none of them
+        of_last = any(i == 0 for i in wanted), any(i == 1 for i in wanted)
         for i, block in enumerate(self.packed_blocks):
 
             def attend_here(q, k, v, i=i):
                 return attend(i, q, k, v)
 
             places = None if slots is None else slots(i)
-            inputs = streams, rope, text[i], attend_here, places, wanted if i == last else (0, 1)
+            inputs = streams, rope, text[i], attend_here, places, of_last if i == last else (True, True)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 streams = checkpoint(block, *inputs, use_reentrant=False)
             else:

@@ -132,6 +132,13 @@ def test_data_parallel_uses_every_parameter_in_every_step(objective, mesh):
     training_step(model, batch(), generator(), config)[0].backward()  # raises, had the step before left one out
 
 
+def test_a_block_compiled_for_any_size_takes_the_same_step():
+    torch._dynamo.reset()
+    model = small_model(layers=1)
+    model.packed_block_stack.packed_blocks[0].compile(backend="eager", dynamic=True)
+    assert_same_step(step(model), step(small_model(layers=1)))
+
+
 def test_recomputed_activations_give_the_same_step():
     model = small_model()
     model.checkpoint_activations()
