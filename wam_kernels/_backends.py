@@ -68,6 +68,14 @@ def select_backend(
     return impl
 
 
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """``x @ y`` in their own dtype, under autocast too, which would take it in a narrower one."""
+    if x.device.type == "meta":  # has no autocast
+        return x @ y
+    with torch.autocast(x.device.type, enabled=False):
+        return x @ y
+
+
 def on_its_device(launcher: Callable) -> Callable:
     """Makes the device of the first tensor current while ``launcher`` runs: Triton launches on the current one."""
 

@@ -76,6 +76,17 @@ def test_nan_stays(impl, dtype):
     checks.check_nan_stays(lambda case, inputs: run(case, inputs, impl), dtype)
 
 
+@pytest.mark.parametrize("impl", ["reference", "cpu"])
+def test_autocast_leaves_the_op_alone(impl):
+    case = Case([[[(0, 1)], [(1, 9)]]], (2, 3), 9)
+    q, k, v = case.inputs()
+    q[:, :2] = 0  # over one slot: lse 0
+    expected = run(case, [q, k, v], impl)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = run(case, [q, k, v], impl)
+    assert all(torch.equal(a, b) for a, b in zip(mixed, expected, strict=True))
+
+
 def test_slots_of_one_group_do_not_reach_another():
     # a slot that another group sees holds numbers, not NaN: only a missing mask would let it in, so poison it by value
     case = Case([[[(0, 20)], [(20, 40)]]], (4, 4), 40)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._backends import product
+
 
 class _Product(torch.autograd.Function):
     """Two tensors and ``mask`` ``[.., S, T]`` to their product over the pairs that are in it."""
@@ -24,7 +26,7 @@ class _Product(torch.autograd.Function):
 class _Scores(_Product):
     @staticmethod
     def forward(x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-        return (x @ y.mT).masked_fill(~mask, 0.0)
+        return product(x, y.mT).masked_fill(~mask, 0.0)
 
     @staticmethod
     def backward(ctx, grad):
@@ -39,8 +41,8 @@ class _Sums(_Product):
         # NaN in the rows that see a token which is not finite, in the channels where some token is not
         finite = y.isfinite()
         bad = (~finite).any(-1, keepdim=True).to(y.dtype)
-        reached = (mask.to(y.dtype) @ bad > 0) & ~finite.all(-2, keepdim=True)
-        return (p @ y.masked_fill(~finite, 0.0)).masked_fill(reached, torch.nan)
+        reached = (product(mask.to(y.dtype), bad) > 0) & ~finite.all(-2, keepdim=True)
+        return product(p, y.masked_fill(~finite, 0.0)).masked_fill(reached, torch.nan)
 
     @staticmethod
     def backward(ctx, grad):

@@ -76,6 +76,8 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
     return out, torch.where(doubtful, right, lse)
 
 
+# under autocast PyTorch would take the products in bf16
+@torch.autocast("cpu", enabled=False)
 def forward(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, group_rows: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor]:

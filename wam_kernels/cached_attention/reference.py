@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .._backends import product
+
 
 def visible_slots(ranges: Tensor, slots: int) -> Tensor:
     """bool ``[B, G, N]``: which slots each group of each sample sees. Ranges are cut off at 0 and N."""
@@ -23,10 +25,10 @@ def cached_attention(
     outs, lses = [], []
     for q_g, seen_B1N in zip(q_BHSD.split(list(group_rows), 2), seen.unbind(1), strict=True):
         # slots that were never written may hold NaN: masked out of the scores, and 0 * NaN kept out of the product
-        scores = (q_g @ k_BHND.mT * scale).masked_fill(~seen_B1N[:, :, None], float("-inf"))
+        scores = (product(q_g, k_BHND.mT) * scale).masked_fill(~seen_B1N[:, :, None], float("-inf"))
         lse = torch.logsumexp(scores, -1)
         # a row that sees nothing: keep its -inf out of the subtraction, where it would turn into NaN
         p = torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0.0)[..., None])
-        outs.append(p @ v_BHND.masked_fill(~seen_B1N[..., None], 0.0))
+        outs.append(product(p, v_BHND.masked_fill(~seen_B1N[..., None], 0.0)))
         lses.append(lse)
     return torch.cat(outs, 2).transpose(1, 2).to(q.dtype).contiguous(), torch.cat(lses, 2)
