@@ -93,6 +93,12 @@ def test_integers_of_numpy_are_integers_and_nothing_else_is(place, make):
     assert make(2) == 2
 
 
+@pytest.mark.parametrize("dtype", [torch.int32, None, "float32"])
+def test_a_cache_holds_floats(dtype):
+    with pytest.raises(ValueError, match="StreamingCache: dtype must be a torch.dtype of floats, got"):
+        StreamingCache(**CACHE | {"dtype": dtype})
+
+
 @pytest.mark.parametrize(
     "make, message",
     [

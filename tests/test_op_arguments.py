@@ -143,6 +143,14 @@ def test_dtypes_that_no_backend_takes(impl):
 
 
 @each_op
+def test_a_dtype_that_promotes_to_none(name):
+    call, tensors = make(name)
+    narrow = {k: t.detach().to(torch.float8_e4m3fn) for k, t in tensors.items() if t.is_floating_point()}
+    with pytest.raises(ValueError, match=f"must be .*, got torch.float8_e4m3fn"):
+        call(**narrow)
+
+
+@each_op
 def test_arrays_are_no_tensors(name):
     call, tensors = make(name)
     call()
@@ -163,7 +171,7 @@ def test_numbers(name):
     for one in (1, np.int64(1), np.float32(1)):
         torch.testing.assert_close(call(**{argument: one}), call(**{argument: 1.0}), rtol=0, atol=0)
     negative = [-1e-6] if argument == "eps" else []
-    for bad in (float("nan"), float("inf"), np.float64("nan"), "1", True, torch.tensor(1.0), *negative):
+    for bad in (float("nan"), float("inf"), 10**400, np.float64("nan"), "1", True, torch.tensor(1.0), *negative):
         with pytest.raises(ValueError, match=rf"{name.removesuffix('-out')}: {argument} must be a (finite )?number"):
             call(**{argument: bad})
 

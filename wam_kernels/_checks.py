@@ -1,5 +1,6 @@
 """Argument checks shared by every public function. Those of an op read metadata only, so they trace."""
 
+import math
 import operator
 import sys
 from collections.abc import Iterable, Mapping
@@ -87,6 +88,12 @@ def same_kind(op: str, like_name: str, like: Tensor, **args: Tensor) -> None:
             )
 
 
+def accumulator(t: Tensor) -> torch.dtype:
+    """The dtype of sums over ``t``."""
+    # not promote_types: that is an operation, recorded as one by whatever watches, and there is none for float8
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
 def integer(op: str, name: str, value: object, least: int = 0, most: int | None = MAX_INT) -> int:
     """``value`` as a Python int. NumPy's integers and those of CPU tensors are integers; bools, floats and strings not.
 
@@ -126,7 +133,10 @@ def number(op: str, name: str, value: object, least: float = -_MAX_FLOAT) -> flo
         )
     if isinstance(value, bool) or not isinstance(value, _NUMBERS):
         raise ValueError(f"{op}: {name} must be a number, got {value!r}")
-    value = float(value)
+    try:
+        value = float(value)
+    except OverflowError:  # an int
+        value = math.inf if value > 0 else -math.inf
     if not least <= value <= _MAX_FLOAT:  # NaN neither
         at_least = "" if least == -_MAX_FLOAT else f" of at least {least}"
         raise ValueError(f"{op}: {name} must be a finite number{at_least}, got {value}")

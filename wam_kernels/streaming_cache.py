@@ -81,7 +81,7 @@ class StreamingCache:
         length: N slots.
 
     Raises:
-        ValueError: a size that is no integer or below 1, rings that do not hold one chunk, or more slots than int32
+        ValueError: a size that is no integer or below 1, a dtype that is none of floats, rings that do not hold one chunk, or more slots than int32
             counts.
     """
 
@@ -106,6 +106,8 @@ class StreamingCache:
         layers, batch, heads, head_dim, video_tokens, action_tokens, chunk_size, frames = (
             integer(op, name, value, 1) for name, value in sizes.items()
         )
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise ValueError(f"{op}: dtype must be a torch.dtype of floats, got {dtype!r}")
         if frames < chunk_size:
             raise ValueError(f"{op}: frames must be at least chunk_size={chunk_size}, got {frames}")
         self.batch, self.chunk_size, self.frames = batch, chunk_size, frames

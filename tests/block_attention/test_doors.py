@@ -148,6 +148,14 @@ def test_a_mask_mod_that_depends_on_the_batch():
         ),
         (lambda: plan_from_mask_mod(lambda b, h, q, k: q - k, 9), "must return a bool tensor, got torch.int64"),
         (lambda: plan_from_mask_mod(lambda b, h, q, k: True, 9), "must return a bool tensor, got bool"),
+        (
+            lambda: plan_from_mask_mod(lambda b, h, q, k: (q >= k)[None], 9),
+            r"must return what broadcasts to \[1, 1, 9, 9\] like its arguments, got \[1, 1, 1, 9, 9\]",
+        ),
+        (
+            lambda: plan_from_mask_mod(lambda b, h, q, k: torch.ones(3, dtype=torch.bool), 9),
+            r"must return what broadcasts to \[1, 1, 9, 9\] like its arguments, got \[3\]",
+        ),
         (lambda: plan_from_mask_mod(lambda b, h, q, k: q >= k, 0), "geometry must be at least 1, got 0"),
         (lambda: plan_from_mask_mod(lambda b, h, q, k: q >= k, (4, 2.0)), "geometry must be an int, got 2.0"),
         (lambda: plan_from_mask_mod(lambda b, h, q, k: q >= k, 40_000), "at most max_length=32768 tokens.*got 40000"),

@@ -177,13 +177,22 @@ def test_compiles_whole_and_only_once_for_all_geometries():
     assert counter.frame_count <= 2
 
 
-def test_autocast_leaves_the_op_alone():
+def test_a_plan_of_several_elements_compiles_for_any_size():
+    plan = compile_plan([small(), small(program="video_then_action")])
+    q, k, v, *_ = make_inputs(plan, 2, 2, 16, torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(block_attention, fullgraph=True, backend="eager", dynamic=True)
+    assert torch.equal(compiled(q, k, v, plan), block_attention(q, k, v, plan))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "reference"])
+def test_autocast_leaves_the_op_alone(impl):
     plan = compile_plan(small())
     q, k, v = (torch.randn(1, plan.length, 2, 32, requires_grad=True) for _ in range(3))
     weights = torch.randn(1, plan.length, 2, 32)
 
     def results():
-        out = block_attention(q, k, v, plan)
+        out = block_attention(q, k, v, plan, impl=impl)
         return out, *torch.autograd.grad((out * weights).sum(), (q, k, v))
 
     plain = results()

@@ -76,6 +76,7 @@ def test_no_tokens():
         ({"dtype": torch.bfloat16}, "dtype must be torch.float32 or torch.float64, got torch.bfloat16"),
         ({"head_dim": 15}, "head_dim must be even and at least 2, got 15"),
         ({"theta": 0.0}, "theta must be positive, got 0.0"),
+        ({"theta": 10**400}, "theta must be a finite number, got inf"),
         ({"split": (8, 8, 2)}, r"split must be three even sizes that sum to head_dim=16, got \(8, 8, 2\)"),
         ({"split": (6, 5, 5)}, r"split must be three even sizes that sum to head_dim=16, got \(6, 5, 5\)"),
         ({"split": (8, 8)}, r"split must be three even sizes that sum to head_dim=16, got \(8, 8\)"),

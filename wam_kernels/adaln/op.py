@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _autograd
 from .._backends import HALF_AND_FLOAT, launchers, select_backend
-from .._checks import are_tensors, bind_dims, number
+from .._checks import accumulator, are_tensors, bind_dims, number
 from ..frame_index import FrameIndex
 from . import cpu, reference
 from .config import DEFAULT_IMPL, MAX_D
@@ -37,11 +37,6 @@ class _Inputs(NamedTuple):
     scale_table: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
-
-
-def _accumulator(t: Tensor) -> torch.dtype:
-    # not promote_types: that is an operation, and recorded as one by whatever watches
-    return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
 # ---- the registered forward: (r, h), empty where a variant has none ----
@@ -96,7 +91,7 @@ def _backward_fake(
     B, _, D = like.shape
     row, sums, channels = like.shape, (B, row_begin.shape[0] - 1, D), (D,)
     shapes = (row, row, sums, sums, sums, channels, channels)
-    dtypes = (like.dtype,) * 2 + (_accumulator(like),) * 5
+    dtypes = (like.dtype,) * 2 + (accumulator(like),) * 5
     present = _present(dh, gate, scale)
     return tuple(
         like.new_empty(shape, dtype=dtype) if wanted else like.new_empty(0)
@@ -188,7 +183,7 @@ def _check(op: str, t: _Inputs, index: FrameIndex) -> None:
     if not isinstance(index, FrameIndex):
         raise TypeError(f"{op}: index must be a FrameIndex, got {type(index).__name__}; see FrameIndex.from_tensor")
     are_tensors(op, x=t.x)
-    x, acc = t.x, _accumulator(t.x)
+    x, acc = t.x, accumulator(t.x)
     kinds = (
         (("x", "y"), "B S D", (x.dtype,)),
         (("gate", "shift", "scale"), "B F D", (acc,)),

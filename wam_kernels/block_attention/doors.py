@@ -153,6 +153,12 @@ def _evaluate(
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
             got = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
             raise ValueError(f"{name}: mask_mod must return a bool tensor, got {got}")
+        shape = batch, heads, q.shape[2], T
+        if mask.ndim > 4 or any(n not in (1, want) for n, want in zip(mask.shape[::-1], shape[::-1], strict=False)):
+            raise ValueError(
+                f"{name}: mask_mod must return what broadcasts to {list(shape)} like its arguments, got "
+                f"{list(mask.shape)}"
+            )
         while mask.ndim < 4:
             mask = mask[None]
         # an axis that mask_mod does not read still has size 1, and needs no second look

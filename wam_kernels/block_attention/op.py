@@ -147,7 +147,8 @@ def block_attention(
         )
     if dims["D"] % 8 or not 8 <= dims["D"] <= MAX_D:
         raise ValueError(f"{_OP}: D must be a multiple of 8 from 8 to {MAX_D}, got {dims['D']}; pad the heads")
-    if plan.batch not in (1, dims["B"]):
+    # not `in`: Dynamo finds no symbolic size in a tuple
+    if plan.batch != 1 and plan.batch != dims["B"]:
         raise ValueError(f"{_OP}: plan must have 1 or B={dims['B']} batch elements, got {plan.batch}")
     if plan.device != q.device:
         raise ValueError(f"{_OP}: plan must be on {q.device} like q, got {plan.device}; use plan.to({str(q.device)!r})")

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _autograd
 from .._backends import HALF_AND_FLOAT, launchers, select_backend
-from .._checks import are_tensors, bind_dims, integer, number, same_kind
+from .._checks import accumulator, are_tensors, bind_dims, integer, number, same_kind
 from . import reference
 from .config import DEFAULT_IMPL, MAX_HEAD_DIM, MAX_INNER
 
@@ -151,7 +151,7 @@ def _check(
             f"{_OP}: table must have shape [S={row[0]}, {want}] or [B={dims['B']}, S={row[0]}, {want}], "
             f"got {list(table.shape)}; use rope_table(positions, head_dim)"
         )
-    if table.device != q.device or table.dtype not in (torch.float32, torch.promote_types(q.dtype, torch.float32)):
+    if table.device != q.device or table.dtype not in (torch.float32, accumulator(q)):
         raise ValueError(f"{_OP}: table must be torch.float32 on {q.device}, got {table.dtype} on {table.device}")
     for name, t in {**rows, **weights}.items():
         if t.stride(-1) != 1:
