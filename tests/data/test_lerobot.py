@@ -287,7 +287,10 @@ def test_pictures_in_the_data_files(images_root):
         np.testing.assert_array_equal(dataset.frames(episode, every=4), frames[::4])
     if error:
         return
+    deep = io.BytesIO()
+    Image.fromarray(np.full((32, 64), 4000, np.uint16)).save(deep, "PNG")
     for cell, message in (
+        ({"bytes": deep.getvalue(), "path": None}, "frame 3, has pixels of I;16, such as depth, expected 8 bits"),
         ({"bytes": b"\x89PNG\r\n\x1a\nno more", "path": None}, "frame 3, cannot be decoded"),
         ({"bytes": None, "path": None}, "frame 3, holds no picture"),
     ):

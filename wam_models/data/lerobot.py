@@ -297,9 +297,13 @@ class LeRobotDataset:
             if not isinstance(value, bytes):
                 raise ValueError(f"{where} holds no picture, expected the bytes of a PNG or JPEG file")
             try:
-                picture = np.asarray(Image.open(io.BytesIO(value)).convert("RGB"))
+                image = Image.open(io.BytesIO(value))
+                wide = image.mode[0] in "IF"  # of which Pillow would make white above 255
+                picture = None if wide else np.asarray(image.convert("RGB"))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise ValueError(f"{where} cannot be decoded ({error}); fetch the file again") from error
+            if wide:
+                raise ValueError(f"{where} has pixels of {image.mode}, such as depth, expected 8 bits a colour")
             yield path, picture
 
 
