@@ -391,6 +391,7 @@ def test_a_link_to_nothing_and_a_file_are_no_folders(name, tmp_path):
         ("--resume {tmp}/none", "cannot read"),
         ("--resume {tmp}/old", "old/config.json: No such file or directory; there is one in {tmp}/old/checkpoint"),
         ("--device toaster", "--device must be cpu, cuda or cuda:N, got 'toaster'"),
+        ("--device cpu:1", "--device must be cpu, cuda or cuda:N, got 'cpu:1'"),
         ("--device cuda:99", "--device cuda:99: this machine has"),
     ],
 )
