@@ -198,6 +198,13 @@ def test_a_copy_of_a_part():
     assert "_mixed_attention" in vars(part) and "_mixed_attention" not in vars(whole["mot"])
 
 
+@pytest.mark.parametrize("given, got", [(None, "a NoneType"), ("pi0", "a str"), (nn.Linear, "the class Linear")])
+@pytest.mark.parametrize("call", [patch, unpatch])
+def test_what_is_no_module(call, given, got):
+    with pytest.raises(TypeError, match=f"^{call.__name__}: model must be an nn.Module, got {got}; pass the module"):
+        call(given)
+
+
 def test_what_was_replaced_once_more():
     mot = fast_wam.model()
     patch(mot)

@@ -33,7 +33,9 @@ def patch(model: nn.Module, on_unsupported: str = "error") -> Patch | None:
     Raises:
         Unsupported: (a ValueError) see ``on_unsupported``.
         ValueError: an unknown ``on_unsupported``, or a model that is patched already.
+        TypeError: no ``nn.Module``.
     """
+    _require_module("patch", model)
     if on_unsupported not in ON_UNSUPPORTED:
         raise ValueError(f"patch: on_unsupported must be one of {ON_UNSUPPORTED}, got {on_unsupported!r}")
     if replaced_in(model) or any(_ATTRIBUTE in vars(m) for m in model.modules()):
@@ -71,6 +73,12 @@ def patch(model: nn.Module, on_unsupported: str = "error") -> Patch | None:
     return None
 
 
+def _require_module(op: str, model: object) -> None:
+    if not isinstance(model, nn.Module):
+        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise TypeError(f"{op}: model must be an nn.Module, got {got}; pass the module that holds the weights")
+
+
 def _expected(system, function, *args):
     """``function(*args)``; a model that it stumbles over is one that is not laid out as this library knows it."""
     try:
@@ -86,7 +94,9 @@ def unpatch(model: nn.Module) -> None:
 
     Raises:
         ValueError: nothing in it is patched, or something was replaced once more after :func:`patch`.
+        TypeError: no ``nn.Module``.
     """
+    _require_module("unpatch", model)
     holders = [m for m in model.modules() if _ATTRIBUTE in vars(m)]
     replaced = replaced_in(model)
     if not holders and not replaced:
