@@ -9,12 +9,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ._checks import check_field, whole
+from ._checks import check_field, instance, whole
 from ._json import from_fields
 from .checkpoint import CONFIG, EXTRA, Checkpoint, load_checkpoint, save_checkpoint
 from .data import ClipDataset, LeRobotDataset, PatchPCA
 from .data.clips import LEAST_STD, STRIDE, action_slots, episode_frames
 from .data.latents import CODECS, WanVAECodec, codec_kind
+from .data.lerobot import Episode
 from .model import WorldActionModel
 from .rollout import RolloutConfig
 from .text import WordEmbedding
@@ -178,8 +179,13 @@ class Policy:
         """float32 ``[..., A]`` on the CPU, in the units of the data set, of normalised actions on any device.
 
         Raises:
-            ValueError: an action that is not finite, which no robot must get; the message begins with ``where``.
+            TypeError: no tensor.
+            ValueError: actions of another width, or one that is not finite, which no robot must get. Every message begins
+                with ``where``.
         """
+        instance(f"{where}: action", action, Tensor)
+        if action.shape[-1:] != self.action_mean.shape:
+            raise ValueError(f"{where}: action must be [..., {len(self.action_mean)}], got {list(action.shape)}")
         found = action.cpu() * self.action_std + self.action_mean
         if not found.isfinite().all():
             raise ValueError(
@@ -196,7 +202,7 @@ class Policy:
         """
         return LeRobotDataset(root, camera, self.camera and self.camera.name)
 
-    def clip(self, dataset: LeRobotDataset, episode: int) -> dict:
+    def clip(self, dataset: LeRobotDataset, episode: int | Episode) -> dict:
         """One whole episode in this policy's latents and units; only its own frames are decoded.
 
         Returns:
@@ -206,9 +212,11 @@ class Policy:
         Raises:
             ValueError: an episode that does not exist, actions of another width, or pictures of another size.
             FileNotFoundError: a file of the data set is missing.
+            TypeError: no LeRobotDataset.
         """
-        if not 0 <= episode < len(dataset.episodes):
-            raise ValueError(f"episode must be from 0 to {len(dataset.episodes) - 1}, got {episode}")
+        instance("Policy.clip: dataset", dataset, LeRobotDataset)
+        number = episode.index if isinstance(episode, Episode) else episode
+        episode = whole("Policy.clip: episode", number, 0, len(dataset.episodes) - 1)
         action = torch.from_numpy(dataset.action(episode))
         if action.shape[1:] != self.action_mean.shape:
             raise ValueError(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import unicodedata
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -103,7 +103,7 @@ class WordEmbedding(nn.Module):
             ValueError: no list of strings; an instruction of more than L words; one that is not empty and yet without a
                 letter or digit, or without a word of the vocabulary.
         """
-        if isinstance(instructions, str):
+        if isinstance(instructions, str) or not isinstance(instructions, Collection):
             raise ValueError(f"WordEmbedding: instructions must be a list of strings, got {instructions!r}")
         unknown = len(self.vocabulary)
         index = torch.full((len(instructions), self.tokens), unknown)

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from wam_kernels import HISTORIES, PROGRAMS
 
-from ._checks import check_field, choice, number, whole, whole_range, writable_folder
+from ._checks import check_field, choice, instance, number, whole, whole_range, writable_folder
 from ._json import from_fields, read_json
 from .checkpoint import CONFIG, TRAINING, Checkpoint, alone, remove_checkpoint, saved_as
 from .config import LARGEST, ModelConfig
@@ -299,9 +299,14 @@ def train(
         ValueError: data that does not fit the model or the checkpoint, a codec that cannot be saved to ``out``, a
             checkpoint without a training state or with a damaged one, an ``out`` that holds another run or cannot be
             written.
+        TypeError: a config, data or checkpoint of another class.
         OSError: no room for a row or a checkpoint; the message names the file.
         FloatingPointError: a loss or a gradient that is not finite.
     """
+    for name, value, kind in (("config", config, TrainConfig), ("data", data, ClipDataset)):
+        instance(f"train: {name}", value, kind)
+    if resume is not None:
+        instance("train: resume", resume, Checkpoint)
     device = torch.device(device)
     seed = whole("train: seed", seed, 0, LARGEST_SEED)
     folder = None if out is None else RunFolder(out, resume, overwrite=overwrite)

@@ -131,8 +131,11 @@ def test_clips_do_not_share_memory(clips):
 def test_refusals(clips, tiny_root):
     with pytest.raises(ValueError, match="split is 'test'"):
         clips.sample(1, 2, generator(), split="test")
-    with pytest.raises(ValueError, match="batch is 0"):
-        clips.sample(0, 2, generator())
+    for batch in (0, 1.5):
+        with pytest.raises(ValueError, match=f"batch must be a whole number of at least 1, got {batch}"):
+            clips.sample(batch, 2, generator())
+    with pytest.raises(ValueError, match="index must be a whole number of at least 0, got '1'"):
+        clips.episode("1")
     with pytest.raises(IndexError, match="episode 9"):
         clips.episode(9)
     path = tiny_root / "meta/info.json"

@@ -375,5 +375,9 @@ def test_refuses_unknown_episodes(shared_tiny_root):
     dataset = LeRobotDataset(shared_tiny_root)
     with pytest.raises(IndexError, match="episode 4 does not exist"):
         dataset.action(4)
-    with pytest.raises(ValueError, match="every is 0"):
-        dataset.frames(0, every=0)
+    for none in (-1, 1.7, "1", True, None):
+        with pytest.raises(ValueError, match=f"episode must be a whole number of at least 0, got {none!r}"):
+            dataset.action(none)
+    for every in (0, 1.5, None):
+        with pytest.raises(ValueError, match=f"every must be a whole number of at least 1, got {every}"):
+            dataset.frames(0, every=every)

@@ -21,6 +21,7 @@ from wam_models.demo import make_demo, verdicts
 from wam_models.evaluate import CASES, Evaluation, Row, evaluate, rmse
 from wam_models.mask_picture import draw_programs, save_small
 from wam_models.policy import Camera, Policy
+from wam_models.train import TrainConfig, train
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +141,38 @@ def test_a_full_disk_leaves_earlier_results(kind, full, demo, root, tmp_path, ca
     if kind == "gif":  # the actions of this call were written
         files = {path: data for path, data in files.items() if path == name}
     assert all(path.read_bytes() == data for path, data in files.items()) and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda p, d, root: p.clip(str(root), 0), TypeError, "Policy.clip: dataset must be a LeRobotDataset, got str"),
+        (lambda p, d, _: p.clip(d, 4), ValueError, "Policy.clip: episode must be a whole number from 0 to 3, got 4"),
+        (
+            lambda p, d, _: p.clip(d, True),
+            ValueError,
+            "Policy.clip: episode must be a whole number from 0 to 3, got True",
+        ),
+        (lambda p, d, _: p.text(None), ValueError, "instructions must be a list of strings, got None"),
+        (
+            lambda p, d, _: p.denormalize_action(np.zeros(7)),
+            TypeError,
+            "action must be a Tensor, got ndarray; torch.from",
+        ),
+        (
+            lambda p, d, _: p.denormalize_action(torch.zeros(3, 1)),
+            ValueError,
+            r"action must be \[..., 7\], got \[3, 1\]",
+        ),
+        (lambda p, d, root: train(TrainConfig(), root), TypeError, "train: data must be a ClipDataset, got PosixPath"),
+        (lambda p, d, _: train({}, d), TypeError, "train: config must be a TrainConfig, got dict"),
+    ],
+)
+def test_mistakes_in_python(call, error, message, demo, root):
+    policy, dataset = Policy.load(demo[0] / "checkpoint")[0], LeRobotDataset(root)
+    assert torch.equal(policy.clip(dataset, dataset.episodes[1])["action"], policy.clip(dataset, 1)["action"])
+    with pytest.raises(error, match=message):
+        call(policy, dataset, root)
 
 
 SIMULATOR = """

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from wam_models._checks import whole
 from wam_models.data.latents import PATCH, PatchPCA
 from wam_models.data.lerobot import LeRobotDataset
 
@@ -148,8 +149,7 @@ class ClipDataset:
         """
         if split not in ("train", "held_out"):
             raise ValueError(f'ClipDataset.sample: split is {split!r}, expected "train" or "held_out"')
-        if batch < 1 or frames < 1:
-            raise ValueError(f"ClipDataset.sample: batch is {batch} and frames {frames}, expected 1 or more")
+        batch, frames = (whole(f"ClipDataset.sample: {n}", v, 1) for n, v in (("batch", batch), ("frames", frames)))
         numbers = getattr(self, split)
         starts = torch.tensor([max(0, self.length(i) - frames + 1) for i in numbers], dtype=torch.int64)
         ends = starts.cumsum(0)
@@ -169,7 +169,8 @@ class ClipDataset:
 
         Raises IndexError for an unknown episode.
         """
-        if not 0 <= index < len(self._video):
+        index = whole("ClipDataset.episode: index", index, 0)
+        if index >= len(self._video):
             raise IndexError(f"episode {index} does not exist; the data set has {len(self._video)}")
         clip = self._clip(index, 0, self.length(index))
         return {key: torch.from_numpy(np.stack([value])) for key, value in clip.items()}

@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from wam_models._checks import whole
 from wam_models._json import read_json
 
 __all__ = ["Episode", "LeRobotDataset"]
@@ -101,7 +102,7 @@ class LeRobotDataset:
     def action(self, episode):
         """float32 [T, A]: the action that is executed at each frame, in the units of the data set.
 
-        Raises IndexError for an unknown episode, ValueError for a number that is missing or not finite, with its place,
+        Raises IndexError for an unknown episode, ValueError for what names none and for a number that is missing or not finite, with its place,
         and else FileNotFoundError or ValueError as the class does.
         """
         return self._numbers(episode, "action")
@@ -115,8 +116,7 @@ class LeRobotDataset:
 
         Raises ValueError for `every` below 1, else as `action` does.
         """
-        if every < 1:
-            raise ValueError(f"LeRobotDataset.frames: every is {every}, expected 1 or more")
+        every = whole("LeRobotDataset.frames: every", every, 1)
         number = self._number(episode)
         out = None
         for place, (path, picture) in enumerate((self._video if self._is_video else self._images)(number, every)):
@@ -195,8 +195,8 @@ class LeRobotDataset:
         return _Place(self.root / data, self.root / video, start, stop)
 
     def _number(self, episode):
-        number = episode.index if isinstance(episode, Episode) else int(episode)
-        if not 0 <= number < len(self.episodes):
+        number = whole("LeRobotDataset: episode", episode.index if isinstance(episode, Episode) else episode, 0)
+        if number >= len(self.episodes):
             raise IndexError(f"episode {number} does not exist; the data set has {len(self.episodes)}")
         return number
 
