@@ -210,7 +210,8 @@ class RolloutEngine:
 class Episode:
     """A batch of B rollouts, each at a frame of its own. Made by :meth:`RolloutEngine.start`.
 
-    A call that raises leaves what was accepted as it was. Not for several threads at once.
+    A call that raises leaves what was accepted as it was. Not for several threads at once. The model keeps its dtype
+    and device as long as the episode lasts: calls after ``model.half()`` or ``model.to(...)`` raise ValueError.
 
     To choose the best of N chunks, propose N times and accept one. To look further ahead, branch: ``copy.deepcopy``
     gives an episode that shares nothing but the model, equal from there on, with a cache and CUDA graphs of its own. A
@@ -341,6 +342,7 @@ class Episode:
             ValueError: ``want`` that does not fit the objective; a tensor that is missing, mis-shaped or on the CPU and
                 not finite; or a chunk on the CPU that is not finite.
         """
+        self._check_model("propose")
         self._check_request(want, clean_video, clean_action)
         if generator is not None:
             instance("propose: generator", generator, torch.Generator)
@@ -380,6 +382,7 @@ class Episode:
             ValueError: a candidate of another episode or of an earlier moment of this one; one that lacks a stream or
                 was changed to another shape, or to numbers on the CPU that are not finite.
         """
+        self._check_model("accept")
         instance("accept: candidate", candidate, Candidate)
         if candidate.moment != self._moment:
             raise ValueError(
@@ -424,6 +427,7 @@ class Episode:
             ValueError: shapes that do not fit; frames on the CPU that are not finite; an observation that was there
                 already or that has a gap before it; or the history before it has left the rings.
         """
+        self._check_model("observe")
         K = video.shape[2] if getattr(video, "ndim", 0) == 5 else -1
         self._expect("observe: video", video, VIDEO, K)
         self._expect("observe: action", action, ACTION, K)
@@ -463,6 +467,7 @@ class Episode:
             ValueError: rollouts that do not exist or repeat, shapes that do not fit, or numbers on the CPU that are not
                 finite.
         """
+        self._check_model("restart")
         rollouts = wholes("restart: rollouts", rollouts, 0)
         if len(set(rollouts)) != len(rollouts) or not set(rollouts) <= set(range(self._batch)) or not rollouts:
             raise ValueError(f"restart: rollouts must be different numbers from 0 to {self._batch - 1}, got {rollouts}")
@@ -682,6 +687,14 @@ class Episode:
         if drawn is None and denoised:
             raise ValueError(f"propose: {name}_noise must be a tensor {shape} where no generator is given, got None")
         return drawn
+
+    def _check_model(self, call: str) -> None:
+        model, kept = self.model, self.cache.buffer
+        if model.dtype != kept.dtype or model.device != kept.device:
+            raise ValueError(
+                f"{call}: model must be {kept.dtype} on {kept.device}, as the episode's keys and values are, got "
+                f"{model.dtype} on {model.device}; start an episode after the model was moved or cast"
+            )
 
     def _expect(self, name: str, tensor: Tensor, stream: int, frames: int) -> None:
         instance(name, tensor, Tensor)

@@ -88,6 +88,28 @@ def test_models_that_an_engine_cannot_run(mesh):  # noqa: F811
         RolloutEngine(fully_shard(model, mesh=mesh), RolloutConfig())
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_model_that_was_cast_goes_on_with_no_episode(dtype):
+    episode = started("joint", torch.float32)
+    candidate, observed = episode.propose(**noises(2, 0, torch.float32)), real(2, 50, torch.float32)
+    start = randn(1, C, 1, *GRID, dtype=torch.float32), randn(1, 3, 8, dtype=torch.float32)
+    episode.model.to(dtype)
+    calls = {
+        "propose": episode.propose,
+        "accept": lambda: episode.accept(candidate),
+        "observe": lambda: episode.observe(*observed),
+        "restart": lambda: episode.restart([0], *start),
+    }
+    for name, call in calls.items():
+        with pytest.raises(
+            ValueError, match=f"{name}: model must be torch.float32 on cpu.*got {dtype} on cpu; start an"
+        ):
+            call()
+    episode.model.float()
+    episode.accept(candidate)
+    episode.observe(*observed)
+
+
 # ---- modes ----
 
 
