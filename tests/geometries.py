@@ -29,7 +29,7 @@ def geometries(draw) -> Geometry:
     prefix = draw(st.sampled_from([0, 0, 1, 2, 3]))
     action_frames = draw(st.integers(0, 9))
     return Geometry(
-        program=draw(st.sampled_from(PROGRAMS)),
+        program=draw(st.sampled_from(tuple(PROGRAMS))),
         video_frames=prefix + draw(st.integers(0, 9)),
         video_tokens=draw(st.integers(1, 9)),
         action_frames=action_frames,

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tests.geometries import small
-from wam_kernels import NAMED_PROGRAMS, FrameIndex, Plan, Program, Ranges, StreamingCache, TileShape, compile_plan
+from wam_kernels import RULE_PROGRAMS, FrameIndex, Plan, Ranges, RuleGeometry, StreamingCache, TileShape, compile_plan
 from wam_kernels.plan import Side
-from wam_kernels.programs import Runs
+from wam_kernels.rules import Runs
 
 BIG = small(video_frames=40, action_frames=40, video_tokens=20)
 
@@ -21,9 +21,9 @@ def everything(q: Runs, k: Runs) -> np.ndarray:
     return q.segment >= k.segment
 
 
-def own_program() -> Program:
+def own_program() -> RuleGeometry:
     runs = Runs(*np.arange(10).reshape(5, 2))
-    return Program("own", ("a", "b"), runs, runs, everything)
+    return RuleGeometry("own", ("a", "b"), runs, runs, everything)
 
 
 def cache() -> StreamingCache:
@@ -36,18 +36,18 @@ def cache() -> StreamingCache:
 OBJECTS = {
     "Plan": lambda: compile_plan([[small(), Ranges([(0, 4)], [(1, 3)], 4)], [small(window=2)]]),
     "Plan-rectangular": lambda: compile_plan(Ranges([(0, 4)], [(0, 5)], 4, 9), tile=TileShape(8, 8, 16)),
-    "Plan-of-a-program": lambda: compile_plan(NAMED_PROGRAMS["tri_tower"](video=3, actions=2, understanding=1)),
+    "Plan-of-a-program": lambda: compile_plan(RULE_PROGRAMS["tri_tower"](video=3, actions=2, understanding=1)),
     "Plan-on-meta": lambda: compile_plan(small(), device="meta"),
     "Side": lambda: compile_plan(small()).queries,
     "FrameIndex": lambda: FrameIndex.from_runs([2, 0, 3], [0, 1, 1]),
     "Geometry": small,
     "Ranges": lambda: Ranges([(0, 4), (1, 3)], [(0, 5), (2, 9)], 4, 9),
-    "Program": lambda: NAMED_PROGRAMS["prefix_suffix"](prefix=5, actions=2, padding=((1, 2),)),
-    "Program-own": own_program,
+    "RuleGeometry": lambda: RULE_PROGRAMS["prefix_suffix"](prefix=5, actions=2, padding=((1, 2),)),
+    "RuleGeometry-own": own_program,
     "TileShape": lambda: TileShape(8, 16),
     "StreamingCache": cache,
-    "NAMED_PROGRAMS": lambda: NAMED_PROGRAMS["fast_wam_joint"],
-    "dict-of-programs": lambda: NAMED_PROGRAMS,
+    "RULE_PROGRAMS": lambda: RULE_PROGRAMS["fast_wam_joint"],
+    "dict-of-programs": lambda: RULE_PROGRAMS,
 }
 WAYS = {
     "copy": copy.copy,
@@ -66,7 +66,7 @@ def parts(made) -> list:
         return [made.shape, *made.tensors()]
     if isinstance(made, FrameIndex):
         return [made.length, made.frames, *made.tensors()]
-    if isinstance(made, Program):
+    if isinstance(made, RuleGeometry):
         return [made.name, made.segments, made.length, made.key_length, made.sizes, made.ranges]
     if isinstance(made, StreamingCache):
         return [*(value for name, value in vars(made).items() if name != "buffer"), made.buffer]

@@ -6,7 +6,7 @@ import torch
 
 from tests.geometries import small
 from wam_kernels import (
-    NAMED_PROGRAMS,
+    RULE_PROGRAMS,
     FrameIndex,
     Geometry,
     Ranges,
@@ -56,10 +56,10 @@ PLACES = [
     ("FrameIndex.from_tensor: frames", lambda n: FrameIndex.from_tensor(torch.tensor([0]), n).frames),
     (r"FrameIndex.from_runs: lengths\[0\]", lambda n: FrameIndex.per_sample(n).length),
     ("FrameIndex.per_token: length", lambda n: FrameIndex.per_token(n).length),
-    ("tri_tower: video", lambda n: NAMED_PROGRAMS["tri_tower"](video=n, actions=1, understanding=1).length - 2),
+    ("tri_tower: video", lambda n: RULE_PROGRAMS["tri_tower"](video=n, actions=1, understanding=1).length - 2),
     (
         "prefix_suffix: padding",
-        lambda n: NAMED_PROGRAMS["prefix_suffix"](prefix=4, actions=0, padding=[(n, 4)]).length - 2,
+        lambda n: RULE_PROGRAMS["prefix_suffix"](prefix=4, actions=0, padding=[(n, 4)]).length - 2,
     ),
     ("plan_from_mask_mod: geometry", lambda n: plan_from_mask_mod(causal, (4, n)).key_length),
     ("plan_from_mask_mod: batch", lambda n: plan_from_mask_mod(lambda b, h, q, k: b <= q, 3, batch=n).batch),
@@ -112,7 +112,7 @@ def test_a_cache_holds_floats(dtype):
         (lambda n: FrameIndex.from_tensor(torch.tensor([n])), r"FrameIndex.from_tensor: index\[0\] must be at most"),
         (lambda n: FrameIndex.per_token(n), "FrameIndex.per_token: length must be at most 2147483647"),
         (
-            lambda n: NAMED_PROGRAMS["tri_tower"](video=n, actions=1, understanding=1),
+            lambda n: RULE_PROGRAMS["tri_tower"](video=n, actions=1, understanding=1),
             "tri_tower: video must be at most",
         ),
         (

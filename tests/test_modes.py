@@ -14,7 +14,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.geometries import small
 from wam_kernels import (
-    NAMED_PROGRAMS,
+    RULE_PROGRAMS,
     FrameIndex,
     Ranges,
     StreamingCache,
@@ -147,9 +147,7 @@ ENTRIES = {
     "block_attention": lambda: attends(compile_plan(small())),
     "block_attention-reference": lambda: attends(compile_plan(small()), "reference"),
     "plan-of-ranges": lambda: attends(compile_plan(Ranges(PAIRS_OF_TOKENS, [(0, 5), (2, 9)], 6, 9))),
-    "plan-of-a-program": lambda: attends(
-        compile_plan(NAMED_PROGRAMS["tri_tower"](video=3, actions=2, understanding=1))
-    ),
+    "plan-of-a-program": lambda: attends(compile_plan(RULE_PROGRAMS["tri_tower"](video=3, actions=2, understanding=1))),
     "plan-copied": lambda: attends(copy.deepcopy(compile_plan(small()))),
     "plan_from_mask_mod": lambda: attends(plan_from_mask_mod(lambda b, h, q, k: q >= k, 5)),
     "varlen_attention": lambda: (

@@ -109,6 +109,17 @@ def integer(op: str, name: str, value: object, least: int = 0, most: int | None 
     return value
 
 
+def identifier(op: str, value: object) -> str:
+    """``value`` as a name: a string that could be a variable's.
+
+    Raises:
+        ValueError: it is none; names the op.
+    """
+    if not isinstance(value, str) or not value.isidentifier():
+        raise ValueError(f"{op}: name must be an identifier, as 'my_program', got {value!r}")
+    return value
+
+
 def _index(op: str, name: str, value: object) -> int:
     dtype, device = getattr(value, "dtype", None), getattr(value, "device", None)
     try:

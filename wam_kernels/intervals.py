@@ -146,9 +146,8 @@ class Streams(NamedTuple):
     @classmethod
     def of(cls, g: Geometry) -> Streams:
         """Video and action of one geometry."""
-        rank = g.video_rank()
         return cls(
-            rank=(rank, 1 - rank),
+            rank=g.interaction.rank,
             frames=(g.video_frames, g.action_frames),
             targets=(g.video_frames - g.prefix_frames, g.action_frames),
             per_frame=(g.video_tokens, g.action_tokens),
@@ -261,7 +260,7 @@ def _allowed(program: str, history: str, prefixed: bool, conditional: bool) -> n
 
     def segments(chunk: int) -> Tokens:
         stream, noise = np.array(SEGMENTS).T
-        rank = (stream == ACTION) ^ bool(probe.video_rank())
+        rank = np.array(probe.interaction.rank)[stream]
         # the boundary frame of chunk 1, so that a conditional history is probed where it can be true
         frame = np.full(4, probe.boundary_frame(1))
         chunks = np.full(4, chunk)

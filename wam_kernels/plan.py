@@ -33,15 +33,15 @@ from ._checks import MAX_INT, integer
 from ._host import device_of, eager, host_side, plain
 from ._index_buffer import Unwritten
 from .intervals import NOWHERE, SideRows, side_rows
-from .programs import Program
 from .ranges import Ranges, expand, starts
+from .rules import RuleGeometry
 from .tuning import tuned
 from .visibility import Geometry, dense_mask
 
 STEP_PART = 32
 
 # What a plan is made of: one sample, whose tokens see each other and nothing else.
-Sample = Geometry | Program | Ranges
+Sample = Geometry | RuleGeometry | Ranges
 
 
 @dataclass(frozen=True)
@@ -212,8 +212,8 @@ def compile_plan(
     """Compile geometries into a :class:`Plan`. Cached by geometry; never builds anything of size S x S.
 
     Args:
-        batch: One sample (a :class:`Geometry`, a :class:`Program` or :class:`Ranges`) shared by every batch element; or
-            one entry per batch element, each a sample or a sequence of samples packed one after another.
+        batch: One sample (a :class:`Geometry`, a :class:`RuleGeometry` or :class:`Ranges`) shared by every batch
+            element; or one entry per batch element, each a sample or a sequence of samples packed one after another.
         length: Query tokens of every batch element; the rest is padding that sees nothing. Default: the longest one.
         key_length: Key tokens of every batch element, the rest unseen. Default: ``length`` where all samples have as
             many keys as queries, else the longest element.
@@ -232,8 +232,8 @@ def compile_plan(
         for sample in samples:
             if not isinstance(sample, Sample):
                 kind = type(sample).__name__
-                raise TypeError(f"compile_plan: batch must hold Geometry, Program or Ranges objects, got {kind}")
-    packed = tuple(tuple(s.ranges if isinstance(s, Program) else s for s in samples) for samples in packed)
+                raise TypeError(f"compile_plan: batch must hold Geometry, RuleGeometry or Ranges objects, got {kind}")
+    packed = tuple(tuple(s.ranges if isinstance(s, RuleGeometry) else s for s in samples) for samples in packed)
     square = all(s.length == s.key_length for samples in packed for s in samples)
     longest = max(sum(s.length for s in samples) for samples in packed)
     longest_keys = max(sum(s.key_length for s in samples) for samples in packed)

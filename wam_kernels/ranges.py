@@ -1,6 +1,6 @@
 """Visibility given as ranges: these queries see those keys. What a plan takes where no interaction program fits.
 
-``Ranges`` is the general door of the plan language. Programs of other systems (``wam_kernels.programs``), lists of
+``Ranges`` is the general door of the plan language. Programs of other systems (``wam_kernels.systems``), lists of
 ``(q_range, k_range)`` pairs and converted mask functions all end here.
 """
 

@@ -16,24 +16,15 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from ._checks import MAX_INT, integer
+from .programs import ACTION, VIDEO, Attends, InteractionProgram
+from .registry import PROGRAMS, interaction_program
 
-PROGRAMS = (
-    "video_then_action",
-    "action_then_video",
-    "joint",
-    "decoupled_same_step",
-    "video_noisy_to_action",
-    "action_noisy_to_video",
-)
 HISTORIES = ("full", "video_only", "video_queries_video_only")
 CONDITIONAL_HISTORIES = ("previous_boundary_video_only",)
 
-VIDEO, ACTION = 0, 1
 NOISY, CLEAN = 0, 1
 # The four segments of a sample in packed order, each (stream, noise).
 SEGMENTS = ((VIDEO, NOISY), (VIDEO, CLEAN), (ACTION, NOISY), (ACTION, CLEAN))
-
-_ACTION_FIRST = ("action_then_video", "action_noisy_to_video")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +74,7 @@ class Geometry:
             ("conditional_history", (None, *CONDITIONAL_HISTORIES)),
         ):
             if getattr(self, name) not in choices:
-                raise ValueError(f"Geometry: {name} must be one of {choices}, got {getattr(self, name)!r}")
+                raise ValueError(f"Geometry: {name} must be one of {tuple(choices)}, got {getattr(self, name)!r}")
         least = {"video_frames": 0, "video_tokens": 1, "action_frames": 0, "action_tokens": 1, "chunk_size": 1}
         least |= {"window": 1, "prefix_frames": 0, "startup_action_frames": 0}
         least |= {"chunk_origin": -MAX_INT, "singleton_frame": -MAX_INT}
@@ -120,9 +111,11 @@ class Geometry:
         """Every token is a query and a key."""
         return self.length
 
-    def video_rank(self) -> int:
-        """0 when the program resolves video first. A prefix makes every program video-first."""
-        return int(self.program in _ACTION_FIRST and not self.prefix_frames)
+    @property
+    def interaction(self) -> InteractionProgram:
+        """The row of the program, or what an external prefix makes of it."""
+        row = interaction_program(self.program)
+        return row.prefixed if self.prefix_frames else row
 
     def chunk_of(self, frame):
         """Chunk of a target frame (int or integer array), the singleton cut included."""
@@ -142,14 +135,14 @@ class Geometry:
         if stream == ACTION:
             frame = np.arange(self.action_frames)
             chunk = self.chunk_of(frame)
-            return frame, chunk, 2 * chunk + 1 - self.video_rank()
+            return frame, chunk, 2 * chunk + self.interaction.rank[ACTION]
         p, s = self.prefix_frames, self.singleton_frame
         frame = np.arange(self.video_frames) - p
         in_prefix = frame < 0
         frame = np.where(in_prefix, -1 if s is None else s - 1, frame)
         prefix_chunk = 0 if s is None else self.chunk_of(max(0, s - 1))
         chunk = np.where(in_prefix, prefix_chunk, self.chunk_of(frame))
-        return frame, chunk, 2 * chunk + self.video_rank()
+        return frame, chunk, 2 * chunk + self.interaction.rank[VIDEO]
 
     def boundary_frame(self, chunk):
         """Last frame before a chunk: all the history that ``previous_boundary_video_only`` leaves."""
@@ -188,46 +181,29 @@ def visible(geometry: Geometry, q: Tokens, k: Tokens) -> np.ndarray:
 
     Plain integer arithmetic and logic, so the attributes may be NumPy arrays or torch tensors.
     """
-    program, prefixed = geometry.program, geometry.prefix_frames > 0
-    ordered = program in ("video_then_action", "action_then_video")
+    row = geometry.interaction
     q_clean, k_clean = q.noise == CLEAN, k.noise == CLEAN
-    same_stream = q.stream == k.stream
-    same_chunk, earlier = q.chunk == k.chunk, k.chunk < q.chunk
 
     if geometry.conditional_history is not None:
         history = (k.stream == VIDEO) & (k.frame == geometry.boundary_frame(q.chunk))
     elif geometry.history == "video_only":
         history = k.stream == VIDEO
     elif geometry.history == "video_queries_video_only":
-        history = same_stream | (q.stream == ACTION)
+        history = (q.stream == k.stream) | (q.stream == ACTION)
     else:
         history = True
-    history = earlier & history
+    history = (k.chunk < q.chunk) & history
 
-    if prefixed or program == "decoupled_same_step":
-        clean_to_clean = same_chunk & same_stream
-    else:
-        clean_to_clean = same_chunk & (k.block <= q.block)
+    def holds(relation: Attends) -> np.ndarray | bool:
+        found = False
+        for query, key in relation.pairs:
+            found = found | ((q.stream == query) & (k.stream == key))
+        return found
 
-    if not ordered:
-        noisy_to_clean = False
-    elif prefixed:  # the stream resolved second sees the clean copy of the first
-        second = ACTION if program == "video_then_action" else VIDEO
-        noisy_to_clean = same_chunk & (q.stream == second) & ~same_stream
-    else:
-        noisy_to_clean = same_chunk & (k.block < q.block)
-
-    if program == "joint":
-        noisy_to_noisy = same_chunk
-    elif program == "video_noisy_to_action":
-        noisy_to_noisy = same_chunk & (same_stream | (q.stream == ACTION))
-    elif program == "action_noisy_to_video":
-        noisy_to_noisy = same_chunk & (same_stream | (q.stream == VIDEO))
-    else:
-        noisy_to_noisy = same_chunk & same_stream
-
-    own_chunk = (q_clean & clean_to_clean) | (~q_clean & noisy_to_clean)
-    seen = (k_clean & (history | own_chunk)) | (~k_clean & ~q_clean & noisy_to_noisy)
+    clean_keys = (q_clean & holds(row.clean_to_clean)) | (~q_clean & holds(row.noisy_to_clean))
+    same_chunk = q.chunk == k.chunk
+    seen = k_clean & (history | (same_chunk & clean_keys))
+    seen = seen | (~k_clean & ~q_clean & same_chunk & holds(row.noisy_to_noisy))
     seen = seen & k.is_key & (abs(q.block - k.block) <= geometry.window)
     if geometry.singleton_frame is not None:
         seen = seen & ~((q.frame >= geometry.singleton_frame) & (k.frame < geometry.singleton_frame))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import operator
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from numbers import Real
 from pathlib import Path
 
@@ -110,14 +110,14 @@ def switch(where: str, value: object) -> bool:
     return bool(value)
 
 
-def choice(where: str, value: object, choices: tuple[str, ...]) -> str:
+def choice(where: str, value: object, choices: Collection[str]) -> str:
     """``value``, one of ``choices``.
 
     Raises:
         ValueError: it is none of them.
     """
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{where} must be one of {choices}, got {value!r}")
+        raise ValueError(f"{where} must be one of {tuple(choices)}, got {value!r}")
     return value
 
 

@@ -24,12 +24,14 @@ from .objectives import GJD, OBJECTIVES
 from .policy import Policy
 from .rollout import CONDITIONAL_CHUNK, RolloutEngine
 
-# (objective, program): the conditional objectives are GJD's; its joint objective is the ``joint`` program.
-CASES = (
-    ("forward_dynamics", GJD),
-    ("inverse_dynamics", GJD),
-    *(("joint", program) for program in ("joint", *(p for p in PROGRAMS if p != "joint"))),
-)
+
+def all_cases() -> list[tuple[str, str]]:
+    """(objective, program): GJD's conditional objectives, and every program that has a rollout, ``joint`` first.
+
+    The joint objective of GJD is the ``joint`` program.
+    """
+    programs = sorted((p for p, row in PROGRAMS.items() if row.has_rollout), key=lambda program: program != "joint")
+    return [("forward_dynamics", GJD), ("inverse_dynamics", GJD), *(("joint", program) for program in programs)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -152,7 +154,7 @@ def evaluate(
     steps: int | None = None,
     samples: int = 1,
     seed: int = 0,
-    cases: Sequence[tuple[str, str]] = CASES,
+    cases: Sequence[tuple[str, str]] | None = None,
     timed: int = 5,
     progress: bool = True,
 ) -> Evaluation:
@@ -168,7 +170,7 @@ def evaluate(
         steps: Denoising steps; default ``policy.rollout.steps``.
         samples: Predictions, each from its own noise, whose mean is compared: squared errors are least at the mean.
         seed: Of the noise; the same for every case.
-        cases: Pairs of objective and program.
+        cases: Pairs of objective and program; default :func:`all_cases`.
         timed: Chunks to time, of the first episode alone.
         progress: Show a progress bar.
 
@@ -193,6 +195,7 @@ def evaluate(
     ceiling = mean_psnr(pictures[:, begin:], seen[:, begin:])
 
     rows = []
+    cases = all_cases() if cases is None else cases
     for objective, program in tqdm(cases, desc="evaluate", unit="case", disable=not progress, dynamic_ncols=True):
         goal = OBJECTIVES[objective]
         engine = RolloutEngine(policy.model, replace(config, program=program))

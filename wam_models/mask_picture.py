@@ -1,6 +1,6 @@
 """``wam mask``: a program's visibility as a picture, and what its plan costs.
 
-A pixel block is one (query, key) pair: queries go down, keys go right, in packed order; of the six interaction programs
+A pixel block is one (query, key) pair: queries go down, keys go right, in packed order; of the interaction programs
 that is ``[V_noisy | V_clean | A_noisy | A_clean]``. The colour tells which of the segments is read.
 ``python -m wam_models.mask_picture`` draws ``docs/programs.png``.
 """
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from wam_kernels import NAMED_PROGRAMS, PROGRAMS, Geometry, Program, compile_plan, dense_mask, tokens
+from wam_kernels import PROGRAMS, RULE_PROGRAMS, Geometry, RuleGeometry, compile_plan, dense_mask, tokens
 from wam_kernels.visibility import SEGMENTS
 
 from ._files import new_file
@@ -157,7 +157,7 @@ def small_geometry(program: str) -> Geometry:
 
 
 def draw_programs(pixels: int = 324, geometry: Geometry | None = None) -> Image.Image:
-    """The six programs side by side: two rows of three.
+    """All interaction programs, three in a row.
 
     Args:
         pixels: Of one mask.
@@ -167,7 +167,8 @@ def draw_programs(pixels: int = 324, geometry: Geometry | None = None) -> Image.
     masks = [mask_image(replace(common, program=p), pixels) for p in PROGRAMS]
     cell, gap, head, top = masks[0].width, 22, 78, 40
     left = 78
-    image = Image.new("RGB", (left + 3 * cell + 2 * gap + 16, top + 2 * (head + cell) + 44), PAPER)
+    rows = -(-len(PROGRAMS) // 3)
+    image = Image.new("RGB", (left + 3 * cell + 2 * gap + 16, top + rows * (head + cell) + 44), PAPER)
     draw = ImageDraw.Draw(image)
     title = f"Who sees whom: {common.video_frames} frames, chunk {common.chunk_size}, window {common.window}"
     draw.text((left, 14), title, font=font(20), fill=INK)
@@ -189,7 +190,7 @@ def draw_programs(pixels: int = 324, geometry: Geometry | None = None) -> Image.
     return image
 
 
-def program_image(program: Program, pixels: int) -> Image.Image:
+def program_image(program: RuleGeometry, pixels: int) -> Image.Image:
     """The bare mask of another system's program, a colour for each segment of keys: RGB, ``pixels`` wide.
 
     Raises:
@@ -220,7 +221,7 @@ def program_image(program: Program, pixels: int) -> Image.Image:
 
 def draw_systems(pixels: int = 250) -> Image.Image:
     """The programs of other systems, three in a row, at :data:`EXAMPLE_SIZES`."""
-    programs = [NAMED_PROGRAMS[name](**sizes) for name, sizes in EXAMPLE_SIZES.items() if name != "lingbot_va_text"]
+    programs = [RULE_PROGRAMS[name](**sizes) for name, sizes in EXAMPLE_SIZES.items() if name != "lingbot_va_text"]
     gap, head, legend = 26, 34, 40
     masks = [program_image(p, pixels) for p in programs]
     rows = [masks[i : i + 3] for i in range(0, len(masks), 3)]
@@ -240,7 +241,7 @@ def draw_systems(pixels: int = 250) -> Image.Image:
     return image
 
 
-def _segment_legend(draw: ImageDraw.ImageDraw, program: Program, left: int, y: int) -> None:
+def _segment_legend(draw: ImageDraw.ImageDraw, program: RuleGeometry, left: int, y: int) -> None:
     first, x = program.keys.segment.min(), left
     for number in np.unique(program.keys.segment):
         name, hue = program.segments[number], SEGMENT_HUES[(number - first) % len(SEGMENT_HUES)]
@@ -258,10 +259,10 @@ def save_small(image: Image.Image, path: str | Path) -> None:
         image.quantize(128, dither=Image.Dither.NONE).save(part, optimize=True)
 
 
-def describe(geometry: Geometry | Program) -> str:
+def describe(geometry: Geometry | RuleGeometry) -> str:
     """Density, visible pairs, and the plan's tiles and efficiency, as aligned text."""
     plan = compile_plan(geometry)
-    if isinstance(geometry, Program):
+    if isinstance(geometry, RuleGeometry):
         keys = geometry.keys
         counts = [(n, int(keys.count[keys.segment == i].sum())) for i, n in enumerate(geometry.segments)]
         named = [(name, count) for name, count in counts if count]
@@ -284,10 +285,10 @@ def run(args) -> int:
     """``wam mask``."""
     if args.out is not None and args.out.suffix.lower() != ".png":
         raise ValueError(f"--out must be a file name that ends in .png, got {args.out}")
-    if args.program in NAMED_PROGRAMS:
+    if args.program in RULE_PROGRAMS:
         return _run_named(args)
     if args.program not in PROGRAMS:
-        raise ValueError(f"--program must be one of {(*PROGRAMS, *NAMED_PROGRAMS)}, got {args.program!r}")
+        raise ValueError(f"--program must be one of {(*PROGRAMS, *RULE_PROGRAMS)}, got {args.program!r}")
     geometry = Geometry(
         program=args.program,
         video_frames=args.frames + args.prefix_frames,
@@ -319,10 +320,15 @@ def _run_named(args) -> int:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(
             f"{flags} must be left out with --program {args.program}, which is drawn at fixed sizes; other sizes: "
-            f"wam_kernels.NAMED_PROGRAMS[{args.program!r}](...)"
+            f"wam_kernels.RULE_PROGRAMS[{args.program!r}](...)"
+        )
+    if args.program not in EXAMPLE_SIZES:
+        raise ValueError(
+            f"--program must be one that is drawn at fixed sizes, {(*PROGRAMS, *EXAMPLE_SIZES)}, got {args.program!r}; "
+            f"use program_image(wam_kernels.RULE_PROGRAMS[{args.program!r}](...), 860)"
         )
     sizes = EXAMPLE_SIZES[args.program]
-    program = NAMED_PROGRAMS[args.program](**sizes)
+    program = RULE_PROGRAMS[args.program](**sizes)
     print(f"program        {program.name}")
     print(f"sizes          {', '.join(f'{name} {value}' for name, value in sizes.items())}")
     print(describe(program))

@@ -10,17 +10,20 @@
 from __future__ import annotations
 
 import math
+from collections import ChainMap
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
-from wam_kernels import PROGRAMS, Geometry
+from wam_kernels import PROGRAMS, Geometry, InteractionProgram
 
 from ._checks import choice, number
 
 GJD = "generalist_joint_denoising"
-MODEL_PROGRAMS = (*PROGRAMS, GJD)
+# All programs of ``wam_kernels.PROGRAMS``, as they are now, and GJD, which is ``joint`` with an objective per sample.
+MODEL_PROGRAMS: Mapping[str, InteractionProgram] = MappingProxyType(ChainMap({GJD: PROGRAMS["joint"]}, PROGRAMS))
 
 
 @dataclass(frozen=True)
@@ -99,7 +102,7 @@ def geometry_for(
     """
     choice("geometry_for: program", program, MODEL_PROGRAMS)
     return Geometry(
-        program="joint" if program == GJD else program,
+        program=MODEL_PROGRAMS[program].name,
         video_frames=frames,
         video_tokens=video_tokens,
         action_frames=frames,

@@ -24,7 +24,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wam_kernels import HISTORIES, FrameIndex, Geometry, StreamingCache, cached_attention
+from wam_kernels import HISTORIES, Attends, FrameIndex, Geometry, StreamingCache, cached_attention
+from wam_kernels.programs import STREAMS
 from wam_kernels.streaming_cache import MAX_RANGES
 from wam_kernels.visibility import ACTION, CLEAN, NOISY, VIDEO
 
@@ -35,7 +36,6 @@ from .model import Exact, Slots, WorldActionModel, wide
 from .objectives import GJD, MODEL_PROGRAMS, OBJECTIVES, Objective, geometry_for
 
 WANTS = ("both", "video", "action")
-NAMES = {VIDEO: "video", ACTION: "action"}
 FRAME_DIM = {VIDEO: 2, ACTION: 1}  # of [B, C, F, y, x] and [B, F, n, A]
 CACHES = ("persistent", "recomputed")
 # The conditional objectives denoise one frame at a time, over one frame of history.
@@ -66,7 +66,8 @@ class RolloutConfig:
         cuda_graphs: On a GPU, capture a denoising step of each stage once and replay it; False launches every kernel.
 
     Raises:
-        ValueError: an unknown name, a value of the wrong type or outside its range; the message names the field.
+        ValueError: an unknown name, a program that has no rollout, a value of the wrong type or outside its range; the
+            message names the field.
     """
 
     program: str = GJD
@@ -82,7 +83,7 @@ class RolloutConfig:
     cuda_graphs: bool = True
 
     def __post_init__(self) -> None:
-        check_field(self, "program", choice, MODEL_PROGRAMS)
+        check_field(self, "program", _with_rollout)
         check_field(self, "history", choice, HISTORIES)
         check_field(self, "cache", choice, CACHES)
         check_field(self, "chunk_size", whole, 1)
@@ -94,6 +95,17 @@ class RolloutConfig:
         check_field(self, "action_shift", number, *SHIFTS)
         check_field(self, "guidance", number, 0)
         check_field(self, "cuda_graphs", switch)
+
+
+def _with_rollout(where: str, program: object) -> str:
+    """``program``, one that has a rollout."""
+    choice(where, program, MODEL_PROGRAMS)
+    try:
+        stages(program, OBJECTIVES["joint"], "both")
+    except ValueError as error:
+        others = tuple(name for name, row in MODEL_PROGRAMS.items() if row.has_rollout)
+        raise ValueError(f"{where} must be one that has a rollout, as {others}, got {program!r}; {error}") from None
+    return program
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,23 +127,22 @@ class Stage:
 
 
 def stages(program: str, objective: Objective, want: str) -> tuple[Stage, ...]:
-    """The loops that a request needs, in order; what nothing needs is left out."""
-    both = (VIDEO, ACTION)
-    if objective.conditional:
-        return (Stage(both, (VIDEO,) if objective.video else (ACTION,)),)
-    wanted = {"both": both, "video": (VIDEO,), "action": (ACTION,)}[want]
-    if program in ("video_then_action", "action_then_video"):
-        first, second = both if program == "video_then_action" else both[::-1]
-        if second not in wanted:
-            return (Stage((first,), (first,)),)
-        return Stage((first,), (first,), promoted=first), Stage((second,), (second,))
-    if program == "decoupled_same_step":
-        return tuple(Stage((s,), (s,)) for s in wanted)
-    # one noisy stream that never looks at the other does not need it
-    alone = {"video_noisy_to_action": VIDEO, "action_noisy_to_video": ACTION}.get(program)
-    if wanted == (alone,):
-        return (Stage(wanted, wanted),)
-    return (Stage(both, both),)
+    """The loops that a request needs, in order; what nothing needs is left out.
+
+    Raises:
+        ValueError: an unknown program, or one that has no rollout; the message says why.
+    """
+    row = MODEL_PROGRAMS[choice("stages: program", program, MODEL_PROGRAMS)]
+    needed = row.needed({"both": (VIDEO, ACTION), "video": (VIDEO,), "action": (ACTION,)}[want])
+    found: list[Stage] = []
+    # from the last one back: a stream becomes clean if a later stage attends to its clean copy
+    for streams in reversed(row.stages):
+        slots = tuple(s for s in streams if s in needed)
+        if slots:
+            denoised = tuple(s for s in slots if getattr(objective, STREAMS[s]))
+            read = {k for q, k in row.noisy_to_clean.pairs if any(q in later.slots for later in found)}
+            found.insert(0, Stage(slots, denoised, next((s for s in slots if s in read), None)))
+    return tuple(found)
 
 
 def _apart(method: Callable) -> Callable:
@@ -264,11 +275,11 @@ class Episode:
             dtype=model.dtype,
             device=model.device,
         )
-        # Where only video is read across chunks, clean actions matter only to the clean video of their own chunk, and
-        # that looks at them where the program resolves actions first.
+        # Where only video is read across chunks, clean actions matter only to the clean video of their own chunk, in
+        # programs in which that attends to them.
         video_only = goal.conditional or config.history == "video_only"
-        action_first = self._geometry(0, 0).video_rank() == 1
-        self._history_streams = (VIDEO,) if video_only and not action_first else (VIDEO, ACTION)
+        read = Attends.VIDEO_TO_ACTION in self._geometry(0, 0).interaction.clean_to_clean
+        self._history_streams = (VIDEO,) if video_only and not read else (VIDEO, ACTION)
         kind = {"device": model.device, "dtype": wide(observation).dtype}
         frames = {VIDEO: observation.shape, ACTION: (self._batch, 1, c.actions_per_frame, c.action_dim)}
         # accepted frames, in the same places as their keys; and the chunk at work, clean or noisy
@@ -369,7 +380,7 @@ class Episode:
                 promotion.run()
         done = denoised | {s for stage in loops for s in stage.slots}
         for s in done:
-            where = f"propose: {NAMES[s]} of the chunk at frames {self.next_frame}"
+            where = f"propose: {STREAMS[s]} of the chunk at frames {self.next_frame}"
             _check_finite(where, self._chunk[s], hint="; are there such numbers in the weights, or do they overflow?")
         chunk = (self._chunk[s].clone() if s in done else None for s in (VIDEO, ACTION))
         return Candidate(*chunk, moment=self._moment)
@@ -396,8 +407,8 @@ class Episode:
             )
         frames = {VIDEO: candidate.video, ACTION: candidate.action}
         for s, t in frames.items():
-            self._expect(f"accept: candidate.{NAMES[s]}", t, s, self.chunk_size)
-            _check_finite(f"accept: candidate.{NAMES[s]}", t)
+            self._expect(f"accept: candidate.{STREAMS[s]}", t, s, self.chunk_size)
+            _check_finite(f"accept: candidate.{STREAMS[s]}", t)
         self._append(frames, [self.chunk_size] * self._batch)
 
     @_apart
@@ -435,7 +446,7 @@ class Episode:
         if max(counts) > K or not max(counts):
             raise ValueError(f"observe: frames must be numbers from 0 to K={K}, not all 0, got {counts}")
         for s, t in ((VIDEO, video), (ACTION, action)):
-            _check_finite(f"observe: {NAMES[s]}", t, s, counts)
+            _check_finite(f"observe: {STREAMS[s]}", t, s, counts)
         given = [None] * self._batch if first_frame is None else self._each("observe: first_frame", first_frame)
         for b, count in enumerate(counts):
             if not count:
@@ -672,7 +683,7 @@ class Episode:
 
     def _start_of(self, stream, denoised, noise, clean, generator) -> Tensor | None:
         """What a stream's noisy slot starts from: the given clean tensor, the given noise, or drawn noise."""
-        name, shape = NAMES[stream], list(self._chunk[stream].shape)
+        name, shape = STREAMS[stream], list(self._chunk[stream].shape)
         drawn = None
         if generator is not None and noise is None:
             drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device)

@@ -36,7 +36,7 @@ def run(args) -> int:
         raise ValueError(f"--objective must be one of {tuple(OBJECTIVES)}, got {objective!r}")
     goal = OBJECTIVES[objective]
     if args.program is not None and args.program not in MODEL_PROGRAMS:
-        raise ValueError(f"--program must be one of {MODEL_PROGRAMS}, got {args.program!r}")
+        raise ValueError(f"--program must be one of {tuple(MODEL_PROGRAMS)}, got {args.program!r}")
     if goal.conditional and args.program not in (None, GJD):
         raise ValueError(f"--program must be {GJD} for --objective {objective}, got {args.program}; leave it out")
     device = check_device(args.device)

@@ -103,8 +103,8 @@ class TrainConfig:
 
     Args:
         model: Sizes of the model.
-        programs: Interaction programs of the ``joint`` objective's samples, equally often. With all six, one
-            checkpoint serves every rollout program.
+        programs: Interaction programs of the ``joint`` objective's samples, equally often. Default: all of
+            ``wam_kernels.PROGRAMS``, so that one checkpoint serves every rollout program.
         mixture: Share of each objective among the samples.
         history: Which earlier clean tokens a query sees, one of ``wam_kernels.HISTORIES``.
         chunk_sizes: Smallest and largest chunk, in frames; drawn for every step.
@@ -134,7 +134,7 @@ class TrainConfig:
     """
 
     model: ModelConfig = field(default_factory=small_model)
-    programs: tuple[str, ...] = PROGRAMS
+    programs: tuple[str, ...] = field(default_factory=lambda: tuple(PROGRAMS))
     mixture: Mapping[str, float] = field(default_factory=lambda: dict(GJD_MIXTURE))
     history: str = "full"
     chunk_sizes: tuple[int, int] = (1, 4)
@@ -238,9 +238,9 @@ class TrainConfig:
 
 
 def _programs(where: str, value: object) -> tuple[str, ...]:
-    fits = isinstance(value, list | tuple) and value and all(isinstance(p, str) and p in PROGRAMS for p in value)
-    if not fits or len(set(value)) < len(value):
-        raise ValueError(f"{where} must be some of {PROGRAMS}, each once, got {value!r}")
+    listed = isinstance(value, list | tuple | Mapping) and value
+    if not listed or not all(p in PROGRAMS for p in value) or len(set(value)) < len(value):
+        raise ValueError(f"{where} must be some of {tuple(PROGRAMS)}, each once, got {value!r}")
     return tuple(value)
 
 

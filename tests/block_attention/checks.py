@@ -10,7 +10,7 @@ import torch
 from tests.budget import assert_within_budget
 from tests.geometries import small
 from wam_kernels import (
-    NAMED_PROGRAMS,
+    RULE_PROGRAMS,
     Geometry,
     Plan,
     Ranges,
@@ -84,7 +84,7 @@ def ragged_plan() -> Plan:
 
 def rectangular_plan() -> Plan:
     """Two batch elements of queries over more keys: a program, and ranges with keys and queries that meet nothing."""
-    text = NAMED_PROGRAMS["lingbot_va_text"](samples=2, video=7, actions=3, text_tokens=20, padding=3)
+    text = RULE_PROGRAMS["lingbot_va_text"](samples=2, video=7, actions=3, text_tokens=20, padding=3)
     loose = Ranges([(0, 9), (4, 30), (30, 40)], [(3, 50), (60, 61), (20, 45)], 45, 70)
     plan = compile_plan([[text], [loose]])
     assert plan.length != plan.key_length and (plan.mask().sum(-1) == 0).any() and (plan.mask().sum(-2) == 0).any()

@@ -8,7 +8,7 @@ from torch.nn.attention.flex_attention import and_masks, create_block_mask, crea
 from tests.block_attention.checks import EDGES, check_edge
 from tests.geometries import small
 from wam_kernels import (
-    NAMED_PROGRAMS,
+    RULE_PROGRAMS,
     Ranges,
     block_attention,
     compile_plan,
@@ -95,12 +95,12 @@ LINGBOT = {"samples": 2, "video_frames": 2, "video_tokens": 4, "action_frames": 
 
 
 def test_a_mask_mod_that_is_a_known_program():
-    program = NAMED_PROGRAMS["lingbot_va_train"](**LINGBOT, window=64)
+    program = RULE_PROGRAMS["lingbot_va_train"](**LINGBOT, window=64)
     assert plan_from_mask_mod(lingbot_mask_mod(), program) is compile_plan(program)
 
 
 def test_a_mask_mod_that_is_not_is_refused_with_the_pair():
-    program = NAMED_PROGRAMS["lingbot_va_train"](**LINGBOT, window=1)
+    program = RULE_PROGRAMS["lingbot_va_train"](**LINGBOT, window=1)
     with pytest.raises(ValueError, match=r"at \(b=0, q=4, k=16\) mask_mod says True and geometry False"):
         plan_from_mask_mod(lingbot_mask_mod(), program)
 

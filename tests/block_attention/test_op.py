@@ -15,13 +15,15 @@ from tests.block_attention.checks import (
     run,
 )
 from tests.geometries import libero, small
-from wam_kernels import HISTORIES, NAMED_PROGRAMS, PROGRAMS, block_attention, compile_plan
+from tests.programs import JOINT_THEN_ACTION, registered
+from wam_kernels import HISTORIES, PROGRAMS, RULE_PROGRAMS, block_attention, compile_plan
 
 
 @pytest.mark.parametrize("history", HISTORIES)
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", [*PROGRAMS, JOINT_THEN_ACTION.name])
 def test_every_program(program, history):
-    plan = compile_plan(small(program, history=history))
+    with registered(JOINT_THEN_ACTION):
+        plan = compile_plan(small(program, history=history))
     check_against_reference(plan, make_inputs(plan, 2, 3, 16, torch.float32), "cpu")
 
 
@@ -83,7 +85,7 @@ SYSTEMS = {
 
 @pytest.mark.parametrize("name", SYSTEMS)
 def test_programs_of_other_systems(name):
-    plan = compile_plan(NAMED_PROGRAMS[name](**SYSTEMS[name]))
+    plan = compile_plan(RULE_PROGRAMS[name](**SYSTEMS[name]))
     check_against_reference(plan, make_inputs(plan, 2, 2, 16, torch.float32), "cpu")
 
 

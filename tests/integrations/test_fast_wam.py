@@ -8,7 +8,7 @@ import torch
 
 from tests.integrations.checks import CLOSE, check_patch
 from tests.integrations.stand_ins.fast_wam import Expert, MoT
-from wam_kernels import NAMED_PROGRAMS, compile_plan
+from wam_kernels import RULE_PROGRAMS, compile_plan
 from wam_kernels.integrations import Unsupported, patch, unpatch
 from wam_kernels.integrations._patching import MaskPlans, plan_of_mask
 
@@ -88,7 +88,7 @@ def test_prefill_and_cached_action_steps(program):
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_masks_are_the_named_programs(program):
-    named = NAMED_PROGRAMS[program](video_frames=FRAMES, video_tokens=TOKENS, actions=ACTIONS)
+    named = RULE_PROGRAMS[program](video_frames=FRAMES, video_tokens=TOKENS, actions=ACTIONS)
     plan = plan_of_mask(mask(program))
     assert torch.equal(plan.mask()[0, 0], mask(program))
     assert plan.visible_pairs == compile_plan(named).visible_pairs

@@ -9,7 +9,7 @@ import torch
 from tests.integrations.checks import CLOSE, check_patch
 from tests.integrations.stand_ins import openpi
 from tests.integrations.stand_ins.openpi import PaliGemmaWithExpertModel
-from wam_kernels import NAMED_PROGRAMS, compile_plan
+from wam_kernels import RULE_PROGRAMS, compile_plan
 from wam_kernels.integrations import Unsupported, _patching, patch, unpatch
 from wam_kernels.integrations._patching import MaskPlans
 
@@ -96,7 +96,7 @@ def test_a_mask_for_every_prompt(monkeypatch):
 def test_masks_are_the_named_program():
     plan = MaskPlans().plan_of_bias(bias(visible(1)), torch.device("cpu"))
     sizes = {"prefix": PREFIX, "states": 1, "actions": ACTIONS}
-    programs = [NAMED_PROGRAMS["prefix_suffix"](**sizes, padding=p) for p in ((), PADDING)]
+    programs = [RULE_PROGRAMS["prefix_suffix"](**sizes, padding=p) for p in ((), PADDING)]
     assert torch.equal(plan.mask(), compile_plan(programs).mask())
 
 

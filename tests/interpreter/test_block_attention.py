@@ -18,6 +18,7 @@ from tests.block_attention.checks import (
 )
 from tests.geometries import libero, small
 from tests.interpreter.bf16 import pack, unpack
+from tests.programs import JOINT_THEN_ACTION, registered
 from wam_kernels import PROGRAMS, Ranges, TileShape, compile_plan
 from wam_kernels.block_attention import config
 
@@ -31,9 +32,10 @@ def test_interpreted_bf16_rounds_like_torch():
     np.testing.assert_array_equal(unpack(bits), x.bfloat16().float().numpy())
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", [*PROGRAMS, JOINT_THEN_ACTION.name])
 def test_every_program(program):
-    plan = compile_plan(small(program, history="full"))
+    with registered(JOINT_THEN_ACTION):
+        plan = compile_plan(small(program, history="full"))
     check_against_reference(plan, make_inputs(plan, 1, 2, 16, torch.float32), "triton")
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wam_kernels import PROGRAMS, compile_plan
+from wam_kernels import compile_plan
 from wam_models import model as model_module
 
 from .cases import BOUND, META, error, golden_model, packed_geometry, packed_inputs
@@ -28,13 +28,13 @@ def packed_errors(program: str, plan=None, frame_start: int | None = None) -> di
     }
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", META["cases"])
 def test_packed_forward_and_gradients_match_the_reference(program):
     errors = packed_errors(program)
     assert max(errors.values()) <= BOUND, errors
 
 
-@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("program", META["cases"])
 def test_a_wrong_visibility_fails_the_packed_goldens(program):
     right = packed_geometry(program)
     other = "full" if right.history != "full" else "video_only"

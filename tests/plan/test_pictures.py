@@ -6,17 +6,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from wam_kernels import NAMED_PROGRAMS
+from wam_kernels import RULE_PROGRAMS
 from wam_models import cli
 from wam_models.mask_picture import EXAMPLE_SIZES, UNSEEN, draw_systems, program_image, save_small
 
 STORED = Path(__file__).parents[2] / "docs/programs.png"
 
 
-@pytest.mark.parametrize("name", NAMED_PROGRAMS)
+@pytest.mark.parametrize("name", RULE_PROGRAMS)
 def test_a_pixel_is_a_pair(name):
     """A colour exactly where a pair is visible, at the centres of the pixel blocks."""
-    program = NAMED_PROGRAMS[name](**EXAMPLE_SIZES[name])
+    program = RULE_PROGRAMS[name](**EXAMPLE_SIZES[name])
     image = np.asarray(program_image(program, 5 * program.key_length)).astype(int)
     assert image.shape[:2] == (5 * program.length, 5 * program.key_length)
     seen = (np.abs(image[2::5, 2::5] - UNSEEN) > 12).any(-1)
@@ -31,11 +31,11 @@ def test_the_stored_picture_is_the_one_drawn(tmp_path):
     assert np.abs(stored - drawn).mean() < 1  # fonts may be drawn a little differently elsewhere
 
 
-@pytest.mark.parametrize("name", NAMED_PROGRAMS)
+@pytest.mark.parametrize("name", RULE_PROGRAMS)
 def test_wam_mask(name, tmp_path, capsys):
     path = tmp_path / "mask.png"
     assert cli.main(["mask", "--program", name, "--out", str(path)]) == 0
-    mask = NAMED_PROGRAMS[name](**EXAMPLE_SIZES[name]).dense_mask()
+    mask = RULE_PROGRAMS[name](**EXAMPLE_SIZES[name]).dense_mask()
     said = capsys.readouterr().out
     assert f"density        {mask.mean():.4f}" in said and f"visible pairs  {mask.sum()} of {mask.size}" in said
     assert Image.open(path).width == 860

@@ -162,13 +162,13 @@ NO_TOKENS = small(video_frames=0, action_frames=0, startup_action_frames=0)
         (lambda: compile_plan([]), ValueError, "batch must hold at least one geometry"),
         (lambda: compile_plan(small(), length=10), ValueError, "length must be at least 84"),
         (lambda: compile_plan(NO_TOKENS), ValueError, "at least one query and one key"),
-        (lambda: compile_plan(None), TypeError, "Geometry, Program or Ranges objects, got NoneType"),
-        (lambda: compile_plan([[small()], 5]), TypeError, "Geometry, Program or Ranges objects, got int"),
+        (lambda: compile_plan(None), TypeError, "Geometry, RuleGeometry or Ranges objects, got NoneType"),
+        (lambda: compile_plan([[small()], 5]), TypeError, "Geometry, RuleGeometry or Ranges objects, got int"),
         (lambda: compile_plan(small(), tile=(8, 8)), TypeError, "tile must be a TileShape, got tuple"),
         (lambda: compile_plan(small(), device="gpu"), ValueError, "device must be a torch.device or a name .*'gpu'"),
         (lambda: compile_plan(small()).to("gpu"), ValueError, "Plan.to: device must be .*'gpu'"),
         (lambda: compile_plan([small()] * 3, length=2**30), ValueError, "at most 2147483647 tokens in all"),
-        (lambda: compile_plan(["joint"]), TypeError, "batch must hold Geometry, Program or Ranges objects, got str"),
+        (lambda: compile_plan(["joint"]), TypeError, "must hold Geometry, RuleGeometry or Ranges objects, got str"),
     ],
 )
 def test_refusals(call, error, message):

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.plan.test_plan import mask_of_side
-from wam_kernels import NAMED_PROGRAMS, TileShape, compile_plan
-from wam_kernels.programs import VIDEO_MODES
+from wam_kernels import RULE_PROGRAMS, TileShape, compile_plan
+from wam_kernels.systems import VIDEO_MODES
 
 few, some = st.integers(0, 4), st.integers(1, 5)
 
@@ -158,7 +158,7 @@ RULES = {
 
 
 def test_every_named_program_has_a_rule_here():
-    assert set(RULES) == set(NAMED_PROGRAMS)
+    assert set(RULES) == set(RULE_PROGRAMS)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -169,7 +169,7 @@ def test_predicate_ranges_and_plan_match_the_rule_in_words(name):
     @given(sizes_of)
     def check(sizes):
         expected = rule(**sizes)
-        program = NAMED_PROGRAMS[name](**sizes)
+        program = RULE_PROGRAMS[name](**sizes)
         assert expected.shape == (program.length, program.key_length)
         np.testing.assert_array_equal(program.dense_mask(), expected)
         np.testing.assert_array_equal(program.ranges.dense_mask(), expected)
@@ -184,7 +184,7 @@ def test_predicate_ranges_and_plan_match_the_rule_in_words(name):
 
 def test_programs_are_cached_by_their_sizes():
     sizes = {"video_frames": 3, "video_tokens": 4, "actions": 2}
-    joint = NAMED_PROGRAMS["fast_wam_joint"]
+    joint = RULE_PROGRAMS["fast_wam_joint"]
     assert joint(**sizes) is joint(**sizes)
     assert compile_plan(joint(**sizes)) is compile_plan(joint(**sizes))
 
@@ -219,7 +219,7 @@ TYPICAL = [
 
 @pytest.mark.parametrize("name, sizes, least", TYPICAL, ids=[f"{name}-{i}" for i, (name, *_) in enumerate(TYPICAL)])
 def test_efficiency_at_typical_sizes(name, sizes, least):
-    plan = compile_plan(NAMED_PROGRAMS[name](**sizes))
+    plan = compile_plan(RULE_PROGRAMS[name](**sizes))
     sides = [plan.visible_pairs / side.computed_pairs for side in (plan.queries, plan.keys)]
     print(name, plan, [round(s, 3) for s in sides])
     assert min(sides) >= least
@@ -227,12 +227,12 @@ def test_efficiency_at_typical_sizes(name, sizes, least):
 
 def test_a_name_that_is_not_there_is_answered_with_those_that_are():
     with pytest.raises(KeyError, match="one of .*tri_tower.*got 'fastwam_joint'; did you mean 'fast_wam_joint'"):
-        NAMED_PROGRAMS["fastwam_joint"]
-    assert NAMED_PROGRAMS.get("fastwam_joint") is None and "fastwam_joint" not in NAMED_PROGRAMS
+        RULE_PROGRAMS["fastwam_joint"]
+    assert RULE_PROGRAMS.get("fastwam_joint") is None and "fastwam_joint" not in RULE_PROGRAMS
 
 
 def test_sizes_are_checked_before_the_cache_that_takes_2_for_2_0():
-    policy = NAMED_PROGRAMS["cosmos_policy"]
+    policy = RULE_PROGRAMS["cosmos_policy"]
     assert policy(tokens=np.int64(1), frames=np.uint8(2)) is policy(frames=2, tokens=1)
     for sizes in ({"frames": 2.0, "tokens": 1}, {"frames": 2, "tokens": True}):
         with pytest.raises(ValueError, match="cosmos_policy: .* must be an int, got"):
@@ -243,7 +243,7 @@ def test_sizes_are_checked_before_the_cache_that_takes_2_for_2_0():
 def test_a_window_without_a_limit(window):
     for name in ("dreamzero_train", "lingbot_va_train"):
         sizes = next(sizes for typical, sizes, _ in TYPICAL if typical == name)
-        program, wide = (NAMED_PROGRAMS[name](**sizes | {"window": w}) for w in (window, 1000))
+        program, wide = (RULE_PROGRAMS[name](**sizes | {"window": w}) for w in (window, 1000))
         assert program.ranges == wide.ranges
 
 
@@ -272,4 +272,4 @@ def test_a_window_without_a_limit(window):
 )
 def test_refusals(name, sizes, message):
     with pytest.raises(ValueError, match=message):
-        NAMED_PROGRAMS[name](**sizes)
+        RULE_PROGRAMS[name](**sizes)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .._host import eager
 from ..plan import Plan, compile_plan
-from ..programs import dreamzero_train
+from ..systems import dreamzero_train
 from ._patching import (
     Patch,
     Tables,

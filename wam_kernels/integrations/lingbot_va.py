@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from .._host import eager
 from ..cached_attention import cached_attention
 from ..plan import Plan, compile_plan
-from ..programs import lingbot_va_text, lingbot_va_train
+from ..systems import lingbot_va_text, lingbot_va_train
 from ._patching import (
     Cache,
     Patch,
