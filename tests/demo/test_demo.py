@@ -45,7 +45,8 @@ def test_the_demo_writes_a_report(demo):
         assert row["seconds"] > 0
     assert report["steps"] == 6 and report["evaluation"]["frames"] == (3, 5)
     page = (out / "report.md").read_text()
-    assert all(p in page for p, row in PROGRAMS.items() if row.has_rollout) and all(s in page for s in report["verdicts"])
+    assert all(program in page for program, row in PROGRAMS.items() if row.has_rollout)
+    assert all(s in page for s in report["verdicts"])
 
 
 def test_a_demo_is_run_again_over_a_demo_alone(demo, tmp_path, monkeypatch):
