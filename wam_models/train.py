@@ -764,6 +764,11 @@ def _check_fit(config: TrainConfig, data: ClipDataset) -> None:
     ):
         if wants != has:
             raise ValueError(f"TrainConfig: model.{name} must be {has} for this data set, got {wants}")
+    if model.action_hidden < model.action_dim + 2:  # prepare passes actions through, beside a mean and a constant
+        raise ValueError(
+            f"TrainConfig: model.action_hidden must be at least {model.action_dim + 2}, two more than action_dim, got "
+            f"{model.action_hidden}"
+        )
     if rows % model.patch[1] or columns % model.patch[2]:
         raise ValueError(
             f"TrainConfig: model.patch must divide the latent rows and columns {(rows, columns)}, got {model.patch}"

@@ -66,6 +66,7 @@ CONFIG = {
     "model patch a number": (trains("model.patch", 2), "config.json: model: ModelConfig: patch must be", "got 2"),
     "model patch too large": (trains("model.patch", [1, 4, 4]), "model.patch must divide", "(1, 4, 4)"),
     "model of another data set": (trains("model.action_dim", 8), "model.action_dim must be 7", "got 8"),
+    "model of narrow actions": (trains("model.action_hidden", 8), "model.action_hidden must be at least 9", "got 8"),
     "model beyond memory": (trains("model.hidden", 2**20), "WorldActionModel: config has", "hidden"),
 }  # fmt: skip
 
