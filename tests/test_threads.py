@@ -50,15 +50,17 @@ def test_training_beside_a_busy_process(tmp_path, monkeypatch):
         return statistics.median(b - a for a, b in zip(at, at[1:]))
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    alone = median("alone")
-    monkeypatch.delenv("OMP_NUM_THREADS")
-    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
-    try:
-        crowded = median("crowded")
-    finally:
-        busy.kill()
-        busy.wait()
-    assert crowded <= 2 * alone
+    before = median("before")
+    with monkeypatch.context() as free:
+        free.delenv("OMP_NUM_THREADS")
+        busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+        try:
+            crowded = median("crowded")
+        finally:
+            busy.kill()
+            busy.wait()
+    # before and after: the machine may not be as quiet in one of them
+    assert crowded <= 2 * max(before, median("after"))
 
 
 def test_a_command_leaves_the_threads_as_they_were():

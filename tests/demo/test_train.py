@@ -264,7 +264,17 @@ def at_step(number, act, monkeypatch):
 
 
 @pytest.fixture
-def flags(root, tmp_path):
+def usual_signals():
+    """Signals act as in a terminal, also where the suite runs in the background, whose shell has them ignored."""
+    usual = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: signal.SIG_DFL, signal.SIGHUP: signal.SIG_DFL}
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.fixture
+def flags(root, tmp_path, usual_signals):
     """Of a run of a hundred steps."""
     path = tmp_path / "config.json"
     path.write_text(json.dumps(TINY | {"steps": 100}))
