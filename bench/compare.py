@@ -3,7 +3,8 @@
 Both trees run their own ``bench/micro`` in a process each; cases are matched by name. For CPU time the two processes
 take turns, a round each, so a busy moment hits both; a case's time is the least of its rounds, and its spread says how
 far such minima of a part of the rounds differ from each other. Where valgrind and a C compiler are installed,
-callgrind counts the instructions of a call too, which no other process disturbs: they decide about small changes.
+callgrind counts the instructions of a call too (of code without AVX), which no other process disturbs: they decide
+about small changes.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ void prepare(void) { CALLGRIND_START_INSTRUMENTATION; }
 void start(void) { CALLGRIND_TOGGLE_COLLECT; CALLGRIND_ZERO_STATS; }
 void stop(void) { CALLGRIND_DUMP_STATS; CALLGRIND_TOGGLE_COLLECT; }
 """
+
+# valgrind emulates fused multiply-adds in software, thousands of times slower: counts are of code without them
+_WITHOUT_FMA = {"ATEN_CPU_CAPABILITY": "default", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2", "ONEDNN_MAX_CPU_ISA": "SSE41"}
 
 
 def is_yardstick(case: str) -> bool:
@@ -162,6 +166,8 @@ def running(tree: Path, scratch: Path, *, shim: Path | None = None) -> Iterator[
         "WAM_COMPARE_COUNTS": str(counts),
         "WAM_COMPARE_SHIM": str(shim or ""),
     }
+    if shim:
+        environment |= _WITHOUT_FMA
     options = ["--tool=callgrind", "--instr-atstart=no", "--collect-atstart=no", f"--callgrind-out-file={counts}/out"]
     under = ["valgrind", *options] if shim else []
     command = [*under, sys.executable, "-m", "pytest", "bench/micro", "-q", "-p", plugin.stem, "-p", "no:cacheprovider"]
