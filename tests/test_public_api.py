@@ -16,6 +16,11 @@ def test_all_is_sorted_and_there(package):
         assert getattr(package, name) is not None
 
 
+def test_dir_completes_the_public_names():
+    for package in (wam_kernels, wam_models):
+        assert {*package.__all__, "__version__"} <= set(dir(package))
+
+
 def test_import_leaves_triton_and_the_extension_alone():
     # a user without triton or a GPU imports the package; what is missing is said by the call that needs it
     code = "import sys, wam_kernels; print([m for m in ('triton', 'wam_kernels._C') if m in sys.modules])"

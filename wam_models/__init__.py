@@ -42,3 +42,7 @@ def __getattr__(name: str):
     if name not in _HOME:
         raise AttributeError(f"module 'wam_models' has no attribute {name!r}")
     return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]
