@@ -125,3 +125,15 @@ def test_a_cache_holds_floats(dtype):
 def test_more_tokens_than_int32_counts_are_refused_by_name(make, message):
     with pytest.raises(ValueError, match=message):
         make(2**31)
+
+
+@pytest.mark.parametrize("make", [set, dict.fromkeys, bytes], ids=["set", "dict", "bytes"])
+def test_a_sequence_of_integers_has_an_order(make):
+    with pytest.raises(ValueError, match="from_runs: lengths must be a sequence of ints, got"):
+        FrameIndex.from_runs(make([5, 6]))
+
+
+def test_a_mask_is_not_lost():
+    masked = np.ma.masked_array([[0, 4], [4, 6]], mask=[[0, 0], [1, 1]])
+    with pytest.raises(ValueError, match="Ranges: k_ranges must not be a masked array"):
+        Ranges([(0, 4), (4, 6)], masked, 6)

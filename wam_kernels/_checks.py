@@ -3,7 +3,7 @@
 import math
 import operator
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Set
 from itertools import chain
 
 import numpy as np
@@ -163,6 +163,8 @@ def integers(op: str, name: str, values: Iterable[object], least: int = 0) -> tu
         values, good = tuple(array.tolist()), not ((array < least) | (array > MAX_INT)).any()
     else:
         try:
+            if isinstance(values, Set | Mapping | bytes):  # no order, or no numbers of their own
+                raise TypeError
             values = tuple(values)
         except TypeError:
             raise ValueError(f"{op}: {name} must be a sequence of ints, got {values!r}") from None
@@ -188,6 +190,8 @@ def int_array(op: str, name: str, values: object) -> np.ndarray:
         kind = values.dtype
         integral = not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
         array = _numbers(op, name, values) if integral else np.empty(0)
+    elif isinstance(values, np.ma.MaskedArray):
+        raise ValueError(f"{op}: {name} must not be a masked array, whose mask would be lost; use .compressed()")
     else:
         try:
             array = np.array(values)
