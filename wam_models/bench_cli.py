@@ -13,7 +13,7 @@ def run(args: argparse.Namespace) -> int:
     if not (root / "bench" / "run.py").is_file():
         raise UserError(
             f"the benchmarks live in a clone of the repository, and {root} is none; clone it, install it with "
-            "`pip install --editable .`, and run `wam bench` or `python -m bench` there"
+            "`pip install --editable '.[models]'`, and run `wam bench` or `python -m bench` there"
         )
     sys.path.insert(0, str(root))
     return import_module("bench.run").run(args)
