@@ -71,7 +71,7 @@ racecheck() { sanitize racecheck; }
 # The core of the benchmarks: --quick on a GPU is the real sizes with few repeats. Rows are kept one by one.
 measure() { run "$1" "$PYTHON" -m "bench.$2" --quick --record --device cuda; }
 plan() { measure 90 bench_plan; }
-attention() { measure 240 bench_attention; }
+attention() { measure 240 bench_block_attention; }
 norms() {
   local code=0
   measure 90 bench_adaln || code=$?

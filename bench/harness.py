@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from wam_kernels.ops import OPS
 from wam_models import doctor
 from wam_models.doctor import driver_version, package_version
 
@@ -220,12 +221,11 @@ def right_arms(
 def own_backends(op: str, device: str) -> tuple[list[str], dict[str, str]]:
     """The backends of ``op`` that are measured on ``device`` and run here; of the others why not, as rows name them."""
     machine, ready, missing = doctor.probe(), [], {}
-    for backend in doctor.BACKENDS:
-        if backend.op == op and backend.impl in (("triton", "cuda") if device == "cuda" else ("cpu",)):
-            if reason := backend.missing(machine):
-                missing[f"wam {backend.impl}"] = f"not run here: {reason}"
-            else:
-                ready.append(backend.impl)
+    for impl in OPS[op].gpu_backends if device == "cuda" else ("cpu",):
+        if reason := doctor.missing(OPS[op].backends[impl], machine):
+            missing[f"wam {impl}"] = f"not run here: {reason}"
+        else:
+            ready.append(impl)
     return ready, missing
 
 

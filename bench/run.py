@@ -26,7 +26,7 @@ RESULTS = ROOT / "bench" / "results"
 # Suite -> modules of this folder.
 SUITES = {
     "plan": ("bench_plan",),
-    "attention": ("bench_attention",),
+    "attention": ("bench_block_attention",),
     "norms": ("bench_adaln", "bench_qk_norm_rope", "bench_norm_peers"),
     "streaming": ("bench_cached_attention", "bench_streaming"),
     "block": ("bench_block",),

@@ -11,7 +11,6 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import import_module
 from itertools import product
 
 import torch
@@ -127,16 +126,16 @@ def qk_cases() -> Iterator[Case]:
         yield Case(tuning.key_of(heads=heads, head_dim=head_dim), call)
 
 
-# op -> (the module whose import declares it tunable, its candidates, its cases)
-TARGETS: dict[str, tuple[str, list, Callable[[], Iterator[Case]]]] = {
-    "block_attention.forward": ("wam_kernels.block_attention.config", STAGED, lambda: attention_cases(False)),
-    "block_attention.dq": ("wam_kernels.block_attention.config", STAGED, lambda: attention_cases(True)),
-    "block_attention.dkdv": ("wam_kernels.block_attention.config", STAGED, lambda: attention_cases(True)),
+# key in tuning.TUNABLE, which has no other -> (its candidates, its cases)
+TARGETS: dict[str, tuple[list, Callable[[], Iterator[Case]]]] = {
+    "block_attention.forward": (STAGED, lambda: attention_cases(False)),
+    "block_attention.dq": (STAGED, lambda: attention_cases(True)),
+    "block_attention.dkdv": (STAGED, lambda: attention_cases(True)),
     # with the launches that were just tuned
-    "plan.tile_shape": ("wam_kernels.plan", TILES, tile_cases),
-    "adaln.forward_warps": ("wam_kernels.adaln.config", list(WARPS), lambda: adaln_cases(False)),
-    "adaln.backward_warps": ("wam_kernels.adaln.config", list(WARPS), lambda: adaln_cases(True)),
-    "qk_norm_rope.launch": ("wam_kernels.qk_norm_rope.config", [{"num_warps": w} for w in WARPS], qk_cases),
+    "plan.tile_shape": (TILES, tile_cases),
+    "adaln.forward_warps": (list(WARPS), lambda: adaln_cases(False)),
+    "adaln.backward_warps": (list(WARPS), lambda: adaln_cases(True)),
+    "qk_norm_rope.launch": ([{"num_warps": w} for w in WARPS], qk_cases),
 }
 
 
@@ -178,12 +177,7 @@ def run(args: argparse.Namespace) -> int:
     choices: dict[str, dict[str, dict]] = {}
     name = torch.cuda.get_device_name()
     path = tuning.path_of(name)
-    for op, (module, candidates, cases) in TARGETS.items():
-        import_module(module)
-        if op not in tuning.TUNABLE:
-            raise RuntimeError(
-                f"{op} has no launch options in {module} that are decorated with wam_kernels.tuning.tuned"
-            )
+    for op, (candidates, cases) in TARGETS.items():
         for case in tqdm(cases(), desc=op, unit="key"):
             choices.setdefault(op, {})[case.key] = tune_case(op, candidates, case)
         if not args.no_record:

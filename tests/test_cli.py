@@ -10,6 +10,7 @@ import types
 import pytest
 
 import wam_kernels
+from wam_kernels.ops import OPS
 from wam_models import cli, doctor
 
 
@@ -164,8 +165,7 @@ WITH_TRITON = BARE.versions | {"triton": "3.7.1"}
 )
 def test_doctor_says_why_a_backend_is_missing(change, op, impl, missing):
     machine = dataclasses.replace(BARE, **change)
-    (backend,) = (b for b in doctor.BACKENDS if (b.op, b.impl) == (op, impl))
-    found = backend.missing(machine)
+    found = doctor.missing(OPS[op].backends[impl], machine)
     assert found is None if missing is None else missing in found
     (row,) = (line for line in doctor.report(machine).splitlines() if line.split()[:2] == [op, impl])
     assert row.split()[2] == ("yes" if missing is None else "no")

@@ -20,6 +20,7 @@ from wam_kernels import (
     varlen_attention,
 )
 from wam_kernels._backends import select_backend
+from wam_kernels.ops import TRITON, Backend, Op
 
 PLAN, INDEX = compile_plan(small()), FrameIndex.from_runs([2, 3])
 PAIRS = [(0, 3)]
@@ -115,22 +116,26 @@ def test_meta_device(name, impl):
 
 @pytest.mark.parametrize("device", ["xpu", "mps"])
 def test_devices_without_kernels_get_the_reference(device):
-    dtypes = {"reference": (torch.float32, torch.float64), "cpu": (torch.float32,), "triton": (torch.float32,)}
-    default = {"cpu": "cpu", "cuda": "triton"}
+    backends = {
+        "reference": Backend("", (torch.float32, torch.float64)),
+        "cpu": Backend("", (torch.float32,)),
+        "triton": Backend("", (torch.float32,), TRITON, "D up to 128"),
+    }
+    row = Op("op", "op", backends, ("op",))
 
-    def select(impl, device, dtype=torch.float32, limit=None):
+    def select(impl, device, dtype=torch.float32, beyond=None):
         x = SimpleNamespace(device=torch.device(device), dtype=dtype)
-        return select_backend("op", impl, dtypes, default, limit, x=x)
+        return select_backend("op", row, impl, beyond, x=x)
 
     assert select(None, device) == select("reference", device) == "reference"
     assert select(None, "cuda") == "triton" and select(None, "cpu") == "cpu"
     # where the default cannot take the call
-    assert select(None, "cuda", torch.float64) == select(None, "cuda", limit="D up to 128, got D=256") == "reference"
+    assert select(None, "cuda", torch.float64) == select(None, "cuda", beyond="D=256") == "reference"
     for impl in ("cpu", "triton"):
         with pytest.raises(ValueError, match=f"op: impl='{impl}' needs .*, got {device}; use impl=None"):
             select(impl, device)
     with pytest.raises(ValueError, match="op: impl='triton' takes D up to 128, got D=256; use impl='reference'"):
-        select("triton", "cuda", limit="D up to 128, got D=256")
+        select("triton", "cuda", beyond="D=256")
     with pytest.raises(ValueError, match="op: x must be float32 for impl='triton', got torch.float64; use impl=None"):
         select("triton", "cuda", torch.float64)
 
@@ -146,7 +151,7 @@ def test_dtypes_that_no_backend_takes(impl):
 def test_a_dtype_that_promotes_to_none(name):
     call, tensors = make(name)
     narrow = {k: t.detach().to(torch.float8_e4m3fn) for k, t in tensors.items() if t.is_floating_point()}
-    with pytest.raises(ValueError, match=f"must be .*, got torch.float8_e4m3fn"):
+    with pytest.raises(ValueError, match="must be .*, got torch.float8_e4m3fn"):
         call(**narrow)
 
 
@@ -160,7 +165,7 @@ def test_arrays_are_no_tensors(name):
             call(**{argument: t.detach().numpy()})
         with pytest.raises(TypeError, match=f"{got} list; use torch.tensor"):
             call(**{argument: t.tolist()})
-    with pytest.raises(TypeError, match=f"must be a torch.Tensor, got NoneType"):
+    with pytest.raises(TypeError, match="must be a torch.Tensor, got NoneType"):
         call(**{next(iter(tensors)): None})
 
 

@@ -1,7 +1,7 @@
 """What the ops' choice of a backend has in common. Devices and names only, so it traces; and what launchers share."""
 
 import os
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
 from types import ModuleType
@@ -9,10 +9,9 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-_MODULES = {"cpu": ".cpu", "triton": ".kernel_triton", "cuda": ".kernel_cuda"}
-_ON_GPU = ("triton", "cuda")
+from .ops import Op
 
-HALF_AND_FLOAT = (torch.bfloat16, torch.float16, torch.float32)
+_MODULES = {"cpu": ".cpu", "triton": ".kernel_triton", "cuda": ".kernel_cuda"}
 
 
 def launchers(package: str, impl: str) -> ModuleType:
@@ -23,48 +22,41 @@ def launchers(package: str, impl: str) -> ModuleType:
     return import_module(_MODULES[impl], package)
 
 
-def select_backend(
-    op: str,
-    impl: str | None,
-    dtypes: Mapping[str, Collection[torch.dtype]],
-    default: Mapping[str, str],
-    limit: str | None = None,
-    **like: Tensor,
-) -> str:
+def select_backend(op: str, row: Op, impl: str | None, beyond: str | None = None, **like: Tensor) -> str:
     """The backend of a call.
 
     Args:
-        op: The public op.
-        impl: What its caller asked for.
-        dtypes: Those of each of its backends.
-        default: Backend of each device type for ``impl=None``; ``"reference"`` on others, and where that backend cannot
-            take the call. The meta device is like the CPU: nothing runs there, every backend gives the same shapes.
-        limit: What the GPU kernels take and what came, if they cannot take this call.
+        op: The public function.
+        row: Its op. Where the default backend cannot take the call, ``impl=None`` is ``"reference"``. The meta device
+            is like the CPU: nothing runs there, every backend gives the same shapes.
+        impl: What the caller asked for.
+        beyond: What came, if it is beyond the limit of the GPU kernels.
         like: The tensor whose dtype and device count, by its name.
 
     Raises:
         ValueError: ``impl`` is no backend of the op or cannot take the call; names what it takes and the way out.
     """
     ((name, x),) = like.items()
-    device = x.device.type
+    device, backends = x.device.type, row.backends
     if impl is None:
-        impl = default.get("cpu" if device == "meta" else device, "reference")
-        if x.dtype not in dtypes[impl] or limit and impl in _ON_GPU:
+        impl = row.default.get("cpu" if device == "meta" else device, "reference")
+        if x.dtype not in backends[impl].dtypes or beyond and backends[impl].needs:
             impl = "reference"
-    if not isinstance(impl, str) or impl not in dtypes:
-        raise ValueError(f"{op}: impl must be None or one of {tuple(dtypes)}, got {impl!r}")
+    if not isinstance(impl, str) or impl not in backends:
+        raise ValueError(f"{op}: impl must be None or one of {tuple(backends)}, got {impl!r}")
     if impl == "cpu" and device not in ("cpu", "meta"):
         raise ValueError(f"{op}: impl='cpu' needs CPU tensors, got {x.device}; use impl=None")
+    takes = backends[impl]
     interpreted = impl == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if impl in _ON_GPU and device not in ("cuda", "meta") and not interpreted:
+    if takes.needs and device not in ("cuda", "meta") and not interpreted:
         other = " (or TRITON_INTERPRET=1)" if impl == "triton" else ""
         raise ValueError(f"{op}: impl={impl!r} needs CUDA tensors{other}, got {x.device}; use impl=None")
-    if x.dtype not in dtypes[impl]:
-        names = ", ".join(str(t).removeprefix("torch.") for t in dtypes[impl])
-        way_out = "impl=None" if x.dtype in dtypes["reference"] else f"{name}.to({dtypes[impl][0]})"
+    if x.dtype not in takes.dtypes:
+        names = ", ".join(str(t).removeprefix("torch.") for t in takes.dtypes)
+        way_out = "impl=None" if x.dtype in backends["reference"].dtypes else f"{name}.to({takes.dtypes[0]})"
         raise ValueError(f"{op}: {name} must be {names} for impl={impl!r}, got {x.dtype}; use {way_out}")
-    if limit and impl in _ON_GPU:
-        raise ValueError(f"{op}: impl={impl!r} takes {limit}; use impl='reference'")
+    if beyond and takes.needs:
+        raise ValueError(f"{op}: impl={impl!r} takes {takes.limit}, got {beyond}; use impl='reference'")
     return impl
 
 

@@ -27,8 +27,8 @@ import torch
 
 FOLDER = Path(__file__).parent / "tuned"
 
-# Ops whose launch choices can be tuned, filled by the decorator; and what `wam bench tune` is trying at the moment.
-TUNABLE: set[str] = set()
+# Functions whose launch choices can be tuned, by key, filled by the decorator; and what `wam bench tune` is trying now.
+TUNABLE: dict[str, Callable] = {}
 _trial: dict[str, object] = {}
 
 
@@ -48,7 +48,6 @@ def tuned(op: str) -> Callable[[Callable], Callable]:
         ValueError: from a decorated call, where the file of this device cannot be read or names a field that the
             options do not have.
     """
-    TUNABLE.add(op)
 
     def decorate(default_of: Callable) -> Callable:
         signature = inspect.signature(default_of)
@@ -66,6 +65,7 @@ def tuned(op: str) -> Callable[[Callable], Callable]:
             found = _choice(op, key_of(**bound.arguments), torch.cuda.current_device())
             return default if found is None else _over(default, found, f"{op} in {path_of(_name())}")
 
+        TUNABLE[op] = options
         return options
 
     return decorate

@@ -1,6 +1,6 @@
 """``wam doctor``: what this machine offers, and which op runs on which backend here and why not elsewhere.
 
-To add an op or a backend, add a row to ``BACKENDS``.
+The rows are those of ``wam_kernels.ops``.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from wam_kernels._cuda import extension
+from wam_kernels.ops import OPS, Backend, Need, Op
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,7 @@ class Machine:
     load: float  # processes that ran or waited for a core, mean of the last minute
 
 
-# ---- Backends. A need looks at the machine and says what is missing, or None.
-
-Need = Callable[[Machine], str | None]
+# ---- Needs: what looks at the machine and says what is missing, or None.
 
 
 def _triton(m: Machine) -> str | None:
@@ -70,36 +69,25 @@ def _sm90(m: Machine) -> str | None:
     return f"needs a GPU of compute capability 9.0, found {found}"
 
 
-@dataclass(frozen=True)
-class Backend:
-    op: str
-    impl: str
-    what: str
-    needs: tuple[Need, ...] = ()
-
-    def missing(self, machine: Machine) -> str | None:
-        return next((reason for need in self.needs if (reason := need(machine))), None)
+NEEDS: dict[Need, Callable[[Machine], str | None]] = {
+    Need.TRITON: _triton,
+    Need.GPU_OR_INTERPRETER: _gpu_or_interpreter,
+    Need.EXTENSION: _extension,
+    Need.SM90: _sm90,
+}
 
 
-BACKENDS = (
-    Backend("block_attention", "reference", "plain PyTorch, dense S x S, any device"),
-    Backend("block_attention", "cpu", "GEMMs over the plan's runs; the default for CPU tensors"),
-    Backend("block_attention", "triton", "the default for CUDA tensors", (_triton, _gpu_or_interpreter)),
-    Backend("cached_attention", "reference", "plain PyTorch, dense, any device"),
-    Backend("cached_attention", "cpu", "PyTorch's flash kernel over the visible slots; the default for CPU tensors"),
-    Backend("cached_attention", "triton", "the default for CUDA tensors", (_triton, _gpu_or_interpreter)),
-    Backend("cached_attention", "cuda", "CUDA tensors in bf16 and fp16, when asked for", (_extension, _sm90)),
-    *(
-        backend
-        for op in ("ada_layer_norm", "qk_norm_rope")
-        for backend in (
-            Backend(op, "reference", "plain PyTorch, any device"),
-            Backend(op, "cpu", "in chunks that stay in cache; the default for CPU tensors"),
-            Backend(op, "triton", "the default for CUDA tensors", (_triton, _gpu_or_interpreter)),
-            Backend(op, "cuda", "CUDA tensors, when asked for", (_extension, _sm90)),
-        )
-    ),
-)
+def missing(backend: Backend, machine: Machine) -> str | None:
+    """Why ``backend`` does not run there, or None."""
+    return next((reason for need in backend.needs if (reason := NEEDS[need](machine))), None)
+
+
+def _what(op: Op, impl: str) -> str:
+    backend = op.backends[impl]
+    devices = " and ".join(device.upper() for device, default in op.default.items() if default == impl)
+    if devices:
+        return f"{backend.what}; the default for {devices} tensors"
+    return f"{backend.what}, when asked for" if backend.needs else backend.what
 
 
 # ---- Looking.
@@ -199,9 +187,10 @@ def report(machine: Machine) -> str:
         ("wam_kernels._C", machine.extension_error or "loads"),
     ]
     ops = [("op", "impl", "runs here", "why")]
-    for backend in BACKENDS:
-        missing = backend.missing(machine)
-        ops.append((backend.op, backend.impl, "no" if missing else "yes", missing or backend.what))
+    for op in OPS.values():
+        for impl, backend in op.backends.items():
+            reason = missing(backend, machine)
+            ops.append((op.name, impl, "no" if reason else "yes", reason or _what(op, impl)))
     warning = crowded(machine)
     return f"This machine\n{_table(facts)}\n\nOps\n{_table(ops)}" + (f"\n\n{warning}" if warning else "")
 

@@ -180,3 +180,11 @@ def check_one_gradient(index: FrameIndex, inputs: dict[str, Tensor], impl: str |
         expected = torch.autograd.grad(outputs, leaves, both, retain_graph=True)
         for a, b in zip(got, expected, strict=True):
             torch.testing.assert_close(torch.zeros_like(b) if a is None else a, b)
+
+
+def check_every_kernel(impl: str, device: str = "cuda") -> None:
+    """Once or twice at small shapes: what ``bench.sanitize`` runs."""
+    index = SHARED.to(device)
+    inputs = make_inputs(index, 2, 72, torch.bfloat16, device)
+    for variant in (FULL, VARIANTS["gate-and-affine-norm"]):
+        check_against_reference(variant, index, inputs, impl)

@@ -236,3 +236,11 @@ def check_edge(name: str, impl: str) -> None:
         attends[begin:end] |= k_begin < k_end
     out, lse, dq, *_ = results[0]
     assert (out[~attends] == 0).all() and (dq[~attends] == 0).all() and (lse[:, ~attends] == float("-inf")).all()
+
+
+def check_every_kernel(impl: str, device: str = "cuda") -> None:
+    """Once or twice at small shapes: what ``bench.sanitize`` runs."""
+    for plan in (compile_plan(small(chunk_size=1)), ragged_plan()):
+        plan = plan.to(device)
+        inputs = make_inputs(plan, plan.batch, 2, 64, torch.bfloat16, device)
+        check_against_reference(plan, inputs, impl)

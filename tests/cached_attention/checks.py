@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -158,3 +158,9 @@ def check_same_bits_from_run_to_run(case: Case, impl: str | None, runs: int = 2)
     first = run(case, inputs, impl, ranges)
     for _ in range(runs - 1):
         assert all(torch.equal(a, b) for a, b in zip(run(case, inputs, impl, ranges), first, strict=True))
+
+
+def check_every_kernel(impl: str, device: str = "cuda") -> None:
+    """Once or twice at small shapes: what ``bench.sanitize`` runs."""
+    case = Case([[WRAPPED, [(64, 73)]], [[(0, 73)], []]], (33, 16), 80, H=3, D=64, dtype=torch.bfloat16)
+    check_against_reference(replace(case, device=device), impl)

@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from tests.adaln import checks
-from tests.gpu.impls import IMPLS
+from tests.gpu import impls
 from wam_kernels.adaln import ada_layer_norm
 from wam_kernels.frame_index import FrameIndex
 
-each_impl = pytest.mark.parametrize("impl", IMPLS)
+each_impl = impls.each_impl("ada_layer_norm")
 
 
 def on_gpu(index: FrameIndex, B: int, D: int, dtype: torch.dtype):

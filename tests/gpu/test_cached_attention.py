@@ -7,14 +7,16 @@ import torch
 
 from tests.cached_attention import checks
 from tests.cached_attention.checks import Case, run
-from tests.gpu.impls import IMPLS
+from tests.gpu import impls
 from wam_kernels.cached_attention import cached_attention
+
+each_impl = impls.each_impl("cached_attention")
 
 # a ring that has wrapped round, and the chunk's own slots; the action rows see less
 LIBERO = [[(900, 2160), (0, 800), (2160, 2304)], [(900, 2160), (2160, 2304)]]
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@each_impl
 @pytest.mark.parametrize("case", checks.CASES)
 def test_shapes_and_dtypes(case, impl):
     if impl == "cuda" and case.dtype == torch.float32:
@@ -22,7 +24,7 @@ def test_shapes_and_dtypes(case, impl):
     checks.check_against_reference(dataclasses.replace(case, device="cuda"), impl)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@each_impl
 @pytest.mark.parametrize(
     "samples, rows, N, H, D",
     [
@@ -43,13 +45,13 @@ def test_float32_at_the_largest_head():
     checks.check_against_reference(Case([LIBERO], (128, 16), 2304, H=4, D=128, device="cuda"), "triton")
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@each_impl
 def test_strides_are_free(impl):
     case = Case([[[(5, 300), (333, 606)]], [[(6, 40)]]], (37,), 640, H=5, D=64, dtype=torch.bfloat16, device="cuda")
     checks.check_strides_are_free(case, impl)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@each_impl
 def test_slots_further_apart_than_int32(impl):
     case = Case([LIBERO], (128, 16), 2304, H=2, D=128, dtype=torch.bfloat16, device="cuda")
     q, k, v = case.inputs()
@@ -61,13 +63,13 @@ def test_slots_further_apart_than_int32(impl):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@each_impl
 def test_same_bits_over_100_runs(impl):
     case = Case([LIBERO], (128, 16), 2304, H=24, D=128, dtype=torch.bfloat16, device="cuda")
     checks.check_same_bits_from_run_to_run(case, impl, runs=100)
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@each_impl
 def test_one_graph_serves_every_fill(impl):
     full = Case([LIBERO], (128, 16), 2304, H=4, D=128, dtype=torch.bfloat16, device="cuda")
     inputs, ranges = full.inputs(), full.ranges()
@@ -91,7 +93,7 @@ def test_one_graph_serves_every_fill(impl):
         assert all(torch.equal(a, b) for a, b in zip(got, run(fill_case, inputs, impl), strict=True))
 
 
-@pytest.mark.parametrize("impl", IMPLS)
+@each_impl
 def test_nothing_waits_for_the_device(impl):
     case = Case([LIBERO], (128, 16), 2304, H=4, D=128, dtype=torch.bfloat16, device="cuda")
     inputs, ranges = case.inputs(), case.ranges()

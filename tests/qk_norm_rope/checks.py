@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -177,3 +177,11 @@ def check_a_graph_notices_that_out_was_written_to(impl: str) -> None:
         qk_norm_rope(*args, head_dim=8, out=out, impl=impl)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         saves_out.backward()
+
+
+def check_every_kernel(impl: str, device: str = "cuda") -> None:
+    """Once or twice at small shapes: what ``bench.sanitize`` runs."""
+    for case in (Case(2, 3, 24, 128, torch.bfloat16), Case(1, 5, 5, 72)):
+        for variant in ("wan", "cosmos"):
+            on_gpu = replace(case, device=device)
+            check_against_reference(on_gpu, impl, **VARIANTS[variant])

@@ -18,7 +18,7 @@ class Options:
 
 @pytest.fixture
 def op(monkeypatch):
-    monkeypatch.setattr(tuning, "TUNABLE", set())
+    monkeypatch.setattr(tuning, "TUNABLE", {})
 
     @tuning.tuned("some_op.forward")
     def forward(D: int, itemsize: int = 2) -> Options:
@@ -50,7 +50,7 @@ def test_without_cuda_the_default_and_no_word(op):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert op(64) == Options(4, 2) and op(256, itemsize=4) == Options(8, 2)
-    assert op.__doc__ == "Doc." and tuning.TUNABLE == {"some_op.forward"}
+    assert op.__doc__ == "Doc." and tuning.TUNABLE == {"some_op.forward": op}
 
 
 def test_a_recorded_choice_is_laid_over_the_default(op, h100):
@@ -98,7 +98,7 @@ def test_a_wrong_file_is_refused(op, h100, text, message):
 
 
 def test_a_number(h100, monkeypatch):
-    monkeypatch.setattr(tuning, "TUNABLE", set())
+    monkeypatch.setattr(tuning, "TUNABLE", {})
     warps = tuning.tuned("some_op.forward")(lambda D, itemsize: 2)
     h100(choices(16))
     assert warps(64, 2) == 16

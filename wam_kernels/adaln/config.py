@@ -7,9 +7,6 @@ from ..tuning import tuned
 
 MAX_D = 8192
 
-# Which backend impl=None takes for each device type. Triton against CUDA on a GPU: not yet measured, so Triton.
-DEFAULT_IMPL = {"cpu": "cpu", "cuda": "triton"}
-
 # Tile of the second pass: segments that are loaded together, and channels.
 SUM_SEGMENTS, SUM_CHANNELS = 16, 128
 

@@ -9,19 +9,15 @@ import torch
 from torch import Tensor
 
 from .. import _autograd
-from .._backends import HALF_AND_FLOAT, launchers, select_backend
+from .._backends import launchers, select_backend
 from .._checks import accumulator, are_tensors, bind_dims, number
 from ..frame_index import FrameIndex
+from ..ops import OPS
 from . import cpu, reference
-from .config import DEFAULT_IMPL, MAX_D
+from .config import MAX_D
 
 _TABLES = ("gate_table", "shift_table", "scale_table")
-_DTYPES = {
-    "reference": (*HALF_AND_FLOAT, torch.float64),
-    "cpu": (*HALF_AND_FLOAT, torch.float64),
-    "triton": HALF_AND_FLOAT,
-    "cuda": HALF_AND_FLOAT,
-}
+_ROW = OPS["ada_layer_norm"]
 
 
 class _Inputs(NamedTuple):
@@ -220,7 +216,7 @@ def _check(op: str, t: _Inputs, index: FrameIndex) -> None:
 def _call(op: str, t: _Inputs, index: FrameIndex, eps: float, impl: str | None) -> tuple[Tensor, Tensor]:
     _check(op, t, index)
     eps = number(op, "eps", eps, least=0.0)
-    impl = select_backend(op, impl, _DTYPES, DEFAULT_IMPL, x=t.x)
+    impl = select_backend(op, _ROW, impl, x=t.x)
     if impl == "reference":
         return reference.gate_residual_norm(*t, index.row_of_token, eps)
     return _autograd.call(torch.ops.wam.gate_residual_norm.default, *t, *index.tensors(), eps, impl)

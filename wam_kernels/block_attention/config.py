@@ -11,9 +11,6 @@ from ..tuning import tuned
 
 MAX_D = 256
 
-# Which backend impl=None takes for each device type.
-DEFAULT_IMPL = {"cpu": "cpu", "cuda": "triton"}
-
 
 @dataclass(frozen=True)
 class Config:

@@ -6,18 +6,15 @@ import torch
 from torch import Tensor
 
 from .. import _autograd
-from .._backends import HALF_AND_FLOAT, launchers, select_backend
+from .._backends import launchers, select_backend
 from .._checks import bind_dims, heads_first, number, same_kind
+from ..ops import OPS
 from ..plan import Plan, Side
 from . import cpu, reference
-from .config import DEFAULT_IMPL, MAX_D, fits_triton
+from .config import MAX_D, fits_triton
 
 _OP = "block_attention"
-_DTYPES = {
-    "reference": (*HALF_AND_FLOAT, torch.float64),
-    "cpu": (*HALF_AND_FLOAT, torch.float64),
-    "triton": HALF_AND_FLOAT,
-}
+_ROW = OPS[_OP]
 _SIDE = len(Side.FIELDS)
 _OPTIONS = 4  # shared, step, scale, impl
 
@@ -152,8 +149,8 @@ def block_attention(
         raise ValueError(f"{_OP}: plan must have 1 or B={dims['B']} batch elements, got {plan.batch}")
     if plan.device != q.device:
         raise ValueError(f"{_OP}: plan must be on {q.device} like q, got {plan.device}; use plan.to({str(q.device)!r})")
-    limit = None if fits_triton(dims["D"], q.itemsize) else f"float32 up to D=128, got {q.dtype} with D={dims['D']}"
-    impl = select_backend(_OP, impl, _DTYPES, DEFAULT_IMPL, limit, q=q)
+    beyond = None if fits_triton(dims["D"], q.itemsize) else f"{q.dtype} with D={dims['D']}"
+    impl = select_backend(_OP, _ROW, impl, beyond, q=q)
     scale = dims["D"] ** -0.5 if scale is None else number(_OP, "scale", scale)
     if impl == "reference":
         out, lse = reference.block_attention(q, k, v, plan.mask(), scale)

@@ -10,9 +10,6 @@ MAX_D = 256
 # Of the GPU kernels. Group sizes are arguments of a launch one by one, so that none keys a compilation.
 MAX_KERNEL_D, MAX_GROUPS = 128, 4
 
-# Which backend impl=None takes for each device type. Triton against CUDA on a GPU: not yet measured, so Triton.
-DEFAULT_IMPL = {"cpu": "cpu", "cuda": "triton"}
-
 # The keys are split until there are as many programs as an H100 holds at once: 132 SMs, two programs each. A constant,
 # not the number of SMs of the machine, so that sums have the same order on every GPU.
 PROGRAMS = 2 * 132

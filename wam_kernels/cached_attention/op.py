@@ -8,18 +8,14 @@ import torch
 from torch import Tensor
 
 from .. import _autograd
-from .._backends import HALF_AND_FLOAT, launchers, select_backend
+from .._backends import launchers, select_backend
 from .._checks import are_tensors, bind_dims, heads_first, integers, number, same_kind
+from ..ops import OPS
 from . import reference
-from .config import DEFAULT_IMPL, MAX_D, MAX_GROUPS, MAX_KERNEL_D
+from .config import MAX_D, MAX_GROUPS, MAX_KERNEL_D
 
 _OP = "cached_attention"
-_DTYPES = {
-    "reference": (*HALF_AND_FLOAT, torch.float64),
-    "cpu": (*HALF_AND_FLOAT, torch.float64),
-    "triton": HALF_AND_FLOAT,
-    "cuda": (torch.bfloat16, torch.float16),
-}
+_ROW = OPS[_OP]
 
 
 def _forward(
@@ -111,8 +107,8 @@ def cached_attention(
         scale: Factor on the scores; default ``D ** -0.5``.
         impl: ``"reference"`` (dense, any device, also float64), ``"cpu"`` (also float64), ``"triton"`` and ``"cuda"``
             (CUDA tensors, D up to 128, up to 4 groups; ``"cuda"`` no float32), or ``None``: ``"cpu"`` for CPU tensors;
-            for CUDA tensors what ``config.py`` records (``"triton"``), or ``"reference"`` where that cannot (float64,
-            larger D, more groups) and on other devices.
+            for CUDA tensors ``"triton"``, or ``"reference"`` where that cannot (float64, larger D, more groups);
+            ``"reference"`` on other devices.
         return_lse: Also return the log-sum-exp of every row's scores.
 
     Returns:
@@ -129,10 +125,10 @@ def cached_attention(
     """
     group_rows = integers(_OP, "group_rows", group_rows)
     _check(q, k_cache, v_cache, ranges, group_rows)
-    D, groups, limit = q.shape[-1], len(group_rows), None
+    D, groups, beyond = q.shape[-1], len(group_rows), None
     if D > MAX_KERNEL_D or groups > MAX_GROUPS:
-        limit = f"D up to {MAX_KERNEL_D} and up to {MAX_GROUPS} groups, got D={D} and {groups} groups"
-    impl = select_backend(_OP, impl, _DTYPES, DEFAULT_IMPL, limit, q=q)
+        beyond = f"D={D} and {groups} groups"
+    impl = select_backend(_OP, _ROW, impl, beyond, q=q)
     scale = D**-0.5 if scale is None else number(_OP, "scale", scale)
     if impl == "reference":
         out, lse = reference.cached_attention(q, k_cache, v_cache, ranges, group_rows, scale)

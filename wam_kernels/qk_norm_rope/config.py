@@ -11,9 +11,6 @@ from ..tuning import tuned
 MAX_INNER = 8192
 MAX_HEAD_DIM = 256
 
-# Which backend impl=None takes for each device type. Triton against CUDA on a GPU: not yet measured, so Triton.
-DEFAULT_IMPL = {"cpu": "cpu", "cuda": "triton"}
-
 # CPU: numbers of one chunk of rows, per thread; 2 MB a buffer in float32. Milliseconds, the least of 25 calls that took
 # turns on a busy AMD EPYC (512 KB of L2 a core, 32 MB of L3), forward and backward:
 #

@@ -8,19 +8,15 @@ import torch
 from torch import Tensor
 
 from .. import _autograd
-from .._backends import HALF_AND_FLOAT, launchers, select_backend
+from .._backends import launchers, select_backend
 from .._checks import accumulator, are_tensors, bind_dims, integer, number, same_kind
+from ..ops import OPS
 from . import reference
-from .config import DEFAULT_IMPL, MAX_HEAD_DIM, MAX_INNER
+from .config import MAX_HEAD_DIM, MAX_INNER
 
 _OP = "qk_norm_rope"
 _TABLE_GRADED = f"{_OP}: table must not require a gradient, there is none for it; use table.detach()"
-_DTYPES = {
-    "reference": (*HALF_AND_FLOAT, torch.float64),
-    "cpu": (*HALF_AND_FLOAT, torch.float64),
-    "triton": HALF_AND_FLOAT,
-    "cuda": HALF_AND_FLOAT,
-}
+_ROW = OPS[_OP]
 
 
 def _heads(q: Tensor, head_dim: int) -> tuple[int, int, int, int]:
@@ -224,8 +220,8 @@ def qk_norm_rope(
             ``cache[:, start : start + S]`` of a key cache. They must not overlap each other or an input. Inference
             only: no gradient flows through them.
         impl: ``"reference"`` (plain PyTorch, any device, also float64), ``"cpu"`` (also float64), ``"triton"`` and
-            ``"cuda"`` (CUDA tensors), or ``None``: ``"cpu"`` for CPU tensors, for CUDA tensors what ``config.py``
-            records (``"triton"``), or ``"reference"`` for float64 and on other devices.
+            ``"cuda"`` (CUDA tensors), or ``None``: ``"cpu"`` for CPU tensors, for CUDA tensors
+            ``"triton"``, or ``"reference"`` for float64 and on other devices.
 
     Returns:
         ``(q_out, k_out)``, ``[B, S, H, D]`` each, dtype of ``q``, contiguous; or the tensors of ``out``.
@@ -242,7 +238,7 @@ def qk_norm_rope(
     weights = {"weight_q": weight_q, "weight_k": weight_k}
     head_dim = integer(_OP, "head_dim", head_dim)
     _check(q, k, v, weights, table, head_dim, per_head)
-    impl = select_backend(_OP, impl, _DTYPES, DEFAULT_IMPL, q=q)
+    impl = select_backend(_OP, _ROW, impl, q=q)
     graded = torch.is_grad_enabled()
     if graded and table.requires_grad:
         raise ValueError(_TABLE_GRADED)

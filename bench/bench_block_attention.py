@@ -1,4 +1,4 @@
-"""block_attention beside its peers, on every program, length, chunk and window.   python -m bench.bench_attention
+"""block_attention beside its peers, on every program, length, chunk and window.   python -m bench.bench_block_attention
 
 Every arm gets the same q, k, v and gradient (two sets that take turns), and is compared with the float64 truth straight
 from the predicate (all heads up to 1,000 tokens, the first and the last beyond) before its speed is printed. What an
@@ -24,7 +24,6 @@ from bench import harness, workloads
 from bench.peers import ATTENTION, Arm, Attend, Unavailable
 from bench.workloads import CHUNKS, LENGTHS, ROBOTWIN, WINDOWS, Workload, cold_plan, packed
 from wam_kernels import Plan, block_attention
-from wam_models import doctor
 
 BASELINE = "sdpa_dense_mask"
 COMPILED = ("flex", "flex_openwam", "flash_attn_4")  # up to a minute of compilation for each workload
@@ -72,14 +71,12 @@ def own_arms(work: Workload, plan: Plan) -> dict[str, Arm]:
     queries, keys = plan.queries.computed_pairs, plan.keys.computed_pairs
     if plan.device.type == "cpu":  # it multiplies runs, which hold visible pairs only
         return {"wam": Arm(lambda q, k, v: block_attention(q, k, v, plan), plan.visible_pairs)}
-    machine = doctor.probe()
-    impls = [b.impl for b in doctor.BACKENDS if b.op == "block_attention" and not b.missing(machine)]
+    impls, _ = harness.own_backends("block_attention", plan.device.type)
     # forward and dq walk the query side (2 + 3 products), dk and dv the key side (4); 7 in all without the recomputed 2
     computed = queries if queries == keys else (5 * queries + 4 * keys) // 9
     return {
         f"wam {impl}": Arm(lambda q, k, v, impl=impl: block_attention(q, k, v, plan, impl=impl), computed)
         for impl in impls
-        if impl in ("triton", "cuda")
     }
 
 
