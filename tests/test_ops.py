@@ -2,6 +2,7 @@
 
 import inspect
 import re
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 
@@ -9,7 +10,11 @@ import pytest
 
 import wam_kernels
 from bench import report, run
-from tests.test_op_arguments import OPS as CALLED
+from tests import test_modes, test_op_arguments
+from tests.aot.test_launchers import CALLS
+from tests.transforms.checks import OPS as TRANSFORMED
+from tests.transforms.test_func import INFERENCE
+from wam_kernels._backends import _MODULES
 from wam_kernels.block_attention.config import fits_triton
 from wam_kernels.cached_attention import config as cached
 from wam_kernels.ops import OPS, Need, Op
@@ -19,25 +24,45 @@ ROOT = Path(__file__).resolve().parent.parent
 each_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
 
-def parts(op: Op) -> list[str]:
-    package, suites = f"wam_kernels/{op.package}", ("aot", "gpu", "interpreter")
-    modules = {"triton": "kernel_triton", "cuda": "kernel_cuda"}
+def files(op: Op) -> list[str]:
+    package, suites = f"wam_kernels/{op.package}", ["interpreter", "aot", "gpu", *["csrc"] * ("cuda" in op.backends)]
     return [
-        *(f"{package}/{name}" for name in ("README.md", "__init__.py", "config.py", "op.py")),
-        *(f"{package}/{modules.get(impl, impl)}.py" for impl in op.backends),
+        *(f"{package}/{name}" for name in ("README.md", "__init__.py", "config.py", "op.py", "reference.py")),
+        *(f"{package}/{_MODULES[impl][1:]}.py" for impl in op.backends if impl != "reference"),
         *(f"tests/{op.package}/{name}.py" for name in ("__init__", "checks", "test_op")),
-        *(f"tests/{suite}/test_{op.package}.py" for suite in (*suites, *["csrc"] * ("cuda" in op.backends))),
+        *(f"tests/{suite}/test_{op.package}.py" for suite in suites),
         f"bench/bench_{op.package}.py",
     ]
 
 
+def lists(op: Op) -> dict[str, bool]:
+    """The lists that do not follow from the rows, because they say more than a row; whether ``op`` is in each."""
+    bench, script = f"bench_{op.package}", (ROOT / "bench/gpu.sh").read_text()
+    return {
+        "wam_kernels.__all__": set(op.functions) <= set(wam_kernels.__all__),
+        "tests.test_op_arguments.OPS": set(op.functions) <= set(test_op_arguments.OPS),
+        "tests.test_modes.ENTRIES": set(op.functions) <= set(test_modes.ENTRIES),
+        "tests.transforms": op.name in {*(case.name for case in TRANSFORMED.values()), *INFERENCE},
+        "tests.aot.test_launchers.CALLS": f"{op.package}.forward" in CALLS,
+        "bench.run.SUITES": bench in {module for modules in run.SUITES.values() for module in modules},
+        "bench.report.TABLES": op.package in report.TABLES,
+        "bench/gpu.sh": f" {bench}" in script and f"tests/gpu/test_{op.package}.py" in script,
+    }
+
+
+def missing(op: Op) -> list[str]:
+    absent = [part for part in files(op) if not (ROOT / part).is_file()]
+    return absent + [name for name, holds_it in lists(op).items() if not holds_it]
+
+
 @each_op
 def test_no_part_is_missing(op):
-    assert [part for part in parts(op) if not (ROOT / part).is_file()] == []
-    assert {"reference", "cpu", "triton"} <= set(op.backends) and op.package in report.TABLES
-    assert f"bench_{op.package}" in {module for modules in run.SUITES.values() for module in modules}
-    script = (ROOT / "bench/gpu.sh").read_text()
-    assert f" bench_{op.package}" in script and f"tests/gpu/test_{op.package}.py" in script
+    assert missing(op) == [] and {"reference", "cpu", "triton"} <= set(op.backends)
+
+
+def test_a_row_alone_is_told_every_part():
+    alone = replace(OPS["qk_norm_rope"], name="new_op", package="new_op", functions=("new_op",))
+    assert missing(alone) == [*files(alone), *lists(alone)]
 
 
 @each_op
@@ -54,7 +79,6 @@ def test_every_public_function_that_takes_impl_is_of_one_op():
     public = [getattr(wam_kernels, name) for name in wam_kernels.__all__]
     taking = [f.__name__ for f in public if inspect.isfunction(f) and "impl" in inspect.signature(f).parameters]
     assert sorted(taking) == sorted(name for op in OPS.values() for name in op.functions)
-    assert set(taking) <= set(CALLED)
 
 
 @each_op
