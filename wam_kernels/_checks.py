@@ -17,6 +17,7 @@ MAX_INT = 2**31 - 1
 _MAX_FLOAT = sys.float_info.max
 # tuples, as a union of types does not trace in PyTorch 2.7
 _ARRAYS = (Tensor, np.ndarray)
+_NO_SEQUENCES = (Set, Mapping, bytes)  # without an order, or not of numbers
 _NUMBERS = (int, float, np.integer, np.floating, torch.SymInt, torch.SymFloat)
 
 
@@ -163,7 +164,7 @@ def integers(op: str, name: str, values: Iterable[object], least: int = 0) -> tu
         values, good = tuple(array.tolist()), not ((array < least) | (array > MAX_INT)).any()
     else:
         try:
-            if isinstance(values, Set | Mapping | bytes):  # no order, or no numbers of their own
+            if isinstance(values, _NO_SEQUENCES):
                 raise TypeError
             values = tuple(values)
         except TypeError:
