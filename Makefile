@@ -10,11 +10,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PACKAGE := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench clean
+.PHONY: help demo lint test test-slow bench clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo "make demo       set up .venv and run the demo"
+	@echo "make lint       set up .venv and check all Python files with ruff"
 	@echo "make test       set up .venv and run the whole test suite"
 	@echo "make test-slow  set up .venv and run the tests that take long, which make test leaves out"
 	@echo "make bench      set up .venv and time every op on one CPU thread beside the saved baseline"
@@ -22,6 +23,10 @@ help:
 
 demo: $(VENV)/installed
 	$(BIN)/wam demo
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 
 # Two processes: Triton's interpreter, switched on at import by TRITON_INTERPRET=1, and its compiler do not share one.
 # Both run whatever the first says; either failing fails make.

@@ -34,7 +34,6 @@ from wam_models.config import ModelConfig
 from wam_models.model import Exact, ExpertBlock, PackedBlock, action_positions, stream_of, video_positions, wide
 from wam_models.train import small_model
 
-
 # ---- the block without the ops ----
 
 

@@ -21,8 +21,8 @@ def rows_of(report: dict) -> list[dict]:
     """Rows from what ``make_demo`` returns: ``what`` is ``"training"`` or ``"evaluation"``."""
     config = report["config"]
     training = {
-        "what": "training", "arm": "wam", "data": report["data"], "seed": report["seed"], "precision": report["precision"],
-        "parameters": report["parameters"], "steps": report["steps"],
+        "what": "training", "arm": "wam", "data": report["data"], "seed": report["seed"],
+        "precision": report["precision"], "parameters": report["parameters"], "steps": report["steps"],
         "batch": config["batch"], "frames": config["frames"],
         "training_seconds": round(report["training_seconds"], 1), "total_seconds": round(report["total_seconds"], 1),
         **{f"{s}_loss_{when}": v for s, both in report["losses"].items() for when, v in both.items()},

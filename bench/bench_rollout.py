@@ -5,7 +5,7 @@ size (``wan_5b_config``) with random bf16 weights, 20 denoising steps, LIBERO (3
 geometry (128), with guidance 5 (a batch of two) for ``joint``. CPU: the demo's model in float32, 5 steps, LIBERO.
 
 Arms: ``wam`` is ``Episode.propose`` + ``accept``: history from the cache, on CUDA a captured graph for each step
-(``wam_eager``: the same without graphs); ``packed`` runs window and chunk as one packed forward at every denoising step,
+(``wam_eager``: the same without graphs); ``packed`` runs window and chunk as one packed forward at every step,
 as a rollout without a cache does, on CUDA also under torch.compile (``packed_compiled``; not with --quick, 30 layers
 take minutes to compile). The chunk of ``wam`` is compared with that of ``packed`` before a speed is printed: in float32
 with the model itself on a CPU, in float64 with 2 layers of full width on CUDA.

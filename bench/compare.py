@@ -109,7 +109,10 @@ class Comparison:
             )
         widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
         lines = [
-            "  ".join(text.ljust(w) if i in (0, 8) else text.rjust(w) for i, (text, w) in enumerate(zip(row, widths)))
+            "  ".join(
+                text.ljust(w) if i in (0, 8) else text.rjust(w)
+                for i, (text, w) in enumerate(zip(row, widths, strict=True))
+            )
             for row in (head, *rows)
         ]
         if self.no_instructions:

@@ -1,4 +1,4 @@
-"""``wam bench [run | report | tune | --base REF]``: the suites, each a list of ``bench_*`` modules that also run on their own.
+"""``wam bench [run | report | tune | --base REF]``: the suites, lists of ``bench_*`` modules that also run alone.
 
 Every module runs in a process of its own: it meets a clean memory and a clean compiler, and a crash takes no other's
 rows with it. Its rows come back through a folder that ``bench.harness.record`` writes to; they are printed as one

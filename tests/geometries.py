@@ -15,7 +15,9 @@ def small(program: str = "joint", **changes) -> Geometry:
     return Geometry(**(fields | changes))
 
 
-def libero(chunk_size: int, window: int, frames: int = 68, program: str = "joint", history: str = "video_only") -> Geometry:
+def libero(
+    chunk_size: int, window: int, frames: int = 68, program: str = "joint", history: str = "video_only"
+) -> Geometry:
     """Two views of 128 x 128: 32 video tokens and 4 actions a frame."""
     return Geometry(
         program=program, video_frames=frames, video_tokens=32, action_frames=frames, action_tokens=4,

@@ -1,4 +1,4 @@
-"""Every public entry works in every mode after any other, and what is built in a mode of its own is plain afterwards."""
+"""Every public entry works in every mode after any other; what is built in a mode of its own is plain afterwards."""
 
 import copy
 import gc

@@ -4,6 +4,7 @@ import json
 import statistics
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 import torch
@@ -47,7 +48,7 @@ def test_training_beside_a_busy_process(tmp_path, monkeypatch):
         command = [sys.executable, "-m", "wam_models", "train", "--data", root, "--config", config, "--out"]
         subprocess.run([*command, tmp_path / name], check=True, capture_output=True)
         at = [json.loads(line)["seconds"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        return statistics.median(b - a for a, b in zip(at, at[1:]))
+        return statistics.median(b - a for a, b in pairwise(at))
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     before = median("before")

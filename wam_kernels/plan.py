@@ -465,7 +465,7 @@ class Visits(NamedTuple):
 
 
 def _visits(bounds: np.ndarray, tiles: Tiles, step: int) -> tuple[Visits, Visits]:
-    """What tiles visit of their rows' ``bounds``: full steps, by their first tokens; and the tokens of partial steps."""
+    """What tiles visit of their rows' ``bounds``: full steps, by their first tokens; the tokens of partial steps."""
     lo, hi = _spans(bounds)
     lo, hi = lo.take(tiles.meets, axis=1), hi.take(tiles.meets, axis=1)
     # what some row of a tile sees, and what every row sees: [columns, T]

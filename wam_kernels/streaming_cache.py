@@ -81,8 +81,8 @@ class StreamingCache:
         length: N slots.
 
     Raises:
-        ValueError: a size that is no integer or below 1, a dtype that is none of floats, rings that do not hold one chunk, or more slots than int32
-            counts.
+        ValueError: a size that is no integer or below 1, a dtype that is none of floats, rings that do not hold one
+            chunk, or more slots than int32 counts.
     """
 
     @eager

@@ -18,7 +18,6 @@ from pathlib import Path
 
 from .threads import limit_spinning
 
-
 LARGEST = 2**63 - 1  # whole number that torch takes
 
 

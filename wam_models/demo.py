@@ -96,8 +96,8 @@ def run(args) -> int:
     """``wam demo``."""
     if not args.data.is_dir():
         raise UserError(
-            f"--data must be a data set in LeRobot v3 layout, but there is no folder {args.data}; the demo's own data is "
-            "not in the installed package: run wam demo in a clone of the repository, or pass --data DIR"
+            f"--data must be a data set in LeRobot v3 layout, but there is no folder {args.data}; the demo's own data "
+            "is not in the installed package: run wam demo in a clone of the repository, or pass --data DIR"
         )
     make_demo(args.out, args.data, camera=args.camera, seconds=args.seconds, seed=args.seed)
     return 0
@@ -128,7 +128,8 @@ def make_demo(
         progress: Show progress bars.
 
     Raises:
-        ValueError: a data set without held-out episodes, a folder that holds a run which is no demo's, or what training and evaluation raise.
+        ValueError: a data set without held-out episodes, a folder that holds a run which is no demo's, or what training
+            and evaluation raise.
     """
     began = time.perf_counter()
     page_file = out / "report.md"

@@ -168,8 +168,8 @@ def crowded(machine: Machine) -> str | None:
     return (
         f"warning: {machine.load:.1f} processes keep {machine.cpu_cores} cores busy, and torch would use "
         f"{machine.cpu_threads} threads: threads that wait for a core held by another process can make a step 40 times "
-        "slower. wam train, rollout and demo choose their threads by trial; a script of your own: OMP_NUM_THREADS=1, or "
-        "OMP_WAIT_POLICY=PASSIVE set before torch is imported"
+        "slower. wam train, rollout and demo choose their threads by trial; a script of your own: OMP_NUM_THREADS=1, "
+        "or OMP_WAIT_POLICY=PASSIVE set before torch is imported"
     )
 
 
@@ -179,7 +179,8 @@ def report(machine: Machine) -> str:
     facts += [
         (
             "cpu",
-            f"{machine.cpu}, {machine.cpu_cores} cores, {machine.cpu_threads} threads, {machine.vector_isa}, load {machine.load:.1f}",
+            f"{machine.cpu}, {machine.cpu_cores} cores, {machine.cpu_threads} threads, {machine.vector_isa}, "
+            f"load {machine.load:.1f}",
         ),
         ("gpu", "; ".join(map(str, machine.gpus)) or "no CUDA device"),
         ("driver", machine.driver or "no NVIDIA driver"),

@@ -94,8 +94,8 @@ def stream(
         for name, found in (("video", candidate.video), ("action", candidate.action)):
             if found is not None and not found.isfinite().all():
                 raise ValueError(
-                    f"stream: the predicted {name} of the chunk at frame {frame} is not finite; are there such numbers in "
-                    "the weights, or do they overflow in half precision?"
+                    f"stream: the predicted {name} of the chunk at frame {frame} is not finite; are there such numbers "
+                    "in the weights, or do they overflow in half precision?"
                 )
         yield Chunk(frame, candidate.video, candidate.action, seconds)
 
@@ -258,9 +258,8 @@ def table(evaluation: Evaluation) -> str:
     widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
 
     def row(cells: Sequence[str]) -> str:
-        return (
-            "| " + " | ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths))) + " |"
-        )
+        columns = enumerate(zip(cells, widths, strict=True))
+        return "| " + " | ".join(c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in columns) + " |"
 
     rule = "|" + "|".join("-" * (w + 1) + ("-" if i < 2 else ":") for i, w in enumerate(widths)) + "|"
     return "\n".join([row(head), rule, *map(row, lines)])

@@ -104,11 +104,11 @@ def curves(
             draw.text((place(x, 0)[0], height - bottom + 8), str(x), font=font(13), fill=FAINT, anchor="mt")
     draw.text((width - right, height - 8), x_label, font=font(13), fill=FAINT, anchor="rb")
     at = left
-    for (name, p), colour in zip(points.items(), COLOURS):
+    for p, colour in zip(points.values(), COLOURS, strict=False):
         if len(p) > 1:
             faint = tuple(round(c + (255 - c) * 0.7) for c in colour)
             draw.line([place(*xy) for xy in p], fill=faint, width=1)
-    for (name, p), colour in zip(points.items(), COLOURS):
+    for (name, p), colour in zip(points.items(), COLOURS, strict=False):
         values = np.array([v for _, v in p])
         if len(p) > 1:
             total = np.concatenate([[0], values.cumsum()])

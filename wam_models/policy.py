@@ -180,8 +180,8 @@ class Policy:
 
         Raises:
             TypeError: no tensor.
-            ValueError: actions of another width, or one that is not finite, which no robot must get. Every message begins
-                with ``where``.
+            ValueError: actions of another width, or one that is not finite, which no robot must get. Every message
+                begins with ``where``.
         """
         instance(f"{where}: action", action, Tensor)
         if action.shape[-1:] != self.action_mean.shape:
@@ -189,8 +189,8 @@ class Policy:
         found = action.cpu() * self.action_std + self.action_mean
         if not found.isfinite().all():
             raise ValueError(
-                f"{where}: actions are not finite and must not be executed; are there such numbers in the weights, or do "
-                "they overflow in half precision?"
+                f"{where}: actions are not finite and must not be executed; are there such numbers in the weights, or "
+                "do they overflow in half precision?"
             )
         return found
 

@@ -157,8 +157,8 @@ def _out(args) -> Path:
 
 
 def _write_actions(args, name: str, **arrays: np.ndarray) -> None:
-    """``action`` and ``recorded`` float32 ``[F, 4, A]`` in the units of the data set; ``frame`` int64 ``[F]``: row i leads
-    to latent frame ``frame[i]``, which is video frame ``4 frame[i]``."""
+    """``action`` and ``recorded`` float32 ``[F, 4, A]`` in the units of the data set; ``frame`` int64 ``[F]``: row i
+    leads to latent frame ``frame[i]``, which is video frame ``4 frame[i]``."""
     path = _out(args) / f"{name}.npz"
     with new_file(path) as part:
         np.savez(part, **arrays)

@@ -29,8 +29,8 @@ CONTROL_FREQ = 20.0  # Hz, of an adapter that does not say: LIBERO's, and so tha
 
 
 class Simulator(Protocol):
-    """What an adapter does. Pictures are as in the training data, uint8 ``[H, W, 3]``, of the same size; they are copied,
-    so an adapter may return the same memory each time.
+    """What an adapter does. Pictures are as in the training data, uint8 ``[H, W, 3]``, of the same size; they are
+    copied, so an adapter may return the same memory each time.
 
     It may also have ``control_freq``, the actions that its robot takes in a second of simulated time; without it, 20.
     The film of ``wam rollout`` is played at that speed.
@@ -116,9 +116,9 @@ def play(
     """At most ``chunks`` chunks of an episode; each is executed as far as the simulator goes, and observed.
 
     Raises:
-        ValueError: a codec that needs more pictures than a simulator gives; actions that are not finite, before they are
-            executed; whatever the simulator raises, as the cause; no pair where one is due, pictures of another size or
-            dtype than the policy's, or more of them than actions allow. The message names the chunk, from 1.
+        ValueError: a codec that needs more pictures than a simulator gives; actions that are not finite, before they
+            are executed; whatever the simulator raises, as the cause; no pair where one is due, pictures of another
+            size or dtype than the policy's, or more of them than actions allow. The message names the chunk, from 1.
     """
     chunks = whole("play: chunks", chunks, 1)
     if policy.codec.temporal != 1:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from ._checks import whole
 from .config import LARGEST
 
-
 # How the names of Unicode begin for characters of scripts without spaces between words; one character is one word.
 _UNSPACED = ("CJK ", "IDEOGRAPHIC ", "HIRAGANA ", "KATAKANA", "BOPOMOFO ", "YI ", "TANGUT ", "NUSHU ", "THAI ", "LAO ")
 _UNSPACED += ("KHMER ", "MYANMAR ", "TIBETAN ", "TAI ", "NEW TAI ", "JAVANESE ", "BALINESE ")

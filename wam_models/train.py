@@ -518,7 +518,7 @@ def _looking(config: ModelConfig, places: list[tuple[float | None, int, int]]) -
     frame, row, column = config.rope_split
     for h, place in enumerate(places):
         starts = (0, frame, frame + row)
-        for offset, start, width, weight in zip(place, starts, config.rope_split, (1.5, 1, 1)):
+        for offset, start, width, weight in zip(place, starts, config.rope_split, (1.5, 1, 1), strict=True):
             if offset is None:
                 continue
             for pair in range(min(2, width // 2)):  # the first turns by a radian a place, the rest ever slower
@@ -585,8 +585,8 @@ class RunFolder:
         if held and not self.goes_on and not self.overwrite:
             resumed = "" if saved is None else f"go on from {self.checkpoint} with --resume, "
             raise ValueError(
-                f"--out: {self.out} holds {'a' if resume is None else 'another'} run; {resumed}lose it with --overwrite "
-                "(overwrite=True), or name another folder"
+                f"--out: {self.out} holds {'a' if resume is None else 'another'} run; {resumed}lose it with "
+                "--overwrite (overwrite=True), or name another folder"
             )
 
     @contextmanager
@@ -647,8 +647,8 @@ def _optimizers(learner: nn.Module, config: TrainConfig) -> tuple[Muon, torch.op
     outer = [(n, p) for n, p in named if id(p) not in ids]
     decayed = [p.ndim == 2 and not n.startswith("text.") and "table" not in n for n, p in outer]
     groups = [
-        {"params": [p for (_, p), d in zip(outer, decayed) if d], "weight_decay": config.weight_decay},
-        {"params": [p for (_, p), d in zip(outer, decayed) if not d], "weight_decay": 0.0},
+        {"params": [p for (_, p), d in zip(outer, decayed, strict=True) if d], "weight_decay": config.weight_decay},
+        {"params": [p for (_, p), d in zip(outer, decayed, strict=True) if not d], "weight_decay": 0.0},
     ]
     adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True)
     return Muon(inner, config.learning_rate, weight_decay=config.weight_decay), adamw

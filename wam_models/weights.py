@@ -33,8 +33,8 @@ _DIFFUSERS = (
 def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     """Copy every parameter of ``model`` from ``state``; values are cast to the model's dtype.
 
-    Names may hold what wrappers add to them (``torch.compile``, DDP, FSDP, activation checkpointing) on either side, and
-    a prefix that all keys of ``state`` share. What of the model is on the meta device gets the device of its value.
+    Names may hold what wrappers add to them (``torch.compile``, DDP, FSDP, activation checkpointing) on either side,
+    and a prefix that all keys of ``state`` share. What of the model is on the meta device gets the device of its value.
 
     Returns:
         Sorted keys of ``state`` that the model has no place for. Checkpoints of the reference system carry some that
@@ -52,8 +52,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     buffers = [name for name, value in model.named_buffers() if value.is_meta and name not in own]
     if buffers:
         raise ValueError(
-            f"load_weights: no state dict holds the model's {few(buffers)}, which are on the meta device; make the model "
-            "on its device"
+            f"load_weights: no state dict holds the model's {few(buffers)}, which are on the meta device; make the "
+            "model on its device"
         )
     names, given = bare_names(own), bare_names(state)
     first = {name.partition(".")[0] for name in names}
@@ -212,8 +212,8 @@ def _read_shards(index: Path, device: torch.device | str) -> tuple[dict[str, Ten
         said = {key for key, shard in where.items() if shard == name}
         if set(held) != said:
             raise ValueError(
-                f"{index.parent / name}: holds other tensors than {index.name} says: lacks {few(sorted(said - set(held)))}, "
-                f"has {few(sorted(set(held) - said))} besides"
+                f"{index.parent / name}: holds other tensors than {index.name} says: "
+                f"lacks {few(sorted(said - set(held)))}, has {few(sorted(set(held) - said))} besides"
             )
         tensors |= held
         ids.add(save_id)

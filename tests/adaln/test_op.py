@@ -5,9 +5,21 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from tests.adaln.checks import (
-    FULL, LAYOUTS, SHAPES, SHARED, UNEVEN, VARIANTS, check_against_reference, check_fused_equals_parts, check_layout,
-    check_nan_stays, check_one_gradient, check_same_bits, make_inputs, run,
-)  # fmt: skip
+    FULL,
+    LAYOUTS,
+    SHAPES,
+    SHARED,
+    UNEVEN,
+    VARIANTS,
+    check_against_reference,
+    check_fused_equals_parts,
+    check_layout,
+    check_nan_stays,
+    check_one_gradient,
+    check_same_bits,
+    make_inputs,
+    run,
+)
 from wam_kernels.adaln import ada_layer_norm, config, gate_residual_ada_layer_norm
 from wam_kernels.frame_index import FrameIndex
 

@@ -135,7 +135,10 @@ def _unmet(name: str, sample: Geometry | Ranges) -> Scene:
 STARTING = small("decoupled_same_step", video_frames=0, action_frames=4, startup_action_frames=2)
 DOCUMENTS = [(0, 12), (12, 20), (20, 29)]
 SCENES = [
-    Scene("middle document", Ranges(DOCUMENTS, DOCUMENTS, 29), _all_of(_span((12, 20))), *[_span((0, 12), (20, 29))] * 2),
+    Scene(
+        "middle document", Ranges(DOCUMENTS, DOCUMENTS, 29), _all_of(_span((12, 20))),
+        *[_span((0, 12), (20, 29))] * 2,
+    ),
     Scene("values of a document", Ranges(DOCUMENTS, DOCUMENTS, 29), {"v": [3]}, *[_span((12, 29))] * 2),
     # rows that see a token in common may share a tile: here those within 7 of each other
     Scene(
@@ -183,7 +186,11 @@ def check_nan_stays(impl: str) -> None:
             kept = scene.kept_keys if of_keys else scene.kept_queries
             at = first + torch.tensor(kept + scene.kept_dk * (name == "dk"), dtype=torch.long)
             torch.testing.assert_close(
-                got[at], want[at], atol=1e-5, rtol=1e-5, msg=lambda m, scene=scene: f"{scene.name}: {name}: {m}"
+                got[at],
+                want[at],
+                atol=1e-5,
+                rtol=1e-5,
+                msg=lambda m, scene=scene, name=name: f"{scene.name}: {name}: {m}",
             )
             first += scene.sample.length
         unmet = ~plan.mask()[0, 0].any(0 if of_keys else 1)

@@ -176,7 +176,9 @@ def heads(*shape, dtype=torch.float32):
 REFUSED = {
     "q-rank": ({"q": heads(2, 5, 64)}, r"q must have shape \[B, S, H, D\], got \[2, 5, 64\]"),
     "heads": ({"k_cache": heads(2, 12, 3, 32)}, r"k_cache must have shape \[.*N=12, H=2.*got \[2, 12, 3, 32\]"),
-    "q-heads-first": ({"q": heads(2, 2, 5, 32)}, r"q must have shape \[B, S=5, H, D\] .*; q looks like \[B, H, S, D\]: use"),
+    "q-heads-first": (
+        {"q": heads(2, 2, 5, 32)}, r"q must have shape \[B, S=5, H, D\] .*; q looks like \[B, H, S, D\]: use",
+    ),
     "cache-heads-first": (
         {"k_cache": heads(2, 2, 12, 32)},
         r"k_cache must have .* got \[2, 2, 12, 32\]; k_cache looks like \[B, H, N, D\]: use k_cache.transpose\(1, 2\)",

@@ -43,7 +43,8 @@ def expected(dq_out, dk_out, q, k, weight_q, weight_k, table, *options, dtype):
     leaves = [t.detach() if dtype is None else t.detach().to(dtype) for t in (q, k, weight_q, weight_k)]
     leaves = [t.requires_grad_() for t in leaves]
     outs = reference.qk_norm_rope(*leaves, table.to(dtype or table.dtype), *options, EPS)
-    grads = torch.autograd.grad(outs, leaves, [g.to(out.dtype) for g, out in zip((dq_out, dk_out), outs)])
+    given = [g.to(out.dtype) for g, out in zip((dq_out, dk_out), outs, strict=True)]
+    grads = torch.autograd.grad(outs, leaves, given)
     return [t.detach() for t in (*outs, *grads)]
 
 

@@ -21,10 +21,10 @@ from wam_kernels import PROGRAMS
 from wam_models import GJD, cli, load_checkpoint
 from wam_models import train as train_module
 from wam_models.data import ClipDataset
+from wam_models.model import WorldActionModel
 from wam_models.muon import Muon
 from wam_models.policy import Policy
 from wam_models.train import RunFolder, TrainConfig, _differences, loss_ends, prepare, train
-from wam_models.model import WorldActionModel
 
 
 def losses(log):

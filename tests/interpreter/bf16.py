@@ -60,7 +60,8 @@ def install() -> None:
             return unary(self, argument, op)
         return _handle(op(_values(argument)), tl.bfloat16)
 
-    builder.create_dot, builder.cast_impl, builder.binary_op, builder.unary_op = create_dot, cast_impl, binary_op, unary_op
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl
+    builder.binary_op, builder.unary_op = binary_op, unary_op
     builder.get_bf16 = lambda self, value: _handle(np.array([value], np.float32), tl.bfloat16)
 
     patch = interpreter._patch_lang_tensor

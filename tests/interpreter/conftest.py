@@ -1,4 +1,4 @@
-"""These tests run the Triton kernels on the CPU: ``TRITON_INTERPRET=1 pytest tests/interpreter``, a process of its own."""
+"""The Triton kernels on the CPU: ``TRITON_INTERPRET=1 pytest tests/interpreter``, a process of its own."""
 
 import os
 

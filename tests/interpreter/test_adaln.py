@@ -4,9 +4,20 @@ import pytest
 import torch
 
 from tests.adaln.checks import (
-    FULL, LAYOUTS, SHAPES, SHARED, UNEVEN, VARIANTS, check_against_reference, check_fused_equals_parts, check_layout,
-    check_nan_stays, check_one_gradient, check_same_bits, make_inputs,
-)  # fmt: skip
+    FULL,
+    LAYOUTS,
+    SHAPES,
+    SHARED,
+    UNEVEN,
+    VARIANTS,
+    check_against_reference,
+    check_fused_equals_parts,
+    check_layout,
+    check_nan_stays,
+    check_one_gradient,
+    check_same_bits,
+    make_inputs,
+)
 from wam_kernels.frame_index import FrameIndex
 
 

@@ -92,7 +92,7 @@ def test_smallest_sizes(sizes):
 
 
 def test_calls_that_mean_nothing_are_refused_by_name():
-    model, data = small_model().eval(), batch()
+    model, data, g = small_model().eval(), batch(), generator()
     video, action, text = data["video"], data["action"], data["text"]
     t = torch.zeros(2, 5)
     forward = {
@@ -125,6 +125,5 @@ def test_calls_that_mean_nothing_are_refused_by_name():
         (TypeError, "config must be a RolloutConfig, got dict", lambda: RolloutEngine(model, asdict(engine.config))),
         (ValueError, "the meta device", lambda: RolloutEngine(small_model().to("meta"), engine.config)),
     ):  # fmt: skip
-        g = generator()
         with pytest.raises(error, match=message):
             call()

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 
 from wam_models import RolloutConfig, RolloutEngine, rollout, training_step
 
-from .test_rollout import B, C, GRID, noises, poisoned, randn, real, small_model, started  # noqa: F401
+from .test_rollout import GRID, B, C, noises, poisoned, randn, real, small_model, started  # noqa: F401
 from .test_training import batch, generator
 from .test_wrappers import CONFIG, mesh  # noqa: F401
 

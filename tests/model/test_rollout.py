@@ -267,7 +267,7 @@ def test_the_two_caches_differ_after_eviction_and_only_then():
     for i in range(4):
         a, b = (e.propose(**noises(2, i)) for e in (kept, anew))
         assert torch.allclose(a.video, b.video, atol=1e-10) == (i <= 1)  # the third chunk does not see frame 0
-        for e, c in ((kept, a), (anew, b)):
+        for e in (kept, anew):
             e.observe(*real(2, 40 + i))
 
 

@@ -20,7 +20,6 @@ from wam_kernels import (
     Geometry,
     ada_layer_norm,
     block_attention,
-    cached_attention,
     compile_plan,
     gate_residual_ada_layer_norm,
     qk_norm_rope,

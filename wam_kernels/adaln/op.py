@@ -149,13 +149,14 @@ def _gradients(ctx, dr, dh):
                 (dgate, dshift, dscale), ctx.has_tables, (has_gate, has_scale, has_scale), strict=True
             )
         ]
+        dparameters = (g.to(dtype) for g, dtype in zip((dweight, dbias), ctx.dtypes, strict=True))
         grads = _Inputs(
             dx,
             (dy if has_gate else dx) if ctx.has_y else None,
             dgate if has_gate else None,
             *((dshift, dscale) if has_scale else (None, None)),
             *dtables,
-            *((g.to(dtype) for g, dtype in zip((dweight, dbias), ctx.dtypes)) if has_weight else (None, None)),
+            *(dparameters if has_weight else (None, None)),
         )
     return (*grads, *(None for _ in index), None, None)
 

@@ -4,10 +4,11 @@
     backward  p = exp(s - lse);  ds = p (dout v^T - delta);  delta = rowsum(dout out) - dlse
               dq = scale ds k;  dk = scale ds^T q;  dv = p^T dout
 
-One program owns one tile of rows (queries for the forward and dq, keys for dk and dv), or one of PIECES equal pieces of
-it where a whole one does not fit into registers or shared memory, of one head and walks that tile's steps (``wam_kernels.plan``): first the full steps, which need no mask, then the partial ones, where a row sees
-token t iff lo <= t < hi for one of its RANGES ranges. Tiles come heaviest first. No atomics: every output row is
-written by one program in a fixed order, so results are the same from run to run.
+One program owns a tile of rows of one head (queries for the forward and dq, keys for dk and dv) or, where that does not
+fit into registers or shared memory, one of its PIECES equal pieces. It walks the tile's steps (``wam_kernels.plan``):
+first the full steps, which need no mask, then the partial ones, where a row sees token t iff lo <= t < hi for one of
+its RANGES ranges. Tiles come heaviest first. No atomics: every output row is written by one program in a fixed order,
+so results are the same from run to run.
 
 Each loop asks for the tokens of its next step one step ahead. Rows then wait for no index that is loaded in the same
 step, and with three stages the rows of the next two steps are on their way while one is computed.
@@ -19,7 +20,7 @@ Softmax works in base 2: LOG2E is folded into the scale. Tokens are gathered by 
 get 0. What is left is the product with a step's tokens: a NaN or Inf in one of them, which some row of the tile sees,
 may reach all rows of the tile, and no others (``wam_kernels.plan`` says which rows share one).
 
-Query head h reads key head h // GROUP; the program of a key tile walks its steps once for each of its GROUP query heads.
+Query head h reads key head h // GROUP; a key tile's program walks its steps once for each of its GROUP query heads.
 
 S query tokens, H query heads, D channels, R rows of the tile, T tokens of a step.
 """
@@ -162,7 +163,8 @@ def _block_attention_fwd_kernel(
         s = tl.where(_sees(bounds_ptr, group, tokens, RANGES), s, float("-inf"))
         m, total, acc = _online_softmax(s, to_base2, m, total, acc, v, PRECISION)
 
-    # NaN scores leave m where it was, and scores past 2**31, where rounding m alone is more than exp2 can take, total at 0
+    # NaN scores leave m where it was, and scores past 2**31, where rounding m alone is more than exp2 can take, leave
+    # total at 0
     nothing = (total == 0.0) & (m == LOWEST)
     total = tl.where(nothing, 1.0, tl.where(total == 0.0, float("nan"), total))
     acc = tl.where(nothing[:, None], 0.0, acc / total[:, None])
@@ -262,7 +264,8 @@ def _block_attention_bwd_dkdv_kernel(
 ):  # fmt: skip
     """dk and dv of one key tile of one key head h: rows are keys, steps are queries, products are transposed.
 
-    Only one of them, if DK or DV says so: two sums of 256 channels do not fit into registers. dk and dv share strides. Query heads and steps come in a fixed order, so their sum is the same from run to run.
+    Only one of them, if DK or DV says so: two sums of 256 channels do not fit into registers. dk and dv share strides.
+    Query heads and steps come in a fixed order, so their sum is the same from run to run.
     """
     piece, h = tl.program_id(0), tl.program_id(1).to(tl.int64)
     tile = piece // PIECES

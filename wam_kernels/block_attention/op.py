@@ -98,7 +98,7 @@ def block_attention(
 
     Differentiable in q, k, v (and through ``lse``), once and in reverse mode, also under ``torch.func``; forward mode
     and second order are for ``impl="reference"``, others refuse them. Deterministic; registered, so it traces under
-    ``torch.compile(fullgraph=True)``. A row that sees nothing gives out 0, lse -inf and gradients 0. NaN and Inf stay in
+    ``torch.compile(fullgraph=True)``. A fully masked row gives out 0, lse -inf and gradients 0. NaN and Inf stay in
     their sample and in rows that share a tile with one that sees them; what attends to nothing, or is attended to by
     nothing, gets gradient 0 whatever it holds.
 

@@ -136,8 +136,8 @@ def _cached_attention_part_kernel(
             )  # fmt: skip
         before += length
 
-    # a part without slots, or with scores of -inf alone: lse -inf, weight 0 in the combine. NaN scores leave m where it was,
-    # and scores past 2**31, where rounding m alone is more than exp2 can take, total at 0
+    # a part without slots, or with scores of -inf alone: lse -inf, weight 0 in the combine. NaN scores leave m where it
+    # was, and scores past 2**31, where rounding m alone is more than exp2 can take, leave total at 0
     nothing = (total == 0.0) & (m == LOWEST)
     total = tl.where(nothing, 1.0, tl.where(total == 0.0, float("nan"), total))
     lse = tl.where(nothing, float("-inf"), m + tl.log2(total))

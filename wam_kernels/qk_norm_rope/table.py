@@ -49,8 +49,8 @@ def rope_table(
         dtype: float32, or float64 for a model that is float64.
 
     Returns:
-        ``[..., S, head_dim // 2, 2]``: (cos, sin), ``dtype``, contiguous, on the device of ``positions``. Plain PyTorch,
-        so differentiable, but ``qk_norm_rope`` has no gradient for a table and refuses one that requires it.
+        ``[..., S, head_dim // 2, 2]``: (cos, sin), ``dtype``, contiguous, on the device of ``positions``. Plain
+        PyTorch, so differentiable, but ``qk_norm_rope`` has no gradient for a table and refuses one that requires it.
 
     Raises:
         ValueError: a shape, dtype, head_dim, theta or split outside the above.

@@ -84,8 +84,8 @@ class ClipDataset:
         if any(n % cell for n in self.picture_size):
             size = " x ".join(map(str, self.picture_size))
             raise ValueError(
-                f"{info}: pictures of {self.camera} are {size}, expected multiples of {cell}, the codec's cells; crop or "
-                "scale them, or pass a codec with smaller cells"
+                f"{info}: pictures of {self.camera} are {size}, expected multiples of {cell}, the codec's cells; crop "
+                "or scale them, or pass a codec with smaller cells"
             )
         # before the pictures, which take far longer to read
         actions = [torch.from_numpy(dataset.action(e)) for e in episodes]

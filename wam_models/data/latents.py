@@ -139,7 +139,10 @@ class PatchPCA:
 
     @classmethod
     def from_state_dict(cls, state, config=None):
-        """The reverse of `state_dict`; `config` says nothing more. Raises ValueError for missing or further keys, or shapes that do not fit."""
+        """The reverse of `state_dict`; `config` says nothing more.
+
+        Raises ValueError for missing or further keys, or shapes that do not fit.
+        """
         if set(state) != {"mean", "basis", "scale"}:
             raise ValueError(f"PatchPCA.from_state_dict: keys are {sorted(state)[:5]}, expected basis, mean and scale")
         return cls(**state)
@@ -195,8 +198,8 @@ class WanVAECodec:
     def from_state_dict(cls, state, config):
         """The reverse of `state_dict` and `config`, where the tensors are.
 
-        Raises ModuleNotFoundError if diffusers is not installed, ValueError if it refuses the config, or for tensors that
-        do not fit or are not finite.
+        Raises ModuleNotFoundError if diffusers is not installed, ValueError if it refuses the config, or for tensors
+        that do not fit or are not finite.
         """
         vae_class = _vae_class("WanVAECodec.from_state_dict")
         try:
@@ -228,7 +231,7 @@ def codec_kind(codec):
 
 
 def pictures_of(codec, latents):
-    """The picture of each latent frame, uint8 [T', H, W, 3], of latents [C, T', h, w] from an episode's first frame on."""
+    """The picture of each latent frame, uint8 [T', H, W, 3], of latents [C, T', h, w] that begin an episode."""
     return codec.decode(latents)[:: codec.temporal]
 
 

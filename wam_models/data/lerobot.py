@@ -3,6 +3,7 @@
 import io
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -102,8 +103,8 @@ class LeRobotDataset:
     def action(self, episode):
         """float32 [T, A]: the action that is executed at each frame, in the units of the data set.
 
-        Raises IndexError for an unknown episode, ValueError for what names none and for a number that is missing or not finite, with its place,
-        and else FileNotFoundError or ValueError as the class does.
+        Raises IndexError for an unknown episode, ValueError for what names none and for a number that is missing or not
+        finite, with its place, and else FileNotFoundError or ValueError as the class does.
         """
         return self._numbers(episode, "action")
 
@@ -189,7 +190,8 @@ class LeRobotDataset:
         if start < 0 or not abs(frames - row["length"]) < 0.5:
             raise ValueError(
                 f"{row['path']}: length of episode {row['episode_index']} is {row['length']}, but from_timestamp "
-                f"{start:g} and to_timestamp {stop:g} span {frames:.1f} frames at {self.fps:g} fps; fetch the file again"
+                f"{start:g} and to_timestamp {stop:g} span {frames:.1f} frames at {self.fps:g} fps; "
+                "fetch the file again"
             )
         video = self._video_path.format(video_key=self.camera, chunk_index=chunk, file_index=file)
         return _Place(self.root / data, self.root / video, start, stop)
@@ -360,7 +362,7 @@ def _ranges(splits, path):
             raise ValueError(f'{path}: splits[{name!r}] is {text!r}, expected episode numbers "start:stop"')
         out[name] = range(int(start), int(stop))
     spans = sorted((span.start, span.stop, name) for name, span in out.items() if span)
-    for (_, stop, name), (start, _, other) in zip(spans, spans[1:]):
+    for (_, stop, name), (start, _, other) in pairwise(spans):
         if start < stop:
             raise ValueError(f"{path}: splits {name!r} and {other!r} both hold episode {start}, expected disjoint ones")
     return out

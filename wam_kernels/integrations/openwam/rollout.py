@@ -30,7 +30,6 @@ from .cache import LayerCache, is_ours
 from .modulation import per_token
 from .visibility import Visibility
 
-
 _STAGE = "_wam_stage"  # of a DenoisingCache: what its steps share
 
 
