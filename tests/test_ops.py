@@ -38,6 +38,7 @@ def files(op: Op) -> list[str]:
 def lists(op: Op) -> dict[str, bool]:
     """The lists that do not follow from the rows, because they say more than a row; whether ``op`` is in each."""
     bench, script = f"bench_{op.package}", (ROOT / "bench/gpu.sh").read_text()
+    micro = (ROOT / "bench/micro/test_micro.py").read_text()
     return {
         "wam_kernels.__all__": set(op.functions) <= set(wam_kernels.__all__),
         "tests.test_op_arguments.OPS": set(op.functions) <= set(test_op_arguments.OPS),
@@ -46,6 +47,7 @@ def lists(op: Op) -> dict[str, bool]:
         "tests.aot.test_launchers.CALLS": f"{op.package}.forward" in CALLS,
         "bench.run.SUITES": bench in {module for modules in run.SUITES.values() for module in modules},
         "bench.report.TABLES": op.package in report.TABLES,
+        "bench/micro/test_micro.py": all(f"{function}(" in micro for function in op.functions),
         "bench/gpu.sh": f" {bench}" in script and f"tests/gpu/test_{op.package}.py" in script,
     }
 

@@ -28,6 +28,12 @@ def test_every_part_takes_its_flags(module, monkeypatch, capsys):
     assert all(flag in usage for flag in flags if flag.startswith("--"))
 
 
+def test_every_module_is_of_a_suite():
+    # OpenWAM is no requirement, and the demo's training takes its minutes
+    alone = {"bench_openwam", "bench_rollout_openwam", "bench_demo"}
+    assert {path.stem for path in run.ROOT.glob("bench/bench_*.py")} == {*MODULES, *alone}
+
+
 def test_an_unknown_suite_is_one_line(capsys):
     assert cli.main(["bench", "--suite", "speed"]) == 2
     err = capsys.readouterr().err

@@ -3,6 +3,7 @@
 import copy
 import pickle
 from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from tests.integrations import test_fast_wam as fast_wam
 from tests.integrations import test_lingbot_va as lingbot
 from tests.integrations import test_openpi as openpi
 from tests.integrations.checks import CLOSE, numbers, outputs_and_gradients
-from wam_kernels.integrations import Unsupported, _patching, patch, unpatch
+from wam_kernels.integrations import Unsupported, _patching, _systems, patch, unpatch
 
 
 def openpi_step(gemmas):
@@ -371,3 +372,14 @@ def test_a_replaced_function_has_the_expected_parameters(monkeypatch):
     monkeypatch.setattr(openpi.openpi, "eager_attention_forward", lambda module, q, k, v: None)
     with pytest.raises(Unsupported, match="eager_attention_forward must take .*but takes .module, q, k, v."):
         patch(openpi.model())
+
+
+def test_no_system_is_left_out():
+    readme = (Path(_systems.__file__).parent / "README.md").read_text()
+    folder = Path(__file__).parent
+    for system in _systems._SYSTEMS:
+        name = system.__name__.rpartition(".")[2]
+        assert any(row.startswith(system.SYSTEM) for row in SYSTEMS), f"no row in SYSTEMS for {name}"
+        assert f"| {system.SYSTEM} |" in readme, f"no row in the README for {name}"
+        for path in (folder / f"stand_ins/{name}.py", folder / f"test_{name}.py"):
+            assert path.is_file(), path
