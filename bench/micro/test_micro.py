@@ -18,6 +18,7 @@ from wam_kernels import (
     gate_residual_ada_layer_norm,
     qk_norm_rope,
     rope_table,
+    varlen_attention,
 )
 from wam_kernels import frame_index as frame_index_module
 from wam_kernels.cached_attention import cached_attention
@@ -48,6 +49,12 @@ def test_block_attention(benchmark, backward):
         return torch.autograd.grad(out, leaves, dout) if backward else out
 
     benchmark(call)
+
+
+def test_varlen_attention(benchmark):
+    q, k, v = (randn(300, heads, 64) for heads in (HEADS, 2, 2))
+    q_ranges, k_ranges = [(0, 100), (100, 300), (100, 300)], [(0, 100), (0, 40), (100, 300)]
+    benchmark(lambda: varlen_attention(q, k, v, q_ranges, k_ranges))
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
