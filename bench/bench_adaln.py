@@ -23,7 +23,7 @@ from tqdm import tqdm
 from bench import harness
 from wam_kernels.adaln import ada_layer_norm, gate_residual_ada_layer_norm
 from wam_kernels.frame_index import FrameIndex
-from wam_models.model import wide
+from wam_models.model.dual_expert import wide
 
 SIZES = [(8704, 3072), (4896, 3072), (144, 3072), (8704, 2048), (64, 576)]
 LIBERO = (4896, 3072)

@@ -4,8 +4,8 @@ python -m bench.bench_block
 
 ``plain`` is the block as it was before the ops: LayerNorm, modulation, gates, RMSNorm and rope in PyTorch; ``compile``
 is torch.compile of it, at the small size on a CPU, where compiling takes minutes; ``wam`` is
-``wam_models.model.PackedBlock``. All three call the same block_attention, so that what differs is the glue. Outputs and
-gradients of every arm are compared with the plain block in float64 first.
+``wam_models.model.dual_expert.PackedBlock``. All three call the same block_attention, so that what differs is the glue.
+Outputs and gradients of every arm are compared with the plain block in float64 first.
 
 ``ratio`` is of ``ms_min``. Beside the times: ``peak_MB`` of a call; ``kernels``, operations that read or write memory
 (no views, no allocations), where a registered op counts what it launches on a GPU, one forward and two backward;
@@ -31,8 +31,16 @@ from bench import harness
 from bench.bench_qk_norm_rope import rotate
 from wam_kernels import Geometry, Plan, block_attention, compile_plan, rope_table
 from wam_models.config import ModelConfig
-from wam_models.model import Exact, ExpertBlock, PackedBlock, action_positions, stream_of, video_positions, wide
-from wam_models.train import small_model
+from wam_models.model.dual_expert import (
+    Exact,
+    ExpertBlock,
+    PackedBlock,
+    action_positions,
+    stream_of,
+    video_positions,
+    wide,
+)
+from wam_models.train.trainer import small_model
 
 # ---- the block without the ops ----
 

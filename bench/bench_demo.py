@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from bench import harness
-from wam_models.demo import make_demo
+from wam_models.cli.demo import make_demo
 
 
 def rows_of(report: dict) -> list[dict]:

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from bench import harness
 from wam_kernels.qk_norm_rope import qk_norm_rope, rope_table
-from wam_models.model import wide
+from wam_models.model.dual_expert import wide
 
 # Tokens, heads, channels of a head.
 SIZES = [(8704, 24, 128), (4896, 24, 128), (144, 24, 128), (8704, 16, 128), (64, 9, 64)]

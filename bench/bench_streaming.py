@@ -27,7 +27,7 @@ from bench.bench_rollout import GRIDS, check, held, make_episode, noise_for, pac
 from bench.bench_train_step import make_model
 from wam_models import RolloutConfig
 from wam_models.config import demo_config, wan_5b_config
-from wam_models.rollout import CACHES, Episode
+from wam_models.rollout.episode import CACHES, Episode
 
 GRID = GRIDS["libero"]
 

@@ -27,7 +27,7 @@ from wam_kernels import compile_plan
 from wam_models import WorldActionModel
 from wam_models.config import ModelConfig, demo_config, wan_5b_config
 from wam_models.objectives import OBJECTIVES, geometry_for
-from wam_models.training import TrainingConfig, training_step
+from wam_models.train.step import TrainingConfig, training_step
 
 ROWS, COLUMNS = 8, 16  # latent pixels of a LIBERO frame: 32 tokens after 2 x 2 patches
 CHUNK, WINDOW = 4, 64

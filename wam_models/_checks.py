@@ -147,3 +147,16 @@ def memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if device.type == "cpu" else math.inf
+
+
+def check_device(name: str) -> torch.device:
+    """The device of a ``--device`` flag. Raises ValueError where there is none such."""
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}") from error
+    if name != "cpu" and device.type != "cuda":  # there is one cpu
+        raise ValueError(f"--device must be cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices; see wam doctor")
+    return device

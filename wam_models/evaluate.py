@@ -21,8 +21,8 @@ from wam_kernels import PROGRAMS
 from .data import psnr
 from .data.latents import pictures_of
 from .objectives import GJD, OBJECTIVES
-from .policy import Policy
-from .rollout import CONDITIONAL_CHUNK, RolloutEngine
+from .rollout.episode import CONDITIONAL_CHUNK, RolloutEngine
+from .rollout.policy import Policy
 
 
 def all_cases() -> list[tuple[str, str]]:

@@ -22,8 +22,8 @@ from tqdm import tqdm
 from ._checks import whole
 from .data.clips import STRIDE
 from .data.lerobot import FREQUENCIES
-from .policy import Policy
-from .rollout import RolloutConfig, RolloutEngine
+from .rollout.episode import RolloutConfig, RolloutEngine
+from .rollout.policy import Policy
 
 CONTROL_FREQ = 20.0  # Hz, of an adapter that does not say: LIBERO's, and so that of the training data
 

@@ -9,7 +9,7 @@ from bench import bench_rollout, bench_train_step
 from wam_kernels import PROGRAMS
 from wam_models import RolloutConfig, golden_config
 from wam_models.objectives import OBJECTIVES
-from wam_models.rollout import CACHES, stages
+from wam_models.rollout.episode import CACHES, stages
 
 SMALL = replace(golden_config(), text_dim=8, freq_dim=16)
 GRID = (2, 4)

@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from bench import run
-from wam_models import bench_cli, cli
+from wam_models import cli
+from wam_models.cli import bench as bench_command
 
 MODULES = sorted({module for modules in run.SUITES.values() for module in modules})
 
@@ -41,7 +42,7 @@ def test_an_unknown_suite_is_one_line(capsys):
 
 
 def test_outside_a_clone_it_says_so(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(bench_cli, "__file__", str(tmp_path / "site-packages" / "wam_models" / "bench_cli.py"))
+    monkeypatch.setattr(bench_command, "__file__", str(tmp_path / "site-packages/wam_models/cli/bench.py"))
     assert cli.main(["bench"]) == 2
     assert "clone of the repository" in capsys.readouterr().err
 

@@ -15,12 +15,13 @@ from PIL import Image
 from tests.data import tiny
 from wam_kernels import PROGRAMS, Geometry, dense_mask
 from wam_models import GJD, cli
-from wam_models import demo as demo_module
+from wam_models.cli import demo as demo_module
+from wam_models.cli.demo import make_demo, verdicts
 from wam_models.data import LeRobotDataset
-from wam_models.demo import make_demo, verdicts
+from wam_models.draw.masks import draw_programs
+from wam_models.draw.style import save_small
 from wam_models.evaluate import Evaluation, Row, all_cases, evaluate, rmse
-from wam_models.mask_picture import draw_programs, save_small
-from wam_models.policy import Camera, Policy
+from wam_models.rollout.policy import Camera, Policy
 from wam_models.train import TrainConfig, train
 
 
@@ -347,7 +348,7 @@ def test_mask_prints_the_density_and_draws(tmp_path, capsys):
 
 def test_a_mask_pixel_is_a_pair():
     """The picture of a small mask has a colour exactly where a pair is visible (centres of the pixel blocks)."""
-    from wam_models.mask_picture import UNSEEN, mask_image, small_geometry
+    from wam_models.draw.masks import UNSEEN, mask_image, small_geometry
 
     for program in PROGRAMS:
         geometry = small_geometry(program)

@@ -19,12 +19,14 @@ import torch
 from tests.demo.conftest import TINY
 from wam_kernels import PROGRAMS
 from wam_models import GJD, cli, load_checkpoint
-from wam_models import train as train_module
+from wam_models.cli import train as train_command
+from wam_models.cli.train import _differences
 from wam_models.data import ClipDataset
-from wam_models.model import WorldActionModel
-from wam_models.muon import Muon
-from wam_models.policy import Policy
-from wam_models.train import RunFolder, TrainConfig, _differences, loss_ends, prepare, train
+from wam_models.model.dual_expert import WorldActionModel
+from wam_models.rollout.policy import Policy
+from wam_models.train import trainer
+from wam_models.train.optim import Muon
+from wam_models.train.trainer import RunFolder, TrainConfig, loss_ends, prepare, train
 
 
 def losses(log):
@@ -55,7 +57,7 @@ def test_time_decides_once_where_the_rate_ends(config, data, root, tmp_path, mon
 
     def run(**options):
         ticks = itertools.count()
-        monkeypatch.setattr(train_module, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+        monkeypatch.setattr(trainer, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
         return train(config, data, seed=3, progress=False, **options)
 
     whole = run(seconds=20)
@@ -227,14 +229,14 @@ def test_files_of_different_steps_are_not_resumed(config, data, tmp_path):
 
 
 def test_what_diverges_is_named_with_what_helps(config, data, monkeypatch):
-    real = train_module.training_step
+    real = trainer.training_step
 
     def spoil(change):
         def step(model, *args):
             loss, metrics = real(model, *args)
             return change(loss, model), metrics
 
-        monkeypatch.setattr(train_module, "training_step", step)
+        monkeypatch.setattr(trainer, "training_step", step)
 
     spoil(lambda loss, _: loss * math.nan)
     with pytest.raises(FloatingPointError, match="the loss of step 1 is nan; lower learning_rate, 0.0005 in this step"):
@@ -253,14 +255,14 @@ def test_what_diverges_is_named_with_what_helps(config, data, monkeypatch):
 
 def at_step(number, act, monkeypatch):
     """Calls ``act`` within that step of a run."""
-    steps, real = itertools.count(1), train_module.training_step
+    steps, real = itertools.count(1), trainer.training_step
 
     def step(*args):
         if next(steps) == number:
             act()
         return real(*args)
 
-    monkeypatch.setattr(train_module, "training_step", step)
+    monkeypatch.setattr(trainer, "training_step", step)
 
 
 @pytest.fixture
@@ -295,7 +297,7 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(number, flags, tmp
 
 
 def test_a_second_signal_stops_at_once(flags, tmp_path, monkeypatch):
-    monkeypatch.setattr(train_module, "MOMENT", -1)
+    monkeypatch.setattr(train_command, "MOMENT", -1)
     at_step(2, lambda: [signal.raise_signal(signal.SIGINT) for _ in range(2)], monkeypatch)
     assert cli.main(flags) == 130
     # what was done is in the log

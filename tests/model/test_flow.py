@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from wam_models.flow import COUPLINGS, SHIFTS, TimestepDraw, add_noise, euler_step, sigmas, target, timesteps
-from wam_models.training import noised_video
+from wam_models.train.step import noised_video
 
 
 def test_schedule_values():

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from wam_kernels import compile_plan
-from wam_models import model as model_module
+from wam_models.model import dual_expert
 
 from .cases import BOUND, META, error, golden_model, packed_geometry, packed_inputs
 
@@ -44,17 +44,17 @@ def test_a_wrong_visibility_fails_the_packed_goldens(program):
 
 
 def test_a_wrong_rope_position_fails_the_packed_goldens(monkeypatch):
-    right = model_module.action_positions
+    right = dual_expert.action_positions
     for wrong in (
         lambda frames, slots: right(frames - 1, slots),
         lambda frames, slots: right(frames, slots).clamp(min=0),  # row and column 0
         lambda frames, slots: right(frames, slots + 1)[: len(frames) * slots],
     ):
-        monkeypatch.setattr(model_module, "action_positions", wrong)
+        monkeypatch.setattr(dual_expert, "action_positions", wrong)
         assert max(packed_errors("joint").values()) > 20 * BOUND
-    monkeypatch.setattr(model_module, "action_positions", right)
-    right_video = model_module.video_positions
-    monkeypatch.setattr(model_module, "video_positions", lambda *a: right_video(*a)[:, [0, 2, 1]])
+    monkeypatch.setattr(dual_expert, "action_positions", right)
+    right_video = dual_expert.video_positions
+    monkeypatch.setattr(dual_expert, "video_positions", lambda *a: right_video(*a)[:, [0, 2, 1]])
     assert max(packed_errors("joint").values()) > 20 * BOUND
 
 

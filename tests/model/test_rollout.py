@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from wam_kernels import HISTORIES, Attends, Geometry, StreamingCache, dense_mask
 from wam_models import GJD, MODEL_PROGRAMS, OBJECTIVES, RolloutConfig, RolloutEngine, WorldActionModel, golden_config
 from wam_models.flow import sigmas
-from wam_models.model import PackedBlockStack
+from wam_models.model.dual_expert import PackedBlockStack
 from wam_models.objectives import geometry_for
 
 from .cases import error

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 
 from wam_kernels import StreamingCache
 from wam_models import RolloutConfig, RolloutEngine
-from wam_models import model as model_module
-from wam_models import rollout as rollout_module
+from wam_models.model import dual_expert
+from wam_models.rollout import episode as episode_module
 
 from .cases import BOUND, GOLDEN, ROLLOUTS, error, golden_model
 
@@ -88,11 +88,11 @@ def test_a_wrong_window_or_history_fails_the_goldens(name):
 
 @pytest.mark.parametrize("name", [n for n in CASES if "conditioned" in n])
 def test_a_wrong_boundary_fails_the_conditional_goldens(name, monkeypatch):
-    right = rollout_module.geometry_for
+    right = episode_module.geometry_for
 
     def wrong(*args, **named):
         geometry = right(*args, **named)
-        return rollout_module.Geometry(**vars(geometry) | {"conditional_history": None, "history": "full", "window": 1})
+        return episode_module.Geometry(**vars(geometry) | {"conditional_history": None, "history": "full", "window": 1})
 
     def zeroed(**sizes):
         # the wrong boundary reads slots that nothing has written
@@ -100,21 +100,21 @@ def test_a_wrong_boundary_fails_the_conditional_goldens(name, monkeypatch):
         cache.buffer.zero_()
         return cache
 
-    monkeypatch.setattr(rollout_module, "StreamingCache", zeroed)
-    monkeypatch.setattr(rollout_module, "geometry_for", wrong)
+    monkeypatch.setattr(episode_module, "StreamingCache", zeroed)
+    monkeypatch.setattr(episode_module, "geometry_for", wrong)
     assert rollout_errors(name)[1] > 5 * TIGHT
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_a_wrong_rope_position_fails_the_goldens(name, monkeypatch):
-    right = model_module.action_positions
-    monkeypatch.setattr(model_module, "action_positions", lambda frames, slots: right(frames - 1, slots))
+    right = dual_expert.action_positions
+    monkeypatch.setattr(dual_expert, "action_positions", lambda frames, slots: right(frames - 1, slots))
     assert rollout_errors(name)[1] > 5 * TIGHT
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_frames_that_restart_at_each_pass_fail_the_goldens(name, monkeypatch):
     # rope is relative, but the query of a chunk must be as far from its history as the packed frames are
-    right = model_module.video_positions
-    monkeypatch.setattr(model_module, "video_positions", lambda frames, *grid: right(frames - frames[0], *grid))
+    right = dual_expert.video_positions
+    monkeypatch.setattr(dual_expert, "video_positions", lambda frames, *grid: right(frames - frames[0], *grid))
     assert rollout_errors(name)[1] > 5 * TIGHT

@@ -17,9 +17,9 @@ from wam_models import (
     save_checkpoint,
     training_step,
 )
-from wam_models import training as training_module
-from wam_models.model import Exact
+from wam_models.model.dual_expert import Exact
 from wam_models.objectives import draw_objectives, geometry_for
+from wam_models.train import step as step_module
 
 SMALL = dataclasses.replace(golden_config(), text_dim=8, freq_dim=16)
 ONLY = {name: {name: 1.0} for name in OBJECTIVES}
@@ -156,7 +156,7 @@ def test_a_sample_weighs_the_same_in_any_company(monkeypatch):
     # the batch's loss is the mean over samples, also when objectives differ
     data = batch(3)
     monkeypatch.setattr(
-        training_module, "draw_objectives", lambda *_: [OBJECTIVES[n] for n in ("joint", "forward_dynamics", "joint")]
+        step_module, "draw_objectives", lambda *_: [OBJECTIVES[n] for n in ("joint", "forward_dynamics", "joint")]
     )
     loss, metrics = training_step(small_model(), data, generator())
     expected = (3 * metrics["video_loss"] + 2 * metrics["action_loss"]) / 3

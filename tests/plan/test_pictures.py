@@ -8,7 +8,8 @@ from PIL import Image
 
 from wam_kernels import RULE_PROGRAMS
 from wam_models import cli
-from wam_models.mask_picture import EXAMPLE_SIZES, UNSEEN, draw_systems, program_image, save_small
+from wam_models.draw.masks import EXAMPLE_SIZES, UNSEEN, draw_systems, program_image
+from wam_models.draw.style import save_small
 
 STORED = Path(__file__).parents[2] / "docs/programs.png"
 

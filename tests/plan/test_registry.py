@@ -25,7 +25,7 @@ from wam_kernels import (
 from wam_kernels.programs import TABLE
 from wam_kernels.rules import Runs
 from wam_models import MODEL_PROGRAMS, cli
-from wam_models.mask_picture import draw_programs
+from wam_models.draw.masks import draw_programs
 
 from .test_plan import mask_of_intervals, mask_of_side
 

@@ -3,9 +3,9 @@
 import numpy as np
 import torch
 
-from wam_models._checks import whole
-from wam_models.data.latents import PATCH, PatchPCA
-from wam_models.data.lerobot import LeRobotDataset
+from .._checks import whole
+from .latents import PATCH, PatchPCA
+from .lerobot import LeRobotDataset
 
 __all__ = ["ClipDataset", "action_slots", "episode_frames"]
 

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from wam_models._checks import whole
-from wam_models._json import read_json
+from .._checks import whole
+from .._json import read_json
 
 __all__ = ["Episode", "LeRobotDataset"]
 

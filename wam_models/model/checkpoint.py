@@ -20,10 +20,10 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ._json import read_json
-from .config import ModelConfig
-from .model import WorldActionModel
-from .text import WordEmbedding
+from .._json import read_json
+from ..config import ModelConfig
+from ..text import WordEmbedding
+from .dual_expert import WorldActionModel
 from .weights import INDEX, SAVE_ID, bare_names, check_finite, few, load_weights, not_here, read_tensors, stamp
 
 MODEL, CONFIG, EXTRA, TRAINING = "model.safetensors", "config.json", "extra.safetensors", "training.pt"

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from wam_kernels import HISTORIES, compile_plan
 
-from ._checks import check_field, choice, instance, number, whole_range
-from .flow import TimestepDraw, add_noise, target, timesteps
-from .model import Exact, WorldActionModel, wide
-from .objectives import (
+from .._checks import check_field, choice, instance, number, whole_range
+from ..flow import TimestepDraw, add_noise, target, timesteps
+from ..model.dual_expert import Exact, WorldActionModel, wide
+from ..objectives import (
     GJD,
     GJD_MIXTURE,
     MODEL_PROGRAMS,

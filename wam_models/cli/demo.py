@@ -12,17 +12,19 @@ import torch
 
 from wam_kernels import PROGRAMS
 
-from ._files import new_file
-from .cli import UserError
-from .data import LeRobotDataset
-from .data.clips import STRIDE
-from .evaluate import Evaluation, Row, evaluate, imagine, table
-from .mask_picture import draw_mask, draw_programs, save_small, small_geometry
-from .objectives import GJD
-from .pictures import curves, film, film_strip
-from .rollout import CONDITIONAL_CHUNK
-from .threads import pick_threads, restores_threads
-from .train import STREAMS, RunFolder, TrainConfig, Trained, loss_ends, read_data, train
+from .._files import new_file
+from ..data import LeRobotDataset
+from ..data.clips import STRIDE
+from ..draw.charts import curves, film, film_strip
+from ..draw.masks import draw_mask, draw_programs, small_geometry
+from ..draw.style import save_small
+from ..evaluate import Evaluation, Row, evaluate, imagine, table
+from ..objectives import GJD
+from ..rollout.episode import CONDITIONAL_CHUNK
+from ..threads import pick_threads, restores_threads
+from ..train.trainer import STREAMS, RunFolder, TrainConfig, Trained, loss_ends, train
+from .parser import UserError
+from .train import read_data
 
 EPISODES = 6  # held-out episodes that are evaluated, spread over the tasks
 IMAGINED_CHUNKS = 4

@@ -32,8 +32,8 @@ from wam_kernels import (
 )
 from wam_kernels._checks import integer
 
-from ._checks import memory
-from .config import ModelConfig
+from .._checks import memory
+from ..config import ModelConfig
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 

@@ -1,8 +1,8 @@
-"""``wam mask``: a program's visibility as a picture, and what its plan costs.
+"""A program's visibility as a picture, and what its plan costs.
 
 A pixel block is one (query, key) pair: queries go down, keys go right, in packed order; of the interaction programs
 that is ``[V_noisy | V_clean | A_noisy | A_clean]``. The colour tells which of the segments is read.
-``python -m wam_models.mask_picture`` draws ``docs/programs.png``.
+``python -m wam_models.draw.masks`` draws ``docs/programs.png``.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from wam_kernels import PROGRAMS, RULE_PROGRAMS, Geometry, RuleGeometry, compile_plan, dense_mask, tokens
 from wam_kernels.visibility import SEGMENTS
 
-from ._files import new_file
+from .style import FAINT, INK, PAPER, font, save_small
 
 NAMES = ("V_noisy", "V_clean", "A_noisy", "A_clean")
 MAX_TOKENS = 6000  # a picture draws every pair, and nobody can see more
 
-INK, FAINT, PAPER, UNSEEN = (30, 30, 36), (120, 120, 130), (255, 255, 255), (243, 243, 246)
+UNSEEN = (243, 243, 246)
 # One hue for each segment that is read; darker where a noisy token reads it, lighter where a clean one does.
 KEY_HUES = ((214, 93, 62), (43, 108, 176), (217, 158, 38), (47, 141, 98))
 CLEAN_QUERY_TINT = 0.45
@@ -43,10 +43,6 @@ EXAMPLE_SIZES = {
     "prefix_suffix": {"prefix": 24, "states": 2, "actions": 10, "padding": ((18, 24),)},
     "tri_tower": {"video": 20, "actions": 8, "understanding": 8},
 }
-
-
-def font(size: int):
-    return ImageFont.load_default(size)
 
 
 def mask_image(geometry: Geometry, pixels: int) -> Image.Image:
@@ -253,12 +249,6 @@ def _segment_legend(draw: ImageDraw.ImageDraw, program: RuleGeometry, left: int,
         x += width
 
 
-def save_small(image: Image.Image, path: str | Path) -> None:
-    """As a PNG of at most 128 colours: flat colours need no more, and it is a quarter of the size."""
-    with new_file(Path(path)) as part:
-        image.quantize(128, dither=Image.Dither.NONE).save(part, optimize=True)
-
-
 def describe(geometry: Geometry | RuleGeometry) -> str:
     """Density, visible pairs, and the plan's tiles and efficiency, as aligned text."""
     plan = compile_plan(geometry)
@@ -281,62 +271,5 @@ def describe(geometry: Geometry | RuleGeometry) -> str:
     return "\n".join(f"{name:<15}{value}" for name, value in lines)
 
 
-def run(args) -> int:
-    """``wam mask``."""
-    if args.out is not None and args.out.suffix.lower() != ".png":
-        raise ValueError(f"--out must be a file name that ends in .png, got {args.out}")
-    if args.program in RULE_PROGRAMS:
-        return _run_named(args)
-    if args.program not in PROGRAMS:
-        raise ValueError(f"--program must be one of {(*PROGRAMS, *RULE_PROGRAMS)}, got {args.program!r}")
-    geometry = Geometry(
-        program=args.program,
-        video_frames=args.frames + args.prefix_frames,
-        video_tokens=args.video_tokens,
-        action_frames=args.frames,
-        action_tokens=args.action_tokens,
-        chunk_size=args.chunk_size,
-        window=args.window,
-        history=args.history,
-        chunk_origin=args.chunk_origin,
-        prefix_frames=args.prefix_frames,
-        singleton_frame=args.singleton_frame,
-    )
-    print(f"program        {geometry.program}")
-    print(describe(geometry))
-    if args.out is not None:
-        save_small(draw_mask(geometry), args.out)
-        print(f"picture        {args.out}")
-    return 0
-
-
-def _run_named(args) -> int:
-    """A program of another system, at its example sizes: it has sizes of its own, which no flag names."""
-    from .cli import make_parser
-
-    defaults = vars(make_parser().parse_args(["mask"]))
-    given = [name for name, value in vars(args).items() if name not in ("program", "out") and value != defaults[name]]
-    if given:
-        flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise ValueError(
-            f"{flags} must be left out with --program {args.program}, which is drawn at fixed sizes; other sizes: "
-            f"wam_kernels.RULE_PROGRAMS[{args.program!r}](...)"
-        )
-    if args.program not in EXAMPLE_SIZES:
-        raise ValueError(
-            f"--program must be one that is drawn at fixed sizes, {(*PROGRAMS, *EXAMPLE_SIZES)}, got {args.program!r}; "
-            f"use program_image(wam_kernels.RULE_PROGRAMS[{args.program!r}](...), 860)"
-        )
-    sizes = EXAMPLE_SIZES[args.program]
-    program = RULE_PROGRAMS[args.program](**sizes)
-    print(f"program        {program.name}")
-    print(f"sizes          {', '.join(f'{name} {value}' for name, value in sizes.items())}")
-    print(describe(program))
-    if args.out is not None:
-        save_small(program_image(program, 860), args.out)
-        print(f"picture        {args.out}")
-    return 0
-
-
 if __name__ == "__main__":
-    save_small(draw_systems(), Path(__file__).parents[1] / "docs" / "programs.png")
+    save_small(draw_systems(), Path(__file__).parents[2] / "docs" / "programs.png")

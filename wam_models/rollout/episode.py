@@ -29,11 +29,11 @@ from wam_kernels.programs import STREAMS
 from wam_kernels.streaming_cache import MAX_RANGES
 from wam_kernels.visibility import ACTION, CLEAN, NOISY, VIDEO
 
-from ._checks import check_field, choice, instance, memory, number, switch, whole, wholes
-from .config import ModelConfig
-from .flow import ACTION_SHIFT, SHIFTS, TRAIN_TIMESTEPS, VIDEO_SHIFT, sigmas, timesteps
-from .model import Exact, Slots, WorldActionModel, wide
-from .objectives import GJD, MODEL_PROGRAMS, OBJECTIVES, Objective, geometry_for
+from .._checks import check_field, choice, instance, memory, number, switch, whole, wholes
+from ..config import ModelConfig
+from ..flow import ACTION_SHIFT, SHIFTS, TRAIN_TIMESTEPS, VIDEO_SHIFT, sigmas, timesteps
+from ..model.dual_expert import Exact, Slots, WorldActionModel, wide
+from ..objectives import GJD, MODEL_PROGRAMS, OBJECTIVES, Objective, geometry_for
 
 WANTS = ("both", "video", "action")
 FRAME_DIM = {VIDEO: 2, ACTION: 1}  # of [B, C, F, y, x] and [B, F, n, A]

@@ -9,16 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ._checks import check_field, instance, whole
-from ._json import from_fields
-from .checkpoint import CONFIG, EXTRA, Checkpoint, load_checkpoint, save_checkpoint
-from .data import ClipDataset, LeRobotDataset, PatchPCA
-from .data.clips import LEAST_STD, STRIDE, action_slots, episode_frames
-from .data.latents import CODECS, WanVAECodec, codec_kind
-from .data.lerobot import Episode
-from .model import WorldActionModel
-from .rollout import RolloutConfig
-from .text import WordEmbedding
+from .._checks import check_field, instance, whole
+from .._json import from_fields
+from ..data import ClipDataset, LeRobotDataset, PatchPCA
+from ..data.clips import LEAST_STD, STRIDE, action_slots, episode_frames
+from ..data.latents import CODECS, WanVAECodec, codec_kind
+from ..data.lerobot import Episode
+from ..model.checkpoint import CONFIG, EXTRA, Checkpoint, load_checkpoint, save_checkpoint
+from ..model.dual_expert import WorldActionModel
+from ..text import WordEmbedding
+from .episode import RolloutConfig
 
 _CODEC = "codec."  # prefix of the codec's tensors in a checkpoint
 

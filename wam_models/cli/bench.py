@@ -5,11 +5,11 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
-from .cli import UserError
+from .parser import UserError
 
 
 def run(args: argparse.Namespace) -> int:
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
     if not (root / "bench" / "run.py").is_file():
         raise UserError(
             f"the benchmarks live in a clone of the repository, and {root} is none; clone it, install it with "

@@ -1,0 +1,146 @@
+"""``wam train``: reads the data, trains, says how it went."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .._checks import check_device, whole
+from ..data import ClipDataset, LeRobotDataset
+from ..model.checkpoint import CONFIG, TRAINING
+from ..rollout.policy import Policy
+from ..text import words_of
+from ..threads import pick_threads, restores_threads, set_threads
+from ..train.trainer import LARGEST_SEED, RunFolder, TrainConfig, loss_ends, train
+
+MOMENT = 0.2  # seconds within which signals are one: timeout(1) sends it to the process and to its group
+
+
+@restores_threads
+def run(args) -> int:
+    """``wam train``."""
+    device = check_device(args.device)
+    policy, resume, seed = None, None, args.seed
+    if args.resume is not None:
+        if args.config is not None:
+            raise ValueError("--config cannot be given with --resume: the checkpoint has its config; leave one out")
+        policy, resume = Policy.load(args.resume)
+        training = resume.metadata.get("training")
+        if resume.training_state is None or not training:
+            raise ValueError(f"--resume: {args.resume} has no training state; name a checkpoint that wam train wrote")
+        where = f"{args.resume / CONFIG}: metadata.training"
+        held = sorted(training) if isinstance(training, dict) else training
+        if not isinstance(training, dict) or not {"config", "seed"} <= set(training):
+            raise ValueError(f"{where} must hold config and seed, got {held!r}; resume from another checkpoint")
+        config = TrainConfig.from_dict(training["config"], f"{where}.config")
+        seed = whole(f"{where}.seed", training["seed"], 0, LARGEST_SEED)
+    else:
+        config = TrainConfig() if args.config is None else TrainConfig.from_json(args.config)
+    if args.steps is not None:
+        config = replace(config, steps=args.steps)
+    if resume is not None:
+        steps_done = whole(f"{args.resume / TRAINING}: step", resume.training_state.get("step"), 1)
+        if steps_done >= config.steps:
+            raise ValueError(f"--steps must be above {steps_done}, the steps done, got {config.steps}")
+    RunFolder(args.out, resume, overwrite=args.overwrite)  # refuses before the data is read
+    data = read_data(args.data, policy, camera=args.camera)
+    short = sum(data.length(i) < config.frames for i in data.train)
+    if short:
+        print(
+            f"{short} of {len(data.train)} training episodes are shorter than a clip of {config.frames} frames: unused"
+        )
+    if policy is not None:
+        for line in _differences(policy, data):
+            print(line)
+    with _stop_asked() as stop:
+        if device.type == "cpu":
+            threads = None if resume is None else training.get("threads")
+            if threads is None:
+                threads = pick_threads(lambda: train(replace(config, steps=2), data, stop=stop, progress=False))
+            else:  # sums of float32 depend on their number, and a resumed run has the losses of an uninterrupted one
+                threads = set_threads(whole(f"{where}.threads", threads, 1))
+            print(f"threads: {threads}")
+        done = train(
+            config, data, seed=seed, device=device, seconds=args.seconds, out=args.out, resume=resume,
+            overwrite=args.overwrite, stop=stop,
+        )  # fmt: skip
+    steps, losses = loss_ends(done.log)
+    spans = [f"steps {rows[0]['step']} to {rows[-1]['step']}" for rows in (done.log[:steps], done.log[-steps:])]
+    for stream, means in losses.items():
+        if None not in means:
+            # of a single step there is one value
+            said = dict.fromkeys(f"{mean:.3f} ({span})" for mean, span in zip(means, spans, strict=True))
+            print(f"{stream} loss {' -> '.join(said)}")
+    print(f"step {done.step} of {config.steps}; checkpoint: {args.out / 'checkpoint'}")
+    return 0
+
+
+@contextmanager
+def _stop_asked() -> Iterator[Callable[[], bool]]:
+    """Whether Ctrl-C, SIGTERM (a scheduler's notice) or SIGHUP (a lost terminal) came; a second one acts as usual."""
+    asked: list[float] = []
+    before = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def ask(number: int, _) -> None:
+        asked.append(time.monotonic())
+        if len(asked) == 1:
+            with suppress(OSError, RuntimeError):  # the terminal may be gone, or be written to right now
+                print("\nstopping after this step; once more to stop at once", file=sys.stderr)
+        elif asked[-1] - asked[0] > MOMENT:
+            restore()
+            signal.raise_signal(number)
+
+    if threading.current_thread() is threading.main_thread():  # no other can have handlers
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # nohup, or a shell that started this with &
+                before[number] = signal.signal(number, ask)
+    try:
+        yield lambda: bool(asked)
+    finally:
+        restore()
+
+
+def _differences(policy: Policy, data: ClipDataset) -> Iterator[str]:
+    """What is another in this data than in that which the policy was trained on, and what becomes of it."""
+    (mean, std, varying), (own_mean, own_std, own_varying) = policy.units, data.own_units
+    if not (torch.allclose(mean, own_mean, rtol=1e-3, atol=1e-3) and torch.allclose(std, own_std, rtol=1e-3)):
+        ratios = own_std / std
+        yield (
+            "units of the checkpoint are kept for actions: in these, the means of this data are up to "
+            f"{((own_mean - mean) / std).abs().max():.3g} from 0, and its stds {ratios.min():.3g} to {ratios.max():.3g}"
+        )
+    still = (own_varying & ~varying).nonzero().flatten().tolist()
+    if still:
+        yield f"action dimensions {still} did not vary before: their unit stays 1, and errors leave them out"
+    words = sorted({word for task in data.tasks for word in words_of(task)} - set(policy.text.vocabulary))
+    if words:
+        yield f"words that the checkpoint does not know share one vector: {', '.join(words)}"
+    camera = policy.camera
+    if camera is not None and tuple(data.picture_size) != (camera.height, camera.width):
+        height, width = data.picture_size
+        yield f"pictures are {height} x {width} from now on, those before were {camera.height} x {camera.width}"
+
+
+def read_data(
+    root: Path, policy: Policy | None = None, *, camera: str | None = None, progress: bool = True
+) -> ClipDataset:
+    """The data set as clips, in the latents and units of a policy if given, with a progress bar over its episodes."""
+    return ClipDataset(
+        LeRobotDataset(root, camera) if policy is None else policy.dataset(root, camera),
+        policy and policy.codec,
+        progress=lambda e: tqdm(e, desc="read", unit="episode", disable=not progress, dynamic_ncols=True),
+        units=policy and policy.units,
+    )

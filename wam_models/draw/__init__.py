@@ -1,0 +1,1 @@
+"""Pictures: masks, loss curves, films. Pillow only."""

@@ -1,0 +1,1 @@
+"""The dual-expert model, its weights and its checkpoints."""

@@ -1,0 +1,1 @@
+"""Predicting an episode chunk by chunk, and the policy that does it."""
