@@ -81,7 +81,7 @@ def draw_table(table: Tensor) -> None:
     table.copy_(torch.randn_like(table) / table.shape[-1] ** 0.5)
 
 
-# ---- modules; attribute names are state-dict keys, see wam_models.weights ----
+# ---- modules; attribute names are state-dict keys, see weights.py ----
 
 
 class Exact:
