@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from wam_models import LeRobotDataset, rollout_cli, simulator
+from wam_models import LeRobotDataset, simulator
+from wam_models.cli import rollout as rollout_command
 from wam_models.evaluate import stream
 from wam_models.rollout import episode as episode_module
 from wam_models.rollout.episode import RolloutConfig, RolloutEngine
@@ -71,11 +72,11 @@ def test_the_film_is_as_fast_as_the_robot(name, milliseconds, adapters, monkeypa
     pictures = np.random.default_rng(0).integers(0, 255, (3, 32, 64, 3), np.uint8)
     actions, frames = np.zeros((2, 4, 7), np.float32), np.array([1, 2])
     played = simulator.Played("lift", False, pictures, pictures[::-1], actions, frames, [0.5])
-    monkeypatch.setattr(rollout_cli, "play", lambda *_, **__: played)
+    monkeypatch.setattr(rollout_command, "play", lambda *_, **__: played)
     model = SimpleNamespace(device=torch.device("cpu"), config=SimpleNamespace(actions_per_frame=4))
     args = SimpleNamespace(simulator=f"adapters:{name}", seed=0, chunks=None, out=adapters)
     config = RolloutConfig(program="joint", chunk_size=2)
-    assert rollout_cli._simulated(args, SimpleNamespace(model=model, camera=None), config, "joint") == 0
+    assert rollout_command._simulated(args, SimpleNamespace(model=model, camera=None), config, "joint") == 0
     takes = 4000 // milliseconds or "1.15741e-05"
     assert f"whose robot takes {takes}" in capsys.readouterr().out
     with Image.open(adapters / "simulated_joint.gif") as film:

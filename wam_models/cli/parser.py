@@ -119,7 +119,7 @@ def _bench(parser: argparse.ArgumentParser) -> None:
 COMMANDS = {
     "demo": ("wam_models.cli.demo", _demo, "train a small model on the shipped data and roll it out"),
     "train": ("wam_models.cli.train", _train, "train a model"),
-    "rollout": ("wam_models.rollout_cli", _rollout, "denoise video and actions of one episode from a checkpoint"),
+    "rollout": ("wam_models.cli.rollout", _rollout, "denoise video and actions of one episode from a checkpoint"),
     "mask": ("wam_models.cli.mask", _mask, "show which tokens see which"),
     "bench": ("wam_models.cli.bench", _bench, "measure this machine: kernels, peers, training step, rollout"),
     "doctor": ("wam_models.doctor", lambda parser: None, "show what this machine offers and which op runs where"),

@@ -12,17 +12,17 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ._checks import check_device, writable_folder
-from ._files import new_file
-from .data.clips import STRIDE
-from .data.latents import pictures_of
-from .draw.charts import film
-from .evaluate import Chunk, mean_psnr, rmse, stream
-from .objectives import GJD, MODEL_PROGRAMS, OBJECTIVES
-from .rollout.episode import CONDITIONAL_CHUNK, RolloutConfig, RolloutEngine
-from .rollout.policy import Policy
-from .simulator import control_freq, load, play
-from .threads import pick_threads, restores_threads
+from .._checks import check_device, writable_folder
+from .._files import new_file
+from ..data.clips import STRIDE
+from ..data.latents import pictures_of
+from ..draw.charts import film
+from ..evaluate import Chunk, mean_psnr, rmse, stream
+from ..objectives import GJD, MODEL_PROGRAMS, OBJECTIVES
+from ..rollout.episode import CONDITIONAL_CHUNK, RolloutConfig, RolloutEngine
+from ..rollout.policy import Policy
+from ..simulator import control_freq, load, play
+from ..threads import pick_threads, restores_threads
 
 SIMULATED_CHUNKS = 40
 
