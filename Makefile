@@ -15,7 +15,7 @@ PACKAGE := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 
 help:
 	@echo "make demo       set up .venv and run the demo"
-	@echo "make lint       set up .venv and check all Python files with ruff"
+	@echo "make lint       set up .venv and check all Python files with ruff, and wam_kernels with mypy"
 	@echo "make test       set up .venv and run the whole test suite"
 	@echo "make test-slow  set up .venv and run the tests that take long, which make test leaves out"
 	@echo "make bench      set up .venv and time every op on one CPU thread beside the saved baseline"
@@ -27,6 +27,7 @@ demo: $(VENV)/installed
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 # Two processes: Triton's interpreter, switched on at import by TRITON_INTERPRET=1, and its compiler do not share one.
 # Both run whatever the first says; either failing fails make.

@@ -6,6 +6,7 @@ number.
 """
 
 from collections.abc import Callable, Collection, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,7 +135,9 @@ def _register_function(op: str, name: str, setup_context: Callable, backward: Ca
         "jvp": staticmethod(jvp),
     }
     # of one level of torch.func, like a kernel of PyTorch's own: the dispatcher goes from level to level
-    function = type(f"Autograd_{name.partition('::')[2]}", (torch.autograd.function._SingleLevelFunction,), methods)
+    function: Any = type(
+        f"Autograd_{name.partition('::')[2]}", (torch.autograd.function._SingleLevelFunction,), methods
+    )
 
     def autograd(*inputs):
         graded = torch.is_grad_enabled() and _any_requires_grad(*inputs)

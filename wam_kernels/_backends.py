@@ -5,11 +5,15 @@ from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
 from types import ModuleType
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
 from .ops import Op
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _MODULES = {"cpu": ".cpu", "triton": ".kernel_triton", "cuda": ".kernel_cuda"}
 
@@ -68,13 +72,13 @@ def product(x: Tensor, y: Tensor) -> Tensor:
         return x @ y
 
 
-def on_its_device(launcher: Callable) -> Callable:
+def on_its_device(launcher: Callable[P, T]) -> Callable[P, T]:
     """Makes the device of the first tensor current while ``launcher`` runs: Triton launches on the current one."""
 
     @wraps(launcher)
-    def launch(*args):
+    def launch(*args: P.args, **kwargs: P.kwargs) -> T:
         with torch.cuda.device_of(next(a for a in args if isinstance(a, Tensor))):
-            return launcher(*args)
+            return launcher(*args, **kwargs)
 
     return launch
 

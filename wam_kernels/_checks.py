@@ -5,6 +5,7 @@ import operator
 import sys
 from collections.abc import Iterable, Mapping, Set
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -121,7 +122,7 @@ def identifier(op: str, value: object) -> str:
     return value
 
 
-def _index(op: str, name: str, value: object) -> int:
+def _index(op: str, name: str, value: Any) -> int:
     dtype, device = getattr(value, "dtype", None), getattr(value, "device", None)
     try:
         # a tensor of a GPU would stop for it
@@ -155,7 +156,7 @@ def number(op: str, name: str, value: object, least: float = -_MAX_FLOAT) -> flo
     return value
 
 
-def integers(op: str, name: str, values: Iterable[object], least: int = 0) -> tuple[int, ...]:
+def integers(op: str, name: str, values: Iterable[Any], least: int = 0) -> tuple[int, ...]:
     """As :func:`integer`, of each of ``values``: a sequence, or what :func:`int_array` takes as ``[n]``."""
     if isinstance(values, _ARRAYS):
         array = int_array(op, name, values)
@@ -176,7 +177,7 @@ def integers(op: str, name: str, values: Iterable[object], least: int = 0) -> tu
     return values
 
 
-def int_array(op: str, name: str, values: object) -> np.ndarray:
+def int_array(op: str, name: str, values: Any) -> np.ndarray:
     """The integers of nested sequences, a NumPy array or a CPU tensor; a copy, int64.
 
     Raises:
@@ -188,8 +189,9 @@ def int_array(op: str, name: str, values: object) -> np.ndarray:
                 f"{op}: {name} must be on the host, got {values.device}; reading them back would stop for the device, "
                 "so keep the numbers that they were made from"
             )
-        kind = values.dtype
-        integral = not (kind.is_floating_point or kind.is_complex or kind == torch.bool)
+        of_tensor = values.dtype
+        integral = not (of_tensor.is_floating_point or of_tensor.is_complex or of_tensor == torch.bool)
+        kind: torch.dtype | np.dtype = of_tensor
         array = _numbers(op, name, values) if integral else np.empty(0)
     elif isinstance(values, np.ma.MaskedArray):
         raise ValueError(f"{op}: {name} must not be a masked array, whose mask would be lost; use .compressed()")
@@ -198,12 +200,12 @@ def int_array(op: str, name: str, values: object) -> np.ndarray:
             array = np.array(values)
         except (TypeError, ValueError) as error:
             raise ValueError(f"{op}: {name} must be integers, got {values!r} ({error})") from None
-        kind = array.dtype
+        dtype = array.dtype
         # beside ints NumPy takes a bool for one
         if array.ndim in (1, 2) and isinstance(values, list | tuple):
             types = set(map(type, values if array.ndim == 1 else chain(*values)))
-            kind = np.dtype(bool) if types & {bool, np.bool_} else kind
-        integral = kind.kind in "iu" or not array.size
+            dtype = np.dtype(bool) if types & {bool, np.bool_} else dtype
+        kind, integral = dtype, dtype.kind in "iu" or not array.size
     if not integral:
         raise ValueError(f"{op}: {name} must be integers, got {kind} {list(np.shape(values))}")
     return array.astype(np.int64)

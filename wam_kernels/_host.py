@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Not traced: torch.compile breaks its graph there. As torch.compiler.disable, which would import Dynamo and Triton now.
 eager = torch._disable_dynamo
 
 
-def host_side(builder: Callable) -> Callable:
+def host_side(builder: Callable[P, T]) -> Callable[P, T]:
     """Decorates what builds index tensors: plain tensors, which any later call may use, whatever call builds them.
 
     Plans are cached, so one that is an inference tensor, a fake or a meta one, or one of a functorch level would break
@@ -22,7 +26,7 @@ def host_side(builder: Callable) -> Callable:
 
     @eager
     @wraps(builder)
-    def build(*args, **kwargs):
+    def build(*args: P.args, **kwargs: P.kwargs) -> T:
         with (
             torch.inference_mode(False),
             torch._C.DisableTorchFunction(),

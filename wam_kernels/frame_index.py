@@ -39,6 +39,11 @@ class FrameIndex:
     """
 
     FIELDS = ("row_of_token", "segments", "row_begin", "row_segments", "run")
+    row_of_token: Tensor
+    segments: Tensor
+    row_begin: Tensor
+    row_segments: Tensor
+    run: Tensor
 
     def __init__(self, layout: tuple[tuple[int, ...], ...], buffer: Tensor) -> None:
         self._layout, self._buffer = layout, plain(buffer)

@@ -43,7 +43,7 @@ class SideRows(NamedTuple):
     stream: np.ndarray  # int64 [N]
     order: np.ndarray  # int64 [N]: inside (sample, stream), rows next to each other see nearly the same
     start: np.ndarray  # int64 [N]: first token
-    count: np.ndarray  # int64 [N]: tokens
+    tokens: np.ndarray  # int64 [N]: how many
     bounds: np.ndarray  # int32 [2, columns, N]: lo and hi; both NOWHERE where a range is empty
 
     def bounds_by_row(self) -> np.ndarray:
@@ -58,20 +58,23 @@ def side_rows(samples: Sequence[Geometry | Ranges]) -> tuple[SideRows, SideRows]
     """
     geometries = [s for s in samples if isinstance(s, Geometry)]
     pieces = [_geometry_sides(geometries)] if geometries else []
-    pieces += [(_range_side(r.rows), _range_side(r.key_rows)) for r in samples[len(geometries) :]]
-    return pieces[0] if len(pieces) == 1 else tuple(_concatenate(side) for side in zip(*pieces, strict=True))
+    pieces += [(_range_side(s.rows), _range_side(s.key_rows)) for s in samples if isinstance(s, Ranges)]
+    if len(pieces) == 1:
+        return pieces[0]
+    queries, keys = zip(*pieces, strict=True)
+    return _concatenate(queries), _concatenate(keys)
 
 
 def _geometry_sides(geometries: Sequence[Geometry]) -> tuple[SideRows, SideRows]:
     rows = token_rows(geometries)
-    shared = (rows.of_geometry, STREAM_OF_SEGMENT[rows.segment], rows.chunk, rows.start, rows.count)
+    shared = (rows.of_geometry, STREAM_OF_SEGMENT[rows.segment], rows.chunk, rows.start, rows.tokens)
     return SideRows(*shared, intervals(rows)), SideRows(*shared, intervals(rows, transposed=True))
 
 
 def _range_side(rows: RangeRows) -> SideRows:
     lo, hi = rows.bounds.transpose(2, 1, 0)
     bounds = np.where(lo < hi, (lo, hi), NOWHERE).astype(np.int32)
-    return SideRows(np.array([lo.shape[1]]), np.zeros_like(rows.start), rows.order, rows.start, rows.count, bounds)
+    return SideRows(np.array([lo.shape[1]]), np.zeros_like(rows.start), rows.order, rows.start, rows.tokens, bounds)
 
 
 def _concatenate(pieces: Sequence[SideRows]) -> SideRows:
@@ -81,8 +84,8 @@ def _concatenate(pieces: Sequence[SideRows]) -> SideRows:
     for p in pieces:
         begin, end = end, end + p.start.size
         bounds[:, : p.bounds.shape[1], begin:end] = p.bounds
-    rest = (np.concatenate(arrays) for arrays in zip(*(p[:-1] for p in pieces), strict=True))
-    return SideRows(*rest, bounds)
+    rest = [np.concatenate(arrays) for arrays in zip(*(p[:-1] for p in pieces), strict=True)]
+    return SideRows(*[*rest, bounds])
 
 
 class Rules(NamedTuple):
@@ -100,11 +103,11 @@ class Rules(NamedTuple):
     prefix_chunk: np.ndarray
 
     @classmethod
-    def of(cls, g: Geometry) -> Rules:
-        """The numbers of one geometry."""
+    def of(cls, g: Geometry) -> list[int]:
+        """The numbers of one geometry, in the order of the fields."""
         origin = g.chunk_origin - bool(g.prefix_frames) * g.chunk_size
         s = g.singleton_frame
-        return cls(
+        numbers = dict(
             window=g.window,
             size=g.chunk_size,
             origin=origin,
@@ -116,6 +119,7 @@ class Rules(NamedTuple):
             prefix_frame=-1 if s is None else s - 1,
             prefix_chunk=0 if s is None else g.chunk_of(max(0, s - 1)),
         )
+        return [numbers[name] for name in cls._fields]
 
     def chunk_of(self, frame: np.ndarray) -> np.ndarray:
         """Chunk of a target frame; one before the singleton that would share its chunk moves to the chunk before."""
@@ -144,14 +148,15 @@ class Streams(NamedTuple):
     per_frame: np.ndarray  # tokens
 
     @classmethod
-    def of(cls, g: Geometry) -> Streams:
-        """Video and action of one geometry."""
-        return cls(
+    def of(cls, g: Geometry) -> list[tuple[int, int]]:
+        """Video and action of one geometry, in the order of the fields."""
+        numbers = dict(
             rank=g.interaction.rank,
             frames=(g.video_frames, g.action_frames),
             targets=(g.video_frames - g.prefix_frames, g.action_frames),
             per_frame=(g.video_tokens, g.action_tokens),
         )
+        return [numbers[name] for name in cls._fields]
 
 
 class Rows(NamedTuple):
@@ -167,7 +172,7 @@ class Rows(NamedTuple):
     block: np.ndarray
     is_key: np.ndarray  # bool
     start: np.ndarray  # first token, counted from the geometry's own
-    count: np.ndarray  # tokens
+    tokens: np.ndarray  # how many
     rules: Rules
     # what a row has with every segment, whichever of its sides is asked for
     streams: Streams  # [streams, 1, N] each
@@ -209,7 +214,7 @@ def token_rows(geometries: Sequence[Geometry]) -> Rows:
         block=block,
         is_key=is_key.astype(bool),
         start=segment_start.ravel()[segment] + place * per_frame,
-        count=frames * per_frame,
+        tokens=frames * per_frame,
         rules=rules,
         streams=streams,
         first=first,

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -89,6 +89,12 @@ class Side:
     """
 
     FIELDS = ("tiles", "rows", "groups", "bounds", "full", "part")
+    tiles: Tensor
+    rows: Tensor
+    groups: Tensor
+    bounds: Tensor
+    full: Tensor
+    part: Tensor
 
     def __init__(self, shape: TileShape, tensors: Sequence[Tensor]) -> None:
         self.shape = shape
@@ -170,10 +176,19 @@ class Plan:
         device = device_of("Plan.to", device)
         if device == self.device:
             return self
-        *rest, buffer = self._parts()
-        return Plan(*rest, buffer.to(device, non_blocking=non_blocking))
+        parts = self._parts()
+        return Plan(*parts[:-1], parts[-1].to(device, non_blocking=non_blocking))
 
-    def _parts(self) -> tuple:
+    def _parts(
+        self,
+    ) -> tuple[
+        tuple[tuple[Geometry | Ranges, ...], ...],
+        tuple[int, int],
+        int,
+        tuple[TileShape, TileShape],
+        tuple[tuple[int, ...], ...],
+        Tensor,
+    ]:
         """What it is made of."""
         lengths = (self.length, self.key_length)
         return self.geometries, lengths, self.visible_pairs, self._shapes, self._layout, self._buffer
@@ -261,7 +276,7 @@ def compile_plan(
     return _compile(packed, (length, key_length), tile, tuned_tiles, device_of("compile_plan", device))
 
 
-def _listed(samples: object) -> tuple:
+def _listed(samples: Any) -> tuple:
     """A sequence as a tuple; anything else, a sample above all, as a tuple of it alone."""
     try:
         return (samples,) if isinstance(samples, Sample) else tuple(samples)
@@ -280,7 +295,7 @@ def _compile(
     queries, keys = side_rows(placement.samples)
     lo, hi = queries.bounds
     times = np.bincount(placement.which).repeat(queries.of_sample)  # that each row occurs in the batch
-    visible = int((times * queries.count * (hi - lo).sum(0)).sum())
+    visible = int((times * queries.tokens * (hi - lo).sum(0)).sum())
     tile = tile or tile_shape(visible >= LONG_WINDOW * len(packed) * lengths[0])
     shapes = tile, TileShape(tile.key_rows or tile.rows, tile.step)
     programs = sum(isinstance(sample, Geometry) for sample in placement.samples)
@@ -319,8 +334,9 @@ def _place(packed: tuple[tuple[Geometry | Ranges, ...], ...], lengths: tuple[int
     samples, *columns = zip(*entries, strict=True)
     distinct = sorted(dict.fromkeys(samples), key=lambda sample: isinstance(sample, Ranges))
     number = {sample: i for i, sample in enumerate(distinct)}
-    batch, q, k, padding = (np.array(column) for column in columns)
-    return Placement(distinct, np.array([number[s] for s in samples]), batch, np.stack([q, k]), padding)
+    batch, first_query, first_key, padding = (np.array(column) for column in columns)
+    first = np.stack([first_query, first_key])
+    return Placement(distinct, np.array([number[s] for s in samples]), batch, first, padding)
 
 
 def _members(counts: np.ndarray, which: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -364,7 +380,7 @@ def _cut(rows: SideRows, tile_rows: int, programs: int) -> Tiles:
     sample = np.arange(rows.of_sample.size).repeat(rows.of_sample)
     group = 2 * sample + rows.stream
     order = np.lexsort((rows.order, group))  # stable: like rows stay in the order of their tokens
-    group, start, count = group[order], rows.start[order], rows.count[order]
+    group, start, count = group[order], rows.start[order], rows.tokens[order]
     new = np.ones(group.size, bool)
     new[1:] = group[1:] != group[:-1]
     if programs < rows.of_sample.size:
@@ -481,7 +497,8 @@ def _visits(bounds: np.ndarray, tiles: Tiles, step: int) -> tuple[Visits, Visits
     left[0, ..., 0], left[0, ..., 1] = any_lo.T, cut_hi.T
     left[1, ..., 0], left[1, ..., 1] = (cut_lo - any_lo).T, (any_hi - cut_hi).T
     holes = _holes(lo, hi, tiles.heads, cut_lo)
-    return Visits.of(step, all_lo.T, n_full.T), Visits.of(1, *left.reshape(2, tiles.heads.size, -1), holes)
+    first, count = left.reshape(2, tiles.heads.size, -1)
+    return Visits.of(step, all_lo.T, n_full.T), Visits.of(1, first, count, holes)
 
 
 def _holes(lo: np.ndarray, hi: np.ndarray, heads: np.ndarray, cut_lo: np.ndarray) -> Holes:
@@ -564,6 +581,6 @@ def _runs(rows: SideRows, placement: Placement) -> np.ndarray:
     heads = np.flatnonzero(new)
     last = np.append(heads[1:], new.size) - 1
     runs = np.empty((heads.size, 3 + 2 * rows.bounds.shape[1]), np.int32)
-    runs[:, 0], runs[:, 1], runs[:, 2] = batch[heads], start[heads], start[last] + rows.count[row[last]]
+    runs[:, 0], runs[:, 1], runs[:, 2] = batch[heads], start[heads], start[last] + rows.tokens[row[last]]
     runs[:, 3:] = _moved(rows.bounds_by_row(), row[heads], first_key[heads], 0)
     return runs

@@ -100,7 +100,7 @@ class InteractionProgram:
                 clean copies of those of earlier stages, and a token attends to something else.
         """
         if any(query != key for query, key in self.noisy_to_noisy.pairs):
-            stages = ((VIDEO, ACTION),)
+            stages: tuple[tuple[int, ...], ...] = ((VIDEO, ACTION),)
         else:
             # the stream whose clean copy is read, if any is
             before = [key for query, key in self.noisy_to_clean.pairs if query != key]

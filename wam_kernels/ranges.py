@@ -6,11 +6,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
+from torch import Tensor
 
 from ._checks import int_pairs, integer
 
@@ -22,12 +24,15 @@ class RangeRows(NamedTuple):
     """Runs of tokens with one visibility. Inside a column a row sees one range, and columns do not overlap."""
 
     start: np.ndarray  # int64 [N]
-    count: np.ndarray  # int64 [N]
+    tokens: np.ndarray  # int64 [N]: how many
     order: np.ndarray  # int64 [N]: rows next to each other here see nearly the same, so they should share a tile
     bounds: np.ndarray  # int64 [N, columns, 2]; an empty range is [0, 0)
 
 
-@dataclass(frozen=True, eq=False)
+IntPairs = Sequence[tuple[int, int]] | np.ndarray | Tensor
+
+
+@dataclass(frozen=True, eq=False, init=False)
 class Ranges:
     """Query tokens ``q_ranges[i]`` see key tokens ``k_ranges[i]``, for every i. What a token sees is the union.
 
@@ -50,15 +55,13 @@ class Ranges:
     q_ranges: np.ndarray
     k_ranges: np.ndarray
     length: int
-    key_length: int | None = None
+    key_length: int
 
-    def __post_init__(self) -> None:
-        if self.key_length is None:
-            object.__setattr__(self, "key_length", self.length)
-        for name in ("length", "key_length"):
-            object.__setattr__(self, name, integer("Ranges", name, getattr(self, name)))
-        for name, tokens in (("q_ranges", self.length), ("k_ranges", self.key_length)):
-            array = int_pairs("Ranges", name, getattr(self, name))  # a copy: nobody else may change it
+    def __init__(self, q_ranges: IntPairs, k_ranges: IntPairs, length: int, key_length: int | None = None) -> None:
+        for name, value in (("length", length), ("key_length", length if key_length is None else key_length)):
+            object.__setattr__(self, name, integer("Ranges", name, value))
+        for name, pairs, tokens in (("q_ranges", q_ranges, self.length), ("k_ranges", k_ranges, self.key_length)):
+            array = int_pairs("Ranges", name, pairs)  # a copy: nobody else may change it
             bad = np.flatnonzero((array[:, 0] < 0) | (array[:, 1] < array[:, 0]) | (array[:, 1] > tokens))
             if bad.size:
                 i, got = int(bad[0]), array[bad[0]].tolist()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from difflib import get_close_matches
+from typing import Any, overload
 
 from .programs import TABLE, InteractionProgram
 from .rules import RuleGeometry, RuleProgram
@@ -52,6 +53,14 @@ PROGRAMS: Mapping[str, InteractionProgram] = Registered("PROGRAMS", InteractionP
 RULE_PROGRAMS: Mapping[str, RuleProgram] = Registered("RULE_PROGRAMS", RuleProgram)
 
 
+@overload
+def register_program(program: InteractionProgram) -> InteractionProgram: ...
+
+
+@overload
+def register_program(program: RuleProgram | Callable[..., RuleGeometry]) -> RuleProgram: ...
+
+
 def register_program(program: Program | Callable[..., RuleGeometry]) -> Program:
     """Make a program known by its name, in this process: to geometries, models, rollouts, pictures and messages.
 
@@ -67,7 +76,8 @@ def register_program(program: Program | Callable[..., RuleGeometry]) -> Program:
         TypeError: neither a row nor a function.
     """
     if not isinstance(program, Program):
-        program = RuleProgram(getattr(program, "__name__", None), program)
+        function_name: Any = getattr(program, "__name__", None)
+        program = RuleProgram(function_name, program)
     name = program.name
     if name in _registered or name in RESERVED:
         raise ValueError(f"register_program: name must be new, got {name!r}, which is taken; use another one")

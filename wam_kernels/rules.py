@@ -93,7 +93,7 @@ class RuleGeometry:
         return Ranges(q_ranges, k_ranges, self.length, self.key_length)
 
     def __reduce__(self) -> tuple:
-        if self.program is not None:
+        if self.program is not None and self.sizes is not None:
             return _made_again, (self.program, dict(self.sizes))
         return RuleGeometry, (self.name, self.segments, self.queries, self.keys, self.visible)
 

@@ -20,7 +20,7 @@ from .registry import register_program
 from .rules import Rule, RuleGeometry, Runs
 
 
-def _segment(index: int, frames: int, tokens: int, frame=None, block=None, sample: int = 0) -> Runs:
+def _segment(index: int, frames: int, tokens: int | np.ndarray, frame=None, block=None, sample: int = 0) -> Runs:
     """``frames`` runs of ``tokens`` tokens; frame counts them unless given."""
     every = np.ones(frames, np.int64)
     frame = np.arange(frames) if frame is None else every * frame

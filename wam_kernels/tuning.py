@@ -113,7 +113,7 @@ def _warn(message: str) -> None:
 
 
 def _over(default, choice: object, where: str):
-    if not is_dataclass(default):
+    if not is_dataclass(default) or isinstance(default, type):
         if isinstance(choice, bool) or not isinstance(choice, int):
             raise ValueError(f"wam_kernels: {where} must be a whole number, got {choice!r}")
         return choice

@@ -19,7 +19,7 @@ from wam_kernels.plan import Side, _compile
 def mask_of_intervals(geometry, transposed: bool) -> np.ndarray:
     rows = side_rows([geometry])[int(transposed)]
     mask = np.zeros((geometry.length,) * 2, bool)
-    for start, count, ranges in zip(rows.start, rows.count, rows.bounds.transpose(2, 1, 0), strict=True):
+    for start, count, ranges in zip(rows.start, rows.tokens, rows.bounds.transpose(2, 1, 0), strict=True):
         for lo, hi in ranges:
             assert lo < hi or lo == hi == NOWHERE
             mask[start : start + count, max(lo, 0) : max(hi, 0)] = True

@@ -37,7 +37,7 @@ def mask_in_loops(r: Ranges) -> np.ndarray:
 
 def mask_of_rows(rows, length: int, others: int) -> np.ndarray:
     mask = np.zeros((length, others), bool)
-    for start, count, bounds in zip(rows.start, rows.count, rows.bounds, strict=True):
+    for start, count, bounds in zip(rows.start, rows.tokens, rows.bounds, strict=True):
         for lo, hi in bounds:
             assert not mask[start : start + count, lo:hi].any(), "columns must not overlap"
             mask[start : start + count, lo:hi] = True

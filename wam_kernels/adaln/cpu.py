@@ -81,7 +81,7 @@ def _chunks(like: Tensor, row_of_token: Tensor, run: Tensor, F: int) -> Iterator
         return
     threads = torch.get_num_threads()
     most = max(1, config.CPU_CHUNK * threads // D)
-    for first, count, length, rows in _groups(row_of_token, run.item(), F):
+    for first, count, length, rows in _groups(row_of_token, int(run.item()), F):
         long = length * D >= config.CPU_LONG_RUN * threads
         if not long and B * count * length <= most:
             tokens = slice(first, first + count * length)
@@ -110,30 +110,33 @@ def forward(
     acc = torch.promote_types(x.dtype, torch.float32)
     r = None if y is None else x.new_empty(x.shape)
     h = None if scale is None and weight is None else x.new_empty(x.shape)
-    if weight is not None:
+    if weight is not None and bias is not None:
         weight, bias = weight.to(acc), bias.to(acc)
     rows = scale if gate is None else gate
     one = 1 if scale_table is None else 1 + scale_table
     for chunk in _chunks(x, row_of_token, run, 0 if rows is None else rows.shape[1]):
         row = chunk.of(x)
-        if gate is not None:
-            factor = _plus(chunk.of_rows(gate), gate_table)
-            row = torch.addcmul(row.to(acc), chunk.of(y).to(acc), factor, out=chunk.of(r))
-        elif y is not None:
-            row = torch.add(row, chunk.of(y), out=chunk.of(r))
+        if y is not None and r is not None:
+            update, out = chunk.of(y), chunk.of(r)
+            if gate is None:
+                row = torch.add(row, update, out=out)
+            else:
+                gates = _plus(chunk.of_rows(gate), gate_table)
+                row = torch.addcmul(row.to(acc), update.to(acc), gates, out=out)
         if h is None:
             continue
         factor = offset = None
-        if scale is not None:
+        if scale is not None and shift is not None:
             factor, offset = chunk.of_rows(scale) + one, _plus(chunk.of_rows(shift), shift_table)
             weight, bias = (factor.view(D), offset.reshape(D)) if factor.numel() == D else (None, None)
         normed = torch.native_layer_norm(row.to(acc), (D,), weight, bias, eps)[0]
-        if chunk.whole and acc == x.dtype:
-            h = (normed if weight is not None else torch.addcmul(offset, normed, factor, out=normed)).view(x.shape)
-        elif weight is None:
-            torch.addcmul(offset, normed, factor, out=chunk.of(h))
-        else:
+        whole = chunk.whole and acc == x.dtype
+        if weight is None and factor is not None and offset is not None:
+            torch.addcmul(offset, normed, factor, out=normed if whole else chunk.of(h))
+        elif not whole:
             chunk.of(h).copy_(normed)
+        if whole:
+            h = normed.view(x.shape)
     return r, h
 
 
@@ -148,6 +151,7 @@ def backward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """dx, dy, dgate, dshift, dscale, dweight, dbias, as in ``kernel_triton.backward``."""
     like = dr if dh is None else dh
+    assert like is not None
     B, _, D = like.shape
     F = row_begin.shape[0] - 1
     acc = torch.promote_types(like.dtype, torch.float32)
@@ -162,29 +166,31 @@ def backward(
     dweight, dbias = (zeros(D), zeros(D)) if affine else (None, None)
     dx = None if dh is None else like.new_empty(like.shape)
     dy = None if gate is None else like.new_empty(like.shape)
-    weight = weight.to(acc) if affine else None
+    weight = weight.to(acc) if weight is not None and affine else None
     one = 1 + scale_table if adaptive and scale_table is not None else 1
     for chunk in _chunks(like, row_of_token, run, F):
         # outputs are then the buffers that were worked in
         whole = chunk.whole and acc == like.dtype
         total = None if dr is None else chunk.of(dr)
         if dh is not None:
+            assert r is not None and dx is not None
             # PyTorch's backward multiplies the mean out and loses digits where it is large: take it off before
             row, g = chunk.of(r).to(acc), chunk.of(dh).to(acc)
             row = row - row.mean(-1, keepdim=True)
             rstd = torch.linalg.vector_norm(row, dim=-1, keepdim=True).square_().div_(D).add_(eps).rsqrt_()
-            factor = chunk.of_rows(scale) + one if adaptive else None
-            if adaptive and factor.numel() > D:
+            factor = None if scale is None else chunk.of_rows(scale) + one
+            if factor is not None and factor.numel() > D:
                 dshift = chunk.added_to_rows(dshift, g.sum(2), B, F)
                 product = torch.mul(g, row)
                 dscale = chunk.added_to_rows(dscale, product.mul_(rstd).sum(2), B, F)
                 through = _layer_norm_backward(torch.mul(g, factor, out=product), row, rstd, None)[0]
             else:
-                through, dw, db = _layer_norm_backward(g, row, rstd, factor.view(D) if adaptive else weight)
-                if adaptive:
+                through, dw, db = _layer_norm_backward(g, row, rstd, weight if factor is None else factor.view(D))
+                if factor is not None:
                     dscale = chunk.added_to_rows(dscale, dw, B, F)
                     dshift = chunk.added_to_rows(dshift, db, B, F)
                 else:
+                    assert dweight is not None and dbias is not None
                     dweight += dw
                     dbias += db
             # the gate below takes what is not rounded: in half precision that is not dx itself
@@ -197,6 +203,7 @@ def backward(
                 if out is through:
                     chunk.of(dx).copy_(total)
         if gate is not None:
+            assert total is not None and y is not None and dy is not None
             total = total.to(acc)
             product = total * chunk.of(y)
             dgate = chunk.added_to_rows(dgate, product.sum(2), B, F)

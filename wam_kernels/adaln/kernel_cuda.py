@@ -68,6 +68,7 @@ def backward(
     part. Two launches, three with weight and gate; all rows and sums are written.
     """
     like = dr if dh is None else dh
+    assert like is not None
     B, S, D = like.shape
     N, F = segments.shape[0], row_begin.shape[0] - 1
     if dh is None:

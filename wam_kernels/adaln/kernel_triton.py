@@ -230,6 +230,7 @@ def backward(
     part. Two launches; all rows and sums are written.
     """
     like = dr if dh is None else dh
+    assert like is not None
     B, _, D = like.shape
     N, F = segments.shape[0], row_begin.shape[0] - 1
     norm = NONE if dh is None else ADAPTIVE if scale is not None else AFFINE
@@ -253,6 +254,7 @@ def backward(
             BLOCK_N=config.SUM_SEGMENTS, BLOCK_D=config.SUM_CHANNELS, **flags, num_warps=4,
         )  # fmt: skip
     if norm == AFFINE:
+        assert dscale is not None and dshift is not None
         # every token has weight and bias in common: their gradients are the sums of all rows
         return dx, dy, dgate, None, None, dscale.sum((0, 1)), dshift.sum((0, 1))
     return dx, dy, dgate, dshift, dscale, None, None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,13 +38,16 @@ class _Inputs(NamedTuple):
 # ---- the registered forward: (r, h), empty where a variant has none ----
 
 
-def _forward(*args):
-    *tensors, row_of_token, _segments, _row_begin, _row_segments, run, eps, impl = args
+def _forward(
+    x, y, gate, shift, scale, gate_table, shift_table, scale_table, weight, bias,
+    row_of_token, segments, row_begin, row_segments, run, eps, impl,
+):  # fmt: skip
+    tensors = x, y, gate, shift, scale, gate_table, shift_table, scale_table, weight, bias
     if impl == "cpu":
         outputs = cpu.forward(*tensors, row_of_token, run, eps)
     else:
         outputs = launchers(__package__, impl).forward(*tensors, row_of_token, eps)
-    return tuple(tensors[0].new_empty(0) if t is None else t for t in outputs)
+    return tuple(x.new_empty(0) if t is None else t for t in outputs)
 
 
 def _forward_fake(*args):
@@ -134,7 +137,7 @@ def _gradients(ctx, dr, dh):
     if row is None:
         dh = None  # of the empty h
     if dr is None and dh is None:
-        grads = _Inputs(None)
+        grads: tuple[Tensor | None, ...] = (None,) * len(_Inputs._fields)
     elif dh is None and gate is None:
         grads = _Inputs(x=dr, y=dr)
     else:
@@ -214,7 +217,8 @@ def _check(op: str, t: _Inputs, index: FrameIndex) -> None:
             raise ValueError(f"{op}: {name} must have last-dim stride 1, got {u.stride(-1)}; use .contiguous()")
 
 
-def _call(op: str, t: _Inputs, index: FrameIndex, eps: float, impl: str | None) -> tuple[Tensor, Tensor]:
+def _call(op: str, t: _Inputs, index: FrameIndex, eps: float, impl: str | None) -> tuple[Tensor, Any]:
+    """r and h; a variant without a norm has no use for h."""
     _check(op, t, index)
     eps = number(op, "eps", eps, least=0.0)
     impl = select_backend(op, _ROW, impl, x=t.x)

@@ -26,6 +26,7 @@ def gate_residual_norm(
     r_acc = r.to(acc)
     centred = r_acc - r_acc.mean(-1, keepdim=True)
     normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    if weight is not None:
+    if weight is not None and bias is not None:
         return r, (normed * weight.to(acc) + bias.to(acc)).to(x.dtype)
+    assert scale is not None and shift is not None
     return r, (normed * (1 + of_token(scale, scale_table)) + of_token(shift, shift_table)).to(x.dtype)

@@ -110,4 +110,4 @@ def backward(
         _add(dv_NTD[n], keys, p.mT @ dout_run)
         _add(dk_NTD[n], keys, ds.mT @ q_run)
         _put(dq_GSD[g], queries, (ds @ k_run).mul_(scale).view(q_heads.shape))
-    return tuple(_unheads(t, like) for t, like in ((dq_GSD, q), (dk_NTD, k), (dv_NTD, v)))
+    return _unheads(dq_GSD, q), _unheads(dk_NTD, k), _unheads(dv_NTD, v)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 import torch
@@ -12,20 +13,40 @@ from torch import Tensor
 from .._checks import bind_dims, integer, number
 from .._host import device_of, eager
 from ..plan import Plan, Sample, compile_plan
-from ..ranges import Ranges
+from ..ranges import IntPairs, Ranges
 from .op import block_attention
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
-_Pairs = Sequence[tuple[int, int]] | np.ndarray | Tensor
 _ROWS = 512  # queries that a mask_mod is evaluated for at a time
+
+
+@overload
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_ranges: IntPairs, k_ranges: IntPairs, *,
+    softmax_scale: float | None = None, return_lse: Literal[False] = False, impl: str | None = None,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_ranges: IntPairs, k_ranges: IntPairs, *,
+    softmax_scale: float | None = None, return_lse: Literal[True], impl: str | None = None,
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def varlen_attention(
+    q: Tensor, k: Tensor, v: Tensor, q_ranges: IntPairs, k_ranges: IntPairs, *,
+    softmax_scale: float | None = None, return_lse: bool = False, impl: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def varlen_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_ranges: _Pairs,
-    k_ranges: _Pairs,
+    q_ranges: IntPairs,
+    k_ranges: IntPairs,
     *,
     softmax_scale: float | None = None,
     return_lse: bool = False,
@@ -71,7 +92,7 @@ def varlen_attention(
 
 
 @eager
-def _plan_of(q_ranges: _Pairs, k_ranges: _Pairs, queries: int, keys: int, device: torch.device) -> Plan:
+def _plan_of(q_ranges: IntPairs, k_ranges: IntPairs, queries: int, keys: int, device: torch.device) -> Plan:
     ranges = Ranges(q_ranges, k_ranges, queries, keys)
     return compile_plan(ranges, length=max(queries, 1), key_length=max(keys, 1), device=device)
 
@@ -109,13 +130,14 @@ def plan_from_mask_mod(
     """
     name = "plan_from_mask_mod"
     device, batch, heads = device_of(name, device), integer(name, "batch", batch, 1), integer(name, "heads", heads, 1)
-    lengths = geometry if isinstance(geometry, tuple | list) else (geometry, geometry)
-    by_length = len(lengths) == 2 and any(isinstance(n, int | float | np.number | np.ndarray | Tensor) for n in lengths)
-    if by_length:
-        lengths = tuple(integer(name, "geometry", n, 1) for n in lengths)
-    known = None if by_length else compile_plan(geometry, device=device)
-    if known is not None:
-        lengths = (known.length, known.key_length)
+    given: Any = geometry if isinstance(geometry, tuple | list) else (geometry, geometry)
+    by_length = len(given) == 2 and any(isinstance(n, int | float | np.number | np.ndarray | Tensor) for n in given)
+    known = None if by_length else compile_plan(cast("Sample | Sequence", geometry), device=device)
+    if known is None:
+        queries, keys = (integer(name, "geometry", n, 1) for n in given)
+        lengths = queries, keys
+    else:
+        lengths = known.length, known.key_length
         if known.batch not in (1, batch):
             raise ValueError(f"{name}: batch must be {known.batch} like geometry, got {batch}")
     if max(lengths) > integer(name, "max_length", max_length, 1, most=None):

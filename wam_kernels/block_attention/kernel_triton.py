@@ -396,7 +396,7 @@ def backward(
     """dq, dk, dv in the shapes of q, k, v, contiguous. The launch for dk and dv reads what that for dq leaves."""
     B, S, H, D = q.shape
     if q.numel() == 0:
-        return tuple(t.new_zeros(t.shape) for t in (q, k, v))
+        return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     launch = config.dq(D, q.itemsize, queries[1].shape[1])

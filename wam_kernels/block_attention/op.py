@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal, overload
+
 import torch
 from torch import Tensor
 
@@ -80,6 +82,27 @@ def _samples(count: int) -> _autograd.Samples:
 
 
 _autograd.register(_OP, "wam::block_attention", _save, _gradients, _samples(3), _samples(7))
+
+
+@overload
+def block_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *,
+    scale: float | None = None, impl: str | None = None, return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def block_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *,
+    scale: float | None = None, impl: str | None = None, return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def block_attention(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, *,
+    scale: float | None = None, impl: str | None = None, return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def block_attention(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -71,6 +72,30 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, group_ro
             f"{_OP}: is for inference and has no gradient, but an input requires one; use torch.no_grad(), or "
             "block_attention to train"
         )
+
+
+@overload
+def cached_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, *,
+    group_rows: tuple[int, ...], scale: float | None = None, impl: str | None = None,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def cached_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, *,
+    group_rows: tuple[int, ...], scale: float | None = None, impl: str | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def cached_attention(
+    q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, *,
+    group_rows: tuple[int, ...], scale: float | None = None, impl: str | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def cached_attention(

@@ -35,6 +35,10 @@ class Unsupported(ValueError):
     """A model, mask or shape that this library has no path for. Raised before anything is computed."""
 
 
+# A module of the patched model: its class is not imported here, so nothing is known of the types of its parts.
+Foreign = Any
+
+
 # ---- recognising ----
 
 
@@ -72,7 +76,7 @@ def require_parts(system: str, module: nn.Module, parts: Sequence[str]) -> None:
             raise Unsupported(f"patch: {system}'s {type(module).__name__} must have {part}, but it has none")
 
 
-def require_norms(system: str, norm_q: nn.Module, norm_k: nn.Module, channels: int) -> None:
+def require_norms(system: str, norm_q: Foreign, norm_k: Foreign, channels: int) -> None:
     """The norms of queries and keys are what ``qk_norm_rope`` computes.
 
     Raises:
@@ -97,7 +101,7 @@ def require_norms(system: str, norm_q: nn.Module, norm_k: nn.Module, channels: i
 
 def _parameters(function: Callable, skip: int) -> list[str]:
     """Names of the parameters behind the first ``skip``, with their stars."""
-    stars = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
+    stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
     parameters = list(inspect.signature(function).parameters.values())
     return [stars.get(p.kind, "") + p.name for p in parameters[skip:]]
 
@@ -354,14 +358,13 @@ class MaskPlans(Cache):
             raise Unsupported(f"patch: attention_mask must be torch.bool [Sq, Sk], got {_kind(mask)}")
         return self._of(mask, device, lambda m: m)
 
-    def plan_of_bias(self, bias: Tensor, device: torch.device) -> Plan:
+    def plan_of_bias(self, bias: Tensor | None, device: torch.device) -> Plan:
         """The plan of an additive mask ``[B, 1, Sq, Sk]``: 0 is visible, -1e30 and less is not.
 
         Raises:
             Unsupported: another shape, a value in between (a bias, which a plan cannot express), or too many columns.
         """
-        additive = isinstance(bias, Tensor) and bias.is_floating_point()
-        if not additive or bias.ndim != 4 or bias.shape[1] != 1:
+        if not isinstance(bias, Tensor) or not bias.is_floating_point() or bias.ndim != 4 or bias.shape[1] != 1:
             raise Unsupported(f"patch: attention_mask must be additive [B, 1, Sq, Sk], got {_kind(bias)}")
         # one byte for each pair, and one copy to the host: 1 visible, 0 not, 2 neither
         return self._of(bias, device, lambda b: torch.where(b <= -1e30, 0, 2 - (b == 0).byte())[:, 0])
@@ -384,7 +387,7 @@ class MaskPlans(Cache):
                     "patch: attention_mask must hold 0 and at most -1e30, but it is a bias of other values"
                 )
             host = host.astype(bool)
-        key = host.shape, hashlib.sha256(np.packbits(host)).digest()
+        key = host.shape, hashlib.sha256(np.packbits(host).data).digest()
         plan = self._by_digest.pop(key, None) or plan_of_mask(host)
         self._by_digest[key] = plan
         while len(self._by_digest) > self.KEPT:
@@ -483,7 +486,7 @@ def attend(system: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: floa
 
 
 def norm_rope(
-    system: str, q: Tensor, k: Tensor, norm_q: nn.Module, norm_k: nn.Module, table: Tensor, **options
+    system: str, q: Tensor, k: Tensor, norm_q: Foreign, norm_k: Foreign, table: Tensor, **options
 ) -> tuple[Tensor, ...]:
     """``qk_norm_rope`` with the weights of the model's two norms, refused as Unsupported where the op refuses them.
 

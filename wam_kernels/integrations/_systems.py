@@ -57,9 +57,9 @@ def patch(model: nn.Module, on_unsupported: str = "error") -> Patch | None:
                 _expected(system, system.apply, done, found)
                 if not done.replaced:
                     raise Unsupported(f"patch: {system.SYSTEM}'s model must have attentions to replace, but has none")
-        except Unsupported as reason:
+        except Unsupported as error:
             done.undo()  # all of a model or nothing
-            done.policy.refuse(reason)
+            done.policy.refuse(error)
             return None
         except BaseException:
             done.undo()

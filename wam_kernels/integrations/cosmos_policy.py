@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ._patching import (
+    Foreign,
     Patch,
     Tables,
     Unsupported,
@@ -31,7 +32,7 @@ def find(model: nn.Module) -> list[nn.Module]:
     return [m for m in of_class(model, "Attention") if all(hasattr(m, part) for part in _PARTS) and m.is_selfattn]
 
 
-def apply(patch: Patch, attentions: list[nn.Module]) -> None:
+def apply(patch: Patch, attentions: list[Foreign]) -> None:
     tables = _RotateHalf()
     for attn in attentions:
         require_class(SYSTEM, attn, "Attention")
@@ -45,7 +46,7 @@ def apply(patch: Patch, attentions: list[nn.Module]) -> None:
 
 
 def _compute_qkv(
-    tables: _RotateHalf, attn: nn.Module, x: Tensor, context: Tensor | None = None, rope_emb: Tensor | None = None
+    tables: _RotateHalf, attn: Foreign, x: Tensor, context: Tensor | None = None, rope_emb: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     if rope_emb is None or x.ndim != 3:
         raise Unsupported(

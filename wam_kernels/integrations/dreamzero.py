@@ -20,6 +20,7 @@ from .._host import eager
 from ..plan import Plan, compile_plan
 from ..systems import dreamzero_train
 from ._patching import (
+    Foreign,
     Patch,
     Tables,
     Unsupported,
@@ -47,7 +48,7 @@ def find(model: nn.Module) -> list[nn.Module]:
     return of_class(model, "CausalWanSelfAttention")
 
 
-def apply(patch: Patch, attentions: list[nn.Module]) -> None:
+def apply(patch: Patch, attentions: list[Foreign]) -> None:
     tables = Tables()
     for attn in attentions:
         require_class(SYSTEM, attn, "CausalWanSelfAttention")
@@ -60,7 +61,7 @@ def apply(patch: Patch, attentions: list[nn.Module]) -> None:
 
 
 def _forward(
-    tables: Tables, attn: nn.Module, x: Tensor, freqs: Tensor, freqs_action: Tensor, freqs_state: Tensor,
+    tables: Tables, attn: Foreign, x: Tensor, freqs: Tensor, freqs_action: Tensor, freqs_state: Tensor,
     action_register_length: int | None, kv_cache: Tensor | None = None, current_start_frame: int = 0,
     is_tf: bool = True,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
@@ -81,7 +82,7 @@ _Freqs = tuple[Tensor, Tensor, Tensor]  # video, action, state: complex [n, 1, D
 
 
 @eager  # made of NumPy, which a compiled model must not trace
-def _plan(attn: nn.Module, tokens: int, registers: int, device: torch.device) -> Plan:
+def _plan(attn: Foreign, tokens: int, registers: int, device: torch.device) -> Plan:
     """The plan of ``dreamzero_train`` at the sizes of this call.
 
     Raises:
@@ -108,7 +109,7 @@ def _plan(attn: nn.Module, tokens: int, registers: int, device: torch.device) ->
     return compile_plan(program, device=device)
 
 
-def _train(attn: nn.Module, x: Tensor, freqs: _Freqs, registers: int, tables: Tables) -> tuple[Tensor, None]:
+def _train(attn: Foreign, x: Tensor, freqs: _Freqs, registers: int, tables: Tables) -> tuple[Tensor, None]:
     plan = _plan(attn, x.shape[1], registers, x.device)
     blocks = registers // (attn.num_action_per_block + attn.num_state_per_block)
 
@@ -125,7 +126,7 @@ def _train(attn: nn.Module, x: Tensor, freqs: _Freqs, registers: int, tables: Ta
 
 
 def _cached(
-    attn: nn.Module, x: Tensor, freqs: _Freqs, registers: int, block: int, kv_cache: Tensor, tables: Tables
+    attn: Foreign, x: Tensor, freqs: _Freqs, registers: int, block: int, kv_cache: Tensor, tables: Tables
 ) -> tuple[Tensor, Tensor]:
     B, S, _ = x.shape
     cached, video = kv_cache.shape[2], S - registers

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ._patching import (
+    Foreign,
     MaskPlans,
     Patch,
     Tables,
@@ -34,7 +35,7 @@ def find(model: nn.Module) -> list[nn.Module]:
     return [m for m in of_class(model, "MoT") if hasattr(m, "mixtures")]
 
 
-def apply(patch: Patch, mots: list[nn.Module]) -> None:
+def apply(patch: Patch, mots: list[Foreign]) -> None:
     masks, tables = MaskPlans(), Tables()
     for mot in mots:
         if of_class(mot, "MoTLayer"):
@@ -57,7 +58,7 @@ def apply(patch: Patch, mots: list[nn.Module]) -> None:
 
 
 def _mixed_attention(
-    masks: MaskPlans, mot: nn.Module, q_cat: Tensor, k_cat: Tensor, v_cat: Tensor, attention_mask: Tensor
+    masks: MaskPlans, mot: Foreign, q_cat: Tensor, k_cat: Tensor, v_cat: Tensor, attention_mask: Tensor
 ) -> Tensor:
     q, k, v = (t.unflatten(-1, (mot.num_heads, -1)) for t in (q_cat, k_cat, v_cat))
     plan = masks.plan(attention_mask, q.device)
@@ -65,7 +66,7 @@ def _mixed_attention(
 
 
 def _build_io(
-    tables: Tables, mot: nn.Module, expert: nn.Module, block: nn.Module, x: Tensor, freqs: Tensor, t_mod: Tensor
+    tables: Tables, mot: Foreign, expert: Foreign, block: Foreign, x: Tensor, freqs: Tensor, t_mod: Tensor
 ) -> tuple:
     attn = block.self_attn
     require_complex(SYSTEM, freqs)

@@ -14,6 +14,7 @@ In both, ``WanAttention.forward`` runs q/k norm and rope in one launch.
 
 from __future__ import annotations
 
+from typing import Any
 from weakref import WeakKeyDictionary, ref
 
 import numpy as np
@@ -26,6 +27,7 @@ from ..plan import Plan, compile_plan
 from ..systems import lingbot_va_text, lingbot_va_train
 from ._patching import (
     Cache,
+    Foreign,
     Patch,
     Policy,
     Tables,
@@ -55,7 +57,7 @@ def find(model: nn.Module) -> list[nn.Module]:
     ]
 
 
-def apply(patch: Patch, models: list[nn.Module]) -> None:
+def apply(patch: Patch, models: list[Foreign]) -> None:
     tables, mirrors = Tables(), _Mirrors()
     for model in models:
         require_class(SYSTEM, model, "WanTransformer3DModel")
@@ -76,7 +78,7 @@ def apply(patch: Patch, models: list[nn.Module]) -> None:
             patch.method(model, "forward_train", _forward_train, patch.policy, plans)
 
 
-def _is_flex(attn: nn.Module) -> bool:
+def _is_flex(attn: Foreign) -> bool:
     return any(cls.__name__ == "FlexAttnFunc" for cls in type(attn.attn_op).__mro__)
 
 
@@ -90,9 +92,9 @@ class _StepPlans(Cache):
         self.of: dict[bool, Plan] = {}
 
 
-def _forward_train(policy: Policy, plans: _StepPlans, model: nn.Module, input_dict: dict):
+def _forward_train(policy: Policy, plans: _StepPlans, model: Foreign, input_dict: dict):
     op = type(model.blocks[0].attn1.attn_op)
-    flex = next(cls for cls in op.__mro__ if "init_mask" in vars(cls))
+    flex: Any = next(cls for cls in op.__mro__ if "init_mask" in vars(cls))
     original = vars(flex)["init_mask"]
 
     def init_mask(latent_shape, action_shape, padded_length, chunk_size, window_size, patch_size, device):
@@ -134,7 +136,7 @@ def _plans(latent_shape, action_shape, padding: int, chunk_size: int, window: in
 
 
 def _flex_forward(
-    plans: _StepPlans, op: nn.Module, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype = torch.bfloat16
+    plans: _StepPlans, op: Foreign, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
     plan = plans.of.get(op.is_cross)
     if plan is None:
@@ -153,7 +155,7 @@ class _Mirrors(Cache):
         self._of: WeakKeyDictionary[nn.Module, dict[str, _Slots]] = WeakKeyDictionary()
 
     @eager
-    def slots(self, attn: nn.Module, cache_name: str) -> _Slots:
+    def slots(self, attn: Foreign, cache_name: str) -> _Slots:
         cache = attn.attn_caches[cache_name]
         mirrors = self._of.setdefault(attn, {})
         if cache_name not in mirrors or mirrors[cache_name].pool() is not cache["mask"]:
@@ -162,7 +164,7 @@ class _Mirrors(Cache):
 
 
 def _update_cache(
-    mirrors: _Mirrors, attn: nn.Module, cache_name: str, key: Tensor, value: Tensor, is_pred: bool
+    mirrors: _Mirrors, attn: Foreign, cache_name: str, key: Tensor, value: Tensor, is_pred: bool
 ) -> np.ndarray:
     cache, slots = attn.attn_caches[cache_name], mirrors.slots(attn, cache_name)
     taken, _ = slots.write(cache, key, value, bool(is_pred))
@@ -170,23 +172,23 @@ def _update_cache(
     return taken
 
 
-def _restore_cache(mirrors: _Mirrors, attn: nn.Module, cache_name: str, slots: np.ndarray) -> None:
+def _restore_cache(mirrors: _Mirrors, attn: Foreign, cache_name: str, slots: np.ndarray) -> None:
     mirror = mirrors.slots(attn, cache_name)
     mirror.release(slots)
     mirror.publish(attn.attn_caches[cache_name])
 
 
-def _clear_pred_cache(mirrors: _Mirrors, attn: nn.Module, cache_name: str) -> None:
+def _clear_pred_cache(mirrors: _Mirrors, attn: Foreign, cache_name: str) -> None:
     mirror = mirrors.slots(attn, cache_name)
     mirror.release(mirror.is_pred)
     mirror.publish(attn.attn_caches[cache_name])
 
 
 def _forward(
-    tables: Tables, mirrors: _Mirrors, attn: nn.Module, q: Tensor, k: Tensor, v: Tensor, rotary_emb: Tensor,
+    tables: Tables, mirrors: _Mirrors, attn: Foreign, q: Tensor, k: Tensor, v: Tensor, rotary_emb: Tensor,
     update_cache: int = 0, cache_name: str = "pos",
 ) -> Tensor:  # fmt: skip
-    cache = (attn.attn_caches or {}).get(cache_name)
+    cache: Any = (attn.attn_caches or {}).get(cache_name)
     pooled = cache is not None and cache["k"] is not None
     if pooled and torch.is_grad_enabled() and (q.requires_grad or attn.to_q.weight.requires_grad):
         raise Unsupported(f"patch: {SYSTEM}'s cached attention has no gradient; run it under torch.no_grad()")

@@ -15,7 +15,17 @@ import sys
 
 from torch import Tensor, nn
 
-from ._patching import MaskPlans, Patch, Unsupported, attend, of_class, require_class, require_kernel, require_parts
+from ._patching import (
+    Foreign,
+    MaskPlans,
+    Patch,
+    Unsupported,
+    attend,
+    of_class,
+    require_class,
+    require_kernel,
+    require_parts,
+)
 
 SYSTEM = "openpi"
 _FUNCTION = "eager_attention_forward"
@@ -26,7 +36,7 @@ def find(model: nn.Module) -> list[nn.Module]:
     return of_class(model, "PaliGemmaWithExpertModel")
 
 
-def apply(patch: Patch, pairs: list[nn.Module]) -> None:
+def apply(patch: Patch, pairs: list[Foreign]) -> None:
     masks = MaskPlans()
     for pair in pairs:
         require_class(SYSTEM, pair, "PaliGemmaWithExpertModel")
@@ -41,7 +51,7 @@ def apply(patch: Patch, pairs: list[nn.Module]) -> None:
                 patch.function(_module_of(attn), _FUNCTION, attn, _attention, masks)
 
 
-def _module_of(attn: nn.Module) -> str:
+def _module_of(attn: Foreign) -> str:
     """The Python module with the function that this attention calls: that of its class, which FSDP2 may have derived.
 
     Raises:
@@ -54,7 +64,7 @@ def _module_of(attn: nn.Module) -> str:
 
 
 def _attention(
-    masks: MaskPlans, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    masks: MaskPlans, module: Foreign, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float, dropout: float = 0.0, **kwargs,
 ) -> tuple[Tensor, None]:  # fmt: skip
     if dropout and module.training:

@@ -88,7 +88,7 @@ def forward(
     v: Tensor | None = None, v_out: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Fills ``q_out``, ``k_out`` and, with v, ``v_out`` ``[B, S, H, D]``, whatever their strides but the last."""
-    if v is not None:
+    if v is not None and v_out is not None:
         v_out.copy_(v.unflatten(-1, (-1, head_dim)))
     acc = torch.promote_types(q.dtype, torch.float32)
     table = table.to(acc)
@@ -132,4 +132,5 @@ def backward(
             chunk.of(dx, head_dim).copy_(u)
         dxs.append(dx)
         dweights.append(dw_HD.view(-1).to(weight.dtype))
-    return *dxs, *dweights
+    (dq, dk), (dweight_q, dweight_k) = dxs, dweights
+    return dq, dk, dweight_q, dweight_k

@@ -244,7 +244,8 @@ def forward(
         return
     has_v = v is not None
     # the kernel without v reads nothing of what stands in for it
-    v, v_out = (v, v_out) if has_v else (q, q_out)
+    if v is None or v_out is None:
+        v, v_out = q, q_out
     _qk_norm_rope_fwd_kernel[(B * S, 2 + has_v)](
         q, k, v, weight_q, weight_k, table, q_out, k_out, v_out,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],

@@ -7,11 +7,11 @@ feed-forward; gate + residual. ``DualExpertPackedBlock`` runs that for two strea
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from open_wam.models.common.denoising_cache import InvariantTokenCache
 from open_wam.models.visual_tower.runtime_parameter_ops import (
     linear_with_materialized_params,
     materialize_runtime_parameter,
@@ -20,7 +20,8 @@ from open_wam.models.visual_tower.runtime_parameter_ops import (
 from torch import Tensor, nn
 
 from ... import FrameIndex, ada_layer_norm, gate_residual_ada_layer_norm, qk_norm_rope
-from .cache import TokenCache
+from .._patching import Foreign
+from .cache import Direct, TokenCache
 from .modulation import frame_rows
 from .visibility import Batch, TextBatch, Visibility, attend_all
 
@@ -31,7 +32,7 @@ Linear = Callable[[nn.Linear, Tensor], Tensor]
 class Stream:
     """One expert's tokens on their way through one block."""
 
-    block: nn.Module
+    block: Foreign
     x: Tensor  # [B, S, D]
     rows: Tensor  # [B, F, 6, D], float32: shift, scale, gate of attention, then of the feed-forward
     table: Tensor  # [6, D], float32
@@ -42,10 +43,10 @@ class Stream:
     text: Tensor  # [B, T, D]
     text_mask: Tensor | None = None  # bool [B, S, T] or [B, H, S, T]
     text_batch: TextBatch | None = None  # several samples in one sequence
-    cache: TokenCache | None = None
+    cache: TokenCache | Direct | None = None
     number: int = 0
 
-    def modulation(self, first: int) -> dict[str, Tensor]:
+    def modulation(self, first: int) -> dict[str, Any]:
         """shift and scale number ``first``, and their rows of the table."""
         shift, scale = self.rows[:, :, first], self.rows[:, :, first + 1]
         return {
@@ -53,7 +54,7 @@ class Stream:
             "shift_table": self.table[first], "scale_table": self.table[first + 1],
         }  # fmt: skip
 
-    def gate(self, number: int) -> dict[str, Tensor]:
+    def gate(self, number: int) -> dict[str, Any]:
         return {"gate": self.rows[:, :, number], "gate_table": self.table[number]}
 
     def qkv(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -62,16 +63,16 @@ class Stream:
         h = ada_layer_norm(self.x, index=self.index, eps=self.block.norm1.eps, **self.modulation(0))
         q, k, v = (self.linear(layer, h) for layer in (attn.to_q, attn.to_k, attn.to_v))
         head_dim = q.shape[-1] // attn.heads
-        weights = (_weight(norm, q) for norm in (attn.norm_q, attn.norm_k))
+        weight_q, weight_k = _weight(attn.norm_q, q), _weight(attn.norm_k, q)
         angles = torch.view_as_real(self.rope[:, :, 0]).contiguous()
-        q, k = qk_norm_rope(q, k, *weights, angles, head_dim=head_dim, eps=attn.norm_q.eps)
+        q, k = qk_norm_rope(q, k, weight_q, weight_k, angles, head_dim=head_dim, eps=attn.norm_q.eps)
         return q, k, v.unflatten(-1, (attn.heads, head_dim))
 
     def finish(self, attention: Tensor) -> Tensor:
         """The rest of the block behind attention ``[B, S, H, D]``; hidden states ``[B, S, D]``."""
         block = self.block
         y = self._out(block.attn1, attention)
-        affine = {}
+        affine: dict[str, Any] = {}
         if isinstance(block.norm2, nn.LayerNorm):
             weight, bias = (p.float() for p in (_dense(block.norm2.weight, y), _dense(block.norm2.bias, y)))
             affine = {"weight": weight, "bias": bias, "eps": block.norm2.eps}
@@ -86,7 +87,7 @@ class Stream:
         x, _ = gate_residual_ada_layer_norm(x, y.type_as(x), shift=None, scale=None, index=self.index, **self.gate(5))
         return x if self.cache is None else self.cache.output(x)
 
-    def _out(self, attn: nn.Module, heads: Tensor) -> Tensor:
+    def _out(self, attn: Foreign, heads: Tensor) -> Tensor:
         return attn.to_out[1](self.linear(attn.to_out[0], heads.flatten(2)))
 
     def _attend_text(self, h: Tensor) -> Tensor:
@@ -118,7 +119,7 @@ def _call(module: nn.Module, x: Tensor) -> Tensor:
     return module(x)
 
 
-def why_not(block: nn.Module) -> str | None:
+def why_not(block: Foreign) -> str | None:
     """Why the fused ops cannot run a block, or None."""
     heads, inner = block.attn1.heads, block.attn1.inner_dim
     width, head_dim = block.scale_shift_table.shape[-1], inner // heads
@@ -139,6 +140,7 @@ def _attend(visible: Visibility | Batch, streams: list[Stream]) -> list[Tensor]:
         out = visible.attend(q, k, v)
     else:
         layer.write(k, v)
+        assert isinstance(visible, Visibility) and layer.key is not None and layer.value is not None
         out = visible.attend_cache(q, layer.key, layer.value)
     return list(out.split(lengths, 1))
 
@@ -148,24 +150,25 @@ def _attend(visible: Visibility | Batch, streams: list[Stream]) -> list[Tensor]:
 
 def packed_block_forward(
     self,
-    video_hidden_states: Tensor,
+    video_hidden_states: Tensor | None,
     action_hidden_states: Tensor | None,
     *,
     visible: Visibility | Batch,
-    video_timestep_proj: Tensor,
-    video_rotary_emb: Tensor,
+    video_timestep_proj: Tensor | None,
+    video_rotary_emb: Tensor | None,
     action_temb: Tensor | None,
     action_rotary_emb: Tensor | None,
-    video_text_hidden_states: Tensor,
+    video_text_hidden_states: Tensor | None,
     action_text_hidden_states: Tensor | None,
     video_cross_attention_mask: Tensor | None,
     action_cross_attention_mask: Tensor | None,
     video_cross_attention_block_mask: TextBatch | None,
     action_cross_attention_block_mask: TextBatch | None,
-    token_cache: tuple[TokenCache, TokenCache] | None,
-) -> tuple[Tensor, Tensor | None]:
+    token_cache: Sequence[TokenCache | Direct] | None,
+) -> tuple[Tensor | None, Tensor | None]:
     """``DualExpertPackedBlock.forward`` for a ``block_mask`` of ours; the arguments are the package's."""
-    inputs = (
+    # of a stream that has hidden states all that it needs is there
+    inputs: tuple[tuple[Any, ...], ...] = (
         (self.video_block, video_hidden_states, video_timestep_proj, video_rotary_emb, video_text_hidden_states,
          video_cross_attention_mask, video_cross_attention_block_mask),
         (self.action_block, action_hidden_states, action_temb, action_rotary_emb, action_text_hidden_states,
@@ -204,12 +207,13 @@ def shared_block_forward(
     encoder_hidden_states: Tensor,
     temb: Tensor,
     rotary_emb: Tensor,
-    invariant_cache: InvariantTokenCache | None,
+    invariant_cache: TokenCache | None,
 ) -> Tensor:
     """``SharedTransformerBlock.forward`` for a profile of ours and no cache that outlives the call."""
     x, cache = hidden_states, invariant_cache
     if cache is not None:
-        x, temb, rotary_emb = (cache.select(t) for t in (x, temb, rotary_emb))
+        select: Callable[[Tensor], Any] = cache.select  # None of None alone
+        x, temb, rotary_emb = (select(t) for t in (x, temb, rotary_emb))
     rows, index = frame_rows(temb)
     table = _dense(self.scale_shift_table, x)[0].float()
     stream = Stream(

@@ -28,8 +28,9 @@ class LayerCache:
 
     def write(self, key: Tensor, value: Tensor) -> None:
         """Keys and values of the tokens at ``positions``."""
-        if self.key is None:
-            self.key, self.value = (self._empty(t) for t in (key, value))
+        if self.key is None or self.value is None:
+            self.key, self.value = self._empty(key), self._empty(value)
+        assert self.positions is not None
         self.key.index_copy_(1, self.positions, key)
         self.value.index_copy_(1, self.positions, value)
         if self.next_positions is not None:
@@ -37,6 +38,7 @@ class LayerCache:
 
     def take(self, other: LayerCache, source: Tensor, target: Tensor, slots: int) -> None:
         """Begin with some of another cache's keys and values."""
+        assert other.key is not None and other.value is not None
         self.slots = slots
         self.key, self.value = (
             self._empty(t).index_copy_(1, target, t.index_select(1, source)) for t in (other.key, other.value)
@@ -50,7 +52,20 @@ class LayerCache:
 class TokenCache(denoising_cache.InvariantTokenCache):
     """The package's cache of one stream of one layer, which keeps the hidden states, and the layer's buffer."""
 
-    layer: LayerCache | None = None
+    layer: LayerCache = field(kw_only=True)
+
+
+@dataclass
+class Direct:
+    """Stands for the package's token cache where the block gets just the tokens that it is to compute."""
+
+    layer: LayerCache
+
+    def select(self, tensor: Tensor | None, *, dim: int = 1) -> Tensor | None:
+        return tensor
+
+    def output(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states
 
 
 def bind(original, cache: denoising_cache.DenoisingCache, *, profile, **options) -> None:

@@ -25,7 +25,7 @@ class FrameRows(NamedTuple):
     """``rows`` ``[B or 1, F, 6, D]``, and which of them each token reads."""
 
     rows: Tensor
-    index: FrameIndex
+    frame_index: FrameIndex
 
 
 def frame_rows(expanded: Tensor) -> FrameRows:
@@ -43,11 +43,11 @@ def tag(expanded: Tensor, rows: Tensor, token_rows: Tensor) -> Tensor:
 
 def tag_joined(expanded: Tensor, parts: Sequence[FrameRows]) -> None:
     """Tag a modulation that is the given ones end to end, then zeros: padding."""
-    if any(part.index is per_token(part.index.length, expanded.device) for part in parts):
+    if any(part.frame_index is per_token(part.frame_index.length, expanded.device) for part in parts):
         return  # nothing to gain
     rows = torch.cat([*(part.rows for part in parts), parts[0].rows.new_zeros(1, 1, *expanded.shape[2:])], 1)
     first = np.cumsum([0, *(part.rows.shape[1] for part in parts)]).tolist()
-    tokens = [part.index.row_of_token.cpu() + at for part, at in zip(parts, first[:-1], strict=True)]
+    tokens = [part.frame_index.row_of_token.cpu() + at for part, at in zip(parts, first[:-1], strict=True)]
     padding = expanded.shape[1] - sum(t.numel() for t in tokens)
     tag(expanded, rows, torch.cat([*tokens, tokens[0].new_full((padding,), first[-1])]))
 

@@ -57,7 +57,7 @@ def batch_text(original, query_lengths, query_slots, text_lengths, local_masks, 
 
 def _slices(lengths, slots) -> list[tuple[tuple[int, int], ...]]:
     """Where each sample's tokens are, one slice for each stream."""
-    places = [[] for _ in lengths[0]]
+    places: list[list[tuple[int, int]]] = [[] for _ in lengths[0]]
     at = 0
     for stream_lengths, stream_slots in zip(lengths, slots, strict=True):
         for place, length, slot in zip(places, stream_lengths, stream_slots, strict=True):

@@ -11,6 +11,7 @@ computed anew.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -25,8 +26,9 @@ from open_wam.models.visual_tower.runtime_parameter_ops import (
 from torch import Tensor, nn
 
 from ... import ada_layer_norm
+from .._patching import Foreign
 from . import blocks
-from .cache import LayerCache, is_ours
+from .cache import Direct, LayerCache, is_ours
 from .modulation import per_token
 from .visibility import Visibility
 
@@ -37,12 +39,12 @@ _STAGE = "_wam_stage"  # of a DenoisingCache: what its steps share
 class Inputs:
     """The arguments of ``forward_dual_expert_packed_coupling_denoise`` that a step reads."""
 
-    visual_tower: nn.Module
+    visual_tower: Foreign
     noisy_video_latents: Tensor  # [B, C, F, h, w]
     clean_video_latents: Tensor
     noisy_video_timesteps: Tensor  # [B, F]
     clean_video_timesteps: Tensor
-    packed_action_pre: object | None  # tokens [B, 2 F n, D'], noisy then clean, and what goes with them
+    packed_action_pre: Any  # or None; else tokens [B, 2 F n, D'], noisy then clean, and what goes with them
     text_context: Tensor
     frame_start: int
     video_hidden_context: Tensor | None  # [B, 2 F tokens, D]
@@ -156,13 +158,13 @@ class History:
     def __init__(self) -> None:
         self._by_model: WeakKeyDictionary[nn.Module, list[Remembered]] = WeakKeyDictionary()
 
-    def get(self, stack: nn.Module, weights: Weights, text: Tensor) -> Remembered | None:
+    def get(self, stack: Foreign, weights: Weights, text: Tensor) -> Remembered | None:
         for known in self._by_model.get(stack, ()):
             if known.weights.same(weights) and _equal(known.text_context, text):
                 return known
         return None
 
-    def put(self, stack: nn.Module, new: Remembered) -> None:
+    def put(self, stack: Foreign, new: Remembered) -> None:
         kept = [r for r in self._by_model.get(stack, ()) if not _equal(r.text_context, new.text_context)]
         self._by_model[stack] = [new, *kept][: self.TEXTS]
 
@@ -199,7 +201,7 @@ def denoise(
     )
 
 
-def _step(history: History | None, visible: Visibility, stack: nn.Module, cache: DenoisingCache, inputs: Inputs):
+def _step(history: History | None, visible: Visibility, stack: Foreign, cache: DenoisingCache, inputs: Inputs):
     begun, stage = None, getattr(cache, _STAGE, None)
     if stage is None:
         begun = _begin(history, visible, stack, cache, inputs)
@@ -217,7 +219,7 @@ def _step(history: History | None, visible: Visibility, stack: nn.Module, cache:
         video, action = block(
             video, action, block_mask=step.visible, token_cache=(direct, direct), **video_rest, **action_rest
         )
-    if begun is not None and begun.remembered is not None:
+    if history is not None and begun is not None and begun.remembered is not None:
         history.put(stack, begun.remembered)  # now that all of it is there
     return _project_video(inputs, fresh, video, embedding), _scatter_action(inputs, fresh, action)
 
@@ -233,21 +235,8 @@ class Begun:
     remembered: Remembered | None  # what to leave for the next chunk, once it is computed
 
 
-@dataclass
-class Direct:
-    """Stands for the package's token cache where the block gets just the tokens that it is to compute."""
-
-    layer: LayerCache
-
-    def select(self, tensor: Tensor | None, *, dim: int = 1) -> Tensor | None:
-        return tensor
-
-    def output(self, hidden_states: Tensor) -> Tensor:
-        return hidden_states
-
-
 def _begin(
-    history: History | None, visible: Visibility, stack: nn.Module, cache: DenoisingCache, inputs: Inputs
+    history: History | None, visible: Visibility, stack: Foreign, cache: DenoisingCache, inputs: Inputs
 ) -> Begun | None:
     """A new stage, its buffers holding what is known; None where frames are not whole."""
     required = cache.key_indices
@@ -266,9 +255,10 @@ def _begin(
         remembered = history.get(stack, weights, inputs.text_context)
         old, new = (np.zeros(0, np.int64),) * 2 if remembered is None else _unchanged(remembered.units, units)
         known[new] = True
-        if new.size:
-            texts = (remembered.action_text, action_text)
-            same_text = (0, 1) if all(t is not None for t in texts) and _equal(*texts) else (0,)
+        if remembered is not None and new.size:
+            past_text = remembered.action_text
+            same = past_text is not None and action_text is not None and _equal(past_text, action_text)
+            same_text = (0, 1) if same else (0,)
             source, target = (torch.from_numpy(slots).to(required.device) for slots in (old, new))
             for layer, past in zip(layers, remembered.layers, strict=True):
                 layer.take(past, source, target, required.numel())
@@ -278,6 +268,7 @@ def _begin(
         layer.slots = required.numel()
     fresh_slots = torch.from_numpy(np.flatnonzero(~known)).to(required.device)
     fresh = _tokens(required[fresh_slots], inputs)
+    assert fresh is not None  # whole frames less whole frames
     text = core._exact_text_hidden_states(inputs.text_context, dtype=inputs.noisy_video_latents.dtype)
     active_slots = slot_of.to(required.device)[active.joint]
     stage = Stage(layers, text, active, visible.select(active.joint, required), active_slots)
@@ -289,14 +280,15 @@ def _begin(
 
 def _units(inputs: Inputs, visible: Visibility, tokens: Tokens, slot_of: np.ndarray) -> Units:
     frames, per_frame = inputs.frames, inputs.frame_tokens
-    names, members, content = [], [], {}
+    names, members = [], []
+    content: dict[tuple[int, int], tuple[Tensor, ...]] = {}
     still = not bool(inputs.clean_video_timesteps.any())
     for frame in tokens.video_frames[tokens.video_frames >= frames] if still else ():
         ids = np.arange(frame * per_frame, (frame + 1) * per_frame)
         name = (0, inputs.frame_start + int(frame) - frames)
         context = inputs.video_hidden_context
         # a copy: it may lie in a buffer of the caller's, who writes the next observation there
-        parts = (inputs.clean_video_latents[:, :, frame - frames].clone(),)
+        parts: tuple[Tensor, ...] = (inputs.clean_video_latents[:, :, frame - frames].clone(),)
         content[name] = parts if context is None else (*parts, context[:, ids[0] : ids[-1] + 1])
         names.append(name)
         members.append(ids)
@@ -394,6 +386,7 @@ def _project_video(inputs: Inputs, tokens: Tokens, hidden: Tensor | None, embedd
     flow = latents.new_zeros(latents.shape)
     if not count:
         return flow
+    assert hidden is not None and embedding is not None
     hidden, embedding = hidden[:, :count], embedding[:, :count]
     table = materialize_runtime_parameter(core.scale_shift_table, device=hidden.device, dtype=embedding.dtype)[0]
     shift, scale = (embedding + row for row in table)

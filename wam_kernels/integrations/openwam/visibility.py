@@ -43,7 +43,7 @@ def read_profile(profile) -> Visibility:
         raise UnsupportedProfileError(f"attention profile {name!r} of family {family!r} is unknown")
     if metadata.get("proprio_context_token_count", 0):
         raise UnsupportedProfileError(f"attention profile {name!r} has proprioception tokens in its text context")
-    names = _ATTRIBUTES
+    names: tuple[str, ...] = _ATTRIBUTES
     if metadata.get("singleton_chunk_frame") is not None or metadata.get("conditional_history_policy") != "none":
         names = (*names, "frame_id")  # the two rules that look at single frames
     attributes = torch.stack([getattr(layout, name).long() for name in names])
@@ -119,9 +119,10 @@ class Visibility:
         self.sees, self.sample_of_run = sees, sample_of_run
         self.geometry: Geometry | None = None
 
-    def select(self, queries: Tensor, keys: Tensor) -> Visibility:
-        """The same rule between some of the queries and some of the keys, given by index."""
-        q_run, k_run = self.query_run[queries.cpu().numpy()], self.key_run[keys.cpu().numpy()]
+    def select(self, queries: Tensor, keys: Tensor | None) -> Visibility:
+        """The same rule between some of the queries and some of the keys, None for all, given by index."""
+        q_run = self.query_run[queries.cpu().numpy()]
+        k_run = self.key_run if keys is None else self.key_run[keys.cpu().numpy()]
         return Visibility(q_run, k_run, self.sees, self.sample_of_run)
 
     def rule(self, queries: Tensor, keys: Tensor) -> Tensor:
