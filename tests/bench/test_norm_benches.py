@@ -37,7 +37,8 @@ def test_rows_have_what_the_report_shows(make, file, arms):
     header = next(line for line in shown.splitlines() if line.startswith("|"))
     for column in ("what", "tokens", "D", "arm", "ms", "%_of_copy", "ratio"):
         assert f" {column} " in header
-    assert all(row["%_of_copy"] > 0 and row["MB"] > 0 and row["ms_min"] <= row["ms"] <= row["ms_p95"] for row in rows)
+    # a busy moment can make so small a call slower than a hundredth of a percent of a copy
+    assert all(row["%_of_copy"] >= 0 and row["MB"] > 0 and row["ms_min"] <= row["ms"] <= row["ms_p95"] for row in rows)
 
 
 def slightly_off(fn):
