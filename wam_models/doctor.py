@@ -167,9 +167,9 @@ def crowded(machine: Machine) -> str | None:
         return None
     return (
         f"warning: {machine.load:.1f} processes keep {machine.cpu_cores} cores busy, and torch would use "
-        f"{machine.cpu_threads} threads: threads that wait for a core held by another process can make a step 40 times "
-        "slower. wam train, rollout and demo choose their threads by trial; a script of your own: OMP_NUM_THREADS=1, "
-        "or OMP_WAIT_POLICY=PASSIVE set before torch is imported"
+        f"{machine.cpu_threads} threads: threads that wait for a core held by another process can make a step many "
+        "times slower. wam train, rollout and demo choose their threads by trial; a script of your own: "
+        "OMP_NUM_THREADS=1, or OMP_WAIT_POLICY=PASSIVE set before torch is imported"
     )
 
 
