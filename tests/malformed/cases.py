@@ -70,19 +70,24 @@ def directory(name):
     return damage
 
 
+def change(tree, where, new):
+    """Put ``new(old)`` in the place of what is at ``where``, keys or indices; GONE takes it out."""
+    *path, last = where
+    for key in path:
+        tree = tree[key]
+    value = new(tree.get(last) if isinstance(tree, dict) else tree[last])
+    if value is GONE:
+        del tree[last]
+    else:
+        tree[last] = value
+
+
 def entry(name, where, value):
     """A JSON file with another value at ``where``, dots between keys."""
 
     def damage(folder):
         tree = json.loads((folder / name).read_text())
-        *path, last = where.split(".") if isinstance(where, str) else where
-        inner = tree
-        for key in path:
-            inner = inner[key]
-        if value is GONE:
-            del inner[last]
-        else:
-            inner[last] = value
+        change(tree, where.split(".") if isinstance(where, str) else where, lambda _: value)
         put(folder / name, json.dumps(tree).encode())
 
     return damage
@@ -166,14 +171,7 @@ def state(where, value):
 
     def damage(folder):
         tree = torch.load(folder / STATE, weights_only=True)
-        *path, last = where
-        inner = tree
-        for key in path:
-            inner = inner[key]
-        if value is GONE:
-            del inner[last]
-        else:
-            inner[last] = value(inner[last]) if callable(value) else value
+        change(tree, where, value if callable(value) else lambda _: value)
         (folder / STATE).unlink()
         torch.save(tree, folder / STATE)
 
