@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 IMPORTED_AS = {"pillow": "PIL"}
 # imported where it is there, and said by name where it is not
-OPTIONAL = {"triton", "openwam", "open_wam", "diffusers", "transformers", "accelerate"}
+OPTIONAL = {"triton", "openwam", "open_wam", "diffusers", "transformers", "accelerate", "metaworld", "mujoco"}
 
 ALONE = """
 import sys

@@ -234,8 +234,10 @@ def evaluate(
 
 
 def rmse(guess: Tensor, real: Tensor, varying: Tensor) -> float:
-    """Root mean square error of actions ``[..., A]`` over the dimensions marked in the bool ``[A]``."""
-    return (guess - real)[..., varying].double().square().mean().sqrt().item()
+    """Root mean square error of actions ``[..., A]`` over the dimensions marked in the bool ``[A]``; or of tokens
+    ``[..., k A]`` of k actions each."""
+    error = (guess - real).unflatten(-1, (-1, len(varying)))  # several actions, where one token holds them
+    return error[..., varying].double().square().mean().sqrt().item()
 
 
 def mean_psnr(a: np.ndarray, b: np.ndarray) -> float:

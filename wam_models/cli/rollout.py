@@ -14,7 +14,6 @@ from tqdm import tqdm
 
 from .._checks import check_device, writable_folder
 from .._files import new_file
-from ..data.clips import STRIDE
 from ..data.latents import pictures_of
 from ..draw.charts import film
 from ..evaluate import Chunk, mean_psnr, rmse, stream
@@ -96,7 +95,7 @@ def _recorded(args, policy: Policy, config: RolloutConfig, objective: str, name:
     print(f"chunks         {len(done)} ({_size(size, policy)} each); {history}")
     _print_speed([c.seconds for c in done], size, f"the recording runs at {dataset.fps:g}", policy)
 
-    frames, name = np.arange(1, 1 + len(done) * size), f"episode{number:03d}_{name}"
+    frames, name, arrays = np.arange(1, 1 + len(done) * size), f"episode{number:03d}_{name}", {}
     if goal.action:
         guess, real = torch.cat([c.action.cpu() for c in done], 1), clip["action"][:, frames]
         if policy.varying.any():
@@ -104,48 +103,63 @@ def _recorded(args, policy: Policy, config: RolloutConfig, objective: str, name:
         else:
             print("action error   none: no number of an action varies in the training split")
         predicted, recorded = (policy.denormalize_action(a[0]).numpy() for a in (guess, real))
-        _write_actions(args, name, action=predicted, recorded=recorded, frame=frames)
+        arrays = {"action": predicted, "recorded": recorded, "frame": frames}
     if goal.video:
         latents = torch.cat([clip["video"][:, :, :1], *(c.video.cpu() for c in done)], 2)
         imagined = pictures_of(policy.codec, latents[0])
         real = clip["frames"][: len(imagined)]
+    if goal.video and policy.frames_are_states:
+        error = (latents[0] - clip["video"][0, :, : len(imagined)])[:, 1:].square().mean().sqrt()
+        print(f"state error    {error:.3f} (units of the training split's std)")
+        arrays |= {"state": real, "imagined": imagined}
+    if arrays:
+        _write(args, name, **arrays)
+    if goal.video and not policy.frames_are_states:
         print(f"video          {mean_psnr(imagined[None, 1:], real[None, 1:]):.2f} dB PSNR")
-        _film(args, name, real, imagined, dataset.fps)
+        _film(args, name, real, imagined, dataset.fps / policy.actions_per_frame)
     return 0
 
 
 def _simulated(args, policy: Policy, config: RolloutConfig, name: str) -> int:
-    simulator = load(args.simulator)
+    simulator = load(args.simulator, policy.cameras)
     freq = control_freq(simulator)
     generator = torch.Generator().manual_seed(args.seed)
     if policy.model.device.type == "cpu" and policy.camera is not None:  # else no picture is known before the episode
         black = np.zeros((1, policy.camera.height, policy.camera.width, 3), np.uint8)
+        first = np.zeros((1, policy.codec.channels), np.float32) if policy.frames_are_states else black
         with torch.no_grad():
             text = policy.text([""])
-        trial = RolloutEngine(policy.model, config).start(policy.codec.encode(black)[None], text)
+        trial = RolloutEngine(policy.model, config).start(policy.codec.encode(first)[None], text)
         pick_threads(lambda: trial.propose(generator=torch.Generator().manual_seed(0)))
-    played = play(policy, config, simulator, chunks=args.chunks or SIMULATED_CHUNKS, generator=generator)
+    played = play(
+        policy, config, simulator, chunks=args.chunks or SIMULATED_CHUNKS, generator=generator, seed=args.seed
+    )
     print(f'simulator      {args.simulator}: "{played.instruction}"')
     print(f"program        {config.program}, {config.steps} denoising steps, {policy.model.device}")
     seen = len(played.pictures) - 1
     size = _size(config.chunk_size, policy)
     print(f"chunks         {len(played.chunk_seconds)} ({size} each), {seen} frames executed and observed")
-    print(f"task           {'done' if played.done else 'not done'}")
+    why = f": {played.failure}" if played.failure else ""
+    print(f"task           {'done' if played.done else 'not done'}{why}")
     _print_speed(played.chunk_seconds, config.chunk_size, f"without the simulator, whose robot takes {freq:g}", policy)
-    _write_actions(args, f"simulated_{name}", action=played.actions, frame=played.frames)
-    _film(args, f"simulated_{name}", played.pictures, played.imagined, freq)
+    arrays = {"action": played.actions, "frame": played.frames}
+    if policy.frames_are_states:
+        _write(args, f"simulated_{name}", **arrays, state=played.pictures, imagined=played.imagined)
+        return 0
+    _write(args, f"simulated_{name}", **arrays)
+    _film(args, f"simulated_{name}", played.pictures, played.imagined, freq / policy.actions_per_frame)
     return 0
 
 
 def _size(frames: int, policy: Policy) -> str:
     """Of a chunk, in words."""
-    return f"{frames} frame{'s' if frames > 1 else ''}, {frames * policy.model.config.actions_per_frame} actions"
+    return f"{frames} frame{'s' if frames > 1 else ''}, {frames * policy.actions_per_frame} actions"
 
 
 def _print_speed(seconds: list[float], frames: int, remark: str, policy: Policy) -> None:
     """``frames`` of a chunk."""
     p50, p95 = np.percentile(seconds, [50, 95])
-    actions = frames * policy.model.config.actions_per_frame
+    actions = frames * policy.actions_per_frame
     print(f"seconds/chunk  p50 {p50:.4f}, p95 {p95:.4f} ({1 / p50:.1f} Hz)")
     print(f"actions/second {actions / p50:.1f} ({remark})")
     print(f"peak memory    {_peak_memory(policy.model.device)}")
@@ -155,19 +169,19 @@ def _out(args) -> Path:
     return args.out or args.checkpoint
 
 
-def _write_actions(args, name: str, **arrays: np.ndarray) -> None:
-    """``action`` and ``recorded`` float32 ``[F, 4, A]`` in the units of the data set; ``frame`` int64 ``[F]``: row i
-    leads to latent frame ``frame[i]``, which is video frame ``4 frame[i]``."""
+def _write(args, name: str, **arrays: np.ndarray) -> None:
+    """``action`` and ``recorded`` float32 ``[F, n, k A]`` in the units of the data set; ``frame`` int64 ``[F]``: row i
+    leads to latent frame ``frame[i]``, which is video frame ``n k frame[i]``. ``state`` and ``imagined`` ``[F, S]``."""
     path = _out(args) / f"{name}.npz"
     with new_file(path) as part:
         np.savez(part, **arrays)
     print(f"written        {path}: {', '.join(f'{key} {list(a.shape)}' for key, a in arrays.items())}")
 
 
-def _film(args, name: str, real: np.ndarray, imagined: np.ndarray, fps: float) -> None:
+def _film(args, name: str, real: np.ndarray, imagined: np.ndarray, frames_a_second: float) -> None:
     length = min(len(real), len(imagined))
     path = _out(args) / f"{name}.gif"
-    film({"real": real[:length], "imagined": imagined[:length]}, path, milliseconds=round(1000 * STRIDE / fps))
+    film({"real": real[:length], "imagined": imagined[:length]}, path, milliseconds=round(1000 / frames_a_second))
     print(f"written        {path}")
 
 

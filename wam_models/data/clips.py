@@ -6,42 +6,49 @@ import torch
 from .._checks import whole
 from .latents import PATCH, PatchPCA
 from .lerobot import LeRobotDataset
+from .states import StateCodec
 
 __all__ = ["ClipDataset", "action_slots", "episode_frames"]
 
 LEAST_STD = 1e-6  # an action dimension below this is constant
-STRIDE = 4  # video frames, and so actions, per latent frame
+STRIDE = 4  # video frames, and so actions, per latent frame, unless told otherwise
 FIT_FRAMES = 256  # 32,768 patches of 128 x 256 pictures: plenty for 768 dimensions, fitted in a second or two
 
 
-def episode_frames(dataset, episode, codec):
+def episode_frames(dataset, episode, codec, actions_per_frame=STRIDE):
     """The frames of an episode that a codec encodes, one way for training and rollout.
 
-    These are the video frames 4 f that latent frames f stand for and, for a codec that compresses time, those between:
+    These are the video frames n f, n = actions_per_frame, that latent frames f stand for and, for a codec that
+    compresses time, those between:
     uint8 [1 + temporal * (F - 1), H, W, 3] for F latent frames, of which every `temporal`-th is the picture of one.
 
-    Raises ValueError for a codec whose `temporal` does not divide 4, and what the reader raises.
+    Raises ValueError for a codec whose `temporal` does not divide n, and what the reader raises.
     """
-    if STRIDE % codec.temporal:
-        raise ValueError(f"episode_frames: codec.temporal is {codec.temporal}, expected a divisor of {STRIDE}")
-    frames = dataset.frames(episode, STRIDE // codec.temporal)
+    if actions_per_frame % codec.temporal:
+        raise ValueError(
+            f"episode_frames: codec.temporal is {codec.temporal}, expected a divisor of {actions_per_frame}, the "
+            "actions of a frame"
+        )
+    frames = dataset.frames(episode, actions_per_frame // codec.temporal)
     return frames[: 1 + (len(frames) - 1) // codec.temporal * codec.temporal]
 
 
-def action_slots(action, frames):
-    """float [T, A] -> float [frames, 4, A]: the actions that lead to each latent frame; zeros for frame 0."""
-    steps = frames - 1
-    slots = action.new_zeros(frames, STRIDE, action.shape[1])
-    slots[1:] = action[: STRIDE * steps].view(steps, STRIDE, action.shape[1])
+def action_slots(action, frames, actions_per_frame=STRIDE, actions_per_token=1):
+    """float [T, A] -> float [frames, n, k A]: the actions that lead to each latent frame, k of them in each of n tokens
+    (n k = actions_per_frame); zeros for frame 0."""
+    steps, tokens = frames - 1, actions_per_frame // actions_per_token
+    slots = action.new_zeros(frames, tokens, actions_per_token * action.shape[1])
+    slots[1:] = action[: actions_per_frame * steps].reshape(steps, *slots.shape[1:])
     return slots
 
 
 class ClipDataset:
     """A whole LeRobot data set as latents in memory, cut into clips.
 
-    Latent frame f stands for video frame 4 f, so the slots of frame f >= 1 are the 4 actions t = 4 (f - 1) .. 4 f - 1
-    that lead from latent frame f - 1 to f. Frame 0 of a clip has no reaching action: its slots are zeros, wherever the
-    clip starts. The mean and std of actions and the default codec come from the training split alone.
+    Latent frame f stands for video frame n f, n = actions_per_frame, so the slots of frame f >= 1 are the n actions
+    t = n (f - 1) .. n f - 1 that lead from latent frame f - 1 to f. Frame 0 of a clip has no reaching action: its slots
+    are zeros, wherever the clip starts. The mean and std of actions and the default codec come from the training split
+    alone.
 
     Attributes:
         tasks: list of instructions; `task` in a clip indexes it.
@@ -52,13 +59,16 @@ class ClipDataset:
         own_units: mean, std and which dimensions vary, of this training split even where `units` are others.
         latent_shape: (channels, rows, columns) of one latent frame.
         camera, picture_size: as of LeRobotDataset.
+        actions_per_frame, actions_per_token: as given.
 
     Args:
         dataset: a LeRobotDataset, or the folder of one, which is then read from its only camera.
-        codec: the codec to use; None fits PatchPCA with 48 channels.
+        codec: the codec to use; None fits PatchPCA with 48 channels, or StateCodec where frames are states.
         units: (action_mean, action_std, bool [A] which dimensions vary) in place of the training split's own, such as
             `Policy.units` for a policy that is to be trained on.
         progress: called with an iterable of episodes and returning it, such as tqdm.
+        actions_per_frame: video frames, and so actions, from one latent frame to the next.
+        actions_per_token: actions that one action token holds, a divisor of that.
 
     Raises:
         ValueError: no training episode, pictures that the codec's cells do not divide, episodes whose actions differ in
@@ -66,7 +76,14 @@ class ClipDataset:
         FileNotFoundError: what the reader raises.
     """
 
-    def __init__(self, dataset, codec=None, progress=iter, units=None):
+    def __init__(self, dataset, codec=None, progress=iter, units=None, actions_per_frame=STRIDE, actions_per_token=1):
+        self.actions_per_frame = whole("ClipDataset: actions_per_frame", actions_per_frame, 1)
+        self.actions_per_token = whole("ClipDataset: actions_per_token", actions_per_token, 1)
+        if actions_per_frame % actions_per_token:
+            raise ValueError(
+                f"ClipDataset: actions_per_token must divide actions_per_frame, {actions_per_frame}, got "
+                f"{actions_per_token}"
+            )
         if not isinstance(dataset, LeRobotDataset):
             dataset = LeRobotDataset(dataset)
         episodes = dataset.episodes
@@ -80,7 +97,11 @@ class ClipDataset:
 
         info = dataset.root / "meta/info.json"
         self.camera, self.picture_size = dataset.camera, dataset.picture_size
-        cell = PATCH if codec is None else codec.spatial
+        if codec is None:
+            default = StateCodec if dataset.has_states_as_frames else PatchPCA
+            cell = 1 if dataset.has_states_as_frames else PATCH
+        else:
+            cell = codec.spatial
         if any(n % cell for n in self.picture_size):
             size = " x ".join(map(str, self.picture_size))
             raise ValueError(
@@ -98,12 +119,13 @@ class ClipDataset:
         if units is not None and len(units[0]) != actions[0].shape[1]:
             raise ValueError(f"{dataset.root}: actions have {actions[0].shape[1]} numbers, the units {len(units[0])}")
 
-        frames = (episode_frames(dataset, e, codec or PatchPCA) for e in progress(episodes))
+        frames = (episode_frames(dataset, e, codec or default, actions_per_frame) for e in progress(episodes))
         if codec is None:
             frames = list(frames)
             pool = [(i, t) for i in self.train for t in range(len(frames[i]))]
-            chosen = np.linspace(0, len(pool) - 1, min(FIT_FRAMES, len(pool))).round().astype(int)
-            codec = PatchPCA.fit(np.stack([frames[pool[c][0]][pool[c][1]] for c in chosen]))
+            most = len(pool) if dataset.has_states_as_frames else FIT_FRAMES
+            chosen = np.linspace(0, len(pool) - 1, min(most, len(pool))).round().astype(int)
+            codec = default.fit(np.stack([frames[pool[c][0]][pool[c][1]] for c in chosen]))
         self.codec = codec
         # Clips are cut with NumPy: copies this small cost torch's thread pool far more than the copy itself when the
         # cores are busy (0.25 s a batch, against 1 ms).
@@ -118,7 +140,7 @@ class ClipDataset:
         self.action_mean, self.action_std, varying = units or self.own_units
         self.constant_actions = ~varying
         self._action = [
-            action_slots(self.normalize_action(action), video.shape[1]).numpy()
+            action_slots(self.normalize_action(action), video.shape[1], actions_per_frame, actions_per_token).numpy()
             for video, action in zip(self._video, actions, strict=True)
         ]
 
@@ -142,7 +164,8 @@ class ClipDataset:
             split: "train" or "held_out".
 
         Returns a dict of
-            video: float32 [batch, C, frames, h, w]; action: float32 [batch, frames, 4, A], normalised, frame 0 zeros;
+            video: float32 [batch, C, frames, h, w]; action: float32 [batch, frames, n, k A], n tokens of k
+            actions, normalised, frame 0 zeros;
             task: int64 [batch]; episode: int64 [batch]; start: int64 [batch], the latent frame that the clip starts at.
 
         Raises ValueError if no episode of the split has so many frames.

@@ -5,7 +5,8 @@ A codec is an object with
     decode(latents)  the reverse, uint8 [T, H, W, 3]
     channels, spatial, temporal: C, pixels per latent cell, video frames per latent frame after the first
 with T = 1 + temporal * (T' - 1). PatchPCA has temporal 1, Wan's VAE 4; ClipDataset gives either of them what makes
-latent frame f stand for video frame 4 f. Those of CODECS are saved with a policy; they also have
+latent frame f stand for video frame n f, at n actions a frame. StateCodec encodes states, float32 [T, S], in place of
+pictures. Those of CODECS are saved with a policy; they also have
     config, state_dict()              what JSON takes, and tensors
     from_state_dict(state, config)    the codec again
 """
@@ -17,6 +18,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
+
+from .states import StateCodec
 
 __all__ = ["CODECS", "PatchPCA", "WanVAECodec", "codec_kind", "pictures_of", "psnr", "wan_vae_codec"]
 
@@ -218,7 +221,7 @@ class WanVAECodec:
         return cls(vae)
 
 
-CODECS = {"patch_pca": PatchPCA, "wan_vae": WanVAECodec}
+CODECS = {"patch_pca": PatchPCA, "wan_vae": WanVAECodec, "state": StateCodec}
 
 
 def codec_kind(codec):

@@ -17,6 +17,7 @@ from .._json import read_json
 __all__ = ["Episode", "LeRobotDataset"]
 
 FREQUENCIES = 1e-6, 1e9  # of pictures and actions, in Hz: times of both can be reckoned with
+STATE = "observation.state"
 PICTURES = ("video", "image")  # dtypes of a camera: an mp4 file, or a PNG or JPEG in each row of the data files
 
 
@@ -41,15 +42,16 @@ class _Place:
 
 
 class LeRobotDataset:
-    """A LeRobot v3 data set (`codebase_version` "v3.0"), its pictures from one camera.
+    """A LeRobot v3 data set (`codebase_version` "v3.0"), its frames the pictures of one camera, or states.
 
     `episodes` (list of Episode), `fps` (frames and actions per second), `features` (the dict of info.json), `root`,
-    `camera` (name of its feature), `picture_size` (height, width). An episode is named by its Episode or by its number.
+    `camera` (name of its feature), `picture_size` (height, width; of states 1 x 1), `has_states_as_frames`. An
+    episode is named by its Episode or by its number.
 
     Args:
         root: the folder that holds `meta/`, `data/` and `videos/`.
-        camera: the feature to read pictures from, of dtype "video" or "image"; needed only where info.json lists
-            several.
+        camera: the feature to read frames from, of dtype "video" or "image", or "observation.state"; needed only where
+            info.json lists several cameras. Where it lists none, frames are states.
         usual_camera: the one to take where there are several and `camera` is None; ignored if it is none of them.
 
     Raises:
@@ -74,8 +76,11 @@ class LeRobotDataset:
             )
         self.features = _field(info, "features", dict, self._info)
         self.camera = self._choose_camera(camera, usual_camera)
-        self.picture_size = _picture_size(self.features[self.camera], self.camera, self._info)
-        self._is_video = self.features[self.camera]["dtype"] == "video"
+        self.has_states_as_frames = self.camera == STATE
+        self.picture_size = (1, 1)
+        if not self.has_states_as_frames:
+            self.picture_size = _picture_size(self.features[self.camera], self.camera, self._info)
+        self._is_video = self.features[self.camera].get("dtype") == "video"
         total = _field(info, "total_episodes", int, self._info)
         if total < 1:
             raise ValueError(f"{self._info}: total_episodes is {total}, expected 1 or more")
@@ -110,14 +115,17 @@ class LeRobotDataset:
 
     def state(self, episode):
         """float32 [T, S]: `observation.state` before each action. Raises as `action` does."""
-        return self._numbers(episode, "observation.state")
+        return self._numbers(episode, STATE)
 
     def frames(self, episode, every=1):
-        """uint8 [ceil(T / every), H, W, 3]: the RGB picture before each `every`-th action.
+        """uint8 [ceil(T / every), H, W, 3]: the RGB picture before each `every`-th action; of states as frames, float32
+        [ceil(T / every), S].
 
         Raises ValueError for `every` below 1, else as `action` does.
         """
         every = whole("LeRobotDataset.frames: every", every, 1)
+        if self.has_states_as_frames:
+            return self.state(episode)[::every]
         number = self._number(episode)
         out = None
         for place, (path, picture) in enumerate((self._video if self._is_video else self._images)(number, every)):
@@ -133,6 +141,9 @@ class LeRobotDataset:
 
     def _choose_camera(self, camera, usual_camera):
         cameras = sorted(k for k, v in self.features.items() if isinstance(v, dict) and v.get("dtype") in PICTURES)
+        states = isinstance(self.features.get(STATE), dict)
+        if states and (camera == STATE or (camera is None and (not cameras or usual_camera == STATE))):
+            return STATE
         if not cameras:
             raise ValueError(f"{self._info}: features has no camera, that is none of dtype {' or '.join(PICTURES)}")
         if camera is None and len(cameras) > 1 and usual_camera not in cameras:

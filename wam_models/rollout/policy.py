@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .._checks import check_field, instance, whole
 from .._json import from_fields
-from ..data import ClipDataset, LeRobotDataset, PatchPCA
+from ..data import ClipDataset, LeRobotDataset, PatchPCA, StateCodec
 from ..data.clips import LEAST_STD, STRIDE, action_slots, episode_frames
 from ..data.latents import CODECS, WanVAECodec, codec_kind
 from ..data.lerobot import Episode
@@ -20,6 +21,7 @@ from ..model.dual_expert import WorldActionModel
 from ..text import WordEmbedding
 from .episode import RolloutConfig
 
+PICTURES = "observation.images."  # how the features of cameras begin
 _CODEC = "codec."  # prefix of the codec's tensors in a checkpoint
 
 
@@ -67,7 +69,8 @@ class Policy:
         action_std: float32 ``[A]``; normalised actions are ``(action - mean) / std``.
         varying: bool ``[A]``: the action dimensions that vary in the training split. Errors average over these.
         rollout: How to roll it out unless told otherwise.
-        camera: Of the training pictures; None for a checkpoint that does not say.
+        camera: Of the training pictures, or ``observation.state``; None for a checkpoint that does not say.
+        actions_per_token: Actions that one action token holds: the model's ``action_dim`` is so many times A.
 
     Raises:
         ValueError: parts that do not fit together, or action statistics that turn actions into no numbers.
@@ -75,21 +78,28 @@ class Policy:
 
     model: WorldActionModel
     text: WordEmbedding
-    codec: PatchPCA | WanVAECodec
+    codec: PatchPCA | WanVAECodec | StateCodec
     action_mean: Tensor
     action_std: Tensor
     varying: Tensor
     rollout: RolloutConfig
     camera: Camera | None = None
+    actions_per_token: int = 1
 
     def __post_init__(self) -> None:
         c = self.model.config
+        check_field(self, "actions_per_token", whole, 1)
+        width = c.action_dim // self.actions_per_token
+        if width * self.actions_per_token != c.action_dim:
+            raise ValueError(
+                f"Policy: actions_per_token must divide the model's action_dim, {c.action_dim}, got "
+                f"{self.actions_per_token}"
+            )
         for name, dtype in (("action_mean", torch.float32), ("action_std", torch.float32), ("varying", torch.bool)):
             units = getattr(self, name)
-            if units.dtype != dtype or units.shape != (c.action_dim,):
+            if units.dtype != dtype or units.shape != (width,):
                 raise ValueError(
-                    f"Policy: {name} must be {dtype} [{c.action_dim}] for this model, got {units.dtype} "
-                    f"{list(units.shape)}"
+                    f"Policy: {name} must be {dtype} [{width}] for this model, got {units.dtype} {list(units.shape)}"
                 )
         for name, fits, expected in (
             ("action_mean", self.action_mean.isfinite(), "finite"),
@@ -109,7 +119,40 @@ class Policy:
         """With the codec, the action statistics and the camera of the data that the model was trained on."""
         units = data.action_mean.clone(), data.action_std.clone(), ~data.constant_actions
         camera = Camera(name=data.camera, height=data.picture_size[0], width=data.picture_size[1])
-        return cls(model.eval(), text.eval(), data.codec, *units, rollout, camera)
+        return cls(model.eval(), text.eval(), data.codec, *units, rollout, camera, data.actions_per_token)
+
+    @property
+    def actions_per_frame(self) -> int:
+        """Actions from one latent frame to the next."""
+        return self.model.config.actions_per_frame * self.actions_per_token
+
+    @property
+    def frames_are_states(self) -> bool:
+        """Whether frames are states, float32 ``[S]``, in place of pictures."""
+        return isinstance(self.codec, StateCodec)
+
+    @property
+    def cameras(self) -> dict[str, tuple[int, int]]:
+        """The camera that a simulator has to render, and (height, width) of its pictures; none of states."""
+        if self.frames_are_states or self.camera is None:
+            return {}
+        return {self.camera.name.removeprefix(PICTURES): (self.camera.height, self.camera.width)}
+
+    def frame(self, state: np.ndarray, pictures: Mapping[str, np.ndarray]) -> np.ndarray:
+        """What its codec takes of a simulator's observation: the state ``[S]``, or the picture of its camera.
+
+        Raises:
+            ValueError: the observation lacks the camera.
+        """
+        if self.frames_are_states:
+            return state
+        name = self.camera.name.removeprefix(PICTURES) if self.camera is not None else next(iter(pictures), None)
+        if name not in pictures:
+            raise ValueError(
+                f"simulator: observe must return a picture of {name}, which the policy was trained on, got "
+                f"{sorted(pictures) or 'no pictures'}"
+            )
+        return pictures[name]
 
     @property
     def units(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -126,6 +169,8 @@ class Policy:
         extra |= {"action_mean": self.action_mean, "action_std": self.action_std, "varying": self.varying}
         codec = {"kind": codec_kind(self.codec), "config": self.codec.config}
         metadata = {"rollout": asdict(self.rollout), "training": dict(training or {}), "codec": codec}
+        if (self.actions_per_frame, self.actions_per_token) != (STRIDE, 1):
+            metadata |= {"actions_per_frame": self.actions_per_frame, "actions_per_token": self.actions_per_token}
         if self.camera is not None:
             metadata["camera"] = asdict(self.camera)
         save_checkpoint(
@@ -152,9 +197,6 @@ class Policy:
         if found.text is None or "rollout" not in found.metadata:
             lacks = "vocabulary" if found.text is None else "metadata.rollout"
             raise ValueError(f"{config}: no checkpoint of wam train, {lacks} is missing; train again")
-        if found.model.config.actions_per_frame != STRIDE:
-            per_frame = found.model.config.actions_per_frame
-            raise ValueError(f"{config}: model: actions_per_frame must be {STRIDE} for a policy, got {per_frame}")
         rollout = from_fields(RolloutConfig, found.metadata["rollout"], f"{config}: metadata.rollout")
         camera = found.metadata.get("camera")
         if camera is not None:
@@ -162,6 +204,12 @@ class Policy:
         kind = found.metadata.get("codec", {"kind": "patch_pca", "config": {}})  # all that older checkpoints have
         if not isinstance(kind, dict) or set(kind) != {"kind", "config"} or kind["kind"] not in list(CODECS):
             raise ValueError(f"{config}: metadata.codec must have a config and a kind of {list(CODECS)}, got {kind!r}")
+        packed = whole(f"{config}: metadata.actions_per_token", found.metadata.get("actions_per_token", 1), 1)
+        trained = found.metadata.get("actions_per_frame", STRIDE)
+        if found.model.config.actions_per_frame * packed != trained:
+            tokens = found.model.config.actions_per_frame
+            expected = trained if packed == 1 else f"{trained} / {packed}"
+            raise ValueError(f"{config}: model: actions_per_frame must be {expected} for this policy, got {tokens}")
         units = {name: found.extra.get(name) for name in ("action_mean", "action_std", "varying")}
         missing = [name for name, value in units.items() if value is None]
         if missing:
@@ -170,13 +218,16 @@ class Policy:
             codec = {k.removeprefix(_CODEC): v for k, v in found.extra.items() if k.startswith(_CODEC)}
             codec = CODECS[kind["kind"]].from_state_dict(codec, kind["config"])
             units = {name: value.cpu() for name, value in units.items()}
-            policy = cls(found.model, found.text, codec, **units, rollout=rollout, camera=camera)
+            policy = cls(
+                found.model, found.text, codec, **units, rollout=rollout, camera=camera, actions_per_token=packed
+            )
         except ValueError as error:
             raise ValueError(f"{extra}: {error}; train again") from error
         return policy, found
 
     def denormalize_action(self, action: Tensor, where: str = "Policy.denormalize_action") -> Tensor:
-        """float32 ``[..., A]`` on the CPU, in the units of the data set, of normalised actions on any device.
+        """float32 ``[..., k A]`` on the CPU, in the units of the data set, of normalised actions on any device; k is
+        ``actions_per_token``.
 
         Raises:
             TypeError: no tensor.
@@ -184,9 +235,10 @@ class Policy:
                 begins with ``where``.
         """
         instance(f"{where}: action", action, Tensor)
-        if action.shape[-1:] != self.action_mean.shape:
-            raise ValueError(f"{where}: action must be [..., {len(self.action_mean)}], got {list(action.shape)}")
-        found = action.cpu() * self.action_std + self.action_mean
+        std, mean = (units.repeat(self.actions_per_token) for units in (self.action_std, self.action_mean))
+        if action.shape[-1:] != mean.shape:
+            raise ValueError(f"{where}: action must be [..., {len(mean)}], got {list(action.shape)}")
+        found = action.cpu() * std + mean
         if not found.isfinite().all():
             raise ValueError(
                 f"{where}: actions are not finite and must not be executed; are there such numbers in the weights, or "
@@ -206,8 +258,9 @@ class Policy:
         """One whole episode in this policy's latents and units; only its own frames are decoded.
 
         Returns:
-            ``frames`` uint8 ``[F, H, W, 3]``, the pictures; ``video`` float32 ``[1, C, F, y, x]``, their latents;
-            ``action`` float32 ``[1, F, 4, A]`` normalised, frame 0 zeros; ``text``, the instruction.
+            ``frames`` uint8 ``[F, H, W, 3]``, the pictures, or float32 ``[F, S]``, the states;
+            ``video`` float32 ``[1, C, F, y, x]``, their latents;
+            ``action`` float32 ``[1, F, n, k A]`` normalised, frame 0 zeros; ``text``, the instruction.
 
         Raises:
             ValueError: an episode that does not exist, actions of another width, or pictures of another size.
@@ -225,9 +278,14 @@ class Policy:
             )
         if self.camera is not None:
             self.camera.check(f"{dataset.root} ({dataset.camera})", *dataset.picture_size)
-        frames = episode_frames(dataset, episode, self.codec)
+        frames = episode_frames(dataset, episode, self.codec, self.actions_per_frame)
         video = self.codec.encode(frames)
-        slots = action_slots((action - self.action_mean) / self.action_std, video.shape[1])
+        slots = action_slots(
+            (action - self.action_mean) / self.action_std,
+            video.shape[1],
+            self.actions_per_frame,
+            self.actions_per_token,
+        )
         pictures = frames[:: self.codec.temporal]
         task = dataset.episodes[episode].task
         return {"frames": pictures, "video": video[None], "action": slots[None], "text": task}

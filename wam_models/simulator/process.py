@@ -1,0 +1,174 @@
+"""A simulator in a process of its own: one that raises, hangs or crashes costs its episode and nothing else."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .named import Cameras, is_adapter, load
+from .protocol import Executed, Observation, checked_observation, execute, raised
+
+TIMEOUT = 120.0  # seconds within which a simulator answers; building LIBERO's takes up to 25
+
+
+class SimulatorFailure(Exception):
+    """The simulator raised, hung, died or returned what is no observation; the message says which."""
+
+
+@dataclass(frozen=True)
+class Description:
+    """What a simulator says of itself."""
+
+    instruction: str
+    horizon: int
+    control_freq: float
+    action_names: tuple[str, ...]
+    state_names: tuple[str, ...]
+    has_expert: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Begun:
+    """An episode's beginning."""
+
+    initial_state: dict[str, Any]
+    observation: Observation
+
+
+class SimulatorProcess:
+    """Requests to a simulator that lives elsewhere: :meth:`send` one, then :meth:`receive` its answer.
+
+    A process that failed is replaced when the next request is sent. Close it, or use it in a ``with`` statement.
+
+    Args:
+        cameras: As of :func:`~.named.load`.
+        timeout: Seconds within which each answer must come.
+    """
+
+    def __init__(self, cameras: Cameras | None = None, *, timeout: float = TIMEOUT) -> None:
+        self.cameras, self.timeout = dict(cameras or {}), timeout
+        self._process: Any = None
+        self._connection: Connection | None = None
+        self._name, self._deadline = "", 0.0
+
+    def describe(self, name: str) -> Description:
+        """What the simulator ``name`` says of itself. Raises SimulatorFailure."""
+        self.send("describe", name)
+        return self.receive()
+
+    def send(self, request: str, name: str, *args: Any) -> None:
+        """Ask for ``describe()``, ``begin(seed or initial state)`` or ``run(actions, every)`` of simulator ``name``."""
+        if self._connection is None:
+            context = _context(name, self.cameras)
+            self._connection, theirs = context.Pipe()
+            self._process = context.Process(target=_serve, args=(theirs, self.cameras, str(Path.cwd())), daemon=True)
+            self._process.start()
+            theirs.close()
+        self._name, self._deadline = name, time.monotonic() + self.timeout
+        try:
+            self._connection.send((request, name, args))
+        except OSError:  # it died since; receive says so
+            pass
+
+    def receive(self) -> Any:
+        """The answer to the last request.
+
+        Raises:
+            SimulatorFailure: the simulator raised, did not answer in time, or its process died.
+        """
+        assert self._connection is not None, "receive follows send"
+        try:
+            if not self._connection.poll(max(0.0, self._deadline - time.monotonic())):
+                self.close()
+                raise SimulatorFailure(f"{self._name} hung: no answer within {self.timeout:g} s")
+            failed, answer = self._connection.recv()
+        except (EOFError, OSError):
+            process = self._process
+            process.join(5)
+            self.close()
+            raise SimulatorFailure(f"{self._name} died: its process ended with code {process.exitcode}") from None
+        if failed:
+            raise SimulatorFailure(f"{self._name} failed: {answer}")
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        if self._connection is not None:
+            self._connection.close()
+            self._process.kill()
+            self._process.join()
+            self._connection = self._process = None
+
+    def __enter__(self) -> SimulatorProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _context(name: str, cameras: Cameras) -> Any:
+    """Processes that fork from a server without threads, which has imported what takes long."""
+    context = multiprocessing.get_context("forkserver")
+    # with cameras, the simulator itself decides how MuJoCo is to render before it is imported
+    suite = ["metaworld.env_dict"] if name.startswith("metaworld/") and not cameras else []
+    context.set_forkserver_preload([__name__, *suite])
+    return context
+
+
+def _serve(connection: Connection, cameras: Cameras, folder: str) -> None:
+    """Answers requests until the other end is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too, and closes the connection
+    os.chdir(folder)
+    sys.path.insert(0, folder)
+    name, simulator = "", None
+    while True:
+        try:
+            request, wanted, args = connection.recv()
+        except EOFError:
+            return
+        try:
+            if wanted != name:
+                simulator, name = None, ""  # the old one goes first: two live renderers in one process can mix
+                simulator, name = load(wanted, cameras), wanted
+            answer = False, REQUESTS[request](simulator, *args)
+        except Exception as error:
+            answer = True, raised(error)
+        try:
+            connection.send(answer)
+        except OSError:
+            return
+
+
+def _describe(simulator: Any) -> Description:
+    if is_adapter(simulator):
+        raise ValueError(
+            f"a {type(simulator).__name__} has reset and step alone, which start no episode twice; give it the methods "
+            "of wam_models.simulator.Simulator"
+        )
+    texts = simulator.instruction, int(simulator.horizon), float(simulator.control_freq)
+    names = tuple(simulator.action_names), tuple(simulator.state_names)
+    return Description(*texts, *names, callable(getattr(simulator, "expert", None)))
+
+
+def _begin(simulator: Any, start: int | dict[str, Any]) -> Begun:
+    initial_state = simulator.initial_state(start) if isinstance(start, int) else start
+    simulator.reset(initial_state)
+    where = f"{type(simulator).__name__}.observe"
+    return Begun(initial_state, checked_observation(where, simulator.observe(), len(simulator.state_names)))
+
+
+def _run(simulator: Any, actions: Sequence | np.ndarray, every: int) -> Executed:
+    return execute(simulator, np.asarray(actions, np.float32), every, type(simulator).__name__)
+
+
+REQUESTS = {"describe": _describe, "begin": _begin, "run": _run}
