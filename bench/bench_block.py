@@ -40,7 +40,7 @@ from wam_models.model.dual_expert import (
     video_positions,
     wide,
 )
-from wam_models.train.trainer import small_model
+from wam_models.train.config import small_model
 
 # ---- the block without the ops ----
 

@@ -9,8 +9,7 @@ from wam_kernels.qk_norm_rope.table import default_split
 
 from ._checks import check_field, number, whole, wholes
 from ._json import from_fields
-
-LARGEST = 2**20  # of a size: far above any model, and a matrix of such sizes still has a number of bytes
+from ._limits import LARGEST_SIZE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +59,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for field in fields(self):
             if field.type == "int":
-                check_field(self, field.name, whole, 1, 1000 if field.name == "layers" else LARGEST)
+                check_field(self, field.name, whole, 1, 1000 if field.name == "layers" else LARGEST_SIZE)
         for name in ("head_dim", "freq_dim"):
             if getattr(self, name) % 2:
                 raise ValueError(f"ModelConfig: {name} must be even, got {getattr(self, name)}")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ._checks import whole
-from .config import LARGEST
+from ._limits import LARGEST_SIZE
 
 # How the names of Unicode begin for characters of scripts without spaces between words; one character is one word.
 _UNSPACED = ("CJK ", "IDEOGRAPHIC ", "HIRAGANA ", "KATAKANA", "BOPOMOFO ", "YI ", "TANGUT ", "NUSHU ", "THAI ", "LAO ")
@@ -73,7 +73,7 @@ class WordEmbedding(nn.Module):
             raise ValueError(f"WordEmbedding: vocabulary must hold single lower-case words, got {bad[:5]}")
         if len(set(vocabulary)) != len(vocabulary):
             raise ValueError("WordEmbedding: vocabulary must hold each word once")
-        self.vocabulary, self.tokens = tuple(vocabulary), whole("WordEmbedding: tokens", tokens, 1, LARGEST)
+        self.vocabulary, self.tokens = tuple(vocabulary), whole("WordEmbedding: tokens", tokens, 1, LARGEST_SIZE)
         self._index = {word: i for i, word in enumerate(self.vocabulary)}
         self.words = nn.Embedding(len(self.vocabulary) + 1, text_dim)  # the last is the unknown word
         self.places = nn.Parameter(torch.randn(tokens, text_dim) / 4)

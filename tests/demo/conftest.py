@@ -1,41 +1,5 @@
-import pytest
-import torch
+"""The fixtures of the training tests serve the demo's too."""
 
-from tests.data import tiny
-from wam_models.data import ClipDataset
-from wam_models.train import TrainConfig
+from tests.train.conftest import config, data, no_trial_of_threads, root
 
-TINY_MODEL = {
-    "hidden": 32,
-    "heads": 2,
-    "head_dim": 16,
-    "layers": 1,
-    "ffn": 32,
-    "action_hidden": 32,
-    "action_ffn": 32,
-    "text_dim": 8,
-    "freq_dim": 16,
-}
-# the tiny episodes have 5 or 6 latent frames: one observed, one chunk of 2 to observe, one to predict
-TINY = {"model": TINY_MODEL, "frames": 5, "batch": 2, "chunk_sizes": [1, 2], "windows": [3, 6], "steps": 8, "warmup": 2}
-
-
-@pytest.fixture(autouse=True)
-def no_trial_of_threads(monkeypatch):
-    """Commands leave the number of threads to who has set it; tests/test_threads.py has the trial."""
-    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
-
-
-@pytest.fixture(scope="session")
-def root(tmp_path_factory):
-    return tiny.write(tmp_path_factory.mktemp("demo") / "tiny")
-
-
-@pytest.fixture(scope="session")
-def data(root):
-    return ClipDataset(root)
-
-
-@pytest.fixture(scope="session")
-def config():
-    return TrainConfig.from_dict(TINY)
+__all__ = ["config", "data", "no_trial_of_threads", "root"]

@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 
 from tests.data import tiny
-from tests.demo.conftest import TINY
+from tests.train.conftest import TINY
 from wam_models import cli
 
 CONFIG = TINY | {"chunk_sizes": [1, 1], "batch": 1}

@@ -22,7 +22,10 @@ from ..evaluate import Evaluation, Row, evaluate, imagine, table
 from ..objectives import GJD
 from ..rollout.episode import CONDITIONAL_CHUNK
 from ..threads import pick_threads, restores_threads
-from ..train.trainer import STREAMS, RunFolder, TrainConfig, Trained, loss_ends, train
+from ..train.config import TrainConfig
+from ..train.log import STREAMS, loss_ends
+from ..train.run_folder import RunFolder
+from ..train.trainer import Trained, train
 from .parser import UserError
 from .train import read_data
 

@@ -5,7 +5,7 @@ import math
 from collections.abc import Callable
 from pathlib import Path
 
-LARGEST = 2**63 - 1  # whole number that torch takes
+from .._limits import LARGEST_INT64
 
 
 class UserError(Exception):
@@ -26,8 +26,8 @@ def at_least(low: int) -> Callable[[str], int]:
             raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
         if value < low:
             raise argparse.ArgumentTypeError(f"must be at least {low}, got {value}")
-        if value > LARGEST:
-            raise argparse.ArgumentTypeError(f"must be at most {LARGEST}, got {value}")
+        if value > LARGEST_INT64:
+            raise argparse.ArgumentTypeError(f"must be at most {LARGEST_INT64}, got {value}")
         return value
 
     return whole_number

@@ -15,12 +15,16 @@ import torch
 from tqdm import tqdm
 
 from .._checks import check_device, whole
+from .._limits import LARGEST_INT64
 from ..data import ClipDataset, LeRobotDataset
 from ..model.checkpoint import CONFIG, TRAINING
 from ..rollout.policy import Policy
 from ..text import words_of
 from ..threads import pick_threads, restores_threads, set_threads
-from ..train.trainer import LARGEST_SEED, RunFolder, TrainConfig, loss_ends, train
+from ..train.config import TrainConfig
+from ..train.log import loss_ends
+from ..train.run_folder import RunFolder
+from ..train.trainer import train
 
 MOMENT = 0.2  # seconds within which signals are one: timeout(1) sends it to the process and to its group
 
@@ -42,7 +46,7 @@ def run(args) -> int:
         if not isinstance(training, dict) or not {"config", "seed"} <= set(training):
             raise ValueError(f"{where} must hold config and seed, got {held!r}; resume from another checkpoint")
         config = TrainConfig.from_dict(training["config"], f"{where}.config")
-        seed = whole(f"{where}.seed", training["seed"], 0, LARGEST_SEED)
+        seed = whole(f"{where}.seed", training["seed"], 0, LARGEST_INT64)
     else:
         config = TrainConfig() if args.config is None else TrainConfig.from_json(args.config)
     if args.steps is not None:

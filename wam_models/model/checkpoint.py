@@ -24,7 +24,7 @@ from .._json import read_json
 from ..config import ModelConfig
 from ..text import WordEmbedding
 from .dual_expert import WorldActionModel
-from .weights import INDEX, SAVE_ID, bare_names, check_finite, few, load_weights, not_here, read_tensors, stamp
+from .weights import INDEX, SAVE_ID, abridged, bare_names, check_finite, load_weights, not_here, read_tensors, stamp
 
 MODEL, CONFIG, EXTRA, TRAINING = "model.safetensors", "config.json", "extra.safetensors", "training.pt"
 _TEXT_KEY = "text."  # prefix of the word embedding's tensors among the extra tensors
@@ -116,7 +116,7 @@ def save_checkpoint(
     if training_state is not None:
         files[TRAINING] = training
     folder.mkdir(parents=True, exist_ok=True)
-    with alone(folder):
+    with locked_folder(folder):
         _settle(folder)
         try:
             part = folder / f"{save_id}.part"
@@ -170,7 +170,7 @@ def saved_as(folder: Path) -> tuple[str | None, dict] | None:
 def remove_checkpoint(folder: Path) -> None:
     """Remove the files of a checkpoint, where there is one, and no others."""
     if folder.is_dir():
-        with alone(folder):
+        with locked_folder(folder):
             _settle(folder)
             for name in (CONFIG, MODEL, EXTRA, TRAINING):  # without the first, the others are none
                 (folder / name).unlink(missing_ok=True)
@@ -221,7 +221,7 @@ def _load_all(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """As :func:`load_weights`, but nothing may be left over or not finite."""
     unused = load_weights(module, state)
     if unused:
-        raise ValueError(f"keys that the model does not have: {few(unused)}; save it again")
+        raise ValueError(f"keys that the model does not have: {abridged(unused)}; save it again")
     # looked at here, because numbers of a wider dtype can become infinite
     check_finite(module.state_dict())
 
@@ -295,8 +295,8 @@ def _stamps(folder: Path) -> list[tuple[int, int] | None]:
 
 
 @contextmanager
-def alone(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Whoever works in this folder is alone there: saves wait for each other, such as those of all ranks of a job.
+def locked_folder(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """One process at a time works in this folder: saves wait for each other, such as those of all ranks of a job.
 
     Raises:
         BlockingIOError: another one is there, and ``wait`` is False.

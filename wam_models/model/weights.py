@@ -52,8 +52,8 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     buffers = [name for name, value in model.named_buffers() if value.is_meta and name not in own]
     if buffers:
         raise ValueError(
-            f"load_weights: no state dict holds the model's {few(buffers)}, which are on the meta device; make the "
-            "model on its device"
+            f"load_weights: no state dict holds the model's {abridged(buffers)}, which are on the meta device; make "
+            "the model on its device"
         )
     names, given = bare_names(own), bare_names(state)
     first = {name.partition(".")[0] for name in names}
@@ -68,7 +68,7 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
         if name in given and (misfit := _misfit(own[key], state[given[name]]))
     ]
     if missing or misfits:
-        wrong = [f"{what} {few(keys)}" for what, keys in (("missing keys", missing), ("misfits", misfits)) if keys]
+        wrong = [f"{what} {abridged(keys)}" for what, keys in (("missing keys", missing), ("misfits", misfits)) if keys]
         raise ValueError(
             f"load_weights: {', '.join(wrong)}; the checkpoint must come from a model of the same config"
             f"{_hint(state, missing, given)}"
@@ -116,14 +116,14 @@ def not_here(value: Tensor) -> str | None:
 def _hint(state: Mapping[str, Tensor], missing: list[str], given: Mapping[str, str]) -> str:
     nested = [key for key, value in state.items() if isinstance(value, Mapping)]
     if nested:
-        return f"; state holds mappings, {few(nested)}: pass one of them"
+        return f"; state holds mappings, {abridged(nested)}: pass one of them"
     prefixes = {name[: -len(missing[0])] for name in given if name.endswith("." + missing[0])} if missing else ()
     if prefixes:
-        return f"; state holds them behind {few(sorted(prefixes))}, beside others: pass those alone"
+        return f"; state holds them behind {abridged(sorted(prefixes))}, beside others: pass those alone"
     return ""
 
 
-def few(names: list[str]) -> str:
+def abridged(names: list[str]) -> str:
     """The first few, and how many more: a model has hundreds."""
     return f"{names[:3]}{f' and {len(names) - 3} more' if len(names) > 3 else ''}"
 
@@ -168,7 +168,7 @@ def read_weights(path: str | Path, device: torch.device | str = "cpu") -> dict[s
         if len(found) != 1:
             raise ValueError(
                 f"read_weights: {path} must hold one index of shards or one .safetensors file, got "
-                f"{few([file.name for file in found])}; name the file to read"
+                f"{abridged([file.name for file in found])}; name the file to read"
             )
         path = found[0]
     return read_tensors(path, device)[0]
@@ -201,11 +201,13 @@ def _read_shards(index: Path, device: torch.device | str) -> tuple[dict[str, Ten
         raise ValueError(f"{index}: must hold a weight_map from names of tensors to files")
     outside = [name for name in where.values() if not isinstance(name, str) or Path(name).name != name]
     if outside:
-        raise ValueError(f"{index}: weight_map must name files beside it, got {few(outside)}")
+        raise ValueError(f"{index}: weight_map must name files beside it, got {abridged(outside)}")
     shards = sorted(set(where.values()))
     missing = [name for name in shards if not (index.parent / name).is_file()]
     if missing:
-        raise ValueError(f"{index}: {len(missing)} of {len(shards)} shards are missing, {few(missing)}; fetch them too")
+        raise ValueError(
+            f"{index}: {len(missing)} of {len(shards)} shards are missing, {abridged(missing)}; fetch them too"
+        )
     tensors, ids = {}, set()
     for name in shards:
         held, save_id = read_tensors(index.parent / name, device)
@@ -213,12 +215,14 @@ def _read_shards(index: Path, device: torch.device | str) -> tuple[dict[str, Ten
         if set(held) != said:
             raise ValueError(
                 f"{index.parent / name}: holds other tensors than {index.name} says: "
-                f"lacks {few(sorted(said - set(held)))}, has {few(sorted(set(held) - said))} besides"
+                f"lacks {abridged(sorted(said - set(held)))}, has {abridged(sorted(set(held) - said))} besides"
             )
         tensors |= held
         ids.add(save_id)
     if len(ids) > 1:
-        raise ValueError(f"{index}: its shards are of different saves, {few(sorted(map(str, ids)))}; take all from one")
+        raise ValueError(
+            f"{index}: its shards are of different saves, {abridged(sorted(map(str, ids)))}; take all from one"
+        )
     return tensors, ids.pop()
 
 

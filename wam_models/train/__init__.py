@@ -1,5 +1,6 @@
-"""The training step, and the loop around it."""
+"""Training: the step, the loop around it, its config and its files."""
 
-from .trainer import TrainConfig, train
+from .config import TrainConfig
+from .trainer import train
 
 __all__ = ["TrainConfig", "train"]

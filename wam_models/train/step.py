@@ -15,6 +15,7 @@ from torch import Tensor
 from wam_kernels import HISTORIES, compile_plan
 
 from .._checks import check_field, choice, instance, number, whole_range
+from .._limits import LARGEST_INT32
 from ..flow import TimestepDraw, add_noise, target, timesteps
 from ..model.dual_expert import Exact, WorldActionModel, wide
 from ..objectives import (
@@ -27,8 +28,6 @@ from ..objectives import (
     geometry_for,
 )
 
-MOST = 2**31 - 1  # of a chunk or a window
-
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -36,7 +35,7 @@ class TrainingConfig:
 
     Args:
         program: ``"generalist_joint_denoising"`` or one of ``wam_kernels.PROGRAMS``.
-        history: Which earlier clean tokens a query sees, one of ``wam_kernels.HISTORIES``.
+        history: Which earlier clean tokens a query attends to, one of ``wam_kernels.HISTORIES``.
         chunk_sizes: Smallest and largest chunk, in frames; drawn for every step.
         windows: Smallest and largest window, in order blocks; drawn for every step.
         mixture: Weights of the GJD objectives, drawn for every sample.
@@ -62,9 +61,8 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         check_field(self, "program", choice, MODEL_PROGRAMS)
         check_field(self, "history", choice, HISTORIES)
-        # no clip has so many frames, and draws stay within int64
-        check_field(self, "chunk_sizes", whole_range, 1, MOST)
-        check_field(self, "windows", whole_range, 1, MOST)
+        check_field(self, "chunk_sizes", whole_range, 1, LARGEST_INT32)
+        check_field(self, "windows", whole_range, 1, LARGEST_INT32)
         check_field(self, "mixture", checked_mixture)
         check_field(self, "noised_history", number, 0, 1)
         check_field(self, "video_weight", number, 0)

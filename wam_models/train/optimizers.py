@@ -1,4 +1,6 @@
-"""Muon: momentum whose steps are orthogonalised, for the matrices inside a model's blocks.
+"""The optimizers of a run: Muon for the matrices inside a model's blocks, AdamW for the rest.
+
+Muon is momentum whose steps are orthogonalised.
 
 Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024); the step size that fits AdamW's
 learning rates is that of Liu et al., "Muon is scalable for LLM training" (2025). ``torch.optim.Muon`` multiplies in
@@ -10,7 +12,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from .config import TrainConfig
 
 # Quintic Newton-Schulz iteration of Jordan et al.: drives singular values between 0 and 1 to about 1 in a few rounds.
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -53,3 +57,32 @@ class Muon(torch.optim.Optimizer):
                 steps = orthogonalised(torch.stack(updates)) * (-0.2 * max(shape) ** 0.5 * group["lr"])
                 for p, by in zip(matrices, steps, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(by)
+
+
+def make_optimizers(learner: nn.Module, config: TrainConfig) -> tuple[Muon, torch.optim.AdamW]:
+    """Muon for the matrices of the blocks; AdamW for the rest, of which only matrices decay."""
+    named = list(learner.named_parameters())
+    inner = [p for n, p in named if p.ndim == 2 and ".packed_blocks." in n]
+    ids = {id(p) for p in inner}
+    outer = [(n, p) for n, p in named if id(p) not in ids]
+    decayed = [p.ndim == 2 and not n.startswith("text.") and "table" not in n for n, p in outer]
+    groups = [
+        {"params": [p for (_, p), d in zip(outer, decayed, strict=True) if d], "weight_decay": config.weight_decay},
+        {"params": [p for (_, p), d in zip(outer, decayed, strict=True) if not d], "weight_decay": 0.0},
+    ]
+    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True)
+    return Muon(inner, config.learning_rate, weight_decay=config.weight_decay), adamw
+
+
+def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], rate: float) -> None:
+    """The same rate for every parameter."""
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+
+
+# what each holds of a parameter between steps
+STATE_NAMES: dict[type[torch.optim.Optimizer], set[str]] = {
+    Muon: {"average"},
+    torch.optim.AdamW: {"step", "exp_avg", "exp_avg_sq"},
+}

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from tests.demo.conftest import TINY
+from tests.train.conftest import TINY
 from wam_kernels import PROGRAMS
 from wam_models import GJD, cli, load_checkpoint
 from wam_models.cli import train as train_command
@@ -25,8 +25,12 @@ from wam_models.data import ClipDataset
 from wam_models.model.dual_expert import WorldActionModel
 from wam_models.rollout.policy import Policy
 from wam_models.train import trainer
-from wam_models.train.optim import Muon
-from wam_models.train.trainer import RunFolder, TrainConfig, loss_ends, prepare, train
+from wam_models.train.config import TrainConfig
+from wam_models.train.initialise import initialise
+from wam_models.train.log import loss_ends
+from wam_models.train.optimizers import Muon
+from wam_models.train.run_folder import RunFolder
+from wam_models.train.trainer import train
 
 
 def losses(log):
@@ -136,12 +140,12 @@ def test_steps_keep_the_mixture(programs):
         assert share[program] == pytest.approx(0.6 / len(programs))
 
 
-def test_a_prepared_model_passes_noise_through(config):
+def test_an_initialised_model_passes_noise_through(config):
     """Near noise, the flow of a fresh model is close to its input."""
     torch.manual_seed(0)
     big = replace(config.model, hidden=192, heads=4, layers=2)
     model = WorldActionModel(big)
-    prepare(model)
+    initialise(model)
     x = torch.randn(1, 48, 3, 2, 4)
     stream, _ = model.embed(x, torch.full((1, 3), 1000.0), None, None)
     flow, _ = model.flows((stream, None), 3, 1, 2)
