@@ -47,7 +47,7 @@ LEVELS = (
     ("wam_kernels.adaln", "wam_kernels.qk_norm_rope", "wam_kernels.block_attention", "wam_kernels.cached_attention"),
     ("wam_kernels",),
     ("wam_kernels.integrations",),
-    ("wam_models._checks", "wam_models._files", "wam_models._json", "wam_models.threads", "wam_models.doctor"),
+    ("wam_models._checks", "wam_models._files", "wam_models._json", "wam_models._limits", "wam_models.threads", "wam_models.doctor"),
     ("wam_models.config", "wam_models.flow", "wam_models.objectives", "wam_models.data", "wam_models.draw"),
     ("wam_models.text",),
     ("wam_models.model",),

@@ -1,3 +1,5 @@
+"""A tiny data set and a config that trains on it in seconds."""
+
 import pytest
 import torch
 

@@ -15,7 +15,6 @@ from .._json import from_fields, read_json
 from .._limits import LARGEST_INT32, LARGEST_SIZE
 from ..config import ModelConfig
 from ..data import ClipDataset
-from ..data.clips import STRIDE
 from ..flow import SHIFTS, TimestepDraw
 from ..objectives import GJD, GJD_MIXTURE, OBJECTIVES, checked_mixture
 from ..rollout.episode import CONDITIONAL_CHUNK, RolloutConfig
@@ -216,8 +215,8 @@ def check_fit(config: TrainConfig, data: ClipDataset) -> None:
     model = config.model
     for name, wants, has in (
         ("latent_channels", model.latent_channels, channels),
-        ("action_dim", model.action_dim, data.action_mean.numel()),
-        ("actions_per_frame", model.actions_per_frame, STRIDE),
+        ("action_dim", model.action_dim, data.action_mean.numel() * data.actions_per_token),
+        ("actions_per_frame", model.actions_per_frame, data.actions_per_frame // data.actions_per_token),
     ):
         if wants != has:
             raise ValueError(f"TrainConfig: model.{name} must be {has} for this data set, got {wants}")

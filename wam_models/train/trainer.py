@@ -187,11 +187,11 @@ class Trainer:
         rate = self.config.rate(self.step, self.planned_end)
         set_learning_rate(self.optimizers, rate)
         loss, metrics = self._forward(step_config, clips)
-        self._check_finite("loss", loss, rate, clips)
+        self._raise_if_diverged("loss", loss, rate, clips)
         self.learner.zero_grad(set_to_none=True)
         loss.backward()
         gradient = nn.utils.clip_grad_norm_(self.learner.parameters(), self.config.clip_norm)
-        self._check_finite("gradient", gradient, rate, clips)  # a step along it would lose the weights
+        self._raise_if_diverged("gradient", gradient, rate, clips)  # a step along it would lose the weights
         for optimizer in self.optimizers:
             optimizer.step()
         self.step += 1
@@ -216,7 +216,7 @@ class Trainer:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             return training_step(self.model, {**clips, "text": words}, self.generator, step_config)
 
-    def _check_finite(self, what: str, value: Tensor, rate: float, clips: dict[str, Tensor]) -> None:
+    def _raise_if_diverged(self, what: str, value: Tensor, rate: float, clips: dict[str, Tensor]) -> None:
         if torch.isfinite(value):
             return
         advice = f"lower learning_rate, {rate:g} in this step, or clip_norm, or raise warmup"
