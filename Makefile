@@ -53,14 +53,14 @@ $(VENV)/created:
 	touch $@
 
 # --no-deps: the pinned requirements are all there is to install
-$(VENV)/installed: $(VENV)/created requirements.txt $(PACKAGE)
-	$(PIP) install --quiet -r requirements.txt
+$(VENV)/installed: $(VENV)/created requirements/runtime.txt $(PACKAGE)
+	$(PIP) install --quiet -r requirements/runtime.txt
 	$(PIP) install --quiet --no-deps --editable .
 	@ls wam_kernels/_C*.so >/dev/null 2>&1 || echo "The CUDA extension was left out (no nvcc, or WAM_CUDA=0)."
 	touch $@
 
-$(VENV)/installed-test: $(VENV)/installed requirements-test.txt
-	$(PIP) install --quiet -r requirements-test.txt
+$(VENV)/installed-test: $(VENV)/installed requirements/test.txt
+	$(PIP) install --quiet -r requirements/test.txt
 	touch $@
 
 clean:

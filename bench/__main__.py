@@ -1,7 +1,7 @@
-"""``python -m bench`` is ``wam bench``."""
+"""``python -m bench``, which ``wam bench`` starts."""
 
 import sys
 
-from wam_models.cli import main
+from bench.cli import main
 
-sys.exit(main(["bench", *sys.argv[1:]]))
+sys.exit(main())

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bench import harness
-from bench.workloads import packed
+from bench.workloads.attention import packed
 from wam_kernels import (
     FrameIndex,
     TileShape,

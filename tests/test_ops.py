@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import wam_kernels
-from bench import report, run
+from bench.registry import SUITES
 from tests import test_modes, test_op_arguments
 from tests.aot.test_launchers import CALLS
 from tests.transforms.checks import OPS as TRANSFORMED
@@ -31,13 +31,13 @@ def files(op: Op) -> list[str]:
         *(f"{package}/{_MODULES[impl][1:]}.py" for impl in op.backends if impl != "reference"),
         *(f"tests/{op.package}/{name}.py" for name in ("__init__", "checks", "test_op")),
         *(f"tests/{suite}/test_{op.package}.py" for suite in suites),
-        f"bench/bench_{op.package}.py",
+        f"bench/suites/{op.package}.py",
     ]
 
 
 def lists(op: Op) -> dict[str, bool]:
     """The lists that do not follow from the rows, because they say more than a row; whether ``op`` is in each."""
-    bench, script = f"bench_{op.package}", (ROOT / "bench/gpu.sh").read_text()
+    suite, script = SUITES.get(op.package), (ROOT / "tools/gpu/gpu.sh").read_text()
     micro = (ROOT / "bench/micro/test_micro.py").read_text()
     return {
         "wam_kernels.__all__": set(op.functions) <= set(wam_kernels.__all__),
@@ -45,10 +45,9 @@ def lists(op: Op) -> dict[str, bool]:
         "tests.test_modes.ENTRIES": set(op.functions) <= set(test_modes.ENTRIES),
         "tests.transforms": op.name in {*(case.name for case in TRANSFORMED.values()), *INFERENCE},
         "tests.aot.test_launchers.CALLS": f"{op.package}.forward" in CALLS,
-        "bench.run.SUITES": bench in {module for modules in run.SUITES.values() for module in modules},
-        "bench.report.TABLES": op.package in report.TABLES,
+        "bench.registry.SUITES": suite is not None and suite.gpu_seconds is not None,
         "bench/micro/test_micro.py": all(f"{function}(" in micro for function in op.functions),
-        "bench/gpu.sh": f" {bench}" in script and f"tests/gpu/test_{op.package}.py" in script,
+        "tools/gpu/gpu.sh": f"tests/gpu/test_{op.package}.py" in script,
     }
 
 

@@ -56,9 +56,16 @@ LEVELS = (
     ("wam_models.train", "wam_models.evaluate", "wam_models.simulator"),
     ("wam_models.cli",),
     ("wam_models",),
-    ("tools", "data", "scripts"),
+    ("bench.rows",),
+    ("bench.harness", "bench.report"),
+    ("bench.workloads",),
+    ("bench.peers", "bench.micro"),
+    ("bench.registry",),
+    ("bench.suites", "bench.compare", "bench.tune"),
     ("bench",),
+    ("tools",),
     ("tests",),
+    ("tools.gpu.sanitize",),
 )
 
 LONGEST = 80  # lines of a function's body

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import workloads
+from bench.workloads import attention as workloads
 from wam_kernels import (
     FrameIndex,
     ada_layer_norm,

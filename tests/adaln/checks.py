@@ -183,7 +183,7 @@ def check_one_gradient(index: FrameIndex, inputs: dict[str, Tensor], impl: str |
 
 
 def check_every_kernel(impl: str, device: str = "cuda") -> None:
-    """Once or twice at small shapes: what ``bench.sanitize`` runs."""
+    """Once or twice at small shapes: what ``tools.gpu.sanitize`` runs."""
     index = SHARED.to(device)
     inputs = make_inputs(index, 2, 72, torch.bfloat16, device)
     for variant in (FULL, VARIANTS["gate-and-affine-norm"]):

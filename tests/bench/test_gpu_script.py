@@ -1,4 +1,4 @@
-"""bench/gpu.sh as far as a machine without a GPU can tell: all that it names exists, and the check would notice."""
+"""tools/gpu/gpu.sh as far as a machine without a GPU can tell: all that it names exists, and the check would notice."""
 
 import os
 import subprocess
@@ -7,9 +7,9 @@ import tarfile
 
 import pytest
 
-from bench import dry_run
+from tools.gpu import dry_run
 
-SCRIPT = dry_run.ROOT / "bench" / "gpu.sh"
+SCRIPT = dry_run.ROOT / "tools" / "gpu" / "gpu.sh"
 
 
 def script(*args: str, **environment: str) -> subprocess.CompletedProcess:
@@ -50,7 +50,7 @@ def test_dry_run(parts, tmp_path):
     [
         ("python3 -m pytest -q tests/gpu/test_nothing.py", "no file tests/gpu/test_nothing.py"),
         ("python3 -m pytest -q tests/plan/test_visibility.py -k no_such_test", "pytest collects nothing"),
-        ("python3 -m bench.no_such_part", "no module bench.no_such_part"),
+        ("python3 -m bench.suites no_such_suite", "no suite no_such_suite"),
         ("python3 -m bench --suite speed", "--suite must be one of"),
         ("python3 -m bench --fast", "is refused, exit code 2"),
         ("no-such-program --version", "no program 'no-such-program'"),
@@ -71,14 +71,14 @@ def test_it_goes_on_after_what_is_done(parts, tmp_path):
     text = SCRIPT.read_text()
     head, _, rest = text.partition("# ---- parts")
     machinery = rest.partition("# ---- machinery ----")[2]
-    head = head[: head.index("PARTS=(")] + "PARTS=(one two three)\n"
+    head = head[: head.index("# Group, suite")] + "SUITES=()\nPARTS=(one two three)\n"
     fake = "one() { run 5 echo first; }\ntwo() { run 5 test -e here; }\nthree() { run 5 echo last; }\n"
-    (tmp_path / "bench").mkdir()
-    copy = tmp_path / "bench" / "gpu.sh"
+    copy = tmp_path / "tools" / "gpu" / "gpu.sh"
+    copy.parent.mkdir(parents=True)
     copy.write_text(head + fake + machinery)
 
     results = tmp_path / "bench" / "results"
-    results.mkdir()
+    results.mkdir(parents=True)
     (results / "plan.jsonl").write_text("{}\n")
 
     def run(*args: str) -> subprocess.CompletedProcess:
@@ -88,7 +88,7 @@ def test_it_goes_on_after_what_is_done(parts, tmp_path):
     first = run()
     assert first.returncode == 1 and "first" in first.stdout and "last" in first.stdout
     assert "one: ok" in first.stdout and "two: FAILED with 1" in first.stdout and "three: ok" in first.stdout
-    assert "left: bench/gpu.sh two\n" in first.stdout
+    assert "left: tools/gpu/gpu.sh two\n" in first.stdout
     assert (tmp_path / "out" / "gpu.log").read_text() == first.stdout
     with tarfile.open(tmp_path / "out" / "results.tgz") as kept:
         assert "bench/results/plan.jsonl" in kept.getnames()

@@ -5,7 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from bench import bench_rollout, bench_train_step
+from bench.harness import require_equal
+from bench.suites import rollout, train_step
+from bench.workloads.models import make_model
+from bench.workloads.rollout import accepted_history, make_episode, noise_for, packed_chunk, require_equal_chunks
 from wam_kernels import PROGRAMS
 from wam_models import RolloutConfig, golden_config
 from wam_models.objectives import OBJECTIVES
@@ -17,56 +20,54 @@ GRID = (2, 4)
 
 @pytest.fixture(scope="module")
 def model():
-    return bench_train_step.make_model(SMALL, "cpu", torch.float32, 0).eval().requires_grad_(False)
+    return make_model(SMALL, "cpu", torch.float32, 0).eval().requires_grad_(False)
 
 
 @pytest.mark.parametrize("cache", CACHES)
 @pytest.mark.parametrize("program", [p for p, row in PROGRAMS.items() if row.has_rollout])
 def test_a_chunk_equals_the_packed_forward(program, cache, model):
     config = RolloutConfig(program=program, history="video_only", window=8, steps=2, chunk_size=2, cache=cache)
-    bench_rollout.check(model, config, GRID, 0, 1e-4)
+    require_equal_chunks(model, config, GRID, 0, 1e-4)
 
 
 def test_another_history_is_noticed(model):
     config = RolloutConfig(program="joint", history="video_only", window=8, steps=2, chunk_size=2)
-    episode, text = bench_rollout.make_episode(model, config, GRID, 4, 0)
-    noise = bench_rollout.noise_for(episode, GRID, 0)
+    episode, text = make_episode(model, config, GRID, 4, 0)
+    noise = noise_for(episode, GRID, 0)
     got = episode.propose(**noise)
-    video, action = bench_rollout.held(episode)
-    expected = bench_rollout.packed_chunk(model, config, (video.flip(2), action), episode.next_frame[0], text, noise)
+    video, action = accepted_history(episode)
+    expected = packed_chunk(model, config, (video.flip(2), action), episode.next_frame[0], text, noise)
     with pytest.raises(RuntimeError, match="is wrong"):
-        bench_rollout.harness.require_equal("video", got.video, expected[0], 1e-4)
+        require_equal("video", got.video, expected[0], 1e-4)
 
 
-def test_floor_counts_each_weight_once_a_step(model):
+def test_roofline_counts_each_weight_once_a_step(model):
     limits = {"copy_GB/s": 1.0, "bf16_GFLOP/s": 1.0, "float32_GFLOP/s": 1.0}
     config = RolloutConfig(program="joint", steps=3, chunk_size=2)
-    floor = bench_rollout.floor(model, config, GRID, limits)
+    roofline = rollout.roofline(model, config, GRID, limits)
     c = SMALL
     video = c.hidden * c.inner * 4 + 2 * c.hidden * c.inner + 2 * c.hidden * c.ffn  # attn1, attn2 q and out, FFN
     action = c.action_hidden * c.inner * 6 + 2 * c.action_hidden * c.action_ffn
-    assert floor.weights_ms == pytest.approx(3 * c.layers * (video + action) * 4 / 1e6)
+    assert roofline.weights_ms == pytest.approx(3 * c.layers * (video + action) * 4 / 1e6)
     rows = 2 * GRID[0] * GRID[1] // 4, 2 * c.actions_per_frame
-    assert floor.products_ms == pytest.approx(3 * 2 * c.layers * (video * rows[0] + action * rows[1]) / 1e6)
+    assert roofline.products_ms == pytest.approx(3 * 2 * c.layers * (video * rows[0] + action * rows[1]) / 1e6)
     ordered = replace(config, program="video_then_action")
     assert len(stages(ordered.program, OBJECTIVES["joint"], "both")) == 2
-    assert bench_rollout.floor(model, ordered, GRID, limits) == floor  # each expert runs in one of two stages
+    assert rollout.roofline(model, ordered, GRID, limits) == roofline  # each expert runs in one of two stages
 
 
 def test_the_training_check_passes_and_notices(monkeypatch):
-    monkeypatch.setattr(bench_train_step, "ROWS", GRID[0])
-    monkeypatch.setattr(bench_train_step, "COLUMNS", GRID[1])
-    batch = bench_train_step.make_batch(SMALL, 1, 5, 3, "cpu", 0)
-    bench_train_step.check(SMALL, batch, "cpu", torch.float32, 0)
-    loss_of = bench_train_step.loss_of
-    monkeypatch.setattr(
-        bench_train_step, "loss_of", lambda m, b, s, impl: loss_of(m, b, s, impl) * (1 if impl else 1.001)
-    )
+    monkeypatch.setattr(train_step, "ROWS", GRID[0])
+    monkeypatch.setattr(train_step, "COLUMNS", GRID[1])
+    batch = train_step.make_batch(SMALL, 1, 5, 3, "cpu", 0)
+    train_step.check(SMALL, batch, "cpu", torch.float32, 0)
+    loss_of = train_step.loss_of
+    monkeypatch.setattr(train_step, "loss_of", lambda m, b, s, impl: loss_of(m, b, s, impl) * (1 if impl else 1.001))
     with pytest.raises(RuntimeError, match="loss of wam is wrong"):
-        bench_train_step.check(SMALL, batch, "cpu", torch.float32, 0)
+        train_step.check(SMALL, batch, "cpu", torch.float32, 0)
 
 
 def test_attention_flops_are_those_of_the_plan():
     config = golden_config()
-    two = bench_train_step.attention_flops(config, 2, 8)
-    assert two == 2 * bench_train_step.attention_flops(config, 1, 8) > 0
+    two = train_step.attention_flops(config, 2, 8)
+    assert two == 2 * train_step.attention_flops(config, 1, 8) > 0

@@ -4,15 +4,19 @@ import json
 
 import pytest
 
-from bench import report, run
+from bench import registry
+from bench.report import page
+from bench.report import rows as report
+from bench.rows import RESULTS
 
 CPU = {"device": "Some CPU", "threads": 2, "torch": "2.13.0", "commit": "abc", "date": "2026-11-21T10:00:00Z"}
 SHAPE = {"heads": 8, "D": 64, "dtype": "torch.float32", "density": 0.25, "GFLOP/s_visible": 40.0}
+SECTIONS = registry.sections()
 LIMITS = {"copy_GB/s": 6.0, "bf16_GFLOP/s": 1.0, "float32_GFLOP/s": 60.0}
 
 
-def attention(arm: str, ms: float, tokens: int = 2448, what: str = "forward", **more) -> dict:
-    return CPU | SHAPE | {"arm": arm, "ms": ms, "tokens": tokens, "what": what} | more
+def attention(provider: str, ms: float, tokens: int = 2448, what: str = "forward", **more) -> dict:
+    return CPU | SHAPE | {"arm": provider, "ms": ms, "tokens": tokens, "what": what} | more
 
 
 @pytest.fixture
@@ -39,12 +43,12 @@ def results(tmp_path):
 
 
 def test_the_newest_row_stands(results):
-    rows = report.pick(report.load(results), file="block_attention", tokens=2448)
-    assert {(r["arm"], r["ms"]) for r in rows} == {("sdpa_dense_mask", 150.0), ("wam", 75.0)}
+    rows = report.select(report.load(results), file="block_attention", tokens=2448)
+    assert {(r["provider"], r["ms"]) for r in rows} == {("sdpa_dense_mask", 150.0), ("wam", 75.0)}
 
 
 def test_tables(results):
-    text = report.tables(report.load(results))
+    text = page.tables(report.load(results), SECTIONS)
     assert "### Attention: Some CPU, 2 threads" in text
     (line,) = (line for line in text.splitlines() if line.startswith("| libero joint c4 w64 | 2,448 | 0.25 |"))
     assert line.endswith("| 150 | 75 | 2.00x |")
@@ -56,17 +60,19 @@ def test_tables(results):
 
 def test_figures(results, tmp_path):
     pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib, which is not installed")
-    written = report.draw(report.load(results), tmp_path / "figures")
-    assert {path.name.partition("-")[0] for path in written} == set(report.DRAWINGS)
+    written = page.draw(report.load(results), SECTIONS, tmp_path / "figures")
+    assert {path.name.partition("-")[0] for path in written} == {
+        name for section in SECTIONS.values() for name in section.figures
+    }
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 
 def test_the_committed_rows_render(tmp_path):
-    rows = report.load(run.RESULTS)
-    assert "### Attention" in report.tables(rows)
+    rows = report.load(RESULTS)
+    assert "### Attention" in page.tables(rows, SECTIONS)
 
 
 def test_nothing_to_report(tmp_path):
     pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib, which is not installed")
     with pytest.raises(ValueError, match="has no rows; make some with `wam bench`"):
-        report.run(None, tmp_path, tmp_path)
+        page.run(SECTIONS, tmp_path, tmp_path)

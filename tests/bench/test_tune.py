@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from bench import tune
+from bench import cli, tune
 from wam_kernels import tuning
-from wam_models import cli
 
 
 @dataclass(frozen=True)
@@ -49,7 +48,7 @@ def test_the_default_stays_where_nothing_is_clearly_faster(case):
 
 def test_without_a_gpu_it_says_so(capsys, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert cli.main(["bench", "tune"]) == 2
+    assert cli.main(["tune"]) == 2
     assert "wam bench tune needs a CUDA device" in capsys.readouterr().err
 
 

@@ -3,8 +3,11 @@
 import pytest
 import torch
 
-from bench import peers, workloads
-from bench.workloads import LIBERO, ROBOTWIN, block_causal, dense, gjd, packed
+from bench.peers import attention as peers
+from bench.peers import masks
+from bench.peers.availability import Unavailable
+from bench.workloads import attention as workloads
+from bench.workloads.attention import LIBERO, ROBOTWIN, block_causal, dense, gjd, packed
 from wam_kernels import PROGRAMS, block_attention
 
 SIZE = {"heads": 2, "head_dim": 16}
@@ -22,7 +25,7 @@ def test_figures_of_the_literature():
     plan = dense(96, **SIZE).plan("cpu")
     assert plan.length == 192 and plan.visible_pairs == 2 * 96**2
     work = block_causal(4 * 32, 2, block=32, **SIZE)
-    # two documents of two blocks: block 0 sees itself, block 1 both
+    # two documents of two blocks: block 0 attends to itself, block 1 to both
     assert work.tokens == 128 and work.plan("cpu").visible_pairs == 2 * 3 * 32**2
 
 
@@ -55,17 +58,17 @@ def test_truth_is_the_reference(work):
 @pytest.mark.parametrize("work", SMALL, ids=lambda w: w.name)
 def test_bounds_are_the_mask(work):
     plan = work.plan("cpu")
-    lo, hi = peers.bounds(plan).unbind(-1)
+    lo, hi = masks.bounds(plan).unbind(-1)
     keys = torch.arange(plan.length)
-    seen = ((lo[:, :, None] <= keys) & (keys < hi[:, :, None])).any(1)
-    assert torch.equal(seen, plan.mask()[0, 0]) and torch.equal(peers.dense_mask(plan), plan.mask())
+    attended = ((lo[:, :, None] <= keys) & (keys < hi[:, :, None])).any(1)
+    assert torch.equal(attended, plan.mask()[0, 0]) and torch.equal(masks.dense_mask(plan), plan.mask())
 
 
 @pytest.mark.parametrize("work", SMALL, ids=lambda w: w.name)
 def test_variable_blocks_are_the_mask(work):
     plan = work.plan("cpu")
-    rows, columns, seen = peers.blocks(plan)
-    mask = seen.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
+    rows, columns, attended = masks.blocks(plan)
+    mask = attended.repeat_interleave(rows, 0).repeat_interleave(columns, 1)
     assert torch.equal(mask, plan.mask()[0, 0])
 
 
@@ -77,16 +80,16 @@ TWO = workloads.Workload("two samples", SMALL[0].samples * 2, 2, 16)
 def test_flex_masks_are_the_mask(work, kind):
     plan = work.plan("cpu")
     by_kind = {
-        "ranges": lambda: peers.ranges_mask_mod(peers.bounds(plan)),
-        "openwam": lambda: peers.openwam_mask_mod(work, plan.device),
+        "ranges": lambda: masks.ranges_mask_mod(masks.bounds(plan)),
+        "openwam": lambda: masks.openwam_mask_mod(work, plan.device),
     }
     tokens = torch.arange(plan.length)
     assert torch.equal(by_kind[kind]()(0, 0, tokens[:, None], tokens[None, :]), plan.mask()[0, 0])
 
 
 def test_openwam_has_one_rule_for_all_samples():
-    with pytest.raises(peers.Unavailable, match="one rule for all samples"):
-        peers.openwam_mask_mod(SMALL[1], torch.device("cpu"))
+    with pytest.raises(Unavailable, match="one rule for all samples"):
+        masks.openwam_mask_mod(SMALL[1], torch.device("cpu"))
 
 
 def test_a_peer_says_why_it_cannot():
@@ -98,19 +101,19 @@ def test_a_peer_says_why_it_cannot():
         ("sdpa_flash", "cannot express this visibility"),
         ("flash_attn_4", "runs on cuda only"),
     ):
-        with pytest.raises(peers.Unavailable, match=reason):
-            by_name[name].arm(work, plan, torch.float32)
+        with pytest.raises(Unavailable, match=reason):
+            by_name[name].provider(work, plan, torch.float32)
     missing = peers.Peer("none", lambda *_: None, "no_such_module.at_all", "no-such-package", ("cpu",))
-    with pytest.raises(peers.Unavailable, match="no-such-package is not installed"):
-        missing.arm(work, plan, torch.float32)
+    with pytest.raises(Unavailable, match="no-such-package is not installed"):
+        missing.provider(work, plan, torch.float32)
 
 
 @pytest.mark.parametrize(
     "name, work", [("sdpa_dense_mask", SMALL[0]), ("sdpa_dense_mask", SMALL[1]), ("sdpa_flash", SMALL[2])]
 )
 def test_peers_that_run_here_are_right(name, work):
-    arm = {peer.name: peer for peer in peers.ATTENTION}[name].arm(work, work.plan("cpu"), torch.float64)
+    provider = {peer.name: peer for peer in peers.ATTENTION}[name].provider(work, work.plan("cpu"), torch.float64)
     inputs = work.inputs("cpu", torch.float64, 0)
     truth = workloads.truth(work, inputs, [0, 1])
-    torch.testing.assert_close(arm.attend(*inputs[:3]), truth[0], atol=1e-12, rtol=1e-9)
-    assert arm.computed_pairs >= work.plan("cpu").visible_pairs
+    torch.testing.assert_close(provider.attend(*inputs[:3]), truth[0], atol=1e-12, rtol=1e-9)
+    assert provider.computed_pairs >= work.plan("cpu").visible_pairs

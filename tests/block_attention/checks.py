@@ -246,7 +246,7 @@ def check_edge(name: str, impl: str) -> None:
 
 
 def check_every_kernel(impl: str, device: str = "cuda") -> None:
-    """Once or twice at small shapes: what ``bench.sanitize`` runs."""
+    """Once or twice at small shapes: what ``tools.gpu.sanitize`` runs."""
     for plan in (compile_plan(small(chunk_size=1)), ragged_plan()):
         plan = plan.to(device)
         inputs = make_inputs(plan, plan.batch, 2, 64, torch.bfloat16, device)

@@ -161,6 +161,6 @@ def check_same_bits_from_run_to_run(case: Case, impl: str | None, runs: int = 2)
 
 
 def check_every_kernel(impl: str, device: str = "cuda") -> None:
-    """Once or twice at small shapes: what ``bench.sanitize`` runs."""
+    """Once or twice at small shapes: what ``tools.gpu.sanitize`` runs."""
     case = Case([[WRAPPED, [(64, 73)]], [[(0, 73)], []]], (33, 16), 80, H=3, D=64, dtype=torch.bfloat16)
     check_against_reference(replace(case, device=device), impl)

@@ -1,4 +1,4 @@
-"""Tests that need a GPU; ``bench/gpu.sh`` runs them. Without one they are skipped, and say so."""
+"""Tests that need a GPU; ``tools/gpu/gpu.sh`` runs them. Without one they are skipped, and say so."""
 
 import pytest
 import torch

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-pytest.importorskip("open_wam", reason="openwam is in requirements-test.txt")
+pytest.importorskip("open_wam", reason="openwam is in requirements/test.txt")
 
 from open_wam.contracts.sample_metadata import ConditionalDynamicsSequenceLayout
 from open_wam.models.common.denoising_cache import DenoisingCache, attention_dependency_closure
 from open_wam.models.common.dynamics_contracts import DynamicsRolloutRequest
 from open_wam.models.policy_variants import PolicyInferContext, PolicyInferenceOutputRequest
 
-from tests.integrations import openwam_cases as cases
-from tests.integrations.openwam_cases import (
+from bench.workloads import openwam_models as cases
+from bench.workloads.openwam_models import (
     ARCHITECTURES,
     GJD,
     OBJECTIVES,

@@ -180,7 +180,7 @@ def check_a_graph_notices_that_out_was_written_to(impl: str) -> None:
 
 
 def check_every_kernel(impl: str, device: str = "cuda") -> None:
-    """Once or twice at small shapes: what ``bench.sanitize`` runs."""
+    """Once or twice at small shapes: what ``tools.gpu.sanitize`` runs."""
     for case in (Case(2, 3, 24, 128, torch.bfloat16), Case(1, 5, 5, 72)):
         for variant in ("wan", "cosmos"):
             on_gpu = replace(case, device=device)

@@ -11,43 +11,55 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from ..threads import limit_spinning
 from .parser import COMMANDS, UserError, make_parser
 
-__all__ = ["COMMANDS", "UserError", "main", "make_parser"]
+__all__ = ["COMMANDS", "UserError", "main", "make_parser", "run_command"]
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser()
     args, unknown = parser.parse_known_args(argv)
-    if unknown:  # argparse's parse_args would name the help page of ``wam``, not that of the command
+    if COMMANDS[args.command][1] is None:  # its own process parses them
+        args.rest = unknown
+    elif unknown:  # argparse's parse_args would name the help page of ``wam``, not that of the command
         parser.commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    for stream in (sys.stdout, sys.stderr):
-        # an instruction or a folder's name in characters that the terminal does not have is no reason to stop
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    _take_any_character()
     args = _parse(argv)
     if "torch" not in sys.modules:  # else it has no effect on this process any more
         limit_spinning()
+    return run_command(args.command, lambda: import_module(COMMANDS[args.command][0]).run(args))
+
+
+def run_command(name: str, run: Callable[[], int | None]) -> int:
+    """The exit code of ``run``; what a user can mend ends as one line on stderr, after ``wam NAME``, and code 2."""
+    _take_any_character()
     try:
-        return import_module(COMMANDS[args.command][0]).run(args) or 0
+        return run() or 0
     except Exception as error:
         if not _mendable(error) or os.environ.get("WAM_TRACEBACK") == "1":  # a bug can raise ValueError too
             raise
         message = _one_line(error)
     except KeyboardInterrupt:
-        print(f"wam {args.command}: interrupted", file=sys.stderr)
+        print(f"wam {name}: interrupted", file=sys.stderr)
         return 130
     # only here has a progress bar that the error cut short gone, and ended its line
-    print(f"wam {args.command}: error: {message}", file=sys.stderr)
+    print(f"wam {name}: error: {message}", file=sys.stderr)
     return 2
+
+
+def _take_any_character() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        # an instruction or a folder's name in characters that the terminal does not have is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _mendable(error: Exception) -> bool:

@@ -12,7 +12,7 @@ class UserError(Exception):
     """What the user can mend. The message names the flag or field, what was expected, what came, and the way out."""
 
 
-class _Parser(argparse.ArgumentParser):
+class CommandParser(argparse.ArgumentParser):
     def error(self, message: str):
         # argparse's own prints the whole usage first, and the one line that matters last
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
@@ -98,30 +98,13 @@ def _mask(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="FILE.png", help="write a picture as well")
 
 
-def _bench(parser: argparse.ArgumentParser) -> None:
-    what = "run the suites, draw and print the rows that exist, or tune launch choices on this GPU; default: run"
-    parser.add_argument("action", nargs="?", choices=("run", "report", "tune"), default="run", help=what)
-    # suite names are checked by bench.run, their one home; its error lists the choices
-    parser.add_argument("--suite", action="append", metavar="S", help="run only this one; may be repeated")
-    parser.add_argument("--quick", action="store_true", help="small sizes (on a GPU few repeats); records nothing")
-    base = (
-        "compare the micro suite of this commit with that of this tree, in one run; with --quick without instructions"
-    )
-    parser.add_argument("--base", metavar="REF", help=base)
-    keep = parser.add_mutually_exclusive_group()
-    keep.add_argument("--record", action="store_true", help="append to bench/results even with --quick")
-    keep.add_argument("--no-record", action="store_true", help="print only; bench/results stays as it is")
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    parser.add_argument("--seed", type=at_least(0), default=0)
-
-
-# name -> (module with run(args), its flags, one line of help)
-COMMANDS = {
+# name -> (module with run(args), its flags, one line of help); without flags of ours, all that follows is args.rest
+COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None] | None, str]] = {
     "demo": ("wam_models.cli.demo", _demo, "train a small model on the shipped data and roll it out"),
     "train": ("wam_models.cli.train", _train, "train a model"),
     "rollout": ("wam_models.cli.rollout", _rollout, "denoise video and actions of one episode from a checkpoint"),
     "mask": ("wam_models.cli.mask", _mask, "show which tokens see which"),
-    "bench": ("wam_models.cli.bench", _bench, "measure this machine: kernels, peers, training step, rollout"),
+    "bench": ("wam_models.cli.bench", None, "measure this machine: kernels, peers, training step, rollout"),
     "doctor": ("wam_models.doctor", lambda parser: None, "show what this machine offers and which op runs where"),
 }
 
@@ -136,9 +119,15 @@ class _Version(argparse.Action):
 
 def make_parser() -> argparse.ArgumentParser:
     # no abbreviations: a script that says --s would change its meaning with the next flag
-    parser = _Parser(prog="wam", description="World-action models: train, roll out, look inside.", allow_abbrev=False)
+    parser = CommandParser(
+        prog="wam", description="World-action models: train, roll out, look inside.", allow_abbrev=False
+    )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version of wam-kernels and exit")
     commands = parser.commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, add_flags, line) in COMMANDS.items():
-        add_flags(commands.add_parser(name, help=line, description=line.capitalize() + ".", allow_abbrev=False))
+        command = commands.add_parser(
+            name, help=line, description=line.capitalize() + ".", allow_abbrev=False, add_help=add_flags is not None
+        )
+        if add_flags is not None:
+            add_flags(command)
     return parser

@@ -1,0 +1,1 @@
+"""``wam bench --base``: the micro suite of two trees in one run."""

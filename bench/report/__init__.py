@@ -1,0 +1,1 @@
+"""Rows of ``bench/results`` as tables and figures."""

@@ -1,0 +1,1 @@
+"""What suites run on, and what several of them need to make it."""
