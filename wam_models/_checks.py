@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Collection, Iterable
 from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ def instance(where: str, value: object, kind: type) -> None:
         raise TypeError(f"{where} must be a {kind.__name__}, got {type(value).__name__}{hint}")
 
 
-def whole(where: str, value: object, low: int, high: int | None = None) -> int:
+def whole(where: str, value: Any, low: int, high: int | None = None) -> int:
     """``value`` as an int: an integer of Python or NumPy, or an integer tensor without dims; no bool, no float.
 
     Args:
@@ -44,9 +45,10 @@ def whole(where: str, value: object, low: int, high: int | None = None) -> int:
     """
     bound = f"of at least {low}" if high is None else f"from {low} to {high}"
     try:
-        if isinstance(value, bool | np.bool_) or getattr(value, "ndim", 0) or getattr(value, "dtype", 0) == torch.bool:
+        is_bool = isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == torch.bool
+        if is_bool or bool(getattr(value, "ndim", 0)):
             raise TypeError
-        found = operator.index(value)
+        found: int | None = operator.index(value)
     except TypeError:
         found = None
     if found is None or found < low or (high is not None and found > high):

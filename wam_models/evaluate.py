@@ -249,8 +249,8 @@ def mean_psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 def table(evaluation: Evaluation) -> str:
     """The rows as text, one line each, aligned; also valid Markdown."""
-    head = ("objective", "program", "action RMSE", "repeat last", "mean action")
-    head += ("PSNR dB", "repeat last", "ceiling", "s / chunk")
+    head = ["objective", "program", "action RMSE", "repeat last", "mean action"]
+    head += ["PSNR dB", "repeat last", "ceiling", "s / chunk"]
     lines = []
     for r in evaluation.rows:
         numbers = [_number(x, 3) for x in (r.action_rmse, r.repeat_action_rmse, r.mean_action_rmse)]

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import math
 from collections import ChainMap
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import cast
 
 import torch
 
@@ -23,7 +24,8 @@ from ._checks import choice, number
 
 GJD = "generalist_joint_denoising"
 # All programs of ``wam_kernels.PROGRAMS``, as they are now, and GJD, which is ``joint`` with an objective per sample.
-MODEL_PROGRAMS: Mapping[str, InteractionProgram] = MappingProxyType(ChainMap({GJD: PROGRAMS["joint"]}, PROGRAMS))
+_programs = cast(MutableMapping[str, InteractionProgram], PROGRAMS)  # read alone: a ChainMap writes to its first map
+MODEL_PROGRAMS: Mapping[str, InteractionProgram] = MappingProxyType(ChainMap({GJD: PROGRAMS["joint"]}, _programs))
 
 
 @dataclass(frozen=True)
@@ -76,8 +78,8 @@ def draw_objectives(
     if choice("draw_objectives: program", program, MODEL_PROGRAMS) != GJD or not batch:
         return [OBJECTIVES["joint"]] * batch
     mixture = checked_mixture("draw_objectives: mixture", mixture)
-    weights = [mixture.get(name, 0.0) for name in OBJECTIVES]
-    weights = torch.tensor(weights, dtype=torch.float32, device=generator.device)
+    shares = [mixture.get(name, 0.0) for name in OBJECTIVES]
+    weights = torch.tensor(shares, dtype=torch.float32, device=generator.device)
     drawn = torch.multinomial(weights, batch, replacement=True, generator=generator)
     return [tuple(OBJECTIVES.values())[i] for i in drawn.tolist()]
 

@@ -18,8 +18,10 @@ from ._checks import whole
 from ._limits import LARGEST_SIZE
 
 # How the names of Unicode begin for characters of scripts without spaces between words; one character is one word.
-_UNSPACED = ("CJK ", "IDEOGRAPHIC ", "HIRAGANA ", "KATAKANA", "BOPOMOFO ", "YI ", "TANGUT ", "NUSHU ", "THAI ", "LAO ")
-_UNSPACED += ("KHMER ", "MYANMAR ", "TIBETAN ", "TAI ", "NEW TAI ", "JAVANESE ", "BALINESE ")
+_UNSPACED = (
+    *("CJK ", "IDEOGRAPHIC ", "HIRAGANA ", "KATAKANA", "BOPOMOFO ", "YI ", "TANGUT ", "NUSHU ", "THAI ", "LAO "),
+    *("KHMER ", "MYANMAR ", "TIBETAN ", "TAI ", "NEW TAI ", "JAVANESE ", "BALINESE "),
+)
 
 
 def words_of(instruction: str) -> list[str]:
@@ -32,19 +34,19 @@ def words_of(instruction: str) -> list[str]:
     takes_letter = takes_mark = False  # whether the last word does
     for c in unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", instruction).casefold()):
         kind, name = unicodedata.category(c), unicodedata.name(c, "")
-        if kind == "Cf" or name.startswith("VARIATION SELECTOR"):  # joiners, directions, styles: not to be seen
+        if kind == "Cf" or name.startswith("VARIATION SELECTOR"):  # joiners, directions, styles: not visible
             continue
         if kind[0] == "M":
             if takes_mark:
                 words[-1] += c
             continue
         takes_mark = kind[0] in "LN" or kind == "So"
-        alone = kind == "So" or name.startswith(_UNSPACED)
-        if takes_mark and takes_letter and not alone:
+        by_itself = kind == "So" or name.startswith(_UNSPACED)
+        if takes_mark and takes_letter and not by_itself:
             words[-1] += c
         elif takes_mark:
             words.append(c)
-        takes_letter = takes_mark and not alone
+        takes_letter = takes_mark and not by_itself
     return words
 
 
@@ -168,7 +170,8 @@ def umt5_encoder(folder: str | Path, *, tokens: int = 512, device: str = "cpu") 
             "umt5_encoder needs transformers, which is not installed: pip install transformers, or use WordEmbedding"
         ) from error
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    encoder = UMT5EncoderModel.from_pretrained(folder, local_files_only=True).to(device).eval()
+    encoder: nn.Module = UMT5EncoderModel.from_pretrained(folder, local_files_only=True)
+    encoder.to(device).eval()
 
     @torch.no_grad()
     def encode(instructions: Sequence[str]) -> Tensor:

@@ -78,7 +78,7 @@ class Own(PatchPCA):
 def test_a_codec_that_cannot_be_saved_is_refused_before_the_run(root, config, data, tmp_path):
     own = ClipDataset(root, Own.from_state_dict(data.codec.state_dict()))
     with pytest.raises(
-        ValueError, match="codec must be a PatchPCA or a WanVAECodec to be saved with a policy, got a Own"
+        ValueError, match="a PatchPCA or a WanVAECodec or a StateCodec to be saved with a policy, got a Own"
     ):
         train(config, own, out=tmp_path / "out", progress=False, stop=pytest.fail)
     assert not (tmp_path / "out").exists()

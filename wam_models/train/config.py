@@ -198,7 +198,7 @@ class TrainConfig:
         )
 
 
-def _programs(where: str, value: object) -> tuple[str, ...]:
+def _programs(where: str, value: Any) -> tuple[str, ...]:
     listed = isinstance(value, list | tuple | Mapping) and value
     if not listed or not all(p in PROGRAMS for p in value) or len(set(value)) < len(value):
         raise ValueError(f"{where} must be some of {tuple(PROGRAMS)}, each once, got {value!r}")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..model.dual_expert import WorldActionModel
+from ..model.dual_expert import ActionSide, PackedBlock, WorldActionModel
+
+Kind = TypeVar("Kind", bound=nn.Module)
 
 
 def initialise(
@@ -56,6 +59,7 @@ def initialise(
             side.time_conditioner.time_proj.weight.mul_(timestep_gain)
             side.time_conditioner.time_embedder.linear_2.weight.mul_(timestep_gain)
         for i, block in enumerate(blocks):
+            block = _of(PackedBlock, block)
             for expert, scale in ((block.video_block, video_logit_scale), (block.action_block, action_logit_scale)):
                 attention = expert.attn1
                 for layer in (attention.to_q, attention.to_k):
@@ -63,18 +67,25 @@ def initialise(
                     frame = None if layer is attention.to_q else 0
                     layer.bias.copy_(_place_bias(config, [(frame, 0, 0)] * config.heads))
                 attention.norm_q.weight.fill_(scale)
-                for layer in (attention.to_out[0], expert.attn2.to_out[0], expert.ffn.net[2]):
-                    layer.weight.zero_()
+                for last in (attention.to_out[0], expert.attn2.to_out[0], expert.ffn.net[2]):
+                    _of(nn.Linear, last).weight.zero_()
                 expert.scale_shift_table[0, (2, 5), :] = gate
             offsets = [_head_offset(i * config.heads + h, len(blocks) * config.heads) for h in range(config.heads)]
             block.action_block.attn1.to_q.bias.copy_(_place_bias(config, offsets))
-        first = blocks[0].video_block
+        first = _of(PackedBlock, blocks[0]).video_block
         nn.init.orthogonal_(first.attn1.to_v.weight)
-        first.attn1.to_out[0].weight.copy_(-first.attn1.to_v.weight.T)
+        _of(nn.Linear, first.attn1.to_out[0]).weight.copy_(-first.attn1.to_v.weight.T)
         first.scale_shift_table[0, 2] = first_gate
 
 
-def _pass_actions_through(expert: nn.Module) -> None:
+def _of(kind: type[Kind], module: nn.Module) -> Kind:
+    """A module that a list holds, as what it is."""
+    if not isinstance(module, kind):
+        raise TypeError(f"initialise: model must be fresh, but a {kind.__name__} of it is a {type(module).__name__}")
+    return module
+
+
+def _pass_actions_through(expert: ActionSide) -> None:
     """An action is far narrower than its token: a constant part keeps LayerNorm from taking its size away."""
     embedder = expert.action_embedder
     width, numbers = embedder.weight.shape

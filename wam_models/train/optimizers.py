@@ -9,7 +9,8 @@ bf16, which on a CPU without bf16 units takes 20 times as long as float32 does h
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import overload
 
 import torch
 from torch import Tensor, nn
@@ -38,8 +39,17 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, matrices: Iterable[Tensor], lr: float, momentum: float = 0.9, weight_decay: float = 0.0) -> None:
         super().__init__(matrices, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
     @torch.no_grad()
-    def step(self) -> None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step along the gradients that are there; ``closure`` computes them anew first and gives the loss."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
         for group in self.param_groups:
             momentum = group["momentum"]
             alike: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
@@ -57,6 +67,7 @@ class Muon(torch.optim.Optimizer):
                 steps = orthogonalised(torch.stack(updates)) * (-0.2 * max(shape) ** 0.5 * group["lr"])
                 for p, by in zip(matrices, steps, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).add_(by)
+        return loss
 
 
 def make_optimizers(learner: nn.Module, config: TrainConfig) -> tuple[Muon, torch.optim.AdamW]:
