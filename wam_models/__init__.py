@@ -15,7 +15,7 @@ _HOME = {
     "ModelConfig": "config",
     "OBJECTIVES": "objectives",
     "Policy": "rollout.policy",
-    "RolloutConfig": "rollout.episode",
+    "RolloutConfig": "rollout.config",
     "RolloutEngine": "rollout.episode",
     "TimestepDraw": "flow",
     "TrainingConfig": "train.step",

@@ -21,7 +21,8 @@ from wam_kernels import PROGRAMS
 from .data import psnr
 from .data.latents import pictures_of
 from .objectives import GJD, OBJECTIVES
-from .rollout.episode import CONDITIONAL_CHUNK, RolloutEngine
+from .rollout import RolloutEngine
+from .rollout.config import CONDITIONAL_CHUNK
 from .rollout.policy import Policy
 
 

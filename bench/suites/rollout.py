@@ -41,7 +41,8 @@ from wam_kernels.visibility import ACTION, VIDEO
 from wam_models import RolloutConfig, WorldActionModel
 from wam_models.config import ModelConfig, demo_config, wan_5b_config
 from wam_models.objectives import OBJECTIVES
-from wam_models.rollout.episode import Episode, stages
+from wam_models.rollout import Episode
+from wam_models.rollout.stages import stages
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def roofline(
     samples = 2 if config.guidance != 1 else 1
     width = 2 if model.dtype == torch.bfloat16 else 4
     speed = limits["bf16_GFLOP/s" if width == 2 else "float32_GFLOP/s"]
-    streams = [s for stage in stages(config.program, OBJECTIVES["joint"], "both") for s in stage.slots]
+    streams = [s for stage in stages(config.program, OBJECTIVES["joint"], "both") for s in stage.streams]
     read = config.steps * sum(weights[s] for s in streams) * width / limits["copy_GB/s"] / 1e6
     products = config.steps * sum(2 * weights[s] * tokens[s] * samples for s in streams) / speed / 1e6
     return Roofline(read, products)

@@ -36,7 +36,8 @@ from bench.workloads.rollout import (
 )
 from wam_models import RolloutConfig
 from wam_models.config import demo_config, wan_5b_config
-from wam_models.rollout.episode import CACHES, Episode
+from wam_models.rollout import Episode
+from wam_models.rollout.config import CACHES
 
 GRID = GRIDS["libero"]
 

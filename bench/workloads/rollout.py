@@ -11,7 +11,8 @@ from wam_kernels.visibility import ACTION, VIDEO
 from wam_models import RolloutConfig, RolloutEngine, WorldActionModel
 from wam_models.flow import sigmas, timesteps
 from wam_models.objectives import OBJECTIVES, geometry_for
-from wam_models.rollout.episode import Episode, stages
+from wam_models.rollout import Episode
+from wam_models.rollout.stages import stages
 
 GRIDS = {"libero": (8, 16), "robotwin": (16, 32)}  # latent rows and columns of a frame: 32 and 128 tokens
 TEXT_TOKENS = {"cpu": 8, "cuda": 64}

@@ -12,7 +12,8 @@ from bench.workloads.rollout import accepted_history, make_episode, noise_for, p
 from wam_kernels import PROGRAMS
 from wam_models import RolloutConfig, golden_config
 from wam_models.objectives import OBJECTIVES
-from wam_models.rollout.episode import CACHES, stages
+from wam_models.rollout.config import CACHES
+from wam_models.rollout.stages import stages
 
 SMALL = replace(golden_config(), text_dim=8, freq_dim=16)
 GRID = (2, 4)

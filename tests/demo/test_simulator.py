@@ -13,8 +13,8 @@ from PIL import Image
 from wam_models import LeRobotDataset, simulator
 from wam_models.cli import rollout as rollout_command
 from wam_models.evaluate import stream
+from wam_models.rollout import RolloutConfig, RolloutEngine
 from wam_models.rollout import episode as episode_module
-from wam_models.rollout.episode import RolloutConfig, RolloutEngine
 from wam_models.train import train
 
 ADAPTERS = """
@@ -247,7 +247,7 @@ def test_no_robot_gets_actions_that_are_not_finite(policy, root, monkeypatch):
         broken.model.action_expert.action_proj_out.weight[0, 0] = float("nan")
     with pytest.raises(ValueError, match=r"propose: \w+ of the chunk at frames \[1\] must be finite"):
         play(broken, toy)
-    monkeypatch.setattr(episode_module, "_check_finite", lambda *args, **options: None)
+    monkeypatch.setattr(episode_module, "check_finite", lambda *args, **options: None)
     with pytest.raises(ValueError, match="play: chunk 1: actions are not finite and must not be executed"):
         play(broken, toy)
     assert not toy.actions

@@ -11,7 +11,7 @@ import torch
 
 from wam_models import RolloutConfig, TrainingConfig, WorldActionModel, golden_config, training_step
 from wam_models.flow import TimestepDraw
-from wam_models.rollout.episode import RolloutEngine
+from wam_models.rollout import RolloutEngine
 
 from .test_training import batch, generator, small_model
 

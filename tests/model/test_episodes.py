@@ -52,7 +52,7 @@ def test_a_copy_goes_on_like_the_original_and_apart_from_it(again, options):
         assert equal(*(e.propose(**noises(2, i, torch.float32)) for e in (episode, twin)))
     # nor a copy the original, whatever the original's loops are at
     branch = again(episode)
-    episode._step.zero_()
+    episode._solver._number.zero_()
     episode.observe(*real(2, 70, torch.float32))
     assert equal(*(e.propose(**noises(2, 5, torch.float32)) for e in (branch, twin)))
 
@@ -212,7 +212,7 @@ def test_numbers_that_are_not_finite_are_refused_on_their_way_in_and_out():
 @pytest.mark.parametrize("program,cache", [("joint", "persistent"), ("action_then_video", "recomputed")])
 def test_what_is_not_finite_stays_in_its_rollout(program, cache, monkeypatch):
     """On a GPU nobody looks; the other robots of the batch do not notice."""
-    monkeypatch.setattr(episode_module, "_check_finite", lambda *args, **options: None)
+    monkeypatch.setattr(episode_module, "check_finite", lambda *args, **options: None)
     episode, twin = (started(program, torch.float32, cache=cache, window=4) for _ in range(2))
     for i in range(5):
         a, b = (e.propose(**noises(2, i, torch.float32)) for e in (episode, twin))

@@ -74,9 +74,9 @@ def real(frames, seed, dtype=torch.float64):
 
 def request(objective, noise):
     """Arguments of ``propose`` from both streams' noise: what is given instead of denoised is just another tensor."""
-    goal, given = OBJECTIVES[objective], dict(noise)
+    given = dict(noise)
     for stream in ("video", "action"):
-        if not getattr(goal, stream):
+        if not getattr(OBJECTIVES[objective], stream):
             given[f"clean_{stream}"] = given.pop(f"{stream}_noise")
     return given
 
@@ -96,7 +96,7 @@ def dense_chunk(episode, video, action, *, update=("video", "action")):
 
     Everything that the chunk must not read (noisy slots of history, clean copies of the unresolved) holds junk.
     """
-    config, model, conditional = episode.config, episode.model, episode.goal.conditional
+    config, model, conditional = episode.config, episode.model, episode.objective.conditional
     chunk, window = (1, 3) if conditional else (config.chunk_size, config.window)
     (next_frame,) = set(episode.next_frame)
     seen = min(window // 2 * chunk, next_frame)
@@ -174,9 +174,9 @@ def test_streaming_equals_one_packed_forward_over_the_whole_episode(data):
     program = data.draw(st.sampled_from(ROLLED_OUT), "program")
     objective = data.draw(st.sampled_from(tuple(OBJECTIVES) if program == GJD else ("joint",)), "objective")
     history = data.draw(st.sampled_from(HISTORIES), "history")
-    goal = OBJECTIVES[objective]
-    size = 1 if goal.conditional else data.draw(st.integers(1, 4), "chunk")
-    window = 3 if goal.conditional else data.draw(st.integers(2, 7), "window")
+    conditional = OBJECTIVES[objective].conditional
+    size = 1 if conditional else data.draw(st.integers(1, 4), "chunk")
+    window = 3 if conditional else data.draw(st.integers(2, 7), "window")
     chunks = data.draw(st.integers(1, 4 + 4 // size), "chunks")
     ring = data.draw(st.integers(1, 3), "lookahead")
     episode = started(
@@ -186,18 +186,18 @@ def test_streaming_equals_one_packed_forward_over_the_whole_episode(data):
 
 
 def check_against_one_packed_forward(episode, size, window, chunks):
-    goal, config = episode.goal, episode.config
+    objective, config = episode.objective, episode.config
     noise, clean = [noises(size, i) for i in range(chunks)], []
     for n in noise:
-        clean.append(episode.propose(**request(goal.name, n)))
+        clean.append(episode.propose(**request(objective.name, n)))
         episode.accept(clean[-1])
     frames = 1 + chunks * size
     first_video, first_action = randn(B, C, 1, *GRID), randn(B, 1, SLOTS, A, seed=5)
     noisy_video = torch.cat([first_video, *(n["video_noise"] for n in noise)], 2)
     noisy_action = torch.cat([first_action, *(n["action_noise"] for n in noise)], 1)
     geometry = geometry_for(
-        config.program, goal, frames=frames, video_tokens=TOKENS, action_tokens=SLOTS, chunk_size=size, window=window,
-        history=config.history,
+        config.program, objective, frames=frames, video_tokens=TOKENS, action_tokens=SLOTS, chunk_size=size,
+        window=window, history=config.history,
     )  # fmt: skip
     text = randn(B, 3, 8, seed=1)
     flows = episode.model(
@@ -205,14 +205,14 @@ def check_against_one_packed_forward(episode, size, window, chunks):
         torch.cat([first_video, *(c.video for c in clean)], 2),
         noisy_action,
         torch.cat([torch.zeros_like(first_action), *(c.action for c in clean)], 1),
-        torch.full((B, frames), 1000.0 * goal.video, dtype=torch.float64),
-        torch.full((B, frames), 1000.0 * goal.action, dtype=torch.float64),
-        text * (not goal.conditional),
+        torch.full((B, frames), 1000.0 * objective.video, dtype=torch.float64),
+        torch.full((B, frames), 1000.0 * objective.action, dtype=torch.float64),
+        text * (not objective.conditional),
         attend=attend_densely(geometry),
     )
-    if goal.video:
+    if objective.video:
         assert_same(noisy_video[:, :, 1:] - torch.cat([c.video for c in clean], 2), flows[0][:, :, 1:])
-    if goal.action:
+    if objective.action:
         assert_same(noisy_action[:, 1:] - torch.cat([c.action for c in clean], 1), flows[1][:, 1:])
 
 
@@ -362,7 +362,7 @@ def snapshot(episode):
     """Everything that was accepted: slots, latents, counters. The chunk at work may hold anything."""
     cache = episode.cache
     rings = cache.buffer[:, :, :, : cache.chunk_slots((0,), 1).start].clone()
-    frames = [t.clone() for t in episode._accepted.values()]
+    frames = [t.clone() for t in episode._accepted.latents.values()]
     return rings, *frames, list(episode.next_frame), list(episode.observed)
 
 
@@ -543,8 +543,8 @@ def test_a_step_can_be_captured(program):
         "is_nonzero",
         "repeat_interleave",
     )
-    for loop in episode._loops.values():
-        episode._step.zero_()
+    for loop in episode._solver._steps.values():
+        episode._solver._number.zero_()
         with Launches() as launches, torch.no_grad():
             loop()
         assert len(launches.names) > 20 and any("cached_attention" in n for n in launches.names)
@@ -569,7 +569,7 @@ def test_flat_over_500_chunks():
         if i in counted:
             counted[i] = launches.names, launches.bytes, tuple(rows)
     assert episode.next_frame == [1001] and episode.cache.buffer.data_ptr() == place
-    assert len(episode._passes) == 2 and len(episode._loops) == 1
+    assert len(episode._forward._buffers) == 2 and len(episode._solver._steps) == 1
     early, late = (list(counted.values())[i : i + period] for i in (0, period))
     assert early == late and None not in early
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from wam_kernels import StreamingCache
 from wam_models import RolloutConfig, RolloutEngine
 from wam_models.model import dual_expert
-from wam_models.rollout import episode as episode_module
+from wam_models.rollout import layout
 
 from .cases import BOUND, GOLDEN, ROLLOUTS, error, golden_model
 
@@ -88,11 +88,11 @@ def test_a_wrong_window_or_history_fails_the_goldens(name):
 
 @pytest.mark.parametrize("name", [n for n in CASES if "conditioned" in n])
 def test_a_wrong_boundary_fails_the_conditional_goldens(name, monkeypatch):
-    right = episode_module.geometry_for
+    right = layout.geometry_for
 
     def wrong(*args, **named):
         geometry = right(*args, **named)
-        return episode_module.Geometry(**vars(geometry) | {"conditional_history": None, "history": "full", "window": 1})
+        return layout.Geometry(**vars(geometry) | {"conditional_history": None, "history": "full", "window": 1})
 
     def zeroed(**sizes):
         # the wrong boundary reads slots that nothing has written
@@ -100,8 +100,8 @@ def test_a_wrong_boundary_fails_the_conditional_goldens(name, monkeypatch):
         cache.buffer.zero_()
         return cache
 
-    monkeypatch.setattr(episode_module, "StreamingCache", zeroed)
-    monkeypatch.setattr(episode_module, "geometry_for", wrong)
+    monkeypatch.setattr(layout, "StreamingCache", zeroed)
+    monkeypatch.setattr(layout, "geometry_for", wrong)
     assert rollout_errors(name)[1] > 5 * TIGHT
 
 

@@ -20,7 +20,7 @@ from ..draw.masks import draw_mask, draw_programs, small_geometry
 from ..draw.style import save_small
 from ..evaluate import Evaluation, Row, evaluate, imagine, table
 from ..objectives import GJD
-from ..rollout.episode import CONDITIONAL_CHUNK
+from ..rollout.config import CONDITIONAL_CHUNK
 from ..threads import pick_threads, restores_threads
 from ..train.config import TrainConfig
 from ..train.log import STREAMS, loss_ends

@@ -18,7 +18,8 @@ from ..data.latents import pictures_of
 from ..draw.charts import film
 from ..evaluate import Chunk, mean_psnr, rmse, stream
 from ..objectives import GJD, MODEL_PROGRAMS, OBJECTIVES
-from ..rollout.episode import CONDITIONAL_CHUNK, RolloutConfig, RolloutEngine
+from ..rollout import RolloutConfig, RolloutEngine
+from ..rollout.config import CONDITIONAL_CHUNK
 from ..rollout.policy import Policy
 from ..simulator import control_freq, load, play
 from ..threads import pick_threads, restores_threads

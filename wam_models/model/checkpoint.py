@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -83,15 +84,16 @@ def save_checkpoint(
         raise ValueError(f"save_checkpoint: names of extra tensors must not start with {_TEXT_KEY!r}, got {reserved}")
     if training_state is not None and SAVE_ID in training_state:
         raise ValueError(f"save_checkpoint: training_state must not have an entry {SAVE_ID!r}, which is set here")
-    inner = model
-    while not hasattr(inner, "config") and isinstance(getattr(inner, "module", None), nn.Module):  # DDP hides it
-        inner = inner.module
-    if not isinstance(getattr(inner, "config", None), ModelConfig):
+    inner: nn.Module = model
+    while not hasattr(inner, "config") and isinstance(wrapped := getattr(inner, "module", None), nn.Module):
+        inner = wrapped  # DDP hides it
+    model_config = getattr(inner, "config", None)
+    if not isinstance(model_config, ModelConfig):
         raise TypeError(
             f"save_checkpoint: model must be a WorldActionModel, wrapped or not, got {type(model).__name__}"
         )
     save_id = secrets.token_hex(8)
-    config = {"model": inner.config.to_dict(), "metadata": metadata or {}}
+    config: dict[str, Any] = {"model": model_config.to_dict(), "metadata": metadata or {}}
     config["save"] = {"id": save_id, "training_state": training_state is not None}
     if text is not None:
         config["vocabulary"] = list(text.vocabulary)
@@ -110,7 +112,7 @@ def save_checkpoint(
     def training(path: Path) -> None:
         # torch turns a full disk into "unexpected pos"; writing to a file of Python keeps its error
         with path.open("wb") as file:
-            torch.save({**training_state, SAVE_ID: save_id}, file)
+            torch.save({**(training_state or {}), SAVE_ID: save_id}, file)
 
     files = {MODEL: tensors(weights), EXTRA: tensors(extra), CONFIG: lambda path: path.write_text(settings)}
     if training_state is not None:

@@ -265,7 +265,7 @@ class PackedBlockStack(nn.Module):
         rope: Exact,
         text: Sequence[Pair],
         attend: Attend,
-        slots: Callable[[int], Slots] | None = None,
+        slots: Sequence[Slots] | None = None,
         wanted: Sequence[int] = (0, 1),
     ) -> Pair:
         """The (video, action) streams after the last block; None for a stream that is absent or not wanted.
@@ -275,7 +275,7 @@ class PackedBlockStack(nn.Module):
             rope: Rope table of each stream, (video, action).
             text: ``text[i]`` is the (video, action) text of block i.
             attend: ``attend(i, q, k, v)`` is the attention of block i over ``[video tokens | action tokens]``.
-            slots: ``slots(i)`` is where block i writes q, k and v; default new tensors. Inference only.
+            slots: ``slots[i]`` is where block i writes q, k and v; default new tensors. Inference only.
             wanted: Streams whose result the caller needs: the last block computes nothing else but keys and values.
         """
         last = len(self.packed_blocks) - 1
@@ -286,7 +286,7 @@ class PackedBlockStack(nn.Module):
             def attend_here(q, k, v, i=i):
                 return attend(i, q, k, v)
 
-            places = None if slots is None else slots(i)
+            places = None if slots is None else slots[i]
             inputs = streams, rope, text[i], attend_here, places, of_last if i == last else (True, True)
             if self.checkpoint_activations and torch.is_grad_enabled():
                 streams = checkpoint(block, *inputs, use_reentrant=False)

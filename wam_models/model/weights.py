@@ -78,8 +78,10 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     model.load_state_dict(values, strict=False)
     if meta:
         with torch.inference_mode(False):  # these become parameters
-            plain = {"copy": True, "memory_format": torch.contiguous_format}
-            meta = {key: value.detach().to(own[key].dtype, **plain) for key, value in meta.items()}
+            meta = {
+                key: value.detach().to(own[key].dtype, copy=True, memory_format=torch.contiguous_format)
+                for key, value in meta.items()
+            }
             model.load_state_dict(meta, strict=False, assign=True)
     return sorted(key for name, key in given.items() if name not in names)
 
@@ -208,14 +210,15 @@ def _read_shards(index: Path, device: torch.device | str) -> tuple[dict[str, Ten
         raise ValueError(
             f"{index}: {len(missing)} of {len(shards)} shards are missing, {abridged(missing)}; fetch them too"
         )
-    tensors, ids = {}, set()
+    tensors: dict[str, Tensor] = {}
+    ids = set()
     for name in shards:
         held, save_id = read_tensors(index.parent / name, device)
-        said = {key for key, shard in where.items() if shard == name}
-        if set(held) != said:
+        listed = {key for key, shard in where.items() if shard == name}
+        if set(held) != listed:
             raise ValueError(
                 f"{index.parent / name}: holds other tensors than {index.name} says: "
-                f"lacks {abridged(sorted(said - set(held)))}, has {abridged(sorted(set(held) - said))} besides"
+                f"lacks {abridged(sorted(listed - set(held)))}, has {abridged(sorted(set(held) - listed))} besides"
             )
         tensors |= held
         ids.add(save_id)

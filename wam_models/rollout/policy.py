@@ -210,17 +210,15 @@ class Policy:
             tokens = found.model.config.actions_per_frame
             expected = trained if packed == 1 else f"{trained} / {packed}"
             raise ValueError(f"{config}: model: actions_per_frame must be {expected} for this policy, got {tokens}")
-        units = {name: found.extra.get(name) for name in ("action_mean", "action_std", "varying")}
-        missing = [name for name, value in units.items() if value is None]
+        units = ("action_mean", "action_std", "varying")
+        missing = [name for name in units if name not in found.extra]
         if missing:
             raise ValueError(f"{extra}: no checkpoint of wam train, {missing} are missing; train again")
         try:
-            codec = {k.removeprefix(_CODEC): v for k, v in found.extra.items() if k.startswith(_CODEC)}
-            codec = CODECS[kind["kind"]].from_state_dict(codec, kind["config"])
-            units = {name: value.cpu() for name, value in units.items()}
-            policy = cls(
-                found.model, found.text, codec, **units, rollout=rollout, camera=camera, actions_per_token=packed
-            )
+            state = {k.removeprefix(_CODEC): v for k, v in found.extra.items() if k.startswith(_CODEC)}
+            codec = CODECS[kind["kind"]].from_state_dict(state, kind["config"])
+            mean, std, varying = (found.extra[name].cpu() for name in units)
+            policy = cls(found.model, found.text, codec, mean, std, varying, rollout, camera, packed)
         except ValueError as error:
             raise ValueError(f"{extra}: {error}; train again") from error
         return policy, found

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from .._checks import whole
-from ..rollout.episode import RolloutConfig, RolloutEngine
+from ..rollout import RolloutConfig, RolloutEngine
 from ..rollout.policy import Policy
 from .named import is_adapter
 from .protocol import Simulator, checked_observation, execute, raised

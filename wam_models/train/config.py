@@ -17,7 +17,8 @@ from ..config import ModelConfig
 from ..data import ClipDataset
 from ..flow import SHIFTS, TimestepDraw
 from ..objectives import GJD, GJD_MIXTURE, OBJECTIVES, checked_mixture
-from ..rollout.episode import CONDITIONAL_CHUNK, RolloutConfig
+from ..rollout import RolloutConfig
+from ..rollout.config import CONDITIONAL_CHUNK
 from .step import TrainingConfig
 
 SCHEDULES = ("constant", "cosine", "decay")

@@ -25,7 +25,7 @@ from ..data.latents import codec_kind
 from ..model.checkpoint import Checkpoint
 from ..model.dual_expert import WorldActionModel
 from ..model.weights import load_weights
-from ..rollout.episode import RolloutConfig
+from ..rollout import RolloutConfig
 from ..rollout.policy import Policy
 from ..text import WordEmbedding
 from .config import DECAY_PART, TrainConfig, check_fit

@@ -1,0 +1,179 @@
+"""The forward of one chunk over the keys and values of its history."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from wam_kernels import FrameIndex, StreamingCache, cached_attention
+from wam_kernels.streaming_cache import MAX_RANGES
+from wam_kernels.visibility import ACTION, CLEAN, NOISY, VIDEO
+
+from ..flow import timesteps
+from ..model.dual_expert import Exact, Pair, Slots, WorldActionModel
+from .frames import FRAME_DIM, to_device
+from .layout import ChunkLayout
+
+
+@dataclass(eq=False)
+class _Buffers:
+    """What a forward of these streams' noisy or clean tokens reads and writes, at addresses that never change."""
+
+    streams: tuple[int, ...]
+    rows: tuple[int, ...]  # tokens of the chunk in each stream
+    written: list[Slots]  # of each block: where q, and the keys and values in the cache, are written
+    ranges: Tensor  # int32 [B, streams, MAX_RANGES, 2]: the slots that each stream's queries attend to
+    rope: dict[int, Tensor]
+    # held here, because a captured graph reads their memory
+    indices: list[FrameIndex] = field(default_factory=list)
+
+
+class ChunkForward:
+    """Runs the tokens of the chunk at work, noisy or clean, and nothing else.
+
+    Every input stays in place, so that a captured CUDA graph of :meth:`flows` can be replayed for another chunk.
+
+    Args:
+        model: Of all forwards.
+        layout: Sizes of the chunk and its history.
+        cache: Of the history's keys and values.
+        latents: The chunk at work, ``[B, C, chunk, y, x]`` and ``[B, chunk, n, A]``; what :meth:`flows` denoises.
+
+    Attributes:
+        text: Keys and values of the text in every block; see :meth:`set_text`.
+    """
+
+    def __init__(
+        self, model: WorldActionModel, layout: ChunkLayout, cache: StreamingCache, latents: dict[int, Tensor]
+    ) -> None:
+        self.model, self.layout, self.cache, self.latents = model, layout, cache, latents
+        self.text: list[Pair] = []
+        self._clean_sigma = latents[VIDEO].new_zeros(1)
+        self._frames = torch.arange(layout.chunk_size, device=model.device)
+        self._buffers: dict[tuple[tuple[int, ...], int], _Buffers] = {}
+
+    def __getstate__(self) -> dict:
+        # buffers are made anew where they are needed
+        return vars(self) | {"_buffers": {}}
+
+    def set_text(self, rollouts: Sequence[int], text: Tensor) -> None:
+        """Compute the text's keys and values of some rollouts; at first of all of them, in order."""
+        text = torch.zeros_like(text) if self.layout.objective.conditional else text
+        text = torch.cat([text, torch.zeros_like(text)]) if self.layout.guided else text
+        fresh = self.model.embed_text(to_device(text, self.model.device), keys_values=True)
+        if not self.text:
+            self.text = fresh
+            return
+        for old, new in zip(self.text, fresh, strict=True):
+            for old_stream, new_stream in zip(old, new, strict=True):
+                for old_tensor, new_tensor in zip(old_stream, new_stream, strict=True):
+                    for i, b in enumerate(rollouts):
+                        old_tensor[b].copy_(new_tensor[i])
+                        if self.layout.guided:
+                            old_tensor[self.layout.batch + b].copy_(new_tensor[len(rollouts) + i])
+
+    def set_frames(
+        self, streams: Sequence[int], noise: int, firsts: Sequence[int], counts: Sequence[int] | None = None,
+        visible_from: Sequence[int] | None = None,
+    ) -> _Buffers:  # fmt: skip
+        """Let the forward of these streams' ``NOISY`` or ``CLEAN`` tokens run the chunks that begin with ``firsts``.
+
+        Args:
+            streams: Which run together.
+            noise: Their copy.
+            firsts: First frame of each rollout's chunk.
+            counts: Frames of each that are there; default the whole chunk.
+            visible_from: First frame that each attends to; default the window's.
+        """
+        layout, model = self.layout, self.model
+        key = tuple(sorted(streams)), noise
+        if key not in self._buffers:
+            self._buffers[key] = self._new_buffers(*key)
+        buffers, repeat = self._buffers[key], layout.samples // layout.batch
+        counts = [layout.chunk_size] * layout.batch if counts is None else counts
+        starts = [layout.first_visible(f) for f in firsts] if visible_from is None else visible_from
+        history = [first - start for first, start in zip(firsts, starts, strict=True)]
+        geometries = [layout.geometry(start, n) for start, n in zip(starts, history, strict=True)]
+        ranges = self.cache.ranges(
+            geometries * repeat, [*starts] * repeat, history * repeat, [*counts] * repeat, buffers.streams, noise
+        )
+        buffers.ranges.copy_(to_device(ranges, model.device))
+        first = to_device(torch.tensor([*firsts] * repeat, device="cpu"), model.device)
+        frames = first[:, None] + self._frames
+        video, action = (frames if s in streams else None for s in (VIDEO, ACTION))
+        tables = model.rope(video, *layout.grid, action)
+        for stream, table in buffers.rope.items():
+            table.copy_(tables[stream])
+        return buffers
+
+    def flows(self, streams: Sequence[int], sigma: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """Flow of the noisy chunk, of each stream that has a noise level ``[1]`` in ``sigma``, at that level.
+
+        Of ``streams``, those without one are given: they stay at timestep 0.
+        """
+        layout = self.layout
+        after = self._blocks(self._buffers[tuple(sorted(streams)), NOISY], sigma)
+        found = self.model.flows(after, layout.chunk_size, *layout.grid)
+        flows = {s: flow for s, flow in enumerate(found) if flow is not None and s in sigma}
+        if layout.guided:
+            halves = {s: flow.chunk(2) for s, flow in flows.items()}
+            g = layout.config.guidance
+            flows = {s: without + g * (text - without) for s, (text, without) in halves.items()}
+        return flows
+
+    def compute_clean(
+        self, streams: Sequence[int], firsts: Sequence[int], counts: Sequence[int] | None = None,
+        visible_from: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
+        """Keys and values of the chunk's clean tokens, at timestep 0, into the slots of the chunk at work."""
+        self._blocks(self.set_frames(streams, CLEAN, firsts, counts, visible_from), {})
+
+    def write_history(
+        self, chunk: Mapping[int, Tensor], firsts: Sequence[int], counts: Sequence[int],
+        visible_from: Sequence[int] | None = None,
+    ) -> None:  # fmt: skip
+        """Keys and values of clean frames, those of :meth:`set_frames`, into the rings."""
+        for s, latents in chunk.items():
+            self.latents[s].narrow(FRAME_DIM[s], 0, latents.shape[FRAME_DIM[s]]).copy_(latents)
+        self.compute_clean(self.layout.history_streams, firsts, counts, visible_from)
+        self.cache.keep(self.layout.history_streams, firsts, counts)
+
+    def _blocks(self, buffers: _Buffers, sigma: Mapping[int, Tensor]) -> Pair:
+        """The streams after the last block, of those in ``sigma``; all keys and values go to the chunk's slots."""
+        model, cache, layout = self.model, self.cache, self.layout
+        latents: list[Tensor | None] = [None, None]
+        levels: list[Tensor | None] = [None, None]
+        for s in buffers.streams:
+            latents[s] = torch.cat([self.latents[s]] * 2) if layout.guided else self.latents[s]
+            levels[s] = timesteps(sigma.get(s, self._clean_sigma)).expand(layout.samples, layout.chunk_size)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            # k and v stand in the cache already
+            return cached_attention(q, cache.keys(layer), cache.values(layer), buffers.ranges, group_rows=buffers.rows)
+
+        embedded = model.embed(latents[VIDEO], levels[VIDEO], latents[ACTION], levels[ACTION])
+        buffers.indices = [stream.index for stream in embedded if stream is not None]
+        rope = Exact(*(buffers.rope.get(s) for s in (VIDEO, ACTION)))
+        return model.packed_block_stack(embedded, rope, self.text, attend, buffers.written, tuple(sigma))
+
+    def _new_buffers(self, streams: tuple[int, ...], noise: int) -> _Buffers:
+        cache, model, c = self.cache, self.model, self.model.config
+        rows, slots = cache.rows(streams), cache.chunk_slots(streams, noise)
+        # one for all blocks: each has read its queries when the next writes
+        shape = cache.batch, sum(rows), c.heads, c.head_dim
+        queries = torch.empty(shape, dtype=model.dtype, device=model.device)
+        layers = range(c.layers)
+        dtype = torch.promote_types(model.dtype, torch.float32)
+        return _Buffers(
+            streams=streams,
+            rows=rows,
+            written=[Slots(queries, cache.keys(i)[:, slots], cache.values(i)[:, slots]) for i in layers],
+            ranges=torch.zeros(cache.batch, len(streams), MAX_RANGES, 2, dtype=torch.int32, device=model.device),
+            rope={
+                s: torch.empty(cache.batch, n, c.head_dim // 2, 2, dtype=dtype, device=model.device)
+                for s, n in zip(streams, rows, strict=True)
+            },
+        )

@@ -1,0 +1,100 @@
+"""The sizes of a chunk and of its history, and which of the history a chunk attends to."""
+
+from __future__ import annotations
+
+from wam_kernels import Attends, Geometry, StreamingCache
+from wam_kernels.visibility import ACTION, VIDEO
+
+from .._checks import memory
+from ..model.dual_expert import WorldActionModel
+from ..objectives import MODEL_PROGRAMS, Objective, geometry_for
+from .config import CONDITIONAL_CHUNK, CONDITIONAL_WINDOW, RolloutConfig
+
+
+class ChunkLayout:
+    """What follows from a config, an objective and the tokens of a frame alone.
+
+    Args:
+        config: Program, chunk, window and what is kept.
+        objective: Which streams are denoised and which are given.
+        batch: Rollouts.
+        grid: Rows and columns of a frame's video tokens.
+        action_tokens: Of a frame.
+
+    Attributes:
+        chunk_size: Frames of a chunk.
+        window: In order blocks.
+        reach: Frames of history that a chunk attends to, at most.
+        guided: Whether a forward is a batch of two: first all rollouts with their text, then all without.
+        samples: Batch of a forward.
+        history_streams: The streams whose clean tokens history needs.
+    """
+
+    def __init__(
+        self, config: RolloutConfig, objective: Objective, batch: int, grid: tuple[int, int], action_tokens: int
+    ) -> None:
+        conditional = objective.conditional
+        self.config, self.objective = config, objective
+        self.batch, self.grid, self.action_tokens = batch, grid, action_tokens
+        self.chunk_size = CONDITIONAL_CHUNK if conditional else config.chunk_size
+        self.window = CONDITIONAL_WINDOW if conditional else config.window
+        self.guided = config.guidance != 1 and not conditional
+        self.samples = 2 * batch if self.guided else batch
+        # A query of the stream that is resolved first attends to its other stream one order block further back: half a
+        # chunk, if the window is odd. OpenWAM's rollouts cut that off.
+        order_blocks = self.window + 1 if config.cache == "persistent" else self.window
+        self.reach = order_blocks // 2 * self.chunk_size
+        # Where later chunks attend to video alone, clean actions matter only to the clean video of their own chunk, in
+        # programs in which that attends to them.
+        video_only = conditional or config.history == "video_only"
+        through_video = Attends.VIDEO_TO_ACTION in MODEL_PROGRAMS[config.program].clean_to_clean
+        self.history_streams = (VIDEO,) if video_only and not through_video else (VIDEO, ACTION)
+
+    def first_visible(self, frame: int) -> int:
+        """First frame that a chunk beginning with ``frame`` may attend to."""
+        return max(frame - self.reach, 0)
+
+    def geometry(self, start: int, history: int) -> Geometry:
+        """``history`` frames, the first of them frame ``start``, and the chunk after them, as one packed sample."""
+        return geometry_for(
+            self.config.program,
+            self.objective,
+            frames=history + self.chunk_size,
+            video_tokens=self.grid[0] * self.grid[1],
+            action_tokens=self.action_tokens,
+            chunk_size=self.chunk_size,
+            window=self.window,
+            history=self.config.history,
+            start=start,
+            chunk_origin=start + history,
+        )
+
+    def new_cache(self, model: WorldActionModel) -> StreamingCache:
+        """Keys and values of the window and of what may be taken back, in the model's dtype, on its device.
+
+        Raises:
+            ValueError: they exceed the device's memory; nothing was allocated. A window may have meant "everything".
+        """
+        c, config, video_tokens = model.config, self.config, self.grid[0] * self.grid[1]
+        frames = self.reach + (config.lookahead + 2) * self.chunk_size
+        token = 2 * c.layers * c.inner * model.dtype.itemsize
+        needed = frames * (video_tokens + self.action_tokens) * token * self.samples
+        available = memory(model.device)
+        if needed > available:
+            raise ValueError(
+                f"start: RolloutConfig with window={config.window}, chunk_size={config.chunk_size} and "
+                f"lookahead={config.lookahead} keeps {frames} frames, whose keys and values take {needed:.3g} bytes, "
+                f"more than the {available:.3g} of {model.device}; for a history of n chunks use window=2 * n"
+            )
+        return StreamingCache(
+            layers=c.layers,
+            batch=self.samples,
+            heads=c.heads,
+            head_dim=c.head_dim,
+            video_tokens=video_tokens,
+            action_tokens=self.action_tokens,
+            chunk_size=self.chunk_size,
+            frames=self.reach + config.lookahead * self.chunk_size,
+            dtype=model.dtype,
+            device=model.device,
+        )
