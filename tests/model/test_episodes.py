@@ -52,7 +52,7 @@ def test_a_copy_goes_on_like_the_original_and_apart_from_it(again, options):
         assert equal(*(e.propose(**noises(2, i, torch.float32)) for e in (episode, twin)))
     # nor a copy the original, whatever the original's loops are at
     branch = again(episode)
-    episode._solver._number.zero_()
+    episode.solver.step_number.zero_()
     episode.observe(*real(2, 70, torch.float32))
     assert equal(*(e.propose(**noises(2, 5, torch.float32)) for e in (branch, twin)))
 

@@ -362,7 +362,7 @@ def snapshot(episode):
     """Everything that was accepted: slots, latents, counters. The chunk at work may hold anything."""
     cache = episode.cache
     rings = cache.buffer[:, :, :, : cache.chunk_slots((0,), 1).start].clone()
-    frames = [t.clone() for t in episode._accepted.latents.values()]
+    frames = [t.clone() for t in episode.ring.latents.values()]
     return rings, *frames, list(episode.next_frame), list(episode.observed)
 
 
@@ -543,8 +543,8 @@ def test_a_step_can_be_captured(program):
         "is_nonzero",
         "repeat_interleave",
     )
-    for loop in episode._solver._steps.values():
-        episode._solver._number.zero_()
+    for loop in episode.solver.steps.values():
+        episode.solver.step_number.zero_()
         with Launches() as launches, torch.no_grad():
             loop()
         assert len(launches.names) > 20 and any("cached_attention" in n for n in launches.names)
@@ -569,7 +569,7 @@ def test_flat_over_500_chunks():
         if i in counted:
             counted[i] = launches.names, launches.bytes, tuple(rows)
     assert episode.next_frame == [1001] and episode.cache.buffer.data_ptr() == place
-    assert len(episode._forward._buffers) == 2 and len(episode._solver._steps) == 1
+    assert len(episode.forward.buffers) == 2 and len(episode.solver.steps) == 1
     early, late = (list(counted.values())[i : i + period] for i in (0, period))
     assert early == late and None not in early
 

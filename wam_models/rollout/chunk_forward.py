@@ -19,7 +19,7 @@ from .layout import ChunkLayout
 
 
 @dataclass(eq=False)
-class _Buffers:
+class Buffers:
     """What a forward of these streams' noisy or clean tokens reads and writes, at addresses that never change."""
 
     streams: tuple[int, ...]
@@ -44,6 +44,7 @@ class ChunkForward:
 
     Attributes:
         text: Keys and values of the text in every block; see :meth:`set_text`.
+        buffers: Of each (streams, ``NOISY`` or ``CLEAN``) that was run so far.
     """
 
     def __init__(
@@ -53,11 +54,11 @@ class ChunkForward:
         self.text: list[Pair] = []
         self._clean_sigma = latents[VIDEO].new_zeros(1)
         self._frames = torch.arange(layout.chunk_size, device=model.device)
-        self._buffers: dict[tuple[tuple[int, ...], int], _Buffers] = {}
+        self.buffers: dict[tuple[tuple[int, ...], int], Buffers] = {}
 
     def __getstate__(self) -> dict:
         # buffers are made anew where they are needed
-        return vars(self) | {"_buffers": {}}
+        return vars(self) | {"buffers": {}}
 
     def set_text(self, rollouts: Sequence[int], text: Tensor) -> None:
         """Compute the text's keys and values of some rollouts; at first of all of them, in order."""
@@ -78,7 +79,7 @@ class ChunkForward:
     def set_frames(
         self, streams: Sequence[int], noise: int, firsts: Sequence[int], counts: Sequence[int] | None = None,
         visible_from: Sequence[int] | None = None,
-    ) -> _Buffers:  # fmt: skip
+    ) -> Buffers:  # fmt: skip
         """Let the forward of these streams' ``NOISY`` or ``CLEAN`` tokens run the chunks that begin with ``firsts``.
 
         Args:
@@ -90,9 +91,9 @@ class ChunkForward:
         """
         layout, model = self.layout, self.model
         key = tuple(sorted(streams)), noise
-        if key not in self._buffers:
-            self._buffers[key] = self._new_buffers(*key)
-        buffers, repeat = self._buffers[key], layout.samples // layout.batch
+        if key not in self.buffers:
+            self.buffers[key] = self._new_buffers(*key)
+        buffers, repeat = self.buffers[key], layout.samples // layout.batch
         counts = [layout.chunk_size] * layout.batch if counts is None else counts
         starts = [layout.first_visible(f) for f in firsts] if visible_from is None else visible_from
         history = [first - start for first, start in zip(firsts, starts, strict=True)]
@@ -115,7 +116,7 @@ class ChunkForward:
         Of ``streams``, those without one are given: they stay at timestep 0.
         """
         layout = self.layout
-        after = self._blocks(self._buffers[tuple(sorted(streams)), NOISY], sigma)
+        after = self._blocks(self.buffers[tuple(sorted(streams)), NOISY], sigma)
         found = self.model.flows(after, layout.chunk_size, *layout.grid)
         flows = {s: flow for s, flow in enumerate(found) if flow is not None and s in sigma}
         if layout.guided:
@@ -141,7 +142,7 @@ class ChunkForward:
         self.compute_clean(self.layout.history_streams, firsts, counts, visible_from)
         self.cache.keep(self.layout.history_streams, firsts, counts)
 
-    def _blocks(self, buffers: _Buffers, sigma: Mapping[int, Tensor]) -> Pair:
+    def _blocks(self, buffers: Buffers, sigma: Mapping[int, Tensor]) -> Pair:
         """The streams after the last block, of those in ``sigma``; all keys and values go to the chunk's slots."""
         model, cache, layout = self.model, self.cache, self.layout
         latents: list[Tensor | None] = [None, None]
@@ -159,7 +160,7 @@ class ChunkForward:
         rope = Exact(*(buffers.rope.get(s) for s in (VIDEO, ACTION)))
         return model.packed_block_stack(embedded, rope, self.text, attend, buffers.written, tuple(sigma))
 
-    def _new_buffers(self, streams: tuple[int, ...], noise: int) -> _Buffers:
+    def _new_buffers(self, streams: tuple[int, ...], noise: int) -> Buffers:
         cache, model, c = self.cache, self.model, self.model.config
         rows, slots = cache.rows(streams), cache.chunk_slots(streams, noise)
         # one for all blocks: each has read its queries when the next writes
@@ -167,7 +168,7 @@ class ChunkForward:
         queries = torch.empty(shape, dtype=model.dtype, device=model.device)
         layers = range(c.layers)
         dtype = torch.promote_types(model.dtype, torch.float32)
-        return _Buffers(
+        return Buffers(
             streams=streams,
             rows=rows,
             written=[Slots(queries, cache.keys(i)[:, slots], cache.values(i)[:, slots]) for i in layers],

@@ -154,6 +154,9 @@ class Episode:
         chunk_size: Frames of a chunk: of the config, or 1 for a conditional objective.
         objective: Which streams are denoised and which are given.
         cache: Keys and values of its history.
+        ring: Its accepted frames.
+        chunk: The chunk at work, noisy or clean: ``[B, C, chunk, y, x]`` and ``[B, chunk, n, A]``.
+        layout, forward, solver: What computes a chunk.
     """
 
     def __init__(
@@ -162,34 +165,34 @@ class Episode:
         c, batch = model.config, observation.shape[0]
         self.model, self.config, self.objective = model, config, objective
         grid = model.token_grid(*observation.shape[-2:])
-        self._layout = ChunkLayout(config, objective, batch, grid, c.actions_per_frame)
-        self.chunk_size = self._layout.chunk_size
-        self.cache = self._layout.new_cache(model)
+        self.layout = ChunkLayout(config, objective, batch, grid, c.actions_per_frame)
+        self.chunk_size = self.layout.chunk_size
+        self.cache = self.layout.new_cache(model)
         dtype = wide(observation).dtype
         shapes = {VIDEO: observation.shape, ACTION: (batch, 1, c.actions_per_frame, c.action_dim)}
-        self._chunk = {
+        self.chunk = {
             s: torch.zeros(with_frames(s, shape, self.chunk_size), dtype=dtype, device=model.device)
             for s, shape in shapes.items()
         }
-        self._accepted = LatentRing(self._chunk, self.cache.frames)  # the same places as their keys
-        self._forward = ChunkForward(model, self._layout, self.cache, self._chunk)
-        self._solver = Solver(self._forward, config)
+        self.ring = LatentRing(self.chunk, self.cache.frames)  # the same places as their keys
+        self.forward = ChunkForward(model, self.layout, self.cache, self.chunk)
+        self.solver = Solver(self.forward, config)
         self._text_length = text.shape[1] if text.ndim == 3 else "L"
         self._moment = uuid.uuid4()
         self._stale = False  # the keys and values must be computed anew before they are read
 
     @property
     def next_frame(self) -> list[int]:
-        return self._accepted.next_frame
+        return self.ring.next_frame
 
     @property
     def observed(self) -> list[int]:
-        return self._accepted.observed
+        return self.ring.observed
 
     # ---- copies ----
 
     def __setstate__(self, state: dict) -> None:
-        if state["_chunk"][VIDEO].is_inference():
+        if state["chunk"][VIDEO].is_inference():
             # loaded in inference mode: no later call in another mode could write to such tensors
             with torch.inference_mode(False), torch.no_grad():
                 state = copy.deepcopy(state, {id(state["model"]): state["model"]})
@@ -251,12 +254,12 @@ class Episode:
             self._recompute_history()
         for stream, start in starts.items():
             if start is not None:
-                self._chunk[stream].copy_(to_device(start, self.model.device))
+                self.chunk[stream].copy_(to_device(start, self.model.device))
         for stage in loops:
-            self._solver.denoise(stage, self.next_frame)
+            self.solver.denoise(stage, self.next_frame)
             if stage.promoted is not None:
-                self._forward.compute_clean((stage.promoted,), self.next_frame)
-        found = {s: self._chunk[s].clone() for stage in loops for s in stage.streams}
+                self.forward.compute_clean((stage.promoted,), self.next_frame)
+        found = {s: self.chunk[s].clone() for stage in loops for s in stage.streams}
         for s, latents in found.items():
             where = f"propose: {STREAMS[s]} of the chunk at frames {self.next_frame}"
             check_finite(where, latents, hint="; are there such numbers in the weights, or do they overflow?")
@@ -284,9 +287,9 @@ class Episode:
             )
         frames = {VIDEO: candidate.video, ACTION: candidate.action}
         for s, t in frames.items():
-            check_frames(f"accept: candidate.{STREAMS[s]}", t, s, self.chunk_size, self._chunk[s])
+            check_frames(f"accept: candidate.{STREAMS[s]}", t, s, self.chunk_size, self.chunk[s])
             check_finite(f"accept: candidate.{STREAMS[s]}", t)
-        self._append(frames, [self.chunk_size] * self._layout.batch, self.next_frame)
+        self._append(frames, [self.chunk_size] * self.layout.batch, self.next_frame)
 
     @_in_plain_mode
     def observe(
@@ -317,8 +320,8 @@ class Episode:
         """
         self._check_model("observe")
         K = video.shape[2] if getattr(video, "ndim", 0) == 5 else -1
-        check_frames("observe: video", video, VIDEO, K, self._chunk[VIDEO])
-        check_frames("observe: action", action, ACTION, K, self._chunk[ACTION])
+        check_frames("observe: video", video, VIDEO, K, self.chunk[VIDEO])
+        check_frames("observe: action", action, ACTION, K, self.chunk[ACTION])
         counts = self._one_per_rollout("observe: frames", K if frames is None else frames)
         if max(counts) > K or not max(counts):
             raise ValueError(f"observe: frames must be numbers from 0 to K={K}, not all 0, got {counts}")
@@ -342,12 +345,12 @@ class Episode:
         """
         self._check_model("restart")
         rollouts = wholes("restart: rollouts", rollouts, 0)
-        batch = self._layout.batch
+        batch = self.layout.batch
         if len(set(rollouts)) != len(rollouts) or not set(rollouts) <= set(range(batch)) or not rollouts:
             raise ValueError(f"restart: rollouts must be different numbers from 0 to {batch - 1}, got {rollouts}")
         instance("restart: observation", observation, Tensor)
         instance("restart: text", text, Tensor)
-        shape = [len(rollouts), *with_frames(VIDEO, self._chunk[VIDEO].shape, 1)[1:]]
+        shape = [len(rollouts), *with_frames(VIDEO, self.chunk[VIDEO].shape, 1)[1:]]
         if list(observation.shape) != shape:
             raise ValueError(f"restart: observation must have shape {shape}, got {list(observation.shape)}")
         want = [len(rollouts), self._text_length, self.model.config.text_dim]
@@ -355,12 +358,12 @@ class Episode:
             raise ValueError(f"text must have shape [B, L, text_dim] = {want}, got {list(text.shape)}")
         check_finite("observation", observation)
         check_finite("text", text)
-        self._forward.set_text(rollouts, text)
+        self.forward.set_text(rollouts, text)
         # no action leads to frame 0: its slots are never a key
-        frames = {s: torch.zeros_like(t.narrow(FRAME_DIM[s], 0, 1)) for s, t in self._chunk.items()}
+        frames = {s: torch.zeros_like(t.narrow(FRAME_DIM[s], 0, 1)) for s, t in self.chunk.items()}
         for b, frame in zip(rollouts, to_device(observation, self.model.device), strict=True):
             frames[VIDEO][b].copy_(frame)
-        self._accepted.restart(rollouts)
+        self.ring.restart(rollouts)
         self._append_observed(frames, [int(b in rollouts) for b in range(batch)])
 
     @_in_plain_mode
@@ -369,8 +372,8 @@ class Episode:
 
         They are the T frames before ``next_frame``, which are all that the next chunk can attend to.
         """
-        rollout = whole("accepted: rollout", rollout, 0, self._layout.batch - 1)
-        return self._accepted.last(rollout, self._layout.first_visible(self.next_frame[rollout]))
+        rollout = whole("accepted: rollout", rollout, 0, self.layout.batch - 1)
+        return self.ring.last(rollout, self.layout.first_visible(self.next_frame[rollout]))
 
     # ---- history ----
 
@@ -382,8 +385,8 @@ class Episode:
             now = [min(max(n - first, 0), self.chunk_size) for n in counts]
             chunk = {s: t.narrow(FRAME_DIM[s], first, size) for s, t in frames.items()}
             if self.config.cache == "persistent":
-                self._forward.write_history(chunk, starts, now)
-            starts = self._accepted.write(chunk, starts, now)
+                self.forward.write_history(chunk, starts, now)
+            starts = self.ring.write(chunk, starts, now)
             self._moment = uuid.uuid4()
         self._stale = self.config.cache == "recomputed"
 
@@ -391,18 +394,18 @@ class Episode:
         """As :meth:`_append`, in place of all predictions of the rollouts that bring any frame."""
         now = zip(self.next_frame, self.observed, counts, strict=True)
         self._append(frames, counts, [known if count else reached for reached, known, count in now])
-        self._accepted.mark_observed(counts)
+        self.ring.mark_observed(counts)
 
     def _recompute_history(self) -> None:
         """All keys and values that the next chunk attends to, as if its window were the whole episode."""
-        lows = [self._layout.first_visible(f) for f in self.next_frame]
-        for back in range(self._layout.reach, 0, -self.chunk_size):
+        lows = [self.layout.first_visible(f) for f in self.next_frame]
+        for back in range(self.layout.reach, 0, -self.chunk_size):
             firsts = [max(f - back, low) for f, low in zip(self.next_frame, lows, strict=True)]
             ends = [max(f - back + self.chunk_size, low) for f, low in zip(self.next_frame, lows, strict=True)]
             counts = [end - first for first, end in zip(firsts, ends, strict=True)]
             if max(counts):
-                self._forward.write_history(
-                    self._accepted.read(firsts, counts, self.chunk_size), firsts, counts, visible_from=lows
+                self.forward.write_history(
+                    self.ring.read(firsts, counts, self.chunk_size), firsts, counts, visible_from=lows
                 )
         self._stale = False
 
@@ -411,10 +414,10 @@ class Episode:
     def _one_per_rollout(self, name: str, given: int | Sequence[int]) -> list[int]:
         """A number of each rollout; one number stands for all."""
         if not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
-            return [whole(name, given, 0)] * self._layout.batch
+            return [whole(name, given, 0)] * self.layout.batch
         numbers = wholes(name, given, 0)
-        if len(numbers) != self._layout.batch:
-            raise ValueError(f"{name} must be a number or {self._layout.batch} of them, got {len(numbers)}")
+        if len(numbers) != self.layout.batch:
+            raise ValueError(f"{name} must be a number or {self.layout.batch} of them, got {len(numbers)}")
         return numbers
 
     def _check_request(self, want: str, clean_video: Tensor | None, clean_action: Tensor | None) -> None:
@@ -442,13 +445,13 @@ class Episode:
         generator: torch.Generator | None,
     ) -> Tensor | None:
         """What a stream's noisy copy starts from: the given clean tensor, the given noise, or drawn noise."""
-        name, shape = STREAMS[stream], list(self._chunk[stream].shape)
+        name, shape = STREAMS[stream], list(self.chunk[stream].shape)
         drawn = None
         if generator is not None and noise is None:
             drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device)
         for where, given in ((f"propose: clean_{name}", clean), (f"propose: {name}_noise", noise)):
             if given is not None:
-                check_frames(where, given, stream, self.chunk_size, self._chunk[stream])
+                check_frames(where, given, stream, self.chunk_size, self.chunk[stream])
                 check_finite(where, given)
                 return given
         if drawn is None and denoised:
@@ -466,7 +469,7 @@ class Episode:
                     f"observe: first_frame[{b}] must be {known}, the frame after the last observed one, "
                     f"got {first}, which {what}"
                 )
-            if count and reached - self.cache.frames > self._layout.first_visible(known):
+            if count and reached - self.cache.frames > self.layout.first_visible(known):
                 raise ValueError(
                     f"observe: rollout {b} was predicted to frame {reached}, so the history before frame {known} has "
                     f"left the cache; restart it, or raise RolloutConfig.lookahead, now {self.config.lookahead} chunks"

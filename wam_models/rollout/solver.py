@@ -23,6 +23,10 @@ class Solver:
     Args:
         forward: Of the chunk.
         config: Number of steps, shifts of the noise levels, whether to capture graphs.
+
+    Attributes:
+        step_number: int64 ``[1]``, of the step that comes next; counted on the device, as a captured graph needs.
+        steps: One denoising step of each stage that was asked for so far.
     """
 
     def __init__(self, forward: ChunkForward, config: RolloutConfig) -> None:
@@ -30,35 +34,34 @@ class Solver:
         latents = forward.latents[VIDEO]
         shifts = {VIDEO: config.video_shift, ACTION: config.action_shift}
         self._sigmas = {s: F.pad(sigmas(config.steps, shift), (0, 1)).to(latents) for s, shift in shifts.items()}
-        # counted on the device, as a captured graph needs
-        self._number = torch.zeros(1, dtype=torch.int64, device=latents.device)
-        self._steps: dict[Stage, Callable[[], None]] = {}
+        self.step_number = torch.zeros(1, dtype=torch.int64, device=latents.device)
+        self.steps: dict[Stage, Callable[[], None]] = {}
 
     def __getstate__(self) -> dict:
         # some are CUDA graphs over this solver's memory; made anew where they are needed
-        return vars(self) | {"_steps": {}}
+        return vars(self) | {"steps": {}}
 
     def denoise(self, stage: Stage, firsts: Sequence[int]) -> None:
         """All steps of a stage, for the chunks that begin with these frames of each rollout."""
         self.forward.set_frames(stage.streams, NOISY, firsts)
-        self._number.zero_()
-        step = self._steps.get(stage)
+        self.step_number.zero_()
+        step = self.steps.get(stage)
         if step is None:
             step = partial(self._step, stage)
-            if self.config.cuda_graphs and self._number.device.type == "cuda":
-                changed = [self._number, *(self.forward.latents[s] for s in stage.denoised)]
-                step = _replayed(step, self._number.device, changed)
-            self._steps[stage] = step
+            if self.config.cuda_graphs and self.step_number.device.type == "cuda":
+                changed = [self.step_number, *(self.forward.latents[s] for s in stage.denoised)]
+                step = _replayed(step, self.step_number.device, changed)
+            self.steps[stage] = step
         for _ in range(self.config.steps):
             step()
 
     def _step(self, stage: Stage) -> None:
-        sigma = {s: self._sigmas[s].index_select(0, self._number) for s in stage.denoised}
+        sigma = {s: self._sigmas[s].index_select(0, self.step_number) for s in stage.denoised}
         flows = self.forward.flows(stage.streams, sigma)
         for s, flow in flows.items():
-            after = self._sigmas[s].index_select(0, self._number + 1)
+            after = self._sigmas[s].index_select(0, self.step_number + 1)
             self.forward.latents[s] += flow.to(after.dtype) * (after - sigma[s])
-        self._number += 1
+        self.step_number += 1
 
 
 def _replayed(step: Callable[[], None], device: torch.device, changed: Sequence[Tensor]) -> Callable[[], None]:
