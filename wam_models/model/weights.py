@@ -214,11 +214,11 @@ def _read_shards(index: Path, device: torch.device | str) -> tuple[dict[str, Ten
     ids = set()
     for name in shards:
         held, save_id = read_tensors(index.parent / name, device)
-        listed = {key for key, shard in where.items() if shard == name}
-        if set(held) != listed:
+        expected = {key for key, shard in where.items() if shard == name}
+        if set(held) != expected:
             raise ValueError(
                 f"{index.parent / name}: holds other tensors than {index.name} says: "
-                f"lacks {abridged(sorted(listed - set(held)))}, has {abridged(sorted(set(held) - listed))} besides"
+                f"lacks {abridged(sorted(expected - set(held)))}, has {abridged(sorted(set(held) - expected))} besides"
             )
         tensors |= held
         ids.add(save_id)
