@@ -1,4 +1,4 @@
-"""``wam bench tune``: the fastest launch choice of every tunable op, into ``wam_kernels/tuned/<device>.json``.
+"""``wam bench tune``: the fastest launch choice of every tunable op, into ``wam_kernels/runtime/tuned/<device>.json``.
 
 A candidate counts only if it compiles, fits the device and gives the result of the default within rounding. A choice
 other than the default is recorded where it is at least 3 % faster; every entry keeps both times, so the file says what

@@ -3,7 +3,7 @@
 from hypothesis import strategies as st
 
 from wam_kernels import HISTORIES, PROGRAMS, Geometry
-from wam_kernels.visibility import CONDITIONAL_HISTORIES
+from wam_kernels.masks.visibility import CONDITIONAL_HISTORIES
 
 
 def small(program: str = "joint", **changes) -> Geometry:

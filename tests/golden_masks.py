@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from wam_kernels.visibility import Geometry
+from wam_kernels.masks.visibility import Geometry
 
 GOLDEN = Path(__file__).parent / "golden"
 

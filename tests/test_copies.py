@@ -11,8 +11,8 @@ from torch import Tensor
 
 from tests.geometries import small
 from wam_kernels import RULE_PROGRAMS, FrameIndex, Plan, Ranges, RuleGeometry, StreamingCache, TileShape, compile_plan
+from wam_kernels.masks.rules import Runs
 from wam_kernels.plan import Side
-from wam_kernels.rules import Runs
 
 BIG = small(video_frames=40, action_frames=40, video_tokens=20)
 

@@ -16,7 +16,7 @@ from wam_kernels import (
     plan_from_mask_mod,
     rope_table,
 )
-from wam_kernels.visibility import CLEAN, VIDEO
+from wam_kernels.masks.visibility import CLEAN, VIDEO
 
 GEOMETRY = vars(small(prefix_frames=1))
 CACHE = {"layers": 1, "batch": 1, "heads": 2, "head_dim": 8, "video_tokens": 3, "action_tokens": 2, "chunk_size": 2}

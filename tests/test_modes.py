@@ -28,7 +28,7 @@ from wam_kernels import (
     rope_table,
     varlen_attention,
 )
-from wam_kernels.visibility import ACTION, CLEAN, VIDEO
+from wam_kernels.masks.visibility import ACTION, CLEAN, VIDEO
 from wam_models import RolloutConfig, RolloutEngine, TrainingConfig, WorldActionModel, golden_config, training_step
 
 CONFIG = replace(golden_config(), layers=1, text_dim=8)

@@ -19,8 +19,8 @@ from wam_kernels import (
     qk_norm_rope,
     varlen_attention,
 )
-from wam_kernels._backends import select_backend
 from wam_kernels.ops import TRITON, Backend, Op
+from wam_kernels.runtime.backends import select_backend
 
 PLAN, INDEX = compile_plan(small()), FrameIndex.from_runs([2, 3])
 PAIRS = [(0, 3)]

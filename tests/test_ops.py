@@ -14,10 +14,10 @@ from tests import test_modes, test_op_arguments
 from tests.aot.test_launchers import CALLS
 from tests.transforms.checks import OPS as TRANSFORMED
 from tests.transforms.test_func import INFERENCE
-from wam_kernels._backends import _MODULES
 from wam_kernels.block_attention.config import fits_triton
 from wam_kernels.cached_attention import config as cached
 from wam_kernels.ops import OPS, Need, Op
+from wam_kernels.runtime.backends import _MODULES
 from wam_models import doctor
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from . import _index_buffer
-from ._checks import MAX_INT, integer, integers
-from ._host import device_of, eager, host_side, plain
+from .runtime import index_buffer
+from .runtime.checks import MAX_INT, integer, integers
+from .runtime.host import device_of, eager, host_side, plain
 
 # The sums of a segment cost one write and one read of float32 rows, so short segments cost traffic: with 16 tokens
 # about an eighth of a bf16 backward. Long ones leave too few programs to fill a GPU. Not yet measured on one.
@@ -48,7 +48,7 @@ class FrameIndex:
     def __init__(self, layout: tuple[tuple[int, ...], ...], buffer: Tensor) -> None:
         self._layout, self._buffer = layout, plain(buffer)
         self.length, self.frames = layout[0][0], layout[2][0] - 1
-        for name, view in zip(self.FIELDS, _index_buffer.views(layout, self._buffer), strict=True):
+        for name, view in zip(self.FIELDS, index_buffer.views(layout, self._buffer), strict=True):
             setattr(self, name, view)
 
     @classmethod
@@ -170,4 +170,4 @@ def _compile(lengths: tuple[int, ...], rows: tuple[int, ...], frames: int, devic
         np.argsort(row, kind="stable"),
         np.array([_run(row_of_token, frames)]),
     ]
-    return FrameIndex(*_index_buffer.pack(arrays))
+    return FrameIndex(*index_buffer.pack(arrays))

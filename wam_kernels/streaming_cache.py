@@ -21,9 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._checks import integer, integers
-from ._host import device_of, eager, host_side, plain
-from .visibility import ACTION, CLEAN, NOISY, SEGMENTS, VIDEO, Geometry, tokens, visible
+from .masks.visibility import ACTION, CLEAN, NOISY, SEGMENTS, VIDEO, Geometry, tokens, visible
+from .runtime.checks import integer, integers
+from .runtime.host import device_of, eager, host_side, plain
 
 # Both rings may wrap around and the chunk adds its clean and its noisy copies of both streams; two of these touch.
 MAX_RANGES = 8

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from wam_kernels._cuda import extension
 from wam_kernels.ops import OPS, Backend, Need, Op
+from wam_kernels.runtime.cuda import extension
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from bench.workloads.attention import Workload
 from wam_kernels import Plan, tokens, visible
-from wam_kernels.visibility import Tokens
+from wam_kernels.masks.visibility import Tokens
 
 from .availability import Unavailable
 

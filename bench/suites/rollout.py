@@ -37,7 +37,7 @@ from bench.workloads.rollout import (
     require_equal_chunks,
 )
 from wam_kernels import PROGRAMS
-from wam_kernels.visibility import ACTION, VIDEO
+from wam_kernels.masks.visibility import ACTION, VIDEO
 from wam_models import RolloutConfig, WorldActionModel
 from wam_models.config import ModelConfig, demo_config, wan_5b_config
 from wam_models.objectives import OBJECTIVES

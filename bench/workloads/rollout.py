@@ -7,7 +7,7 @@ from torch import Tensor
 
 from bench.harness import require_equal
 from wam_kernels import compile_plan
-from wam_kernels.visibility import ACTION, VIDEO
+from wam_kernels.masks.visibility import ACTION, VIDEO
 from wam_models import RolloutConfig, RolloutEngine, WorldActionModel
 from wam_models.flow import sigmas, timesteps
 from wam_models.objectives import OBJECTIVES, geometry_for

@@ -8,7 +8,7 @@ from triton.runtime.jit import create_function_from_signature
 from tests.geometries import libero, small
 from wam_kernels import PROGRAMS, TileShape, compile_plan
 from wam_kernels.block_attention import config, kernel_triton
-from wam_kernels.systems import lingbot_va_train
+from wam_kernels.masks.systems import lingbot_va_train
 
 
 def launch_key(plan, B: int, H: int, D: int, side) -> str:

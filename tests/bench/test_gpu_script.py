@@ -49,7 +49,7 @@ def test_dry_run(parts, tmp_path):
     "command, message",
     [
         ("python3 -m pytest -q tests/gpu/test_nothing.py", "no file tests/gpu/test_nothing.py"),
-        ("python3 -m pytest -q tests/plan/test_visibility.py -k no_such_test", "pytest collects nothing"),
+        ("python3 -m pytest -q tests/masks/test_visibility.py -k no_such_test", "pytest collects nothing"),
         ("python3 -m bench.suites no_such_suite", "no suite no_such_suite"),
         ("python3 -m bench --suite speed", "--suite must be one of"),
         ("python3 -m bench --fast", "is refused, exit code 2"),

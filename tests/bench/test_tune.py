@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench import cli, tune
-from wam_kernels import tuning
+from wam_kernels.runtime import tuning
 
 
 @dataclass(frozen=True)

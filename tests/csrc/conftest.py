@@ -18,7 +18,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
-from wam_kernels import _cuda
+from wam_kernels.runtime import cuda
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -143,6 +143,6 @@ def machine(request, monkeypatch) -> Machine:
         compiled_extension()
         return Machine("cuda")
     emulation = request.getfixturevalue("emulation")
-    monkeypatch.setattr(_cuda, "extension", lambda: emulation.extension)
+    monkeypatch.setattr(cuda, "extension", lambda: emulation.extension)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
     return Machine("cpu", emulation.door.launch_downwards)

@@ -11,8 +11,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from wam_kernels._cuda import extension
 from wam_kernels.adaln import kernel_cuda as adaln
+from wam_kernels.runtime.cuda import extension
 
 from .conftest import ROOT, SOURCES, compiled_extension
 

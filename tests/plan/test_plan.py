@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from tests.geometries import geometries, libero, small
 from tests.golden_masks import load
 from wam_kernels import PROGRAMS, TileShape, compile_plan, dense_mask
-from wam_kernels.intervals import NOWHERE, side_rows
-from wam_kernels.plan import Side, _compile
+from wam_kernels.plan import Side
+from wam_kernels.plan.compile import _compile
+from wam_kernels.plan.intervals import NOWHERE
+from wam_kernels.plan.side_rows import side_rows
 
 
 def mask_of_intervals(geometry, transposed: bool) -> np.ndarray:

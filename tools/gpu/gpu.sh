@@ -44,7 +44,7 @@ build() {
     "-DCMAKE_LIBRARY_OUTPUT_DIRECTORY=$PWD/wam_kernels" "-DPython_EXECUTABLE=$(command -v "$PYTHON")" \
     "-Dpybind11_DIR=$("$PYTHON" -m pybind11 --cmakedir)" &&
     run 150 cmake --build build/cuda &&
-    run 60 "$PYTHON" -c "from wam_kernels._cuda import extension; print(extension())"
+    run 60 "$PYTHON" -c "from wam_kernels.runtime.cuda import extension; print(extension())"
 }
 
 # GPU suites: float64 budgets, every backend, torch.compile, CUDA graphs, the same bits over 100 runs. All failures of a
@@ -139,7 +139,7 @@ rm -f "$STAMPS/summary.txt"
 copy_out() {
   [ -z "${OUT:-}" ] && return
   mkdir -p "$OUT" && cp "$LOG" "$OUT/gpu.log"
-  tar -czf "$OUT/results.tgz" bench/results $(ls wam_kernels/tuned/*.json 2>/dev/null)
+  tar -czf "$OUT/results.tgz" bench/results $(ls wam_kernels/runtime/tuned/*.json 2>/dev/null)
 }
 LEFT=""
 

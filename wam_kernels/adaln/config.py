@@ -3,7 +3,7 @@
 Nothing here has been timed on a GPU yet: warps follow from ahead-of-time compilation for sm_90 (``tests/aot``).
 """
 
-from ..tuning import tuned
+from ..runtime.tuning import tuned
 
 MAX_D = 8192
 

@@ -7,7 +7,7 @@ of their device; errors come from csrc and name the argument.
 import torch
 from torch import Tensor
 
-from .. import _cuda
+from ..runtime import cuda
 
 # Forward: a block walks this many neighbouring tokens at most, so that the modulation is read once for them; fewer
 # where that would leave less than BLOCKS blocks, 8 for each SM of an H100. Reckoned, not yet measured.
@@ -46,7 +46,7 @@ def forward(
     r = None if y is None else x.new_empty(x.shape)
     h = None if scale is None and weight is None else x.new_empty(x.shape)
     weight, bias = _float(weight), _float(bias)
-    _cuda.launch(
+    cuda.launch(
         "adaln_forward", x, shape=(B, S, 0 if rows is None else rows.shape[1], D),
         x=_rows("x", x), y=_rows("y", y), gate=_rows("gate", gate), shift=_rows("shift", shift),
         scale=_rows("scale", scale), gate_table=_address(gate_table), shift_table=_address(shift_table),
@@ -85,7 +85,7 @@ def backward(
     dweight, dbias = (sums(D) if affine else None for _ in range(2))
     partials = sums(B, N, (gate is not None) + 2 * (dh is not None), D)
     weight = _float(weight)
-    _cuda.launch(
+    cuda.launch(
         "adaln_backward", like, shape=(B, S, F, D),
         dr=_rows("dr", dr), dh=_rows("dh", dh), r=_rows("r", r), y=_rows("y", None if gate is None else y),
         gate=_rows("gate", gate), scale=_rows("scale", scale), gate_table=_address(gate_table),

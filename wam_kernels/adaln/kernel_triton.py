@@ -22,7 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._backends import check_grid, on_its_device
+from ..runtime.backends import check_grid, on_its_device
 from . import config
 
 NONE, ADAPTIVE, AFFINE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)

@@ -8,11 +8,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import _autograd
-from .._backends import launchers, select_backend
-from .._checks import accumulator, are_tensors, bind_dims, number
 from ..frame_index import FrameIndex
 from ..ops import OPS
+from ..runtime import autograd
+from ..runtime.backends import launchers, select_backend
+from ..runtime.checks import accumulator, are_tensors, bind_dims, number
 from . import cpu, reference
 from .config import MAX_D
 
@@ -169,7 +169,7 @@ def _backward_samples(inputs: tuple, mapped: Collection[int]) -> range:
     return range(6 if inputs[8] is None else 0)
 
 
-_autograd.register(
+autograd.register(
     "ada_layer_norm (or gate_residual_ada_layer_norm)", "wam::gate_residual_norm", _save, _gradients,
     samples=lambda inputs, mapped: range(5), backward_samples=_backward_samples,
 )  # fmt: skip
@@ -224,7 +224,7 @@ def _call(op: str, t: _Inputs, index: FrameIndex, eps: float, impl: str | None) 
     impl = select_backend(op, _ROW, impl, x=t.x)
     if impl == "reference":
         return reference.gate_residual_norm(*t, index.row_of_token, eps)
-    return _autograd.call(torch.ops.wam.gate_residual_norm.default, *t, *index.tensors(), eps, impl)
+    return autograd.call(torch.ops.wam.gate_residual_norm.default, *t, *index.tensors(), eps, impl)
 
 
 # ---- public ----

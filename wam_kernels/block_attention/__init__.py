@@ -1,4 +1,4 @@
-from .doors import plan_from_mask_mod, varlen_attention
 from .op import block_attention
+from .varlen import varlen_attention
 
-__all__ = ["block_attention", "plan_from_mask_mod", "varlen_attention"]
+__all__ = ["block_attention", "varlen_attention"]

@@ -1,13 +1,13 @@
 """Launch choices for block attention, and what is known about each.
 
-Nothing here has been timed on a GPU yet: the choices follow from the counted efficiency of the tiles (``plan.py``)
+Nothing here has been timed on a GPU yet: the choices follow from the counted efficiency of the tiles (``plan``)
 and from ahead-of-time compilation for sm_90 (``tests/aot``): registers, spills, the tensor-core instruction, and which
 warps compute which part of a product.
 """
 
 from dataclasses import dataclass
 
-from ..tuning import tuned
+from ..runtime.tuning import tuned
 
 MAX_D = 256
 

@@ -7,11 +7,11 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .. import _autograd
-from .._backends import launchers, select_backend
-from .._checks import bind_dims, heads_first, number, same_kind
 from ..ops import OPS
 from ..plan import Plan, Side
+from ..runtime import autograd
+from ..runtime.backends import launchers, select_backend
+from ..runtime.checks import bind_dims, heads_first, number, same_kind
 from . import cpu, reference
 from .config import MAX_D, fits_triton
 
@@ -76,12 +76,12 @@ def _gradients(ctx, dout, dlse):
     return (*grads, *(None for _ in range(2 * _SIDE + 1 + _OPTIONS)))
 
 
-def _samples(count: int) -> _autograd.Samples:
+def _samples(count: int) -> autograd.Samples:
     """The tensors before those of the plan, if its one element serves all of the batch."""
     return lambda inputs, mapped: range(count if inputs[-_OPTIONS] else 0)
 
 
-_autograd.register(_OP, "wam::block_attention", _save, _gradients, _samples(3), _samples(7))
+autograd.register(_OP, "wam::block_attention", _save, _gradients, _samples(3), _samples(7))
 
 
 @overload
@@ -182,5 +182,5 @@ def block_attention(
         if t.stride(-1) != 1:
             raise ValueError(f"{_OP}: {name} must have last-dim stride 1, got {t.stride(-1)}; use .contiguous()")
     options = plan.batch == 1, plan.queries.shape.step, scale, impl
-    out, lse = _autograd.call(torch.ops.wam.block_attention.default, q, k, v, *plan.tensors(), *options)
+    out, lse = autograd.call(torch.ops.wam.block_attention.default, q, k, v, *plan.tensors(), *options)
     return (out, lse) if return_lse else out

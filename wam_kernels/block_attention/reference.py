@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._backends import product
+from ..runtime.backends import product
 
 
 class _Product(torch.autograd.Function):

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .. import _cuda
+from ..runtime import cuda
 from . import config
 
 TILE_ROWS = 64  # kTileRows of csrc
@@ -29,7 +29,7 @@ def forward(
     parts = config.splits(tiles * B * H, N)
     out_part = q.new_empty((parts, B, H, S, D), dtype=torch.float32)
     lse_part = q.new_empty((parts, B, H, S), dtype=torch.float32)
-    _cuda.launch(
+    cuda.launch(
         "cached_attention", q, shape=(B, S, N, H, D), q=_heads(q), k_cache=_heads(k_cache), v_cache=_heads(v_cache),
         ranges=ranges.data_ptr(), ranges_of_group=ranges.shape[2], group_rows=list(group_rows),
         out_part=out_part.data_ptr(), lse_part=lse_part.data_ptr(), parts=parts, out=out.data_ptr(), lse=lse.data_ptr(),

@@ -8,10 +8,10 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from .. import _autograd
-from .._backends import launchers, select_backend
-from .._checks import are_tensors, bind_dims, heads_first, integers, number, same_kind
 from ..ops import OPS
+from ..runtime import autograd
+from ..runtime.backends import launchers, select_backend
+from ..runtime.checks import are_tensors, bind_dims, heads_first, integers, number, same_kind
 from . import reference
 from .config import MAX_D, MAX_GROUPS, MAX_KERNEL_D
 
@@ -37,7 +37,7 @@ torch.library.define(
 )
 torch.library.impl("wam::cached_attention", ["CPU", "CUDA"], _forward)
 torch.library.register_fake("wam::cached_attention", _forward_fake)
-_autograd.register_inference(_OP, "wam::cached_attention", samples=lambda inputs, mapped: range(4))
+autograd.register_inference(_OP, "wam::cached_attention", samples=lambda inputs, mapped: range(4))
 
 
 def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, group_rows: tuple[int, ...]) -> None:
@@ -158,7 +158,7 @@ def cached_attention(
     if impl == "reference":
         out, lse = reference.cached_attention(q, k_cache, v_cache, ranges, group_rows, scale)
     else:
-        out, lse = _autograd.call(
+        out, lse = autograd.call(
             torch.ops.wam.cached_attention.default, q, k_cache, v_cache, ranges, group_rows, scale, impl
         )
     return (out, lse) if return_lse else out

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._backends import product
+from ..runtime.backends import product
 
 
 def visible_slots(ranges: Tensor, slots: int) -> Tensor:

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._host import eager, host_side, plain
 from ..block_attention import block_attention
 from ..block_attention.config import MAX_D, fits_triton
+from ..masks.ranges import Ranges
 from ..plan import Plan, compile_plan
 from ..qk_norm_rope import qk_norm_rope
-from ..ranges import Ranges
+from ..runtime.host import eager, host_side, plain
 
 ON_UNSUPPORTED = ("error", "original")
 

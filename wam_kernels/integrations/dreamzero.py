@@ -16,9 +16,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from .._host import eager
+from ..masks.systems import dreamzero_train
 from ..plan import Plan, compile_plan
-from ..systems import dreamzero_train
+from ..runtime.host import eager
 from ._patching import (
     Foreign,
     Patch,

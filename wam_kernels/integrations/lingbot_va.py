@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .._host import eager
 from ..cached_attention import cached_attention
+from ..masks.systems import lingbot_va_text, lingbot_va_train
 from ..plan import Plan, compile_plan
-from ..systems import lingbot_va_text, lingbot_va_train
+from ..runtime.host import eager
 from ._patching import (
     Cache,
     Foreign,

@@ -6,7 +6,7 @@ compilation for sm_90 (``tests/aot``): 16-byte accesses, no spills at 24 x 128 a
 
 from dataclasses import dataclass
 
-from ..tuning import tuned
+from ..runtime.tuning import tuned
 
 MAX_INNER = 8192
 MAX_HEAD_DIM = 256

@@ -6,7 +6,7 @@ their device; errors come from csrc and name the argument.
 
 from torch import Tensor
 
-from .. import _cuda
+from ..runtime import cuda
 
 # Backward: blocks of each of q and k, so also rows of partial weight gradients: three blocks on each of an H100's 132
 # SMs, which is what 108 registers and 192 threads (24 x 128) leave room for. A constant, not the number of SMs, so that
@@ -46,7 +46,7 @@ def forward(
     # weights may have the dtype of q; these must outlive the call
     weight_q, weight_k = weight_q.float(), weight_k.float()
     B, S, inner = q.shape
-    _cuda.launch(
+    cuda.launch(
         "qk_norm_rope_forward", q, shape=(B, S, inner // head_dim, head_dim),
         q=_heads("q", q, head_dim), k=_heads("k", k, head_dim), v=_heads("v", v, head_dim),
         weight_q=weight_q.data_ptr(), weight_k=weight_k.data_ptr(), table=_table(table),
@@ -69,7 +69,7 @@ def backward(
     tokens_per_program = -(-tokens // PROGRAMS)
     programs = -(-tokens // max(1, tokens_per_program))
     partials = weight_q.new_empty((programs, 2, weight_q.numel()))
-    _cuda.launch(
+    cuda.launch(
         "qk_norm_rope_backward", q, shape=(B, S, inner // head_dim, head_dim),
         dq_out=_heads("dq_out", dq_out, head_dim),
         dk_out=_heads("dk_out", dk_out, head_dim), q=_heads("q", q, head_dim), k=_heads("k", k, head_dim),

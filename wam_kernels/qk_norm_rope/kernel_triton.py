@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._backends import on_its_device
+from ..runtime.backends import on_its_device
 from . import config
 
 # Numbers that change with the geometry must not key a compilation of their own.

@@ -7,10 +7,10 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from .. import _autograd
-from .._backends import launchers, select_backend
-from .._checks import accumulator, are_tensors, bind_dims, integer, number, same_kind
 from ..ops import OPS
+from ..runtime import autograd
+from ..runtime.backends import launchers, select_backend
+from ..runtime.checks import accumulator, are_tensors, bind_dims, integer, number, same_kind
 from . import reference
 from .config import MAX_HEAD_DIM, MAX_INNER
 
@@ -113,8 +113,8 @@ def _no_samples(inputs: tuple, mapped: Collection[int]) -> tuple[int, ...]:
 
 
 # the gradients of the weights are sums over the batch
-_autograd.register(_OP, "wam::qk_norm_rope", _save, _gradients, _samples, backward_samples=_no_samples)
-_autograd.register_inference(_OP, "wam::qk_norm_rope_out", _no_samples, outs=(10, 11, 13))
+autograd.register(_OP, "wam::qk_norm_rope", _save, _gradients, _samples, backward_samples=_no_samples)
+autograd.register_inference(_OP, "wam::qk_norm_rope_out", _no_samples, outs=(10, 11, 13))
 
 
 def _check(
@@ -248,7 +248,7 @@ def qk_norm_rope(
             raise ValueError(f"{_OP}: v must be None without out, got a tensor; pass out=(q_out, k_out, v_out)")
         if impl == "reference":
             return reference.qk_norm_rope(*args)
-        return _autograd.call(torch.ops.wam.qk_norm_rope.default, *args, impl)
+        return autograd.call(torch.ops.wam.qk_norm_rope.default, *args, impl)
     _check_out(q, v, head_dim, out)
     if graded and any(t is not None and t.requires_grad for t in (q, k, v, weight_q, weight_k, *out)):
         raise ValueError(f"{_OP}: out is for inference, but an input requires a gradient; use torch.no_grad()")
@@ -258,5 +258,5 @@ def qk_norm_rope(
             t.copy_(value)
     else:
         q_out, k_out, *v_out = out
-        _autograd.call(torch.ops.wam.qk_norm_rope_out.default, *args, impl, q_out, k_out, v, *(v_out or (None,)))
+        autograd.call(torch.ops.wam.qk_norm_rope_out.default, *args, impl, q_out, k_out, v, *(v_out or (None,)))
     return tuple(out)

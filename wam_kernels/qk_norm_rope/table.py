@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .._checks import integer, integers, number
+from ..runtime.checks import integer, integers, number
 
 _OP = "rope_table"
 

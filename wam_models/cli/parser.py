@@ -86,7 +86,7 @@ def _rollout(parser: argparse.ArgumentParser) -> None:
 
 
 def _mask(parser: argparse.ArgumentParser) -> None:
-    # names and ranges are checked by wam_kernels.visibility.Geometry, their one home; its errors list the choices
+    # names and ranges are checked by wam_kernels.masks.visibility.Geometry, their one home; its errors list the choices
     parser.add_argument("--program", default="joint", help="interaction program; default: %(default)s")
     parser.add_argument("--history", default="video_only", help="earlier clean tokens to see; default: %(default)s")
     sizes = {"chunk-size": 4, "window": 64, "frames": 16, "video-tokens": 32, "action-tokens": 4}

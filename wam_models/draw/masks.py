@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from wam_kernels import PROGRAMS, RULE_PROGRAMS, Geometry, RuleGeometry, compile_plan, dense_mask, tokens
-from wam_kernels.visibility import SEGMENTS
+from wam_kernels.masks.visibility import SEGMENTS
 
 from .style import FAINT, INK, PAPER, font, save_small
 

@@ -30,7 +30,7 @@ from wam_kernels import (
     qk_norm_rope,
     rope_table,
 )
-from wam_kernels._checks import integer
+from wam_kernels.runtime.checks import integer
 
 from .._checks import memory
 from ..config import ModelConfig

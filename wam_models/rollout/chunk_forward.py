@@ -10,7 +10,7 @@ from torch import Tensor
 
 from wam_kernels import FrameIndex, StreamingCache, cached_attention
 from wam_kernels.streaming_cache import MAX_RANGES
-from wam_kernels.visibility import ACTION, CLEAN, NOISY, VIDEO
+from wam_kernels.masks.visibility import ACTION, CLEAN, NOISY, VIDEO
 
 from ..flow import timesteps
 from ..model.dual_expert import Exact, Pair, Slots, WorldActionModel

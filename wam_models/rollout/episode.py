@@ -24,8 +24,8 @@ from typing import Any, Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from wam_kernels.programs import STREAMS
-from wam_kernels.visibility import ACTION, VIDEO
+from wam_kernels.masks.programs import STREAMS
+from wam_kernels.masks.visibility import ACTION, VIDEO
 
 from .._checks import choice, instance, whole, wholes
 from ..config import ModelConfig

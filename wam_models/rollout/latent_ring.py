@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from wam_kernels.visibility import ACTION, VIDEO
+from wam_kernels.masks.visibility import ACTION, VIDEO
 
 from .frames import FRAME_DIM, with_frames
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from wam_kernels import Attends, Geometry, StreamingCache
-from wam_kernels.visibility import ACTION, VIDEO
+from wam_kernels.masks.visibility import ACTION, VIDEO
 
 from .._checks import memory
 from ..model.dual_expert import WorldActionModel

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from wam_kernels.visibility import ACTION, NOISY, VIDEO
+from wam_kernels.masks.visibility import ACTION, NOISY, VIDEO
 
 from ..flow import sigmas
 from .chunk_forward import ChunkForward

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from wam_kernels.programs import STREAMS
-from wam_kernels.visibility import ACTION, VIDEO
+from wam_kernels.masks.programs import STREAMS
+from wam_kernels.masks.visibility import ACTION, VIDEO
 
 from .._checks import choice
 from ..objectives import MODEL_PROGRAMS, Objective

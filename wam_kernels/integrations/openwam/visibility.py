@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ... import Geometry, block_attention, cached_attention, compile_plan
-from ...ranges import Ranges
-from ...visibility import ACTION, NOISY, VIDEO, tokens
-from ...visibility import visible as table
+from ...masks.ranges import Ranges
+from ...masks.visibility import ACTION, NOISY, VIDEO, tokens
+from ...masks.visibility import visible as table
 
 Slices = tuple[tuple[int, int], ...]
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.plan.test_plan import mask_of_side
 from wam_kernels import RULE_PROGRAMS, TileShape, compile_plan
-from wam_kernels.systems import VIDEO_MODES
+from wam_kernels.masks.systems import VIDEO_MODES
 
 few, some = st.integers(0, 4), st.integers(1, 5)
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from enum import Flag
 from functools import cached_property
 
-from ._checks import identifier
+from ..runtime.checks import identifier
 
 VIDEO, ACTION = 0, 1
 STREAMS = ("video", "action")

@@ -1,7 +1,7 @@
 """Programs that are rules: a function of sizes, which gives runs of tokens and one predicate on them.
 
 The predicate is read once per pair of runs (a frame, a chunk, a segment), never per pair of tokens, so a sample costs
-runs x runs and a plan what its ranges cost. ``wam_kernels.systems`` has the rules of other systems.
+runs x runs and a plan what its ranges cost. ``wam_kernels.masks.systems`` has the rules of other systems.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from ._checks import MAX_INT, identifier, int_pairs, integer
+from ..runtime.checks import MAX_INT, identifier, int_pairs, integer
 from .ranges import Ranges
 
 

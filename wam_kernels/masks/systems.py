@@ -1,6 +1,6 @@
 """Who sees whom in other world-action models: programs of the same plan language.
 
-Each function is one rule in words, then in code; a :class:`wam_kernels.rules.RuleProgram` in ``RULE_PROGRAMS``.
+Each function is one rule in words, then in code; a :class:`wam_kernels.masks.rules.RuleProgram` in ``RULE_PROGRAMS``.
 
     fast_wam_uncond, fast_wam_joint, fast_wam_idm     Fast-WAM
     lingbot_va_train, lingbot_va_text                 LingBot-VA
@@ -15,7 +15,7 @@ from dataclasses import fields
 
 import numpy as np
 
-from ._checks import integer
+from ..runtime.checks import integer
 from .registry import register_program
 from .rules import Rule, RuleGeometry, Runs
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests.geometries import small
+from tests.plan.test_plan import mask_of_intervals, mask_of_side
 from tests.programs import JOINT_THEN_ACTION, NEW, registered
 from wam_kernels import (
     PROGRAMS,
@@ -22,12 +23,10 @@ from wam_kernels import (
     register_program,
     unregister_program,
 )
-from wam_kernels.programs import TABLE
-from wam_kernels.rules import Runs
+from wam_kernels.masks.programs import TABLE
+from wam_kernels.masks.rules import Runs
 from wam_models import MODEL_PROGRAMS, cli
 from wam_models.draw.masks import draw_programs
-
-from .test_plan import mask_of_intervals, mask_of_side
 
 # of two frames, chunks of one token a stream: [V_noisy | V_clean | A_noisy | A_clean], row = query
 JOINT_THEN_ACTION_MASK = """

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._host import host_side
+from .host import host_side
 
 # Index tensors are int32.
 MAX_INT = 2**31 - 1

@@ -20,8 +20,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .ranges import RangeRows, Ranges, expand, starts
-from .visibility import ACTION, SEGMENTS, VIDEO, Geometry, Tokens, visible
+from ..masks.visibility import ACTION, SEGMENTS, VIDEO, Geometry, Tokens, visible
+from ..runtime.arrays import expand, starts
 
 # What has no token: stays below zero whatever first token is added to it.
 NOWHERE = np.iinfo(np.int32).min
@@ -31,61 +31,6 @@ NEVER = np.iinfo(np.int64).max
 STREAM_OF_SEGMENT = np.array([stream for stream, _ in SEGMENTS])
 # The segments as [stream, noise], so that what is the same for both noises of a stream broadcasts.
 STREAMS = (len(SEGMENTS) // 2, 2)
-
-
-class SideRows(NamedTuple):
-    """One side of some samples: runs of tokens, and the ranges of the other side's tokens that each of them meets.
-
-    Sample after sample, in the order of its tokens, which count from the sample's first one.
-    """
-
-    of_sample: np.ndarray  # int64 [samples]: rows of each
-    stream: np.ndarray  # int64 [N]
-    order: np.ndarray  # int64 [N]: inside (sample, stream), rows next to each other see nearly the same
-    start: np.ndarray  # int64 [N]: first token
-    tokens: np.ndarray  # int64 [N]: how many
-    bounds: np.ndarray  # int32 [2, columns, N]: lo and hi; both NOWHERE where a range is empty
-
-    def bounds_by_row(self) -> np.ndarray:
-        """lo and hi of every column of a row, ``[N, columns * 2]``."""
-        return self.bounds.transpose(2, 1, 0).reshape(self.start.size, -1)
-
-
-def side_rows(samples: Sequence[Geometry | Ranges]) -> tuple[SideRows, SideRows]:
-    """Query side and key side of samples, geometries before ranges.
-
-    If all are geometries, the sides share every array but ``bounds``: each token is a query and a key.
-    """
-    geometries = [s for s in samples if isinstance(s, Geometry)]
-    pieces = [_geometry_sides(geometries)] if geometries else []
-    pieces += [(_range_side(s.rows), _range_side(s.key_rows)) for s in samples if isinstance(s, Ranges)]
-    if len(pieces) == 1:
-        return pieces[0]
-    queries, keys = zip(*pieces, strict=True)
-    return _concatenate(queries), _concatenate(keys)
-
-
-def _geometry_sides(geometries: Sequence[Geometry]) -> tuple[SideRows, SideRows]:
-    rows = token_rows(geometries)
-    shared = (rows.of_geometry, STREAM_OF_SEGMENT[rows.segment], rows.chunk, rows.start, rows.tokens)
-    return SideRows(*shared, intervals(rows)), SideRows(*shared, intervals(rows, transposed=True))
-
-
-def _range_side(rows: RangeRows) -> SideRows:
-    lo, hi = rows.bounds.transpose(2, 1, 0)
-    bounds = np.where(lo < hi, (lo, hi), NOWHERE).astype(np.int32)
-    return SideRows(np.array([lo.shape[1]]), np.zeros_like(rows.start), rows.order, rows.start, rows.tokens, bounds)
-
-
-def _concatenate(pieces: Sequence[SideRows]) -> SideRows:
-    columns = max(p.bounds.shape[1] for p in pieces)
-    bounds = np.full((2, columns, sum(p.start.size for p in pieces)), NOWHERE, np.int32)
-    end = 0
-    for p in pieces:
-        begin, end = end, end + p.start.size
-        bounds[:, : p.bounds.shape[1], begin:end] = p.bounds
-    rest = [np.concatenate(arrays) for arrays in zip(*(p[:-1] for p in pieces), strict=True)]
-    return SideRows(*[*rest, bounds])
 
 
 class Rules(NamedTuple):

@@ -7,7 +7,7 @@ import pytest
 
 from tests.golden_masks import load
 from wam_kernels import compile_plan
-from wam_kernels.visibility import PROGRAMS, Geometry, dense_mask
+from wam_kernels.masks.visibility import PROGRAMS, Geometry, dense_mask
 
 CASES = load()
 

@@ -15,8 +15,8 @@ from wam_kernels import (
     plan_from_mask_mod,
     varlen_attention,
 )
-from wam_kernels.plan import _compile
-from wam_kernels.ranges import MAX_COLUMNS
+from wam_kernels.masks.ranges import MAX_COLUMNS
+from wam_kernels.plan.compile import _compile
 
 
 def qkv(total_q: int, total_k: int, H: int = 4, kv_heads: int = 2, D: int = 16) -> list[torch.Tensor]:

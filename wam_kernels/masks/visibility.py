@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from ._checks import MAX_INT, integer
+from ..runtime.checks import MAX_INT, integer
 from .programs import ACTION, VIDEO, Attends, InteractionProgram
 from .registry import PROGRAMS, interaction_program
 

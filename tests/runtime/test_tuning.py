@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 
-from wam_kernels import tuning
+from wam_kernels.runtime import tuning
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from .ops import Op
+from ..ops import Op
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -1,6 +1,6 @@
 """Visibility given as ranges: these queries see those keys. What a plan takes where no interaction program fits.
 
-``Ranges`` is the general door of the plan language. Programs of other systems (``wam_kernels.systems``), lists of
+``Ranges`` is the general door of the plan language. Programs of other systems (``wam_kernels.masks.systems``), lists of
 ``(q_range, k_range)`` pairs and converted mask functions all end here.
 """
 
@@ -14,7 +14,8 @@ from typing import NamedTuple
 import numpy as np
 from torch import Tensor
 
-from ._checks import int_pairs, integer
+from ..runtime.arrays import expand
+from ..runtime.checks import int_pairs, integer
 
 # Key columns of one side: a row tests a token against every column's range, and Triton unrolls that test.
 MAX_COLUMNS = 32
@@ -124,18 +125,6 @@ class Ranges:
     def key_rows(self) -> RangeRows:
         """Runs of keys and the queries that see them."""
         return _rows(self.k_ranges, self.q_ranges, self.key_length, self.length)
-
-
-def starts(counts: np.ndarray) -> np.ndarray:
-    """Where each of ``counts`` things begins when they are laid end to end."""
-    return counts.cumsum() - counts
-
-
-def expand(first: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """``[f, f+1, .. f+n-1]`` for every (f, n), end to end; int32 ``[sum(counts)]``."""
-    out = np.repeat((first - starts(counts)).astype(np.int32), counts)
-    out += np.arange(out.size, dtype=np.int32)
-    return out
 
 
 def _rows(q_ranges: np.ndarray, k_ranges: np.ndarray, length: int, key_length: int) -> RangeRows:

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tests.geometries import geometries, small
 from tests.plan.test_plan import mask_of_side
 from wam_kernels import Ranges, TileShape, compile_plan
+from wam_kernels.masks.ranges import MAX_COLUMNS
 from wam_kernels.plan import Side
-from wam_kernels.ranges import MAX_COLUMNS
 
 
 @st.composite

@@ -1,1 +1,0 @@
-"""Launch choices by device, one JSON file each; written by ``wam bench tune``, read by ``wam_kernels.tuning``."""
