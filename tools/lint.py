@@ -36,14 +36,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # Rooms from the lowest level up; those of one level do not import each other. A room is a module, or a package with all
 # below it; the longest name that fits counts. `wam_kernels` and `wam_models` are their __init__.py and __main__.py.
 LEVELS = (
-    ("wam_kernels._host", "wam_kernels._cuda", "wam_kernels.ops", "wam_kernels.tuned"),
-    ("wam_kernels._checks", "wam_kernels._backends", "wam_kernels._autograd", "wam_kernels.tuning"),
-    ("wam_kernels._index_buffer", "wam_kernels.programs", "wam_kernels.ranges"),
-    ("wam_kernels.frame_index", "wam_kernels.rules"),
-    ("wam_kernels.registry",),
-    ("wam_kernels.systems", "wam_kernels.visibility"),
-    ("wam_kernels.intervals", "wam_kernels.streaming_cache"),
-    ("wam_kernels.plan",),
+    ("wam_kernels.ops",),
+    ("wam_kernels.runtime",),
+    ("wam_kernels.frame_index", "wam_kernels.masks"),
+    ("wam_kernels.plan", "wam_kernels.streaming_cache"),
     ("wam_kernels.adaln", "wam_kernels.qk_norm_rope", "wam_kernels.block_attention", "wam_kernels.cached_attention"),
     ("wam_kernels",),
     ("wam_kernels.integrations",),
