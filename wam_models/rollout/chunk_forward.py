@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from wam_kernels import FrameIndex, StreamingCache, cached_attention
-from wam_kernels.streaming_cache import MAX_RANGES
 from wam_kernels.masks.visibility import ACTION, CLEAN, NOISY, VIDEO
+from wam_kernels.streaming_cache import MAX_RANGES
 
 from ..flow import timesteps
 from ..model.dual_expert import Exact, Pair, Slots, WorldActionModel
