@@ -26,7 +26,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     if COMMANDS[args.command][1] is None:  # its own process parses them
         args.rest = unknown
     elif unknown:  # argparse's parse_args would name the help page of ``wam``, not that of the command
-        parser.commands.choices[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+        parser.commands[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
     return args
 
 
@@ -82,6 +82,8 @@ def _one_line(error: Exception) -> str:
         way_out = "pip install it, or 'wam-kernels[models]' for all that wam needs"
         return f"the Python package {error.name!r} is not installed; {way_out}"
     if _out_of_memory(error):
-        error = f"not enough memory for sizes such as those of model, batch and window: {error}"
-    text = " ".join(str(error).split())
+        text = f"not enough memory for sizes such as those of model, batch and window: {error}"
+    else:
+        text = str(error)
+    text = " ".join(text.split())
     return text if len(text) <= 1000 else f"{text[:900]} ... ({len(text)} characters)"  # what came can be of any length

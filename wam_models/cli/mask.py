@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 from wam_kernels import PROGRAMS, RULE_PROGRAMS, Geometry
 
 from ..draw.masks import EXAMPLE_SIZES, describe, draw_mask, program_image
@@ -9,7 +11,7 @@ from ..draw.style import save_small
 from .parser import make_parser
 
 
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     """``wam mask``."""
     if args.out is not None and args.out.suffix.lower() != ".png":
         raise ValueError(f"--out must be a file name that ends in .png, got {args.out}")
@@ -38,7 +40,7 @@ def run(args) -> int:
     return 0
 
 
-def _run_named(args) -> int:
+def _run_named(args: argparse.Namespace) -> int:
     """A program of another system, at its example sizes: it has sizes of its own, which no flag names."""
     defaults = vars(make_parser().parse_args(["mask"]))
     given = [name for name, value in vars(args).items() if name not in ("program", "out") and value != defaults[name]]

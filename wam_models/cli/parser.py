@@ -1,9 +1,12 @@
 """The flags of every command, and the module that each command loads once it is chosen."""
 
+from __future__ import annotations
+
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NoReturn
 
 from .._limits import LARGEST_INT64
 
@@ -13,7 +16,9 @@ class UserError(Exception):
 
 
 class CommandParser(argparse.ArgumentParser):
-    def error(self, message: str):
+    commands: Mapping[str, argparse.ArgumentParser]  # of ``wam`` alone: the parsers of its commands by name
+
+    def error(self, message: str) -> NoReturn:
         # argparse's own prints the whole usage first, and the one line that matters last
         self.exit(2, f"{self.prog}: error: {message}; see {self.prog} --help\n")
 
@@ -117,17 +122,18 @@ class _Version(argparse.Action):
         parser.exit()
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> CommandParser:
     # no abbreviations: a script that says --s would change its meaning with the next flag
     parser = CommandParser(
         prog="wam", description="World-action models: train, roll out, look inside.", allow_abbrev=False
     )
     parser.add_argument("--version", action=_Version, nargs=0, help="show the version of wam-kernels and exit")
-    commands = parser.commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (_, add_flags, line) in COMMANDS.items():
         command = commands.add_parser(
             name, help=line, description=line.capitalize() + ".", allow_abbrev=False, add_help=add_flags is not None
         )
         if add_flags is not None:
             add_flags(command)
+    parser.commands = commands.choices
     return parser

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import resource
 import sys
 from collections.abc import Iterator
@@ -28,7 +29,7 @@ SIMULATED_CHUNKS = 40
 
 
 @restores_threads
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     """``wam rollout``."""
     objective = args.objective or "joint"
     if objective not in OBJECTIVES:
@@ -60,7 +61,7 @@ def run(args) -> int:
     return _recorded(args, policy, config, objective, name)
 
 
-def _recorded(args, policy: Policy, config: RolloutConfig, objective: str, name: str) -> int:
+def _recorded(args: argparse.Namespace, policy: Policy, config: RolloutConfig, objective: str, name: str) -> int:
     goal, dataset = OBJECTIVES[objective], policy.dataset(args.data, args.camera)
     number = args.episode
     if number is None:
@@ -121,7 +122,7 @@ def _recorded(args, policy: Policy, config: RolloutConfig, objective: str, name:
     return 0
 
 
-def _simulated(args, policy: Policy, config: RolloutConfig, name: str) -> int:
+def _simulated(args: argparse.Namespace, policy: Policy, config: RolloutConfig, name: str) -> int:
     simulator = load(args.simulator, policy.cameras)
     freq = control_freq(simulator)
     generator = torch.Generator().manual_seed(args.seed)
@@ -166,20 +167,20 @@ def _print_speed(seconds: list[float], frames: int, remark: str, policy: Policy)
     print(f"peak memory    {_peak_memory(policy.model.device)}")
 
 
-def _out(args) -> Path:
+def _out(args: argparse.Namespace) -> Path:
     return args.out or args.checkpoint
 
 
-def _write(args, name: str, **arrays: np.ndarray) -> None:
+def _write(args: argparse.Namespace, name: str, **arrays: np.ndarray) -> None:
     """``action`` and ``recorded`` float32 ``[F, n, k A]`` in the units of the data set; ``frame`` int64 ``[F]``: row i
     leads to latent frame ``frame[i]``, which is video frame ``n k frame[i]``. ``state`` and ``imagined`` ``[F, S]``."""
     path = _out(args) / f"{name}.npz"
     with new_file(path) as part:
-        np.savez(part, **arrays)
+        np.savez(part, allow_pickle=True, **arrays)
     print(f"written        {path}: {', '.join(f'{key} {list(a.shape)}' for key, a in arrays.items())}")
 
 
-def _film(args, name: str, real: np.ndarray, imagined: np.ndarray, frames_a_second: float) -> None:
+def _film(args: argparse.Namespace, name: str, real: np.ndarray, imagined: np.ndarray, frames_a_second: float) -> None:
     length = min(len(real), len(imagined))
     path = _out(args) / f"{name}.gif"
     film({"real": real[:length], "imagined": imagined[:length]}, path, milliseconds=round(1000 / frames_a_second))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -30,17 +32,18 @@ MOMENT = 0.2  # seconds within which signals are one: timeout(1) sends it to the
 
 
 @restores_threads
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     """``wam train``."""
     device = check_device(args.device)
     policy, resume, seed = None, None, args.seed
+    training: dict[str, Any] = {}
     if args.resume is not None:
         if args.config is not None:
             raise ValueError("--config cannot be given with --resume: the checkpoint has its config; leave one out")
         policy, resume = Policy.load(args.resume)
-        training = resume.metadata.get("training")
-        if resume.training_state is None or not training:
+        if resume.training_state is None or not resume.metadata.get("training"):
             raise ValueError(f"--resume: {args.resume} has no training state; name a checkpoint that wam train wrote")
+        training = resume.metadata["training"]
         where = f"{args.resume / CONFIG}: metadata.training"
         held = sorted(training) if isinstance(training, dict) else training
         if not isinstance(training, dict) or not {"config", "seed"} <= set(training):
@@ -52,7 +55,7 @@ def run(args) -> int:
     if args.steps is not None:
         config = replace(config, steps=args.steps)
     if resume is not None:
-        steps_done = whole(f"{args.resume / TRAINING}: step", resume.training_state.get("step"), 1)
+        steps_done = whole(f"{args.resume / TRAINING}: step", (resume.training_state or {}).get("step"), 1)
         if steps_done >= config.steps:
             raise ValueError(f"--steps must be above {steps_done}, the steps done, got {config.steps}")
     RunFolder(args.out, resume, overwrite=args.overwrite)  # refuses before the data is read
@@ -67,7 +70,7 @@ def run(args) -> int:
             print(line)
     with _stop_asked() as stop:
         if device.type == "cpu":
-            threads = None if resume is None else training.get("threads")
+            threads = training.get("threads")
             if threads is None:
                 threads = pick_threads(lambda: train(replace(config, steps=2), data, stop=stop, progress=False))
             else:  # sums of float32 depend on their number, and a resumed run has the losses of an uninterrupted one
@@ -82,8 +85,8 @@ def run(args) -> int:
     for stream, means in losses.items():
         if None not in means:
             # of a single step there is one value
-            said = dict.fromkeys(f"{mean:.3f} ({span})" for mean, span in zip(means, spans, strict=True))
-            print(f"{stream} loss {' -> '.join(said)}")
+            means_of_spans = dict.fromkeys(f"{mean:.3f} ({span})" for mean, span in zip(means, spans, strict=True))
+            print(f"{stream} loss {' -> '.join(means_of_spans)}")
     print(f"step {done.step} of {config.steps}; checkpoint: {args.out / 'checkpoint'}")
     return 0
 
@@ -92,7 +95,7 @@ def run(args) -> int:
 def _stop_asked() -> Iterator[Callable[[], bool]]:
     """Whether Ctrl-C, SIGTERM (a scheduler's notice) or SIGHUP (a lost terminal) came; a second one acts as usual."""
     asked: list[float] = []
-    before = {}
+    before: dict[int, Any] = {}
 
     def restore() -> None:
         for number, handler in before.items():
@@ -144,7 +147,7 @@ def read_data(
     """The data set as clips, in the latents and units of a policy if given, with a progress bar over its episodes."""
     return ClipDataset(
         LeRobotDataset(root, camera) if policy is None else policy.dataset(root, camera),
-        policy and policy.codec,
+        None if policy is None else policy.codec,
         progress=lambda e: tqdm(e, desc="read", unit="episode", disable=not progress, dynamic_ncols=True),
-        units=policy and policy.units,
+        units=None if policy is None else policy.units,
     )

@@ -1,21 +1,33 @@
 """Training clips: latent pictures and the normalised actions that lead from one to the next."""
 
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
 import numpy as np
 import torch
+from torch import Tensor
 
 from .._checks import whole
+from .codec import Codec
 from .latents import PATCH, PatchPCA
-from .lerobot import LeRobotDataset
+from .lerobot import Episode, LeRobotDataset
 from .states import StateCodec
 
-__all__ = ["ClipDataset", "action_slots", "episode_frames"]
+__all__ = ["ClipDataset", "reaching_actions", "episode_frames"]
+
+# mean and std of an action, float32 [A], and bool [A], which of its numbers vary
+Units = tuple[Tensor, Tensor, Tensor]
 
 LEAST_STD = 1e-6  # an action dimension below this is constant
 STRIDE = 4  # video frames, and so actions, per latent frame, unless told otherwise
 FIT_FRAMES = 256  # 32,768 patches of 128 x 256 pictures: plenty for 768 dimensions, fitted in a second or two
 
 
-def episode_frames(dataset, episode, codec, actions_per_frame=STRIDE):
+def episode_frames(
+    dataset: LeRobotDataset, episode: Episode | int, codec: Codec | type[Codec], actions_per_frame: int = STRIDE
+) -> np.ndarray:
     """The frames of an episode that a codec encodes, one way for training and rollout.
 
     These are the video frames n f, n = actions_per_frame, that latent frames f stand for and, for a codec that
@@ -33,27 +45,29 @@ def episode_frames(dataset, episode, codec, actions_per_frame=STRIDE):
     return frames[: 1 + (len(frames) - 1) // codec.temporal * codec.temporal]
 
 
-def action_slots(action, frames, actions_per_frame=STRIDE, actions_per_token=1):
+def reaching_actions(
+    action: Tensor, frames: int, actions_per_frame: int = STRIDE, actions_per_token: int = 1
+) -> Tensor:
     """float [T, A] -> float [frames, n, k A]: the actions that lead to each latent frame, k of them in each of n tokens
     (n k = actions_per_frame); zeros for frame 0."""
     steps, tokens = frames - 1, actions_per_frame // actions_per_token
-    slots = action.new_zeros(frames, tokens, actions_per_token * action.shape[1])
-    slots[1:] = action[: actions_per_frame * steps].reshape(steps, *slots.shape[1:])
-    return slots
+    tokens_of_frames = action.new_zeros(frames, tokens, actions_per_token * action.shape[1])
+    tokens_of_frames[1:] = action[: actions_per_frame * steps].reshape(steps, *tokens_of_frames.shape[1:])
+    return tokens_of_frames
 
 
 class ClipDataset:
     """A whole LeRobot data set as latents in memory, cut into clips.
 
-    Latent frame f stands for video frame n f, n = actions_per_frame, so the slots of frame f >= 1 are the n actions
-    t = n (f - 1) .. n f - 1 that lead from latent frame f - 1 to f. Frame 0 of a clip has no reaching action: its slots
-    are zeros, wherever the clip starts. The mean and std of actions and the default codec come from the training split
-    alone.
+    Latent frame f stands for video frame n f, n = actions_per_frame, so the action tokens of frame f >= 1 hold the n
+    actions t = n (f - 1) .. n f - 1 that lead from latent frame f - 1 to f. Frame 0 of a clip has no reaching action:
+    its action tokens are zeros, wherever the clip starts. The mean and std of actions and the default codec come from
+    the training split alone.
 
     Attributes:
         tasks: list of instructions; `task` in a clip indexes it.
         train, held_out: lists of episode numbers. Any split but "train" counts as held out.
-        codec: see wam_models.data.latents.
+        codec: see Codec of wam_models.data.codec.
         action_mean, action_std: float32 [A]; std below LEAST_STD is replaced by 1.
         constant_actions: bool [A], dimensions that never vary in the training split; leave them out of error averages.
         own_units: mean, std and which dimensions vary, of this training split even where `units` are others.
@@ -76,7 +90,15 @@ class ClipDataset:
         FileNotFoundError: what the reader raises.
     """
 
-    def __init__(self, dataset, codec=None, progress=iter, units=None, actions_per_frame=STRIDE, actions_per_token=1):
+    def __init__(
+        self,
+        dataset: LeRobotDataset | str | Path,
+        codec: Codec | None = None,
+        progress: Callable[[Iterable[Episode]], Iterable[Episode]] = iter,
+        units: Units | None = None,
+        actions_per_frame: int = STRIDE,
+        actions_per_token: int = 1,
+    ) -> None:
         self.actions_per_frame = whole("ClipDataset: actions_per_frame", actions_per_frame, 1)
         self.actions_per_token = whole("ClipDataset: actions_per_token", actions_per_token, 1)
         if actions_per_frame % actions_per_token:
@@ -119,13 +141,15 @@ class ClipDataset:
         if units is not None and len(units[0]) != actions[0].shape[1]:
             raise ValueError(f"{dataset.root}: actions have {actions[0].shape[1]} numbers, the units {len(units[0])}")
 
+        # a generator: with a codec at hand, one episode's pictures are in memory at a time
         frames = (episode_frames(dataset, e, codec or default, actions_per_frame) for e in progress(episodes))
         if codec is None:
-            frames = list(frames)
-            pool = [(i, t) for i in self.train for t in range(len(frames[i]))]
+            known_frames = list(frames)
+            pool = [(i, t) for i in self.train for t in range(len(known_frames[i]))]
             most = len(pool) if dataset.has_states_as_frames else FIT_FRAMES
             chosen = np.linspace(0, len(pool) - 1, min(most, len(pool))).round().astype(int)
-            codec = default.fit(np.stack([frames[pool[c][0]][pool[c][1]] for c in chosen]))
+            codec = default.fit(np.stack([known_frames[pool[c][0]][pool[c][1]] for c in chosen]))
+            frames = (pictures for pictures in known_frames)
         self.codec = codec
         # Clips are cut with NumPy: copies this small cost torch's thread pool far more than the copy itself when the
         # cores are busy (0.25 s a batch, against 1 ms).
@@ -140,23 +164,25 @@ class ClipDataset:
         self.action_mean, self.action_std, varying = units or self.own_units
         self.constant_actions = ~varying
         self._action = [
-            action_slots(self.normalize_action(action), video.shape[1], actions_per_frame, actions_per_token).numpy()
+            reaching_actions(
+                self.normalize_action(action), video.shape[1], actions_per_frame, actions_per_token
+            ).numpy()
             for video, action in zip(self._video, actions, strict=True)
         ]
 
-    def normalize_action(self, action):
+    def normalize_action(self, action: Tensor) -> Tensor:
         """float [..., A] in the data set's units -> the same shape in units of the training split's std."""
         return (action - self.action_mean.to(action.device)) / self.action_std.to(action.device)
 
-    def denormalize_action(self, action):
+    def denormalize_action(self, action: Tensor) -> Tensor:
         """The reverse of normalize_action."""
         return action * self.action_std.to(action.device) + self.action_mean.to(action.device)
 
-    def length(self, index):
+    def length(self, index: int) -> int:
         """Latent frames of episode `index`."""
         return self._video[index].shape[1]
 
-    def sample(self, batch, frames, generator, split="train"):
+    def sample(self, batch: int, frames: int, generator: torch.Generator, split: str = "train") -> dict[str, Tensor]:
         """Draws clips, uniformly over all clips of `frames` latent frames in the split.
 
         Args:
@@ -187,7 +213,7 @@ class ClipDataset:
         ]
         return {key: torch.from_numpy(np.stack([clip[key] for clip in clips])) for key in clips[0]}
 
-    def episode(self, index):
+    def episode(self, index: int) -> dict[str, Tensor]:
         """Episode number `index` (see `held_out`) as a batch of one clip, from its first latent frame to its last.
 
         Raises IndexError for an unknown episode.
@@ -198,7 +224,7 @@ class ClipDataset:
         clip = self._clip(index, 0, self.length(index))
         return {key: torch.from_numpy(np.stack([value])) for key, value in clip.items()}
 
-    def _clip(self, index, start, frames):
+    def _clip(self, index: int, start: int, frames: int) -> dict[str, np.ndarray | np.int64]:
         action = self._action[index][start : start + frames].copy()
         action[0] = 0
         return {

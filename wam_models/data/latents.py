@@ -1,24 +1,19 @@
-"""Latent pictures: an offline linear patch transform, and the hook for the real Wan VAE.
+"""The codecs: a linear patch transform that needs no download, Wan's VAE, and states; see ``Codec`` in ``codec.py``."""
 
-A codec is an object with
-    encode(frames)   uint8 [T, H, W, 3] -> float32 [C, T', H / spatial, W / spatial]
-    decode(latents)  the reverse, uint8 [T, H, W, 3]
-    channels, spatial, temporal: C, pixels per latent cell, video frames per latent frame after the first
-with T = 1 + temporal * (T' - 1). PatchPCA has temporal 1, Wan's VAE 4; ClipDataset gives either of them what makes
-latent frame f stand for video frame n f, at n actions a frame. StateCodec encodes states, float32 [T, S], in place of
-pictures. Those of CODECS are saved with a policy; they also have
-    config, state_dict()              what JSON takes, and tensors
-    from_state_dict(state, config)    the codec again
-"""
+from __future__ import annotations
 
 import importlib.util
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from .codec import Codec, SavedCodec
 from .states import StateCodec
 
 __all__ = ["CODECS", "PatchPCA", "WanVAECodec", "codec_kind", "pictures_of", "psnr", "wan_vae_codec"]
@@ -26,7 +21,7 @@ __all__ = ["CODECS", "PatchPCA", "WanVAECodec", "codec_kind", "pictures_of", "ps
 PATCH = 16  # pixels of PatchPCA's cells, unless told otherwise
 
 
-def psnr(a, b):
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
     """Peak signal-to-noise ratio in dB of two uint8 pictures or videos of one shape; infinity if they are equal.
 
     Raises ValueError for different shapes.
@@ -51,9 +46,9 @@ class PatchPCA:
     """
 
     temporal = 1
-    config = {}
+    config: dict[str, Any] = {}
 
-    def __init__(self, mean, basis, scale):
+    def __init__(self, mean: Tensor, basis: Tensor, scale: Tensor) -> None:
         patch = math.isqrt(mean.numel() // 3)
         if mean.ndim != 1 or mean.numel() == 0 or 3 * patch * patch != mean.numel():
             raise ValueError(f"PatchPCA: mean has shape {tuple(mean.shape)}, expected [3 P P]")
@@ -81,7 +76,7 @@ class PatchPCA:
         self.channels = basis.shape[0]
 
     @classmethod
-    def fit(cls, frames, channels=48, patch=PATCH):
+    def fit(cls, frames: np.ndarray | Tensor, channels: int = 48, patch: int = PATCH) -> PatchPCA:
         """Fits the map to uint8 frames [N, H, W, 3] (array or tensor); float64, the same result on every run.
 
         Raises ValueError if H or W is no multiple of `patch`, `channels` is outside 1 .. 3 patch^2, there is no frame,
@@ -117,7 +112,7 @@ class PatchPCA:
         scale = std.rsqrt() / std.mean().sqrt()
         return cls(mean + 0.5, basis, scale)
 
-    def encode(self, frames):
+    def encode(self, frames: np.ndarray | Tensor) -> Tensor:
         """uint8 [T, H, W, 3] (array or tensor) -> float32 [C, T, H / P, W / P], mean 0, variance about 1 on average.
 
         Raises ValueError for another dtype or rank, or if H or W is no multiple of the patch.
@@ -126,7 +121,7 @@ class PatchPCA:
         rows = _patches(frames, self.spatial).to(torch.float32) / 255 - self.mean
         return ((rows @ self.basis.T) * self.scale).permute(3, 0, 1, 2).contiguous()
 
-    def decode(self, latents):
+    def decode(self, latents: Tensor) -> np.ndarray:
         """float [C, T, h, w] -> uint8 array [T, h P, w P, 3]. Raises ValueError if the channels are not C."""
         if latents.ndim != 4 or latents.shape[0] != self.channels:
             raise ValueError(f"PatchPCA.decode: latents {tuple(latents.shape)}, expected [{self.channels}, T, h, w]")
@@ -136,12 +131,12 @@ class PatchPCA:
         pixels = rows.view(t, h, w, p, p, 3).permute(0, 1, 3, 2, 4, 5).reshape(t, h * p, w * p, 3)
         return (pixels * 255).round().clamp(0, 255).to(torch.uint8).numpy()
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Tensor]:
         """{"mean", "basis", "scale"}: float32 tensors, ready for safetensors."""
         return {"mean": self.mean, "basis": self.basis, "scale": self.scale}
 
     @classmethod
-    def from_state_dict(cls, state, config=None):
+    def from_state_dict(cls, state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> PatchPCA:
         """The reverse of `state_dict`; `config` says nothing more.
 
         Raises ValueError for missing or further keys, or shapes that do not fit.
@@ -158,7 +153,7 @@ class WanVAECodec:
     expects them. Wan 2.2's VAE has 48 channels and 16 pixels a cell, Wan 2.1's 16 and 8.
     """
 
-    def __init__(self, vae):
+    def __init__(self, vae: Any) -> None:
         self.config = json.loads(vae.to_json_string())
         self.vae = vae.eval().requires_grad_(False)
         config = vae.config
@@ -169,7 +164,7 @@ class WanVAECodec:
         self._std = torch.tensor(config.latents_std).view(-1, 1, 1, 1)
 
     @torch.no_grad()
-    def encode(self, frames):
+    def encode(self, frames: np.ndarray | Tensor) -> Tensor:
         """uint8 [1 + 4 k, H, W, 3] -> float32 [C, 1 + k, H / spatial, W / spatial].
 
         Raises ValueError for another number of frames, and as PatchPCA.encode does.
@@ -184,7 +179,7 @@ class WanVAECodec:
         return (latents.cpu().to(torch.float32) - self._mean) / self._std
 
     @torch.no_grad()
-    def decode(self, latents):
+    def decode(self, latents: Tensor) -> np.ndarray:
         """float [C, 1 + k, h, w] -> uint8 array [1 + 4 k, H, W, 3]. Raises ValueError if the channels are not C."""
         if latents.ndim != 4 or latents.shape[0] != self.channels:
             raise ValueError(f"WanVAECodec.decode: latents {tuple(latents.shape)}, expected [{self.channels}, T, h, w]")
@@ -193,12 +188,12 @@ class WanVAECodec:
         pixels = (pixels.cpu().to(torch.float32).permute(1, 2, 3, 0) + 1) * 127.5
         return pixels.round().clamp(0, 255).to(torch.uint8).numpy()
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Tensor]:
         """The weights of the VAE, in its dtype, ready for safetensors."""
         return self.vae.state_dict()
 
     @classmethod
-    def from_state_dict(cls, state, config):
+    def from_state_dict(cls, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> WanVAECodec:
         """The reverse of `state_dict` and `config`, where the tensors are.
 
         Raises ModuleNotFoundError if diffusers is not installed, ValueError if it refuses the config, or for tensors
@@ -221,10 +216,10 @@ class WanVAECodec:
         return cls(vae)
 
 
-CODECS = {"patch_pca": PatchPCA, "wan_vae": WanVAECodec, "state": StateCodec}
+CODECS: dict[str, type[SavedCodec]] = {"patch_pca": PatchPCA, "wan_vae": WanVAECodec, "state": StateCodec}
 
 
-def codec_kind(codec):
+def codec_kind(codec: Codec) -> str:
     """The key of a codec's class in CODECS. Raises ValueError for another class."""
     for kind, cls in CODECS.items():
         if type(codec) is cls:
@@ -233,12 +228,14 @@ def codec_kind(codec):
     raise ValueError(f"codec must be a {names} to be saved with a policy, got a {type(codec).__name__}")
 
 
-def pictures_of(codec, latents):
+def pictures_of(codec: Codec, latents: Tensor) -> np.ndarray:
     """The picture of each latent frame, uint8 [T', H, W, 3], of latents [C, T', h, w] that begin an episode."""
     return codec.decode(latents)[:: codec.temporal]
 
 
-def wan_vae_codec(path, device="cpu", dtype=torch.float32):
+def wan_vae_codec(
+    path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> WanVAECodec:
     """Loads Wan's VAE from a local folder in diffusers' layout (config.json and the weights); nothing is downloaded.
 
     Returns a WanVAECodec. Raises FileNotFoundError if the folder or its files are missing, ModuleNotFoundError if
@@ -254,7 +251,7 @@ def wan_vae_codec(path, device="cpu", dtype=torch.float32):
     return WanVAECodec(vae.to(device))
 
 
-def _vae_class(where):
+def _vae_class(where: str) -> Any:
     if importlib.util.find_spec("diffusers") is None:
         raise ModuleNotFoundError(
             f"{where} needs diffusers: pip install diffusers accelerate, or use PatchPCA", name="diffusers"
@@ -264,9 +261,9 @@ def _vae_class(where):
     return AutoencoderKLWan
 
 
-def _check_frames(frames, patch, where):
+def _check_frames(frames: np.ndarray | Tensor, patch: int, where: str) -> Tensor:
     """Returns frames as a contiguous uint8 CPU tensor [T, H, W, 3]."""
-    if not isinstance(frames, torch.Tensor):
+    if not isinstance(frames, Tensor):
         # torch takes no negative strides, as of a picture that was turned, and warns of arrays that are read-only
         frames = torch.from_numpy(np.require(frames, requirements=["C", "W"]))
     frames = frames.cpu().contiguous()
@@ -278,7 +275,7 @@ def _check_frames(frames, patch, where):
     return frames
 
 
-def _patches(frames, patch):
+def _patches(frames: Tensor, patch: int) -> Tensor:
     """[T, H, W, 3] -> [T, h, w, 3 P P], each patch ordered (row, column, colour)."""
     t, height, width, _ = frames.shape
     h, w = height // patch, width // patch

@@ -1,10 +1,14 @@
 """Reader of LeRobot v3 data sets with pyarrow, PyAV and Pillow only."""
 
+from __future__ import annotations
+
 import io
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
+from typing import Any, TypeGuard
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +20,7 @@ from .._json import read_json
 
 __all__ = ["Episode", "LeRobotDataset"]
 
-FREQUENCIES = 1e-6, 1e9  # of pictures and actions, in Hz: times of both can be reckoned with
+FREQUENCIES = 1e-6, 1e9  # of pictures and actions, in Hz: times of both can be computed with
 STATE = "observation.state"
 PICTURES = ("video", "image")  # dtypes of a camera: an mp4 file, or a PNG or JPEG in each row of the data files
 
@@ -59,7 +63,7 @@ class LeRobotDataset:
         ValueError: a file is malformed, or `camera` is not in it; the message names the file and the field.
     """
 
-    def __init__(self, root, camera=None, usual_camera=None):
+    def __init__(self, root: str | Path, camera: str | None = None, usual_camera: str | None = None) -> None:
         self.root = Path(root)
         self._info = self.root / "meta/info.json"
         info = _read_json(self._info)
@@ -90,22 +94,23 @@ class LeRobotDataset:
         self._data_path = _template(info, "data_path", ("chunk_index", "file_index"), self._info)
         if self._is_video:
             self._video_path = _template(info, "video_path", ("video_key", "chunk_index", "file_index"), self._info)
-        self.episodes, self._places = [], []
+        self.episodes: list[Episode] = []
+        self._places: list[_Place] = []
         for row in self._rows(total):
             index, length, path = row["episode_index"], row["length"], row["path"]
             if length < 1:
                 raise ValueError(f"{path}: length of episode {index} is {length}, expected 1 or more; drop the episode")
             split = next((name for name, span in splits.items() if index in span), "")
             self.episodes.append(Episode(index, length, _task(row["tasks"], index, path), split))
-            self._places.append(self._place(row))
-        self._tables = {}
+            self._places.append(self._place_of(row))
+        self._tables: dict[tuple[Path, str], pa.Table] = {}
 
     @cached_property
-    def stats(self):
+    def stats(self) -> dict[str, Any]:
         """meta/stats.json: {feature: {"min" | "max" | "mean" | "std" | "count": nested lists}}, over all splits."""
         return _read_json(self.root / "meta/stats.json")
 
-    def action(self, episode):
+    def action(self, episode: Episode | int) -> np.ndarray:
         """float32 [T, A]: the action that is executed at each frame, in the units of the data set.
 
         Raises IndexError for an unknown episode, ValueError for what names none and for a number that is missing or not
@@ -113,11 +118,11 @@ class LeRobotDataset:
         """
         return self._numbers(episode, "action")
 
-    def state(self, episode):
+    def state(self, episode: Episode | int) -> np.ndarray:
         """float32 [T, S]: `observation.state` before each action. Raises as `action` does."""
         return self._numbers(episode, STATE)
 
-    def frames(self, episode, every=1):
+    def frames(self, episode: Episode | int, every: int = 1) -> np.ndarray:
         """uint8 [ceil(T / every), H, W, 3]: the RGB picture before each `every`-th action; of states as frames, float32
         [ceil(T / every), S].
 
@@ -127,19 +132,19 @@ class LeRobotDataset:
         if self.has_states_as_frames:
             return self.state(episode)[::every]
         number = self._number(episode)
-        out = None
+        out = np.empty(0, dtype=np.uint8)
         for place, (path, picture) in enumerate((self._video if self._is_video else self._images)(number, every)):
             if picture.shape[:2] != self.picture_size:
                 got, expected = (f"{height} x {width}" for height, width in (picture.shape[:2], self.picture_size))
                 raise ValueError(
                     f"{path}: frame {place * every} of episode {number} is {got}, the shape in info.json {expected}"
                 )
-            if out is None:  # not before the size is known to be true
+            if not place:  # not before the size is known to be true
                 out = np.empty((-(-self.episodes[number].length // every), *picture.shape), dtype=np.uint8)
             out[place] = picture
         return out
 
-    def _choose_camera(self, camera, usual_camera):
+    def _choose_camera(self, camera: str | None, usual_camera: str | None) -> str:
         cameras = sorted(k for k, v in self.features.items() if isinstance(v, dict) and v.get("dtype") in PICTURES)
         states = isinstance(self.features.get(STATE), dict)
         if states and (camera == STATE or (camera is None and (not cameras or usual_camera == STATE))):
@@ -156,19 +161,21 @@ class LeRobotDataset:
                 f"{self._info}: features has no camera {camera!r}; camera (--camera) must be one of "
                 f"{', '.join(cameras)}"
             )
-        return camera or (usual_camera if usual_camera in cameras else cameras[0])
+        if camera is None:
+            camera = usual_camera if usual_camera is not None and usual_camera in cameras else cameras[0]
+        return camera
 
-    def _video_columns(self):
+    def _video_columns(self) -> list[str]:
         return [
             f"videos/{self.camera}/{name}" for name in ("chunk_index", "file_index", "from_timestamp", "to_timestamp")
         ]
 
-    def _rows(self, total):
+    def _rows(self, total: int) -> list[dict[str, Any]]:
         """The rows of meta/episodes, by episode, as dicts of checked values and `path`, the file of the row."""
         files = sorted((self.root / "meta/episodes").glob("chunk-*/file-*.parquet"))
         if not files:
             raise FileNotFoundError(f"{self.root}/meta/episodes/chunk-*/file-*.parquet: none; is the copy complete?")
-        kinds = dict.fromkeys(("episode_index", "length", "data/chunk_index", "data/file_index"), int)
+        kinds: dict[str, type] = dict.fromkeys(("episode_index", "length", "data/chunk_index", "data/file_index"), int)
         if self._is_video:
             kinds |= zip(self._video_columns(), (int, int, float, float), strict=True)
         rows = []
@@ -192,7 +199,7 @@ class LeRobotDataset:
             )
         return rows
 
-    def _place(self, row):
+    def _place_of(self, row: dict[str, Any]) -> _Place:
         data = self._data_path.format(chunk_index=row["data/chunk_index"], file_index=row["data/file_index"])
         if not self._is_video:
             return _Place(self.root / data, None, 0.0, 0.0)
@@ -207,13 +214,13 @@ class LeRobotDataset:
         video = self._video_path.format(video_key=self.camera, chunk_index=chunk, file_index=file)
         return _Place(self.root / data, self.root / video, start, stop)
 
-    def _number(self, episode):
+    def _number(self, episode: Episode | int) -> int:
         number = whole("LeRobotDataset: episode", episode.index if isinstance(episode, Episode) else episode, 0)
         if number >= len(self.episodes):
             raise IndexError(f"episode {number} does not exist; the data set has {len(self.episodes)}")
         return number
 
-    def _column(self, number, name, table):
+    def _column(self, number: int, name: str, table: pa.Table) -> tuple[Any, np.ndarray]:
         """The episode's rows of one column, and their numbers in the data file."""
         path, length = self._places[number].data, self.episodes[number].length
         index = _metadata(table["episode_index"], "episode_index", int, path)
@@ -225,7 +232,7 @@ class LeRobotDataset:
             )
         return table[name].take(rows), rows
 
-    def _numbers(self, episode, name):
+    def _numbers(self, episode: Episode | int, name: str) -> np.ndarray:
         number = self._number(episode)
         path, width = self._places[number].data, self._width(name)
         if (path, name) not in self._tables:
@@ -254,7 +261,7 @@ class LeRobotDataset:
             )
         return out
 
-    def _width(self, name):
+    def _width(self, name: str) -> int | None:
         """Numbers of a feature; None where info.json does not say."""
         feature = self.features.get(name)
         if not isinstance(feature, dict) or "shape" not in feature:
@@ -264,11 +271,12 @@ class LeRobotDataset:
             raise ValueError(f"{self._info}: features[{name!r}] has shape {shape!r}, expected [how many numbers]")
         return shape[0]
 
-    def _video(self, number, every):
+    def _video(self, number: int, every: int) -> Iterator[tuple[Path, np.ndarray]]:
         """The video file and every `every`-th picture of an episode, one after the other."""
         import av  # here: whatever reads no video, the GPU benchmarks among it, runs without PyAV
 
         place, length = self._places[number], self.episodes[number].length
+        assert place.video is not None  # its path is in info.json where the camera is a video
         if not place.video.exists():
             raise FileNotFoundError(f"{place.video}: not found; is the copy of the data set complete?")
         count = 0
@@ -280,7 +288,8 @@ class LeRobotDataset:
                     raise ValueError(f"{place.video}: holds no video stream; fetch the file again")
                 stream = container.streams.video[0]
                 stream.thread_type = "AUTO"
-                container.seek(int(place.start / stream.time_base), stream=stream)  # to the key frame at or before it
+                key_frame = int(place.start / (stream.time_base or 1))  # the seek goes to the one at or before it
+                container.seek(key_frame, stream=stream)
                 for frame in container.decode(stream):
                     if frame.time is None or frame.time < start:
                         continue
@@ -296,7 +305,7 @@ class LeRobotDataset:
                 f"{place.video}: episode {number} has {count} frames, length in meta/episodes says {length}"
             )
 
-    def _images(self, number, every):
+    def _images(self, number: int, every: int) -> Iterator[tuple[Path, np.ndarray]]:
         """The data file and every `every`-th picture of an episode, one after the other."""
         from PIL import Image  # here, as PyAV
 
@@ -311,16 +320,16 @@ class LeRobotDataset:
                 raise ValueError(f"{where} holds no picture, expected the bytes of a PNG or JPEG file")
             try:
                 image = Image.open(io.BytesIO(value))
-                wide = image.mode[0] in "IF"  # of which Pillow would make white above 255
-                picture = None if wide else np.asarray(image.convert("RGB"))
+                deep = image.mode[0] in "IF"  # of which Pillow would make white above 255
+                picture = np.asarray(image if deep else image.convert("RGB"))
             except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
                 raise ValueError(f"{where} cannot be decoded ({error}); fetch the file again") from error
-            if wide:
+            if deep:
                 raise ValueError(f"{where} has pixels of {image.mode}, such as depth, expected 8 bits a colour")
             yield path, picture
 
 
-def _read_json(path):
+def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         raise FileNotFoundError(f"{path}: not found; pass the folder that holds meta/, data/ and videos/")
     value = read_json(path)
@@ -329,7 +338,7 @@ def _read_json(path):
     return value
 
 
-def _field(info, name, kind, path):
+def _field(info: dict[str, Any], name: str, kind: type | tuple[type, ...], path: Path) -> Any:
     if name not in info:
         raise ValueError(f"{path}: field {name!r} is missing; is this a LeRobot v3 data set?")
     # bool is an int to Python
@@ -338,11 +347,11 @@ def _field(info, name, kind, path):
     return info[name]
 
 
-def _whole(shape):
+def _whole(shape: object) -> TypeGuard[list[int]]:
     return isinstance(shape, list) and all(type(n) is int and n > 0 for n in shape)
 
 
-def _picture_size(feature, camera, path):
+def _picture_size(feature: dict[str, Any], camera: str, path: Path) -> tuple[int, int]:
     """(height, width) of a camera, whose shape has the channels last or, as some writers have it, first."""
     shape = feature.get("shape")
     if _whole(shape) and len(shape) == 3:
@@ -353,7 +362,7 @@ def _picture_size(feature, camera, path):
     raise ValueError(f"{path}: features[{camera!r}] has shape {shape!r}, expected [height, width, 3]")
 
 
-def _template(info, name, known, path):
+def _template(info: dict[str, Any], name: str, known: Sequence[str], path: Path) -> str:
     text = _field(info, name, str, path)
     try:
         text.format(**{field: "" if field == "video_key" else 0 for field in known})
@@ -365,13 +374,13 @@ def _template(info, name, known, path):
     return text
 
 
-def _ranges(splits, path):
+def _ranges(splits: dict[str, Any], path: Path) -> dict[str, range]:
     out = {}
     for name, text in splits.items():
-        start, colon, stop = str(text).partition(":")
-        if not (colon and start.isdecimal() and stop.isdecimal()):
+        first, colon, end = str(text).partition(":")
+        if not (colon and first.isdecimal() and end.isdecimal()):
             raise ValueError(f'{path}: splits[{name!r}] is {text!r}, expected episode numbers "start:stop"')
-        out[name] = range(int(start), int(stop))
+        out[name] = range(int(first), int(end))
     spans = sorted((span.start, span.stop, name) for name, span in out.items() if span)
     for (_, stop, name), (start, _, other) in pairwise(spans):
         if start < stop:
@@ -379,7 +388,7 @@ def _ranges(splits, path):
     return out
 
 
-def _task(value, index, path):
+def _task(value: Any, index: int, path: Path) -> str:
     tasks = [value] if isinstance(value, str) else list(dict.fromkeys(value or []))
     if len(tasks) != 1 or tasks[0] is None:
         raise ValueError(
@@ -389,13 +398,13 @@ def _task(value, index, path):
     return tasks[0]
 
 
-def _inner(kind):
+def _inner(kind: Any) -> Any:
     """The type of a column's values, or of the values in its lists."""
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     return kind.value_type if is_list else kind
 
 
-def _metadata(column, name, kind, path):
+def _metadata(column: Any, name: str, kind: type, path: Path) -> np.ndarray:
     """A column of whole (`kind` int) or finite numbers, as an array."""
     expected = "whole numbers" if kind is int else "finite numbers"
     if not (pa.types.is_integer(column.type) or (kind is float and pa.types.is_floating(column.type))):
@@ -410,7 +419,7 @@ def _metadata(column, name, kind, path):
     return values
 
 
-def _text(column, name, path):
+def _text(column: Any, name: str, path: Path) -> list[Any]:
     """A column of strings or lists of strings, as a list."""
     if not (pa.types.is_string(_inner(column.type)) or pa.types.is_large_string(_inner(column.type))):
         raise ValueError(f"{path}: column {name!r} is of type {column.type}, expected lists of strings")
@@ -420,7 +429,7 @@ def _text(column, name, path):
         raise ValueError(f"{path}: column {name!r} is not UTF-8 ({error}); write the file again") from error
 
 
-def _read_table(path, columns, rows=None):
+def _read_table(path: Path, columns: list[str], rows: Any = None) -> pa.Table:
     """These columns; of all rows, or of those that the expression `rows` is true for."""
     if not path.exists():
         raise FileNotFoundError(f"{path}: not found; is the copy of the data set complete?")

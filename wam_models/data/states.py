@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,7 +14,7 @@ LEAST = 0.01  # of the largest standard deviation: numbers that vary less count 
 
 class StateCodec:
     """States in units of their standard deviation in training, behind the codec interface of
-    :mod:`wam_models.data.latents`; its frames are float32 ``[T, S]`` instead of pictures.
+    :class:`~wam_models.data.codec.Codec`; its frames are float32 ``[T, S]`` instead of pictures.
 
     Args:
         mean: Float32 ``[S]``.
@@ -22,6 +25,7 @@ class StateCodec:
     """
 
     temporal = spatial = 1
+    config: dict[str, Any] = {}
 
     def __init__(self, mean: Tensor, std: Tensor) -> None:
         if mean.ndim != 1 or not len(mean) or mean.shape != std.shape:
@@ -32,7 +36,7 @@ class StateCodec:
         if not ((std > 1e-12) & (std < 1e12)).all():
             raise ValueError(f"StateCodec: std must be from 1e-12 to 1e12, got {std.min():g} to {std.max():g}")
         self.mean, self.std = (x.cpu().to(torch.float32).contiguous() for x in (mean, std))
-        self.channels, self.config = len(mean), {}
+        self.channels = len(mean)
 
     @classmethod
     def fit(cls, states: np.ndarray) -> StateCodec:
@@ -66,7 +70,7 @@ class StateCodec:
         return {"mean": self.mean, "std": self.std}
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Tensor], config: dict | None = None) -> StateCodec:
+    def from_state_dict(cls, state: Mapping[str, Tensor], config: Mapping[str, Any] | None = None) -> StateCodec:
         """The reverse of :meth:`state_dict`; ``config`` says nothing more.
 
         Raises:

@@ -99,11 +99,12 @@ def curves(
         _, y = place(1, k * tick)
         draw.line([(left, y), (width - right, y)], fill=(228, 228, 232))
         draw.text((left - 8, y), f"{k * tick:g}", font=font(13), fill=FAINT, anchor="rm")
-    for x in sorted({1, *range(_tick(last / 5, whole=True), last, _tick(last / 5, whole=True)), last}):
+    step = max(1, round(_tick(last / 5)))
+    for x in sorted({1, *range(step, last, step), last}):
         if x in (1, last) or x < last * 0.93:
             draw.text((place(x, 0)[0], height - bottom + 8), str(x), font=font(13), fill=FAINT, anchor="mt")
     draw.text((width - right, height - 8), x_label, font=font(13), fill=FAINT, anchor="rb")
-    at = left
+    at = float(left)
     for p, colour in zip(points.values(), COLOURS, strict=False):
         if len(p) > 1:
             faint = tuple(round(c + (255 - c) * 0.7) for c in colour)
@@ -121,8 +122,7 @@ def curves(
     save_small(image, path)
 
 
-def _tick(rough: float, whole: bool = False) -> float:
+def _tick(rough: float) -> float:
     """A round number (1, 2 or 5 times a power of ten) of at least ``rough``."""
     power = 10.0 ** np.floor(np.log10(max(rough, 1e-9)))
-    tick = next(power * m for m in (1, 2, 5, 10) if power * m >= rough * (1 - 1e-9))
-    return max(1, round(tick)) if whole else float(tick)
+    return float(next(power * m for m in (1, 2, 5, 10) if power * m >= rough * (1 - 1e-9)))

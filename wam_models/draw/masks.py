@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -29,7 +30,7 @@ CLEAN_QUERY_TINT = 0.45
 SEGMENT_HUES = (*KEY_HUES, (128, 90, 168), (90, 90, 100))
 
 # Sizes at which a picture of another system's program can be read.
-EXAMPLE_SIZES = {
+EXAMPLE_SIZES: dict[str, dict[str, Any]] = {
     "fast_wam_uncond": {"video_frames": 3, "video_tokens": 6, "actions": 6},
     "fast_wam_joint": {"video_frames": 3, "video_tokens": 6, "actions": 6},
     "fast_wam_idm": {"video_frames": 3, "video_tokens": 6, "actions": 6},
@@ -238,12 +239,12 @@ def draw_systems(pixels: int = 250) -> Image.Image:
 
 
 def _segment_legend(draw: ImageDraw.ImageDraw, program: RuleGeometry, left: int, y: int) -> None:
-    first, x = program.keys.segment.min(), left
+    first, x = program.keys.segment.min(), float(left)
     for number in np.unique(program.keys.segment):
         name, hue = program.segments[number], SEGMENT_HUES[(number - first) % len(SEGMENT_HUES)]
         width = 16 + draw.textlength(name, font=font(12)) + 8
         if x > left and x + width > left + 258:
-            x, y = left, y + 16
+            x, y = float(left), y + 16
         draw.rectangle([x, y, x + 10, y + 10], fill=hue)
         draw.text((x + 14, y + 5), name, font=font(12), fill=INK, anchor="lm")
         x += width

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._checks import check_field, instance, whole
 from .._json import from_fields
 from ..data import ClipDataset, LeRobotDataset, PatchPCA, StateCodec
-from ..data.clips import LEAST_STD, STRIDE, action_slots, episode_frames
+from ..data.clips import LEAST_STD, STRIDE, reaching_actions, episode_frames
 from ..data.latents import CODECS, WanVAECodec, codec_kind
 from ..data.lerobot import Episode
 from ..model.checkpoint import CONFIG, EXTRA, Checkpoint, load_checkpoint, save_checkpoint
@@ -278,7 +278,7 @@ class Policy:
             self.camera.check(f"{dataset.root} ({dataset.camera})", *dataset.picture_size)
         frames = episode_frames(dataset, episode, self.codec, self.actions_per_frame)
         video = self.codec.encode(frames)
-        slots = action_slots(
+        slots = reaching_actions(
             (action - self.action_mean) / self.action_std,
             video.shape[1],
             self.actions_per_frame,
