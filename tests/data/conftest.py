@@ -1,3 +1,5 @@
+"""The data sets of these tests: the one that ships, and tiny ones that a test may damage."""
+
 import shutil
 
 import pytest

@@ -1,3 +1,5 @@
+"""Clips: which frames and actions are cut, in which units."""
+
 import json
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""Codecs: encoding and decoding pictures, fitting, saving, and Wan's VAE."""
+
 import math
 
 import numpy as np

@@ -1,3 +1,5 @@
+"""The reader of LeRobot data sets, on the data set that ships and on tiny ones with known contents."""
+
 import io
 import json
 import shutil

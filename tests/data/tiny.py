@@ -1,4 +1,4 @@
-"""A tiny LeRobot v3 data set with known contents, so that the tests see every frame and action."""
+"""A tiny LeRobot v3 data set with known contents, so that the tests check every frame and action."""
 
 import json
 

@@ -16,7 +16,8 @@ from tests.data import tiny
 from wam_kernels import PROGRAMS, Geometry, dense_mask
 from wam_models import GJD, cli
 from wam_models.cli import demo as demo_module
-from wam_models.cli.demo import make_demo, verdicts
+from wam_models.cli.demo import make_demo
+from wam_models.cli.demo_report import verdicts
 from wam_models.data import LeRobotDataset
 from wam_models.draw.masks import draw_programs
 from wam_models.draw.style import save_small
@@ -82,10 +83,10 @@ def test_rollout_loads_the_checkpoint(demo, root, tmp_path, capsys, flags, objec
     out, _ = demo
     base = ["rollout", "--checkpoint", str(out / "checkpoint"), "--data", str(root), "--out", str(tmp_path)]
     assert cli.main(base + flags) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     size = "1 frame, 4 actions" if objective == "forward_dynamics" else "2 frames, 8 actions"
     words = ("p50", "p95", "actions/second", "peak memory", "dB PSNR", f"program {program}", f"({size} each)")
-    assert all(w in said for w in words)
+    assert all(w in printed for w in words)
     assert [p.suffix for p in tmp_path.glob("*.npz")] == ([] if objective == "forward_dynamics" else [".npz"])
     (film,) = tmp_path.glob(f"*_{objective}_{program}.gif")
     with Image.open(film) as pictures:
@@ -96,16 +97,16 @@ def test_rollout_writes_its_actions(demo, root, tmp_path, capsys):
     """In the units of the data set, beside those of the recording; inverse dynamics has no video."""
     base = ["rollout", "--checkpoint", str(demo[0] / "checkpoint"), "--data", str(root), "--out", str(tmp_path / "new")]
     assert cli.main([*base, "--objective", "inverse_dynamics"]) == 0
-    said = capsys.readouterr().out
-    assert "dB" not in said
+    printed = capsys.readouterr().out
+    assert "dB" not in printed
     (path,) = (tmp_path / "new").iterdir()
-    assert f"written        {path}: action [4, 4, 7], recorded [4, 4, 7], frame [4]" in said
+    assert f"written        {path}: action [4, 4, 7], recorded [4, 4, 7], frame [4]" in printed
     found = np.load(path)
     np.testing.assert_allclose(found["recorded"].reshape(-1, 7), tiny.actions(3)[:16], atol=1e-4)
     assert found["frame"].tolist() == [1, 2, 3, 4] and found["action"].dtype == np.float32
     policy, _ = Policy.load(demo[0] / "checkpoint")
     guess, real = (torch.from_numpy(found[k] / policy.action_std.numpy()) for k in ("action", "recorded"))
-    assert f"action error   {rmse(guess, real, policy.varying):.3f}" in said
+    assert f"action error   {rmse(guess, real, policy.varying):.3f}" in printed
 
 
 @pytest.mark.parametrize(
@@ -204,14 +205,15 @@ def test_rollout_acts_in_a_simulator(demo, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     base = ["rollout", "--checkpoint", str(demo[0] / "checkpoint"), "--out", str(tmp_path), "--simulator"]
     assert cli.main([*base, "toy_simulator:Box"]) == 0
-    said = capsys.readouterr().out
+    printed = capsys.readouterr().out
     # the second chunk was cut short after one of its two frames, the fourth finished the task
     chunks = "4 (2 frames, 8 actions each), 7 frames executed"
     for words in (chunks, "task           done", "p50", "p95", "Hz", "peak memory", "action [8, 4, 7], frame [8]"):
-        assert words in said
+        assert words in printed
     assert list(tmp_path.glob("simulated_joint_*.gif"))
     assert cli.main([*base, "toy_simulator:Box", "--chunks", "2"]) == 0
-    assert "2 (2 frames, 8 actions each), 3 frames executed" in (said := capsys.readouterr().out) and "not done" in said
+    assert "2 (2 frames, 8 actions each), 3 frames executed" in (printed := capsys.readouterr().out)
+    assert "not done" in printed
     for name, message in (
         ("toy_simulator", "must be module:factory"),
         ("toy_simulator:Ball", "cannot be loaded"),
@@ -320,8 +322,8 @@ def test_verdicts_follow_the_numbers():
     inverse = Row("inverse_dynamics", GJD, 1, 4, 0.5, 1.0, 2.0, None, None, None, None, 0.1)
     joint = Row("joint", "joint", 4, 16, 1.5, 1.0, 1.2, 20.0, 21.0, 22.0, 30.0, 0.1)
     other = replace(joint, program="video_then_action", action_rmse=1.1)
-    said = verdicts(Evaluation((inverse, joint, other), 1, (5, 9), 1))
-    assert said == [
+    sentences = verdicts(Evaluation((inverse, joint, other), 1, (5, 9), 1))
+    assert sentences == [
         "inverse dynamics, action error 0.500: beats the mean action (2.000).",
         "inverse dynamics, action error 0.500: beats repeating the last action for 4 steps (1.000).",
         "joint, action error 1.100 to 1.500: video_then_action beats, the others do NOT beat, the mean action (1.200).",
@@ -340,22 +342,24 @@ def test_mask_prints_the_density_and_draws(tmp_path, capsys):
             history="video_only", chunk_origin=1,
         )  # fmt: skip
         mask = dense_mask(geometry)
-        said = capsys.readouterr().out
-        assert f"density        {mask.mean():.4f}" in said and f"visible pairs  {mask.sum()} of {mask.size}" in said
+        printed = capsys.readouterr().out
+        assert (
+            f"density        {mask.mean():.4f}" in printed and f"visible pairs  {mask.sum()} of {mask.size}" in printed
+        )
         with Image.open(path) as image:
             assert min(image.size) > 500
 
 
 def test_a_mask_pixel_is_a_pair():
     """The picture of a small mask has a colour exactly where a pair is visible (centres of the pixel blocks)."""
-    from wam_models.draw.masks import UNSEEN, mask_image, small_geometry
+    from wam_models.draw.masks import MASKED, mask_image, small_geometry
 
     for program in PROGRAMS:
         geometry = small_geometry(program)
         n = geometry.length
         image = mask_image(geometry, 5 * n)
         centres = np.asarray(image)[2::5, 2::5].astype(int)
-        assert np.array_equal((np.abs(centres - UNSEEN) > 12).any(-1), dense_mask(geometry))
+        assert np.array_equal((np.abs(centres - MASKED) > 12).any(-1), dense_mask(geometry))
 
 
 @pytest.mark.parametrize(

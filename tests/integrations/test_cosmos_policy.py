@@ -32,7 +32,7 @@ def test_the_device_is_not_stopped_in_every_call(monkeypatch):
     """The halves of the angles are compared once for each shape; on the CPU, where it costs nothing, always."""
     compared, equal = [], torch.equal
     monkeypatch.setattr(torch, "equal", lambda a, b: compared.append(a.shape) or equal(a, b))
-    monkeypatch.setattr(cosmos_policy, "_stops", lambda tensor: True)
+    monkeypatch.setattr(cosmos_policy, "waits_for_device", lambda tensor: True)
     dit = model()
     patch(dit)
     for _ in range(3):

@@ -377,7 +377,7 @@ def test_a_replaced_function_has_the_expected_parameters(monkeypatch):
 def test_no_system_is_left_out():
     readme = (Path(_systems.__file__).parent / "README.md").read_text()
     folder = Path(__file__).parent
-    for system in _systems._SYSTEMS:
+    for system in _systems.SYSTEMS:
         name = system.__name__.rpartition(".")[2]
         assert any(row.startswith(system.SYSTEM) for row in SYSTEMS), f"no row in SYSTEMS for {name}"
         assert f"| {system.SYSTEM} |" in readme, f"no row in the README for {name}"

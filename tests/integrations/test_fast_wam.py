@@ -18,7 +18,8 @@ REPLACED = {"MoT._mixed_attention", "MoT._build_expert_attention_io"}
 
 
 def mask(program: str) -> torch.Tensor:
-    """Painted from the rule in words: frame 0 sees itself, later frames all video, actions theirs and what is said."""
+    """Painted from the rule in words: frame 0 attends to itself, later frames to all video, actions to actions and to
+    the video of the program."""
     copies = 2 if program == "fast_wam_idm" else 1
     end = copies * VIDEO
     m = torch.zeros(end + ACTIONS, end + ACTIONS, dtype=torch.bool)

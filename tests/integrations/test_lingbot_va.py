@@ -7,7 +7,7 @@ from tests.integrations.checks import CLOSE, check_patch
 from tests.integrations.stand_ins import lingbot_va
 from tests.integrations.stand_ins.lingbot_va import WanTransformer3DModel
 from wam_kernels.integrations import Unsupported, patch, unpatch
-from wam_kernels.integrations.lingbot_va import _Slots, _stretches
+from wam_kernels.integrations.lingbot_va import SlotMirror, stretches
 
 ATTENTION = {f"WanAttention.{name}" for name in ("forward", "update_cache", "restore_cache", "clear_pred_cache")}
 INFERENCE = ATTENTION
@@ -119,7 +119,7 @@ def test_slot_pool_inference(batch):
     wan = model("torch")
     expected = episode(wan, 6, batch)
     ids, mask, _ = expected[-1]
-    assert ids[mask].min() > 0, "nothing was evicted, so the test would not see how"
+    assert ids[mask].min() > 0, "nothing was evicted, so the test would not tell how"
     done = patch(wan)
     assert {f"{type(owner).__name__}.{name}" for owner, name in done.replaced} == INFERENCE
     compare_episodes(episode(wan, 6, batch), expected)
@@ -159,15 +159,15 @@ def test_patch_between_two_chunks():
 
 def test_stretches():
     torch_slots = torch.tensor([0, 1, 2, 5, 6, 9]).numpy()
-    assert _stretches(torch_slots) == ((0, 3), (5, 7), (9, 10))
-    assert _stretches(torch_slots[:0]) == ()
+    assert stretches(torch_slots) == ((0, 3), (5, 7), (9, 10))
+    assert stretches(torch_slots[:0]) == ()
 
 
 def test_a_chunk_larger_than_the_pool():
     cache = {"k": torch.zeros(1, 4, 1, 8), "v": torch.zeros(1, 4, 1, 8), "id": torch.full((4,), -1)}
     cache |= {name: torch.zeros(4, dtype=torch.bool) for name in ("mask", "is_pred")}
     with pytest.raises(ValueError, match="must have 5 slots for the chunk, got 4 in all"):
-        _Slots(cache).write(cache, torch.zeros(1, 5, 1, 8), torch.zeros(1, 5, 1, 8), False)
+        SlotMirror(cache).write(cache, torch.zeros(1, 5, 1, 8), torch.zeros(1, 5, 1, 8), False)
 
 
 def test_refusals():

@@ -24,7 +24,8 @@ def model(**sizes) -> PaliGemmaWithExpertModel:
 
 
 def visible(states: int) -> torch.Tensor:
-    """bool ``[2, S, S]`` in loops: a token sees the blocks up to its own (prefix, state, actions), padding is out."""
+    """bool ``[2, S, S]`` in loops: a token attends to the blocks up to its own (prefix, state, actions), padding is
+    out."""
     block = [0] * PREFIX + [1] * states + [2] * ACTIONS
     mask = torch.zeros(2, len(block), len(block), dtype=torch.bool)
     for sample in range(2):
@@ -90,7 +91,7 @@ def test_a_mask_for_every_prompt(monkeypatch):
     plans = MaskPlans()
     for i in range(2 * MaskPlans.KEPT):
         plans.plan(torch.arange(64)[None] <= torch.arange(64)[:, None] + i - 40, torch.device("cpu"))
-    assert len(plans._by_digest) == MaskPlans.KEPT
+    assert len(plans) == MaskPlans.KEPT
 
 
 def test_masks_are_the_named_program():

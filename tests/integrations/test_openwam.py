@@ -286,14 +286,14 @@ def reused_slots(monkeypatch):
     """How many tokens' keys and values each stage took over from the chunk before."""
     from wam_kernels.integrations.openwam import rollout as rollout_module
 
-    counts, original = [], rollout_module._unchanged
+    counts, original = [], rollout_module.same_units
 
     def unchanged(old, new):
         slots = original(old, new)
         counts.append(slots[0].size)
         return slots
 
-    monkeypatch.setattr(rollout_module, "_unchanged", unchanged)
+    monkeypatch.setattr(rollout_module, "same_units", unchanged)
     return counts
 
 
@@ -334,7 +334,7 @@ def test_history_that_changed_is_computed_anew(reused_slots):
 
     reused_slots.clear()
     roll_both(lambda: build("dual_expert", "joint", window=64), 5, after=rewrite)
-    assert reused_slots == [4, 12, 4, 28]  # frames 1 and 2 are one chunk and all later frames see them
+    assert reused_slots == [4, 12, 4, 28]  # frames 1 and 2 are one chunk and all later frames attend to them
 
 
 @pytest.mark.parametrize("written", ["in place", "behind the version"])
@@ -619,12 +619,12 @@ def test_a_batch_of_profiles_of_the_package_s_own(padded, monkeypatch):
     metadata = ({"sampled_chunk_size": 2, "sampled_window_size": 8, "history_frames": 2},) * 2
     pipeline = build("dual_expert", "joint")
 
-    def take(**batch):
+    def record(**batch):
         batches.append(batch)
         raise InterruptedError  # its graph stays whole
 
     with monkeypatch.context() as m, pytest.raises(InterruptedError):
-        m.setattr(packed_training, "forward_dual_expert_sequence_batch", take)
+        m.setattr(packed_training, "forward_dual_expert_sequence_batch", record)
         train_step(pipeline, batch=2, extra=extra, metadata=metadata)
     (batch,) = batches
 

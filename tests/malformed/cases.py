@@ -1,4 +1,4 @@
-"""What the tables of mutations are made of: ways to damage a file, the commands that meet it, what must come of it.
+"""What the tables of mutations are made of: ways to damage a file, the commands that read it, what must come of it.
 
 A table maps a name to (damage, words...): each must be in the one line on stderr. Or to (damage, Accepted(reason)):
 the command runs as if nothing had happened, and why that is right.
@@ -131,7 +131,7 @@ def every_tensor(name, change):
     return damage
 
 
-def at(index, value):
+def with_value(index, value):
     """For :func:`tensor`: one number of it replaced."""
 
     def change(tensor):

@@ -1,3 +1,5 @@
+"""Runs of the commands on damaged files."""
+
 import json
 import os
 import shutil

@@ -7,7 +7,21 @@ import safetensors.torch
 import torch
 
 from . import cases
-from .cases import EXTRA, GONE, MODEL, ROLLOUT, SAVED, STATE, Accepted, at, every_tensor, raw, rollout, saved, tensor
+from .cases import (
+    EXTRA,
+    GONE,
+    MODEL,
+    ROLLOUT,
+    SAVED,
+    STATE,
+    Accepted,
+    every_tensor,
+    raw,
+    rollout,
+    saved,
+    tensor,
+    with_value,
+)
 
 HIDDEN = "packed_block_stack.packed_blocks.0.video_block.attn1.to_q.weight"  # [32, 32]
 BIAS = "core.proj_out.bias"
@@ -157,8 +171,8 @@ FILES = {
 }
 
 WEIGHTS = {
-    "NaN in one": (tensor(MODEL, HIDDEN, at(5, float("nan"))), "model.safetensors", HIDDEN, "finite"),
-    "Inf in one": (tensor(MODEL, BIAS, at(0, float("-inf"))), "model.safetensors", BIAS, "finite"),
+    "NaN in one": (tensor(MODEL, HIDDEN, with_value(5, float("nan"))), "model.safetensors", HIDDEN, "finite"),
+    "Inf in one": (tensor(MODEL, BIAS, with_value(0, float("-inf"))), "model.safetensors", BIAS, "finite"),
     "NaN everywhere": (every_tensor(MODEL, lambda t: t * float("nan")), "model.safetensors", "finite"),
     "beyond float32": (tensor(MODEL, BIAS, lambda t: t.double() + 1e300), "model.safetensors", BIAS, "finite"),
     "int32": (tensor(MODEL, HIDDEN, torch.Tensor.int), "model.safetensors", HIDDEN, "int32"),
@@ -235,9 +249,23 @@ ACTION = {
         "extra.safetensors",
         "action_std must be at least",
     ),
-    "action_std one 0": (tensor(EXTRA, "action_std", at(2, 0)), "extra.safetensors", "action_std must be at least"),
-    "action_std NaN": (tensor(EXTRA, "action_std", at(2, float("nan"))), "extra.safetensors", "action_std", "nan"),
-    "action_std Inf": (tensor(EXTRA, "action_std", at(2, float("inf"))), "extra.safetensors", "action_std", "inf"),
+    "action_std one 0": (
+        tensor(EXTRA, "action_std", with_value(2, 0)),
+        "extra.safetensors",
+        "action_std must be at least",
+    ),
+    "action_std NaN": (
+        tensor(EXTRA, "action_std", with_value(2, float("nan"))),
+        "extra.safetensors",
+        "action_std",
+        "nan",
+    ),
+    "action_std Inf": (
+        tensor(EXTRA, "action_std", with_value(2, float("inf"))),
+        "extra.safetensors",
+        "action_std",
+        "inf",
+    ),
     "action_std negative": (tensor(EXTRA, "action_std", torch.neg), "extra.safetensors", "action_std must be at least"),
     "action_std int32": (tensor(EXTRA, "action_std", torch.Tensor.int), "extra.safetensors", "action_std", "int32"),
     "action_std float64": (
@@ -248,7 +276,12 @@ ACTION = {
     ),
     "action_mean missing": (tensor(EXTRA, "action_mean", GONE), "extra.safetensors", "['action_mean']"),
     "action_mean long": (tensor(EXTRA, "action_mean", torch.zeros(8)), "extra.safetensors", "action_mean", "[8]"),
-    "action_mean NaN": (tensor(EXTRA, "action_mean", at(0, float("nan"))), "extra.safetensors", "action_mean", "nan"),
+    "action_mean NaN": (
+        tensor(EXTRA, "action_mean", with_value(0, float("nan"))),
+        "extra.safetensors",
+        "action_mean",
+        "nan",
+    ),
     "varying missing": (tensor(EXTRA, "varying", GONE), "extra.safetensors", "['varying']"),
     "varying float": (tensor(EXTRA, "varying", torch.Tensor.float), "extra.safetensors", "varying", "torch.float32"),
     "varying uint8": (tensor(EXTRA, "varying", torch.Tensor.byte), "extra.safetensors", "varying", "torch.uint8"),
@@ -264,17 +297,21 @@ CODEC = {
     "mean short": (tensor(EXTRA, "codec.mean", lambda t: t[1:]), "extra.safetensors", "mean has shape (767,)"),
     "mean empty": (tensor(EXTRA, "codec.mean", torch.zeros(0)), "extra.safetensors", "mean has shape (0,)"),
     "mean of another patch": (tensor(EXTRA, "codec.mean", torch.zeros(192)), "extra.safetensors", "mean (192,)"),
-    "mean NaN": (tensor(EXTRA, "codec.mean", at(9, float("nan"))), "extra.safetensors", "mean must be finite"),
+    "mean NaN": (tensor(EXTRA, "codec.mean", with_value(9, float("nan"))), "extra.safetensors", "mean must be finite"),
     "mean of bytes": (tensor(EXTRA, "codec.mean", lambda t: t * 255), "extra.safetensors", "mean must be of pixels"),
     "mean int32": (tensor(EXTRA, "codec.mean", torch.Tensor.int), "extra.safetensors", "mean must be", "int32"),
     "basis transposed": (tensor(EXTRA, "codec.basis", torch.t), "extra.safetensors", "basis (768, 48)"),
     "basis of fewer": (tensor(EXTRA, "codec.basis", lambda t: t[:40]), "extra.safetensors", "basis (40, 768)"),
-    "basis Inf": (tensor(EXTRA, "codec.basis", at(9, float("inf"))), "extra.safetensors", "basis must be finite"),
+    "basis Inf": (
+        tensor(EXTRA, "codec.basis", with_value(9, float("inf"))),
+        "extra.safetensors",
+        "basis must be finite",
+    ),
     "basis zeros": (tensor(EXTRA, "codec.basis", torch.zeros_like), "extra.safetensors", "basis", "orthonormal"),
     "scale missing": (tensor(EXTRA, "codec.scale", GONE), "extra.safetensors", "keys are ['basis', 'mean']"),
     "scale short": (tensor(EXTRA, "codec.scale", lambda t: t[:5]), "extra.safetensors", "scale (5,)"),
     "scale 0": (
-        tensor(EXTRA, "codec.scale", at(3, 0)),
+        tensor(EXTRA, "codec.scale", with_value(3, 0)),
         "extra.safetensors",
         "scale must be from 1e-12 to 1e12, got 0 to",
     ),
@@ -285,7 +322,11 @@ CODEC = {
         "scale must be from",
     ),
     "basis huge": (tensor(EXTRA, "codec.basis", lambda t: t * 1e38), "extra.safetensors", "basis", "orthonormal"),
-    "scale NaN": (tensor(EXTRA, "codec.scale", at(0, float("nan"))), "extra.safetensors", "scale must be finite"),
+    "scale NaN": (
+        tensor(EXTRA, "codec.scale", with_value(0, float("nan"))),
+        "extra.safetensors",
+        "scale must be finite",
+    ),
 }
 TEXT = {
     "words missing": (
@@ -294,7 +335,12 @@ TEXT = {
         "missing keys",
         "text.words.weight",
     ),
-    "words NaN": (tensor(EXTRA, "text.words.weight", at(0, float("nan"))), "extra.safetensors", "text.words", "finite"),
+    "words NaN": (
+        tensor(EXTRA, "text.words.weight", with_value(0, float("nan"))),
+        "extra.safetensors",
+        "text.words",
+        "finite",
+    ),
     "words int64": (tensor(EXTRA, "text.words.weight", torch.Tensor.long), "extra.safetensors", "text.words", "int64"),
     "words of another width": (
         tensor(EXTRA, "text.words.weight", torch.zeros(3, 9)),
@@ -302,7 +348,12 @@ TEXT = {
         "got [3, 9]",
     ),
     "places missing": (tensor(EXTRA, "text.places", GONE), "extra.safetensors", "missing keys", "text.places"),
-    "places Inf": (tensor(EXTRA, "text.places", at(0, float("inf"))), "extra.safetensors", "text.places", "finite"),
+    "places Inf": (
+        tensor(EXTRA, "text.places", with_value(0, float("inf"))),
+        "extra.safetensors",
+        "text.places",
+        "finite",
+    ),
     "text further": (tensor(EXTRA, "text.more", torch.zeros(1)), "extra.safetensors", "text.more"),
     "bf16": (tensor(EXTRA, "text.places", torch.Tensor.bfloat16), Accepted("stored in fewer bits, as weights may be")),
     "a further tensor": (tensor(EXTRA, "more", torch.zeros(1)), Accepted("nothing reads it; others may keep theirs")),

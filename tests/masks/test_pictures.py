@@ -8,7 +8,7 @@ from PIL import Image
 
 from wam_kernels import RULE_PROGRAMS
 from wam_models import cli
-from wam_models.draw.masks import EXAMPLE_SIZES, UNSEEN, draw_systems, program_image
+from wam_models.draw.masks import EXAMPLE_SIZES, MASKED, draw_systems, program_image
 from wam_models.draw.style import save_small
 
 STORED = Path(__file__).parents[2] / "docs/programs.png"
@@ -20,7 +20,7 @@ def test_a_pixel_is_a_pair(name):
     program = RULE_PROGRAMS[name](**EXAMPLE_SIZES[name])
     image = np.asarray(program_image(program, 5 * program.key_length)).astype(int)
     assert image.shape[:2] == (5 * program.length, 5 * program.key_length)
-    seen = (np.abs(image[2::5, 2::5] - UNSEEN) > 12).any(-1)
+    seen = (np.abs(image[2::5, 2::5] - MASKED) > 12).any(-1)
     np.testing.assert_array_equal(seen, program.dense_mask())
 
 
@@ -37,8 +37,8 @@ def test_wam_mask(name, tmp_path, capsys):
     path = tmp_path / "mask.png"
     assert cli.main(["mask", "--program", name, "--out", str(path)]) == 0
     mask = RULE_PROGRAMS[name](**EXAMPLE_SIZES[name]).dense_mask()
-    said = capsys.readouterr().out
-    assert f"density        {mask.mean():.4f}" in said and f"visible pairs  {mask.sum()} of {mask.size}" in said
+    printed = capsys.readouterr().out
+    assert f"density        {mask.mean():.4f}" in printed and f"visible pairs  {mask.sum()} of {mask.size}" in printed
     assert Image.open(path).width == 860
 
 

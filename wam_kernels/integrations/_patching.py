@@ -348,6 +348,10 @@ class MaskPlans(Cache):
         self._by_tensor: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
         self._by_digest: OrderedDict[tuple, Plan] = OrderedDict()
 
+    def __len__(self) -> int:
+        """Plans that are remembered by digest."""
+        return len(self._by_digest)
+
     def plan(self, mask: Tensor, device: torch.device) -> Plan:
         """The plan of a boolean mask ``[Sq, Sk]``, on ``device``.
 

@@ -9,7 +9,7 @@ from ._patching import ON_UNSUPPORTED, Patch, Policy, Replacement, Unsupported, 
 
 # Each has SYSTEM, its name; find(model), the modules that it recognises by class name and configuration, and
 # apply(patch, modules).
-_SYSTEMS = (fast_wam, lingbot_va, dreamzero, cosmos_policy, openpi)
+SYSTEMS = (fast_wam, lingbot_va, dreamzero, cosmos_policy, openpi)
 _ATTRIBUTE = "_wam_kernels_patch"
 
 
@@ -31,7 +31,7 @@ def patch(model: nn.Module, on_unsupported: str = "error") -> Patch | None:
         The :class:`Patch`, whose text lists what was replaced; None if the model was left alone.
 
     Raises:
-        Unsupported: (a ValueError) see ``on_unsupported``.
+        Unsupported: (a ValueError), see ``on_unsupported``.
         ValueError: an unknown ``on_unsupported``, or a model that is patched already.
         TypeError: no ``nn.Module``.
     """
@@ -49,7 +49,7 @@ def patch(model: nn.Module, on_unsupported: str = "error") -> Patch | None:
         )
         Policy(type(model).__name__, on_unsupported).refuse(reason)
         return None
-    for system in _SYSTEMS:
+    for system in SYSTEMS:
         done = Patch(system.SYSTEM, on_unsupported)
         try:
             found = _expected(system, system.find, model)
@@ -67,7 +67,7 @@ def patch(model: nn.Module, on_unsupported: str = "error") -> Patch | None:
         if found:
             object.__setattr__(model, _ATTRIBUTE, done)
             return done
-    names = ", ".join(system.SYSTEM for system in _SYSTEMS)
+    names = ", ".join(system.SYSTEM for system in SYSTEMS)
     reason = Unsupported(f"patch: model must be one of {names}, got {type(model).__name__}")
     Policy(type(model).__name__, on_unsupported).refuse(reason)
     return None

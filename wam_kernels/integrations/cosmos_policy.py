@@ -70,20 +70,20 @@ class _RotateHalf(Tables):
 
     def __init__(self) -> None:
         super().__init__()
-        self._seen: set[tuple] = set()
+        self._checked: set[tuple] = set()
 
     def table(self, angles: Tensor) -> Tensor:
         """Angles ``[S, 1, 1, D]`` to ``[S, D / 2, 2]``."""
         first, second = angles.flatten(1).double().chunk(2, -1)
         shape = angles.shape, angles.device
-        if shape not in self._seen:
+        if shape not in self._checked:
             if not torch.equal(first, second):
                 raise Unsupported(f"patch: {SYSTEM}'s rope_emb must repeat its first half, but its halves differ")
-            if _stops(angles):
-                self._seen.add(shape)
+            if waits_for_device(angles):
+                self._checked.add(shape)
         return torch.stack((first.cos(), first.sin()), -1)
 
 
-def _stops(tensor: Tensor) -> bool:
+def waits_for_device(tensor: Tensor) -> bool:
     """Reading a value of it makes the host wait."""
     return tensor.device.type != "cpu"

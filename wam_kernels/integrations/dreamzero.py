@@ -1,11 +1,11 @@
 """DreamZero: ``CausalWanModel`` of ``CausalWanSelfAttention``, teacher-forced training and cached inference.
 
-Training. The original attends block by block: for every block of frames it concatenates the keys that the block sees
-and calls attention once, four times over. Here all of [clean video | noisy video | action | state] is one call under
+Training. The original attends block by block: for every block of frames it concatenates the keys that the block attends
+to and calls attention once, four times over. Here all of [clean video | noisy video | action | state] is one call under
 the program ``dreamzero_train``.
 
-Inference. Everything sees the cache and itself, so the model's own dense attention stays. What goes are copies: the
-keys of a chunk are normed, rotated and written behind a copy of the cache in one launch, and the updated cache is a
+Inference. Everything attends to the cache and itself, so the model's own dense attention stays. What goes are copies:
+the keys of a chunk are normed, rotated and written behind a copy of the cache in one launch, and the updated cache is a
 view of that buffer, where the original concatenates keys and values twice and stacks them.
 
 In both, q/k norm and rope are one launch.

@@ -152,14 +152,14 @@ class _Mirrors(Cache):
     """The slots of every layer's pools, by layer and name."""
 
     def __init__(self) -> None:
-        self._of: WeakKeyDictionary[nn.Module, dict[str, _Slots]] = WeakKeyDictionary()
+        self._of: WeakKeyDictionary[nn.Module, dict[str, SlotMirror]] = WeakKeyDictionary()
 
     @eager
-    def slots(self, attn: Foreign, cache_name: str) -> _Slots:
+    def slots(self, attn: Foreign, cache_name: str) -> SlotMirror:
         cache = attn.attn_caches[cache_name]
         mirrors = self._of.setdefault(attn, {})
         if cache_name not in mirrors or mirrors[cache_name].pool() is not cache["mask"]:
-            mirrors[cache_name] = _Slots(cache)  # a new pool: init_kv_cache makes a new dict
+            mirrors[cache_name] = SlotMirror(cache)  # a new pool: init_kv_cache makes a new dict
         return mirrors[cache_name]
 
 
@@ -217,7 +217,7 @@ def _rope_table(freqs: Tensor) -> Tensor:
     return table[0] if len(table) == 1 else table
 
 
-class _Slots:
+class SlotMirror:
     """Which slots of one layer's pool hold what; numpy on the host, by the rules of ``WanAttention``.
 
     The pool's own tensors ``id``, ``mask`` and ``is_pred`` follow whenever slots change hands for good, so that the
@@ -246,7 +246,7 @@ class _Slots:
         taken = free[:n]
         new_id = self.id[self.mask].max() + 1 if self.mask.any() else 0
         at = 0
-        for lo, hi in _stretches(taken):
+        for lo, hi in stretches(taken):
             cache["k"][:, lo:hi] = key[:, at : at + hi - lo]
             cache["v"][:, lo:hi] = value[:, at : at + hi - lo]
             at += hi - lo
@@ -260,7 +260,7 @@ class _Slots:
     @eager
     def attend(self, cache: dict[str, Tensor], query: Tensor) -> Tensor:
         """Queries ``[B, S, H, D]`` over all valid slots, where they lie."""
-        ranges = device_ranges(_stretches(np.flatnonzero(self.mask)), query.shape[0], query.device)
+        ranges = device_ranges(stretches(np.flatnonzero(self.mask)), query.shape[0], query.device)
         pool = cache["k"], cache["v"]
         return cached_attention(query.to(pool[0].dtype), *pool, ranges, group_rows=(query.shape[1],)).to(query.dtype)
 
@@ -271,7 +271,7 @@ class _Slots:
             cache[name].copy_(torch.from_numpy(getattr(self, name)), non_blocking=True)
 
 
-def _stretches(slots: np.ndarray) -> tuple[tuple[int, int], ...]:
+def stretches(slots: np.ndarray) -> tuple[tuple[int, int], ...]:
     """Sorted slots as ranges [begin, end)."""
     if not slots.size:
         return ()

@@ -5,8 +5,8 @@ scores, their float32 softmax and the repeated key head as whole tensors. It is 
 this model only: 8 query heads read 1 key head of 256 channels under the program ``prefix_suffix`` (the prefix blind to
 the suffix), padding included, in training and over the prefix cache.
 
-Padding tokens, which nobody sees, come out as 0, where the original's are a mean of all values. Heads of 256 channels
-have a GPU kernel in bfloat16 and float16, not in float32.
+Padding tokens, which nothing attends to, come out as 0, where the original's are a mean of all values. Heads of 256
+channels have a GPU kernel in bfloat16 and float16, not in float32.
 """
 
 from __future__ import annotations

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import platform
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from wam_kernels import PROGRAMS
 
 from .._files import new_file
-from ..data import LeRobotDataset
+from ..data import ClipDataset, LeRobotDataset
 from ..data.clips import STRIDE
 from ..draw.charts import curves, film, film_strip
 from ..draw.masks import draw_mask, draw_programs, small_geometry
 from ..draw.style import save_small
-from ..evaluate import Evaluation, Row, evaluate, imagine, table
-from ..objectives import GJD
-from ..rollout.config import CONDITIONAL_CHUNK
+from ..evaluate import Evaluation, evaluate, imagine, table
+from ..rollout.policy import Policy
 from ..threads import pick_threads, restores_threads
 from ..train.config import TrainConfig
 from ..train.log import STREAMS, loss_ends
 from ..train.run_folder import RunFolder
 from ..train.trainer import Trained, train
+from .demo_report import how_to_read, loss_line, page, promises, verdicts
 from .parser import UserError
 from .train import read_data
 
@@ -42,62 +44,7 @@ def demo_training() -> TrainConfig:
     return TrainConfig(mixture=MIXTURE, steps=UNLIMITED, save_every=UNLIMITED)
 
 
-def verdicts(evaluation: Evaluation) -> list[str]:
-    """What the rows say, in words: each objective against each baseline, with the programs of ``joint`` together."""
-    said = []
-    for objective in dict.fromkeys(r.objective for r in evaluation.rows):
-        rows = [r for r in evaluation.rows if r.objective == objective]
-        name = objective.replace("_", " ")
-        if rows[0].action_rmse is not None:
-            for baseline, label in (
-                ("mean_action_rmse", "the mean action"),
-                ("repeat_action_rmse", f"repeating the last action for {rows[0].chunk_actions} steps"),
-            ):
-                said.append(_compared(name, rows, "action_rmse", baseline, label))
-        if rows[0].psnr is not None:
-            label = f"repeating the last frame for {rows[0].chunk_frames}"
-            said.append(_compared(name, rows, "psnr", "repeat_frame_psnr", label))
-    return said
-
-
-def _compared(name: str, rows: list[Row], mine: str, baseline: str, label: str) -> str:
-    """One sentence: the range of the rows' values, and which of them are better than the baseline."""
-    higher_is_better = mine == "psnr"
-    what, unit, digits = ("imagined frames", " dB", 2) if higher_is_better else ("action error", "", 3)
-    values, bar = {r.program: getattr(r, mine) for r in rows}, getattr(rows[0], baseline)
-    low, high = (f"{f(values.values()):.{digits}f}" for f in (min, max))
-    spread = f"{low}{unit}" if len(rows) == 1 else f"{low} to {high}{unit}"
-    better = [p for p, v in values.items() if (v > bar if higher_is_better else v < bar)]
-    if len(better) == len(rows):
-        verdict = "beats" if len(rows) == 1 else "every program beats"
-    elif not better:
-        verdict = "does NOT beat" if len(rows) == 1 else "NO program beats"
-    else:
-        verdict = f"{', '.join(better)} beat{'s' if len(better) == 1 else ''}, the others do NOT beat,"
-    return f"{name}, {what} {spread}: {verdict} {label} ({bar:.{digits}f}{unit})."
-
-
-def beaten(evaluation: Evaluation) -> dict[str, bool]:
-    """What the demo promises: every action prediction beats the mean action, inverse dynamics the last action too."""
-    rows = [r for r in evaluation.rows if r.action_rmse is not None]
-    inverse = evaluation.row("inverse_dynamics", GJD)
-    return {
-        "every action prediction beats the mean action": all(r.action_rmse < r.mean_action_rmse for r in rows),
-        "inverse dynamics beats repeating the last action": inverse.action_rmse < inverse.repeat_action_rmse,
-    }
-
-
-def loss_line(trained: Trained) -> str:
-    """First and last losses of both streams, each a mean over up to 30 steps."""
-    parts = []
-    steps, losses = loss_ends(trained.log)
-    for stream, (first, last) in losses.items():
-        if first is not None and last is not None:
-            parts.append(f"{stream} {first:.3f} -> {last:.3f}")
-    return f"loss (means of the first and the last {steps} steps): " + ", ".join(parts)
-
-
-def run(args) -> int:
+def run(args: argparse.Namespace) -> int:
     """``wam demo``."""
     if not args.data.is_dir():
         raise UserError(
@@ -119,7 +66,7 @@ def make_demo(
     config: TrainConfig | None = None,
     chunks: int = 6,
     progress: bool = True,
-) -> dict:
+) -> dict[str, Any]:
     """Train, evaluate, draw, report. Returns what ``report.json`` holds.
 
     Args:
@@ -144,59 +91,34 @@ def make_demo(
     config = config or demo_training()
     print(f"1. read {root}")
     data = read_data(root, camera=camera, progress=progress)
-    dataset = LeRobotDataset(root, camera)
     if not data.held_out:
         raise ValueError(f"--data: {root} has no held-out episodes to evaluate on; give meta/info.json such a split")
 
-    if device.type == "cpu":
-        threads = pick_threads(lambda: train(replace(config, steps=2), data, progress=False))
-        precision = f"float32, {threads} thread{'s' if threads > 1 else ''}"
-    else:
-        precision = "bf16 autocast"
+    precision = _precision(config, data, device)
     print(f"2. train for {seconds:.0f} s on {len(data.train)} episodes ({device}, {precision})")
     out.mkdir(parents=True, exist_ok=True)
     page_file.write_text(f"# Demo on {root}\n\nNot finished.\n", encoding="utf-8")
     trained = train(
         config, data, seed=seed, device=device, seconds=seconds, out=out, overwrite=again, progress=progress
     )
-    policy = trained.policy
+    policy, took = trained.policy, trained.log[-1]["seconds"]
     parameters = sum(p.numel() for p in policy.model.parameters())
-    took = trained.log[-1]["seconds"]
-    size, losses = f"{parameters / 1e6:.2f} M parameters", loss_line(trained)
+    size, losses = f"{parameters / 1e6:.2f} M parameters", loss_line(trained.log)
     print(f"   {size}, {trained.step} steps of {config.batch} clips in {took:.0f} s; {losses}")
-    curves(
-        {s: [row[f"{s}_loss"] for row in trained.log] for s in STREAMS},
-        out / "loss.png",
-        title="Flow-matching loss of both streams",
-        x_label="training step",
-    )
 
     count = min(EPISODES, len(data.held_out))
     chosen = [data.held_out[i * len(data.held_out) // count] for i in range(count)]
     print(f"3. predict {count} held-out episodes with every objective and program")
+    dataset = LeRobotDataset(root, camera)
     clips = [policy.clip(dataset, i) for i in chosen]
     evaluation = evaluate(policy, clips, chunks=chunks, samples=SAMPLES, seed=seed, progress=progress)
-    rows = table(evaluation)
-    print(f"\n{rows}\n")
+    print(f"\n{table(evaluation)}\n")
 
     print("4. draw")
-    clip = clips[-1]
-    chunks_shown = min(IMAGINED_CHUNKS, (clip["video"].shape[2] - 1) // policy.rollout.chunk_size)
-    joint = imagine(policy, clip, objective="joint", chunks=chunks_shown, seed=seed)
-    guided = imagine(policy, clip, objective="forward_dynamics", chunks=chunks_shown, seed=seed)
-    videos = {
-        "real": clip["frames"][: len(joint)],
-        "imagined from the first frame and the instruction": joint,
-        "imagined from the first frame and the expert's actions": guided,
-    }
-    film_strip(videos, out / "imagined.png", title=f'Held-out episode {chosen[-1]}: "{clip["text"]}"')
-    film(videos, out / "imagined.gif", milliseconds=round(1000 * STRIDE / data.fps))
-    for program in PROGRAMS:
-        save_small(draw_mask(replace(small_geometry(program))), out / "masks" / f"{program}.png")
-    save_small(draw_programs(), out / "masks.png")
+    _draw_losses(out, trained)
+    _draw_imagined(out, policy, clips[-1], episode=chosen[-1], fps=data.fps, seed=seed)
+    _draw_masks(out)
 
-    sentences = verdicts(evaluation)
-    promises = beaten(evaluation)
     total = time.perf_counter() - began
     report = {
         "data": str(root),
@@ -213,8 +135,8 @@ def make_demo(
         "episodes": chosen,
         "config": config.to_dict(),
         "evaluation": evaluation.to_dict(),
-        "beaten": promises,
-        "verdicts": sentences,
+        "beaten": promises(evaluation),
+        "verdicts": verdicts(evaluation),
     }
     with new_file(out / "report.json") as part:
         part.write_text(json.dumps(report, indent=1) + "\n")
@@ -224,60 +146,50 @@ def make_demo(
         f"{size}; {device}, {precision}; seed {seed}; objectives {mixture}; the joint objective's program drawn from "
         f"{len(config.programs)}). {losses[0].upper() + losses[1:]}. The whole demo took {total:.0f} s."
     )
-    page = f"""# Demo: a generalist joint-denoising world-action model on {root}
-
-{facts}
-
-![loss](loss.png)
-
-## How well it predicts
-
-{how_to_read(evaluation, chosen, policy.rollout.chunk_size)}
-
-{rows}
-
-{chr(10).join("- " + s for s in sentences)}
-
-{chr(10).join(f"- {'Yes' if ok else 'NO'}: {what}." for what, ok in promises.items())}
-
-Repeating the last frame as a picture, which never went through the latent transform, gives {_raw(evaluation)}.
-
-## What it imagines
-
-Open loop from one observed frame ([animation](imagined.gif)): no real frame is seen after the first.
-
-![imagined](imagined.png)
-
-## Who sees whom
-
-![masks](masks.png)
-
-Next: `wam rollout --checkpoint {out / "checkpoint"} --data {root}`
-"""
+    reading = how_to_read(evaluation, chosen, policy.rollout.chunk_size, SAMPLES)
     with new_file(page_file) as part:
-        part.write_text(page, encoding="utf-8")
-    for sentence in sentences:
-        print(f"   {sentence}")
-    for what, ok in promises.items():
-        print(f"   {'yes' if ok else 'NO'}: {what}")
-    print(f"\n{total:.0f} s in all. Read {page_file}; roll out with")
-    print(f"  wam rollout --checkpoint {out / 'checkpoint'} --data {root}")
+        part.write_text(page(root, facts, reading, evaluation, out / "checkpoint"), encoding="utf-8")
+    _print_end(evaluation, total, page_file, out / "checkpoint", root)
     return report
 
 
-def how_to_read(evaluation: Evaluation, episodes: list[int], chunk_size: int) -> str:
-    """What the table's episodes, errors and chunks are."""
-    (first, end), steps = evaluation.frames, evaluation.steps
-    return (
-        f"Held-out episodes {', '.join(map(str, episodes))}, frames {first} to {end - 1} of each, real history before "
-        f"every chunk, {steps} denoising step{'s' if steps > 1 else ''}, the mean of {SAMPLES} predictions. Action "
-        "errors are root mean squares over the dimensions that vary, in units of their standard deviation in "
-        f"training; a chunk has {STRIDE * chunk_size} actions ({chunk_size} frames), of a conditional objective "
-        f"{STRIDE * CONDITIONAL_CHUNK} ({CONDITIONAL_CHUNK} frame). PSNR is against the recorded pictures; "
-        '"repeat last" repeats the last latent frame before the chunk; seconds are the median for one episode.'
-    )
+def _precision(config: TrainConfig, data: ClipDataset, device: torch.device) -> str:
+    """What is computed in, in words; on a CPU, sets the number of threads that trains fastest."""
+    if device.type != "cpu":
+        return "bf16 autocast"
+    threads = pick_threads(lambda: train(replace(config, steps=2), data, progress=False))
+    return f"float32, {threads} thread{'s' if threads > 1 else ''}"
 
 
-def _raw(evaluation: Evaluation) -> str:
-    raw = {r.chunk_frames: r.repeat_picture_psnr for r in evaluation.rows if r.repeat_picture_psnr is not None}
-    return ", ".join(f"{v:.2f} dB over {k} frame{'s' if k > 1 else ''}" for k, v in sorted(raw.items()))
+def _draw_losses(out: Path, trained: Trained) -> None:
+    losses = {stream: [row[f"{stream}_loss"] for row in trained.log] for stream in STREAMS}
+    curves(losses, out / "loss.png", title="Flow-matching loss of both streams", x_label="training step")
+
+
+def _draw_imagined(out: Path, policy: Policy, clip: dict[str, Any], *, episode: int, fps: float, seed: int) -> None:
+    """A held-out episode beside what the policy imagines of it."""
+    chunks = min(IMAGINED_CHUNKS, (clip["video"].shape[2] - 1) // policy.rollout.chunk_size)
+    joint = imagine(policy, clip, objective="joint", chunks=chunks, seed=seed)
+    guided = imagine(policy, clip, objective="forward_dynamics", chunks=chunks, seed=seed)
+    videos = {
+        "real": clip["frames"][: len(joint)],
+        "imagined from the first frame and the instruction": joint,
+        "imagined from the first frame and the expert's actions": guided,
+    }
+    film_strip(videos, out / "imagined.png", title=f'Held-out episode {episode}: "{clip["text"]}"')
+    film(videos, out / "imagined.gif", milliseconds=round(1000 * STRIDE / fps))
+
+
+def _draw_masks(out: Path) -> None:
+    for program in PROGRAMS:
+        save_small(draw_mask(small_geometry(program)), out / "masks" / f"{program}.png")
+    save_small(draw_programs(), out / "masks.png")
+
+
+def _print_end(evaluation: Evaluation, seconds: float, page_file: Path, checkpoint: Path, root: Path) -> None:
+    for sentence in verdicts(evaluation):
+        print(f"   {sentence}")
+    for what, ok in promises(evaluation).items():
+        print(f"   {'yes' if ok else 'NO'}: {what}")
+    print(f"\n{seconds:.0f} s in all. Read {page_file}; roll out with")
+    print(f"  wam rollout --checkpoint {checkpoint} --data {root}")

@@ -93,7 +93,9 @@ def _rollout(parser: argparse.ArgumentParser) -> None:
 def _mask(parser: argparse.ArgumentParser) -> None:
     # names and ranges are checked by wam_kernels.masks.visibility.Geometry, their one home; its errors list the choices
     parser.add_argument("--program", default="joint", help="interaction program; default: %(default)s")
-    parser.add_argument("--history", default="video_only", help="earlier clean tokens to see; default: %(default)s")
+    parser.add_argument(
+        "--history", default="video_only", help="earlier clean tokens that are attended to; default: %(default)s"
+    )
     sizes = {"chunk-size": 4, "window": 64, "frames": 16, "video-tokens": 32, "action-tokens": 4}
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=at_least(1), default=default, metavar="N", help="default: %(default)s")
@@ -108,7 +110,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None] | None,
     "demo": ("wam_models.cli.demo", _demo, "train a small model on the shipped data and roll it out"),
     "train": ("wam_models.cli.train", _train, "train a model"),
     "rollout": ("wam_models.cli.rollout", _rollout, "denoise video and actions of one episode from a checkpoint"),
-    "mask": ("wam_models.cli.mask", _mask, "show which tokens see which"),
+    "mask": ("wam_models.cli.mask", _mask, "show which tokens attend to which"),
     "bench": ("wam_models.cli.bench", None, "measure this machine: kernels, peers, training step, rollout"),
     "doctor": ("wam_models.doctor", lambda parser: None, "show what this machine offers and which op runs where"),
 }

@@ -34,10 +34,10 @@ def run(args: argparse.Namespace) -> int:
     objective = args.objective or "joint"
     if objective not in OBJECTIVES:
         raise ValueError(f"--objective must be one of {tuple(OBJECTIVES)}, got {objective!r}")
-    goal = OBJECTIVES[objective]
+    denoised = OBJECTIVES[objective]
     if args.program is not None and args.program not in MODEL_PROGRAMS:
         raise ValueError(f"--program must be one of {tuple(MODEL_PROGRAMS)}, got {args.program!r}")
-    if goal.conditional and args.program not in (None, GJD):
+    if denoised.conditional and args.program not in (None, GJD):
         raise ValueError(f"--program must be {GJD} for --objective {objective}, got {args.program}; leave it out")
     device = check_device(args.device)
     if args.out is not None:
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     policy, _ = Policy.load(args.checkpoint, device, training=False)
     writable_folder("--out, by default the checkpoint,", _out(args))
     config = policy.rollout
-    config = replace(config, program=GJD if goal.conditional else args.program or config.program)
+    config = replace(config, program=GJD if denoised.conditional else args.program or config.program)
     config = replace(config, steps=args.steps or config.steps)
     name = f"{objective}_{config.program}"
     if args.simulator is not None:
@@ -55,21 +55,21 @@ def run(args: argparse.Namespace) -> int:
         for flag, value in recorded:
             if value is not None:
                 raise ValueError(f"{flag} must be left out with --simulator: it concerns recorded episodes")
-        if goal.conditional:
+        if denoised.conditional:
             raise ValueError(f"--objective must be joint with --simulator, got {objective}")
         return _simulated(args, policy, config, name)
     return _recorded(args, policy, config, objective, name)
 
 
 def _recorded(args: argparse.Namespace, policy: Policy, config: RolloutConfig, objective: str, name: str) -> int:
-    goal, dataset = OBJECTIVES[objective], policy.dataset(args.data, args.camera)
+    denoised, dataset = OBJECTIVES[objective], policy.dataset(args.data, args.camera)
     number = args.episode
     if number is None:
         number = next((e.index for e in dataset.episodes if e.split and e.split != "train"), 0)
     if number >= len(dataset.episodes):
         raise ValueError(f"--episode must be below {len(dataset.episodes)}, got {number}")
     clip = policy.clip(dataset, number)
-    size = CONDITIONAL_CHUNK if goal.conditional else config.chunk_size
+    size = CONDITIONAL_CHUNK if denoised.conditional else config.chunk_size
     frames = clip["video"].shape[2]
     total = min((frames - 1) // size, args.chunks or frames)
     if total < 1:
@@ -98,7 +98,7 @@ def _recorded(args: argparse.Namespace, policy: Policy, config: RolloutConfig, o
     _print_speed([c.seconds for c in done], size, f"the recording runs at {dataset.fps:g}", policy)
 
     frames, name, arrays = np.arange(1, 1 + len(done) * size), f"episode{number:03d}_{name}", {}
-    if goal.action:
+    if denoised.action:
         guess, real = torch.cat([c.action.cpu() for c in done], 1), clip["action"][:, frames]
         if policy.varying.any():
             print(f"action error   {rmse(guess, real, policy.varying):.3f} (units of the training split's std)")
@@ -106,17 +106,17 @@ def _recorded(args: argparse.Namespace, policy: Policy, config: RolloutConfig, o
             print("action error   none: no number of an action varies in the training split")
         predicted, recorded = (policy.denormalize_action(a[0]).numpy() for a in (guess, real))
         arrays = {"action": predicted, "recorded": recorded, "frame": frames}
-    if goal.video:
+    if denoised.video:
         latents = torch.cat([clip["video"][:, :, :1], *(c.video.cpu() for c in done)], 2)
         imagined = pictures_of(policy.codec, latents[0])
         real = clip["frames"][: len(imagined)]
-    if goal.video and policy.frames_are_states:
+    if denoised.video and policy.frames_are_states:
         error = (latents[0] - clip["video"][0, :, : len(imagined)])[:, 1:].square().mean().sqrt()
         print(f"state error    {error:.3f} (units of the training split's std)")
         arrays |= {"state": real, "imagined": imagined}
     if arrays:
         _write(args, name, **arrays)
-    if goal.video and not policy.frames_are_states:
+    if denoised.video and not policy.frames_are_states:
         print(f"video          {mean_psnr(imagined[None, 1:], real[None, 1:]):.2f} dB PSNR")
         _film(args, name, real, imagined, dataset.fps / policy.actions_per_frame)
     return 0
@@ -138,9 +138,9 @@ def _simulated(args: argparse.Namespace, policy: Policy, config: RolloutConfig, 
     )
     print(f'simulator      {args.simulator}: "{played.instruction}"')
     print(f"program        {config.program}, {config.steps} denoising steps, {policy.model.device}")
-    seen = len(played.pictures) - 1
+    executed = len(played.pictures) - 1
     size = _size(config.chunk_size, policy)
-    print(f"chunks         {len(played.chunk_seconds)} ({size} each), {seen} frames executed and observed")
+    print(f"chunks         {len(played.chunk_seconds)} ({size} each), {executed} frames executed and observed")
     why = f": {played.failure}" if played.failure else ""
     print(f"task           {'done' if played.done else 'not done'}{why}")
     _print_speed(played.chunk_seconds, config.chunk_size, f"without the simulator, whose robot takes {freq:g}", policy)

@@ -1,7 +1,7 @@
 """A program's visibility as a picture, and what its plan costs.
 
 A pixel block is one (query, key) pair: queries go down, keys go right, in packed order; of the interaction programs
-that is ``[V_noisy | V_clean | A_noisy | A_clean]``. The colour tells which of the segments is read.
+that is ``[V_noisy | V_clean | A_noisy | A_clean]``. The colour tells which of the segments is attended to.
 ``python -m wam_models.draw.masks`` draws ``docs/programs.png``.
 """
 
@@ -20,10 +20,10 @@ from wam_kernels.masks.visibility import SEGMENTS
 from .style import FAINT, INK, PAPER, font, save_small
 
 NAMES = ("V_noisy", "V_clean", "A_noisy", "A_clean")
-MAX_TOKENS = 6000  # a picture draws every pair, and nobody can see more
+MAX_TOKENS = 6000  # a picture draws every pair, and nobody can tell more apart
 
-UNSEEN = (243, 243, 246)
-# One hue for each segment that is read; darker where a noisy token reads it, lighter where a clean one does.
+MASKED = (243, 243, 246)
+# One hue for each segment that is attended to; darker by a noisy query, lighter by a clean one.
 KEY_HUES = ((214, 93, 62), (43, 108, 176), (217, 158, 38), (47, 141, 98))
 CLEAN_QUERY_TINT = 0.45
 # Of the programs of other systems: one hue for each segment of keys, in order.
@@ -61,7 +61,7 @@ def mask_image(geometry: Geometry, pixels: int) -> Image.Image:
     tinted = colours + (255 - colours) * CLEAN_QUERY_TINT
     clean_query = np.array([noise for _, noise in SEGMENTS])[segment]
     picture = np.where(clean_query[:, None, None] == 1, tinted[segment][None], colours[segment][None])
-    picture = np.where(mask[:, :, None], picture, np.array(UNSEEN, dtype=np.float64)).astype(np.uint8)
+    picture = np.where(mask[:, :, None], picture, np.array(MASKED, dtype=np.float64)).astype(np.uint8)
     if n * 2 <= pixels:  # whole pixels for each pair
         scale = pixels // n
         image = Image.fromarray(picture).resize((n * scale, n * scale), Image.Resampling.NEAREST)
@@ -129,11 +129,11 @@ def _labels(draw: ImageDraw.ImageDraw, geometry: Geometry, size: int, left: int,
 def _legend(draw: ImageDraw.ImageDraw, x: int, y: int) -> None:
     for name, hue in zip(NAMES, KEY_HUES, strict=True):
         tint = tuple(round(c + (255 - c) * CLEAN_QUERY_TINT) for c in hue)
-        both = name.endswith("clean")  # no clean token reads a noisy one
+        both = name.endswith("clean")  # no clean token attends to a noisy one
         draw.rectangle([x, y, x + 11, y + 11], fill=hue)
         if both:
             draw.rectangle([x + 12, y, x + 23, y + 11], fill=tint)
-        draw.text((x + (30 if both else 18), y + 6), f"reads {name}", font=font(13), fill=INK, anchor="lm")
+        draw.text((x + (30 if both else 18), y + 6), f"to {name}", font=font(13), fill=INK, anchor="lm")
         x += 148 if both else 136
     draw.text((x, y + 6), "dark: noisy query, light: clean query", font=font(13), fill=FAINT, anchor="lm")
 
@@ -167,7 +167,9 @@ def draw_programs(pixels: int = 324, geometry: Geometry | None = None) -> Image.
     rows = -(-len(PROGRAMS) // 3)
     image = Image.new("RGB", (left + 3 * cell + 2 * gap + 16, top + rows * (head + cell) + 44), PAPER)
     draw = ImageDraw.Draw(image)
-    title = f"Who sees whom: {common.video_frames} frames, chunk {common.chunk_size}, window {common.window}"
+    title = (
+        f"Which token attends to which: {common.video_frames} frames, chunk {common.chunk_size}, window {common.window}"
+    )
     draw.text((left, 14), title, font=font(20), fill=INK)
     note = "queries go down, keys go right"
     draw.text((image.width - 16, 26), note, font=font(14), fill=FAINT, anchor="rm")
@@ -201,7 +203,7 @@ def program_image(program: RuleGeometry, pixels: int) -> Image.Image:
     segment = np.repeat(program.keys.segment, program.keys.count)
     first = segment.min()  # a rectangular program may number its keys behind its queries
     colours = np.array(SEGMENT_HUES, np.uint8)[(segment - first) % len(SEGMENT_HUES)]
-    picture = np.where(program.dense_mask()[:, :, None], colours[None], np.array(UNSEEN, np.uint8))
+    picture = np.where(program.dense_mask()[:, :, None], colours[None], np.array(MASKED, np.uint8))
     scale = pixels / program.key_length
     size = (pixels, max(1, round(program.length * scale)))
     resample = Image.Resampling.NEAREST if scale >= 2 else Image.Resampling.BOX
@@ -225,8 +227,8 @@ def draw_systems(pixels: int = 250) -> Image.Image:
     heights = [max(m.height for m in row) + head + legend for row in rows]
     image = Image.new("RGB", (3 * pixels + 4 * gap, 44 + sum(heights) + 8), PAPER)
     draw = ImageDraw.Draw(image)
-    draw.text((gap, 14), "Who sees whom in other systems", font=font(20), fill=INK)
-    note = "queries go down, keys go right; coloured by what is read"
+    draw.text((gap, 14), "Which token attends to which in other systems", font=font(20), fill=INK)
+    note = "queries go down, keys go right; coloured by the segment of the key"
     draw.text((image.width - gap, 26), note, font=font(13), fill=FAINT, anchor="rm")
     for i, (program, mask) in enumerate(zip(programs, masks, strict=True)):
         x, y = gap + i % 3 * (pixels + gap), 44 + sum(heights[: i // 3])

@@ -13,7 +13,7 @@ from torch import Tensor
 from .._checks import check_field, instance, whole
 from .._json import from_fields
 from ..data import ClipDataset, LeRobotDataset, PatchPCA, StateCodec
-from ..data.clips import LEAST_STD, STRIDE, reaching_actions, episode_frames
+from ..data.clips import LEAST_STD, STRIDE, episode_frames, reaching_actions
 from ..data.latents import CODECS, WanVAECodec, codec_kind
 from ..data.lerobot import Episode
 from ..model.checkpoint import CONFIG, EXTRA, Checkpoint, load_checkpoint, save_checkpoint

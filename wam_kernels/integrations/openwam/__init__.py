@@ -13,38 +13,16 @@ Weights, losses, random draws, checkpoints and configs stay the package's. Nothi
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
+
+from .unsupported import OnUnsupported, UnsupportedError
 
 SUPPORTED_VERSIONS = ("0.2.0",)
 ON_UNSUPPORTED = ("error", "original")
 
 _undo: list[tuple[object, str, object]] = []
-
-
-class UnsupportedError(RuntimeError):
-    """Something of OpenWAM's that this backend does not take; the message names it."""
-
-
-class _Policy:
-    """What to do with the unsupported: raise, or warn once for each reason and leave it to the original code."""
-
-    def __init__(self, on_unsupported: str) -> None:
-        self.on_unsupported = on_unsupported
-        self.warned: set[str] = set()
-
-    def refuse(self, reason: str) -> None:
-        if self.on_unsupported == "error":
-            raise UnsupportedError(
-                f"wam_kernels.integrations.openwam: {reason} is not supported; "
-                "install(on_unsupported='original') leaves it to OpenWAM's own code"
-            )
-        if reason not in self.warned:
-            self.warned.add(reason)
-            message = f"wam_kernels.integrations.openwam: {reason} is not supported and runs OpenWAM's own code"
-            warnings.warn(message, stacklevel=3)
 
 
 def install(on_unsupported: str = "error", *, reuse_history: bool = True) -> bool:
@@ -71,7 +49,7 @@ def install(on_unsupported: str = "error", *, reuse_history: bool = True) -> boo
         raise ValueError(f"install: on_unsupported must be one of {ON_UNSUPPORTED}, got {on_unsupported!r}")
     if _undo:
         raise RuntimeError("install: OpenWAM runs on wam_kernels already; call uninstall() first")
-    policy = _Policy(on_unsupported)
+    policy = OnUnsupported(on_unsupported)
     try:
         found = f"openwam {version('openwam')}"
     except PackageNotFoundError:
@@ -109,7 +87,7 @@ def _replace(owner: object, name: str, wrap: Callable[[Callable], object]) -> No
     setattr(owner, name, wrap(original))
 
 
-def _patch(policy: _Policy, reuse_history: bool) -> None:
+def _patch(policy: OnUnsupported, reuse_history: bool) -> None:
     # OpenWAM and torch load here, not at import
     from open_wam.models.common import denoising_cache, video_action_inference
     from open_wam.models.policy_variants.dual_expert import (

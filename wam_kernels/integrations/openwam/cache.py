@@ -36,7 +36,7 @@ class LayerCache:
         if self.next_positions is not None:
             self.positions = self.next_positions
 
-    def take(self, other: LayerCache, source: Tensor, target: Tensor, slots: int) -> None:
+    def copy_from(self, other: LayerCache, source: Tensor, target: Tensor, slots: int) -> None:
         """Begin with some of another cache's keys and values."""
         assert other.key is not None and other.value is not None
         self.slots = slots

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from . import UnsupportedError, blocks, modulation
+from . import blocks, modulation
+from .unsupported import UnsupportedError
 from .visibility import Batch, TextBatch, UnsupportedProfileError, Visibility, read_profile
 
 # ---- attention profiles ----
@@ -199,13 +200,13 @@ def core_time_embed(core, timesteps: Tensor, height: int, width: int, *, dtype: 
 
 def prepare_dual_stream(original, input_dict, *, time_embed, **options):
     """``prepare_exact_dual_stream_train_sequence``: joins the rows of both streams as it joins their modulations."""
-    seen: list[modulation.FrameRows] = []
+    rows: list[modulation.FrameRows] = []
 
     def watched(*args):
         embedding, expanded = time_embed(*args)
-        seen.append(modulation.frame_rows(expanded))
+        rows.append(modulation.frame_rows(expanded))
         return embedding, expanded
 
     prepared = original(input_dict, time_embed=watched, **options)
-    modulation.tag_joined(prepared.timestep_proj, seen)
+    modulation.tag_joined(prepared.timestep_proj, rows)
     return prepared

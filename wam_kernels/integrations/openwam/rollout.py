@@ -3,9 +3,9 @@
 The package embeds, carries and projects the whole window at every step, and computes the clean history anew for every
 chunk. Here a step runs the tokens of the chunk alone, over the keys and values of the history. What the last chunk
 computed of the history is taken over where it is still the same: a clean frame keeps its keys and values as long as its
-content, its position and everything that it sees, directly or through others, are what they were. That is checked, not
-assumed: what an observation that replaces a prediction, a frame that leaves the window or another text touches is
-computed anew.
+content, its position and everything that it attends to, directly or through others, are what they were. That is
+checked, not assumed: what an observation that replaces a prediction, a frame that leaves the window or another text
+touches is computed anew.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class Units:
 
     names: list[tuple[int, int]]  # (stream, absolute frame)
     slots: np.ndarray  # int64 [units, most tokens of a unit]: where its keys are; -1: fewer tokens
-    sees: np.ndarray  # bool [units, units]
+    attends: np.ndarray  # bool [units, units]
     content: dict[tuple[int, int], tuple[Tensor, ...]]  # by name: what the tokens are made of
 
 
@@ -119,7 +119,7 @@ class Weights:
 
     Versions alone do not: FSDP gathers new weights into the memory of the old ones, an average of weights is written to
     ``parameter.data``, both behind the version's back, and what was born in inference mode has none. Norms alone do not
-    see the other shards of a sharded parameter, of which a version speaks.
+    tell the other shards of a sharded parameter, of which a version speaks.
     """
 
     versions: tuple[int, ...]
@@ -253,7 +253,7 @@ def _begin(
         units = _units(inputs, visible, all_tokens, slot_of.numpy())
         action_text = None if inputs.packed_action_pre is None else inputs.packed_action_pre.context
         remembered = history.get(stack, weights, inputs.text_context)
-        old, new = (np.zeros(0, np.int64),) * 2 if remembered is None else _unchanged(remembered.units, units)
+        old, new = (np.zeros(0, np.int64),) * 2 if remembered is None else same_units(remembered.units, units)
         known[new] = True
         if remembered is not None and new.size:
             past_text = remembered.action_text
@@ -261,7 +261,7 @@ def _begin(
             same_text = (0, 1) if same else (0,)
             source, target = (torch.from_numpy(slots).to(required.device) for slots in (old, new))
             for layer, past in zip(layers, remembered.layers, strict=True):
-                layer.take(past, source, target, required.numel())
+                layer.copy_from(past, source, target, required.numel())
                 layer.text = {stream: past.text[stream] for stream in same_text if stream in past.text}
         leave = Remembered(weights, inputs.text_context.clone(), action_text, units, layers)
     for layer in layers:
@@ -306,14 +306,14 @@ def _units(inputs: Inputs, visible: Visibility, tokens: Tokens, slot_of: np.ndar
                     names.append(name)
                     members.append(ids)
     first = np.array([ids[0] for ids in members], np.int64)
-    sees = visible.sees[visible.query_run[first]][:, visible.key_run[first]]
+    attends = visible.attends[visible.query_run[first]][:, visible.key_run[first]]
     slots = np.full((len(members), max(map(len, members), default=0)), -1)
     for row, ids in zip(slots, members, strict=True):
         row[: len(ids)] = slot_of[ids]
-    return Units(names, slots, sees, content)
+    return Units(names, slots, attends, content)
 
 
-def _unchanged(old: Units, new: Units) -> tuple[np.ndarray, np.ndarray]:
+def same_units(old: Units, new: Units) -> tuple[np.ndarray, np.ndarray]:
     """Slots in the old buffers and in the new ones of the tokens whose keys and values are still right."""
     common = [name for name in new.names if name in old.content]
     place = [{name: i for i, name in enumerate(units.names)} for units in (old, new)]
@@ -325,12 +325,12 @@ def _unchanged(old: Units, new: Units) -> tuple[np.ndarray, np.ndarray]:
         and all(_equal(a, b) for a, b in zip(old.content[name], new.content[name], strict=True))
         for name in common
     ])  # fmt: skip
-    # it sees the same frames, and none that only one of the two has
-    among_old, among_new = old.sees[np.ix_(i, i)], new.sees[np.ix_(j, j)]
+    # it attends to the same frames, and none that only one of the two has
+    among_old, among_new = old.attends[np.ix_(i, i)], new.attends[np.ix_(j, j)]
     same &= (among_old == among_new).all(1)
-    same &= (old.sees[i].sum(1) == among_old.sum(1)) & (new.sees[j].sum(1) == among_new.sum(1))
+    same &= (old.attends[i].sum(1) == among_old.sum(1)) & (new.attends[j].sum(1) == among_new.sum(1))
     while (next_same := same & ~(among_new & ~same).any(1)).sum() < same.sum():
-        same = next_same  # and all that it sees is unchanged in turn
+        same = next_same  # and all that it attends to is unchanged in turn
     old_slots, new_slots = old.slots[i[same]], new.slots[j[same]]
     return old_slots[old_slots >= 0], new_slots[new_slots >= 0]
 

@@ -1,10 +1,10 @@
-"""Who sees whom in one of OpenWAM's prepared attention profiles, as a table over runs of tokens.
+"""Which token attends to which in one of OpenWAM's prepared attention profiles, as a table over runs of tokens.
 
 A profile comes with its rule (``self_attention_visibility``) and with integer attributes of every token
 (``token_layout``), which are all that the rule reads. Tokens in a row with the same attributes are a *run*: a chunk, or
 a frame, of one segment. So the rule is asked once for every pair of runs, and everything else is read off that small
-table: the plan of a training step, the slots that a denoising step sees, and what depends on what. Nothing of size
-S x S is built, and no rule is written down a second time that could disagree with the package's own.
+table: the plan of a training step, the slots that a denoising step attends to, and what depends on what. Nothing of
+size S x S is built, and no rule is written down a second time that could disagree with the package's own.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def read_profile(profile) -> Visibility:
     new = torch.ones(layout.token_count, dtype=torch.bool, device=layout.device)
     new[1:] = (attributes[:, 1:] != attributes[:, :-1]).any(0)
     first = new.nonzero()[:, 0]
-    sees = rule(first[:, None], first[None, :])
+    attends = rule(first[:, None], first[None, :])
     run = np.cumsum(new.cpu().numpy()) - 1
-    visible = Visibility(run, run, sees.cpu().numpy(), layout.seq_id[first].cpu().numpy())
+    visible = Visibility(run, run, attends.cpu().numpy(), layout.seq_id[first].cpu().numpy())
     visible.geometry = _geometry(profile, visible, first.cpu().numpy(), "frame_id" in names)
     return visible
 
@@ -96,44 +96,46 @@ def _geometry(profile, visible: Visibility, first: np.ndarray, by_frame: bool) -
     own, first, run = tokens(geometry), first[first < length], visible.query_run[:length]
     names = ["stream", "noise", "chunk", "block", "is_key"] + ["frame"] * by_frame
     same = all(np.array_equal(a, a[first][run]) for a in (getattr(own, name) for name in names))
-    sees = visible.sees[: first.size, : first.size]
-    if not same or not np.array_equal(table(geometry, own[first[:, None]], own[first[None, :]]), sees):
+    attends = visible.attends[: first.size, : first.size]
+    if not same or not np.array_equal(table(geometry, own[first[:, None]], own[first[None, :]]), attends):
         return None
     return geometry
 
 
 class Visibility:
-    """Query tokens, key tokens, and which runs of them see which. Immutable.
+    """Query tokens, key tokens, and which runs of them attend to which. Immutable.
 
     Stands where the package keeps a FlexAttention block mask and goes the way of one through its code.
 
     Args:
         query_run: int64 ``[S]``, run of every query token.
         key_run: int64 ``[T]``, run of every key token.
-        sees: bool ``[runs, runs]``.
+        attends: bool ``[runs, runs]``, of queries to keys.
         sample_of_run: int64 ``[runs]``; below 0: padding.
     """
 
-    def __init__(self, query_run: np.ndarray, key_run: np.ndarray, sees: np.ndarray, sample_of_run: np.ndarray) -> None:
+    def __init__(
+        self, query_run: np.ndarray, key_run: np.ndarray, attends: np.ndarray, sample_of_run: np.ndarray
+    ) -> None:
         self.query_run, self.key_run = query_run, key_run
-        self.sees, self.sample_of_run = sees, sample_of_run
+        self.attends, self.sample_of_run = attends, sample_of_run
         self.geometry: Geometry | None = None
 
     def select(self, queries: Tensor, keys: Tensor | None) -> Visibility:
         """The same rule between some of the queries and some of the keys, None for all, given by index."""
         q_run = self.query_run[queries.cpu().numpy()]
         k_run = self.key_run if keys is None else self.key_run[keys.cpu().numpy()]
-        return Visibility(q_run, k_run, self.sees, self.sample_of_run)
+        return Visibility(q_run, k_run, self.attends, self.sample_of_run)
 
     def rule(self, queries: Tensor, keys: Tensor) -> Tensor:
         """The rule on token indices, as the package asks for it: a look-up in the table."""
-        arrays = (self.sees, self.query_run, self.key_run)
-        sees, q_run, k_run = (torch.from_numpy(a).to(queries.device) for a in arrays)
-        return sees[q_run[queries], k_run[keys]]
+        arrays = (self.attends, self.query_run, self.key_run)
+        attends, q_run, k_run = (torch.from_numpy(a).to(queries.device) for a in arrays)
+        return attends[q_run[queries], k_run[keys]]
 
     def mask(self, device: torch.device) -> Tensor:
         """Dense bool ``[S, T]``, for what is left to the original code."""
-        return torch.from_numpy(self.sees[self.query_run][:, self.key_run]).to(device)
+        return torch.from_numpy(self.attends[self.query_run][:, self.key_run]).to(device)
 
     def text_mask(self, text_tokens: int, device: torch.device) -> Tensor:
         """Dense bool ``[S, text_tokens]``: the texts of the samples, one after another in equal shares."""
@@ -142,30 +144,30 @@ class Visibility:
         return torch.from_numpy(sample[:, None] == of_text).to(device)
 
     def closure(self, tokens: Tensor) -> Tensor:
-        """These tokens (bool ``[S]``) and all that they see, directly or through others."""
+        """These tokens (bool ``[S]``) and all that they attend to, directly or through others."""
         required = tokens.cpu().numpy()
-        runs = np.zeros(len(self.sees), bool)
+        runs = np.zeros(len(self.attends), bool)
         runs[self.query_run[required]] = True
-        # of a run that is only asked for, not seen, the other tokens stay out
+        # of a run that is only asked for, not attended to, the other tokens stay out
         reached = np.zeros_like(runs)
         while True:
-            grown = reached | self.sees[runs].any(0)
+            grown = reached | self.attends[runs].any(0)
             if (grown == reached).all():
                 return torch.from_numpy(required | reached[self.key_run]).to(tokens.device)
             reached, runs = grown, runs | grown
 
     @cached_property
     def _stretches(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Edges of the stretches of queries and of keys that belong to one run, and who sees whom among them."""
+        """Edges of the stretches of queries and of keys that belong to one run, and which of them attend to which."""
         q_first, k_first = (np.flatnonzero(np.diff(run, prepend=-1)) for run in (self.query_run, self.key_run))
-        seen = self.sees[self.query_run[q_first]][:, self.key_run[k_first]]
-        return np.append(q_first, self.query_run.size), np.append(k_first, self.key_run.size), seen
+        attends = self.attends[self.query_run[q_first]][:, self.key_run[k_first]]
+        return np.append(q_first, self.query_run.size), np.append(k_first, self.key_run.size), attends
 
     @cached_property
     def _pairs(self) -> tuple[np.ndarray, np.ndarray]:
         """``(q_ranges, k_ranges)``, int64 ``[R, 2]`` each, in order of the queries."""
-        q_edges, k_edges, seen = self._stretches
-        change = np.diff(np.pad(seen.astype(np.int8), ((0, 0), (1, 1))), axis=1)
+        q_edges, k_edges, attends = self._stretches
+        change = np.diff(np.pad(attends.astype(np.int8), ((0, 0), (1, 1))), axis=1)
         (row, begin), (_, end) = np.nonzero(change == 1), np.nonzero(change == -1)
         return np.stack([q_edges[row], q_edges[row + 1]], 1), np.stack([k_edges[begin], k_edges[end]], 1)
 
@@ -198,12 +200,12 @@ class Visibility:
         parts = []
         for number in samples:
             queries, keys = np.flatnonzero(sample == number), np.flatnonzero(key_sample == number)
-            own = Visibility(self.query_run[queries], self.key_run[keys], self.sees, self.sample_of_run)
+            own = Visibility(self.query_run[queries], self.key_run[keys], self.attends, self.sample_of_run)
             parts.append((own.ranges, stretches(queries)))
         return Batch(parts, sample.size)
 
     def text(self, text_tokens: int) -> TextBatch | None:
-        """Who sees which text, of texts in equal shares; None for one sample, which sees it all."""
+        """Which tokens attend to which text, of texts in equal shares; None for one sample, which attends to all."""
         parts = self.batch.parts
         if len(parts) == 1:
             return None
@@ -221,13 +223,14 @@ class Visibility:
 
 
 class Batch:
-    """Samples that share one sequence: who sees whom, and the slices where its tokens lie. The rest is padding."""
+    """Samples that share one sequence: which token attends to which, and the slices where its tokens lie. The rest is
+    padding."""
 
     def __init__(self, parts: Sequence[tuple[Geometry | Ranges, Slices]], length: int) -> None:
         self.parts, self.length = tuple(parts), length
 
     def mask(self, device: torch.device) -> Tensor:
-        """Dense bool ``[S, S]``, for what is left to the original code; padding sees itself, as there."""
+        """Dense bool ``[S, S]``, for what is left to the original code; padding attends to itself, as there."""
         mask = np.eye(self.length, dtype=bool)
         for sample, slices in self.parts:
             places = np.concatenate([np.arange(begin, end) for begin, end in slices])
