@@ -43,7 +43,9 @@ def run(args: argparse.Namespace) -> int:
 def _run_named(args: argparse.Namespace) -> int:
     """A program of another system, at its example sizes: it has sizes of its own, which no flag names."""
     defaults = vars(make_parser().parse_args(["mask"]))
-    given = [name for name, value in defaults.items() if name not in ("program", "out") and getattr(args, name) != value]
+    given = [
+        name for name, value in defaults.items() if name not in ("program", "out") and getattr(args, name) != value
+    ]
     if given:
         flags = ", ".join(f"--{name.replace('_', '-')}" for name in given)
         raise ValueError(
