@@ -11,6 +11,7 @@ from ..masks.ranges import Ranges
 from ..masks.visibility import Geometry, dense_mask
 from ..runtime import index_buffer
 from ..runtime.host import device_of, host_side, plain
+from .boxes import Boxes, compile_boxes
 from .tile_shape import STEP_PART, TileShape
 
 
@@ -82,6 +83,7 @@ class Plan:
         n, views = len(Side.FIELDS), index_buffer.views(layout, self._buffer)
         self.queries, self.keys = Side(shapes[0], views[:n]), Side(shapes[1], views[n : 2 * n])
         self.runs = views[2 * n]
+        self._boxes: Boxes | None = None
 
     @property
     def device(self) -> torch.device:
@@ -100,6 +102,21 @@ class Plan:
     def tensors(self) -> list[Tensor]:
         """Everything a registered op reads: query side, key side, runs."""
         return [*self.queries.tensors(), *self.keys.tensors(), self.runs]
+
+    @property
+    def boxes(self) -> Boxes:
+        """Both sides as full steps and boxes of 128-row tiles, for ``impl="cuda"``.
+
+        Compiled at the first use, on the host, and kept; ``torch.compile`` cannot trace that first use.
+        """
+        if self._boxes is None:
+            self._boxes = self._compile_boxes()
+        return self._boxes
+
+    @host_side
+    def _compile_boxes(self) -> Boxes:
+        boxes = compile_boxes(self.geometries, (self.length, self.key_length))
+        return boxes if self.device.type == "cpu" else boxes.to(self.device)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Plan:
         """The same plan on another device, in one copy; itself when it is there already."""

@@ -1,0 +1,325 @@
+"""The steps of 128-row tiles as full steps and boxes: what kernels walk that take every step by TMA (Hopper).
+
+A tile is 2 x 64 rows, one half for each warpgroup. It visits, in this order,
+
+- ``n0`` masked steps that only half 0 takes,
+- ``n_full`` full steps: ``FULL`` consecutive tokens that every row of both halves attends to; no masking,
+- ``n_both`` masked steps of both halves,
+- ``n1`` masked steps that only half 1 takes.
+
+So each half takes one contiguous piece of the tile's steps and leaves steps out at the ends alone: a warpgroup that
+left one out in the middle would hold what its products still read, and the copies could not pass it.
+
+A masked step is ``MASKED // BOX`` boxes, each at most ``BOX`` contiguous tokens, *every one attended to by some row of
+the tile*: what no row attends to is never read, and if it is NaN it reaches nothing. A box of fewer tokens has a gap of
+zero rows before them. Its bits say which row attends to which of its tokens; they are stored as the threads of a
+warpgroup hold the scores (``words``), so one coalesced 4-byte load a thread masks 64 tokens.
+
+The sides of a plan are independent of each other: pairs that must send no gradient to their keys are left out of the
+key side alone. A tile names the batch element of its rows and that of its steps, so many query batches can share one
+row of a cache. Samples, streams and query groups are nothing but the order in which rows fill tiles.
+
+All in whole-array operations; the only Python loop runs over the columns of the bounds, at most 32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..masks.ranges import Ranges
+from ..masks.visibility import Geometry
+from ..runtime import index_buffer
+from ..runtime.arrays import expand, members, starts
+from ..runtime.host import host_side, plain
+from ..runtime.index_buffer import Unwritten
+from .placement import Placement, moved, place
+from .side_rows import SideRows, side_rows
+from .steps import Visits
+from .tiles import Tiles, cut
+
+ROWS, HALF = 128, 64  # of a tile and of a warpgroup
+FULL, MASKED, BOX = 128, 64, 32  # tokens of a full step, of a masked one and of a box
+PLACES = MASKED // BOX
+TOKEN_BITS = 26  # of a box: the first token; above them its gap
+EMPTY = (1 << TOKEN_BITS) - 1  # a token that no tensor has, so a box of zeros
+THREADS = 128  # of a warpgroup
+
+
+class BoxSide:
+    """Tiles of one side, int32 tensors that are views of one buffer.
+
+    ``tiles`` ``[T, 8]``: batch element of the rows, first full step, first masked step, n0, n_full, n_both, n1, batch
+    element of the steps; heaviest first. ``rows`` ``[T, 128]``: token of each row, -1 for none. ``full`` ``[F]``: first
+    token. ``boxes`` ``[M, 2]``: first token | gap << 26, or EMPTY. ``words`` ``[M, 2, 128]``: of each half and thread;
+    bit 4 j + 2 i + c of thread 32 w + 4 g + q says that row 16 w + g + 8 i of the half attends to place
+    8 j + 2 q + c of the step's 64.
+    """
+
+    FIELDS = ("tiles", "rows", "full", "boxes", "words")
+    tiles: Tensor
+    rows: Tensor
+    full: Tensor
+    boxes: Tensor
+    words: Tensor
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        for name, tensor in zip(self.FIELDS, tensors, strict=True):
+            setattr(self, name, tensor)
+
+    def tensors(self) -> list[Tensor]:
+        return [getattr(self, name) for name in self.FIELDS]
+
+    @property
+    def computed_pairs(self) -> int:
+        """(row, token) pairs that the two halves compute, masked ones too."""
+        n0, n_full, n_both, n1 = self.tiles[:, 3:7].sum(0).tolist()
+        return HALF * (2 * FULL * n_full + MASKED * (n0 + 2 * n_both + n1))
+
+
+class Boxes:
+    """Both sides of a plan as boxes: ``queries`` for the forward and dq, ``keys`` for dk and dv. Immutable."""
+
+    def __init__(self, layout: index_buffer.Layout, buffer: Tensor) -> None:
+        self._layout, self._buffer = layout, plain(buffer)
+        views, n = index_buffer.views(layout, self._buffer), len(BoxSide.FIELDS)
+        self.queries, self.keys = BoxSide(views[:n]), BoxSide(views[n:])
+
+    def tensors(self) -> list[Tensor]:
+        return [*self.queries.tensors(), *self.keys.tensors()]
+
+    @host_side
+    def to(self, device: torch.device, non_blocking: bool = False) -> Boxes:
+        """The same boxes on another device, in one copy."""
+        return Boxes(self._layout, self._buffer.to(device, non_blocking=non_blocking))
+
+    def __reduce__(self) -> tuple:
+        return Boxes, (self._layout, self._buffer)
+
+
+@lru_cache(maxsize=64)
+@host_side
+def compile_boxes(packed: tuple[tuple[Geometry | Ranges, ...], ...], lengths: tuple[int, int]) -> Boxes:
+    """The boxes of a batch, on the CPU. Cached; O(tokens x ranges), never anything of size S x S.
+
+    Args:
+        packed: The samples of every batch element, as :attr:`Plan.geometries`.
+        lengths: Query and key tokens of every batch element.
+
+    Raises:
+        ValueError: more tokens in one batch element than a box can name.
+    """
+    if max(lengths) >= EMPTY:
+        raise ValueError(
+            f"block_attention: plan must have fewer than {EMPTY} tokens a batch element for impl='cuda', got "
+            f"{max(lengths)}; use impl='triton'"
+        )
+    placement = place(packed, lengths)
+    queries, keys = side_rows(placement.samples)
+    programs = sum(isinstance(sample, Geometry) for sample in placement.samples)
+    query_tiles = cut(queries, ROWS, programs)
+    key_tiles = query_tiles if programs == len(placement.samples) else cut(keys, ROWS, programs)
+    sides = [_side(queries, query_tiles, placement, side=0), _side(keys, key_tiles, placement, side=1)]
+    return Boxes(*index_buffer.pack([array for side in sides for array in side]))
+
+
+class Distinct(NamedTuple):
+    """The different rows of ``SideRows`` in the halves of tiles, tile after tile and half after half."""
+
+    of_tile: np.ndarray  # int64 [T]: how many
+    tile: np.ndarray  # int64 [M]
+    half: np.ndarray  # int64 [M]: 0 or 1
+    lo: np.ndarray  # int64 [columns, M]: what they attend to; lo >= hi where a range is empty
+    hi: np.ndarray
+    of_row: np.ndarray  # int32 [T, 128]: which of its tile's different ones each row is, -1 for no row
+
+
+def _distinct(rows: SideRows, tiles: Tiles) -> Distinct:
+    n_tiles = len(tiles.rows)
+    real = tiles.rows >= 0
+    new = real.copy()
+    new[:, 1:] &= tiles.rows[:, 1:] != tiles.rows[:, :-1]
+    new[:, HALF] = real[:, HALF]
+    tile, column = np.nonzero(new)
+    first_row = starts(rows.of_sample).repeat(tiles.of_sample)  # of each tile's sample
+    lo, hi = rows.bounds.take(tiles.rows[tile, column] + first_row[tile], axis=2).astype(np.int64)
+    of_row = np.cumsum(new, axis=1, dtype=np.int32) - 1
+    of_row[~real] = -1
+    return Distinct(np.bincount(tile, minlength=n_tiles), tile, (column >= HALF).astype(np.int64), lo, hi, of_row)
+
+
+def _union(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Disjoint runs of the union of ranges, sorted; ranges that touch are one run."""
+    begin, end = np.sort(begin), np.sort(end)  # a run begins where every range begun before has ended
+    new = np.ones(begin.size, bool)
+    new[1:] = begin[1:] > end[:-1]
+    last = np.ones(begin.size, bool)
+    last[:-1] = new[1:]
+    return begin[new], end[last]
+
+
+class Pieces(NamedTuple):
+    """What tiles visit: full steps as runs of ``count``, the rest in boxes; tile after tile, by token."""
+
+    full_tile: np.ndarray  # int64 [R]
+    full_first: np.ndarray
+    full_count: np.ndarray
+    tile: np.ndarray  # int64 [boxes]
+    first: np.ndarray  # first token
+    length: np.ndarray  # tokens, 1 to 32
+
+
+def _pieces(rows: Distinct) -> Pieces:
+    """Cut what the rows of each tile attend to into full steps and boxes."""
+    far = int(rows.hi.max(initial=0)) + 1  # tile t's token is at t * far + token: no two tiles touch
+    c, m = np.nonzero(rows.lo < rows.hi)
+    at = rows.tile[m] * far
+    any_begin, any_end = _union(at + rows.lo[c, m], at + rows.hi[c, m])
+
+    # what every row of a tile attends to; every tile has a row
+    empty, heads = rows.lo >= rows.hi, starts(rows.of_tile)
+    all_lo = np.maximum.reduceat(np.where(empty, far, rows.lo), heads, axis=1)
+    all_hi = np.minimum.reduceat(np.where(empty, 0, rows.hi), heads, axis=1)
+    c, tile = np.nonzero(all_lo < all_hi)
+    begin, end = _union(tile * far + all_lo[c, tile], tile * far + all_hi[c, tile])
+    count = (end - begin) // FULL
+    begin, end, count = begin[count > 0], end[count > 0], count[count > 0]
+    # what is left of the run before the full steps fills whole boxes, where the spare tokens allow it
+    shift = (any_begin[np.searchsorted(any_begin, begin, "right") - 1] - begin) % BOX
+    begin = begin + np.where(shift <= end - begin - count * FULL, shift, 0)
+    end = begin + count * FULL
+
+    left, stop = np.sort(np.concatenate([any_begin, end])), np.sort(np.concatenate([any_end, begin]))
+    boxes = -(-(stop - left) // BOX)
+    first = left.repeat(boxes) + expand(np.zeros_like(boxes), boxes).astype(np.int64) * BOX
+    length = np.minimum(first + BOX, stop.repeat(boxes)) - first
+    tile = first // far
+    return Pieces(begin // far, begin % far, count, tile, first - tile * far, length)
+
+
+class Masked(NamedTuple):
+    """Masked steps of the tiles of the distinct samples, tile after tile."""
+
+    n_steps: np.ndarray  # int64 [T, 3]: of half 0 alone, of both, of half 1 alone
+    boxes: np.ndarray  # int32 [M, 2]
+    words: np.ndarray  # uint32 [M, 2, 128]
+
+
+def _masked(rows: Distinct, pieces: Pieces) -> Masked:
+    """Boxes with their bits, put together into steps."""
+    n_tiles = rows.of_tile.size
+    # bits of every box and every different row of its tile
+    pairs = rows.of_tile[pieces.tile]
+    pair_at = starts(pairs)
+    which = expand(starts(rows.of_tile)[pieces.tile], pairs)
+    gap, shift = (BOX - pieces.length).repeat(pairs), (BOX - pieces.length - pieces.first).repeat(pairs)
+    bits = np.zeros(which.size, np.int64)
+    for lo, hi in zip(rows.lo, rows.hi, strict=True):
+        a, b = (np.minimum(np.maximum(x[which] + shift, gap), BOX) for x in (lo, hi))
+        bits |= (np.int64(1) << np.maximum(a, b)) - (np.int64(1) << a)
+
+    # a box is of half 0 (kind 0), of both (1) or of half 1 (2)
+    box_of_pair = np.arange(pairs.size).repeat(pairs)
+    by_half = np.bincount((2 * box_of_pair + rows.half[which])[bits != 0], minlength=2 * pairs.size).reshape(-1, 2) > 0
+    kind = 1 + by_half[:, 1].astype(np.int64) - by_half[:, 0]
+    order = np.argsort(3 * pieces.tile + kind, kind="stable")
+    count = np.bincount(3 * pieces.tile + kind, minlength=3 * n_tiles).reshape(-1, 3)
+    # what a half has left over fills a step of both where that computes no more
+    odd0, odd, odd1 = (count % PLACES != 0).T
+    move0, move1 = odd0 & (odd | odd1), odd1 & (odd ^ odd0)
+    sizes = count + np.stack([-move0.astype(np.int64), move0 + move1.astype(np.int64), -move1.astype(np.int64)], 1)
+    n_steps = -(-sizes // PLACES)
+    n_masked = int(n_steps.sum())
+    place_of = np.empty(pairs.size, np.int64)
+    place_of[order] = expand(starts(n_steps.ravel()) * PLACES, sizes.ravel())
+
+    boxes = np.full(n_masked * PLACES, EMPTY, np.int32)
+    boxes[place_of] = pieces.first | (BOX - pieces.length) << TOKEN_BITS
+    first_pair = np.full(n_masked * PLACES, -1, np.int64)  # of the box in each place
+    first_pair[place_of] = pair_at
+    step_tile = np.arange(n_tiles).repeat(n_steps.sum(1))
+    words = _words(rows.of_row, step_tile, first_pair.reshape(-1, PLACES), _spread(bits.astype(np.uint32)))
+    return Masked(n_steps, boxes.reshape(-1, PLACES), words)
+
+
+def _spread(bits: np.ndarray) -> np.ndarray:
+    """uint32 ``[N, 4]`` and a last row of zeros: bit 8 j + 2 q + c of ``bits`` is bit 4 j + c of entry q."""
+    x = bits[:, None] >> np.arange(0, 8, 2, dtype=np.uint32) & np.uint32(0x03030303)
+    x = (x | x >> np.uint32(4)) & np.uint32(0x00FF00FF)
+    x = (x | x >> np.uint32(8)) & np.uint32(0x0000FFFF)
+    return np.concatenate([x, np.zeros((1, 4), np.uint32)])
+
+
+def _words(of_row: np.ndarray, step_tile: np.ndarray, first_pair: np.ndarray, spread: np.ndarray) -> np.ndarray:
+    """The words of every step, ``[M, 2, 128]``.
+
+    Threads 4 g .. 4 g + 3 of a warp hold two rows, and few pairs of rows in a half differ in what they attend to: so
+    the words of those alone are computed, and then copied to every thread.
+    """
+    # distinct pairs of rows, half after half; they lie next to each other
+    by_thread = of_row.reshape(-1, 4, 2, 8)  # [halves, warp, i, g]
+    rows = np.ascontiguousarray(by_thread.transpose(2, 0, 1, 3)).reshape(2, -1, 32)
+    new = np.ones(rows.shape[1:], bool)
+    new[:, 1:] = (rows[:, :, 1:] != rows[:, :, :-1]).any(0)
+    number = np.cumsum(new, axis=1, dtype=np.int32) - 1  # [halves, 32]
+    pairs_of_half = number[:, -1].astype(np.int64) + 1
+    distinct = rows[:, new].astype(np.int64)  # [i, pairs]: which of its tile's rows, -1 for none
+
+    # both halves of every step
+    half = (2 * step_tile[:, None] + np.arange(2)).ravel()
+    index, counts = members(pairs_of_half, half)
+    step = np.arange(step_tile.size).repeat(counts.reshape(-1, 2).sum(1))
+    words = np.zeros((index.size, 4), np.uint32)
+    for x in range(PLACES):
+        first = first_pair[step, x]
+        for i in range(2):
+            row = distinct[i, index]
+            at = np.where((row < 0) | (first < 0), len(spread) - 1, first + row)
+            words |= spread.take(at, axis=0) << np.uint32(16 * x + 2 * i)
+    # a thread quad's four words as one 16-byte element
+    at = starts(counts).astype(np.int32)[:, None] + number.take(half, axis=0)
+    return words.view(np.complex128).ravel().take(at).view(np.uint32).reshape(-1, 2, THREADS)
+
+
+def _side(rows: SideRows, tiles: Tiles, placement: Placement, side: int) -> list[np.ndarray | Unwritten]:
+    """The arrays of a :class:`BoxSide` (0: queries, 1: keys): what the samples have, moved to where they lie."""
+    distinct = _distinct(rows, tiles)
+    pieces = _pieces(distinct)
+    masked = _masked(distinct, pieces)
+    n_tiles = distinct.of_tile.size
+    runs = np.bincount(pieces.full_tile, minlength=n_tiles)
+    first, count = np.zeros((2, n_tiles, max(1, int(runs.max(initial=0)))), np.int64)
+    column = expand(np.zeros_like(runs), runs)
+    first[pieces.full_tile, column], count[pieces.full_tile, column] = pieces.full_first, pieces.full_count
+    full = Visits.of(FULL, first, count)
+
+    order = np.lexsort((~placement.padding, placement.batch))
+    tile, counts = members(tiles.of_sample, placement.which[order])
+    places = np.array([placement.batch, placement.first[side], placement.first[1 - side]])
+    batch, own, other = places[:, order].repeat(counts, axis=1)
+    n0, n_both, n1 = masked.n_steps[tile].T
+    n_full, n_masked = full.total[tile], n0 + n_both + n1
+    full_at, masked_at = starts(n_full), starts(n_masked)
+    step, _ = members(masked.n_steps.sum(1), tile)
+    shift = other.repeat(n_masked).astype(np.int32)[:, None]
+    heavy = np.argsort(-(2 * FULL * n_full + MASKED * (n0 + 2 * n_both + n1)), kind="stable")
+
+    def write_boxes(out: np.ndarray) -> None:
+        masked.boxes.take(step, axis=0, out=out, mode="clip")
+        np.add(out, shift, out=out, where=out != EMPTY)
+
+    def write_words(out: np.ndarray) -> None:
+        masked.words.view(np.int32).take(step, axis=0, out=out, mode="clip")
+
+    return [
+        np.array([batch, full_at, masked_at, n0, n_full, n_both, n1, batch]).T[heavy],
+        Unwritten((tile.size, ROWS), lambda out: moved(tiles.tokens, tile[heavy], own[heavy], -1, out)),
+        Unwritten((int(n_full.sum()),), lambda out: full.write(tile, other, full_at, out)),
+        Unwritten((step.size, PLACES), write_boxes),
+        Unwritten((step.size, 2, THREADS), write_words),
+    ]
