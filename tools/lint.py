@@ -59,7 +59,7 @@ LEVELS = (
     ("bench.registry",),
     ("bench.suites", "bench.compare", "bench.tune"),
     ("bench",),
-    ("tools",),
+    ("tools", "examples"),
     ("tests",),
     ("tools.gpu.sanitize",),
 )

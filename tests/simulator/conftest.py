@@ -1,3 +1,5 @@
+"""The example simulator, and others that go wrong."""
+
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,7 @@ class Broken(Point):
 
 class Raises(Broken):
     def go_wrong(self):
-        raise RuntimeError("the arm is stuck")
+        raise RuntimeError("the motor is stuck")
 
 
 class Hangs(Broken):

@@ -77,7 +77,7 @@ def test_outcomes_are_checked(found, message):
 
 def test_what_is_executed_ends_with_the_episode(folder):
     point = load("point_simulator:Point")
-    point.reset({"point": [0, 0], "goal": [0.31, 0]})
+    point.reset({"point": [0, 0], "target": [0.31, 0]})
     done = execute(point, np.tile(np.float32([1, 0]), (8, 1)), 2, "Point")
     assert (done.actions, done.outcome.success, len(done.observations)) == (3, True, 1)
     np.testing.assert_allclose(done.observations[0].state, [0.2, 0, 0.31, 0], rtol=1e-6)
@@ -87,7 +87,7 @@ def test_a_simulator_elsewhere_is_the_same(folder):
     point = load("point_simulator:Point")
     with SimulatorProcess() as process:
         described = process.describe("point_simulator:Point")
-        assert described.instruction == "reach the goal" and described.has_expert and described.horizon == 60
+        assert described.instruction == "reach the target" and described.has_expert and described.horizon == 60
         process.send("begin", "point_simulator:Point", 3)
         begun = process.receive()
         assert begun.initial_state == point.initial_state(3)
@@ -103,7 +103,7 @@ def test_a_simulator_elsewhere_is_the_same(folder):
 @pytest.mark.parametrize(
     "kind, message",
     [
-        ("Raises", "broken:Raises failed: RuntimeError: the arm is stuck"),
+        ("Raises", "broken:Raises failed: RuntimeError: the motor is stuck"),
         ("Hangs", "broken:Hangs hung: no answer within 3 s"),
         ("Dies", "broken:Dies died: its process ended with code 3"),
         ("NotFinite", "broken:NotFinite failed: .* finite state, got nan"),

@@ -90,7 +90,7 @@ def make_demo(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config = config or demo_training()
     print(f"1. read {root}")
-    data = read_data(root, camera=camera, progress=progress)
+    data = read_data(root, config, camera=camera, progress=progress)
     if not data.held_out:
         raise ValueError(f"--data: {root} has no held-out episodes to evaluate on; give meta/info.json such a split")
 

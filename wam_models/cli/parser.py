@@ -10,6 +10,8 @@ from typing import NoReturn
 
 from .._limits import LARGEST_INT64
 
+SIMULATOR = "suite/task, as metaworld/pick-place-v3, or MODULE:FACTORY, see wam_models.simulator"
+
 
 class UserError(Exception):
     """What the user can mend. The message names the flag or field, what was expected, what came, and the way out."""
@@ -74,8 +76,7 @@ def _rollout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
     world = parser.add_mutually_exclusive_group(required=True)
     world.add_argument("--data", type=Path, metavar="DIR", help="recorded episodes: a data set in LeRobot layout")
-    adapter = "act in a simulator: what makes its adapter, see wam_models.simulator"
-    world.add_argument("--simulator", metavar="MODULE:FACTORY", help=adapter)
+    world.add_argument("--simulator", metavar="NAME", help=f"act in one: {SIMULATOR}")
     parser.add_argument("--camera", metavar="FEATURE", help="of --data; default: its only one, or the checkpoint's")
     parser.add_argument("--episode", type=at_least(0), metavar="N", help="of --data; default: the first held-out one")
     parser.add_argument(
@@ -88,6 +89,44 @@ def _rollout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--open-loop", action="store_true", help="continue from predictions, not from recorded frames")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
     parser.add_argument("--seed", type=at_least(0), default=0)
+
+
+def _record(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--simulator", metavar="NAME", action="append", required=True, help=f"{SIMULATOR}; repeatable")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the data set")
+    parser.add_argument("--episodes", type=at_least(1), default=50, metavar="N", help="of each; default: %(default)s")
+    parser.add_argument("--held-out", type=at_least(0), default=0, metavar="N", help="further ones, not to train on")
+    parser.add_argument(
+        "--camera", action="append", metavar="NAME", help="to render; without, states alone; repeatable"
+    )
+    parser.add_argument(
+        "--size", type=at_least(8), default=64, metavar="PIXELS", help="of pictures; default: %(default)s"
+    )
+    parser.add_argument(
+        "--interrupted", type=float, default=0.6, metavar="P", help="share that is; default: %(default)s"
+    )
+    parser.add_argument("--jobs", type=at_least(1), metavar="N", help="processes; default: the machine's cores")
+    parser.add_argument("--timeout", type=positive_seconds, default=120.0, metavar="S", help="of one demonstration")
+    parser.add_argument("--overwrite", action="store_true", help="lose the data set that --out holds")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+
+
+def _eval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--simulator", metavar="NAME", action="append", required=True, help=f"{SIMULATOR}; repeatable")
+    parser.add_argument("--episodes", type=at_least(1), default=20, metavar="N", help="of each; default: %(default)s")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of episode 0; episode i has SEED + i")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of what it writes; default: eval/ beside it")
+    parser.add_argument("--overwrite", action="store_true", help="lose the evaluation that --out holds")
+    parser.add_argument("--program", metavar="P", help="interaction program; default: the checkpoint's")
+    parser.add_argument("--chunk", type=at_least(1), metavar="N", help="frames of a chunk; default: the checkpoint's")
+    parser.add_argument("--steps", type=at_least(1), metavar="N", help="denoising steps; default: the checkpoint's")
+    parser.add_argument("--window", type=at_least(2), metavar="N", help="in half chunks; default: the checkpoint's")
+    parser.add_argument("--horizon", type=at_least(1), metavar="N", help="actions of an episode; default: its own")
+    parser.add_argument("--batch", type=at_least(1), default=16, metavar="N", help="episodes at once; %(default)s")
+    parser.add_argument("--timeout", type=positive_seconds, default=120.0, metavar="S", help="of a simulator's answer")
+    parser.add_argument("--keep-frames", action="store_true", help="store what was observed and imagined")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
 
 
 def _mask(parser: argparse.ArgumentParser) -> None:
@@ -110,6 +149,8 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None] | None,
     "demo": ("wam_models.cli.demo", _demo, "train a small model on the shipped data and roll it out"),
     "train": ("wam_models.cli.train", _train, "train a model"),
     "rollout": ("wam_models.cli.rollout", _rollout, "denoise video and actions of one episode from a checkpoint"),
+    "record": ("wam_models.cli.record", _record, "record demonstrations of a simulator's scripted expert"),
+    "eval": ("wam_models.cli.eval", _eval, "measure how often a policy succeeds in simulators"),
     "mask": ("wam_models.cli.mask", _mask, "show which tokens attend to which"),
     "bench": ("wam_models.cli.bench", None, "measure this machine: kernels, peers, training step, rollout"),
     "doctor": ("wam_models.doctor", lambda parser: None, "show what this machine offers and which op runs where"),

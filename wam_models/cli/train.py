@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         if steps_done >= config.steps:
             raise ValueError(f"--steps must be above {steps_done}, the steps done, got {config.steps}")
     RunFolder(args.out, resume, overwrite=args.overwrite)  # refuses before the data is read
-    data = read_data(args.data, policy, camera=args.camera)
+    data = read_data(args.data, config, policy, camera=args.camera)
     short = sum(data.length(i) < config.frames for i in data.train)
     if short:
         print(
@@ -142,12 +142,20 @@ def _differences(policy: Policy, data: ClipDataset) -> Iterator[str]:
 
 
 def read_data(
-    root: Path, policy: Policy | None = None, *, camera: str | None = None, progress: bool = True
+    root: Path,
+    config: TrainConfig,
+    policy: Policy | None = None,
+    *,
+    camera: str | None = None,
+    progress: bool = True,
 ) -> ClipDataset:
-    """The data set as clips, in the latents and units of a policy if given, with a progress bar over its episodes."""
+    """The data set as clips, with as many actions a frame and a token as the config has, in the latents and units of a
+    policy if given; with a progress bar over its episodes."""
     return ClipDataset(
         LeRobotDataset(root, camera) if policy is None else policy.dataset(root, camera),
         None if policy is None else policy.codec,
         progress=lambda e: tqdm(e, desc="read", unit="episode", disable=not progress, dynamic_ncols=True),
         units=None if policy is None else policy.units,
+        actions_per_frame=config.actions_per_frame,
+        actions_per_token=config.actions_per_token,
     )

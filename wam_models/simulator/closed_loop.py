@@ -139,19 +139,19 @@ def play(
         executed = executed.reshape(episode.chunk_size * per_frame, -1)
         actions.append(executed.reshape(episode.chunk_size, per_frame, -1).copy())
         where, returned = _call(adapter, "step", f" of chunk {chunk}", "pictures, done", executed)
-        seen, done = look(where, returned[0], 2, policy, like=picture), _flag(where, returned[1])
-        if len(seen) > episode.chunk_size:
+        observed, done = look(where, returned[0], 2, policy, like=picture), _flag(where, returned[1])
+        if len(observed) > episode.chunk_size:
             raise ValueError(
                 f"{where} must return at most {episode.chunk_size} pictures for {len(executed)} actions, one every "
-                f"{per_frame}, got {len(seen)}"
+                f"{per_frame}, got {len(observed)}"
             )
-        pictures.append(seen)
+        pictures.append(observed)
         failure = getattr(adapter, "failure", None)
-        if done or not len(seen) or failure:
+        if done or not len(observed) or failure:
             seconds.append(predicted)
             break
         began = time.perf_counter()
-        episode.observe(policy.codec.encode(seen)[None], action[:, : len(seen)])
+        episode.observe(policy.codec.encode(observed)[None], action[:, : len(observed)])
         seconds.append(predicted + time.perf_counter() - began)
     films = np.concatenate(pictures), np.concatenate(imagined)
     return Played(instruction, done, *films, np.concatenate(actions), np.array(frames), seconds, failure)

@@ -1,10 +1,11 @@
-"""Meta-World's tasks (Farama Foundation, ``metaworld`` on PyPI): one Sawyer arm, 50 tasks with scripted experts.
+"""Meta-World's tasks (Farama Foundation, ``metaworld`` on PyPI): one Sawyer robot, 50 tasks with scripted experts.
 
 The state needs no renderer. Pictures are rendered by MuJoCo, which needs EGL or OSMesa.
 """
 
 from __future__ import annotations
 
+import atexit
 import pickle
 import warnings
 from collections.abc import Mapping
@@ -19,12 +20,12 @@ RENDERER = (
     "rendering needs EGL (Debian: apt install libegl1 libgles2 libgl1-mesa-dri; MUJOCO_GL=egl) or OSMesa (apt install "
     "libosmesa6; MUJOCO_GL=osmesa); states need neither"
 )
-# of Meta-World's observation, which also holds the frame before: hand, gripper, first object, second object, goal
+# of Meta-World's observation, which also holds the frame before: hand, gripper, first object, second object, target
 KEPT = [*range(14), *range(36, 39)]
 STATE_NAMES = (
     *("hand_x", "hand_y", "hand_z", "gripper"),
     *("object_x", "object_y", "object_z", "object_qx", "object_qy", "object_qz", "object_qw"),
-    *("second_x", "second_y", "second_z", "goal_x", "goal_y", "goal_z"),
+    *("second_x", "second_y", "second_z", "target_x", "target_y", "target_z"),
 )
 UPSIDE_DOWN = {"corner2"}  # cameras that Meta-World mounts so
 
@@ -68,12 +69,14 @@ class MetaWorld:
         if unknown := sorted(set(self._cameras) - set(known)):
             raise ValueError(f"metaworld/{task}: no camera {', '.join(unknown)}; cameras are {', '.join(known)}")
         self._renderers = {size: self._renderer(*size) for size in set(self._cameras.values())}
+        for renderer in self._renderers.values():
+            atexit.register(renderer.close)  # later, EGL is gone before its contexts are
 
     def initial_state(self, seed: int) -> dict[str, Any]:
-        """The places of object and goal that Meta-World draws."""
+        """The places of object and target that Meta-World draws."""
         self.env.seed(seed)
         self.env.seeded_rand_vec, self.env._freeze_rand_vec = True, False
-        self.env.reset()  # some tasks draw again until object and goal are far enough from each other
+        self.env.reset()  # some tasks draw again until object and target are far enough from each other
         return {"rand_vec": self.env._last_rand_vec.tolist()}
 
     def reset(self, initial_state: dict[str, Any]) -> None:
@@ -90,7 +93,7 @@ class MetaWorld:
 
     def act(self, action: np.ndarray) -> Outcome:
         self._observed, _, _, _, info = self.env.step(np.clip(action, -1, 1).astype(np.float32))
-        return Outcome(info["success"] > 0, "unstable physics" if self.env._did_see_sim_exception else None)
+        return Outcome(info["success"] > 0)
 
     def expert(self) -> np.ndarray:
         """The next action of Meta-World's scripted policy, within -1 and 1."""

@@ -9,14 +9,15 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .expert import demonstrate
 from .named import Cameras, is_adapter, load
-from .protocol import Executed, Observation, checked_observation, execute, raised
+from .protocol import Executed, Observation, checked_observation, execute
 
 TIMEOUT = 120.0  # seconds within which a simulator answers; building LIBERO's takes up to 25
 
@@ -58,8 +59,9 @@ class SimulatorProcess:
     def __init__(self, cameras: Cameras | None = None, *, timeout: float = TIMEOUT) -> None:
         self.cameras, self.timeout = dict(cameras or {}), timeout
         self._process: Any = None
-        self._connection: Connection | None = None
-        self._name, self._deadline = "", 0.0
+        self.connection: Connection | None = None
+        self._name = ""
+        self.deadline = 0.0  # of the answer that is due
 
     def describe(self, name: str) -> Description:
         """What the simulator ``name`` says of itself. Raises SimulatorFailure."""
@@ -68,15 +70,15 @@ class SimulatorProcess:
 
     def send(self, request: str, name: str, *args: Any) -> None:
         """Ask for ``describe()``, ``begin(seed or initial state)`` or ``run(actions, every)`` of simulator ``name``."""
-        if self._connection is None:
+        if self.connection is None:
             context = _context(name, self.cameras)
-            self._connection, theirs = context.Pipe()
+            self.connection, theirs = context.Pipe()
             self._process = context.Process(target=_serve, args=(theirs, self.cameras, str(Path.cwd())), daemon=True)
             self._process.start()
             theirs.close()
-        self._name, self._deadline = name, time.monotonic() + self.timeout
+        self._name, self.deadline = name, time.monotonic() + self.timeout
         try:
-            self._connection.send((request, name, args))
+            self.connection.send((request, name, args))
         except OSError:  # it died since; receive says so
             pass
 
@@ -86,12 +88,12 @@ class SimulatorProcess:
         Raises:
             SimulatorFailure: the simulator raised, did not answer in time, or its process died.
         """
-        assert self._connection is not None, "receive follows send"
+        assert self.connection is not None, "receive follows send"
         try:
-            if not self._connection.poll(max(0.0, self._deadline - time.monotonic())):
+            if not self.connection.poll(max(0.0, self.deadline - time.monotonic())):
                 self.close()
                 raise SimulatorFailure(f"{self._name} hung: no answer within {self.timeout:g} s")
-            failed, answer = self._connection.recv()
+            failed, answer = self.connection.recv()
         except (EOFError, OSError):
             process = self._process
             process.join(5)
@@ -103,17 +105,25 @@ class SimulatorProcess:
 
     def close(self) -> None:
         """End the process."""
-        if self._connection is not None:
-            self._connection.close()
+        if self.connection is not None:
+            self.connection.close()
             self._process.kill()
             self._process.join()
-            self._connection = self._process = None
+            self.connection = self._process = None
 
     def __enter__(self) -> SimulatorProcess:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def first_answer(processes: Sequence[SimulatorProcess]) -> SimulatorProcess:
+    """One of these, each with a request sent, whose answer is there or whose time is up."""
+    soonest = min(processes, key=lambda process: process.deadline)
+    connections = {process.connection: process for process in processes}
+    ready = wait(list(connections), max(0.0, soonest.deadline - time.monotonic()))
+    return connections[ready[0]] if ready else soonest
 
 
 def _context(name: str, cameras: Cameras) -> Any:
@@ -142,7 +152,7 @@ def _serve(connection: Connection, cameras: Cameras, folder: str) -> None:
                 simulator, name = load(wanted, cameras), wanted
             answer = False, REQUESTS[request](simulator, *args)
         except Exception as error:
-            answer = True, raised(error)
+            answer = True, f"{type(error).__name__}: {error}"
         try:
             connection.send(answer)
         except OSError:
@@ -171,4 +181,4 @@ def _run(simulator: Any, actions: Sequence | np.ndarray, every: int) -> Executed
     return execute(simulator, np.asarray(actions, np.float32), every, type(simulator).__name__)
 
 
-REQUESTS = {"describe": _describe, "begin": _begin, "run": _run}
+REQUESTS = {"describe": _describe, "begin": _begin, "run": _run, "demonstrate": demonstrate}

@@ -51,6 +51,8 @@ class TrainConfig:
 
     Args:
         model: Sizes of the model.
+        actions_per_token: Actions that one action token holds, k: a latent frame is k ``model.actions_per_frame``
+            actions long, and ``model.action_dim`` is k times the width of an action.
         programs: Interaction programs of the ``joint`` objective's samples, equally often. Default: all of
             ``wam_kernels.PROGRAMS``, so that one checkpoint serves every rollout program.
         mixture: Share of each objective among the samples.
@@ -82,6 +84,7 @@ class TrainConfig:
     """
 
     model: ModelConfig = field(default_factory=small_model)
+    actions_per_token: int = 1
     programs: tuple[str, ...] = field(default_factory=lambda: tuple(PROGRAMS))
     mixture: Mapping[str, float] = field(default_factory=lambda: dict(GJD_MIXTURE))
     history: str = "full"
@@ -107,6 +110,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.model, ModelConfig):
             raise ValueError(f"TrainConfig: model must be a ModelConfig, got {self.model!r}")
+        check_field(self, "actions_per_token", whole, 1, LARGEST_SIZE)
         check_field(self, "programs", _programs)
         check_field(self, "mixture", checked_mixture)
         check_field(self, "history", choice, HISTORIES)
@@ -147,6 +151,11 @@ class TrainConfig:
     def from_json(cls, path: str | Path) -> TrainConfig:
         """From a file. Raises ValueError, naming file and field, or OSError where it cannot be read."""
         return cls.from_dict(read_json(Path(path)), str(path))
+
+    @property
+    def actions_per_frame(self) -> int:
+        """Actions, and so rows of the data set, from one latent frame to the next."""
+        return self.actions_per_token * self.model.actions_per_frame
 
     def rate(self, step: int, end: int | None = None) -> float:
         """Learning rate of a step, counted from 0, of a run that ends at step ``end`` (default ``steps``)."""
