@@ -7,7 +7,7 @@ from wam_kernels.masks.visibility import CONDITIONAL_HISTORIES
 
 
 def small(program: str = "joint", **changes) -> Geometry:
-    """A few chunks, uneven tokens, a start-up slot: small enough for float64 dense references."""
+    """A few chunks, uneven tokens, a start-up frame: small enough for float64 dense references."""
     fields = dict(
         program=program, video_frames=6, video_tokens=5, action_frames=6, action_tokens=2, chunk_size=2, window=4,
         history="video_only", chunk_origin=1, startup_action_frames=1,

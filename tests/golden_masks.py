@@ -1,4 +1,4 @@
-"""The visibility masks recorded from the reference system, as (Geometry, bool mask) pairs."""
+"""The visibility masks recorded from OpenWAM, as (Geometry, bool mask) pairs."""
 
 import base64
 import json

@@ -83,7 +83,7 @@ def caches(copied=lambda made: made):
     q = randn(1, 5, 2, 16, seed=1)
 
     def call():
-        cache.keep(streams, [1], [1])
+        cache.store_chunk(streams, [1], [1])
         cache.buffer[:, :, :, cache.chunk_slots(streams, CLEAN)] += 1
         ranges.add_(0)
         return [cached_attention(q, cache.keys(0), cache.values(0), ranges, group_rows=cache.rows(streams))]
@@ -291,7 +291,7 @@ def compiled_cache(x: Tensor) -> Tensor:
     cache.buffer.fill_(1)
     cache.buffer[:, :, :, cache.chunk_slots(streams, CLEAN)] += x
     ranges = cache.ranges([ONE_CHUNK], [0], [1], [1], streams, CLEAN)
-    cache.keep(streams, [1], [1])
+    cache.store_chunk(streams, [1], [1])
     q = x.expand(1, 5, 2, 16).contiguous()
     return cached_attention(q, cache.keys(0), cache.values(0), ranges, group_rows=cache.rows(streams))
 

@@ -1,4 +1,4 @@
-"""The doors of the package: what is public, and that importing it probes nothing."""
+"""The surface of the package: what is public, and that importing it probes nothing."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ def test_dir_completes_the_public_names():
 
 
 def test_import_leaves_triton_and_the_extension_alone():
-    # a user without triton or a GPU imports the package; what is missing is said by the call that needs it
+    # a user without triton or a GPU imports the package; what is missing is reported by the call that needs it
     code = "import sys, wam_kernels; print([m for m in ('triton', 'wam_kernels._C') if m in sys.modules])"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out.strip() == "[]"

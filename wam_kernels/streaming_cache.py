@@ -1,15 +1,15 @@
-"""Keys and values of a rollout in fixed slots, and which of them a chunk's queries see.
+"""Keys and values of a rollout in fixed slots, and which of them a chunk's queries attend to.
 
-A rollout denoises one chunk of frames after the other. The clean tokens of earlier chunks never see a noisy token, so
-their keys and values are computed once and stay. Every layer has the same slots, allocated once:
+A rollout denoises one chunk of frames after the other. The clean tokens of earlier chunks never attend to a noisy
+token, so their keys and values are computed once and stay. Every layer has the same slots, allocated once:
 
     [ video ring | action ring | clean chunk | noisy chunk ]
 
 Frame f lies in place ``f % frames`` of each ring. The last two hold the chunk at work: its noisy tokens are
 overwritten at every denoising step, its clean copies are copied into the rings when the chunk is accepted
-(:meth:`keep`), so a chunk that is not accepted leaves no trace. What a query sees is a handful of slot ranges
-(:meth:`ranges`), which change from chunk to chunk but not from step to step; ``cached_attention`` reads them from
-device memory.
+(:meth:`store_chunk`), so a chunk that is not accepted leaves no trace. What a query attends to is a handful of slot
+ranges (:meth:`ranges`), which change from chunk to chunk but not from step to step; ``cached_attention`` reads them
+from device memory.
 """
 
 from __future__ import annotations
@@ -33,23 +33,25 @@ _Span = tuple[int, int, int, int]
 
 
 @lru_cache(maxsize=1024)
-def key_spans(geometry: Geometry, seen: int, streams: tuple[int, ...], noise: int) -> tuple[tuple[_Span, ...], ...]:
-    """Which frames the chunk that begins ``seen`` frames into ``geometry`` sees, for its queries of each stream.
+def key_spans(
+    geometry: Geometry, history_frames: int, streams: tuple[int, ...], noise: int
+) -> tuple[tuple[_Span, ...], ...]:
+    """Which frames the queries of each stream of a chunk attend to; it begins ``history_frames`` into ``geometry``.
 
     Args:
         geometry: History and chunk as one sample; the chunk is its last frames and a chunk of its grid.
-        seen: Frames of history.
+        history_frames: Frames of history.
         streams: Streams that query, each of ``VIDEO`` and ``ACTION``.
         noise: ``NOISY`` or ``CLEAN`` queries.
     """
-    # every token of a frame sees the same, so one stands for all
+    # every token of a frame attends to the same, so one stands for all
     one = Geometry(**vars(geometry) | {"video_tokens": 1, "action_tokens": 1})
     t, frames = tokens(one), one.video_frames
-    seen_by = []
+    spans_of_streams = []
     for stream in streams:
         start = SEGMENTS.index((stream, noise)) * frames
-        mask = visible(one, t[start + seen : start + frames][:, None], t[None, :])
-        assert (mask == mask[:1]).all(), "the frames of a chunk see the same"
+        mask = visible(one, t[start + history_frames : start + frames][:, None], t[None, :])
+        assert (mask == mask[:1]).all(), "the frames of a chunk attend to the same"
         spans = []
         for segment, (key_stream, key_noise) in enumerate(SEGMENTS):
             found = np.flatnonzero(mask[0, segment * frames : (segment + 1) * frames])
@@ -57,8 +59,8 @@ def key_spans(geometry: Geometry, seen: int, streams: tuple[int, ...], noise: in
                 first, end = int(found[0]), int(found[-1]) + 1
                 assert end - first == found.size, "a stream's visible frames are one stretch"
                 spans.append((key_stream, key_noise, first, end))
-        seen_by.append(tuple(spans))
-    return tuple(seen_by)
+        spans_of_streams.append(tuple(spans))
+    return tuple(spans_of_streams)
 
 
 class StreamingCache:
@@ -70,7 +72,7 @@ class StreamingCache:
         heads: Attention heads H.
         head_dim: Width D of a head.
         video_tokens: Tokens of one video frame.
-        action_tokens: Action slots of one frame.
+        action_tokens: Action tokens of one frame.
         chunk_size: Frames of a chunk, at most.
         frames: Frames that each ring holds.
         dtype: Of keys and values.
@@ -156,57 +158,65 @@ class StreamingCache:
 
     @host_side
     def ranges(
-        self, geometries: Sequence[Geometry], starts: Sequence[int], seen: Sequence[int], counts: Sequence[int],
-        streams: Sequence[int], noise: int,
-    ) -> Tensor:  # fmt: skip
-        """What a chunk's queries see, for ``cached_attention`` with a group for each stream.
+        self,
+        geometries: Sequence[Geometry],
+        starts: Sequence[int],
+        history_frames: Sequence[int],
+        counts: Sequence[int],
+        streams: Sequence[int],
+        noise: int,
+    ) -> Tensor:
+        """What a chunk's queries attend to, for ``cached_attention`` with a row set for each stream.
 
         Args:
             geometries: Of each sample: its history and chunk, see :func:`key_spans`.
             starts: Episode frame with which each geometry begins.
-            seen: Frames of history in each geometry.
-            counts: Frames of each sample's chunk that are there; the queries of the others see the same and may be
-                thrown away. 0: the sample sees nothing.
+            history_frames: Frames of history in each geometry.
+            counts: Frames of each sample's chunk that are there; the queries of the others attend to the same and
+                may be thrown away. 0: the sample's queries are fully masked.
             streams: Streams that query.
             noise: ``NOISY`` or ``CLEAN`` queries.
 
         Returns:
             int32 ``[B, len(streams), MAX_RANGES, 2]`` on the CPU.
         """
-        starts, seen, counts = (
+        starts, history_frames, counts = (
             integers("StreamingCache.ranges", name, values)
-            for name, values in (("starts", starts), ("seen", seen), ("counts", counts))
+            for name, values in (("starts", starts), ("history_frames", history_frames), ("counts", counts))
         )
         table = np.zeros((self.batch, len(streams), MAX_RANGES, 2), np.int32)
-        for b, (geometry, start, before, count) in enumerate(zip(geometries, starts, seen, counts, strict=True)):
+        for b, (geometry, start, before, count) in enumerate(
+            zip(geometries, starts, history_frames, counts, strict=True)
+        ):
             for g, spans in enumerate(key_spans(geometry, before, tuple(streams), noise) if count else ()):
-                found: list[tuple[int, int]] = []
+                slots: list[tuple[int, int]] = []
                 for stream, key_noise, first, end in spans:
                     if key_noise == CLEAN:
-                        found += self.ring_slots(stream, start + min(first, before), start + min(end, before))
-                    # of its own chunk, a query sees the frames that are there
+                        slots += self.ring_slots(stream, start + min(first, before), start + min(end, before))
+                    # of its own chunk, a query attends to the frames that are there
                     own, per = self._chunk[stream, key_noise], self.per_frame[stream]
                     own_first, own_end = max(first - before, 0), min(end - before, count)
                     if own_first < own_end:
-                        found.append((own + own_first * per, own + own_end * per))
-                table[b, g, : len(found)] = np.reshape(found, (-1, 2))
+                        slots.append((own + own_first * per, own + own_end * per))
+                table[b, g, : len(slots)] = np.reshape(slots, (-1, 2))
         return torch.from_numpy(table)
 
     @eager
-    def keep(self, streams: Sequence[int], firsts: Sequence[int], counts: Sequence[int]) -> None:
+    def store_chunk(self, streams: Sequence[int], firsts: Sequence[int], counts: Sequence[int]) -> None:
         """Copy the clean chunk's first ``counts[b]`` frames to the places of the frames ``firsts[b]`` and following.
 
         Fewer rollouts than the batch: it is so many copies of them, as in classifier-free guidance.
         """
         firsts, counts = (
-            integers("StreamingCache.keep", name, values) for name, values in (("firsts", firsts), ("counts", counts))
+            integers("StreamingCache.store_chunk", name, values)
+            for name, values in (("firsts", firsts), ("counts", counts))
         )
         rollouts = len(firsts)
         assert self.batch % rollouts == 0
-        groups: dict[tuple[int, int], list[int]] = {}
+        alike: dict[tuple[int, int], list[int]] = {}
         for b, key in enumerate(zip(firsts, counts, strict=True)):
-            groups.setdefault(key, []).extend(range(b, self.batch, rollouts))
-        for (first, count), members in groups.items():
+            alike.setdefault(key, []).extend(range(b, self.batch, rollouts))
+        for (first, count), members in alike.items():
             # no index tensor: it would have to be copied from the host, and wait for it
             whole = len(members) == self.batch
             for chosen in [slice(None)] if whole else [slice(m, m + 1) for m in members]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import operator
 import os
 from collections.abc import Callable, Collection, Iterable
 from numbers import Real
@@ -12,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import torch
+
+from wam_kernels.runtime.checks import index_of
 
 
 def check_field(config: object, name: str, check: Callable, *bounds) -> None:
@@ -32,7 +33,7 @@ def instance(where: str, value: object, kind: type) -> None:
 
 
 def whole(where: str, value: Any, low: int, high: int | None = None) -> int:
-    """``value`` as an int: an integer of Python or NumPy, or an integer tensor without dims; no bool, no float.
+    """``value`` as an int: an integer of Python or NumPy, or one of a CPU tensor without dims; no bool, no float.
 
     Args:
         where: Begins the message: the class or function and the field, ``"RolloutConfig: steps"``.
@@ -44,13 +45,7 @@ def whole(where: str, value: Any, low: int, high: int | None = None) -> int:
         ValueError: it is no whole number, or outside the range.
     """
     bound = f"of at least {low}" if high is None else f"from {low} to {high}"
-    try:
-        is_bool = isinstance(value, bool | np.bool_) or getattr(value, "dtype", None) == torch.bool
-        if is_bool or bool(getattr(value, "ndim", 0)):
-            raise TypeError
-        found: int | None = operator.index(value)
-    except TypeError:
-        found = None
+    found = index_of(value)
     if found is None or found < low or (high is not None and found > high):
         raise ValueError(f"{where} must be a whole number {bound}, got {value!r}")
     return found

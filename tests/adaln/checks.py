@@ -59,7 +59,7 @@ SHAPES = [  # index, B, D, dtype: each with its reason
 
 
 def make_inputs(index: FrameIndex, B: int, D: int, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
-    """Drawn on the CPU, so that devices see the same numbers. ``dr`` and ``dh`` are the incoming gradients."""
+    """Drawn on the CPU, so that devices get the same numbers. ``dr`` and ``dh`` are the incoming gradients."""
     g = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> Tensor:

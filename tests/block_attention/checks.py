@@ -49,7 +49,7 @@ def run(plan: Plan, inputs: list[torch.Tensor], impl: str | None, scale: float |
     q, k, v, dout, dlse = inputs
     q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
     out, lse = block_attention(q, k, v, plan, scale=scale, impl=impl, return_lse=True)
-    # a row that sees nothing has lse -inf and no gradient through it
+    # a fully masked row has lse -inf and no gradient through it
     dlse = dlse.to(lse.dtype).masked_fill(torch.isinf(lse), 0.0)
     grads = torch.autograd.grad((out, lse), (q, k, v), (dout.to(out.dtype), dlse))
     return [out.detach(), lse.detach(), *grads]
@@ -83,7 +83,7 @@ def ragged_plan() -> Plan:
 
 
 def rectangular_plan() -> Plan:
-    """Two batch elements of queries over more keys: a program, and ranges with keys and queries that meet nothing."""
+    """Two batch elements of queries over more keys: a program, and ranges with keys and queries without a pair."""
     text = RULE_PROGRAMS["lingbot_va_text"](samples=2, video=7, actions=3, text_tokens=20, padding=3)
     loose = Ranges([(0, 9), (4, 30), (30, 40)], [(3, 50), (60, 61), (20, 45)], 45, 70)
     plan = compile_plan([[text], [loose]])
@@ -92,7 +92,7 @@ def rectangular_plan() -> Plan:
 
 
 def blind_plan() -> Plan:
-    """One sample whose keys are cut away from the later frames, and padding: rows that see nothing."""
+    """One sample whose keys are cut away from the later frames, and padding: fully masked rows."""
     alone = small("decoupled_same_step", video_frames=0, action_frames=2, startup_action_frames=2)
     plan = compile_plan([[alone, small()]], length=100)
     assert (plan.mask().sum(-1) == 0).any()
@@ -119,12 +119,12 @@ def _span(*spans: tuple[int, int]) -> list[int]:
     return [i for begin, end in spans for i in range(begin, end)]
 
 
-def _each(n: int, sees) -> Ranges:
-    return Ranges([(i, i + 1) for i in range(n)], [sees(i) for i in range(n)], n)
+def _each(n: int, keys_of) -> Ranges:
+    return Ranges([(i, i + 1) for i in range(n)], [keys_of(i) for i in range(n)], n)
 
 
-def _unmet(name: str, sample: Geometry | Ranges) -> Scene:
-    """All that meets nothing is bad: queries that see no key, keys that no query sees."""
+def _pairless(name: str, sample: Geometry | Ranges) -> Scene:
+    """All without a pair is bad: fully masked queries, keys that no query attends to."""
     mask = compile_plan(sample).mask()[0, 0]
     q, k = ((~mask.any(dim)).nonzero().flatten().tolist() for dim in (1, 0))
     assert q or k
@@ -140,21 +140,21 @@ SCENES = [
         *[_span((0, 12), (20, 29))] * 2,
     ),
     Scene("values of a document", Ranges(DOCUMENTS, DOCUMENTS, 29), {"v": [3]}, *[_span((12, 29))] * 2),
-    # rows that see a token in common may share a tile: here those within 7 of each other
+    # rows that attend to a token in common may share a tile: here those within 7 of each other
     Scene(
         "end of a sliding window", _each(32, lambda i: (max(0, i - 7), i + 1)), _all_of(_span((27, 32))),
         _span((0, 20)), _span((0, 6)),
     ),
-    # the first meets the second and the second the third, but the third does not meet the first
+    # the first shares a token with the second and the second with the third, but the third not with the first
     Scene(
         "chain", Ranges([(0, 5), (5, 9), (9, 14)], [(0, 6), (5, 10), (9, 14)], 14), _all_of(_span((0, 5))),
         _span((9, 14)), _span((10, 14)),
     ),
-    _unmet("key between ranges, query in no range", Ranges([(0, 9), (2, 7)], [(0, 4), (6, 8)], 11)),
+    _pairless("key between ranges, query in no range", Ranges([(0, 9), (2, 7)], [(0, 4), (6, 8)], 11)),
     # in the second column of a tile whose rows have a key of the first in common
-    _unmet("key between the ranges of two rows", Ranges([(0, 12), (0, 6), (6, 12)], [(0, 2), (3, 5), (8, 12)], 12)),
-    _unmet("program", STARTING),
-    # rows that meet nothing get 0 also where all else of their tile is bad
+    _pairless("key between the ranges of two rows", Ranges([(0, 12), (0, 6), (6, 12)], [(0, 2), (3, 5), (8, 12)], 12)),
+    _pairless("program", STARTING),
+    # fully masked rows get 0 also where all else of their tile is bad
     Scene("bad program", STARTING, _all_of(_span((0, STARTING.length))), [], []),
     # the second keys share a tile with those of the bad queries; in dv these are multiplied by 0, in dk left out
     Scene("gradients of queries", Ranges([(0, 8), (4, 8)], [(0, 4), (4, 8)], 8), {"dout": _span((0, 4))},
@@ -163,7 +163,7 @@ SCENES = [
 
 
 def check_nan_stays(impl: str) -> None:
-    """NaN and Inf reach what the formula says and no other document, sample or batch element; unmet tokens get 0."""
+    """NaN and Inf reach what the formula says, no other document, sample or batch element; tokens in no pair get 0."""
     samples = [scene.sample for scene in SCENES]
     # the second element is bad, and so is the padding that ends both
     length = sum(s.length for s in samples) + 5
@@ -193,13 +193,13 @@ def check_nan_stays(impl: str) -> None:
                 msg=lambda m, scene=scene, name=name: f"{scene.name}: {name}: {m}",
             )
             first += scene.sample.length
-        unmet = ~plan.mask()[0, 0].any(0 if of_keys else 1)
-        assert (got[unmet] == (-torch.inf if name == "lse" else 0)).all(), f"{name} of what meets nothing"
-        assert not got[~unmet].isfinite().all(), f"{name} hides what is not finite"
+        alone = ~plan.mask()[0, 0].any(0 if of_keys else 1)
+        assert (got[alone] == (-torch.inf if name == "lse" else 0)).all(), f"{name} of what has no pair"
+        assert not got[~alone].isfinite().all(), f"{name} hides what is not finite"
 
 
 def check_infinite_scores(impl: str) -> None:
-    """A row whose scores all overflow to -inf is as one that sees nothing; +inf is NaN, in that row alone."""
+    """A row whose scores all overflow to -inf is as a fully masked one; +inf is NaN, in that row alone."""
     plan = compile_plan(Ranges([(0, 3), (3, 6)], [(0, 3), (3, 6)], 6), tile=TileShape(16, 16))
     inputs = make_inputs(plan, 1, 1, 16, torch.float32)
     (out_before, _, dq_before, *_), (q, k, v, *douts) = run(plan, inputs, impl, scale=1.0), inputs

@@ -34,7 +34,7 @@ def test_every_program(program, history):
         pytest.param(ragged_plan(), 2, 2, 64, torch.bfloat16, id="bf16"),
         pytest.param(ragged_plan(), 2, 2, 64, torch.float16, id="fp16"),
         pytest.param(ragged_plan(), 2, 1, 32, torch.float64, id="float64"),
-        pytest.param(blind_plan(), 1, 2, 32, torch.float32, id="rows-that-see-nothing"),
+        pytest.param(blind_plan(), 1, 2, 32, torch.float32, id="fully-masked-rows"),
         pytest.param(compile_plan(small()), 3, 1, 8, torch.float32, id="smallest-D"),
         pytest.param(compile_plan(small()), 1, 1, 256, torch.float32, id="largest-D"),
         pytest.param(compile_plan(small()), 0, 2, 16, torch.float32, id="no-batch"),
@@ -122,7 +122,7 @@ def test_layout_never_changes_the_answer(layout):
         assert torch.equal(a, b)
 
 
-def test_rows_that_see_nothing_give_zero():
+def test_fully_masked_rows_give_zero():
     plan = blind_plan()
     out, lse, dq, *_ = run(plan, make_inputs(plan, 1, 2, 16, torch.float32), None)
     blind = ~plan.mask()[0, 0].any(-1)

@@ -37,9 +37,9 @@ class Case:
         return torch.tensor(rows, dtype=torch.int32).view(len(self.samples), len(self.rows), R, 2).to(self.device)
 
     def inputs(self) -> list[Tensor]:
-        """q and two views of one ``[layers, 2, B, N, H, D]`` buffer, NaN in all slots that no group of a sample sees.
+        """q and two views of one ``[layers, 2, B, N, H, D]`` buffer, NaN in slots that no group attends to.
 
-        Drawn on the CPU so that devices see the same numbers.
+        Drawn on the CPU so that devices get the same numbers.
         """
         g = torch.Generator().manual_seed(0)
         B, shape = len(self.samples), (self.H, self.D)
@@ -60,8 +60,8 @@ CASES = [
     pytest.param(Case([[[(0, 90), (100, 140)], [(0, 140)]]], (32, 8), 160, H=3, D=64), id="video-and-action-rows"),
     pytest.param(Case([[WRAPPED]], (19,), 80), id="wrap-around"),
     pytest.param(Case([[[(3, 50)]], [[(0, 80)]], [[(60, 61)]]], (21,), 80), id="per-sample-fill"),
-    pytest.param(Case([[[], [(5, 30)]]], (6, 6), 40), id="group-that-sees-nothing"),
-    pytest.param(Case([[[]], [[(2, 9)]]], (5,), 20), id="sample-that-sees-nothing"),
+    pytest.param(Case([[[], [(5, 30)]]], (6, 6), 40), id="fully-masked-group"),
+    pytest.param(Case([[[]], [[(2, 9)]]], (5,), 20), id="fully-masked-sample"),
     pytest.param(Case([[[]]], (5,), 20), id="nothing-at-all"),
     pytest.param(Case([[[(0, 9)], [(9, 30)], [(30, 33)]]], (4, 0, 3), 40), id="group-without-rows"),
     pytest.param(Case([[[(0, 9)]]], (0,), 40), id="no-rows"),
@@ -130,7 +130,7 @@ def check_strides_are_free(case: Case, impl: str | None) -> None:
 
 
 def check_nan_stays(attend, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:
-    """NaN and Inf reach the rows that hold or see them; a row whose scores are all -inf is as one that sees nothing.
+    """NaN and Inf reach the rows that hold or attend to them; a row whose scores are all -inf is as a fully masked one.
 
     ``attend(case, inputs)`` gives out and lse.
     """
@@ -138,7 +138,7 @@ def check_nan_stays(attend, dtype: torch.dtype = torch.float32, device: str = "c
     case = Case([groups, groups], (20, 4), 70, H=1, dtype=dtype, device=device, scale=1.0)
     q, k, v = inputs = case.inputs()
     expected, _ = attend(case, inputs)
-    # the second sample; a row; slots that only the second group sees, beside those of the first
+    # the second sample; a row; slots that only the second group attends to, beside those of the first
     q[1], k[1], v[1] = torch.nan, torch.inf, torch.nan
     q[0, 3], q[0, 7] = torch.nan, torch.inf
     v[0, 40:50] = torch.nan

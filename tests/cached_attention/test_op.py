@@ -88,7 +88,7 @@ def test_autocast_leaves_the_op_alone(impl):
 
 
 def test_slots_of_one_group_do_not_reach_another():
-    # a slot that another group sees holds numbers, not NaN: only a missing mask would let it in, so poison it by value
+    # a slot that another group attends to holds numbers, not NaN: only a missing mask would let it in, so poison it
     case = Case([[[(0, 20)], [(20, 40)]]], (4, 4), 40)
     q, k, v = case.inputs()
     for impl in ("reference", "cpu"):

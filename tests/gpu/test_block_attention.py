@@ -28,7 +28,7 @@ def test_every_program(program, history):
         pytest.param(ragged_plan, 2, 2, 64, torch.float32, id="ragged-batch-float32"),
         pytest.param(ragged_plan, 2, 2, 128, torch.float32, id="largest-float32-head"),
         pytest.param(ragged_plan, 2, 2, 128, torch.float16, id="fp16"),
-        pytest.param(blind_plan, 1, 2, 64, torch.bfloat16, id="rows-that-see-nothing"),
+        pytest.param(blind_plan, 1, 2, 64, torch.bfloat16, id="fully-masked-rows"),
         pytest.param(lambda: compile_plan(small()), 2, 1, 8, torch.bfloat16, id="smallest-D"),
         pytest.param(lambda: compile_plan(small()), 2, 1, 72, torch.bfloat16, id="D-not-power-of-two"),
         pytest.param(lambda: compile_plan(small()), 2, 1, 256, torch.bfloat16, id="largest-D"),

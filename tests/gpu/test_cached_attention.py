@@ -12,7 +12,7 @@ from wam_kernels.cached_attention import cached_attention
 
 each_impl = impls.each_impl("cached_attention")
 
-# a ring that has wrapped round, and the chunk's own slots; the action rows see less
+# a ring that has wrapped round, and the chunk's own slots; the action rows attend to less
 LIBERO = [[(900, 2160), (0, 800), (2160, 2304)], [(900, 2160), (2160, 2304)]]
 
 

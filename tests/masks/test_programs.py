@@ -15,7 +15,7 @@ few, some = st.integers(0, 4), st.integers(1, 5)
 
 
 def paint_video(mask: np.ndarray, at: int, frames: int, tokens: int, mode: str) -> None:
-    """One copy of the video at token ``at`` sees itself, frame by frame."""
+    """One copy of the video at token ``at`` attends to itself, frame by frame."""
     for f in range(frames):
         last = {"first_frame_causal": frames if f else 1, "per_frame_causal": f + 1, "bidirectional": frames}[mode]
         mask[at + f * tokens : at + (f + 1) * tokens, at : at + last * tokens] = True

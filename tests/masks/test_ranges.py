@@ -46,7 +46,7 @@ def mask_of_rows(rows, length: int, others: int) -> np.ndarray:
 
 @settings(max_examples=120, deadline=None)
 @given(ranges())
-def test_rows_see_what_the_pairs_say(r):
+def test_rows_attend_to_what_the_pairs_say(r):
     mask = mask_in_loops(r)
     np.testing.assert_array_equal(r.dense_mask(), mask)
     np.testing.assert_array_equal(mask_of_rows(r.rows, r.length, r.key_length), mask)
@@ -73,13 +73,13 @@ def test_tiles_compute_exactly_the_visible_pairs(batch, padding, tile):
         q, k = 0, 0
         for s in samples:
             if isinstance(s, Ranges):
-                assert_rows_of_a_tile_meet(plan.queries, mask, b, q, q + s.length)
-                assert_rows_of_a_tile_meet(plan.keys, mask.transpose(0, 2, 1), b, k, k + s.key_length)
+                assert_rows_of_a_tile_share_a_token(plan.queries, mask, b, q, q + s.length)
+                assert_rows_of_a_tile_share_a_token(plan.keys, mask.transpose(0, 2, 1), b, k, k + s.key_length)
             q, k = q + s.length, k + s.key_length
 
 
-def assert_rows_of_a_tile_meet(side: Side, mask: np.ndarray, b: int, begin: int, end: int) -> None:
-    """Any two rows of a tile of this sample see a token in common, or both nothing; and no other sample is in it."""
+def assert_rows_of_a_tile_share_a_token(side: Side, mask: np.ndarray, b: int, begin: int, end: int) -> None:
+    """Any two rows of a tile of this sample attend to a common token, or to none both; no other sample is in it."""
     for (of_tile, *_), row in zip(side.tiles.numpy(), side.rows.numpy(), strict=True):
         own = row[(row >= begin) & (row < end)]
         if of_tile == b and own.size:
@@ -108,14 +108,14 @@ WINDOW = 12
         pytest.param(Ranges([(i, i + 1) for i in range(40)], [(i, i + 1) for i in range(40)], 40), id="each-itself"),
     ],
 )
-def test_rows_of_a_tile_meet(r):
+def test_rows_of_a_tile_share_a_token(r):
     plan = compile_plan([[small(), r], [r, r]], tile=TileShape(16, 8, key_rows=32))
     mask = plan.mask()[:, 0].numpy()
     mask_of_side(plan.queries, 2, *mask.shape[1:]), mask_of_side(plan.keys, 2, *mask.shape[:0:-1])
     n, first = r.length, small().length
     for b, begin in ((0, first), (1, 0), (1, n)):
         for side, seen in ((plan.queries, mask), (plan.keys, mask.transpose(0, 2, 1))):
-            assert_rows_of_a_tile_meet(side, seen, b, begin, begin + n)
+            assert_rows_of_a_tile_share_a_token(side, seen, b, begin, begin + n)
 
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor, lambda pairs: np.array(pairs, np.uint8)])
@@ -132,7 +132,7 @@ def test_from_mask(r):
 
 
 def test_as_few_columns_as_the_gaps_need():
-    # every query sees a head and its own piece: one cut, wherever the pieces are
+    # every query attends to a head and its own piece: one cut, wherever the pieces are
     pieces = [(i, i + 4) for i in range(4, 404, 4)]
     r = Ranges([(4, 404), *pieces], [(0, 3), *pieces], 404)
     assert r.rows.bounds.shape[1] == 2

@@ -1,4 +1,4 @@
-"""The predicate against every mask recorded from the reference system."""
+"""The predicate against every mask recorded from OpenWAM."""
 
 import sys
 

@@ -31,7 +31,7 @@ def mask_of_intervals(geometry, transposed: bool) -> np.ndarray:
 def mask_of_side(side: Side, batch: int, length: int, others: int | None = None) -> np.ndarray:
     """Replay the kernel's walk.
 
-    A pair computed twice, a row owned by no tile or two, or a token visited that no row of the tile sees, is an error.
+    A pair computed twice, a row owned by no tile or two, or a token visited that no row of the tile attends to: errors.
     """
     tiles, rows, groups, bounds, full, part = (t.numpy() for t in side.tensors())
     times = np.zeros((batch, length, length if others is None else others), int)
@@ -44,10 +44,10 @@ def mask_of_side(side: Side, batch: int, length: int, others: int | None = None)
         for step in range(part_0, part_1):
             tokens = part[step]
             lo, hi = np.moveaxis(bounds[group], -1, 0)[..., None]
-            sees = ((lo <= tokens) & (tokens < hi)).any(1)
-            assert not sees[:, tokens < 0].any(), "a hole in a partial step must be invisible"
-            assert sees[is_row].any(0)[tokens >= 0].all(), "what a tile visits may be NaN, and so reach its rows"
-            times[b, row[is_row][:, None], tokens[tokens >= 0]] += sees[is_row][:, tokens >= 0]
+            visible = ((lo <= tokens) & (tokens < hi)).any(1)
+            assert not visible[:, tokens < 0].any(), "a hole in a partial step must be invisible"
+            assert visible[is_row].any(0)[tokens >= 0].all(), "what a tile visits may be NaN, and so reach its rows"
+            times[b, row[is_row][:, None], tokens[tokens >= 0]] += visible[is_row][:, tokens >= 0]
     assert (owners == 1).all()
     assert times.max(initial=0) <= 1
     return times.astype(bool)
@@ -87,7 +87,7 @@ def test_tiles_compute_exactly_the_visible_pairs(batch, padding, tile):
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
-def test_runs_see_what_their_tokens_see(program):
+def test_runs_attend_to_what_their_tokens_do(program):
     plan = compile_plan([[small(program), small(program, chunk_size=1)]], length=180)
     mask = np.zeros((1, 180, 180), bool)
     for b, start, end, *bounds in plan.runs.tolist():

@@ -35,7 +35,7 @@ class Case:
     table_per_sample: bool = False
 
     def inputs(self, per_head: bool, seed: int = 0) -> dict[str, Tensor]:
-        """Drawn on the CPU so that devices see the same numbers; dq_out, dk_out are what flows back."""
+        """Drawn on the CPU so that devices get the same numbers; dq_out, dk_out are what flows back."""
         g = torch.Generator().manual_seed(seed)
         inner, dtype = self.H * self.D, self.weight_dtype or self.dtype
         width = self.D if per_head else inner
@@ -145,7 +145,7 @@ def check_out_into_a_cache_slot(case: Case, impl: str | None) -> None:
 
 
 def check_nan_stays(impl: str | None, per_head: bool, interleaved: bool, device: str = "cpu") -> None:
-    """NaN and Inf in a token of q or k stay in it, with ``per_head`` in its head; only weight gradients meet them."""
+    """NaN and Inf in a token of q or k stay in it, with ``per_head`` in its head; only weight gradients get them."""
     case = Case(2, 5, 3, 24, device=device)
     inputs = case.inputs(per_head)
     bad = {name: t.clone() for name, t in inputs.items()}

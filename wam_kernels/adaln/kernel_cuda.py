@@ -10,7 +10,7 @@ from torch import Tensor
 from ..runtime import cuda
 
 # Forward: a block walks this many neighbouring tokens at most, so that the modulation is read once for them; fewer
-# where that would leave less than BLOCKS blocks, 8 for each SM of an H100. Reckoned, not yet measured.
+# where that would leave less than BLOCKS blocks, 8 for each SM of an H100. Estimated, not measured.
 TOKENS_PER_BLOCK, BLOCKS = 8, 1056
 
 _ABSENT = (0, 0, 0)

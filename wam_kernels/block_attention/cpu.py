@@ -1,14 +1,14 @@
 """The CPU path: GEMMs over the runs of a plan. Memory is linear in S; nothing masked is ever computed.
 
-A *run* is a set of queries that see exactly the same keys, at most one contiguous slice per range: one stream of one
-chunk, or both where their keys agree. So a run needs no mask: lay its slices end to end, score, softmax, multiply.
+A *run* is a set of queries that attend to exactly the same keys, at most one contiguous slice per range: one stream of
+one chunk, or both where their keys agree. So a run needs no mask: lay its slices end to end, score, softmax, multiply.
 
     forward   s = scale q k^T;  m = max s;  p = exp(s - m);  l = sum p;  out = p v / l;  lse = m + log l
     backward  p = exp(scale q k^T - lse);  dv += p^T dout;  ds = p (dout v^T - delta)
               dq = scale ds k;  dk += scale ds^T q;  delta = rowsum(dout out) - dlse
 
-Nothing masked is multiplied, so a NaN stays with the rows that see it. A row whose scores are all -inf has out 0 and
-lse -inf, like one that sees nothing.
+Nothing masked is multiplied, so a NaN stays with the rows that attend to it. A row whose scores are all -inf has out 0
+and lse -inf, like a fully masked one.
 
 Runs are visited in order, so dk and dv sum in the same order every time. Work is float32 (float64 for float64).
 Query heads that share a key head are laid under each other as more rows of one GEMM, which also sums their dk and dv.

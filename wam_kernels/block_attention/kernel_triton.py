@@ -4,11 +4,11 @@
     backward  p = exp(s - lse);  ds = p (dout v^T - delta);  delta = rowsum(dout out) - dlse
               dq = scale ds k;  dk = scale ds^T q;  dv = p^T dout
 
-One program owns a tile of rows of one head (queries for the forward and dq, keys for dk and dv) or, where that does not
-fit into registers or shared memory, one of its PIECES equal pieces. It walks the tile's steps (``wam_kernels.plan``):
-first the full steps, which need no mask, then the partial ones, where a row sees token t iff lo <= t < hi for one of
-its RANGES ranges. Tiles come heaviest first. No atomics: every output row is written by one program in a fixed order,
-so results are the same from run to run.
+One program instance owns a tile of rows of one head (queries for the forward and dq, keys for dk and dv) or, where that
+does not fit into registers or shared memory, one of its PIECES equal pieces. It walks the tile's steps
+(``wam_kernels.plan``): first the full steps, which need no mask, then the partial ones, where a row attends to token t
+iff lo <= t < hi for one of its RANGES ranges. Tiles come heaviest first. No atomics: every output row is written by one
+instance in a fixed order, so results are the same from run to run.
 
 Each loop asks for the tokens of its next step one step ahead. Rows then wait for no index that is loaded in the same
 step, and with three stages the rows of the next two steps are on their way while one is computed.
@@ -16,9 +16,9 @@ step, and with three stages the rows of the next two steps are on their way whil
 Scores and sums are float32; p and ds are rounded to the input dtype before their products, outputs at the store.
 Softmax works in base 2: LOG2E is folded into the scale. Tokens are gathered by row, so token strides are free.
 
-0 * NaN is NaN, so what is masked is selected and not multiplied: p, ds, and at the end the rows that see nothing, which
-get 0. What is left is the product with a step's tokens: a NaN or Inf in one of them, which some row of the tile sees,
-may reach all rows of the tile, and no others (``wam_kernels.plan`` says which rows share one).
+0 * NaN is NaN, so what is masked is selected and not multiplied: p, ds, and at the end the fully masked rows, which
+get 0. What is left is the product with a step's tokens: a NaN or Inf in one of them, which some row of the tile attends
+to, may reach all rows of the tile, and no others (``wam_kernels.plan`` says which rows share one).
 
 Query head h reads key head h // GROUP; a key tile's program walks its steps once for each of its GROUP query heads.
 
@@ -34,7 +34,7 @@ from ..runtime.backends import check_grid, on_its_device
 from . import config
 
 LOG2E = tl.constexpr(1.4426950408889634)
-# Where a running maximum starts: with -inf, a row that has seen nothing yet would make NaN of -inf - -inf.
+# Where a running maximum starts: with -inf, a row without a visible token so far would make NaN of -inf - -inf.
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 # Numbers that change with the geometry must not key a compilation of their own. Strides do take part in the key: what
@@ -70,22 +70,23 @@ def _turn(i, steps, GROUP: tl.constexpr):
 
 
 @triton.jit
-def _sees(bounds_ptr, group, tokens, RANGES: tl.constexpr):
+def _visible(bounds_ptr, bounds_row, tokens, RANGES: tl.constexpr):
     """bool [R, T]: is ``tokens`` (T) in one of the ranges of each row? -1 never is, for lo >= 0."""
-    seen = tl.full([group.shape[0], tokens.shape[0]], 0, tl.int1)
+    visible = tl.full([bounds_row.shape[0], tokens.shape[0]], 0, tl.int1)
     for r in tl.static_range(RANGES):
-        lo = tl.load(bounds_ptr + (group * RANGES + r) * 2)
-        hi = tl.load(bounds_ptr + (group * RANGES + r) * 2 + 1)
-        seen |= (lo[:, None] <= tokens[None, :]) & (tokens[None, :] < hi[:, None])
-    return seen
+        lo = tl.load(bounds_ptr + (bounds_row * RANGES + r) * 2)
+        hi = tl.load(bounds_ptr + (bounds_row * RANGES + r) * 2 + 1)
+        visible |= (lo[:, None] <= tokens[None, :]) & (tokens[None, :] < hi[:, None])
+    return visible
 
 
 @triton.jit
-def _sees_any(bounds_ptr, group, RANGES: tl.constexpr):
+def _attends_to_any(bounds_ptr, bounds_row, RANGES: tl.constexpr):
     """bool [R]: is one of the ranges of each row not empty?"""
-    some = tl.full([group.shape[0]], 0, tl.int1)
+    some = tl.full([bounds_row.shape[0]], 0, tl.int1)
     for r in tl.static_range(RANGES):
-        some |= tl.load(bounds_ptr + (group * RANGES + r) * 2) < tl.load(bounds_ptr + (group * RANGES + r) * 2 + 1)
+        lo = tl.load(bounds_ptr + (bounds_row * RANGES + r) * 2)
+        some |= lo < tl.load(bounds_ptr + (bounds_row * RANGES + r) * 2 + 1)
     return some
 
 
@@ -114,7 +115,7 @@ def _online_softmax(s, to_base2, m, total, acc, v, PRECISION: tl.constexpr):
 @triton.jit(do_not_specialize=_PER_CALL)
 def _block_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
-    tiles_ptr, rows_ptr, groups_ptr, bounds_ptr, full_ptr, part_ptr,
+    tiles_ptr, rows_ptr, bounds_row_ptr, bounds_ptr, full_ptr, part_ptr,
     stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_s, stride_k_h,
     stride_v_b, stride_v_s, stride_v_h, stride_out_b, stride_out_s, stride_out_h,
     S, H, scale,
@@ -128,7 +129,7 @@ def _block_attention_fwd_kernel(
     d = tl.arange(0, BLOCK_D)
     in_d = (d < D)[None, :]
     rows = tl.load(rows_ptr + piece * BLOCK_R + tl.arange(0, BLOCK_R))
-    group = tl.load(groups_ptr + piece * BLOCK_R + tl.arange(0, BLOCK_R))
+    bounds_row = tl.load(bounds_row_ptr + piece * BLOCK_R + tl.arange(0, BLOCK_R))
     is_row = (rows >= 0)[:, None]
 
     q = tl.load(
@@ -160,7 +161,7 @@ def _block_attention_fwd_kernel(
         k = tl.load(_row_pointers(k_base, tokens, stride_k_s, d), mask=is_token & in_d, other=0.0)
         v = tl.load(_row_pointers(v_base, tokens, stride_v_s, d), mask=is_token & in_d, other=0.0)
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        s = tl.where(_sees(bounds_ptr, group, tokens, RANGES), s, float("-inf"))
+        s = tl.where(_visible(bounds_ptr, bounds_row, tokens, RANGES), s, float("-inf"))
         m, total, acc = _online_softmax(s, to_base2, m, total, acc, v, PRECISION)
 
     # NaN scores leave m where it was, and scores past 2**31, where rounding m alone is more than exp2 can take, leave
@@ -177,7 +178,7 @@ def _block_attention_fwd_kernel(
 @triton.jit(do_not_specialize=_PER_CALL)
 def _block_attention_bwd_dq_kernel(
     dout_ptr, dlse_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr, lse2_ptr,
-    tiles_ptr, rows_ptr, groups_ptr, bounds_ptr, full_ptr, part_ptr,
+    tiles_ptr, rows_ptr, bounds_row_ptr, bounds_ptr, full_ptr, part_ptr,
     stride_dout_b, stride_dout_s, stride_dout_h, stride_q_b, stride_q_s, stride_q_h,
     stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
     stride_out_b, stride_out_s, stride_out_h,
@@ -195,7 +196,7 @@ def _block_attention_bwd_dq_kernel(
     d = tl.arange(0, BLOCK_D)
     in_d = (d < D)[None, :]
     rows = tl.load(rows_ptr + piece * BLOCK_R + tl.arange(0, BLOCK_R))
-    group = tl.load(groups_ptr + piece * BLOCK_R + tl.arange(0, BLOCK_R))
+    bounds_row = tl.load(bounds_row_ptr + piece * BLOCK_R + tl.arange(0, BLOCK_R))
     is_row = (rows >= 0)[:, None]
 
     q = tl.load(
@@ -210,7 +211,7 @@ def _block_attention_bwd_dq_kernel(
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1) - tl.load(dlse_ptr + at, mask=rows >= 0, other=0.0)
     tl.store(delta_ptr + at, delta, mask=rows >= 0)
 
-    # a row that sees nothing, or scores of -inf alone, has lse -inf, and s - lse could be NaN; with 0 its p are 0
+    # a fully masked row, or one with scores of -inf alone, has lse -inf, and s - lse could be NaN; with 0 its p are 0
     nothing = lse == float("-inf")
     lse = tl.where(nothing, 0.0, lse * LOG2E)
     tl.store(lse2_ptr + at, lse, mask=rows >= 0)
@@ -238,11 +239,11 @@ def _block_attention_bwd_dq_kernel(
         is_token = (tokens >= 0)[:, None]
         k = tl.load(_row_pointers(k_base, tokens, stride_k_s, d), mask=is_token & in_d, other=0.0)
         v = tl.load(_row_pointers(v_base, tokens, stride_v_s, d), mask=is_token & in_d, other=0.0)
-        seen = _sees(bounds_ptr, group, tokens, RANGES)
+        visible = _visible(bounds_ptr, bounds_row, tokens, RANGES)
         p = tl.exp2(tl.dot(q, tl.trans(k), input_precision=PRECISION) * to_base2 - lse[:, None])
         ds = p * (tl.dot(dout, tl.trans(v), input_precision=PRECISION) - delta[:, None])
         # where masked it may be anything: a score may exceed lse by any amount
-        ds = tl.where(seen, ds, 0.0)
+        ds = tl.where(visible, ds, 0.0)
         dq = tl.dot(ds.to(k.dtype), k, dq, input_precision=PRECISION)
 
     dq_at = _row_pointers(dq_ptr + out_at, rows, stride_out_s, d)
@@ -253,7 +254,7 @@ def _block_attention_bwd_dq_kernel(
 @triton.jit(do_not_specialize=_PER_CALL)
 def _block_attention_bwd_dkdv_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr,
-    tiles_ptr, rows_ptr, groups_ptr, bounds_ptr, full_ptr, part_ptr,
+    tiles_ptr, rows_ptr, bounds_row_ptr, bounds_ptr, full_ptr, part_ptr,
     stride_dout_b, stride_dout_s, stride_dout_h, stride_q_b, stride_q_s, stride_q_h,
     stride_k_b, stride_k_s, stride_k_h, stride_v_b, stride_v_s, stride_v_h,
     stride_dk_b, stride_dk_s, stride_dk_h,
@@ -273,7 +274,7 @@ def _block_attention_bwd_dkdv_kernel(
     d = tl.arange(0, BLOCK_D)
     in_d = (d < D)[None, :]
     rows = tl.load(rows_ptr + piece * BLOCK_R + tl.arange(0, BLOCK_R))
-    group = tl.load(groups_ptr + piece * BLOCK_R + tl.arange(0, BLOCK_R))
+    bounds_row = tl.load(bounds_row_ptr + piece * BLOCK_R + tl.arange(0, BLOCK_R))
     is_row = (rows >= 0)[:, None]
 
     k_base = k_ptr + b * stride_k_b + h * stride_k_h
@@ -323,17 +324,17 @@ def _block_attention_bwd_dkdv_kernel(
         row_at = (b * H + h_q) * S + tokens
         lse = tl.load(lse2_ptr + row_at, mask=is_token, other=0.0)
         delta = tl.load(delta_ptr + row_at, mask=is_token, other=0.0)
-        seen = _sees(bounds_ptr, group, tokens, RANGES)
+        visible = _visible(bounds_ptr, bounds_row, tokens, RANGES)
         p = tl.exp2(tl.dot(k, tl.trans(q), input_precision=PRECISION) * to_base2 - lse[None, :])
-        p = tl.where(seen, p, 0.0)
+        p = tl.where(visible, p, 0.0)
         if DV:
             dv = tl.dot(p.to(dout.dtype), dout, dv, input_precision=PRECISION)
         if DK:
             ds = p * (tl.dot(v, tl.trans(dout), input_precision=PRECISION) - delta[None, :])
-            ds = tl.where(seen, ds, 0.0)
+            ds = tl.where(visible, ds, 0.0)
             dk = tl.dot(ds.to(q.dtype), q, dk, input_precision=PRECISION)
 
-    some = _sees_any(bounds_ptr, group, RANGES)[:, None]
+    some = _attends_to_any(bounds_ptr, bounds_row, RANGES)[:, None]
     at = b * stride_dk_b + h * stride_dk_h
     if DK:
         dk = tl.where(some, dk * scale, 0.0).to(dk_ptr.dtype.element_ty)

@@ -115,15 +115,15 @@ def block_attention(
     impl: str | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Softmax attention in which each token sees what the plan's interaction program lets it see.
+    r"""Softmax attention in which each token attends to what the plan's interaction program allows.
 
     .. math:: out_i = \sum_{j \in N(i)} softmax_j(scale \; q_i \cdot k_j) \; v_j
 
     Differentiable in q, k, v (and through ``lse``), once and in reverse mode, also under ``torch.func``; forward mode
     and second order are for ``impl="reference"``, others refuse them. Deterministic; registered, so it traces under
     ``torch.compile(fullgraph=True)``. A fully masked row gives out 0, lse -inf and gradients 0. NaN and Inf stay in
-    their sample and in rows that share a tile with one that sees them; what attends to nothing, or is attended to by
-    nothing, gets gradient 0 whatever it holds.
+    their sample and in rows that share a tile with one that attends to them; what attends to nothing, or is attended
+    to by nothing, gets gradient 0 whatever it holds.
 
     Args:
         q: ``[B, S, H, D]``, bf16, fp16 or float32; last dim stride 1, others free. D a multiple of 8 from 8 to 256.

@@ -38,7 +38,7 @@ class _Scores(_Product):
 class _Sums(_Product):
     @staticmethod
     def forward(p: Tensor, y: Tensor, mask: Tensor) -> Tensor:
-        # NaN in the rows that see a token which is not finite, in the channels where some token is not
+        # NaN in the rows that attend to a token which is not finite, in the channels where some token is not
         finite = y.isfinite()
         bad = (~finite).any(-1, keepdim=True).to(y.dtype)
         reached = (product(mask.to(y.dtype), bad) > 0) & ~finite.all(-2, keepdim=True)
@@ -83,7 +83,7 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float)
     k, v = (t.repeat_interleave(group, dim=2) for t in (k, v))
     q_BHSD, k_BHTD, v_BHTD = (t.to(acc).transpose(1, 2) for t in (q, k, v))
     scores = (_scores(q_BHSD, k_BHTD, mask) * scale).masked_fill(~mask, float("-inf"))
-    # a constant that cancels; -inf, of a row that sees nothing or has no score above it, would make NaN of -inf - -inf
+    # a constant that cancels; -inf, of a row that is fully masked or has no score above it, would make -inf - -inf NaN
     shift = torch.logsumexp(scores.detach(), -1, keepdim=True)
     shift = shift.masked_fill(shift == float("-inf"), 0.0)
     weights = torch.exp(scores - shift)

@@ -47,14 +47,14 @@ def varlen_attention(
     return_lse: bool = False,
     impl: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attention over packed tokens in which the queries of ``q_ranges[i]`` see the keys of ``k_ranges[i]``, for every
-    i.
+    """Attention over packed tokens in which the queries of ``q_ranges[i]`` attend to the keys of ``k_ranges[i]``, for
+    every i.
 
-    A query range may come with several key ranges and the other way round; what a query sees is the union, each key
-    once. Queries in no range give 0 (lse -inf). The ranges are compiled into a plan, cached by their values; everything
-    else is :func:`block_attention`, with its gradients. ``torch.compile`` breaks its graph at the ranges: for
-    ``fullgraph=True`` make the plan outside (``compile_plan(Ranges(...))``) and call :func:`block_attention`. A NaN in
-    one document never reaches another: rows share a tile only if they see a key in common, forward and backward.
+    A query range may come with several key ranges and the other way round; what a query attends to is the union, each
+    key once. Queries in no range give 0 (lse -inf). The ranges are compiled into a plan, cached by their values;
+    everything else is :func:`block_attention`, with its gradients. ``torch.compile`` breaks its graph at the ranges:
+    for ``fullgraph=True`` make the plan outside (``compile_plan(Ranges(...))``) and call :func:`block_attention`. A NaN
+    in one document never reaches another: rows share a tile only if they share a visible key, forward and backward.
 
     Args:
         q: ``[total_q, H, D]``.

@@ -1,7 +1,7 @@
 """Launch choices for cached_attention, and what is known about each.
 
-Nothing here has been timed on a GPU yet: the choices are reckoned from counted bytes and FLOPs (``README.md``) and from
-ahead-of-time compilation for sm_90 (``tests/aot``, ``tests/csrc``): registers, spills, shared memory.
+Nothing here has been timed on a GPU yet: the choices are estimated from counted bytes and FLOPs (``README.md``) and
+from ahead-of-time compilation for sm_90 (``tests/aot``, ``tests/csrc``): registers, spills, shared memory.
 """
 
 from dataclasses import dataclass

@@ -38,7 +38,7 @@ def _append(slices: _Slices, start: int, end: int) -> None:
 
 
 def _calls(ranges: Tensor, group_rows: Sequence[int], slots: int) -> Iterator[tuple[slice, _Slices, _Slices]]:
-    """(samples, rows of q, slots) of every call; rows that see nothing are left out."""
+    """(samples, rows of q, slots) of every call; fully masked rows are left out."""
     samples = [
         [_runs(group, b, g, slots) for g, group in enumerate(groups)] for b, groups in enumerate(ranges.tolist())
     ]

@@ -162,7 +162,7 @@ def _cached_attention_combine_kernel(
     m = tl.full([BLOCK_M], float("-inf"), tl.float32)
     for part in tl.range(parts):
         m = tl.maximum(m, tl.load(lse_part_ptr + part * stride_part + row_of_part, mask=is_row, other=float("-inf")))
-    # a row that sees nothing keeps m = -inf; exp2(-inf - -inf) would be NaN
+    # a fully masked row keeps m = -inf; exp2(-inf - -inf) would be NaN
     m = tl.where(m == float("-inf"), 0.0, m)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)

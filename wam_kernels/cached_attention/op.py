@@ -113,8 +113,8 @@ def cached_attention(
 
     .. math:: out_i = \sum_{j \in N(i)} softmax_j(scale \; q_i \cdot k_j) \; v_j
 
-    N(i) are the slots in the ranges of row i's group: the rows that see the same slots, such as the video rows or the
-    action rows of a chunk. The chunk's own keys and values stand in slots as well (``qk_norm_rope(out=...)`` writes
+    N(i) are the slots in the ranges of row i's group: the rows that attend to the same slots, such as the video rows or
+    the action rows of a chunk. The chunk's own keys and values stand in slots as well (``qk_norm_rope(out=...)`` writes
     them there). Slots outside all ranges are never read into a result, whatever they hold. Inference only;
     deterministic; registered, so it traces under ``torch.compile(fullgraph=True)``.
 
@@ -124,7 +124,7 @@ def cached_attention(
             ``[layers, 2, B, N, H, D]`` buffer.
         v_cache: As ``k_cache``.
         ranges: ``[B, G, R, 2]``, int32, contiguous, on the device of ``q``: slots ``[start, end)`` that group g of
-            sample b sees. ``end <= start`` is empty. Ranges of a group must lie in the N slots and must not overlap;
+            sample b attends to. ``end <= start`` is empty. Ranges of a group must lie in the N slots, without overlap;
             ``impl="cpu"`` refuses those that do, the GPU kernels cannot look without stopping for the host: they cut
             ranges off at 0 and N, and count a slot as often as it comes. Values may change from launch to launch of
             one CUDA graph; nothing on the host depends on them there.

@@ -1,6 +1,6 @@
-"""Visibility given as ranges: these queries see those keys. What a plan takes where no interaction program fits.
+"""Visibility given as ranges: these queries attend to those keys. What a plan takes where no interaction program fits.
 
-``Ranges`` is the general door of the plan language. Programs of other systems (``wam_kernels.masks.systems``), lists of
+``Ranges`` is the general form of visibility. Programs of other systems (``wam_kernels.masks.systems``), lists of
 ``(q_range, k_range)`` pairs and converted mask functions all end here.
 """
 
@@ -22,11 +22,11 @@ MAX_COLUMNS = 32
 
 
 class RangeRows(NamedTuple):
-    """Runs of tokens with one visibility. Inside a column a row sees one range, and columns do not overlap."""
+    """Runs of tokens with one visibility. Inside a column a row attends to one range, and columns do not overlap."""
 
     start: np.ndarray  # int64 [N]
     tokens: np.ndarray  # int64 [N]: how many
-    order: np.ndarray  # int64 [N]: rows next to each other here see nearly the same, so they should share a tile
+    order: np.ndarray  # int64 [N]: rows next to each other here attend to nearly the same, so they should share a tile
     bounds: np.ndarray  # int64 [N, columns, 2]; an empty range is [0, 0)
 
 
@@ -35,7 +35,7 @@ IntPairs = Sequence[tuple[int, int]] | np.ndarray | Tensor
 
 @dataclass(frozen=True, eq=False, init=False)
 class Ranges:
-    """Query tokens ``q_ranges[i]`` see key tokens ``k_ranges[i]``, for every i. What a token sees is the union.
+    """Query tokens ``q_ranges[i]`` attend to key tokens ``k_ranges[i]``, for every i; a token to the union.
 
     Equal contents are equal and hash alike, so plans are cached by them.
 
@@ -118,19 +118,19 @@ class Ranges:
 
     @cached_property
     def rows(self) -> RangeRows:
-        """Runs of queries and the keys that they see."""
+        """Runs of queries and the keys that they attend to."""
         return _rows(self.q_ranges, self.k_ranges, self.length, self.key_length)
 
     @cached_property
     def key_rows(self) -> RangeRows:
-        """Runs of keys and the queries that see them."""
+        """Runs of keys and the queries that attend to them."""
         return _rows(self.k_ranges, self.q_ranges, self.key_length, self.length)
 
 
 def _rows(q_ranges: np.ndarray, k_ranges: np.ndarray, length: int, key_length: int) -> RangeRows:
     """Cut the queries wherever a pair begins or ends, and give every piece its keys, sorted into columns."""
     used = (q_ranges[:, 0] < q_ranges[:, 1]) & (k_ranges[:, 0] < k_ranges[:, 1])
-    if not used.any():  # padding, above all: one row that sees nothing, if there are queries
+    if not used.any():  # padding, above all: one fully masked row, if there are queries
         zero = np.zeros(min(1, length), np.int64)
         return RangeRows(zero, zero + length, zero, np.zeros((zero.size, 1, 2), np.int64))
     q_ranges, k_ranges = q_ranges[used], k_ranges[used]
@@ -152,10 +152,10 @@ def _rows(q_ranges: np.ndarray, k_ranges: np.ndarray, length: int, key_length: i
 
     cuts = _columns(row, lo, hi)
     first, last = np.searchsorted(cuts, lo, "right"), np.searchsorted(cuts, hi - 1, "right")
-    meets = last - first + 1
-    column = expand(first, meets)
+    pieces = last - first + 1
+    column = expand(first, pieces)
     edges = np.concatenate([[0], cuts, [key_length]])
-    row, lo, hi = (np.repeat(a, meets) for a in (row, lo, hi))
+    row, lo, hi = (np.repeat(a, pieces) for a in (row, lo, hi))
     width = 1 << len(cuts).bit_length()  # a power of two: programs of nearly the same shape share a kernel
     bounds = np.zeros((start.size, width, 2), np.int64)
     bounds[row, column, 0] = np.maximum(lo, edges[column])
@@ -176,7 +176,7 @@ def _columns(row: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
         if len(cuts) == MAX_COLUMNS - 1:
             raise ValueError(
                 f"Ranges: the ranges must fit {MAX_COLUMNS} columns (cut the keys at {MAX_COLUMNS - 1} places, and a "
-                "token sees one range of each piece), got more; use fewer, longer ranges, or split the call"
+                "token attends to one range of each piece), got more; use fewer, longer ranges, or split the call"
             )
         cuts.append(int(gaps[0, 0]))
         gaps = gaps[gaps[:, 1] > cuts[-1]]
@@ -184,7 +184,7 @@ def _columns(row: np.ndarray, lo: np.ndarray, hi: np.ndarray) -> np.ndarray:
 
 
 def _order(start: np.ndarray, count: np.ndarray, bounds: np.ndarray) -> np.ndarray:
-    """Rank of each row when rows are sorted by what they see, the column with the most visible pairs first.
+    """Rank of each row when rows are sorted by what they attend to, the column with the most visible pairs first.
 
     So the noisy and clean tokens of a chunk, which share their history, come to lie side by side.
     """

@@ -53,7 +53,7 @@ class RuleGeometry:
         name: Of the rule.
         segments: Names of the segments that ``Runs.segment`` counts.
         queries, keys: The tokens; the same object where every token is both.
-        visible: May query ``q`` see key ``k``? Broadcasts over the attributes of runs or of tokens; returns bool.
+        visible: May query ``q`` attend to key ``k``? Broadcasts over the attributes of runs or of tokens; returns bool.
         program, sizes: The :class:`RuleProgram` that made it and its arguments, which is how it is pickled; None for
             one that was made directly.
     """
@@ -78,15 +78,15 @@ class RuleGeometry:
     def dense_mask(self) -> np.ndarray:
         """The predicate on every pair of tokens, bool ``[length, key_length]``: for tests and pictures."""
         q, k = self.queries.tokens(), self.keys.tokens()
-        seen = self.visible(q[:, None], k[None, :])
-        return np.broadcast_to(seen, (self.length, self.key_length)).copy()
+        visible = self.visible(q[:, None], k[None, :])
+        return np.broadcast_to(visible, (self.length, self.key_length)).copy()
 
     @cached_property
     def ranges(self) -> Ranges:
         """The predicate on every pair of runs, as ranges."""
         shape = (self.queries.count.size, self.keys.count.size)
-        seen = np.broadcast_to(self.visible(self.queries[:, None], self.keys[None, :]), shape)
-        change = np.diff(np.pad(seen.astype(np.int8), ((0, 0), (1, 1))), axis=1)
+        visible = np.broadcast_to(self.visible(self.queries[:, None], self.keys[None, :]), shape)
+        change = np.diff(np.pad(visible.astype(np.int8), ((0, 0), (1, 1))), axis=1)
         (row, begin), (_, end) = np.nonzero(change == 1), np.nonzero(change == -1)
         q, k = (np.concatenate([[0], runs.count.cumsum()]) for runs in (self.queries, self.keys))
         q_ranges, k_ranges = np.stack([q[row], q[row + 1]], 1), np.stack([k[begin], k[end]], 1)

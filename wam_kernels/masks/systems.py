@@ -1,4 +1,4 @@
-"""Who sees whom in other world-action models: programs of the same plan language.
+"""Who attends to whom in other world-action models: programs of the same plan language.
 
 Each function is one rule in words, then in code; a :class:`wam_kernels.masks.rules.RuleProgram` in ``RULE_PROGRAMS``.
 
@@ -51,8 +51,8 @@ def _require(name: str, least: int = 0, **values: int) -> None:
 VIDEO_MODES = ("first_frame_causal", "per_frame_causal", "bidirectional")
 
 
-def _video_sees(q: Runs, k: Runs, mode: str) -> np.ndarray:
-    """Fast-WAM's three ways in which video frames see each other."""
+def _video_attends(q: Runs, k: Runs, mode: str) -> np.ndarray:
+    """Fast-WAM's three ways in which video frames attend to each other."""
     if mode == "first_frame_causal":
         return (q.frame > 0) | (k.frame == 0)
     if mode == "per_frame_causal":
@@ -69,7 +69,7 @@ def _fast_wam(
 
     def visible(q: Runs, k: Runs) -> np.ndarray:
         q_video, k_video = q.segment == 0, k.segment == 0
-        return np.where(q_video, k_video & _video_sees(q, k, video_mode), ~k_video | rule(q, k))
+        return np.where(q_video, k_video & _video_attends(q, k, video_mode), ~k_video | rule(q, k))
 
     parts = _segment(0, video_frames, video_tokens), _segment(1, 1, actions)
     return _square(name, ("video", "action"), parts, visible)
@@ -79,7 +79,7 @@ def _fast_wam(
 def fast_wam_uncond(
     *, video_frames: int, video_tokens: int, actions: int, video_mode: str = "first_frame_causal"
 ) -> RuleGeometry:
-    """Frame 0 sees itself, later frames all video, video never actions; actions see frame 0 and all actions."""
+    """Frame 0 attends to itself, later frames to all video, never to actions; actions to frame 0 and all actions."""
     return _fast_wam("fast_wam_uncond", video_frames, video_tokens, actions, video_mode, lambda q, k: k.frame == 0)
 
 
@@ -87,7 +87,7 @@ def fast_wam_uncond(
 def fast_wam_joint(
     *, video_frames: int, video_tokens: int, actions: int, video_mode: str = "first_frame_causal"
 ) -> RuleGeometry:
-    """As :func:`fast_wam_uncond`, but actions see all video."""
+    """As :func:`fast_wam_uncond`, but actions attend to all video."""
     return _fast_wam("fast_wam_joint", video_frames, video_tokens, actions, video_mode, _all)
 
 
@@ -95,14 +95,14 @@ def fast_wam_joint(
 def fast_wam_idm(
     *, video_frames: int, video_tokens: int, actions: int, video_mode: str = "first_frame_causal"
 ) -> RuleGeometry:
-    """[noisy video | clean video | action]: a video copy sees itself; actions see the clean copy and all actions."""
+    """[noisy video | clean video | action]: a video copy attends to itself; actions to clean video and actions."""
     name = "fast_wam_idm"
     _require(name, video_frames=video_frames, video_tokens=video_tokens, actions=actions)
     if video_mode not in VIDEO_MODES:
         raise ValueError(f"{name}: video_mode must be one of {VIDEO_MODES}, got {video_mode!r}")
 
     def visible(q: Runs, k: Runs) -> np.ndarray:
-        own = (q.segment == k.segment) & ((q.segment == 2) | _video_sees(q, k, video_mode))
+        own = (q.segment == k.segment) & ((q.segment == 2) | _video_attends(q, k, video_mode))
         return own | ((q.segment == 2) & (k.segment == 1))
 
     video = [_segment(index, video_frames, video_tokens) for index in (0, 1)]
@@ -128,8 +128,8 @@ def lingbot_va_train(
 ) -> RuleGeometry:
     """Chunks in the order video 0, action 0, video 1, ...: number 2 (frame // chunk_size), actions one more.
 
-    Inside a sample and within ``window`` numbers: clean sees clean of its own number and before, noisy sees clean of
-    strictly before, and noisy sees noisy of its own number. Padding sees nothing and is not seen.
+    Inside a sample and within ``window`` numbers: clean attends to clean of its own number and before, noisy to
+    clean of strictly before, and to noisy of its own number. Padding neither attends nor is attended to.
     """
     name = "lingbot_va_train"
     sizes = {"video_frames": video_frames, "video_tokens": video_tokens, "action_frames": action_frames}
@@ -158,7 +158,7 @@ def lingbot_va_train(
 def lingbot_va_text(
     *, samples: int, video: int, actions: int, text_tokens: int = 512, padding: int = 0
 ) -> RuleGeometry:
-    """Cross-attention of :func:`lingbot_va_train`: the tokens of a sample see that sample's text, padding nothing.
+    """Cross-attention of :func:`lingbot_va_train`: the tokens of a sample attend to its text, padding to nothing.
 
     ``video`` and ``actions`` count one sample's tokens of one segment.
     """
@@ -187,9 +187,9 @@ def dreamzero_train(
 ) -> RuleGeometry:
     """Frame 0 is a block of its own, then come blocks of ``frames_per_block`` frames, each with its actions and state.
 
-    Clean frame 0 sees itself; clean block i sees clean frame 0 and the last ``window`` frames up to its own end.
-    Noisy frame 0 sees itself; noisy block i sees all clean frames before block i, itself, and action and state block
-    i; action block i sees the same; state block i sees itself.
+    Clean frame 0 attends to itself; clean block i to clean frame 0 and the last ``window`` frames up to its own end.
+    Noisy frame 0 attends to itself; noisy block i to all clean frames before block i, itself, and action and state
+    block i; action block i to the same; state block i to itself.
     """
     name = "dreamzero_train"
     sizes = {"video_tokens": video_tokens, "action_tokens": action_tokens, "state_tokens": state_tokens}
@@ -220,7 +220,7 @@ def dreamzero_train(
 
 @register_program
 def dreamzero_cached(*, cached: int, video: int, actions: int, states: int) -> RuleGeometry:
-    """Inference: [video | action | state] queries all see [cache | video | action | state], the state too."""
+    """Inference: [video | action | state] queries all attend to [cache | video | action | state], the state too."""
     name = "dreamzero_cached"
     _require(name, cached=cached, video=video, actions=actions, states=states)
     own = [_segment(index, 1, n) for index, n in ((1, video), (2, actions), (3, states))]
@@ -242,13 +242,13 @@ def cosmos_policy(*, frames: int, tokens: int) -> RuleGeometry:
 def prefix_suffix(
     *, prefix: int, actions: int, states: int = 0, padding: tuple[tuple[int, int], ...] = ()
 ) -> RuleGeometry:
-    """pi-0 and pi-0.5: the prefix sees itself; state tokens (pi-0) see prefix and state; actions see everything.
+    """pi-0 and pi-0.5: the prefix attends to itself; state tokens (pi-0) to prefix and state; actions to everything.
 
     Args:
         prefix: Image and text tokens.
-        actions: Tokens of the action block, which see each other both ways.
+        actions: Tokens of the action block, which attend to each other both ways.
         states: Tokens of the state block before it: 1 in pi-0, 0 in pi-0.5.
-        padding: Ranges [begin, end) of the prefix, in order, that are padding: they see nothing and are not seen.
+        padding: Ranges [begin, end) of the prefix, in order, that are padding: they neither attend nor are attended to.
     """
     name = "prefix_suffix"
     _require(name, prefix=prefix, actions=actions, states=states)
@@ -268,7 +268,7 @@ def prefix_suffix(
 
 @register_program
 def tri_tower(*, video: int, actions: int, understanding: int) -> RuleGeometry:
-    """Motus: three experts share one attention, [video | state, actions and registers | understanding], all see all."""
+    """Motus: three experts share one attention, [video | state, actions and registers | understanding], all to all."""
     _require("tri_tower", video=video, actions=actions, understanding=understanding)
     parts = [_segment(index, 1, n) for index, n in enumerate((video, actions, understanding))]
     return _square("tri_tower", ("video", "action", "understanding"), parts, _all)

@@ -1,9 +1,9 @@
-"""Who sees whom: the one predicate that every mask, plan and kernel of this library answers to.
+"""Who attends to whom: the one predicate that every mask, plan and kernel of this library answers to.
 
 A sample is described by a :class:`Geometry`; :func:`tokens` lists its tokens with integer attributes, and
 :func:`visible` decides one (query, key) pair from those attributes alone. Plans compute the same relation as
 key intervals (``wam_kernels.plan``) and are tested against this file; this file is tested against masks
-recorded from the reference system (``tests/golden/visibility.json``).
+recorded from OpenWAM (``tests/golden/visibility.json``).
 
 Terms: a *chunk* is the group of latent frames denoised together; an *order block* is one stream of one chunk,
 ``2 * chunk + rank``, in the order in which the program resolves the streams; the *window* counts order blocks.
@@ -36,21 +36,21 @@ class Geometry:
         video_frames: Latent frames of each video segment, an external prefix included.
         video_tokens: Tokens of one video frame.
         action_frames: Frames of each action segment (a prefix has no actions); may differ from ``video_frames``.
-        action_tokens: Action slots of one frame.
+        action_tokens: Action tokens of one frame.
         chunk_size: Frames of one chunk. From 2^31 - 1 on there is no limit, as for the window.
-        window: Largest distance of two order blocks that see each other; two order blocks make a chunk.
-        history: Which earlier clean tokens a query sees, one of ``HISTORIES``.
+        window: Largest distance of a query's order block and its key's; two order blocks make a chunk.
+        history: Which earlier clean tokens a query attends to, one of ``HISTORIES``.
         chunk_origin: First frame of chunk 0. 1 makes frame 0 chunk -1: the observed start-up frame.
         prefix_frames: Leading video frames that are an external clean prefix.
-        singleton_frame: Queries at or after this frame see no key before it (``None``: no such cut).
+        singleton_frame: Queries at or after this frame attend to no key before it (``None``: no such cut).
         conditional_history: ``"previous_boundary_video_only"`` limits history to the clean video of the last
             frame before the query's chunk; ``None`` leaves ``history`` in charge.
-        startup_action_frames: Leading action frames that no action reaches; their slots query but are never keys.
+        startup_action_frames: Leading action frames that no action reaches; their tokens query but are never keys.
 
     Raises:
         ValueError: an unknown name or a number outside its range; the message names the field.
 
-    Source: the packed coupling profile of the reference system, recorded in ``tests/golden/visibility.json``.
+    Source: the packed coupling profile of OpenWAM, recorded in ``tests/golden/visibility.json``.
     """
 
     program: str
@@ -158,7 +158,7 @@ class Tokens:
     frame: np.ndarray
     chunk: np.ndarray
     block: np.ndarray
-    is_key: np.ndarray  # bool; False: a start-up action slot, which queries but is never a key
+    is_key: np.ndarray  # bool; False: a start-up action token, which queries but is never a key
 
     def __getitem__(self, index) -> Tokens:
         return Tokens(*(getattr(self, field.name)[index] for field in fields(self)))
@@ -195,19 +195,19 @@ def visible(geometry: Geometry, q: Tokens, k: Tokens) -> np.ndarray:
     history = (k.chunk < q.chunk) & history
 
     def holds(relation: Attends) -> np.ndarray | bool:
-        found = False
+        any_pair = False
         for query, key in relation.pairs:
-            found = found | ((q.stream == query) & (k.stream == key))
-        return found
+            any_pair = any_pair | ((q.stream == query) & (k.stream == key))
+        return any_pair
 
     clean_keys = (q_clean & holds(row.clean_to_clean)) | (~q_clean & holds(row.noisy_to_clean))
     same_chunk = q.chunk == k.chunk
-    seen = k_clean & (history | (same_chunk & clean_keys))
-    seen = seen | (~k_clean & ~q_clean & same_chunk & holds(row.noisy_to_noisy))
-    seen = seen & k.is_key & (abs(q.block - k.block) <= geometry.window)
+    found = k_clean & (history | (same_chunk & clean_keys))
+    found = found | (~k_clean & ~q_clean & same_chunk & holds(row.noisy_to_noisy))
+    found = found & k.is_key & (abs(q.block - k.block) <= geometry.window)
     if geometry.singleton_frame is not None:
-        seen = seen & ~((q.frame >= geometry.singleton_frame) & (k.frame < geometry.singleton_frame))
-    return seen
+        found = found & ~((q.frame >= geometry.singleton_frame) & (k.frame < geometry.singleton_frame))
+    return found
 
 
 def dense_mask(geometry: Geometry) -> np.ndarray:

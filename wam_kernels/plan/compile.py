@@ -3,18 +3,18 @@
 A plan has two *sides*. The query side lists, for every tile of queries, the keys it visits (forward and dQ); the
 key side lists, for every tile of keys, the queries it visits (dK, dV). Each visit is a *step*:
 
-- a full step: ``STEP_FULL`` consecutive tokens that every row of the tile sees; no masking;
+- a full step: ``TileShape.step`` consecutive tokens that every row of the tile attends to; no masking;
 - a partial step: ``STEP_PART`` listed tokens. What is left of all ranges of the tile is laid end to end, so a tile
-  wastes less than one step however many ranges it has. A row sees token ``t`` iff ``lo <= t < hi`` for one of
+  wastes less than one step however many ranges it has. A row attends to token ``t`` iff ``lo <= t < hi`` for one of
   its few ranges.
 
 Row order decides the efficiency: one action chunk is only 4 to 16 tokens. Tiles take rows by (sample, stream, chunk,
-noise): noisy and clean tokens of a chunk see almost the same history, and an action tile spans few chunks. The
-last, incomplete tile of a group is put first, where the history, and so the waste, is shortest.
+noise): noisy and clean tokens of a chunk attend to almost the same history, and an action tile spans few chunks. The
+last, incomplete tile of a (sample, stream) is put first, where the history, and so the waste, is shortest.
 
-Samples do not meet, so each distinct one is compiled once, with tokens that count from its first one, and then moved
-to every place where it lies. What is large (the tokens of tiles and of steps) is written straight into the plan's one
-buffer: touching fresh memory costs more than computing what goes there.
+No token attends to another sample, so each distinct one is compiled once, with tokens that count from its first one,
+and then moved to every place where it lies. What is large (the tokens of tiles and of steps) is written straight into
+the plan's one buffer: touching fresh memory costs more than computing what goes there.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from .steps import visits
 from .tile_shape import LONG_WINDOW, STEP_PART, TileShape, tile_shape
 from .tiles import Tiles, cut
 
-# What a plan is made of: one sample, whose tokens see each other and nothing else.
+# What a plan is made of: one sample, whose tokens attend to each other and nothing else.
 Sample = Geometry | RuleGeometry | Ranges
 
 
@@ -60,9 +60,9 @@ def compile_plan(
     Args:
         batch: One sample (a :class:`Geometry`, a :class:`RuleGeometry` or :class:`Ranges`) shared by every batch
             element; or one entry per batch element, each a sample or a sequence of samples packed one after another.
-        length: Query tokens of every batch element; the rest is padding that sees nothing. Default: the longest one.
-        key_length: Key tokens of every batch element, the rest unseen. Default: ``length`` where all samples have as
-            many keys as queries, else the longest element.
+        length: Query tokens of every batch element; the rest is padding, fully masked. Default: the longest one.
+        key_length: Key tokens of every batch element, the rest attended to by none. Default: ``length`` where all
+            samples have as many keys as queries, else the longest element.
         device: Where the plan's index tensors go.
         tile: Tiles of both sides; default by :func:`tile_shape`. For measurements.
 
@@ -175,8 +175,8 @@ def _side(
 
     return [
         steps.take(heavy, axis=1).T,
-        Unwritten((tile.size, shape.rows), lambda out: moved(tiles.tokens, heavy_tile, own, -1, out)),
-        Unwritten((tile.size, shape.rows), lambda out: moved(tiles.rows, heavy_tile, first_row, 0, out)),
+        Unwritten((tile.size, shape.rows), lambda out: moved(tiles.rows, heavy_tile, own, -1, out)),
+        Unwritten((tile.size, shape.rows), lambda out: moved(tiles.bounds_row, heavy_tile, first_row, 0, out)),
         Unwritten((row.size, rows.bounds.shape[1], 2), write_bounds),
         Unwritten((int(n_full.sum()),), lambda out: full.write(tile, other, full_at, out)),
         Unwritten((int(n_part.sum()), STEP_PART), write_part),
@@ -184,24 +184,24 @@ def _side(
 
 
 def _runs(rows: SideRows, placement: Placement) -> np.ndarray:
-    """Runs of consecutive tokens that see exactly the same keys: ``[R, 3 + 2 * ranges]``.
+    """Runs of consecutive tokens that attend to exactly the same keys: ``[R, 3 + 2 * ranges]``.
 
     (batch element, first token, end, lo, hi, lo, hi, ...): what the CPU backend multiplies.
     """
-    # rows follow each other without a gap; those of different samples see the same only if they see nothing
-    nothing = (rows.bounds == NOWHERE).all((0, 1))
-    new = np.ones(nothing.size, bool)
+    # rows follow each other without a gap; those of different samples are alike only if they are fully masked
+    masked = (rows.bounds == NOWHERE).all((0, 1))
+    new = np.ones(masked.size, bool)
     new[1:] = (rows.bounds[..., 1:] != rows.bounds[..., :-1]).any((0, 1))
 
     row, counts = members(rows.of_sample, placement.which)
     batch, first_query, first_key = np.array([placement.batch, *placement.first]).repeat(counts, axis=1)
-    start, new, nothing = first_query + rows.start[row], new[row], nothing[row]
+    start, new, masked = first_query + rows.start[row], new[row], masked[row]
     first = starts(counts)[counts > 0]  # row of each sample that has any
-    new[first] = ~(nothing[first] & nothing[first - 1] & (batch[first] == batch[first - 1]))
+    new[first] = ~(masked[first] & masked[first - 1] & (batch[first] == batch[first - 1]))
     new[0] = True
-    heads = np.flatnonzero(new)
-    last = np.append(heads[1:], new.size) - 1
-    runs = np.empty((heads.size, 3 + 2 * rows.bounds.shape[1]), np.int32)
-    runs[:, 0], runs[:, 1], runs[:, 2] = batch[heads], start[heads], start[last] + rows.tokens[row[last]]
-    runs[:, 3:] = moved(rows.bounds_by_row(), row[heads], first_key[heads], 0)
+    run_starts = np.flatnonzero(new)
+    last = np.append(run_starts[1:], new.size) - 1
+    runs = np.empty((run_starts.size, 3 + 2 * rows.bounds.shape[1]), np.int32)
+    runs[:, 0], runs[:, 1], runs[:, 2] = batch[run_starts], start[run_starts], start[last] + rows.tokens[row[last]]
+    runs[:, 3:] = moved(rows.bounds_by_row(), row[run_starts], first_key[run_starts], 0)
     return runs

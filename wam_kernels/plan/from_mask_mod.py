@@ -82,7 +82,7 @@ def plan_from_mask_mod(
 
 
 def _rows_of(plan: Plan, begin: int, end: int) -> np.ndarray:
-    """bool ``[plan.batch, end - begin, T]``: what these queries see, read off the plan."""
+    """bool ``[plan.batch, end - begin, T]``: what these queries attend to, read off the plan."""
     mask = np.zeros((plan.batch, end - begin, plan.key_length), bool)
     for b, lo, hi, *bounds in plan.runs.tolist():
         lo, hi = max(lo, begin) - begin, min(hi, end) - begin

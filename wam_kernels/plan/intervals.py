@@ -1,9 +1,9 @@
-"""The visibility predicate as intervals: for every row of tokens, which contiguous token ranges it sees.
+"""The visibility predicate as intervals: for every row of tokens, the contiguous token ranges that it attends to.
 
-All tokens of one chunk of one segment see the same keys, and inside one key *column* (a segment, its external
+All tokens of one chunk of one segment attend to the same keys, and inside one key *column* (a segment, its external
 prefix apart) those keys are contiguous. So a sample is described by ``[columns, rows]`` integers, whatever the number
 of tokens, and the mask of a row is ``any_c(lo[c] <= key < hi[c])``. The backward needs the transposed relation (which
-queries see this key); it is intervals again.
+queries attend to this key); it is intervals again.
 
 What a program allows inside a chunk and in the history is read off ``visibility.visible``; this file only adds
 the arithmetic of frames, chunks, windows and cuts, for all samples and columns at once. Tests compare it with the
@@ -163,7 +163,7 @@ def token_rows(geometries: Sequence[Geometry]) -> Rows:
         rules=rules,
         streams=streams,
         first=first,
-        least=-((rules.window + streams.rank - block) // 2),  # a ceiling and a floor
+        least=-((rules.window + streams.rank - block) // 2),  # rounded up and rounded down
         most=(rules.window - streams.rank + block) // 2,
         allowed=allowed.reshape(2, 2, *STREAMS, -1),
     )
@@ -183,7 +183,7 @@ def _stream_rows(of_geometry: np.ndarray, runs: Streams) -> np.ndarray:
     chunk = np.where(in_prefix, rules.prefix_chunk, rules.chunk_of(frame))
     is_key = is_video | (frame >= rules.startup)
 
-    # like frames that follow each other are a row; under a conditional history every frame sees another boundary
+    # like frames that follow each other are a row; under a conditional history every frame has another boundary
     frames = np.array([run, chunk, is_key, frame, place])
     alike = np.array([run, chunk, is_key, in_prefix])
     new = np.ones(run.size + 1, bool)  # the last one is the end of the last row
@@ -217,8 +217,8 @@ def _allowed(program: str, history: str, prefixed: bool, conditional: bool) -> n
         return Tokens(stream, noise, frame, chunks, 2 * chunks + rank, np.ones(4, bool))
 
     query = segments(1)[:, None]
-    seen = np.stack([visible(probe, query, segments(chunk)[None, :]) for chunk in (1, 0)])  # [.., query, key]
-    return np.stack([seen.swapaxes(-1, -2), seen])
+    pairs = np.stack([visible(probe, query, segments(chunk)[None, :]) for chunk in (1, 0)])  # [.., query, key]
+    return np.stack([pairs.swapaxes(-1, -2), pairs])
 
 
 def intervals(rows: Rows, transposed: bool = False) -> np.ndarray:
@@ -226,7 +226,7 @@ def intervals(rows: Rows, transposed: bool = False) -> np.ndarray:
 
     The columns are the segments and, if a geometry has a prefix, the prefixes of both video segments: prefix frames
     share one chunk number that need not be below their successors'. ``transposed`` reads rows as keys and columns as
-    the queries that see them.
+    the queries that attend to them.
     """
     per_frame = rows.streams.per_frame
     columns = [_token_ranges(rows, transposed, rows.first, per_frame, *_target_frames(rows, transposed))]
@@ -243,7 +243,7 @@ def _token_ranges(
     """Tokens of frames ``lo .. hi`` that begin at token ``first``; int32 ``[lo or hi, columns, N]``."""
     none = lo >= hi
     if transposed:
-        none |= ~rows.is_key  # nobody sees a start-up slot
+        none |= ~rows.is_key  # no query attends to a start-up token
     ranges = np.empty((2, *none.shape), np.int32)
     for frame, token in zip((lo, hi), ranges, strict=True):
         token[...] = first + frame * per_frame
@@ -252,7 +252,7 @@ def _token_ranges(
 
 
 def _target_frames(rows: Rows, transposed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Frames ``[lo, hi)`` of each segment, its prefix apart, that a row sees or is seen from: ``[streams, noises, N]``.
+    """Frames ``[lo, hi)`` of each segment, its prefix apart, that a row has pairs with: ``[streams, noises, N]``.
 
     Each optional rule (conditional history, singleton) is only computed if a geometry has it.
     """
@@ -279,7 +279,7 @@ def _target_frames(rows: Rows, transposed: bool) -> tuple[np.ndarray, np.ndarray
         own_hi = np.where(own, rules.chunk_start(chunk + 1), own_lo)
         lo = np.where(rules.conditional, np.where(read, boundary, own_lo), lo)
         hi = np.where(rules.conditional, np.where(read & ~own, boundary + 1, own_hi), hi)
-    if rules.has_singleton:  # queries at or after the singleton see no key before it
+    if rules.has_singleton:  # queries at or after the singleton attend to no key before it
         if transposed:
             hi = np.where(rows.frame < rules.singleton, np.minimum(hi, rules.singleton), hi)
         else:
@@ -287,12 +287,12 @@ def _target_frames(rows: Rows, transposed: bool) -> tuple[np.ndarray, np.ndarray
     np.maximum(lo, 0, out=lo)
     np.minimum(hi, rows.streams.targets, out=hi)
     if not transposed:
-        np.maximum(lo[ACTION], rules.startup, out=lo[ACTION])  # start-up slots are never keys
+        np.maximum(lo[ACTION], rules.startup, out=lo[ACTION])  # start-up tokens are never keys
     return lo, hi
 
 
 def _prefix_frames(rows: Rows, transposed: bool) -> np.ndarray:
-    """Frames of the prefix of each video segment that a row sees or is seen from, all or none: ``[noises, N]``."""
+    """Frames of the prefix of each video segment that a row has pairs with, all or none: ``[noises, N]``."""
     rules = rows.rules
     own, earlier = rows.allowed[int(transposed), :, VIDEO]
     key_chunk, query_chunk = rules.prefix_chunk, rows.chunk
@@ -301,7 +301,7 @@ def _prefix_frames(rows: Rows, transposed: bool) -> np.ndarray:
         key_chunk, query_chunk, key_frame, query_frame = query_chunk, key_chunk, query_frame, key_frame
     boundary = rules.origin + query_chunk * rules.size - 1
     earlier = earlier & (key_chunk < query_chunk) & ((rules.conditional == 0) | (key_frame == boundary))
-    seen = (own & (key_chunk == query_chunk)) | earlier
-    seen &= abs(rows.block - (2 * rules.prefix_chunk + rows.streams.rank[VIDEO])) <= rules.window
-    seen &= ~((query_frame >= rules.singleton) & (key_frame < rules.singleton))
-    return np.where(seen, rules.prefix, 0)
+    attended = (own & (key_chunk == query_chunk)) | earlier
+    attended &= abs(rows.block - (2 * rules.prefix_chunk + rows.streams.rank[VIDEO])) <= rules.window
+    attended &= ~((query_frame >= rules.singleton) & (key_frame < rules.singleton))
+    return np.where(attended, rules.prefix, 0)

@@ -28,7 +28,7 @@ def place(packed: tuple[tuple[Geometry | Ranges, ...], ...], lengths: tuple[int,
         for sample in samples:
             entries.append((sample, b, q, k, False))
             q, k = q + sample.length, k + sample.key_length
-        if (q, k) != lengths:  # padding is a sample in which nothing sees anything
+        if (q, k) != lengths:  # padding is a sample in which all rows are fully masked
             entries.append((Ranges((), (), lengths[0] - q, lengths[1] - k), b, q, k, True))
     samples, *columns = zip(*entries, strict=True)
     distinct = sorted(dict.fromkeys(samples), key=lambda sample: isinstance(sample, Ranges))

@@ -19,14 +19,15 @@ class Side:
     """Tiles of one side; int32 tensors that are views of one buffer.
 
     ``tiles`` ``[T, 5]``: batch element, begin and end in ``full``, begin and end in ``part`` (in steps), heaviest
-    first. ``rows`` ``[T, tile]``: token of each row, -1 for none. ``groups`` ``[T, tile]``: row of ``bounds``.
+    first. ``rows`` ``[T, tile]``: token of each row, -1 for none. ``bounds_row`` ``[T, tile]``: its row of
+    ``bounds``.
     ``bounds`` ``[G, ranges, 2]``. ``full`` ``[steps]``: first token. ``part`` ``[steps, STEP_PART]``: tokens or -1.
     """
 
-    FIELDS = ("tiles", "rows", "groups", "bounds", "full", "part")
+    FIELDS = ("tiles", "rows", "bounds_row", "bounds", "full", "part")
     tiles: Tensor
     rows: Tensor
-    groups: Tensor
+    bounds_row: Tensor
     bounds: Tensor
     full: Tensor
     part: Tensor
@@ -62,7 +63,7 @@ class Plan:
         length: Query tokens S of one batch element. Tensors of another length are refused.
         key_length: Key tokens T of one batch element; S unless the plan was made from rectangular ``Ranges``.
         batch: Batch elements; 1 serves any batch size with the same visibility.
-        visible_pairs: (query, key) pairs that see each other, over the batch elements of the plan.
+        visible_pairs: Pairs of a query and a key that it attends to, over the batch elements of the plan.
         device: Where the index tensors live; q, k, v must be there too.
     """
 

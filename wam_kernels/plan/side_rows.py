@@ -13,14 +13,14 @@ from .intervals import NOWHERE, STREAM_OF_SEGMENT, intervals, token_rows
 
 
 class SideRows(NamedTuple):
-    """One side of some samples: runs of tokens, and the ranges of the other side's tokens that each of them meets.
+    """One side of some samples: runs of tokens, and the ranges of the other side's tokens that each has pairs with.
 
     Sample after sample, in the order of its tokens, which count from the sample's first one.
     """
 
     of_sample: np.ndarray  # int64 [samples]: rows of each
     stream: np.ndarray  # int64 [N]
-    order: np.ndarray  # int64 [N]: inside (sample, stream), rows next to each other see nearly the same
+    order: np.ndarray  # int64 [N]: inside (sample, stream), rows next to each other attend to nearly the same
     start: np.ndarray  # int64 [N]: first token
     tokens: np.ndarray  # int64 [N]: how many
     bounds: np.ndarray  # int32 [2, columns, N]: lo and hi; both NOWHERE where a range is empty

@@ -12,7 +12,7 @@ from .tiles import Tiles, spans
 
 
 class Holes(NamedTuple):
-    """Tokens inside runs, which nothing of their tile meets."""
+    """Tokens inside runs that make no visible pair with any row of their tile."""
 
     run: np.ndarray  # int64 [N]: of all runs, counted [T, n]
     first: np.ndarray  # int64 [N]
@@ -67,32 +67,33 @@ class Visits(NamedTuple):
 def visits(bounds: np.ndarray, tiles: Tiles, step: int) -> tuple[Visits, Visits]:
     """What tiles visit of their rows' ``bounds``: full steps, by their first tokens; the tokens of partial steps."""
     lo, hi = spans(bounds)
-    lo, hi = lo.take(tiles.meets, axis=1), hi.take(tiles.meets, axis=1)
-    # what some row of a tile sees, and what every row sees: [columns, T]
-    any_lo, all_lo = (f.reduceat(lo, tiles.heads, axis=1) for f in (np.minimum, np.maximum))
-    any_hi, all_hi = (f.reduceat(hi, tiles.heads, axis=1) for f in (np.maximum, np.minimum))
+    lo, hi = lo.take(tiles.side_rows, axis=1), hi.take(tiles.side_rows, axis=1)
+    # what some row of a tile attends to, and what every row does: [columns, T]
+    any_lo, all_lo = (f.reduceat(lo, tiles.starts, axis=1) for f in (np.minimum, np.maximum))
+    any_hi, all_hi = (f.reduceat(hi, tiles.starts, axis=1) for f in (np.maximum, np.minimum))
     np.minimum(any_lo, any_hi, out=any_lo)
 
     n_full = np.maximum(np.maximum(all_hi, 0) - all_lo, 0) // step  # NOWHERE - all_lo would wrap around
     # what full steps leave of a range: before and behind them (all of it before, if there is none)
     cut_lo = np.where(n_full > 0, all_lo, any_hi)
     cut_hi = np.where(n_full > 0, all_lo + n_full * step, any_hi)
-    left = np.empty((2, tiles.heads.size, len(lo), 2), np.int32)  # [first token or count, T, columns, before or behind]
+    # [first token or count, T, columns, before or behind]
+    left = np.empty((2, tiles.starts.size, len(lo), 2), np.int32)
     left[0, ..., 0], left[0, ..., 1] = any_lo.T, cut_hi.T
     left[1, ..., 0], left[1, ..., 1] = (cut_lo - any_lo).T, (any_hi - cut_hi).T
-    holes = _holes(lo, hi, tiles.heads, cut_lo)
-    first, count = left.reshape(2, tiles.heads.size, -1)
+    holes = _holes(lo, hi, tiles.starts, cut_lo)
+    first, count = left.reshape(2, tiles.starts.size, -1)
     return Visits.of(step, all_lo.T, n_full.T), Visits.of(1, first, count, holes)
 
 
-def _holes(lo: np.ndarray, hi: np.ndarray, heads: np.ndarray, cut_lo: np.ndarray) -> Holes:
-    """What lies between tokens that some of a tile's rows see, in one column, but is seen by none of them.
+def _holes(lo: np.ndarray, hi: np.ndarray, starts_of_tiles: np.ndarray, cut_lo: np.ndarray) -> Holes:
+    """What lies between tokens that some of a tile's rows attend to, in one column, though none attends to it.
 
-    ``lo``, ``hi`` ``[columns, M]``: what each row of each tile sees. ``cut_lo`` ``[columns, T]``: what lies before it
-    is in run 0 of the two that a column has, else in run 1.
+    ``lo``, ``hi`` ``[columns, M]``: what each row of each tile attends to. ``cut_lo`` ``[columns, T]``: what lies
+    before it is in run 0 of the two that a column has, else in run 1.
     """
     tile = np.zeros(lo.shape[1], np.int64)
-    tile[heads[1:]] = 1
+    tile[starts_of_tiles[1:]] = 1
     of_range = tile.cumsum() * len(lo) + np.arange(len(lo))[:, None]
     some = hi != NOWHERE
     # the ranges of all tiles and columns end to end: one running maximum serves them all

@@ -34,7 +34,7 @@ LONG_WINDOW = 256
 
 @tuned("plan.tile_shape")
 def tile_shape(long_window: bool) -> TileShape:
-    """Tile of a plan whose rows see few or many tokens.
+    """Tile of a plan whose rows attend to few or many tokens.
 
     Small windows waste most of a large tile (LIBERO ``joint``, chunk 1, window 8: 0.57 of 64 x 64 is useful, 0.79
     of 32 x 32); long ones want the 64-row tensor-core instruction (chunk 4, window 64: 0.96 of 64 x 64 is useful).

@@ -78,7 +78,7 @@ def _turned(x_bnHD: Tensor, table: Tensor, scale: Tensor, interleaved: bool, bac
 
 
 def _complex_strides(t: Tensor) -> bool:
-    """Whether pairs of the last dim can be seen as complex numbers in place."""
+    """Whether pairs of the last dim can be viewed as complex numbers in place."""
     return t.storage_offset() % 2 == 0 and all(stride % 2 == 0 for stride in t.stride()[:-1])
 
 

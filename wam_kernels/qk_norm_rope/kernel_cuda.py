@@ -10,7 +10,7 @@ from ..runtime import cuda
 
 # Backward: blocks of each of q and k, so also rows of partial weight gradients: three blocks on each of an H100's 132
 # SMs, which is what 108 registers and 192 threads (24 x 128) leave room for. A constant, not the number of SMs, so that
-# every bit is the same on every GPU. Reckoned, not yet measured.
+# every bit is the same on every GPU. Estimated, not measured.
 PROGRAMS = 198
 
 

@@ -14,7 +14,7 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 # (arguments of a call, positions of those that vmap maps) -> positions of the tensors with a leading batch dim whose
-# elements do not meet in any output. If they include all that is mapped, vmap joins its dim to the batch.
+# elements never enter the same output. If they include all that is mapped, vmap joins its dim to the batch.
 Samples = Callable[[tuple, Collection[int]], Collection[int]]
 
 

@@ -103,7 +103,10 @@ def integer(op: str, name: str, value: object, least: int = 0, most: int | None 
         ValueError: not an integer, or outside ``least .. most``; names the op and the argument.
     """
     if type(value) is not int:
-        value = _index(op, name, value)
+        found = index_of(value)
+        if found is None:
+            raise ValueError(f"{op}: {name} must be an int, got {value!r}")
+        value = found
     if value < least:
         raise ValueError(f"{op}: {name} must be at least {least}, got {value}")
     if most is not None and value > most:
@@ -122,15 +125,16 @@ def identifier(op: str, value: object) -> str:
     return value
 
 
-def _index(op: str, name: str, value: Any) -> int:
+def index_of(value: Any) -> int | None:
+    """``value`` as a Python int if it is an integer: of Python, of NumPy, or a CPU tensor without dims; else None."""
     dtype, device = getattr(value, "dtype", None), getattr(value, "device", None)
     try:
         # a tensor of a GPU would stop for it
-        if isinstance(value, bool) or dtype == torch.bool or getattr(value, "ndim", 0) or str(device or "cpu") != "cpu":
-            raise TypeError
-        return operator.index(value)
+        if isinstance(value, (bool, np.bool_)) or dtype == torch.bool or getattr(value, "ndim", 0):
+            return None
+        return operator.index(value) if str(device or "cpu") == "cpu" else None
     except TypeError:
-        raise ValueError(f"{op}: {name} must be an int, got {value!r}") from None
+        return None
 
 
 def number(op: str, name: str, value: object, least: float = -_MAX_FLOAT) -> float:

@@ -140,7 +140,7 @@ class ChunkForward:
         for s, latents in chunk.items():
             self.latents[s].narrow(FRAME_DIM[s], 0, latents.shape[FRAME_DIM[s]]).copy_(latents)
         self.compute_clean(self.layout.history_streams, firsts, counts, visible_from)
-        self.cache.keep(self.layout.history_streams, firsts, counts)
+        self.cache.store_chunk(self.layout.history_streams, firsts, counts)
 
     def _blocks(self, buffers: Buffers, sigma: Mapping[int, Tensor]) -> Pair:
         """The streams after the last block, of those in ``sigma``; all keys and values go to the chunk's slots."""
