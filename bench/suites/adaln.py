@@ -27,7 +27,7 @@ from bench.rows import Row
 from bench.workloads.norms import repeats_of
 from wam_kernels.adaln import ada_layer_norm, gate_residual_ada_layer_norm
 from wam_kernels.frame_index import FrameIndex
-from wam_models.model.dual_expert import wide
+from wam_models.model.blocks import at_least_float32
 
 SIZES = [(8704, 3072), (4896, 3072), (144, 3072), (8704, 2048), (64, 576)]
 LIBERO = (4896, 3072)
@@ -63,7 +63,7 @@ def of_token(rows_BFD: Tensor, index: FrameIndex, even: bool) -> Tensor:
 
 def eager_norm(index: FrameIndex, x: Tensor, t_proj: Tensor, table: Tensor, *, even: bool) -> tuple[Tensor, ...]:
     shift, scale = (of_token(t, index, even) for t in (table + t_proj).unbind(2)[:2])
-    normed = F.layer_norm(wide(x), x.shape[-1:], eps=EPS).view(shift.shape)
+    normed = F.layer_norm(at_least_float32(x), x.shape[-1:], eps=EPS).view(shift.shape)
     return ((normed * (1 + scale) + shift).view(x.shape).to(x.dtype),)
 
 
@@ -71,7 +71,7 @@ def eager_gate_norm(
     index: FrameIndex, x: Tensor, t_proj: Tensor, table: Tensor, y: Tensor, *, even: bool
 ) -> tuple[Tensor, ...]:
     gate = of_token((table + t_proj).unbind(2)[2], index, even)
-    r = (wide(x) + (y.view(gate.shape) * gate).view(x.shape)).to(x.dtype)
+    r = (at_least_float32(x) + (y.view(gate.shape) * gate).view(x.shape)).to(x.dtype)
     return r, *eager_norm(index, r, t_proj, table, even=even)
 
 

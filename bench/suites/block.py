@@ -4,7 +4,7 @@ python -m bench.suites block
 
 ``plain`` is the block as it was before the ops: LayerNorm, modulation, gates, RMSNorm and rope in PyTorch; ``compile``
 is torch.compile of it, at the small size on a CPU, where compiling takes minutes; ``wam`` is
-``wam_models.model.dual_expert.PackedBlock``. All three call the same block_attention, so that what differs is the glue.
+``wam_models.model.blocks.PackedBlock``. All three call the same block_attention, so that what differs is the glue.
 Outputs and gradients of every provider are compared with the plain block in float64 first.
 
 ``ratio`` is of ``ms_min``. Beside the times: ``peak_MB`` of a call; ``kernels``, operations that read or write memory
@@ -33,38 +33,33 @@ from bench.peers.plain import rotate
 from bench.rows import Row
 from wam_kernels import Geometry, Plan, block_attention, compile_plan, rope_table
 from wam_models.config import ModelConfig
-from wam_models.model.dual_expert import (
-    Exact,
-    ExpertBlock,
-    PackedBlock,
-    action_positions,
-    stream_of,
-    video_positions,
-    wide,
-)
+from wam_models.model.blocks import ExpertBlock, PackedBlock, Uncast, at_least_float32, stream_inputs
+from wam_models.model.positions import action_positions, video_positions
 from wam_models.train.config import small_model
 
 # ---- the block without the ops ----
 
 
 def rms_norm(x: Tensor, norm: nn.Module, config: ModelConfig) -> Tensor:
-    normed = F.rms_norm(wide(x), norm.weight.shape, eps=config.eps) * wide(norm.weight)
+    normed = F.rms_norm(at_least_float32(x), norm.weight.shape, eps=config.eps) * at_least_float32(norm.weight)
     return normed.to(x.dtype).unflatten(-1, (-1, config.head_dim))
 
 
 def ada_layer_norm(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    normed = F.layer_norm(wide(x), x.shape[-1:], eps=eps).unflatten(1, (scale.shape[1], -1))
+    normed = F.layer_norm(at_least_float32(x), x.shape[-1:], eps=eps).unflatten(1, (scale.shape[1], -1))
     return (normed * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2).to(x.dtype)
 
 
 def gated_residual(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     update = update.unflatten(1, (gate.shape[1], -1)) * gate[:, :, None]
-    return (wide(x) + update.flatten(1, 2)).to(x.dtype)
+    return (at_least_float32(x) + update.flatten(1, 2)).to(x.dtype)
 
 
 def plain_cross_attention(expert: ExpertBlock, x: Tensor, text: Tensor, config: ModelConfig) -> Tensor:
     norm, a = expert.norm2, expert.attn2
-    x = F.layer_norm(wide(x), norm.normalized_shape, wide(norm.weight), wide(norm.bias), norm.eps).to(x.dtype)
+    x = F.layer_norm(
+        at_least_float32(x), norm.normalized_shape, at_least_float32(norm.weight), at_least_float32(norm.bias), norm.eps
+    ).to(x.dtype)
     q, k = rms_norm(a.to_q(x), a.norm_q, config), rms_norm(a.to_k(text), a.norm_k, config)
     v = a.to_v(text).unflatten(-1, (-1, config.head_dim))
     out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
@@ -93,8 +88,8 @@ def plain_block(
 
 
 def wam_block(block, config, xs, t_projs, texts, rope, plan) -> list[Tensor]:
-    streams = tuple(stream_of(x, t, ()) for x, t in zip(xs, t_projs, strict=True))
-    done = block(streams, Exact(*rope), texts, lambda q, k, v: block_attention(q, k, v, plan), None, (0, 1))
+    streams = tuple(stream_inputs(x, t, ()) for x, t in zip(xs, t_projs, strict=True))
+    done = block(streams, Uncast(*rope), texts, lambda q, k, v: block_attention(q, k, v, plan), None, (0, 1))
     return [stream.x for stream in done]
 
 

@@ -26,7 +26,7 @@ from bench.peers.plain import rotate
 from bench.rows import Row
 from bench.workloads.norms import repeats_of
 from wam_kernels.qk_norm_rope import qk_norm_rope, rope_table
-from wam_models.model.dual_expert import wide
+from wam_models.model.blocks import at_least_float32
 
 # Tokens, heads, channels of a head.
 SIZES = [(8704, 24, 128), (4896, 24, 128), (144, 24, 128), (8704, 16, 128), (64, 9, 64)]
@@ -35,7 +35,7 @@ EPS = 1e-6
 
 
 def glue(x: Tensor, weight: Tensor, table: Tensor) -> Tensor:
-    normed = (F.rms_norm(wide(x), weight.shape, eps=EPS) * wide(weight)).to(x.dtype)
+    normed = (F.rms_norm(at_least_float32(x), weight.shape, eps=EPS) * at_least_float32(weight)).to(x.dtype)
     return rotate(normed.unflatten(-1, (-1, 2 * table.shape[1])), table)
 
 

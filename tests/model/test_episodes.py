@@ -133,10 +133,10 @@ def test_an_episode_goes_on_in_any_mode(first, later):
             episode.accept(episode.propose(**noises(2, 0, torch.float32)))
         with modes[1]():
             episode.observe(*real(2, 40, torch.float32))
-            seen = episode.propose(**noises(2, 1, torch.float32))
+            proposed = episode.propose(**noises(2, 1, torch.float32))
         with modes[0]():
             episode.restart([1], *(randn(1, *s, seed=9, dtype=torch.float32) for s in ((C, 1, *GRID), (3, 8))))
-            results.append((seen, episode.propose(**noises(2, 2, torch.float32)), episode.accepted()[0]))
+            results.append((proposed, episode.propose(**noises(2, 2, torch.float32)), episode.accepted()[0]))
     assert all(equal(a, b) for a, b in zip(results[0][:2], results[1][:2], strict=True))
     weight = torch.ones(7, requires_grad=True)
     (results[1][1].action * weight).sum().backward()
@@ -217,7 +217,7 @@ def test_what_is_not_finite_stays_in_its_rollout(program, cache, monkeypatch):
     for i in range(5):
         a, b = (e.propose(**noises(2, i, torch.float32)) for e in (episode, twin))
         assert torch.equal(a.video[1], b.video[1]) and torch.equal(a.action[1], b.action[1])
-        # two chunks of history are seen, and without a recomputation what was computed from them too
+        # two chunks of history are attended to, and without a recomputation what was computed from them too
         assert bool(a.action[0].isfinite().all()) == (i == 0 or (i > 2 and cache == "recomputed"))
         video, action = real(2, 40 + i, torch.float32)
         twin.observe(video, action)

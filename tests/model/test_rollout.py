@@ -14,12 +14,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from wam_kernels import HISTORIES, Attends, Geometry, StreamingCache, dense_mask
 from wam_models import GJD, MODEL_PROGRAMS, OBJECTIVES, RolloutConfig, RolloutEngine, WorldActionModel, golden_config
 from wam_models.flow import sigmas
-from wam_models.model.dual_expert import PackedBlockStack
+from wam_models.model.blocks import PackedBlockStack
 from wam_models.objectives import geometry_for
 
 from .cases import error
 
-B, C, GRID, SLOTS, A = 2, 48, (2, 4), 2, 7
+B, C, GRID, ACTION_TOKENS, A = 2, 48, (2, 4), 2, 7
 TOKENS = GRID[0] * GRID[1] // 4
 SMALL = dataclasses.replace(golden_config(), text_dim=8, freq_dim=16)
 ROLLED_OUT = [name for name, row in MODEL_PROGRAMS.items() if row.has_rollout]  # GJD last
@@ -41,7 +41,7 @@ def poisoned():
 
 
 def small_model(dtype=torch.float64) -> WorldActionModel:
-    """Random weights whose attention matters: the recorded ones hardly look around."""
+    """Random weights whose attention matters: that of the recorded ones changes little."""
     torch.manual_seed(0)
     model = WorldActionModel(SMALL).to(dtype).eval().requires_grad_(False)
     for name, p in model.named_parameters():
@@ -64,12 +64,14 @@ def started(program=GJD, dtype=torch.float64, objective="joint", batch=B, **conf
 def noises(chunk, seed, dtype=torch.float64, batch=B):
     return {
         "video_noise": randn(B, C, chunk, *GRID, seed=2 * seed + 10, dtype=dtype)[:batch],
-        "action_noise": randn(B, chunk, SLOTS, A, seed=2 * seed + 11, dtype=dtype)[:batch],
+        "action_noise": randn(B, chunk, ACTION_TOKENS, A, seed=2 * seed + 11, dtype=dtype)[:batch],
     }
 
 
 def real(frames, seed, dtype=torch.float64):
-    return randn(B, C, frames, *GRID, seed=seed, dtype=dtype), randn(B, frames, SLOTS, A, seed=seed + 1, dtype=dtype)
+    return randn(B, C, frames, *GRID, seed=seed, dtype=dtype), randn(
+        B, frames, ACTION_TOKENS, A, seed=seed + 1, dtype=dtype
+    )
 
 
 def request(objective, noise):
@@ -94,31 +96,31 @@ def attend_densely(geometry):
 def dense_chunk(episode, video, action, *, update=("video", "action")):
     """A chunk denoised by packed forwards with dense masks over window and chunk, written from the spec alone.
 
-    Everything that the chunk must not read (noisy slots of history, clean copies of the unresolved) holds junk.
+    Everything that the chunk must not attend to (noisy copies of history, clean copies of the unresolved) holds junk.
     """
     config, model, conditional = episode.config, episode.model, episode.objective.conditional
     chunk, window = (1, 3) if conditional else (config.chunk_size, config.window)
     (next_frame,) = set(episode.next_frame)
-    seen = min(window // 2 * chunk, next_frame)
-    start = next_frame - seen
+    past = min(window // 2 * chunk, next_frame)
+    start = next_frame - past
     past_video, past_action = (torch.stack(t) for t in zip(*(episode.accepted(b) for b in range(B)), strict=True))
     program = "joint" if config.program == GJD else config.program
     attend = attend_densely(
         Geometry(
             program=program,
-            video_frames=seen + chunk,
+            video_frames=past + chunk,
             video_tokens=TOKENS,
-            action_frames=seen + chunk,
-            action_tokens=SLOTS,
+            action_frames=past + chunk,
+            action_tokens=ACTION_TOKENS,
             chunk_size=chunk,
             window=window,
             history=config.history,
-            chunk_origin=seen,
+            chunk_origin=past,
             startup_action_frames=int(start == 0),
             conditional_history="previous_boundary_video_only" if conditional else None,
         )
     )
-    junk_video, junk_action = real(seen, 90)
+    junk_video, junk_action = real(past, 90)
     text = randn(B, 3, 8, seed=1)
     text = torch.zeros_like(text) if conditional else text
     order = {Attends.ACTION_TO_VIDEO: ("video", "action"), Attends.VIDEO_TO_ACTION: ("action", "video")}
@@ -133,21 +135,21 @@ def dense_chunk(episode, video, action, *, update=("video", "action")):
             for stream in ("video", "action"):
                 grid = [*sigmas(config.steps, shifts[stream]).tolist(), 0.0]
                 s[stream], after[stream] = (grid[i], grid[i + 1]) if stream in stage else (0.0, 0.0)
-            t = {k: torch.full((B, seen + chunk), 500.0, dtype=video.dtype) for k in s}
+            t = {k: torch.full((B, past + chunk), 500.0, dtype=video.dtype) for k in s}
             for k in s:
-                t[k][:, seen:] = 1000 * s[k]
+                t[k][:, past:] = 1000 * s[k]
             flow_video, flow_action = model(
                 torch.cat([junk_video, now["video"]], 2),
-                torch.cat([past_video[:, :, -seen:], clean["video"]], 2),
+                torch.cat([past_video[:, :, -past:], clean["video"]], 2),
                 torch.cat([junk_action, now["action"]], 1),
-                torch.cat([past_action[:, -seen:], clean["action"]], 1),
+                torch.cat([past_action[:, -past:], clean["action"]], 1),
                 t["video"],
                 t["action"],
                 text,
                 attend=attend,
                 frame_start=start,
             )
-            flows = {"video": flow_video[:, :, seen:], "action": flow_action[:, seen:]}
+            flows = {"video": flow_video[:, :, past:], "action": flow_action[:, past:]}
             for k in stage:
                 now[k] = now[k] + flows[k] * (after[k] - s[k])
         for k in stage:
@@ -192,11 +194,11 @@ def check_against_one_packed_forward(episode, size, window, chunks):
         clean.append(episode.propose(**request(objective.name, n)))
         episode.accept(clean[-1])
     frames = 1 + chunks * size
-    first_video, first_action = randn(B, C, 1, *GRID), randn(B, 1, SLOTS, A, seed=5)
+    first_video, first_action = randn(B, C, 1, *GRID), randn(B, 1, ACTION_TOKENS, A, seed=5)
     noisy_video = torch.cat([first_video, *(n["video_noise"] for n in noise)], 2)
     noisy_action = torch.cat([first_action, *(n["action_noise"] for n in noise)], 1)
     geometry = geometry_for(
-        config.program, objective, frames=frames, video_tokens=TOKENS, action_tokens=SLOTS, chunk_size=size,
+        config.program, objective, frames=frames, video_tokens=TOKENS, action_tokens=ACTION_TOKENS, chunk_size=size,
         window=window, history=config.history,
     )  # fmt: skip
     text = randn(B, 3, 8, seed=1)
@@ -219,8 +221,8 @@ def check_against_one_packed_forward(episode, size, window, chunks):
 def test_a_ring_that_forgets_too_early_is_noticed(monkeypatch):
     ranges = StreamingCache.ranges
 
-    def short(self, geometries, starts, seen, *rest):
-        table = ranges(self, geometries, starts, seen, *rest)
+    def short(self, geometries, starts, history, *rest):
+        table = ranges(self, geometries, starts, history, *rest)
         if max(starts) > 0:
             table[:, :, 0] = 0
         return table
@@ -230,7 +232,7 @@ def test_a_ring_that_forgets_too_early_is_noticed(monkeypatch):
         check_against_one_packed_forward(started("joint", steps=1), 2, 4, 4)
 
 
-# ---- equal to packed forwards over the window: rollouts of the reference system ----
+# ---- equal to packed forwards over the window: OpenWAM's rollouts ----
 
 # (chunk, window, chunks): exact window, evictions with an even and an odd window, chunks of one frame
 LAYOUTS = [(2, 4, 4), (1, 5, 4), (3, 2, 2)]
@@ -266,7 +268,7 @@ def test_the_two_caches_differ_after_eviction_and_only_then():
     kept, anew = started("joint"), started("joint", cache="recomputed")
     for i in range(4):
         a, b = (e.propose(**noises(2, i)) for e in (kept, anew))
-        assert torch.allclose(a.video, b.video, atol=1e-10) == (i <= 1)  # the third chunk does not see frame 0
+        assert torch.allclose(a.video, b.video, atol=1e-10) == (i <= 1)  # the third chunk does not attend to frame 0
         for e in (kept, anew):
             e.observe(*real(2, 40 + i))
 
@@ -395,9 +397,9 @@ def test_tensors_of_the_caller_stay_the_callers():
     video = first.video.clone()
     episode.propose(**noises(2, 1, torch.float32))
     assert torch.equal(first.video, video)
-    seen, done = real(1, 8, torch.float32)
-    episode.observe(seen, done)
-    seen.zero_()
+    observed, done = real(1, 8, torch.float32)
+    episode.observe(observed, done)
+    observed.zero_()
     history = episode.accepted()[0]
     assert history[:, -1].abs().sum() > 0
     history.zero_()
@@ -440,7 +442,7 @@ def counted_rows(model):
     return rows
 
 
-VIDEO, ACTION, BOTH = (2 * TOKENS, 0), (0, 2 * SLOTS), (2 * TOKENS, 2 * SLOTS)
+VIDEO, ACTION, BOTH = (2 * TOKENS, 0), (0, 2 * ACTION_TOKENS), (2 * TOKENS, 2 * ACTION_TOKENS)
 
 
 @pytest.mark.parametrize("program", ROLLED_OUT)
@@ -493,7 +495,7 @@ def test_flops_of_a_step(program, objective, updated):
     count = linear_flops(episode.model)
     episode.propose(**request(objective, noises(size, 0)))
     c = SMALL
-    rows = (B * size * TOKENS, B * size * SLOTS)
+    rows = (B * size * TOKENS, B * size * ACTION_TOKENS)
     width, ffn = (c.hidden, c.action_hidden), (c.ffn, c.action_ffn)
     if updated is None:  # ordered: video denoised, its clean copy read once more, then action
         runs = [((0,), (0,)), ((0,), ()), ((1,), (1,))]
@@ -564,7 +566,7 @@ def test_flat_over_500_chunks():
         with Launches() if i in counted else contextlib.nullcontext() as launches:
             candidate = episode.propose(**noise)
             if i % 2:
-                episode.accept(candidate)  # predicted at first, then seen
+                episode.accept(candidate)  # predicted at first, then observed
             episode.observe(candidate.video, candidate.action)
         if i in counted:
             counted[i] = launches.names, launches.bytes, tuple(rows)

@@ -17,7 +17,7 @@ from wam_models import (
     save_checkpoint,
     training_step,
 )
-from wam_models.model.dual_expert import Exact
+from wam_models.model.blocks import Uncast
 from wam_models.objectives import draw_objectives, geometry_for
 from wam_models.train import step as step_module
 
@@ -73,32 +73,34 @@ def test_geometries_of_the_objectives():
 
 def recorded_call(config, monkeypatch, data=None):
     """The packed inputs that a step gives the model."""
-    model, seen = small_model(), {}
+    model, given = small_model(), {}
     forward = model.forward
 
     def record(*args, **named):
         names = ("noisy_video", "clean_video", "noisy_action", "clean_action", "video_t", "action_t", "text", "plan")
-        seen.update(zip(names, args, strict=True))
-        seen.update(named)
-        seen.update({k: v.tensors[0] for k, v in seen.items() if isinstance(v, Exact)})
+        given.update(zip(names, args, strict=True))
+        given.update(named)
+        given.update({k: v.tensors[0] for k, v in given.items() if isinstance(v, Uncast)})
         return forward(*args, **named)
 
     monkeypatch.setattr(model, "forward", record)
     loss, metrics = training_step(model, data or batch(), generator(), config)
-    return seen, loss, metrics
+    return given, loss, metrics
 
 
 def test_what_the_slots_hold(monkeypatch):
     data = batch()
     for name, objective in OBJECTIVES.items():
-        seen, loss, metrics = recorded_call(TrainingConfig(mixture=ONLY[name], noised_history=0.0), monkeypatch)
-        assert torch.equal(seen["clean_video"], data["video"])
-        assert torch.equal(seen["clean_action"][:, 1:], data["action"][:, 1:]) and not seen["clean_action"][:, 0].any()
+        given, loss, metrics = recorded_call(TrainingConfig(mixture=ONLY[name], noised_history=0.0), monkeypatch)
+        assert torch.equal(given["clean_video"], data["video"])
+        assert (
+            torch.equal(given["clean_action"][:, 1:], data["action"][:, 1:]) and not given["clean_action"][:, 0].any()
+        )
         for stream, noisy in (("video", objective.video), ("action", objective.action)):
-            assert torch.equal(seen[f"noisy_{stream}"], seen[f"clean_{stream}"]) == (not noisy)
-            assert bool(seen[f"{stream}_t"].any()) == noisy
+            assert torch.equal(given[f"noisy_{stream}"], given[f"clean_{stream}"]) == (not noisy)
+            assert bool(given[f"{stream}_t"].any()) == noisy
             assert bool(metrics[f"{stream}_loss"].isnan()) == (not noisy)
-        assert bool(seen["text"].any()) == (not objective.conditional)
+        assert bool(given["text"].any()) == (not objective.conditional)
         assert metrics[f"samples/{name}"] == 2
         counted = [metrics[f"{s}_loss"] for s in ("video", "action") if getattr(objective, s)]
         torch.testing.assert_close(loss.detach(), sum(counted))
@@ -106,10 +108,10 @@ def test_what_the_slots_hold(monkeypatch):
 
 def test_noised_history_modulates_itself(monkeypatch):
     data = batch()
-    seen, _, _ = recorded_call(TrainingConfig(noised_history=1.0), monkeypatch)
-    assert (seen["clean_video_timesteps"] > 0).all() and seen["clean_video_timesteps"].shape == (2, 5)
-    assert not torch.equal(seen["clean_video"], data["video"])
-    assert torch.equal(seen["clean_action"][:, 1:], data["action"][:, 1:])
+    given, _, _ = recorded_call(TrainingConfig(noised_history=1.0), monkeypatch)
+    assert (given["clean_video_timesteps"] > 0).all() and given["clean_video_timesteps"].shape == (2, 5)
+    assert not torch.equal(given["clean_video"], data["video"])
+    assert torch.equal(given["clean_action"][:, 1:], data["action"][:, 1:])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

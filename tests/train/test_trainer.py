@@ -147,7 +147,7 @@ def test_an_initialised_model_passes_noise_through(config):
     model = WorldActionModel(big)
     initialise(model)
     x = torch.randn(1, 48, 3, 2, 4)
-    stream, _ = model.embed(x, torch.full((1, 3), 1000.0), None, None)
+    stream, _ = model.embed((x, torch.full((1, 3), 1000.0)), None)
     flow, _ = model.flows((stream, None), 3, 1, 2)
     assert (flow - x).norm() < 0.3 * x.norm()
 

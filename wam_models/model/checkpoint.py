@@ -185,10 +185,10 @@ def _load(folder: Path, device: torch.device | str, training: bool) -> Checkpoin
     _check_entries(config, folder / CONFIG)
     ids = {}
     (state, ids[MODEL]), (extra, ids[EXTRA]) = (
-        _read_tensors(_place(folder, save_id, name), device) for name in (MODEL, EXTRA)
+        _read_tensors(_path_of(folder, save_id, name), device) for name in (MODEL, EXTRA)
     )
     training_state = None
-    path = _place(folder, save_id, TRAINING)
+    path = _path_of(folder, save_id, TRAINING)
     # one that was found in the subfolder, and is no longer there, was moved up: reading fails, and is tried again
     if training and resumable and (path.parent != folder or path.exists()):
         training_state = _read_training(path)
@@ -271,7 +271,7 @@ def _save_of(config: dict, folder: Path) -> tuple[str | None, bool]:
     )
 
 
-def _place(folder: Path, save_id: str | None, name: str) -> Path:
+def _path_of(folder: Path, save_id: str | None, name: str) -> Path:
     """Where a file of the current save lies: a save that was stopped, or goes on, has not moved all of them up."""
     path = folder / f"{save_id}.part" / name
     if not path.exists():
@@ -352,7 +352,7 @@ def _write(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """What the operating system said, where torch or safetensors hide it."""
+    """What the operating system reported, where torch or safetensors hide it."""
     code = re.search(r"\(os error (\d+)\)", str(error))
     if code:
         return os.strerror(int(code[1]))

@@ -37,9 +37,9 @@ def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
     and a prefix that all keys of ``state`` share. What of the model is on the meta device gets the device of its value.
 
     Returns:
-        Sorted keys of ``state`` that the model has no place for. Checkpoints of the reference system carry some that
-        only run with proprioception (``core.action_*``, ``core.runtime_stream_adapters.*``,
-        ``action_expert.hidden_context_proj``); the caller decides whether others are acceptable.
+        Sorted keys of ``state`` that the model has no place for. OpenWAM's checkpoints carry some that only run with
+        proprioception (``core.action_*``, ``core.runtime_stream_adapters.*``, ``action_expert.hidden_context_proj``);
+        the caller decides whether others are acceptable.
 
     Raises:
         TypeError: ``state`` is no mapping.

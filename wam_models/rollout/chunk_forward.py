@@ -13,7 +13,8 @@ from wam_kernels.masks.visibility import ACTION, CLEAN, NOISY, VIDEO
 from wam_kernels.streaming_cache import MAX_RANGES
 
 from ..flow import timesteps
-from ..model.dual_expert import Exact, Pair, Slots, WorldActionModel
+from ..model.blocks import Pair, QKVBuffers, StreamInputs, Text, Uncast
+from ..model.dual_expert import WorldActionModel
 from .frames import FRAME_DIM, to_device
 from .layout import ChunkLayout
 
@@ -24,10 +25,10 @@ class Buffers:
 
     streams: tuple[int, ...]
     rows: tuple[int, ...]  # tokens of the chunk in each stream
-    written: list[Slots]  # of each block: where q, and the keys and values in the cache, are written
+    written: list[QKVBuffers]  # of each block: where q, and the keys and values in the cache, are written
     ranges: Tensor  # int32 [B, streams, MAX_RANGES, 2]: the slots that each stream's queries attend to
     rope: dict[int, Tensor]
-    # held here, because a captured graph reads their memory
+    # of each stream's modulation rows; held here, because a captured graph reads their memory
     indices: list[FrameIndex] = field(default_factory=list)
 
 
@@ -51,7 +52,7 @@ class ChunkForward:
         self, model: WorldActionModel, layout: ChunkLayout, cache: StreamingCache, latents: dict[int, Tensor]
     ) -> None:
         self.model, self.layout, self.cache, self.latents = model, layout, cache, latents
-        self.text: list[Pair] = []
+        self.text: list[Pair[Text]] = []
         self._clean_sigma = latents[VIDEO].new_zeros(1)
         self._frames = torch.arange(layout.chunk_size, device=model.device)
         self.buffers: dict[tuple[tuple[int, ...], int], Buffers] = {}
@@ -105,9 +106,9 @@ class ChunkForward:
         first = to_device(torch.tensor([*firsts] * repeat, device="cpu"), model.device)
         frames = first[:, None] + self._frames
         video, action = (frames if s in streams else None for s in (VIDEO, ACTION))
-        tables = model.rope(video, *layout.grid, action)
-        for stream, table in buffers.rope.items():
-            table.copy_(tables[stream])
+        for stream, table in enumerate(model.rope(video, *layout.grid, action)):
+            if table is not None:
+                buffers.rope[stream].copy_(table)
         return buffers
 
     def flows(self, streams: Sequence[int], sigma: Mapping[int, Tensor]) -> dict[int, Tensor]:
@@ -142,22 +143,22 @@ class ChunkForward:
         self.compute_clean(self.layout.history_streams, firsts, counts, visible_from)
         self.cache.store_chunk(self.layout.history_streams, firsts, counts)
 
-    def _blocks(self, buffers: Buffers, sigma: Mapping[int, Tensor]) -> Pair:
+    def _blocks(self, buffers: Buffers, sigma: Mapping[int, Tensor]) -> Pair[StreamInputs | None]:
         """The streams after the last block, of those in ``sigma``; all keys and values go to the chunk's slots."""
         model, cache, layout = self.model, self.cache, self.layout
-        latents: list[Tensor | None] = [None, None]
-        levels: list[Tensor | None] = [None, None]
+        inputs: list[Pair[Tensor] | None] = [None, None]
         for s in buffers.streams:
-            latents[s] = torch.cat([self.latents[s]] * 2) if layout.guided else self.latents[s]
-            levels[s] = timesteps(sigma.get(s, self._clean_sigma)).expand(layout.samples, layout.chunk_size)
+            latents = torch.cat([self.latents[s]] * 2) if layout.guided else self.latents[s]
+            level = sigma.get(s, self._clean_sigma)
+            inputs[s] = latents, timesteps(level).expand(layout.samples, layout.chunk_size)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             # k and v stand in the cache already
             return cached_attention(q, cache.keys(layer), cache.values(layer), buffers.ranges, group_rows=buffers.rows)
 
-        embedded = model.embed(latents[VIDEO], levels[VIDEO], latents[ACTION], levels[ACTION])
-        buffers.indices = [stream.index for stream in embedded if stream is not None]
-        rope = Exact(*(buffers.rope.get(s) for s in (VIDEO, ACTION)))
+        embedded = model.embed(inputs[VIDEO], inputs[ACTION])
+        buffers.indices = [stream.frame_index for stream in embedded if stream is not None]
+        rope = Uncast(*(buffers.rope.get(s) for s in (VIDEO, ACTION)))
         return model.packed_block_stack(embedded, rope, self.text, attend, buffers.written, tuple(sigma))
 
     def _new_buffers(self, streams: tuple[int, ...], noise: int) -> Buffers:
@@ -171,7 +172,7 @@ class ChunkForward:
         return Buffers(
             streams=streams,
             rows=rows,
-            written=[Slots(queries, cache.keys(i)[:, slots], cache.values(i)[:, slots]) for i in layers],
+            written=[QKVBuffers(queries, cache.keys(i)[:, slots], cache.values(i)[:, slots]) for i in layers],
             ranges=torch.zeros(cache.batch, len(streams), MAX_RANGES, 2, dtype=torch.int32, device=model.device),
             rope={
                 s: torch.empty(cache.batch, n, c.head_dim // 2, 2, dtype=dtype, device=model.device)

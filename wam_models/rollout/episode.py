@@ -29,7 +29,8 @@ from wam_kernels.masks.visibility import ACTION, VIDEO
 
 from .._checks import choice, instance, whole, wholes
 from ..config import ModelConfig
-from ..model.dual_expert import WorldActionModel, wide
+from ..model.blocks import at_least_float32
+from ..model.dual_expert import WorldActionModel
 from ..objectives import GJD, OBJECTIVES, Objective
 from .chunk_forward import ChunkForward
 from .config import RolloutConfig
@@ -168,7 +169,7 @@ class Episode:
         self.layout = ChunkLayout(config, objective, batch, grid, c.actions_per_frame)
         self.chunk_size = self.layout.chunk_size
         self.cache = self.layout.new_cache(model)
-        dtype = wide(observation).dtype
+        dtype = at_least_float32(observation).dtype
         shapes = {VIDEO: observation.shape, ACTION: (batch, 1, c.actions_per_frame, c.action_dim)}
         self.chunk = {
             s: torch.zeros(with_frames(s, shape, self.chunk_size), dtype=dtype, device=model.device)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -147,7 +148,7 @@ class Policy:
         if self.frames_are_states:
             return state
         name = self.camera.name.removeprefix(PICTURES) if self.camera is not None else next(iter(pictures), None)
-        if name not in pictures:
+        if name is None or name not in pictures:
             raise ValueError(
                 f"simulator: observe must return a picture of {name}, which the policy was trained on, got "
                 f"{sorted(pictures) or 'no pictures'}"
@@ -168,7 +169,7 @@ class Policy:
         extra = {_CODEC + k: v for k, v in self.codec.state_dict().items()}
         extra |= {"action_mean": self.action_mean, "action_std": self.action_std, "varying": self.varying}
         codec = {"kind": codec_kind(self.codec), "config": self.codec.config}
-        metadata = {"rollout": asdict(self.rollout), "training": dict(training or {}), "codec": codec}
+        metadata: dict[str, Any] = {"rollout": asdict(self.rollout), "training": dict(training or {}), "codec": codec}
         if (self.actions_per_frame, self.actions_per_token) != (STRIDE, 1):
             metadata |= {"actions_per_frame": self.actions_per_frame, "actions_per_token": self.actions_per_token}
         if self.camera is not None:

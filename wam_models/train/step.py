@@ -17,7 +17,8 @@ from wam_kernels import HISTORIES, compile_plan
 from .._checks import check_field, choice, instance, number, whole_range
 from .._limits import LARGEST_INT32
 from ..flow import TimestepDraw, add_noise, target, timesteps
-from ..model.dual_expert import Exact, WorldActionModel, wide
+from ..model.blocks import Uncast, at_least_float32
+from ..model.dual_expert import WorldActionModel
 from ..objectives import (
     GJD,
     GJD_MIXTURE,
@@ -156,16 +157,16 @@ def training_step(
         noised_video(video, history_noise, history_sigma),
         add_noise(action, action_noise, action_sigma),
         action,
-        Exact(timesteps(video_sigma)),
-        Exact(timesteps(action_sigma)),
+        Uncast(timesteps(video_sigma)),
+        Uncast(timesteps(action_sigma)),
         torch.where(keeps_text[:, :, None] > 0, text, 0),
         plan,
-        clean_video_timesteps=Exact(timesteps(history_sigma)),
+        clean_video_timesteps=Uncast(timesteps(history_sigma)),
         impl=impl,
     )
     # [B] each, over the frames that a rollout generates
-    video_error = (wide(video_flow) - target(video, video_noise))[:, :, 1:].square().flatten(1).mean(1)
-    action_error = (wide(action_flow) - target(action, action_noise))[:, 1:].square().flatten(1).mean(1)
+    video_error = (at_least_float32(video_flow) - target(video, video_noise))[:, :, 1:].square().flatten(1).mean(1)
+    action_error = (at_least_float32(action_flow) - target(action, action_noise))[:, 1:].square().flatten(1).mean(1)
     counts_video, counts_action = denoises_video[:, 0], denoises_action[:, 0]
     loss = config.video_weight * video_error * counts_video + config.action_weight * action_error * counts_action
     metrics: dict[str, float | int | Tensor] = {
@@ -207,4 +208,5 @@ def _checked(model: WorldActionModel, batch: Mapping[str, Tensor]) -> tuple[Tens
     if text.ndim != 3 or text.shape[0] != B or text.shape[2] != c.text_dim:
         raise ValueError(f"training_step: text must be [{B}, L, {c.text_dim}], got {list(text.shape)}")
     # losses and noise levels are float32 whatever the data was stored in; no action leads to frame 0
-    return wide(video), wide(torch.cat([torch.zeros_like(action[:, :1]), action[:, 1:]], 1)), text
+    action = torch.cat([torch.zeros_like(action[:, :1]), action[:, 1:]], 1)
+    return at_least_float32(video), at_least_float32(action), text
