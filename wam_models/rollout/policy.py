@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -13,14 +13,15 @@ from torch import Tensor
 
 from .._checks import check_field, instance, whole
 from .._json import from_fields
-from ..data import ClipDataset, LeRobotDataset, PatchPCA, StateCodec
+from ..data import ClipDataset, LeRobotDataset, StateCodec
 from ..data.clips import LEAST_STD, STRIDE, episode_frames, reaching_actions
-from ..data.latents import CODECS, WanVAECodec, codec_kind
+from ..data.codec import Codec, SavedCodec
+from ..data.latents import CODECS, codec_kind
 from ..data.lerobot import Episode
 from ..model.checkpoint import CONFIG, EXTRA, Checkpoint, load_checkpoint, save_checkpoint
 from ..model.dual_expert import WorldActionModel
 from ..text import WordEmbedding
-from .episode import RolloutConfig
+from .config import RolloutConfig
 
 PICTURES = "observation.images."  # how the features of cameras begin
 _CODEC = "codec."  # prefix of the codec's tensors in a checkpoint
@@ -79,7 +80,7 @@ class Policy:
 
     model: WorldActionModel
     text: WordEmbedding
-    codec: PatchPCA | WanVAECodec | StateCodec
+    codec: Codec
     action_mean: Tensor
     action_std: Tensor
     varying: Tensor
@@ -166,10 +167,11 @@ class Policy:
         Raises:
             ValueError: a codec that is none of ``wam_models.data.latents.CODECS``.
         """
-        extra = {_CODEC + k: v for k, v in self.codec.state_dict().items()}
+        kind, codec = codec_kind(self.codec), cast(SavedCodec, self.codec)
+        extra = {_CODEC + k: v for k, v in codec.state_dict().items()}
         extra |= {"action_mean": self.action_mean, "action_std": self.action_std, "varying": self.varying}
-        codec = {"kind": codec_kind(self.codec), "config": self.codec.config}
-        metadata: dict[str, Any] = {"rollout": asdict(self.rollout), "training": dict(training or {}), "codec": codec}
+        metadata: dict[str, Any] = {"rollout": asdict(self.rollout), "training": dict(training or {})}
+        metadata["codec"] = {"kind": kind, "config": codec.config}
         if (self.actions_per_frame, self.actions_per_token) != (STRIDE, 1):
             metadata |= {"actions_per_frame": self.actions_per_frame, "actions_per_token": self.actions_per_token}
         if self.camera is not None:
@@ -251,7 +253,7 @@ class Policy:
         Raises:
             ValueError, FileNotFoundError: as LeRobotDataset does.
         """
-        return LeRobotDataset(root, camera, self.camera and self.camera.name)
+        return LeRobotDataset(root, camera, None if self.camera is None else self.camera.name)
 
     def clip(self, dataset: LeRobotDataset, episode: int | Episode) -> dict:
         """One whole episode in this policy's latents and units; only its own frames are decoded.
