@@ -140,14 +140,14 @@ class Distinct(NamedTuple):
 
 
 def _distinct(rows: SideRows, tiles: Tiles) -> Distinct:
-    n_tiles = len(tiles.rows)
-    real = tiles.rows >= 0
+    n_tiles = len(tiles.bounds_row)
+    real = tiles.bounds_row >= 0
     new = real.copy()
-    new[:, 1:] &= tiles.rows[:, 1:] != tiles.rows[:, :-1]
+    new[:, 1:] &= tiles.bounds_row[:, 1:] != tiles.bounds_row[:, :-1]
     new[:, HALF] = real[:, HALF]
     tile, column = np.nonzero(new)
     first_row = starts(rows.of_sample).repeat(tiles.of_sample)  # of each tile's sample
-    lo, hi = rows.bounds.take(tiles.rows[tile, column] + first_row[tile], axis=2).astype(np.int64)
+    lo, hi = rows.bounds.take(tiles.bounds_row[tile, column] + first_row[tile], axis=2).astype(np.int64)
     of_row = np.cumsum(new, axis=1, dtype=np.int32) - 1
     of_row[~real] = -1
     return Distinct(np.bincount(tile, minlength=n_tiles), tile, (column >= HALF).astype(np.int64), lo, hi, of_row)
@@ -318,7 +318,7 @@ def _side(rows: SideRows, tiles: Tiles, placement: Placement, side: int) -> list
 
     return [
         np.array([batch, full_at, masked_at, n0, n_full, n_both, n1, batch]).T[heavy],
-        Unwritten((tile.size, ROWS), lambda out: moved(tiles.tokens, tile[heavy], own[heavy], -1, out)),
+        Unwritten((tile.size, ROWS), lambda out: moved(tiles.rows, tile[heavy], own[heavy], -1, out)),
         Unwritten((int(n_full.sum()),), lambda out: full.write(tile, other, full_at, out)),
         Unwritten((step.size, PLACES), write_boxes),
         Unwritten((step.size, 2, THREADS), write_words),
