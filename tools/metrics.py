@@ -30,7 +30,7 @@ CPP = (".cu", ".cuh", ".cpp", ".h")
 
 def first_level(module: str) -> str:
     """The room of a module; ``wam_kernels.__init__`` is the room ``wam_kernels``."""
-    parts = module.split(".")
+    parts = module.removesuffix(".__main__").split(".")
     return ".".join(parts[:2]) if parts[0] in PACKAGES else parts[0]
 
 
