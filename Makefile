@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 # what the installed package is made of, beside the Python files, which an editable install reads in place
-PACKAGE := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
+PACKAGE := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo lint test test-slow bench clean
@@ -15,7 +15,7 @@ PACKAGE := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*)
 
 help:
 	@echo "make demo       set up .venv and run the demo"
-	@echo "make lint       set up .venv and check all Python files with ruff, and wam_kernels with mypy"
+	@echo "make lint       set up .venv and check Python with ruff and mypy, csrc with clang-format"
 	@echo "make test       set up .venv and run the whole test suite"
 	@echo "make test-slow  set up .venv and run the tests that take long, which make test leaves out"
 	@echo "make bench      set up .venv and time every op on one CPU thread beside the saved baseline"
@@ -28,6 +28,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*/*.* tests/csrc/*.c*)
 
 # Two processes: Triton's interpreter, switched on at import by TRITON_INTERPRET=1, and its compiler do not share one.
 # Both run whatever the first says; either failing fails make.

@@ -12,6 +12,7 @@ import wam_kernels
 from bench.registry import SUITES
 from tests import test_modes, test_op_arguments
 from tests.aot.test_launchers import CALLS
+from tests.csrc.test_extension import KERNELS
 from tests.transforms.checks import OPS as TRANSFORMED
 from tests.transforms.test_func import INFERENCE
 from wam_kernels.block_attention.config import fits_triton
@@ -21,6 +22,7 @@ from wam_kernels.runtime.backends import _MODULES
 from wam_models import doctor
 
 ROOT = Path(__file__).resolve().parent.parent
+CSRC = ("params.h", "kernels.cu", "launch.cpp", "bindings.h")  # of an op with CUDA kernels
 each_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
 
@@ -31,6 +33,7 @@ def files(op: Op) -> list[str]:
         *(f"{package}/{_MODULES[impl][1:]}.py" for impl in op.backends if impl != "reference"),
         *(f"tests/{op.package}/{name}.py" for name in ("__init__", "checks", "test_op")),
         *(f"tests/{suite}/test_{op.package}.py" for suite in suites),
+        *(f"csrc/{op.package}/{name}" for name in CSRC if "cuda" in op.backends),
         f"bench/suites/{op.package}.py",
     ]
 
@@ -51,9 +54,21 @@ def lists(op: Op) -> dict[str, bool]:
     }
 
 
+def csrc_lists(op: Op) -> dict[str, bool]:
+    """The same for an op with CUDA kernels."""
+    module, readme = ((ROOT / "csrc" / name).read_text() for name in ("module.cpp", "README.md"))
+    bound = f'#include "{op.package}/bindings.h"' in module and f"wam::{op.package}_bindings::" in module
+    return {
+        "csrc/module.cpp": bound,
+        "csrc/README.md": f"\n| `{op.package}/` |" in readme,
+        "tests.csrc.test_extension.KERNELS": op.package in KERNELS,
+    }
+
+
 def missing(op: Op) -> list[str]:
     absent = [part for part in files(op) if not (ROOT / part).is_file()]
-    return absent + [name for name, holds_it in lists(op).items() if not holds_it]
+    holding = lists(op) | (csrc_lists(op) if "cuda" in op.backends else {})
+    return absent + [name for name, holds_it in holding.items() if not holds_it]
 
 
 @each_op
@@ -63,7 +78,7 @@ def test_no_part_is_missing(op):
 
 def test_a_row_alone_is_told_every_part():
     alone = replace(OPS["qk_norm_rope"], name="new_op", package="new_op", functions=("new_op",))
-    assert missing(alone) == [*files(alone), *lists(alone)]
+    assert missing(alone) == [*files(alone), *lists(alone), *csrc_lists(alone)] and "cuda" in alone.backends
 
 
 @each_op
@@ -74,6 +89,11 @@ def test_what_the_sanitizers_run_is_right(op):
 def test_every_folder_with_a_backend_is_one_op():
     folders = [path.parent.name for path in (ROOT / "wam_kernels").glob("*/reference.py")]
     assert sorted(folders) == sorted(op.package for op in OPS.values())
+
+
+def test_every_folder_of_csrc_is_of_an_op_with_a_cuda_backend():
+    folders = {path.parent.name for path in (ROOT / "csrc").glob("*/*")} - {"common"}
+    assert folders == {op.package for op in OPS.values() if "cuda" in op.backends}
 
 
 def test_every_public_function_that_takes_impl_is_of_one_op():

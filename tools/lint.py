@@ -130,13 +130,10 @@ def tracked(root: Path) -> list[str]:
 
 
 class Repository:
-    def __init__(self, root: Path = ROOT, vocabulary: str | None = None):
-        """``vocabulary``: the page with the table of retired words; default: the tree's own."""
+    def __init__(self, root: Path = ROOT):
         self.root = root
         self.files = [path for path in tracked(root) if not path.startswith(RECORDED)]
         self.modules = {m.name: m for m in (Module(p, self.read(p)) for p in self.files if p.endswith(".py"))}
-
-        self.vocabulary = vocabulary or self.read(VOCABULARY)
 
     def read(self, path: str) -> str:
         return (self.root / path).read_text(encoding="utf-8")
@@ -297,7 +294,7 @@ def functions(repository: Repository) -> Iterator[tuple[str, int, str, int]]:
         text = repository.read(path)
         for match in CPP_FUNCTION.finditer(text):
             head = re.sub(r"template <.*?>\n|__launch_bounds__\(.*?\)\s+(?=\w+\()", "", match[1])
-            name = re.findall(r"(\w+)\(", head)[0]
+            name = re.findall(r"(\w+)(?:<\w+>)?\(", head)[0]
             yield path, text.count("\n", 0, match.start(2)), name, match[2].count("\n")
 
 
@@ -332,7 +329,7 @@ def _pattern(phrases: Iterable[str]) -> re.Pattern[str]:
 
 
 def words(repository: Repository) -> Iterator[Finding]:
-    table = [(row, _pattern(row.words)) for row in retired(repository.vocabulary)]
+    table = [(row, _pattern(row.words)) for row in retired(repository.read(VOCABULARY))]
     for path in (path for path in repository.files if path.endswith(TEXT) and path != PLANTED):
         text = repository.read(path)
         if path == VOCABULARY:

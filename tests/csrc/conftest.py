@@ -3,7 +3,6 @@
 import ctypes
 import importlib.machinery
 import importlib.util
-import re
 import shutil
 import subprocess
 import sysconfig
@@ -22,7 +21,7 @@ from wam_kernels.runtime import cuda
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-SOURCES = re.findall(r"csrc/\S+\.(?:cpp|cu)", (ROOT / "CMakeLists.txt").read_text())
+SOURCES = sorted(path for path in (ROOT / "csrc").rglob("*") if path.suffix in (".cpp", ".cu"))
 HOST = [
     "g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-DWAM_HOST_EMULATION",
     f"-I{ROOT / 'csrc'}",
@@ -40,14 +39,14 @@ def compile_emulated(tmp_path_factory):
     folder = tmp_path_factory.mktemp("emulated")
 
     def object_of(source: Path) -> Path:
-        out = folder / f"{source.name}.o"
-        # the launchers and bindings of csrc hold no device code: nothing in them is worth optimising or watching
-        flags = HOST if source.parent == ROOT / "csrc" else EMULATED
+        out = folder / f"{source.parent.name}_{source.name}.o"
+        # launch.cpp and module.cpp of csrc hold no device code: nothing in them is worth optimising or watching
+        flags = HOST if source.suffix == ".cpp" and ROOT / "csrc" in source.parents else EMULATED
         subprocess.run([*flags, *includes(source), "-x", "c++", "-c", source, "-o", out], check=True)
         return out
 
     def includes(source: Path) -> list[str]:
-        if source.name != "bindings.cpp":
+        if source.name != "module.cpp":
             return []
         import pybind11
 
@@ -69,12 +68,12 @@ def compile_emulated(tmp_path_factory):
 @dataclass(frozen=True)
 class Emulation:
     extension: ModuleType  # as wam_kernels._C
-    door: ctypes.CDLL  # emulated.cpp
+    control: ctypes.CDLL  # emulated.cpp
 
 
 @pytest.fixture(scope="session")
 def emulation(compile_emulated) -> Emulation:
-    library = compile_emulated("_C.so", [HERE / "emulated.cpp", *(ROOT / source for source in SOURCES)])
+    library = compile_emulated("_C.so", [HERE / "emulated.cpp", *SOURCES])
     loader = importlib.machinery.ExtensionFileLoader("_C", str(library))
     module = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
     loader.exec_module(module)
@@ -145,4 +144,4 @@ def machine(request, monkeypatch) -> Machine:
     emulation = request.getfixturevalue("emulation")
     monkeypatch.setattr(cuda, "extension", lambda: emulation.extension)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
-    return Machine("cpu", emulation.door.launch_downwards)
+    return Machine("cpu", emulation.control.launch_downwards)

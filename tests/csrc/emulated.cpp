@@ -1,5 +1,5 @@
-// Beside the kernels of the emulated module, a C door for ctypes: the order of threads, and the 16-bit conversions.
-#include "cuda_or_host.h"
+// Beside the kernels of the emulated module, C functions for ctypes: the order of threads, and the 16-bit conversions.
+#include "common/cuda_or_host.h"
 
 extern "C" {
 

@@ -1,5 +1,5 @@
 // A kernel that is right for kNone and has one fault otherwise; test_host_emulation.py checks what the emulation says.
-#include "cuda_or_host.h"
+#include "common/cuda_or_host.h"
 
 enum Fault { kNone, kExitsBeforeBlockBarrier, kLaneExitsBeforeShuffle, kPartialMask, kNoBarrier };
 

@@ -120,7 +120,7 @@ def test_every_width(machine, D, dtype):
     [
         pytest.param(UNEVEN, id="uneven-frames-that-come-back"),
         pytest.param(FrameIndex.per_token(5), id="per-token"),
-        pytest.param(FrameIndex.per_sample(140), id="per-sample-and-enough-segments-for-groups"),
+        pytest.param(FrameIndex.per_sample(140), id="per-sample-and-enough-segments-for-lines"),
         pytest.param(FrameIndex.from_runs([0, 0], frames=3), id="no-tokens"),
     ],
 )

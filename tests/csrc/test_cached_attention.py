@@ -1,6 +1,6 @@
 """The CUDA kernels of cached_attention, through their launcher, against the reference in float64.
 
-Emulated, the instructions mma, ldmatrix and cp.async are the plain versions in ``csrc/tile_mma.cuh``.
+Emulated, the instructions mma, ldmatrix and cp.async are the plain versions in ``csrc/common/tile_mma.cuh``.
 """
 
 import dataclasses
@@ -45,7 +45,7 @@ def test_every_head_dim(machine, D):
 @pytest.mark.parametrize("parts", [2, 3, 9])
 def test_split_over_the_keys(machine, parts, monkeypatch):
     # 9 parts of at most 5 steps: the last ones have no slots, and no partial result that may be read
-    monkeypatch.setattr(config, "splits", lambda programs, slots: parts)
+    monkeypatch.setattr(config, "splits", lambda tiles, slots: parts)
     check(machine, Case([[[(0, 130), (140, 199)], [(3, 9)]], [[(0, 1)], []]], (20, 3), 200, H=2, D=128, dtype=BF16))
     check(machine, Case([[[(40, 64), (0, 17), (100, 203)]]], (5,), 210, H=1, D=64, dtype=torch.float16))
 

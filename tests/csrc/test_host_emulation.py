@@ -11,7 +11,7 @@ HERE = Path(__file__).parent
 
 
 def test_16_bit_conversions(emulation):
-    emulated = emulation.door
+    emulated = emulation.control
     codes = np.arange(2**16, dtype=np.uint16)
     bf16, fp16 = np.empty(codes.size, np.float32), np.empty(codes.size, np.float32)
     pointers = [ctypes.c_void_p(a.ctypes.data) for a in (bf16, fp16)]

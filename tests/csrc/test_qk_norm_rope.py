@@ -83,11 +83,11 @@ def test_a_table_per_sample(machine, B, S):
     check(machine, inputs, 24, False, True)
 
 
-@pytest.mark.parametrize("programs", [1, 3, 198])
+@pytest.mark.parametrize("blocks", [1, 3, 198])
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize("B, S", [(2, 7), (1, 1), (0, 3), (2, 0)])
-def test_programs_share_out_the_tokens(machine, B, S, per_head, programs, monkeypatch):
-    monkeypatch.setattr(kernel_cuda, "PROGRAMS", programs)
+def test_blocks_share_out_the_tokens(machine, B, S, per_head, blocks, monkeypatch):
+    monkeypatch.setattr(kernel_cuda, "BLOCKS", blocks)
     check(machine, make_inputs(B, S, 2, 32, "float32", per_head, machine.device), 32, per_head, True)
 
 

@@ -1,5 +1,6 @@
-"""Gated residual and adaptive LayerNorm, the CUDA kernels: ``csrc/adaln.cuh`` has the formulas and what a block owns.
+"""Gated residual and adaptive LayerNorm, the CUDA kernels.
 
+``csrc/adaln/kernels.cu`` has the formulas and what a block owns.
 Tensors go to the extension as (address, batch stride, row stride), absent ones as zeros. Launched on the current stream
 of their device; errors come from csrc and name the argument.
 """

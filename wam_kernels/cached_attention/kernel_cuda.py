@@ -1,4 +1,4 @@
-"""Attention over ranges of a cache, the CUDA kernels: ``csrc/cached_attention.cuh`` says what a block owns.
+"""Attention over ranges of a cache, the CUDA kernels: ``csrc/cached_attention/kernels.cu`` says what a block owns.
 
 Tensors go to the extension as (address, batch stride, token stride, head stride). Launched on the current stream of
 their device; errors come from csrc and name the argument.
@@ -30,8 +30,8 @@ def forward(
     out_part = q.new_empty((parts, B, H, S, D), dtype=torch.float32)
     lse_part = q.new_empty((parts, B, H, S), dtype=torch.float32)
     cuda.launch(
-        "cached_attention", q, shape=(B, S, N, H, D), q=_heads(q), k_cache=_heads(k_cache), v_cache=_heads(v_cache),
-        ranges=ranges.data_ptr(), ranges_of_group=ranges.shape[2], group_rows=list(group_rows),
+        "cached_attention_forward", q, shape=(B, S, N, H, D), q=_heads(q), k_cache=_heads(k_cache),
+        v_cache=_heads(v_cache), ranges=ranges.data_ptr(), ranges_of_group=ranges.shape[2], group_rows=list(group_rows),
         out_part=out_part.data_ptr(), lse_part=lse_part.data_ptr(), parts=parts, out=out.data_ptr(), lse=lse.data_ptr(),
         scale=scale,
     )  # fmt: skip

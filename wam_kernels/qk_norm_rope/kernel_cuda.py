@@ -1,5 +1,6 @@
-"""RMSNorm and rope of q and k, the CUDA kernels: ``csrc/qk_norm_rope.cuh`` has the formulas and what a block owns.
+"""RMSNorm and rope of q and k, the CUDA kernels.
 
+``csrc/qk_norm_rope/kernels.cu`` has the formulas and what a block owns.
 Tensors go to the extension as (address, batch stride, token stride, head stride). Launched on the current stream of
 their device; errors come from csrc and name the argument.
 """
@@ -9,9 +10,9 @@ from torch import Tensor
 from ..runtime import cuda
 
 # Backward: blocks of each of q and k, so also rows of partial weight gradients: three blocks on each of an H100's 132
-# SMs, which is what 108 registers and 192 threads (24 x 128) leave room for. A constant, not the number of SMs, so that
+# SMs, which is what 106 registers and 192 threads (24 x 128) leave room for. A constant, not the number of SMs, so that
 # every bit is the same on every GPU. Estimated, not measured.
-PROGRAMS = 198
+BLOCKS = 198
 
 
 _ABSENT = (0, 0, 0, 0)
@@ -66,16 +67,16 @@ def backward(
     dq, dk = q.new_empty(q.shape), k.new_empty(k.shape)
     dweight_q, dweight_k = weight_q.new_empty(weight_q.shape), weight_k.new_empty(weight_k.shape)
     tokens = B * S
-    tokens_per_program = -(-tokens // PROGRAMS)
-    programs = -(-tokens // max(1, tokens_per_program))
-    partials = weight_q.new_empty((programs, 2, weight_q.numel()))
+    tokens_per_block = -(-tokens // BLOCKS)
+    blocks = -(-tokens // max(1, tokens_per_block))
+    partials = weight_q.new_empty((blocks, 2, weight_q.numel()))
     cuda.launch(
         "qk_norm_rope_backward", q, shape=(B, S, inner // head_dim, head_dim),
         dq_out=_heads("dq_out", dq_out, head_dim),
         dk_out=_heads("dk_out", dk_out, head_dim), q=_heads("q", q, head_dim), k=_heads("k", k, head_dim),
         weight_q=weight_q.data_ptr(), weight_k=weight_k.data_ptr(), table=_table(table),
         dq=_heads("dq", dq, head_dim), dk=_heads("dk", dk, head_dim), dweight_q=dweight_q.data_ptr(),
-        dweight_k=dweight_k.data_ptr(), partials=partials.data_ptr(), programs=programs,
-        tokens_per_program=tokens_per_program, per_head=per_head, interleaved=interleaved, eps=eps,
+        dweight_k=dweight_k.data_ptr(), partials=partials.data_ptr(), blocks=blocks,
+        tokens_per_block=tokens_per_block, per_head=per_head, interleaved=interleaved, eps=eps,
     )  # fmt: skip
     return dq, dk, dweight_q.to(dtype), dweight_k.to(dtype)

@@ -13,50 +13,21 @@
 // Softmax works in base 2; lse_p is in base 2. Scores and sums are float32; rounded to the dtype are p, before its
 // product, and out, at the store. A part without slots stores lse_p = -inf and no out_p.
 //
-// A row's scores may all be -inf, by overflow: then its lse is -inf and its out 0, as of a row that sees nothing.
+// A row's scores may all be -inf, by overflow: then its lse is -inf and its out 0, as of a fully masked row.
 //
 // One warp of the second kernel owns a row of a head and adds the parts in order. No atomics: the same bits every time.
-#pragma once
-
 #include <cfloat>
 #include <cmath>
 
-#include "qk_norm_rope.cuh"  // Heads
-#include "tile_mma.cuh"
+#include "common/tile_mma.cuh"
+#include "params.h"
 
 namespace wam {
-
-constexpr int kMaxGroups = 4;
-
-struct CachedAttentionParams {
-  Heads q, k, v;          // [batch, rows, heads, head_dim]; [batch, slots, heads, head_dim]
-  const int32_t* ranges;  // [batch, groups, ranges_of_group, 2]: start and end of slots; contiguous
-  float* out_part;        // [parts, batch, heads, rows, head_dim]
-  float* lse_part;        // [parts, batch, heads, rows]
-  void* out;              // [batch, rows, heads, head_dim], contiguous
-  float* lse;             // [batch, heads, rows]
-  int64_t batch, rows, slots;
-  int32_t heads, head_dim, groups, ranges_of_group, parts;
-  int32_t group_rows[kMaxGroups];  // they sum to rows
-  float scale;
-  // What takes products to base 2, above 0; `launch_kernels` sets it. An argument: as a constant it costs no register.
-  float to_base2;
-};
-
-// Checks and launches both kernels; errors as those of adaln.cuh. bf16 and fp16 only.
-void cached_attention(const CachedAttentionParams& params, DType dtype, void* stream);
-
 namespace cached_attention_detail {
 
 constexpr int kTileRows = 64, kThreads = kTileRows / 16 * kWarp;
 constexpr int kCombineRows = 4;
 constexpr float kLog2e = 1.4426950408889634f;
-
-// The kernels alone, of one dtype: cached_attention_<dtype>.cu.
-template <DType DTYPE>
-void launch_kernels(const CachedAttentionParams& params, void* stream);
-
-#ifdef WAM_DEVICE_CODE
 
 struct Range {
   int start, length;
@@ -130,6 +101,78 @@ struct Tiles {
   alignas(128) T k[kSlots * D], v[kSlots * D];
 };
 
+// Of the two rows that a lane holds parts of: the largest score in base 2, and the lane's own share of the sum.
+// (the lowest number instead of -inf: with all scores -inf, -inf - -inf would be NaN)
+struct SoftmaxState {
+  float m[2] = {-FLT_MAX, -FLT_MAX}, total[2] = {};
+};
+
+// Leaves `columns` columns of a step's scores.
+template <int N>
+__device__ inline void mask_columns(Accumulator<N>& s, int lane, int columns) {
+#pragma unroll
+  for (int j = 0; j < N / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      if (column_of(lane, j, i) >= columns) s.at[j][i] = -INFINITY;
+    }
+  }
+}
+
+// Turns scores into powers, and scales what earlier steps added up to the new maximum.
+template <int N, int D>
+__device__ inline void online_softmax(Accumulator<N>& s, SoftmaxState& state, Accumulator<D>& out, float to_base2) {
+  float largest[2] = {-INFINITY, -INFINITY};
+#pragma unroll
+  for (int j = 0; j < N / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) largest[i / 2] = fmaxf(largest[i / 2], s.at[j][i]);
+  }
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const float before = state.m[r];
+    state.m[r] = fmaxf(before, quad_max(largest[r]) * to_base2);
+    const float shrink = exp2f(before - state.m[r]);
+    state.total[r] *= shrink;
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      out.at[j][2 * r] *= shrink;
+      out.at[j][2 * r + 1] *= shrink;
+    }
+  }
+#pragma unroll
+  for (int j = 0; j < N / 8; ++j) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      s.at[j][i] = exp2f(fmaf(s.at[j][i], to_base2, -state.m[i / 2]));
+      state.total[i / 2] += s.at[j][i];
+    }
+  }
+}
+
+// Stores lse_p and out_p of the first `rows` of a warp's rows; the first of them is row `first` of both.
+template <int D>
+__device__ inline void store_part(const SoftmaxState& state, const Accumulator<D>& out, const CachedAttentionParams& p,
+                                  int64_t first, int rows, int lane) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    float total = quad_sum(state.total[r]);
+    // scores past 2^31, where rounding m alone is more than exp2f can take
+    if (total == 0.0f && state.m[r] != -FLT_MAX) total = NAN;
+    const int row = row_of(lane, 2 * r);
+    if (row >= rows) continue;
+    if (lane % 4 == 0) p.lse_part[first + row] = state.m[r] + log2f(total);
+    float* to = p.out_part + (first + row) * p.head_dim;
+#pragma unroll
+    for (int j = 0; j < D / 8; ++j) {
+      const int channel = column_of(lane, j, 0);
+      if (channel >= p.head_dim) break;
+      const Pack<float, 2> pair = {out.at[j][2 * r] / total, out.at[j][2 * r + 1] / total};
+      *reinterpret_cast<Pack<float, 2>*>(to + channel) = pair;
+    }
+  }
+}
+
 template <class T, int D>
 __global__ void __launch_bounds__(kThreads) part_kernel(const __grid_constant__ CachedAttentionParams p) {
   constexpr int kSlots = Tiles<T, D>::kSlots, kChunks = D / 8;
@@ -153,28 +196,25 @@ __global__ void __launch_bounds__(kThreads) part_kernel(const __grid_constant__ 
     return;
   }
 
-  const T* k = static_cast<const T*>(p.k.data) + b * p.k.stride_batch + h * p.k.stride_head;
-  const T* v = static_cast<const T*>(p.v.data) + b * p.v.stride_batch + h * p.v.stride_head;
+  const T *k = head_of<const T>(p.k, b, 0, h), *v = head_of<const T>(p.v, b, 0, h);
   Cursor cursor(bounds, slots);
   auto fetch = [&](int step, Tiles<T, D>& to) {
 #pragma unroll
     for (int n = 0; n < kSlots * kChunks / kThreads; ++n) {
       const int i = threadIdx.x + n * kThreads, at = i / kChunks, chunk = i % kChunks, place = step * kSlots + at;
-      const bool there = place < visible && chunk * 8 < p.head_dim;
-      const int64_t slot = there ? cursor.slot_at(place) : 0;
-      const int channel = there ? chunk * 8 : 0, target = chunk_at<D>(at, chunk) * 8;
-      copy_async(to.k + target, k + slot * p.k.stride_token + channel, there);
-      copy_async(to.v + target, v + slot * p.v.stride_token + channel, there);
+      const bool exists = place < visible && chunk * 8 < p.head_dim;
+      const int64_t slot = exists ? cursor.slot_at(place) : 0;
+      const int channel = exists ? chunk * 8 : 0, target = chunk_at<D>(at, chunk) * 8;
+      copy_async(to.k + target, k + slot * p.k.stride_token + channel, exists);
+      copy_async(to.v + target, v + slot * p.v.stride_token + channel, exists);
     }
   };
 
   fetch(first, tiles[0]);
-  const T* q = static_cast<const T*>(p.q.data) + b * p.q.stride_batch + h * p.q.stride_head;
-  auto q_rows = load_operand<T, D>(q + row * p.q.stride_token, p.q.stride_token, rows, p.head_dim);
+  const T* q = head_of<const T>(p.q, b, row, h);
+  auto q_rows = load_operand<T, D>(q, p.q.stride_token, rows, p.head_dim);
   if (p.scale < 0.0f) change_sign(q_rows);
-  // of the two rows that this lane holds parts of; a lane sums its own columns until the end
-  // (the lowest number instead of -inf: with all scores -inf, -inf - -inf would be NaN)
-  float m[2] = {-FLT_MAX, -FLT_MAX}, total[2] = {};
+  SoftmaxState state;
   Accumulator<D> out = {};
 
   for (int step = first; step < last; ++step) {
@@ -187,68 +227,16 @@ __global__ void __launch_bounds__(kThreads) part_kernel(const __grid_constant__ 
 
     Accumulator<kSlots> s = {};
     multiply_transposed(s, q_rows, now.k);
-    // of the last step alone
-    if (visible - step * kSlots < kSlots) {
-      const int seen = visible - step * kSlots;
-#pragma unroll
-      for (int j = 0; j < kSlots / 8; ++j) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          if (column_of(lane, j, i) >= seen) s.at[j][i] = -INFINITY;
-        }
-      }
-    }
-    float largest[2] = {-INFINITY, -INFINITY};
-#pragma unroll
-    for (int j = 0; j < kSlots / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) largest[i / 2] = fmaxf(largest[i / 2], s.at[j][i]);
-    }
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const float before = m[r];
-      m[r] = fmaxf(before, quad_max(largest[r]) * p.to_base2);
-      const float shrink = exp2f(before - m[r]);
-      total[r] *= shrink;
-#pragma unroll
-      for (int j = 0; j < D / 8; ++j) {
-        out.at[j][2 * r] *= shrink;
-        out.at[j][2 * r + 1] *= shrink;
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < kSlots / 8; ++j) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        s.at[j][i] = exp2f(fmaf(s.at[j][i], p.to_base2, -m[i / 2]));
-        total[i / 2] += s.at[j][i];
-      }
-    }
+    const int columns = visible - step * kSlots;
+    if (columns < kSlots) mask_columns(s, lane, columns);  // in the last step alone
+    online_softmax(s, state, out, p.to_base2);
     multiply(out, to_operand<T>(s), now.v);
   }
-
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    total[r] = quad_sum(total[r]);
-    // scores past 2^31, where rounding m alone is more than exp2f can take
-    if (total[r] == 0.0f && m[r] != -FLT_MAX) total[r] = NAN;
-    const int at = row_of(lane, 2 * r);
-    if (at >= rows) continue;
-    if (lane % 4 == 0) p.lse_part[row_of_part + at] = m[r] + log2f(total[r]);
-    float* to = p.out_part + (row_of_part + at) * p.head_dim;
-#pragma unroll
-    for (int j = 0; j < D / 8; ++j) {
-      const int channel = column_of(lane, j, 0);
-      if (channel >= p.head_dim) break;
-      const Pack<float, 2> pair = {out.at[j][2 * r] / total[r], out.at[j][2 * r + 1] / total[r]};
-      *reinterpret_cast<Pack<float, 2>*>(to + channel) = pair;
-    }
-  }
+  store_part(state, out, p, row_of_part, rows, lane);
 }
 
 template <class T>
-__global__ void __launch_bounds__(kCombineRows * kWarp)
-    combine_kernel(const __grid_constant__ CachedAttentionParams p) {
+__global__ void __launch_bounds__(kCombineRows* kWarp) combine_kernel(const __grid_constant__ CachedAttentionParams p) {
   const int lane = threadIdx.x % kWarp, channel = lane * 4;
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kCombineRows + threadIdx.x / kWarp;
   if (row >= p.rows) return;
@@ -282,9 +270,8 @@ __global__ void __launch_bounds__(kCombineRows * kWarp)
   *reinterpret_cast<Pack<T, 4>*>(to + channel) = rounded;
 }
 
-template <DType DTYPE>
-void launch_kernels(const CachedAttentionParams& params, void* stream) {
-  using T = typename OfDType<DTYPE>::T;
+template <class T>
+void launch_forward(const CachedAttentionParams& params, void* stream) {
   CachedAttentionParams p = params;
   // The sign of the scale goes into q: then the largest product is the largest score, and -inf, which marks what is
   // masked, stays -inf, also at scale 0, which becomes the smallest normal number.
@@ -296,14 +283,21 @@ void launch_kernels(const CachedAttentionParams& params, void* stream) {
                  : p.head_dim <= 64 ? part_kernel<T, 64>
                  : p.head_dim <= 96 ? part_kernel<T, 96>
                                     : part_kernel<T, 128>;
-  launch("cached_attention", kernel, dim3(static_cast<unsigned>(tiles), heads, static_cast<unsigned>(p.parts)),
-         dim3(kThreads), stream, p);
-  launch("cached_attention", combine_kernel<T>, dim3(static_cast<unsigned>(ceil_div(p.rows, kCombineRows)), heads),
+  const char* op = "cached_attention";
+  launch(op, kernel, dim3(static_cast<unsigned>(tiles), heads, static_cast<unsigned>(p.parts)), dim3(kThreads), stream,
+         p);
+  launch(op, combine_kernel<T>, dim3(static_cast<unsigned>(ceil_div(p.rows, kCombineRows)), heads),
          dim3(kCombineRows * kWarp), stream, p);
 }
 
-#endif  // WAM_DEVICE_CODE
-
 }  // namespace cached_attention_detail
+
+void cached_attention_forward_kernels(const CachedAttentionParams& p, DType dtype, void* stream) {
+  if (dtype == DType::kBFloat16) {
+    cached_attention_detail::launch_forward<__nv_bfloat16>(p, stream);
+  } else {
+    cached_attention_detail::launch_forward<__half>(p, stream);
+  }
+}
 
 }  // namespace wam

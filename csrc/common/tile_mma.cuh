@@ -13,7 +13,7 @@
 
 #include <type_traits>
 
-#include "rows.cuh"
+#include "vectors.cuh"
 
 namespace wam {
 
@@ -70,21 +70,21 @@ inline float half_of(uint32_t packed, int half) {
   return to_float(value);
 }
 
-// Calls look(of), where of(lane) is what that lane of the warp calls `mine`.
-template <class V, class Look>
-inline void see_all_lanes(const V& mine, Look look) {
+// Calls read(of), where of(lane) is what that lane of the warp calls `mine`.
+template <class V, class Read>
+inline void read_all_lanes(const V& mine, Read read) {
   auto& block = host_emulation::block;
   const int begin = block.running / kWarp * kWarp;
   block.exchange[block.running] = reinterpret_cast<std::uint64_t>(&mine);
   __syncwarp();
-  look([&](int lane) -> const V& { return *reinterpret_cast<const V*>(block.exchange[begin + lane]); });
-  __syncwarp();  // nobody's registers change before all have looked
+  read([&](int lane) -> const V& { return *reinterpret_cast<const V*>(block.exchange[begin + lane]); });
+  __syncwarp();  // nobody's registers change before all have read
 }
 
 inline void load_any(uint32_t (&m)[4], const void* row, bool transposed) {
   const int lane = threadIdx.x % kWarp;
   if (reinterpret_cast<std::uintptr_t>(row) % 16) host_emulation::fail("ldmatrix needs rows at multiples of 16 bytes");
-  see_all_lanes(row, [&](auto row_of_lane) {
+  read_all_lanes(row, [&](auto row_of_lane) {
     for (int i = 0; i < 4; ++i) {
       uint16_t pair[2];
       for (int n = 0; n < 2; ++n) {
@@ -99,9 +99,9 @@ inline void load_any(uint32_t (&m)[4], const void* row, bool transposed) {
 struct Copy {
   void* target;
   const void* source;
-  bool there;
+  bool exists;
 
-  void run() const { there ? std::memcpy(target, source, 16) : std::memset(target, 0, 16); }
+  void run() const { exists ? std::memcpy(target, source, 16) : std::memset(target, 0, 16); }
 };
 inline std::vector<Copy> copies[host_emulation::kMaxThreads];  // under way, of each thread
 
@@ -125,7 +125,7 @@ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
     uint32_t a[4], b[2];
   };
   const int lane = threadIdx.x % kWarp;
-  tile_mma_detail::see_all_lanes(Registers{{a[0], a[1], a[2], a[3]}, {b0, b1}}, [&](auto of) {
+  tile_mma_detail::read_all_lanes(Registers{{a[0], a[1], a[2], a[3]}, {b0, b1}}, [&](auto of) {
     for (int i = 0; i < 4; ++i) {
       const int row = row_of(lane, i), column = column_of(lane, 0, i);
       for (int k = 0; k < 16; ++k) {
@@ -139,11 +139,11 @@ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
 
 // A copy may take place at once or as late as the wait. One order of threads does the one, the other order the other:
 // a kernel that reads too early or overwrites what is still being read gives different bits.
-inline void copy_async(void* target, const void* source, bool there) {
-  if (reinterpret_cast<std::uintptr_t>(target) % 16 || (there && reinterpret_cast<std::uintptr_t>(source) % 16)) {
+inline void copy_async(void* target, const void* source, bool exists) {
+  if (reinterpret_cast<std::uintptr_t>(target) % 16 || (exists && reinterpret_cast<std::uintptr_t>(source) % 16)) {
     host_emulation::fail("copy_async needs addresses that are multiples of 16");
   }
-  const tile_mma_detail::Copy copy{target, source, there};
+  const tile_mma_detail::Copy copy{target, source, exists};
   if (host_emulation::launch_order == host_emulation::Order::kDownwards) {
     copy.run();
   } else {
@@ -184,14 +184,16 @@ __device__ inline uint32_t pack(float first, float second) {
 __device__ inline void load_matrices(uint32_t (&m)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-               : "r"(tile_mma_detail::shared_address(row)) : "memory");
+               : "r"(tile_mma_detail::shared_address(row))
+               : "memory");
 }
 
 // The same with each matrix transposed: of column l / 4 the rows l % 4 * 2 and the next.
 __device__ inline void load_matrices_transposed(uint32_t (&m)[4], const void* row) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                : "=r"(m[0]), "=r"(m[1]), "=r"(m[2]), "=r"(m[3])
-               : "r"(tile_mma_detail::shared_address(row)) : "memory");
+               : "r"(tile_mma_detail::shared_address(row))
+               : "memory");
 }
 
 // c [16][8] += a [16][16] b [16][8]. Lane l holds b's rows l % 4 * 2 and the next of column l / 4 in b0, those 8
@@ -199,7 +201,8 @@ __device__ inline void load_matrices_transposed(uint32_t (&m)[4], const void* ro
 template <class T>
 __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
 #define WAM_MMA(TYPE)                                                   \
-  asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE ".f32 "    \
+  asm("mma.sync.aligned.m16n8k16.row.col.f32." TYPE "." TYPE            \
+      ".f32 "                                                           \
       "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};" \
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                  \
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1))
@@ -211,13 +214,14 @@ __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, u
 #undef WAM_MMA
 }
 
-// Starts a copy of 16 bytes from global to shared memory, or of zeros if not `there`: `source` is then not read.
-__device__ inline void copy_async(void* target, const void* source, bool there) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
-               :: "r"(tile_mma_detail::shared_address(target)), "l"(source), "r"(there ? 16 : 0) : "memory");
+// Starts a copy of 16 bytes from global to shared memory, or of zeros unless it `exists`: `source` is then not read.
+__device__ inline void copy_async(void* target, const void* source, bool exists) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(tile_mma_detail::shared_address(target)),
+               "l"(source), "r"(exists ? 16 : 0)
+               : "memory");
 }
 
-// Waits for this thread's copies; the block sees them after a barrier.
+// Waits for this thread's copies; they are visible to the block after a barrier.
 __device__ inline void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 #endif  // WAM_HOST_EMULATION
@@ -232,8 +236,8 @@ __device__ inline Operand<T, K> load_operand(const T* data, int64_t stride_row, 
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int row = lane / 4 + i % 2 * 8, column = 16 * j + i / 2 * 8 + lane % 4 * 2;
-      const bool there = row < rows && column < columns;
-      a.at[j][i] = there ? *reinterpret_cast<const uint32_t*>(data + row * stride_row + column) : 0;
+      const bool exists = row < rows && column < columns;
+      a.at[j][i] = exists ? *reinterpret_cast<const uint32_t*>(data + row * stride_row + column) : 0;
     }
   }
   return a;

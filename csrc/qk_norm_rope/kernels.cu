@@ -10,59 +10,17 @@
 // A thread owns UNITS units: a unit is WIDTH neighbouring channels in the first half of a head and those at the same
 // place in its second half, so that either kind of pair lies within a thread. WIDTH is 8 (16 bytes of bf16), or 4 where
 // half a head is no multiple of 8.
-// Forward: one block owns one token of q, of k or of v. Backward: one block owns `tokens_per_program` neighbouring
+// Forward: one block owns one token of q, of k or of v. Backward: one block owns `tokens_per_block` neighbouring
 // tokens of q or of k (batch elements follow each other), walks them with rstd recomputed, keeps its sums for dweight
 // in registers and stores them once, as partials, with per_head added over the heads. Their sum is a second launch
-// (sum_partials.cuh). No atomics: the same bits from run to run.
+// (common/sum_partials.cu). No atomics: the same bits from run to run.
 //
 // Arithmetic is float32; the only rounding to the dtype of q is at the stores of y and dx.
-#pragma once
-
-#include "rows.cuh"
+#include "common/row_blocks.cuh"
+#include "params.h"
 
 namespace wam {
-
-// [batch, tokens, heads, head_dim]: free strides, in elements, but contiguous channels.
-struct Heads {
-  void* data;
-  int64_t stride_batch;
-  int64_t stride_token;
-  int64_t stride_head;
-};
-
-struct QkNormRopeSide {
-  Heads x;              // q or k
-  Heads y;              // forward: the output; backward: its gradient
-  Heads dx;             // backward
-  const float* weight;  // [heads * head_dim], or [head_dim] with per_head
-  float* dweight;       // as weight; backward
-};
-
-struct QkNormRopeParams {
-  QkNormRopeSide q, k;
-  Heads v, v_out;              // forward; no data: there is no v
-  const float* table;          // [batch, tokens, head_dim / 2, 2]: cos and sin; contiguous but for the batch
-  int64_t table_stride_batch;  // in elements; 0: the batch shares one table
-  float* partials;             // [programs, 2, width of weight]: q, then k; backward
-  int64_t batch, tokens, tokens_per_program, programs;
-  int32_t heads, head_dim;
-  float eps;
-  bool per_head, interleaved;
-};
-
-// Check and launch, the backward with its second pass; errors as those of adaln.cuh.
-void qk_norm_rope_forward(const QkNormRopeParams& params, DType dtype, void* stream);
-void qk_norm_rope_backward(const QkNormRopeParams& params, DType dtype, void* stream);
-
 namespace qk_norm_rope_detail {
-
-enum class Pass { kForward, kBackward };
-
-// The kernels alone, of one dtype: qk_norm_rope_<dtype>.cu.
-template <DType DTYPE>
-void launch_rows(Pass pass, const QkNormRopeParams& params, void* stream);
-
-#ifdef WAM_DEVICE_CODE
 
 // Where a thread's unit is. The units past the last one exist, so that all lanes take part in sums, but hold zeros.
 struct Unit {
@@ -120,11 +78,6 @@ __device__ inline void copy_halves(const T* from, T* to, const Unit& unit) {
   *reinterpret_cast<Half*>(to + unit.second) = *reinterpret_cast<const Half*>(from + unit.second);
 }
 
-template <class T>
-__device__ inline T* head_of(const Heads& t, int64_t batch, int64_t token, const Unit& unit) {
-  return static_cast<T*>(t.data) + batch * t.stride_batch + token * t.stride_token + unit.head * t.stride_head;
-}
-
 template <int WIDTH>
 __device__ inline Halves<WIDTH> weight_of(const float* weight, const QkNormRopeParams& p, const Unit& unit) {
   return load_halves<WIDTH>(weight + (p.per_head ? 0 : unit.head * p.head_dim), unit);
@@ -162,8 +115,8 @@ __device__ inline void rotate(Halves<WIDTH>& v, const QkNormRopeParams& p, int64
 
 // N sums of every unit become N means over its row or head. `of_unit` and `partial` must be others in the next call.
 template <int N, int UNITS>
-__device__ inline void group_mean(float (&v)[UNITS][N], const QkNormRopeParams& p, int width,
-                                  float (&of_unit)[N][UNITS * kRowThreads], float (&partial)[N][kRowWarps]) {
+__device__ inline void means_of_rows(float (&v)[UNITS][N], const QkNormRopeParams& p, int width,
+                                     float (&of_unit)[N][UNITS * kRowThreads], float (&partial)[N][kRowWarps]) {
   if (p.per_head) {
     const int units_of_head = p.head_dim / (2 * width);
 #pragma unroll
@@ -208,7 +161,7 @@ __global__ void __launch_bounds__(kRowThreads) forward_kernel(const __grid_const
 #pragma unroll
     for (int i = 0; i < UNITS; ++i) {
       const Unit unit(i, WIDTH, p);
-      copy_halves<WIDTH>(head_of<const T>(p.v, b, token, unit), head_of<T>(p.v_out, b, token, unit), unit);
+      copy_halves<WIDTH>(head_of<const T>(p.v, b, token, unit.head), head_of<T>(p.v_out, b, token, unit.head), unit);
     }
     return;
   }
@@ -219,12 +172,12 @@ __global__ void __launch_bounds__(kRowThreads) forward_kernel(const __grid_const
 #pragma unroll
   for (int i = 0; i < UNITS; ++i) {
     const Unit unit(i, WIDTH, p);
-    x[i] = load_halves<WIDTH>(head_of<const T>(side.x, b, token, unit), unit);
+    x[i] = load_halves<WIDTH>(head_of<const T>(side.x, b, token, unit.head), unit);
     square[i][0] = 0.0f;
 #pragma unroll
     for (int j = 0; j < WIDTH; ++j) square[i][0] += x[i].a[j] * x[i].a[j] + x[i].b[j] * x[i].b[j];
   }
-  group_mean(square, p, WIDTH, of_unit, partial);
+  means_of_rows(square, p, WIDTH, of_unit, partial);
 
 #pragma unroll
   for (int i = 0; i < UNITS; ++i) {
@@ -237,7 +190,7 @@ __global__ void __launch_bounds__(kRowThreads) forward_kernel(const __grid_const
       x[i].b[j] *= rstd * weight.b[j];
     }
     rotate(x[i], p, b, token, unit, /*back=*/false);
-    store_halves(head_of<T>(side.y, b, token, unit), unit, x[i]);
+    store_halves(head_of<T>(side.y, b, token, unit.head), unit, x[i]);
   }
 }
 
@@ -251,8 +204,8 @@ __global__ void __launch_bounds__(kRowThreads) backward_kernel(const __grid_cons
   } shared;
   __shared__ float partial[2][2][kRowWarps];
   const QkNormRopeSide& side = blockIdx.z == 0 ? p.q : p.k;
-  const int64_t total = p.batch * p.tokens, begin = blockIdx.x * p.tokens_per_program;
-  const int64_t end = begin + p.tokens_per_program < total ? begin + p.tokens_per_program : total;
+  const int64_t total = p.batch * p.tokens, begin = blockIdx.x * p.tokens_per_block;
+  const int64_t end = begin + p.tokens_per_block < total ? begin + p.tokens_per_block : total;
 
   Halves<WIDTH> dweight[UNITS] = {};
   for (int64_t at = begin; at < end; ++at) {
@@ -265,8 +218,8 @@ __global__ void __launch_bounds__(kRowThreads) backward_kernel(const __grid_cons
 #pragma unroll
     for (int i = 0; i < UNITS; ++i) {
       const Unit unit(i, WIDTH, p);
-      x[i] = load_halves<WIDTH>(head_of<const T>(side.x, b, token, unit), unit);
-      u[i] = load_halves<WIDTH>(head_of<const T>(side.y, b, token, unit), unit);
+      x[i] = load_halves<WIDTH>(head_of<const T>(side.x, b, token, unit.head), unit);
+      u[i] = load_halves<WIDTH>(head_of<const T>(side.y, b, token, unit.head), unit);
     }
 #pragma unroll
     for (int i = 0; i < UNITS; ++i) {
@@ -280,7 +233,7 @@ __global__ void __launch_bounds__(kRowThreads) backward_kernel(const __grid_cons
         mean[i][1] += u[i].a[j] * weight.a[j] * x[i].a[j] + u[i].b[j] * weight.b[j] * x[i].b[j];
       }
     }
-    group_mean(mean, p, WIDTH, shared.of_unit[parity], partial[parity]);
+    means_of_rows(mean, p, WIDTH, shared.of_unit[parity], partial[parity]);
 
 #pragma unroll
     for (int i = 0; i < UNITS; ++i) {
@@ -296,7 +249,7 @@ __global__ void __launch_bounds__(kRowThreads) backward_kernel(const __grid_cons
         dx.a[j] = rstd * (u[i].a[j] * weight.a[j] - n_a * mean_gn);
         dx.b[j] = rstd * (u[i].b[j] * weight.b[j] - n_b * mean_gn);
       }
-      store_halves(head_of<T>(side.dx, b, token, unit), unit, dx);
+      store_halves(head_of<T>(side.dx, b, token, unit.head), unit, dx);
     }
   }
 
@@ -317,28 +270,37 @@ __global__ void __launch_bounds__(kRowThreads) backward_kernel(const __grid_cons
   }
 }
 
-template <DType DTYPE>
-void launch_rows(Pass pass, const QkNormRopeParams& p, void* stream) {
-  using T = typename OfDType<DTYPE>::T;
-  const bool forward = pass == Pass::kForward;
-  const char* op = forward ? "qk_norm_rope_forward" : "qk_norm_rope_backward";
-  const dim3 grid(static_cast<unsigned>(forward ? p.tokens : p.programs),
-                  static_cast<unsigned>(forward ? p.batch : 1), forward && p.v.data != nullptr ? 3 : 2);
-  auto run = [&](void (*kernel)(QkNormRopeParams), int width, int units_of_thread) {
-    const int units = p.heads * p.head_dim / (2 * width);
-    launch(op, kernel, grid, dim3(threads_of_row(units, units_of_thread)), stream, p);
-  };
-  if (p.head_dim % 16 != 0) {
-    run(forward ? forward_kernel<T, 4, 4> : backward_kernel<T, 4, 4>, 4, 4);
-  } else if (p.heads * p.head_dim <= 16 * kRowThreads) {
-    run(forward ? forward_kernel<T, 8, 1> : backward_kernel<T, 8, 1>, 8, 1);
-  } else {
-    run(forward ? forward_kernel<T, 8, 2> : backward_kernel<T, 8, 2>, 8, 2);
-  }
+// `kernels` has them by (WIDTH, UNITS): (4, 4), (8, 1) and (8, 2).
+inline void launch_rows(const char* op, void (*const (&kernels)[3])(QkNormRopeParams), dim3 grid,
+                        const QkNormRopeParams& p, void* stream) {
+  const int channels = p.heads * p.head_dim;
+  const int n = p.head_dim % 16 != 0 ? 0 : channels <= 16 * kRowThreads ? 1 : 2;
+  const int width = n == 0 ? 4 : 8, units_of_thread = n == 0 ? 4 : n;
+  launch(op, kernels[n], grid, dim3(threads_of_row(channels / (2 * width), units_of_thread)), stream, p);
 }
 
-#endif  // WAM_DEVICE_CODE
+template <class T>
+void launch_forward(const QkNormRopeParams& p, void* stream) {
+  const dim3 grid(static_cast<unsigned>(p.tokens), static_cast<unsigned>(p.batch), p.v.data == nullptr ? 2 : 3);
+  launch_rows("qk_norm_rope_forward", {forward_kernel<T, 4, 4>, forward_kernel<T, 8, 1>, forward_kernel<T, 8, 2>}, grid,
+              p, stream);
+}
+
+template <class T>
+void launch_backward(const QkNormRopeParams& p, void* stream) {
+  const dim3 grid(static_cast<unsigned>(p.blocks), 1, 2);
+  launch_rows("qk_norm_rope_backward", {backward_kernel<T, 4, 4>, backward_kernel<T, 8, 1>, backward_kernel<T, 8, 2>},
+              grid, p, stream);
+}
 
 }  // namespace qk_norm_rope_detail
+
+void qk_norm_rope_forward_kernels(const QkNormRopeParams& p, DType dtype, void* stream) {
+  with_type(dtype, [&](auto zero) { qk_norm_rope_detail::launch_forward<decltype(zero)>(p, stream); });
+}
+
+void qk_norm_rope_backward_kernels(const QkNormRopeParams& p, DType dtype, void* stream) {
+  with_type(dtype, [&](auto zero) { qk_norm_rope_detail::launch_backward<decltype(zero)>(p, stream); });
+}
 
 }  // namespace wam

@@ -14,55 +14,16 @@
 // modulation in registers while the row f stays the same, so that reading it costs little beside x and y.
 // Backward: one block owns one segment (tokens of one row f, at most 16) of one batch element, walks its tokens with
 // their statistics recomputed from r, keeps the three sums in registers and stores them once, as partials. The sums
-// over segments are a second launch (sum_partials.cuh). No atomics: the same bits from run to run.
+// over segments are a second launch (common/sum_partials.cu). No atomics: the same bits from run to run.
 //
 // A row is read once and stays in registers; the variance is taken around the mean, which E[r^2] - mean^2 would lose to
 // cancellation. Arithmetic is float32. Rounding to the dtype of x happens at the stores of r, h, dx and dy only; the
 // norm is of the rounded r. A row f outside the modulation gives NaN, not a stray read.
-#pragma once
-
-#include "rows.cuh"
+#include "common/row_blocks.cuh"
+#include "params.h"
 
 namespace wam {
-
-enum class Norm : int32_t { kNone, kAdaptive, kAffine };
-
-// Rows of tokens have the dtype of x; rows of modulation, tables, weights and sums are float32.
-struct AdalnParams {
-  Rows x, y;                // forward
-  Rows r, h;                // forward: outputs; r only with y. Backward: r is an input (x where there is no y)
-  Rows dr, dh, dx, dy;      // backward, with y; dr, dx and dy may be absent
-  Rows gate, shift, scale;  // [batch, rows, channels]
-  const float *gate_table, *shift_table, *scale_table;  // [channels] or null
-  const float *weight, *bias;                           // [channels]
-  const int32_t* row_of_token;                          // [tokens], forward
-  const int32_t* segments;                              // [count, 3] = first token, end, row f; backward, as the next
-  const int32_t *row_begin, *row_segments;              // [rows + 1], [count]: the segments of each row
-  float* partials;  // [batch, segment_count, sums, channels]: dshift, dscale unless kNone, then dgate with a gate
-  float *dgate, *dshift, *dscale;  // [batch, rows, channels], contiguous
-  float *dweight, *dbias;          // [channels]
-  int64_t batch, tokens, rows, segment_count;
-  int32_t tokens_per_block;
-  int32_t channels;
-  float eps;
-  Norm norm;
-};
-
-// Check and launch, the backward with its second pass. They throw std::invalid_argument (ValueError) for a shape,
-// stride or address that the kernels do not take, std::runtime_error (RuntimeError) for a launch that CUDA refuses. The
-// caller has made the device of x current and built the segments to fit the tokens.
-void adaln_forward(const AdalnParams& params, DType dtype, void* stream);
-void adaln_backward(const AdalnParams& params, DType dtype, void* stream);
-
 namespace adaln_detail {
-
-enum class Pass { kForward, kBackward };
-
-// The kernels alone, of one dtype: adaln_<dtype>.cu.
-template <DType DTYPE>
-void launch_rows(Pass pass, const AdalnParams& params, void* stream);
-
-#ifdef WAM_DEVICE_CODE
 
 // Row f of the modulation plus its table; NaN where f is no row.
 __device__ inline Pack<float> modulation(const Rows& rows, const float* table, int64_t b, int64_t f, int64_t count,
@@ -166,6 +127,62 @@ __global__ void __launch_bounds__(kRowThreads) forward_kernel(const __grid_const
   }
 }
 
+// What the backward needs of a token with a norm: g, and the statistics of r and g.
+template <int VECTORS>
+struct NormStatistics {
+  float g[VECTORS][kChannels], mean = 0.0f, rstd = 0.0f, mean_g = 0.0f, mean_gn = 0.0f;
+};
+
+// Fills `of` and adds the token's dh to dshift.
+template <class T, int VECTORS>
+__device__ inline void norm_statistics(NormStatistics<VECTORS>& of, float (&dshift)[VECTORS][kChannels],
+                                       const Pack<T> (&r)[VECTORS], const Pack<T> (&dh)[VECTORS], const AdalnParams& p,
+                                       int64_t b, int64_t f, float (&partial_1)[2][kRowWarps],
+                                       float (&partial_2)[2][kRowWarps]) {
+  float sums[2] = {};  // of r and g
+#pragma unroll
+  for (int i = 0; i < VECTORS; ++i) {
+    // read again for every token: it comes from L1, and keeping it would cost registers that the sums need
+    const Pack<float> factor = factor_of(p, b, f, channel_of(i));
+#pragma unroll
+    for (int j = 0; j < kChannels; ++j) {
+      const float dh_j = to_float(dh[i].at[j]);
+      of.g[i][j] = channel_of(i) < p.channels ? dh_j * factor.at[j] : 0.0f;
+      dshift[i][j] += dh_j;
+      sums[0] += to_float(r[i].at[j]);
+      sums[1] += of.g[i][j];
+    }
+  }
+  block_sum(sums, partial_1);
+  of.mean = sums[0] / p.channels;
+  of.mean_g = sums[1] / p.channels;
+
+  float products[2] = {};  // of r - mean with itself and with g
+#pragma unroll
+  for (int i = 0; i < VECTORS; ++i) {
+#pragma unroll
+    for (int j = 0; j < kChannels; ++j) {
+      const float centred = channel_of(i) < p.channels ? to_float(r[i].at[j]) - of.mean : 0.0f;
+      products[0] += centred * centred;
+      products[1] += centred * of.g[i][j];
+    }
+  }
+  block_sum(products, partial_2);
+  of.rstd = rsqrtf(products[0] / p.channels + p.eps);
+  of.mean_gn = products[1] / p.channels * of.rstd;
+}
+
+template <int VECTORS>
+__device__ inline void store_sums(float* to, const float (&sums)[VECTORS][kChannels], int channels) {
+#pragma unroll
+  for (int i = 0; i < VECTORS; ++i) {
+    Pack<float> v;
+#pragma unroll
+    for (int j = 0; j < kChannels; ++j) v.at[j] = sums[i][j];
+    store(to, channel_of(i), channels, v);
+  }
+}
+
 template <class T, int VECTORS>
 __global__ void __launch_bounds__(kRowThreads) backward_kernel(const __grid_constant__ AdalnParams p) {
   // In the widest blocks dr and y do not fit in registers beside the rest; they are read after the statistics there.
@@ -179,6 +196,10 @@ __global__ void __launch_bounds__(kRowThreads) backward_kernel(const __grid_cons
   float dshift[VECTORS][kChannels] = {}, dscale[VECTORS][kChannels] = {}, dgate[VECTORS][kChannels] = {};
   for (int64_t token = begin; token < end; ++token) {
     Pack<T> r[VECTORS], dh[VECTORS], dr[VECTORS], y[VECTORS];
+    const auto load_residual = [&](int i) {
+      dr[i] = load(row_of<const T>(p.dr, b, token), channel_of(i), p.channels);
+      y[i] = load(row_of<const T>(p.y, b, token), channel_of(i), p.channels);
+    };
 #pragma unroll
     for (int i = 0; i < VECTORS; ++i) {
       r[i] = load(row_of<const T>(p.r, b, token), channel_of(i), p.channels);
@@ -186,53 +207,14 @@ __global__ void __launch_bounds__(kRowThreads) backward_kernel(const __grid_cons
     }
     if (kEarly) {
 #pragma unroll
-      for (int i = 0; i < VECTORS; ++i) {
-        dr[i] = load(row_of<const T>(p.dr, b, token), channel_of(i), p.channels);
-        y[i] = load(row_of<const T>(p.y, b, token), channel_of(i), p.channels);
-      }
+      for (int i = 0; i < VECTORS; ++i) load_residual(i);
     }
-
-    float g[VECTORS][kChannels], mean = 0.0f, rstd = 0.0f, mean_g = 0.0f, mean_gn = 0.0f;
-    if (has_norm) {
-      float sums[2] = {};  // of r and g
-#pragma unroll
-      for (int i = 0; i < VECTORS; ++i) {
-        // read again for every token: it comes from L1, and keeping it would cost registers that the sums need
-        const Pack<float> factor = factor_of(p, b, f, channel_of(i));
-#pragma unroll
-        for (int j = 0; j < kChannels; ++j) {
-          const float dh_j = to_float(dh[i].at[j]);
-          g[i][j] = channel_of(i) < p.channels ? dh_j * factor.at[j] : 0.0f;
-          dshift[i][j] += dh_j;
-          sums[0] += to_float(r[i].at[j]);
-          sums[1] += g[i][j];
-        }
-      }
-      block_sum(sums, partial_1);
-      mean = sums[0] / p.channels;
-      mean_g = sums[1] / p.channels;
-
-      float products[2] = {};  // of r - mean with itself and with g
-#pragma unroll
-      for (int i = 0; i < VECTORS; ++i) {
-#pragma unroll
-        for (int j = 0; j < kChannels; ++j) {
-          const float centred = channel_of(i) < p.channels ? to_float(r[i].at[j]) - mean : 0.0f;
-          products[0] += centred * centred;
-          products[1] += centred * g[i][j];
-        }
-      }
-      block_sum(products, partial_2);
-      rstd = rsqrtf(products[0] / p.channels + p.eps);
-      mean_gn = products[1] / p.channels * rstd;
-    }
+    NormStatistics<VECTORS> norm;
+    if (has_norm) norm_statistics(norm, dshift, r, dh, p, b, f, partial_1, partial_2);
 
 #pragma unroll
     for (int i = 0; i < VECTORS; ++i) {
-      if (!kEarly) {
-        dr[i] = load(row_of<const T>(p.dr, b, token), channel_of(i), p.channels);
-        y[i] = load(row_of<const T>(p.y, b, token), channel_of(i), p.channels);
-      }
+      if (!kEarly) load_residual(i);
       float t[kChannels];
 #pragma unroll
       for (int j = 0; j < kChannels; ++j) t[j] = to_float(dr[i].at[j]);
@@ -240,9 +222,9 @@ __global__ void __launch_bounds__(kRowThreads) backward_kernel(const __grid_cons
         Pack<T> dx;
 #pragma unroll
         for (int j = 0; j < kChannels; ++j) {
-          const float normed = (to_float(r[i].at[j]) - mean) * rstd;
+          const float normed = (to_float(r[i].at[j]) - norm.mean) * norm.rstd;
           dscale[i][j] += to_float(dh[i].at[j]) * normed;
-          t[j] += rstd * (g[i][j] - mean_g - normed * mean_gn);
+          t[j] += norm.rstd * (norm.g[i][j] - norm.mean_g - normed * norm.mean_gn);
           dx.at[j] = from_float<T>(t[j]);
         }
         store(row_of<T>(p.dx, b, token), channel_of(i), p.channels, dx);
@@ -260,51 +242,44 @@ __global__ void __launch_bounds__(kRowThreads) backward_kernel(const __grid_cons
     }
   }
 
-  const int sums = 2 * has_norm + has_gate;
-  float* partials = p.partials + (b * p.segment_count + n) * sums * p.channels;
-#pragma unroll
-  for (int i = 0; i < VECTORS; ++i) {
-    Pack<float> v;
-    if (has_norm) {
-#pragma unroll
-      for (int j = 0; j < kChannels; ++j) v.at[j] = dshift[i][j];
-      store(partials, channel_of(i), p.channels, v);
-#pragma unroll
-      for (int j = 0; j < kChannels; ++j) v.at[j] = dscale[i][j];
-      store(partials + p.channels, channel_of(i), p.channels, v);
-    }
-    if (has_gate) {
-#pragma unroll
-      for (int j = 0; j < kChannels; ++j) v.at[j] = dgate[i][j];
-      store(partials + 2 * has_norm * p.channels, channel_of(i), p.channels, v);
-    }
+  float* partials = p.partials + (b * p.segment_count + n) * (2 * has_norm + has_gate) * p.channels;
+  if (has_norm) {
+    store_sums(partials, dshift, p.channels);
+    store_sums(partials + p.channels, dscale, p.channels);
   }
+  if (has_gate) store_sums(partials + 2 * has_norm * p.channels, dgate, p.channels);
 }
 
-template <DType DTYPE>
-void launch_rows(Pass pass, const AdalnParams& p, void* stream) {
-  using T = typename OfDType<DTYPE>::T;
-  const bool forward = pass == Pass::kForward;
-  const int64_t blocks = forward ? ceil_div(p.tokens, p.tokens_per_block) : p.segment_count;
+// `kernels` has them by the vectors of a thread: 1, 2 and 4.
+inline void launch_rows(const char* op, void (*const (&kernels)[3])(AdalnParams), int64_t blocks, const AdalnParams& p,
+                        void* stream) {
   if (p.batch * p.tokens * blocks == 0) return;
-  const char* op = forward ? "adaln_forward" : "adaln_backward";
-
   const int vectors = p.channels / kChannels;
-  auto run = [&](void (*kernel)(AdalnParams), int of_thread) {
-    const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.batch));
-    launch(op, kernel, grid, dim3(threads_of_row(vectors, of_thread)), stream, p);
-  };
-  if (vectors <= kRowThreads) {
-    run(forward ? forward_kernel<T, 1> : backward_kernel<T, 1>, 1);
-  } else if (vectors <= 2 * kRowThreads) {
-    run(forward ? forward_kernel<T, 2> : backward_kernel<T, 2>, 2);
-  } else {
-    run(forward ? forward_kernel<T, 4> : backward_kernel<T, 4>, 4);
-  }
+  const int n = vectors <= kRowThreads ? 0 : vectors <= 2 * kRowThreads ? 1 : 2;
+  const dim3 grid(static_cast<unsigned>(blocks), static_cast<unsigned>(p.batch));
+  launch(op, kernels[n], grid, dim3(threads_of_row(vectors, 1 << n)), stream, p);
 }
 
-#endif  // WAM_DEVICE_CODE
+template <class T>
+void launch_forward(const AdalnParams& p, void* stream) {
+  launch_rows("adaln_forward", {forward_kernel<T, 1>, forward_kernel<T, 2>, forward_kernel<T, 4>},
+              ceil_div(p.tokens, p.tokens_per_block), p, stream);
+}
+
+template <class T>
+void launch_backward(const AdalnParams& p, void* stream) {
+  launch_rows("adaln_backward", {backward_kernel<T, 1>, backward_kernel<T, 2>, backward_kernel<T, 4>}, p.segment_count,
+              p, stream);
+}
 
 }  // namespace adaln_detail
+
+void adaln_forward_kernels(const AdalnParams& p, DType dtype, void* stream) {
+  with_type(dtype, [&](auto zero) { adaln_detail::launch_forward<decltype(zero)>(p, stream); });
+}
+
+void adaln_backward_kernels(const AdalnParams& p, DType dtype, void* stream) {
+  with_type(dtype, [&](auto zero) { adaln_detail::launch_backward<decltype(zero)>(p, stream); });
+}
 
 }  // namespace wam

@@ -2,7 +2,7 @@
 //
 // nvcc                        real CUDA
 // g++ -DWAM_HOST_EMULATION    host_emulation.h, so that the same kernel source runs on a CPU
-// g++ alone                   declarations only (bindings.cpp): no CUDA header is needed
+// g++ alone                   declarations only (launch.cpp, module.cpp): no CUDA header is needed
 #pragma once
 
 #include <cstdint>
@@ -28,7 +28,7 @@ enum class DType { kBFloat16, kFloat16, kFloat32 };
 #ifdef WAM_DEVICE_CODE
 
 // Launches `kernel` on `stream` (a cudaStream_t as void*; null is the default stream) and does not wait for it.
-// Throws std::runtime_error, which Python sees as RuntimeError, when the launch itself is refused.
+// Throws std::runtime_error, a RuntimeError in Python, when the launch itself is refused.
 template <class Params>
 void launch(const char* op, void (*kernel)(Params), dim3 grid, dim3 block, void* stream, const Params& params) {
 #ifdef WAM_HOST_EMULATION
@@ -39,8 +39,8 @@ void launch(const char* op, void (*kernel)(Params), dim3 grid, dim3 block, void*
   const cudaError_t status = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, arguments,
                                               /*sharedMem=*/0, static_cast<cudaStream_t>(stream));
   if (status != cudaSuccess) {
-    throw std::runtime_error(std::string(op) + ": the CUDA kernel could not be launched: " +
-                             cudaGetErrorName(status) + " (" + cudaGetErrorString(status) +
+    throw std::runtime_error(std::string(op) + ": the CUDA kernel could not be launched: " + cudaGetErrorName(status) +
+                             " (" + cudaGetErrorString(status) +
                              "); it needs an NVIDIA GPU of compute capability 9.0 and its driver, see `wam doctor`");
   }
 #endif

@@ -60,8 +60,8 @@ struct Block {
   ucontext_t scheduler;
   int running = 0;
   std::function<void()> body;
-  std::string error;                     // set by a fiber; thrown by the scheduler, off the fiber's stack
-  std::uint64_t exchange[kMaxThreads];   // what each thread offers to a shuffle
+  std::string error;                    // set by a fiber; thrown by the scheduler, off the fiber's stack
+  std::uint64_t exchange[kMaxThreads];  // what each thread offers to a shuffle
 };
 
 inline Block block;
@@ -137,10 +137,9 @@ inline void run_block(int threads) {
   if (exited != threads) {
     throw std::runtime_error(
         "host emulation: block (" + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", " +
-        std::to_string(blockIdx.z) + ") cannot go on: " +
-        std::to_string(count(0, threads, State::kAtBlockBarrier)) + " threads wait in __syncthreads, " +
-        std::to_string(count(0, threads, State::kAtWarpBarrier)) + " in a warp barrier or shuffle, " +
-        std::to_string(exited) + " have exited");
+        std::to_string(blockIdx.z) + ") cannot go on: " + std::to_string(count(0, threads, State::kAtBlockBarrier)) +
+        " threads wait in __syncthreads, " + std::to_string(count(0, threads, State::kAtWarpBarrier)) +
+        " in a warp barrier or shuffle, " + std::to_string(exited) + " have exited");
   }
 }
 
