@@ -35,8 +35,9 @@ def run(args) -> int:
     policy, _ = Policy.load(args.checkpoint, device, training=False)
     given = {"program": args.program, "chunk_size": args.chunk, "steps": args.steps, "window": args.window}
     config = replace(policy.rollout, **{name: value for name, value in given.items() if value is not None})
+    saved = saved_as(args.checkpoint)
     settings = {
-        "checkpoint": saved_as(args.checkpoint)[0], "simulators": names, "episodes": args.episodes, "seed": args.seed,
+        "checkpoint": saved and saved[0], "simulators": names, "episodes": args.episodes, "seed": args.seed,
         "rollout": asdict(config), "horizon": args.horizon,
     }  # fmt: skip
     rows = _read_rows(out, settings, overwrite=args.overwrite)

@@ -91,8 +91,10 @@ def write_lerobot(
     stats |= {name: _picture_stats([e.pictures[name.removeprefix(PICTURES)] for e in episodes]) for name in cameras}
     (partial / "meta/stats.json").write_text(json.dumps(stats, indent=1) + "\n")
     names = {STATE: list(state_names), "action": list(action_names)}
-    features = {name: {"dtype": str(v.dtype), "shape": list(v.shape[1:]) or [1]} for name, v in rows.items()}
-    features = {name: {**feature, "names": names.get(name)} for name, feature in features.items()}
+    features: dict[str, dict[str, Any]] = {
+        name: {"dtype": str(v.dtype), "shape": list(v.shape[1:]) or [1], "names": names.get(name)}
+        for name, v in rows.items()
+    }
     for name, (height, width) in cameras.items():
         features[name] = {"dtype": "image", "shape": [height, width, 3], "names": ["height", "width", "channels"]}
     info = {
@@ -129,9 +131,9 @@ def _episode_table(episodes: Sequence[Recorded], rows: Mapping[str, np.ndarray],
         "meta/episodes/file_index": zeros,
     }
     for key in dict.fromkeys(key for e in episodes for key in e.origin):
-        values = [e.origin.get(key) for e in episodes]
-        simple = all(isinstance(v, int | float | str | bool) for v in values)
-        table[f"wam/{key}"] = pa.array(values if simple else [json.dumps(v) for v in values])
+        origins = [e.origin.get(key) for e in episodes]
+        simple = all(isinstance(v, int | float | str | bool) for v in origins)
+        table[f"wam/{key}"] = pa.array(origins if simple else [json.dumps(v) for v in origins])
     for name, values in rows.items():
         own = [_stats(values[a:b]) for a, b in zip(starts, ends, strict=True)]
         table |= {f"stats/{name}/{kind}": pa.array([s[kind] for s in own]) for kind in own[0]}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
@@ -117,13 +117,14 @@ def play(
             f"play: policy.codec must encode pictures one by one, but a {type(policy.codec).__name__} takes "
             f"{policy.codec.temporal} for each latent frame, and a simulator gives one"
         )
-    adapter = simulator if is_adapter(simulator) else _Adapted(simulator, policy, seed)
+    adapter: Any = simulator if is_adapter(simulator) else _Adapted(cast(Simulator, simulator), policy, seed)
     per_frame, look = policy.actions_per_frame, _states if policy.frames_are_states else _pictures
     where, returned = _call(adapter, "reset", "", "picture, instruction")
     picture, instruction = look(where, returned[0], 1, policy), returned[1]
     if not isinstance(instruction, str):
         raise ValueError(f"{where} must return an instruction that is a string, got {instruction!r}")
-    pictures, imagined, actions, frames, seconds = [picture[None]], [picture[None]], [], [], []
+    pictures, imagined, actions, seconds = [picture[None]], [picture[None]], [], []
+    frames: list[int] = []
     with torch.no_grad():
         text = policy.text([instruction])
     episode = RolloutEngine(policy.model, config).start(policy.codec.encode(picture[None])[None], text)
@@ -132,6 +133,7 @@ def play(
         began = time.perf_counter()
         frames += range(episode.next_frame[0], episode.next_frame[0] + episode.chunk_size)
         candidate = episode.propose(generator=generator)
+        assert candidate.video is not None and candidate.action is not None
         action = candidate.action.cpu()
         predicted = time.perf_counter() - began
         imagined.append(policy.codec.decode(candidate.video[0].cpu()))
@@ -157,7 +159,7 @@ def play(
     return Played(instruction, done, *films, np.concatenate(actions), np.array(frames), seconds, failure)
 
 
-def _call(simulator: Adapter | _Adapted, method: str, when: str, expected: str, *args) -> tuple[str, Sequence]:
+def _call(simulator: Any, method: str, when: str, expected: str, *args) -> tuple[str, Sequence]:
     """What begins a message about this call, and the pair that it returns."""
     where = f"simulator: {getattr(simulator, 'name', type(simulator).__name__)}.{method}{when}"
     try:
@@ -174,6 +176,7 @@ def _states(where: str, given: object, ndim: int, policy: Policy, like: np.ndarr
     """A state ``[S]`` or several."""
     found = np.array(given, dtype=np.float32)
     if ndim == 2 and not len(found):
+        assert like is not None
         return np.empty((0, *like.shape), np.float32)
     if found.ndim != ndim or found.shape[-1] != policy.codec.channels:
         raise ValueError(
@@ -190,6 +193,7 @@ def _pictures(where: str, given: object, ndim: int, policy: Policy, like: np.nda
     except Exception as error:  # pictures of different sizes, dtypes that NumPy does not have, memory that is gone
         raise ValueError(f"{where} must return pictures of one size, as uint8: {raised(error)}") from error
     if ndim == 2 and len(np.atleast_1d(found)) == 0:
+        assert like is not None
         return np.empty((0, *like.shape), np.uint8)
     if found.dtype != np.uint8 or found.ndim != ndim + 2 or found.shape[-1] != 3:
         shape = "[H, W, 3]" if ndim == 1 else "[F, H, W, 3]"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -166,8 +166,91 @@ def _fitting(policy: Policy, name: str, described: Description) -> Description:
     return described
 
 
+class _Playing:
+    """An episode in a row of the batch."""
+
+    def __init__(self, task: Task, horizon: int, process: SimulatorProcess) -> None:
+        self.result = EpisodeResult(task.simulator, task.episode, task.seed)
+        self.horizon, self.process = horizon, process
+        self.noise = torch.Generator().manual_seed(task.seed)
+        self.latent = torch.empty(0)  # of the last observed frame, [C, 1, y, x]
+        self.errors: list[tuple[np.ndarray, np.ndarray]] = []
+
+    @property
+    def remaining(self) -> int:
+        """Actions until the horizon."""
+        return self.horizon - self.result.actions
+
+    @property
+    def ended(self) -> bool:
+        return self.result.success or self.result.failure is not None
+
+    def begin(self, policy: Policy) -> None:
+        """Take the answer to ``begin``; a simulator that cannot ends the episode."""
+        try:
+            begun = self.process.receive()
+            frame = policy.frame(begun.observation.state, begun.observation.pictures)
+            self.latent = policy.codec.encode(frame[None])
+        except (SimulatorFailure, ValueError) as error:
+            self._broke(error)
+            return
+        self.result.initial_state, self.result.frames = begun.initial_state, [frame]
+
+    def send(self, policy: Policy, action: Tensor) -> None:
+        """Have the actions ``[chunk, n, k A]`` executed; what no robot must get ends the episode."""
+        try:
+            where = f"evaluate: {self.result.simulator}, episode {self.result.episode}"
+            actions = policy.denormalize_action(action, where).reshape(-1, len(policy.action_mean)).numpy()
+        except ValueError as error:
+            self.result.failure = str(error)
+            return
+        self.process.send("run", self.result.simulator, actions[: self.remaining], policy.actions_per_frame)
+
+    def receive(self, policy: Policy, imagined: Tensor) -> Tensor:
+        """The latents ``[C, frames, y, x]`` of what was observed while the actions were executed.
+
+        Args:
+            policy: What acts.
+            imagined: ``[C, chunk, y, x]``, what it expected.
+        """
+        result, latents = self.result, imagined[:, :0]
+        try:
+            done = self.process.receive()
+            frames = [policy.frame(o.state, o.pictures) for o in done.observations]
+            if frames:
+                latents = policy.codec.encode(np.stack(frames))
+        except (SimulatorFailure, ValueError) as error:
+            self._broke(error)
+            return latents
+        result.actions += done.actions
+        result.frames += frames
+        result.imagined.append(policy.codec.decode(imagined))
+        if frames:
+            own, still = latents - imagined[:, : len(frames)], latents - self.latent
+            self.errors.append((own.square().mean((0, 2, 3)).numpy(), still.square().mean((0, 2, 3)).numpy()))
+            self.latent = latents[:, -1:]
+        result.success = done.outcome.success
+        if not result.success:
+            result.failure = done.outcome.failure
+            if result.failure is None and self.remaining <= 0:
+                result.failure = f"not done after {result.actions} actions"
+        return latents
+
+    def finished(self) -> EpisodeResult:
+        """The result, with the errors of what was imagined."""
+        for frame in range(max((len(own) for own, _ in self.errors), default=0)):
+            held = [(own[frame], still[frame]) for own, still in self.errors if len(own) > frame]
+            imagined, still = np.mean(held, axis=0)
+            self.result.imagined_mse.append(float(imagined))
+            self.result.still_mse.append(float(still))
+        return self.result
+
+    def _broke(self, error: Exception) -> None:
+        self.result.failure, self.result.broken = str(error), True
+
+
 class _Batch:
-    """The rows of a batch: which episode each of them plays, and its process."""
+    """A row for each process, and which episode it plays."""
 
     def __init__(
         self,
@@ -181,11 +264,7 @@ class _Batch:
     ) -> None:
         self.policy, self.config, self.described, self.processes = policy, config, described, processes
         self.horizon, self.seconds, self.tasks = horizon, seconds, iter(tasks)
-        count = len(processes)
-        self.results: list[EpisodeResult | None] = [None] * count
-        self.noise = [torch.Generator() for _ in range(count)]
-        self.latents: list[Tensor | None] = [None] * count  # of the last observed frame, [C, 1, y, x]
-        self.errors: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in range(count)]
+        self.playing: dict[int, _Playing] = {}  # row -> its episode
 
     @torch.no_grad()
     def run(self) -> Iterator[EpisodeResult]:
@@ -197,152 +276,73 @@ class _Batch:
                 process.close()
 
     def _play(self) -> Iterator[EpisodeResult]:
-        ended, started = self._begin(range(len(self.processes)))
-        yield from ended
-        if not started:
+        rows = range(len(self.processes))
+        yield from self._begin(rows)
+        if not self.playing:
             return
-        fill = self.latents[started[0]]
-        first = torch.stack([fill if latent is None else latent for latent in self.latents])
-        names = [self.results[started[0]] if r is None else r for r in self.results]
-        text = self.policy.text([self.described[r.simulator].instruction for r in names])
+        any_row = next(iter(self.playing.values()))  # stands in for rows without an episode
+        beginning = [self.playing.get(b, any_row) for b in rows]
+        first, text = torch.stack([p.latent for p in beginning]), self._text(beginning)
         episode = RolloutEngine(self.policy.model, self.config).start(first, text)
-        while any(self.results):
+        while self.playing:
             yield from self._chunk(episode)
 
     def _chunk(self, episode: Episode) -> Iterator[EpisodeResult]:
         """One chunk of every row that plays; the rows whose episodes end begin others."""
-        size = episode.chunk_size
         began = time.perf_counter()
-        candidate = episode.propose(**self._drawn(episode))
+        video_noise, action_noise = self._noise(episode)
+        candidate = episode.propose(video_noise=video_noise, action_noise=action_noise)
+        assert candidate.video is not None and candidate.action is not None
         video, action = candidate.video.cpu(), candidate.action.cpu()
         took = time.perf_counter() - began
-        playing = [b for b, result in enumerate(self.results) if result is not None]
-        executed: dict[int, Tensor] = {}
-        ended: list[int] = []
-        for b in playing:
-            try:
-                where = f"evaluate: {self.results[b].simulator}, episode {self.results[b].episode}"
-                actions = self.policy.denormalize_action(action[b].flatten(0, 1), where).numpy()
-            except ValueError as error:
-                self._end(b, str(error))
-                ended.append(b)
-                continue
-            actions = actions.reshape(size * self.policy.actions_per_frame, -1)[: self._left(b)]
-            self.processes[b].send("run", self.results[b].simulator, actions, self.policy.actions_per_frame)
-        for b in playing:
-            if b not in ended:
-                observed = self._received(b, video[b], size)
-                if observed is None:
-                    ended.append(b)
-                else:
-                    executed[b] = observed
+        for b, playing in self.playing.items():
+            playing.send(self.policy, action[b])
+        observed = torch.zeros_like(video)
+        for b, playing in self.playing.items():
+            if not playing.ended:
+                latents = playing.receive(self.policy, video[b])
+                if not playing.ended:  # so all of the chunk was executed
+                    observed[b] = latents
+        ended = [b for b, playing in self.playing.items() if playing.ended]
+        counts = [episode.chunk_size * (b in self.playing and b not in ended) for b in range(len(self.processes))]
         began = time.perf_counter()
-        if executed:
-            frames = torch.zeros_like(video)
-            for b, latents in executed.items():
-                frames[b] = latents
-            episode.observe(frames, action, frames=[size * (b in executed) for b in range(len(self.results))])
+        if any(counts):
+            episode.observe(observed, action, frames=counts)
             self.seconds.append(took + time.perf_counter() - began)
-        yield from self._finish(ended)
-        results, started = self._begin(ended)
-        yield from results
+        for b in ended:
+            yield self.playing.pop(b).finished()
+        yield from self._begin(ended)
+        started = [b for b in ended if b in self.playing]
         if started:
-            text = self.policy.text([self.described[self.results[b].simulator].instruction for b in started])
-            episode.restart(started, torch.stack([self.latents[b] for b in started]), text)
+            playings = [self.playing[b] for b in started]
+            episode.restart(started, torch.stack([p.latent for p in playings]), self._text(playings))
 
-    def _begin(self, rows: Sequence[int]) -> tuple[list[EpisodeResult], list[int]]:
-        """Begin an episode in each of these rows, as long as there are any: those that failed at once, and the rows
-        that play."""
-        failed, started = [], []
+    def _begin(self, rows: Iterable[int]) -> Iterator[EpisodeResult]:
+        """Begin an episode in each of these rows, as long as there are any; the results of those that cannot begin."""
         waiting = list(rows)
         while waiting:
-            asked = []
+            begun = {}
+            for b, task in zip(waiting, self.tasks, strict=False):  # a row that is left over stays empty
+                horizon = self.horizon or self.described[task.simulator].horizon
+                begun[b] = _Playing(task, horizon, self.processes[b])
+                self.processes[b].send("begin", task.simulator, task.seed)
+            for playing in begun.values():
+                playing.begin(self.policy)
+            self.playing |= {b: playing for b, playing in begun.items() if not playing.ended}
+            waiting = [b for b, playing in begun.items() if playing.ended]
             for b in waiting:
-                task = next(self.tasks, None)
-                self.results[b] = task and EpisodeResult(task.simulator, task.episode, task.seed)
-                if task is not None:
-                    self.processes[b].send("begin", task.simulator, task.seed)
-                    asked.append(b)
-            waiting = []
-            for b in asked:
-                result = self.results[b]
-                try:
-                    begun = self.processes[b].receive()
-                    frame = self.policy.frame(begun.observation.state, begun.observation.pictures)
-                    self.latents[b] = self.policy.codec.encode(frame[None])
-                except (SimulatorFailure, ValueError) as error:
-                    result.failure, result.broken = str(error), True
-                    failed.append(result)
-                    waiting.append(b)
-                    continue
-                result.initial_state, result.frames = begun.initial_state, [frame]
-                self.noise[b].manual_seed(result.seed)
-                self.errors[b] = []
-                started.append(b)
-        return failed, started
+                yield begun[b].finished()
 
-    def _received(self, b: int, imagined: Tensor, size: int) -> Tensor | None:
-        """The latents ``[C, chunk, y, x]`` of what a row observed; None where its episode ended."""
-        result = self.results[b]
-        try:
-            done = self.processes[b].receive()
-            frames = [self.policy.frame(o.state, o.pictures) for o in done.observations]
-            latents = self.policy.codec.encode(np.stack(frames)) if frames else imagined[:, :0]
-        except (SimulatorFailure, ValueError) as error:
-            result.broken = True
-            self._end(b, str(error))
-            return None
-        result.actions += done.actions
-        result.frames += frames
-        result.imagined.append(self.policy.codec.decode(imagined))
-        count = latents.shape[1]
-        if count:
-            still = (latents - self.latents[b]).square().mean((0, 2, 3)).numpy()
-            self.errors[b].append(((latents - imagined[:, :count]).square().mean((0, 2, 3)).numpy(), still))
-            self.latents[b] = latents[:, -1:]
-        if done.outcome.success:
-            result.success = True
-        elif done.outcome.failure:
-            self._end(b, done.outcome.failure)
-        elif self._left(b) <= 0:
-            self._end(b, f"not done after {result.actions} actions")
-        ended = result.success or result.failure is not None
-        return None if ended else latents
+    def _text(self, playings: Sequence[_Playing]) -> Tensor:
+        return self.policy.text([self.described[p.result.simulator].instruction for p in playings])
 
-    def _end(self, b: int, failure: str) -> None:
-        self.results[b].failure = failure
-
-    def _left(self, b: int) -> int:
-        """Actions until the horizon."""
-        result = self.results[b]
-        return (self.horizon or self.described[result.simulator].horizon) - result.actions
-
-    def _finish(self, rows: Sequence[int]) -> Iterator[EpisodeResult]:
-        for b in rows:
-            result, errors = self.results[b], self.errors[b]
-            for frame in range(max((len(own) for own, _ in errors), default=0)):
-                held = [(own[frame], still[frame]) for own, still in errors if len(own) > frame]
-                imagined, still = np.mean(held, axis=0)
-                result.imagined_mse.append(float(imagined))
-                result.still_mse.append(float(still))
-            self.results[b] = None
-            yield result
-
-    def _drawn(self, episode: Episode) -> dict[str, Tensor]:
-        """Noise of each row from its own generator: what the other rows do makes no difference."""
-        drawn = []
+    def _noise(self, episode: Episode) -> tuple[Tensor, Tensor]:
+        """Of video and actions, each row from its own generator: what the other rows do makes no difference."""
         c, chunk = self.policy.model.config, episode.chunk_size
-        video = (c.latent_channels, chunk, *self.latents_shape())
-        for b, generator in enumerate(self.noise):
-            if self.results[b] is None:
-                drawn.append((torch.zeros(video), torch.zeros(chunk, c.actions_per_frame, c.action_dim)))
-            else:
-                shapes = video, (chunk, c.actions_per_frame, c.action_dim)
-                drawn.append(tuple(torch.randn(shape, generator=generator) for shape in shapes))
-        videos, actions = zip(*drawn, strict=True)
-        return {"video_noise": torch.stack(videos), "action_noise": torch.stack(actions)}
-
-    def latents_shape(self) -> tuple[int, int]:
-        """Rows and columns of a latent frame."""
-        known = next(latent for latent in self.latents if latent is not None)
-        return known.shape[-2], known.shape[-1]
+        size = next(iter(self.playing.values())).latent.shape[-2:]
+        video = torch.zeros(len(self.processes), c.latent_channels, chunk, *size)
+        action = torch.zeros(len(self.processes), chunk, c.actions_per_frame, c.action_dim)
+        for b, playing in self.playing.items():
+            for noise in (video, action):
+                noise[b] = torch.randn(noise.shape[1:], generator=playing.noise)
+        return video, action

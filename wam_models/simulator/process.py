@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -121,7 +121,7 @@ class SimulatorProcess:
 def first_answer(processes: Sequence[SimulatorProcess]) -> SimulatorProcess:
     """One of these, each with a request sent, whose answer is there or whose time is up."""
     soonest = min(processes, key=lambda process: process.deadline)
-    connections = {process.connection: process for process in processes}
+    connections: dict[Any, SimulatorProcess] = {process.connection: process for process in processes}
     ready = wait(list(connections), max(0.0, soonest.deadline - time.monotonic()))
     return connections[ready[0]] if ready else soonest
 
@@ -181,4 +181,9 @@ def _run(simulator: Any, actions: Sequence | np.ndarray, every: int) -> Executed
     return execute(simulator, np.asarray(actions, np.float32), every, type(simulator).__name__)
 
 
-REQUESTS = {"describe": _describe, "begin": _begin, "run": _run, "demonstrate": demonstrate}
+REQUESTS: dict[str, Callable[..., Any]] = {
+    "describe": _describe,
+    "begin": _begin,
+    "run": _run,
+    "demonstrate": demonstrate,
+}

@@ -159,11 +159,12 @@ def checked_frequency(where: str, found: object, low: float, high: float) -> flo
     Raises:
         ValueError: no number from ``low`` to ``high``.
     """
-    if not isinstance(found, Real) or isinstance(found, bool) or not low <= found <= high:
+    number = isinstance(found, Real) and not isinstance(found, bool)
+    if not number or not low <= found <= high:  # type: ignore[operator]
         raise ValueError(
             f"{where} must be actions a second, a positive number, got {found!r}; between {low:g} and {high:g}"
         )
-    return float(found)
+    return float(found)  # type: ignore[arg-type]
 
 
 def raised(error: Exception) -> str:

@@ -166,7 +166,8 @@ def _attempts(
     """
     done: dict[int, bool] = {}
     reasons: list[str] = []
-    idle, busy, limit = list(processes), {}, MOST_ATTEMPTS * wanted + len(processes)
+    idle, limit = list(processes), MOST_ATTEMPTS * wanted + len(processes)
+    busy: dict[SimulatorProcess, int] = {}
     step, following = iter(todo), 0
 
     def enough() -> int | None:
