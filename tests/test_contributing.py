@@ -5,8 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from wam_kernels import __version__
+
 ROOT = Path(__file__).parent.parent
-PAGES = ("CONTRIBUTING.md", "docs/concepts.md")
+PAGES = ("CONTRIBUTING.md", "docs/concepts.md", "docs/architecture.md")
 FILE = re.compile(r"\.(cpp|cu|cuh|h|jsonl?|md|png|py|sh|toml|txt)$")
 
 
@@ -38,6 +40,11 @@ def test_what_is_named_is_there(page):
 def test_links_lead_somewhere(page):
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", prose(page))]
     assert links and [link for link in links if not ((ROOT / page).parent / link).exists()] == []
+
+
+def test_the_changelog_has_a_section_of_this_version():
+    sections = re.split(r"^## ", (ROOT / "CHANGELOG.md").read_text(), flags=re.MULTILINE)[1:]
+    assert sections[0].startswith(__version__) and sections[0].count("\n- ") > 1
 
 
 def test_the_check_notices():

@@ -206,3 +206,17 @@ def test_what_is_printed(monkeypatch, capsys, repository):
         ["wam_models/data", "-", "1"],
         ["all", "1", "1"],
     ]
+
+
+def test_the_page_draws_the_rooms_as_they_are():
+    block = (lint.ROOT / "docs/architecture.md").read_text().split("```")[1]
+    drawn = [line[2:].split()[0] for line in block.strip("\n").splitlines()]
+    assert drawn == [room for level in reversed(lint.LEVELS) for room in level]
+    starts = [line[2:].split()[0] for line in block.strip("\n").splitlines() if line[0] == "-"]
+    assert starts == [level[0] for level in reversed(lint.LEVELS)]
+
+
+def test_every_room_is_there():
+    rooms = [room.replace(".", "/") for level in lint.LEVELS for room in level]
+    assert len(set(rooms)) == len(rooms)
+    assert [r for r in rooms if not (lint.ROOT / r).is_dir() and not (lint.ROOT / f"{r}.py").is_file()] == []

@@ -1,7 +1,9 @@
-"""The surface of the package: what is public, and that importing it probes nothing."""
+"""What is public, for users and for their editors, and that importing it probes nothing."""
 
+import ast
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,13 @@ def test_all_is_sorted_and_there(package):
 def test_dir_completes_the_public_names():
     for package in (wam_kernels, wam_models):
         assert {*package.__all__, "__version__"} <= set(dir(package))
+
+
+def test_editors_are_told_where_every_lazy_name_is():
+    """The imports under TYPE_CHECKING are those that ``__getattr__`` makes."""
+    (block,) = [n for n in ast.parse(Path(wam_models.__file__).read_text()).body if isinstance(n, ast.If)]
+    told = {alias.asname: node.module for node in block.body for alias in node.names}
+    assert told == wam_models.HOME_OF
 
 
 def test_import_leaves_triton_and_the_extension_alone():

@@ -130,10 +130,13 @@ def tracked(root: Path) -> list[str]:
 
 
 class Repository:
-    def __init__(self, root: Path = ROOT):
+    def __init__(self, root: Path = ROOT, vocabulary: str | None = None):
+        """``vocabulary``: the page with the table of retired words; default: the tree's own."""
         self.root = root
         self.files = [path for path in tracked(root) if not path.startswith(RECORDED)]
         self.modules = {m.name: m for m in (Module(p, self.read(p)) for p in self.files if p.endswith(".py"))}
+
+        self.vocabulary = vocabulary or self.read(VOCABULARY)
 
     def read(self, path: str) -> str:
         return (self.root / path).read_text(encoding="utf-8")
@@ -329,7 +332,7 @@ def _pattern(phrases: Iterable[str]) -> re.Pattern[str]:
 
 
 def words(repository: Repository) -> Iterator[Finding]:
-    table = [(row, _pattern(row.words)) for row in retired(repository.read(VOCABULARY))]
+    table = [(row, _pattern(row.words)) for row in retired(repository.vocabulary)]
     for path in (path for path in repository.files if path.endswith(TEXT) and path != PLANTED):
         text = repository.read(path)
         if path == VOCABULARY:

@@ -1,9 +1,40 @@
 """A thin model package on top of wam_kernels: the dual-expert world-action model, its training and its rollout."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
+    from .config import ModelConfig as ModelConfig
+    from .config import demo_config as demo_config
+    from .config import golden_config as golden_config
+    from .config import wan_5b_config as wan_5b_config
+    from .config import wan_5b_small_action_config as wan_5b_small_action_config
+    from .data import ClipDataset as ClipDataset
+    from .data import LeRobotDataset as LeRobotDataset
+    from .flow import TimestepDraw as TimestepDraw
+    from .model.checkpoint import Checkpoint as Checkpoint
+    from .model.checkpoint import load_checkpoint as load_checkpoint
+    from .model.checkpoint import save_checkpoint as save_checkpoint
+    from .model.dual_expert import WorldActionModel as WorldActionModel
+    from .model.weights import from_diffusers as from_diffusers
+    from .model.weights import load_weights as load_weights
+    from .model.weights import read_weights as read_weights
+    from .objectives import GJD as GJD
+    from .objectives import GJD_MIXTURE as GJD_MIXTURE
+    from .objectives import MODEL_PROGRAMS as MODEL_PROGRAMS
+    from .objectives import OBJECTIVES as OBJECTIVES
+    from .rollout.config import RolloutConfig as RolloutConfig
+    from .rollout.episode import Candidate as Candidate
+    from .rollout.episode import Episode as Episode
+    from .rollout.episode import RolloutEngine as RolloutEngine
+    from .rollout.policy import Policy as Policy
+    from .text import WordEmbedding as WordEmbedding
+    from .text import umt5_encoder as umt5_encoder
+    from .train.step import TrainingConfig as TrainingConfig
+    from .train.step import training_step as training_step
 
 # Names load on first use, so that ``wam --help`` and the data tools do not pay for torch.
-_HOME = {
+HOME_OF = {
     "Candidate": "rollout.episode",
     "Checkpoint": "model.checkpoint",
     "ClipDataset": "data",
@@ -33,15 +64,15 @@ _HOME = {
     "wan_5b_config": "config",
     "wan_5b_small_action_config": "config",
 }
-__all__ = sorted(_HOME)
+__all__ = sorted(HOME_OF)
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     if name == "__version__":
         return import_module("wam_kernels").__version__
-    if name not in _HOME:
+    if name not in HOME_OF:
         raise AttributeError(f"module 'wam_models' has no attribute {name!r}")
-    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+    return getattr(import_module(f".{HOME_OF[name]}", __name__), name)
 
 
 def __dir__() -> list[str]:

@@ -42,19 +42,6 @@ def test_every_episode_reads_its_own_rows_and_frames(shared_tiny_root, index):
     np.testing.assert_array_equal(dataset.frames(index, every=4), frames[::4])
 
 
-def test_demo_counts():
-    dataset = LeRobotDataset(DEMO)
-    train = [e for e in dataset.episodes if e.split == "train"]
-    held_out = [e for e in dataset.episodes if e.split == "held_out"]
-    assert len(dataset.episodes) == len(train) + len(held_out) >= 40
-    assert len(held_out) >= 8
-    assert {e.task for e in held_out} <= {e.task for e in train}
-    info = json.loads((DEMO / "meta/info.json").read_text())
-    assert sum(e.length for e in dataset.episodes) == info["total_frames"]
-    assert len({e.task for e in dataset.episodes}) == info["total_tasks"]
-    assert sum(f.stat().st_size for f in DEMO.rglob("*") if f.is_file()) < 10e6
-
-
 def test_demo_starts_apart():
     table = pq.read_table(DEMO / "meta/episodes/chunk-000/file-000.parquet").to_pylist()
     starts = {"train": set(), "held_out": set()}
@@ -264,19 +251,7 @@ def test_rows_are_found_by_their_episode(tiny_root):
 @pytest.fixture(params=[0, 2], ids=["PNG", "JPEG, channels first"])
 def images_root(tiny_root, request):
     """The tiny data set with its pictures in the data files; ``request.param`` is the error that JPEG may make."""
-    for file, episodes in ((0, (0, 1)), (1, (2, 3))):
-        path = tiny_root / f"data/chunk-000/file-{file:03d}.parquet"
-        cells = []
-        for picture in np.concatenate([tiny.frames(e) for e in episodes]):
-            held = io.BytesIO()
-            Image.fromarray(picture).save(held, "JPEG" if request.param else "PNG", quality=95)
-            cells.append({"bytes": held.getvalue(), "path": None})
-        pq.write_table(pq.read_table(path).append_column(tiny.KEY, pa.array(cells)), path)
-    table = pq.read_table(tiny_root / EPISODES)
-    pq.write_table(table.select([c for c in table.column_names if not c.startswith("videos/")]), tiny_root / EPISODES)
-    shutil.rmtree(tiny_root / "videos")
-    _edit(tiny_root, _camera(dtype="image", shape=[3, 32, 64] if request.param else [32, 64, 3]))
-    _edit(tiny_root, lambda info: info.update(video_path=None))
+    tiny.move_pictures_into_rows(tiny_root, "JPEG" if request.param else "PNG")
     return tiny_root, request.param
 
 

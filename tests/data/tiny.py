@@ -1,11 +1,14 @@
 """A tiny LeRobot v3 data set with known contents, so that the tests check every frame and action."""
 
+import io
 import json
+import shutil
 
 import av
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from PIL import Image
 
 FPS = 20
 KEY = "observation.images.tiled"
@@ -33,6 +36,31 @@ def actions(episode):
 
 def states(episode):
     return np.repeat(actions(episode)[:, :1], 8, axis=1) + np.arange(8, dtype=np.float32)
+
+
+def move_pictures_into_rows(root, kind="PNG"):
+    """Rewrites the data set: pictures as files of ``kind`` in the data files, in place of the video; JPEG's shape has
+    the channels first."""
+    for file, episodes in ((0, (0, 1)), (1, (2, 3))):
+        path = root / f"data/chunk-000/file-{file:03d}.parquet"
+        cells = []
+        for picture in np.concatenate([frames(e) for e in episodes]):
+            held = io.BytesIO()
+            Image.fromarray(picture).save(held, kind, quality=95)
+            cells.append({"bytes": held.getvalue(), "path": None})
+        table = pq.read_table(path).append_column(KEY, pa.array(cells))
+        path.unlink()  # it may be a hard link
+        pq.write_table(table, path)
+    path = root / "meta/episodes/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    path.unlink()
+    pq.write_table(table.select([c for c in table.column_names if not c.startswith("videos/")]), path)
+    shutil.rmtree(root / "videos")
+    path = root / "meta/info.json"
+    info = json.loads(path.read_text())
+    info["features"][KEY] |= {"dtype": "image", "shape": [32, 64, 3] if kind == "PNG" else [3, 32, 64]}
+    path.unlink()
+    path.write_text(json.dumps(info | {"video_path": None}))
 
 
 def wan_vae(mean, std):

@@ -14,7 +14,6 @@ from wam_kernels import (
     PROGRAMS,
     RULE_PROGRAMS,
     Attends,
-    Geometry,
     InteractionProgram,
     RuleGeometry,
     TileShape,
@@ -27,31 +26,6 @@ from wam_kernels.masks.programs import TABLE
 from wam_kernels.masks.rules import Runs
 from wam_models import MODEL_PROGRAMS, cli
 from wam_models.draw.masks import draw_programs
-
-# of two frames, chunks of one token a stream: [V_noisy | V_clean | A_noisy | A_clean], row = query
-JOINT_THEN_ACTION_MASK = """
-    10 00 10 00
-    01 10 01 10
-    00 10 00 00
-    00 11 00 10
-    10 10 10 00
-    01 11 01 10
-    00 10 00 10
-    00 11 00 11
-"""
-
-
-def test_a_new_row_against_its_matrix_written_out():
-    with registered(JOINT_THEN_ACTION):
-        geometry = Geometry(
-            program="joint_then_action", video_frames=2, video_tokens=1, action_frames=2, action_tokens=1,
-            chunk_size=1, window=9,
-        )  # fmt: skip
-        expected = np.array([[c == "1" for c in line if c != " "] for line in JOINT_THEN_ACTION_MASK.split("\n")[1:-1]])
-        np.testing.assert_array_equal(dense_mask(geometry), expected)
-        plan = compile_plan(geometry)
-        np.testing.assert_array_equal(mask_of_side(plan.queries, 1, 8)[0], expected)
-        np.testing.assert_array_equal(mask_of_side(plan.keys, 1, 8)[0], expected.T)
 
 
 @pytest.mark.parametrize("row", NEW, ids=lambda row: row.name)
