@@ -77,7 +77,7 @@ def test_the_film_is_as_fast_as_the_robot(name, milliseconds, adapters, monkeypa
     args = SimpleNamespace(simulator=f"adapters:{name}", seed=0, chunks=None, out=adapters)
     config = RolloutConfig(program="joint", chunk_size=2)
     policy = SimpleNamespace(model=model, camera=None, cameras={}, frames_are_states=False, actions_per_frame=4)
-    assert rollout_command._simulated(args, policy, config, "joint") == 0
+    assert rollout_command.roll_out_in_simulator(args, policy, config, "joint") == 0
     takes = 4000 // milliseconds or "1.15741e-05"
     assert f"whose robot takes {takes}" in capsys.readouterr().out
     with Image.open(adapters / "simulated_joint.gif") as film:

@@ -20,7 +20,7 @@ from tests.train.conftest import TINY
 from wam_kernels import PROGRAMS
 from wam_models import GJD, cli, load_checkpoint
 from wam_models.cli import train as train_command
-from wam_models.cli.train import _differences
+from wam_models.cli.train import differences
 from wam_models.data import ClipDataset
 from wam_models.model.dual_expert import WorldActionModel
 from wam_models.rollout.policy import Policy
@@ -221,7 +221,7 @@ def test_a_resume_on_other_data_keeps_units_and_words(root, config, data, tmp_pa
     new.tasks = ["lift", "push", "lift it"]
     with pytest.raises(ValueError, match="at most 1 words, got 2 in 'lift it'"):
         train(config, new, resume=found, progress=False)
-    assert "words that the checkpoint does not know share one vector: it" in list(_differences(policy, new))
+    assert "words that the checkpoint does not know share one vector: it" in list(differences(policy, new))
 
 
 def test_files_of_different_steps_are_not_resumed(config, data, tmp_path):

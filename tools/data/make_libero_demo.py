@@ -369,7 +369,6 @@ def write_parquet(columns, path, pandas_index=None):
 
 def pack(work, out):
     """Writes the LeRobot v3 files, example.png and README.md from the work folder; returns the README's text."""
-    import pyarrow as pa
     from PIL import Image
 
     episodes, rates = collect(work)
@@ -383,17 +382,32 @@ def pack(work, out):
     Image.fromarray(np.concatenate(shown.frames()[list(EXAMPLE_FRAMES)])).save(partial / "example.png", optimize=True)
 
     tasks = list(dict.fromkeys(e.instruction for e in episodes))
+    data = pack_frames(episodes, tasks, partial)
+    pack_episodes(episodes, data, moments, partial)
+    stats = {key: table_stats(values) for key, values in data.items()}
+    stats[VIDEO_KEY] = picture_stats(moments, list(range(len(episodes))))
+    (partial / "meta/stats.json").write_text(json.dumps(stats, indent=1) + "\n")
+    (partial / "meta/info.json").write_text(json.dumps(info(episodes, tasks), indent=1) + "\n")
+    size = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file())
+    text = readme(episodes, rates, psnr, video.stat().st_size, size)
+    (partial / "README.md").write_text(text)
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+    return text
+
+
+def pack_frames(episodes, tasks, partial):
+    """Writes the data file and the list of tasks; returns the columns of the data file, without pictures."""
+    import pyarrow as pa
+
     lengths = [len(e.action) for e in episodes]
-    ends = np.cumsum(lengths)
-    starts = ends - lengths
-    total = int(ends[-1])
     data = {
         "observation.state": np.concatenate([e.state for e in episodes]),
         "action": np.concatenate([e.action for e in episodes]),
         "timestamp": np.concatenate([np.arange(n) / FPS for n in lengths]).astype(np.float32),
         "frame_index": np.concatenate([np.arange(n) for n in lengths]),
         "episode_index": np.repeat(np.arange(len(episodes)), lengths),
-        "index": np.arange(total),
+        "index": np.arange(sum(lengths)),
         "task_index": np.repeat([tasks.index(e.instruction) for e in episodes], lengths),
     }
 
@@ -408,7 +422,16 @@ def pack(work, out):
         partial / "meta/tasks.parquet",
         pandas_index="task",
     )
+    return data
 
+
+def pack_episodes(episodes, data, moments, partial):
+    """Writes the table of episodes, each with the statistics of its own rows and pictures."""
+    import pyarrow as pa
+
+    lengths = [len(e.action) for e in episodes]
+    ends = np.cumsum(lengths)
+    starts = ends - lengths
     count = len(episodes)
     zeros = pa.array([0] * count, pa.int64())
     columns = {
@@ -440,23 +463,22 @@ def pack(work, out):
         columns[f"stats/{VIDEO_KEY}/{name}"] = pa.array([s[name] for s in per_episode])
     write_parquet(columns, partial / "meta/episodes/chunk-000/file-000.parquet")
 
-    stats = {key: table_stats(values) for key, values in data.items()}
-    stats[VIDEO_KEY] = picture_stats(moments, list(range(count)))
-    (partial / "meta/stats.json").write_text(json.dumps(stats, indent=1) + "\n")
 
+def info(episodes, tasks):
+    """What ``meta/info.json`` holds."""
     train = sum(e.split == "train" for e in episodes)
     scalar = {"shape": [1], "names": None}
-    info = {
+    return {
         "codebase_version": "v3.0",
         "robot_type": "panda",
-        "total_episodes": count,
-        "total_frames": total,
+        "total_episodes": len(episodes),
+        "total_frames": sum(len(e.action) for e in episodes),
         "total_tasks": len(tasks),
         "chunks_size": 1000,
         "data_files_size_in_mb": 100,
         "video_files_size_in_mb": 200,
         "fps": FPS,
-        "splits": {"train": f"0:{train}", "held_out": f"{train}:{count}"},
+        "splits": {"train": f"0:{train}", "held_out": f"{train}:{len(episodes)}"},
         "data_path": "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet",
         "video_path": "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4",
         "features": {
@@ -492,13 +514,6 @@ def pack(work, out):
             "task_index": {"dtype": "int64", **scalar},
         },
     }
-    (partial / "meta/info.json").write_text(json.dumps(info, indent=1) + "\n")
-    size = sum(f.stat().st_size for f in partial.rglob("*") if f.is_file())
-    text = readme(episodes, rates, psnr, video.stat().st_size, size)
-    (partial / "README.md").write_text(text)
-    shutil.rmtree(out, ignore_errors=True)
-    partial.rename(out)
-    return text
 
 
 def readme(episodes, rates, psnr, video_bytes, size):

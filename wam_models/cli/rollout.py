@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
                 raise ValueError(f"{flag} must be left out with --simulator: it concerns recorded episodes")
         if denoised.conditional:
             raise ValueError(f"--objective must be joint with --simulator, got {objective}")
-        return _simulated(args, policy, config, name)
+        return roll_out_in_simulator(args, policy, config, name)
     return _recorded(args, policy, config, objective, name)
 
 
@@ -122,7 +122,7 @@ def _recorded(args: argparse.Namespace, policy: Policy, config: RolloutConfig, o
     return 0
 
 
-def _simulated(args: argparse.Namespace, policy: Policy, config: RolloutConfig, name: str) -> int:
+def roll_out_in_simulator(args: argparse.Namespace, policy: Policy, config: RolloutConfig, name: str) -> int:
     simulator = load(args.simulator, policy.cameras)
     freq = control_freq(simulator)
     generator = torch.Generator().manual_seed(args.seed)

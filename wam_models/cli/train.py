@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             f"{short} of {len(data.train)} training episodes are shorter than a clip of {config.frames} frames: unused"
         )
     if policy is not None:
-        for line in _differences(policy, data):
+        for line in differences(policy, data):
             print(line)
     with _stop_asked() as stop:
         if device.type == "cpu":
@@ -120,7 +120,7 @@ def _stop_asked() -> Iterator[Callable[[], bool]]:
         restore()
 
 
-def _differences(policy: Policy, data: ClipDataset) -> Iterator[str]:
+def differences(policy: Policy, data: ClipDataset) -> Iterator[str]:
     """What is another in this data than in that which the policy was trained on, and what becomes of it."""
     (mean, std, varying), (own_mean, own_std, own_varying) = policy.units, data.own_units
     if not (torch.allclose(mean, own_mean, rtol=1e-3, atol=1e-3) and torch.allclose(std, own_std, rtol=1e-3)):

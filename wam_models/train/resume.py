@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from .._checks import whole
 from ..data import ClipDataset
+from ..data.codec import SavedCodec
 from ..model.checkpoint import CONFIG, TRAINING, Checkpoint
 from ..model.weights import abridged, check_finite, load_weights
 from ..text import WordEmbedding
@@ -36,8 +37,9 @@ def check_resumable(config: TrainConfig, data: ClipDataset, resume: Checkpoint) 
     other = [f"{name} {theirs[name]}, not {ours[name]}" for name in ours if ours[name] != theirs[name]]
     if other:
         raise ValueError(f"train: config.model must be that of the checkpoint to resume, which has {', '.join(other)}")
+    codec = cast(SavedCodec, data.codec)  # the first save of the run has refused any other
     units = {"action_mean": data.action_mean, "action_std": data.action_std, "varying": ~data.constant_actions}
-    for name, value in (units | {f"codec.{k}": v for k, v in data.codec.state_dict().items()}).items():
+    for name, value in (units | {f"codec.{k}": v for k, v in codec.state_dict().items()}).items():
         saved = resume.extra.get(name)
         # on another machine the same data gives a mean with other last digits
         if (
