@@ -113,7 +113,7 @@ class Row:
 
     Action errors are root mean squares over the varying dimensions in units of their standard deviation in the
     training split, so that predicting the mean action costs about 1. PSNRs are means over frames, in dB, against the
-    recorded pictures.
+    recorded pictures; where frames are states there are none.
     """
 
     objective: str
@@ -128,6 +128,8 @@ class Row:
     repeat_picture_psnr: float | None  # the same as pictures, which no latent transform has touched
     ceiling_psnr: float | None  # the recorded frames through the latent transform
     seconds: float  # median time of one chunk of one episode
+    frame_rmse: float | None = None  # of latent frames, in their units: of states, standard deviations
+    repeat_frame_rmse: float | None = None  # the last frame before the chunk
 
 
 @dataclass(frozen=True)
@@ -192,8 +194,6 @@ def evaluate(
     action = torch.cat([c["action"][:, :end] for c in clips])
     text = policy.text([c["text"] for c in clips])
     pictures = np.stack([c["frames"][:end] for c in clips])
-    seen = np.stack([pictures_of(policy.codec, v) for v in video])
-    ceiling = mean_psnr(pictures[:, begin:], seen[:, begin:])
 
     rows = []
     cases = all_cases() if cases is None else cases
@@ -210,28 +210,53 @@ def evaluate(
             engine, video[:1], action[:1], text[:1], objective=objective, generator=rng, begin=begin, end=few
         )
         seconds = statistics.median(c.seconds for c in alone)
-        errors = dict.fromkeys(
+        errors: dict[str, float | None] = dict.fromkeys(
             ("action_rmse", "repeat_action_rmse", "mean_action_rmse")
             + ("psnr", "repeat_frame_psnr", "repeat_picture_psnr", "ceiling_psnr")
         )
         if goal.action:
             real = action[:, begin:end]
             guess = torch.cat([c.action.cpu() for c in done], 1).unflatten(0, (-1, samples)).mean(1)
-            last = action[:, before, -1:].expand_as(real)
+            last = action[:, before, -1:, -len(policy.varying) :].repeat(1, 1, 1, policy.actions_per_token)
+            last = last.expand_as(real)
             errors["action_rmse"] = rmse(guess, real, policy.varying)
             errors["repeat_action_rmse"] = rmse(last, real, policy.varying)
             errors["mean_action_rmse"] = rmse(torch.zeros_like(real), real, policy.varying)
         if goal.video:
             guess = torch.cat([c.video.cpu() for c in done], 2).unflatten(0, (-1, samples)).mean(1)
-            # behind the frames before them, which a codec that compresses time looks back to
-            whole = torch.cat([video[:, :, :begin], guess], 2)
-            imagined = np.stack([pictures_of(policy.codec, v)[begin:] for v in whole])
-            errors["psnr"] = mean_psnr(imagined, pictures[:, begin:])
-            errors["repeat_frame_psnr"] = mean_psnr(seen[:, before], pictures[:, begin:])
-            errors["repeat_picture_psnr"] = mean_psnr(pictures[:, before], pictures[:, begin:])
-            errors["ceiling_psnr"] = ceiling
-        rows.append(Row(objective, program, step, step * action.shape[2], **errors, seconds=seconds))
+            real = video[:, :, begin:]
+            errors["frame_rmse"] = (guess - real).double().square().mean().sqrt().item()
+            errors["repeat_frame_rmse"] = (video[:, :, before] - real).double().square().mean().sqrt().item()
+            if not policy.frames_are_states:
+                errors |= _psnrs(policy, video, guess, pictures, begin, before)
+        rows.append(Row(objective, program, step, step * policy.actions_per_frame, **errors, seconds=seconds))
     return Evaluation(tuple(rows), len(clips), (begin, end), config.steps)
+
+
+def _psnrs(
+    policy: Policy, video: Tensor, guess: Tensor, pictures: np.ndarray, begin: int, before: np.ndarray
+) -> dict[str, float]:
+    """PSNRs of a :class:`Row`, of the frames from ``begin`` on.
+
+    Args:
+        policy: Whose codec decodes.
+        video: ``[E, C, F, y, x]``, the recorded latents.
+        guess: ``[E, C, F - begin, y, x]``, the predicted ones.
+        pictures: uint8 ``[E, F, H, W, 3]``, as recorded.
+        begin: First predicted frame.
+        before: The last frame before the chunk of each predicted one.
+    """
+    decoded = np.stack([pictures_of(policy.codec, v) for v in video])
+    # behind the frames before them, which a codec that compresses time looks back to
+    whole = torch.cat([video[:, :, :begin], guess], 2)
+    imagined = np.stack([pictures_of(policy.codec, v)[begin:] for v in whole])
+    real = pictures[:, begin:]
+    return {
+        "psnr": mean_psnr(imagined, real),
+        "repeat_frame_psnr": mean_psnr(decoded[:, before], real),
+        "repeat_picture_psnr": mean_psnr(pictures[:, before], real),
+        "ceiling_psnr": mean_psnr(real, decoded[:, begin:]),
+    }
 
 
 def rmse(guess: Tensor, real: Tensor, varying: Tensor) -> float:
@@ -251,11 +276,16 @@ def mean_psnr(a: np.ndarray, b: np.ndarray) -> float:
 def table(evaluation: Evaluation) -> str:
     """The rows as text, one line each, aligned; also valid Markdown."""
     head = ["objective", "program", "action RMSE", "repeat last", "mean action"]
-    head += ["PSNR dB", "repeat last", "ceiling", "s / chunk"]
+    pictures = any(r.psnr is not None for r in evaluation.rows)
+    head += ["PSNR dB", "repeat last", "ceiling"] if pictures else ["frame RMSE", "repeat last"]
+    head += ["s / chunk"]
     lines = []
     for r in evaluation.rows:
         numbers = [_number(x, 3) for x in (r.action_rmse, r.repeat_action_rmse, r.mean_action_rmse)]
-        numbers += [_number(x, 2) for x in (r.psnr, r.repeat_frame_psnr, r.ceiling_psnr)]
+        if pictures:
+            numbers += [_number(x, 2) for x in (r.psnr, r.repeat_frame_psnr, r.ceiling_psnr)]
+        else:
+            numbers += [_number(x, 3) for x in (r.frame_rmse, r.repeat_frame_rmse)]
         program = "joint" if r.program == GJD else r.program
         lines.append((r.objective, program, *numbers, f"{r.seconds:.3f}"))
     widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]

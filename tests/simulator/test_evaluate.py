@@ -9,6 +9,8 @@ import torch
 
 from wam_models import Policy, cli
 from wam_models.data import ClipDataset, StateCodec
+from wam_models.evaluate import evaluate as evaluate_recorded
+from wam_models.evaluate import table
 from wam_models.simulator import load, play
 from wam_models.simulator.evaluate import Rate, Task, evaluate, summary, wilson
 from wam_models.simulator.record import RecordConfig, record
@@ -155,6 +157,25 @@ def test_what_does_not_fit_is_refused(simulator, message, trained, folder, tmp_p
     assert cli.main(["eval", "--checkpoint", str(tmp_path / "checkpoint"), "--simulator", simulator]) == 2
     err = capsys.readouterr().err
     assert message in err and err.count("\n") == 1
+
+
+def test_recorded_states_are_predicted(trained, folder):
+    """Errors of frames are in units of the codec, an action is repeated as such where a token holds several."""
+    policy, _ = trained
+    record(folder / "data", [POINT], RecordConfig(episodes=3, interrupted=0.0, start=(0, 0)), jobs=1)
+    dataset = policy.dataset(folder / "data")
+    clips = [policy.clip(dataset, e) for e in dataset.episodes if e.length >= 11]
+    found = evaluate_recorded(policy, clips, chunks=1, cases=[("joint", "joint")], progress=False)
+    (row,) = found.rows
+    real = torch.cat([clip["video"][:, :, 3:5] for clip in clips])
+    still = torch.cat([clip["video"][:, :, 2:3] for clip in clips])
+    assert row.repeat_frame_rmse == pytest.approx((real - still).square().mean().sqrt().item(), rel=1e-5)
+    actions = torch.cat([clip["action"][:, :5] for clip in clips])
+    actions = actions.flatten(1).unflatten(1, (10, 2))  # [E, 10 actions, 2 numbers]
+    error = (actions[:, 6:] - actions[:, 5:6]).square().mean().sqrt().item()
+    assert row.repeat_action_rmse == pytest.approx(error, rel=1e-5)
+    assert row.chunk_actions == 4 and row.psnr is None
+    assert "frame RMSE" in table(found) and "PSNR" not in table(found)
 
 
 def test_a_policy_of_states_keeps_what_it_needs(trained, tmp_path):
