@@ -304,7 +304,7 @@ def functions(repository: Repository) -> Iterator[tuple[str, int, str, int]]:
 def body_lines(node: ast.FunctionDef | ast.AsyncFunctionDef) -> int:
     """Lines from the first statement after the docstring to the last."""
     body = node.body[1:] if ast.get_docstring(node, clean=False) is not None else node.body
-    return node.end_lineno - body[0].lineno + 1 if body else 0
+    return (node.end_lineno or 0) - body[0].lineno + 1 if body else 0
 
 
 class Retired(NamedTuple):

@@ -42,7 +42,8 @@ def arrows(repository: lint.Repository) -> dict[str, set[str]]:
 
 
 def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
-    todo, reached = [start], set()
+    todo = [start]
+    reached: set[str] = set()
     while todo:
         for room in graph.get(todo.pop(), set()) - reached:
             reached.add(room)

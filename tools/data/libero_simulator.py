@@ -1,8 +1,8 @@
 """A LIBERO task for ``wam rollout --simulator``, in the pictures and units of data/libero_demo.
 
     libero-venv/bin/pip install -r requirements/runtime.txt && libero-venv/bin/pip install --no-deps .
-    cd scripts && LIBERO_TASK=libero_object:3 LIBERO_STATE=40 ../libero-venv/bin/wam rollout \\
-        --checkpoint ../runs/demo/checkpoint --simulator libero_simulator:make --chunks 12
+    cd tools/data && LIBERO_TASK=libero_object:3 LIBERO_STATE=40 ../../libero-venv/bin/wam rollout \\
+        --checkpoint ../../runs/demo/checkpoint --simulator libero_simulator:make --chunks 12
 
 The environment is that of make_libero_demo.py (libero-venv, see there). ``LIBERO_TASK`` is suite:number,
 ``LIBERO_STATE`` one of the benchmark's 50 initial states; the demonstrations for training use 0 to 19, the held-out
@@ -48,7 +48,7 @@ class Libero:
         return self._picture(), self.instruction
 
     def step(self, actions):
-        pictures = []
+        pictures: list[np.ndarray] = []
         for i, action in enumerate(np.clip(actions, -1, 1)):
             self.env.step(action)
             if self.env.check_success():

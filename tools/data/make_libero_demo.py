@@ -253,7 +253,8 @@ class Recorded:
 
 def collect(work):
     """Returns the episodes in their final order, training split first, and {(suite, task): (successes, attempts)}."""
-    episodes, rates = [], {}
+    episodes: list[Recorded] = []
+    rates: dict[tuple[str, int], tuple[int, int]] = {}
     for split in ("train", "held_out"):
         for plan in PLANS:
             wanted, states = (
@@ -292,6 +293,7 @@ def encode_video(episodes, path):
     pts = 0
     with av.open(str(path), "w") as container:
         stream = container.add_stream(CODEC, rate=FPS, options=options)
+        assert isinstance(stream, av.VideoStream)
         stream.width, stream.height, stream.pix_fmt = SIDE * len(CAMERAS), SIDE, "yuv420p"
         for episode in tqdm(episodes, desc="episodes encoded"):
             for t, picture in enumerate(episode.frames()):
