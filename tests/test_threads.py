@@ -13,11 +13,11 @@ from tests.data import tiny
 from wam_models import threads
 
 
-@pytest.mark.parametrize("said", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}])
-def test_the_spin_count_is_set_unless_the_user_has(said):
-    environ = dict(said)
+@pytest.mark.parametrize("given", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}])
+def test_the_spin_count_is_set_unless_the_user_has(given):
+    environ = dict(given)
     threads.limit_spinning(environ)
-    assert environ == (said or {"GOMP_SPINCOUNT": threads.SPIN_COUNT})
+    assert environ == (given or {"GOMP_SPINCOUNT": threads.SPIN_COUNT})
 
 
 @pytest.mark.parametrize("gain, picked", [(1.2, 1), (2.0, 2)])

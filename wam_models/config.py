@@ -28,7 +28,7 @@ class ModelConfig:
         action_hidden: Width of the action expert.
         action_ffn: Feed-forward width of the action expert.
         action_dim: Numbers in one action.
-        actions_per_frame: Action slots that lead from one latent frame to the next.
+        actions_per_frame: Action tokens that lead from one latent frame to the next.
         latent_channels: Channels of a video latent.
         text_dim: Width of the raw text embeddings.
         patch: ``(frames, rows, columns)`` of latent pixels in one video token; frames must be 1.

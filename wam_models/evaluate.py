@@ -1,4 +1,4 @@
-"""How well a policy predicts recorded episodes: every objective and program, beside baselines that know nothing.
+"""How well a policy predicts recorded episodes: every objective and program, compared with trivial baselines.
 
 The robot of a recording cannot act on the prediction, so after each chunk the recorded frames and actions replace it
 (``Episode.observe``): each chunk is predicted from real history, as in a policy that runs closed loop.
@@ -73,7 +73,7 @@ def stream(
     Raises:
         ValueError: what the engine refuses, or a prediction that is not finite.
     """
-    goal = OBJECTIVES[objective]
+    denoises = OBJECTIVES[objective]
     end = video.shape[2] if end is None else end
     episode = engine.start(video[:, :, :1], text, objective=objective)
     if begin > 1:
@@ -81,17 +81,17 @@ def stream(
     size = episode.chunk_size
     for frame in range(begin, end - size + 1, size):
         real_video, real_action = video[:, :, frame : frame + size], action[:, frame : frame + size]
-        began = _now(engine)
+        start = _now(engine)
         candidate = episode.propose(
-            clean_video=None if goal.video else real_video,
-            clean_action=None if goal.action else real_action,
+            clean_video=None if denoises.video else real_video,
+            clean_action=None if denoises.action else real_action,
             generator=generator,
         )
         if closed_loop:
             episode.observe(real_video, real_action)
         else:
             episode.accept(candidate)
-        seconds = _now(engine) - began
+        seconds = _now(engine) - start
         for name, found in (("video", candidate.video), ("action", candidate.action)):
             if found is not None and not found.isfinite().all():
                 raise ValueError(
@@ -198,23 +198,23 @@ def evaluate(
     rows = []
     cases = all_cases() if cases is None else cases
     for objective, program in tqdm(cases, desc="evaluate", unit="case", disable=not progress, dynamic_ncols=True):
-        goal = OBJECTIVES[objective]
+        denoises = OBJECTIVES[objective]
         engine = RolloutEngine(policy.model, replace(config, program=program))
         rng = torch.Generator().manual_seed(seed)
-        many = (t.repeat_interleave(samples, 0) for t in (video, action, text))
-        done = list(stream(engine, *many, objective=objective, generator=rng, begin=begin))
-        step = CONDITIONAL_CHUNK if goal.conditional else size
+        repeated = (t.repeat_interleave(samples, 0) for t in (video, action, text))
+        done = list(stream(engine, *repeated, objective=objective, generator=rng, begin=begin))
+        step = CONDITIONAL_CHUNK if denoises.conditional else size
         before = np.repeat(np.arange(begin, end, step) - 1, step)  # the last frame before each frame's chunk
-        few = min(end, begin + timed * step)
-        alone = stream(
-            engine, video[:1], action[:1], text[:1], objective=objective, generator=rng, begin=begin, end=few
+        timed_end = min(end, begin + timed * step)
+        timed_chunks = stream(
+            engine, video[:1], action[:1], text[:1], objective=objective, generator=rng, begin=begin, end=timed_end
         )
-        seconds = statistics.median(c.seconds for c in alone)
+        seconds = statistics.median(c.seconds for c in timed_chunks)
         errors: dict[str, float | None] = dict.fromkeys(
             ("action_rmse", "repeat_action_rmse", "mean_action_rmse")
             + ("psnr", "repeat_frame_psnr", "repeat_picture_psnr", "ceiling_psnr")
         )
-        if goal.action:
+        if denoises.action:
             real = action[:, begin:end]
             guess = torch.cat([c.action.cpu() for c in done], 1).unflatten(0, (-1, samples)).mean(1)
             last = action[:, before, -1:, -len(policy.varying) :].repeat(1, 1, 1, policy.actions_per_token)
@@ -222,7 +222,7 @@ def evaluate(
             errors["action_rmse"] = rmse(guess, real, policy.varying)
             errors["repeat_action_rmse"] = rmse(last, real, policy.varying)
             errors["mean_action_rmse"] = rmse(torch.zeros_like(real), real, policy.varying)
-        if goal.video:
+        if denoises.video:
             guess = torch.cat([c.video.cpu() for c in done], 2).unflatten(0, (-1, samples)).mean(1)
             real = video[:, :, begin:]
             errors["frame_rmse"] = (guess - real).double().square().mean().sqrt().item()

@@ -1,6 +1,6 @@
 """What a sample is trained on: interaction programs, and the three objectives of generalist joint denoising (GJD).
 
-| objective        | noisy slot holds                         | loss on | text   |
+| objective        | noisy copy holds                         | loss on | text   |
 | ---------------- | ---------------------------------------- | ------- | ------ |
 | joint            | noisy video, noisy action                | both    | kept   |
 | forward_dynamics | noisy video, clean action at timestep 0  | video   | zeroed |
@@ -30,10 +30,10 @@ MODEL_PROGRAMS: Mapping[str, InteractionProgram] = MappingProxyType(ChainMap({GJ
 
 @dataclass(frozen=True)
 class Objective:
-    """Which streams of the noisy slot are noise (and carry loss), and whether the sample is conditional."""
+    """Which streams of the noisy copy are noise (and carry loss), and whether the sample is conditional."""
 
     name: str
-    video: bool  # noisy, and learned; else the slot holds clean video at timestep 0
+    video: bool  # noisy, and learned; else the copy holds clean video at timestep 0
     action: bool  # the same for actions
 
     @property

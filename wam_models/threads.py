@@ -1,9 +1,9 @@
 """CPU threads of the commands: how long they spin at a barrier, and how many of them are worth having.
 
-OpenMP's threads meet at the end of every parallel loop, and GNU's spin there for a long time. As soon as another
-process holds one of the cores, each loop lasts as long as that process keeps the core: a training step of the demo's
-model took 10.6 s with two threads beside one busy process, and 0.25 s with one (two cores). Threads that soon go to
-sleep take 0.3 s there, and cost short operations up to a third of their speed on an idle machine.
+OpenMP's threads wait for each other at the end of every parallel loop, and GNU's spin there for a long time. As soon as
+another process holds one of the cores, each loop lasts as long as that process keeps the core: a training step of the
+demo's model took 10.6 s with two threads beside one busy process, and 0.25 s with one (two cores). Threads that soon go
+to sleep take 0.3 s there, and cost short operations up to a third of their speed on an idle machine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TRIAL_CALLS, SLOW = 4, 2.0  # work that takes SLOW seconds or more is tried once
 
 
 def limit_spinning(environ: MutableMapping[str, str] = os.environ) -> None:
-    """Threads at a barrier go to sleep soon, unless the user has said how long to wait.
+    """Threads at a barrier go to sleep soon, unless the user's environment sets how long to wait.
 
     Takes effect only before torch is loaded, because OpenMP reads its variables once.
     """
@@ -55,15 +55,15 @@ def pick_threads(work: Callable[[], object]) -> int:
     """
     import torch
 
-    every = torch.get_num_threads()
-    if every == 1 or "OMP_NUM_THREADS" in os.environ:
-        return every
+    most = torch.get_num_threads()
+    if most == 1 or "OMP_NUM_THREADS" in os.environ:
+        return most
     torch.set_num_threads(1)
     one = _seconds(work)  # warms up too
     calls = TRIAL_CALLS if one < SLOW else 1
     one = min(one, *(_seconds(work) for _ in range(calls)))
-    torch.set_num_threads(every)
-    best = every if GAIN * min(_seconds(work) for _ in range(calls)) < one else 1
+    torch.set_num_threads(most)
+    best = most if GAIN * min(_seconds(work) for _ in range(calls)) < one else 1
     torch.set_num_threads(best)
     return best
 

@@ -171,11 +171,14 @@ def test_the_command_trains_and_resumes(root, tmp_path, capsys):
     path.write_text(json.dumps(TINY | {"frames": 6}))
     base = ["train", "--data", str(root), "--out", str(out)]
     assert cli.main([*base, "--config", str(path), "--steps", "2"]) == 0
-    said = capsys.readouterr().out
-    assert "step 2 of 2; checkpoint:" in said and "2 of 3 training episodes are shorter than a clip of 6 frames" in said
-    assert re.search(r"loss \S+ \(steps 1 to 1\) -> \S+ \(steps 2 to 2\)", said)
+    printed = capsys.readouterr().out
+    assert (
+        "step 2 of 2; checkpoint:" in printed
+        and "2 of 3 training episodes are shorter than a clip of 6 frames" in printed
+    )
+    assert re.search(r"loss \S+ \(steps 1 to 1\) -> \S+ \(steps 2 to 2\)", printed)
     assert cli.main([*base, "--resume", str(out / "checkpoint"), "--steps", "4"]) == 0
-    assert "(steps 3 to 3) -> " in (said := capsys.readouterr().out) and "units" not in said
+    assert "(steps 3 to 3) -> " in (printed := capsys.readouterr().out) and "units" not in printed
     assert len((out / "log.jsonl").read_text().splitlines()) == 4
     assert load_checkpoint(out / "checkpoint").training_state["step"] == 4
     assert cli.main([*base, "--resume", str(out / "checkpoint"), "--steps", "4"]) == 2
@@ -201,7 +204,7 @@ def test_a_resume_on_other_data_keeps_units_and_words(root, config, data, tmp_pa
         pq.write_table(table.set_column(table.schema.get_field_index("action"), "action", column), path)
     flags = ["train", "--data", str(other), "--resume", str(tmp_path / "run/checkpoint"), "--steps", "3", "--out"]
     assert cli.main([*flags, str(tmp_path / "more")]) == 0
-    assert "units of the checkpoint are kept" in (said := capsys.readouterr().out) and "its stds 1 to 10" in said
+    assert "units of the checkpoint are kept" in (printed := capsys.readouterr().out) and "its stds 1 to 10" in printed
     kept, _ = Policy.load(tmp_path / "more/checkpoint")
     assert all(torch.equal(a, b) for a, b in zip(kept.units, policy.units, strict=True))
     new = ClipDataset(other, policy.codec, units=policy.units)

@@ -84,8 +84,8 @@ def training_step(
 
     A sample's loss is the mean squared error of its flows over the tokens that count, the batch's the mean over
     samples, so a sample weighs the same whatever the objectives of the others. Frame 0 is the observed start-up
-    frame: a rollout never generates it, so it carries no loss; its clean video is read, its action slots by nobody.
-    On a GPU run it under ``torch.autocast`` in bf16, with a bf16 model, or with FSDP2 and
+    frame: a rollout never generates it, so it carries no loss; its clean video is attended to, its action tokens are
+    not. On a GPU run it under ``torch.autocast`` in bf16, with a bf16 model, or with FSDP2 and
     ``MixedPrecisionPolicy(param_dtype=torch.bfloat16)``: ``fully_shard`` each of
     ``model.packed_block_stack.packed_blocks``, then the model. Experts and attentions cannot be sharded on their own:
     they are entered by other methods than ``forward``.
@@ -128,7 +128,7 @@ def training_step(
         for t in (video, video, action)
     )
 
-    # 1 where the sample denoises the stream, 0 where the noisy slot holds the clean stream at timestep 0
+    # 1 where the sample denoises the stream, 0 where the noisy copy holds the clean stream at timestep 0
     denoises_video, denoises_action, keeps_text = (
         torch.tensor([flag(o) for o in objectives], dtype=torch.float32, device=device)[:, None]
         for flag in (lambda o: o.video, lambda o: o.action, lambda o: not o.conditional)
