@@ -52,8 +52,7 @@ def imports(package: str) -> set[str]:
 def test_imports_are_the_requirements():
     kernels, models = names(PROJECT["dependencies"]), names(PROJECT["optional-dependencies"]["models"])
     assert imports("wam_kernels") == kernels
-    # the benchmarks are a folder of the clone
-    assert imports("wam_models") - {"wam_kernels", "wam_models", "bench"} == kernels | models
+    assert imports("wam_models") - {"wam_kernels", "wam_models"} == kernels | models
 
 
 def test_wam_kernels_alone():

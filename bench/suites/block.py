@@ -89,7 +89,7 @@ def plain_block(
 
 def wam_block(block, config, xs, t_projs, texts, rope, plan) -> list[Tensor]:
     streams = tuple(stream_inputs(x, t, ()) for x, t in zip(xs, t_projs, strict=True))
-    done = block(streams, Uncast(*rope), texts, lambda q, k, v: block_attention(q, k, v, plan), None, (0, 1))
+    done = block(streams, Uncast(*rope), texts, lambda q, k, v: block_attention(q, k, v, plan), None, (True, True))
     return [stream.x for stream in done]
 
 

@@ -28,6 +28,8 @@ from bench.rows import Row
 from wam_kernels import FrameIndex, ada_layer_norm, qk_norm_rope, rope_table
 
 EPS, HEADS = 1e-6, 24
+SIZES = [(144, 3072), (4896, 3072)]  # tokens, channels
+QUICK_SIZES = SIZES[:1]  # on a CPU
 
 
 def layer_norm_providers(S: int, D: int, device: str) -> tuple[dict[str, harness.Function], dict[str, str]]:
@@ -111,7 +113,7 @@ def bench(op: str, S: int, D: int, options: Options, repeats: int) -> Iterable[R
 
 
 def rows(options: Options) -> Iterable[Row]:
-    sizes = [(144, 3072)] if options.quick and options.device == "cpu" else [(144, 3072), (4896, 3072)]
+    sizes = QUICK_SIZES if options.quick and options.device == "cpu" else SIZES
     for op in tqdm(("layer_norm", "qk_norm_rope"), desc="norm_peers", unit="op"):
         for S, D in sizes:
             yield from bench(op, S, D, options, 5 if options.quick else 20)

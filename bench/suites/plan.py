@@ -5,12 +5,15 @@ python -m bench.suites plan
 A training step draws its chunk size and window, so a plan is built for every step: it must cost a few milliseconds at
 100,000 packed tokens. Cold means that nothing about the geometry is cached; warm that the plan itself is. One thread.
 A plan compiles equal samples once; the workload "libero mixed" has none, as a batch of training that draws everything.
-``cpu_ms_min`` is the least CPU time of 20 calls: what the code costs. ``ms`` is what a busy machine makes of it.
+Before anything is timed, the plan is compared with the predicate: its pairs, and every entry of a mask that is small
+enough to build. ``cpu_ms_min`` is the least CPU time of 20 calls: what the code costs. ``ms`` is what a busy machine
+makes of it.
 """
 
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable
 from itertools import product
 
@@ -20,8 +23,19 @@ from tqdm import tqdm
 from bench import harness
 from bench.harness import Options
 from bench.rows import Row
-from bench.workloads.attention import CHUNKS, LENGTHS, LIBERO, ROBOTWIN, WINDOWS, Workload, cold_plan, packed
-from wam_kernels import PROGRAMS, FrameIndex, Geometry
+from bench.workloads.attention import (
+    CHUNKS,
+    LENGTHS,
+    LIBERO,
+    ROBOTWIN,
+    WINDOWS,
+    Workload,
+    cold_plan,
+    count_pairs,
+    packed,
+    visible_kinds,
+)
+from wam_kernels import PROGRAMS, FrameIndex, Geometry, Plan
 from wam_kernels import frame_index as frame_index_module
 
 REPEATS = 20
@@ -35,7 +49,8 @@ def rows(options: Options) -> Iterable[Row]:
     works += [packed(n, per_frame=ROBOTWIN, window=30, **SIZE) for n in lengths if n >= 10_000]
     works += [mixed(n) for n in lengths if n >= 10_000]
     for work in tqdm(works, desc="plan", unit="workload"):
-        plan = work.plan(options.device)
+        plan = cold_plan(work, options.device)
+        require_predicate(work, plan)
 
         def cold(work=work) -> None:
             cold_plan(work, options.device)
@@ -68,6 +83,25 @@ def rows(options: Options) -> Iterable[Row]:
                 "plan_MB": round(sum(x.numel() for x in plan.tensors()) * 4 / 1e6, 3),
                 "efficiency": round(plan.efficiency, 4),
             }
+
+
+def require_predicate(work: Workload, plan: Plan) -> None:
+    """Every pair of a plan that is small enough for a dense mask, and the number of pairs of any.
+
+    Raises:
+        RuntimeError: the plan is not what the predicate says.
+    """
+    pairs = sum(count_pairs(g) * n for g, n in Counter(work.samples).items())
+    if plan.visible_pairs != pairs:
+        raise RuntimeError(f"bench: the plan of {work.name} is wrong: {plan.visible_pairs} visible pairs, not {pairs}")
+    if work.tokens <= MASK_TOKENS:
+        mask = torch.zeros(work.tokens, work.tokens, dtype=torch.bool)
+        for start, geometry in zip(work.starts, work.samples, strict=False):
+            attends, kind = visible_kinds(geometry, mask.device)
+            rows = slice(start, start + geometry.length)
+            mask[rows, rows] = attends[kind][:, kind]
+        if not torch.equal(plan.mask()[0, 0].cpu(), mask):
+            raise RuntimeError(f"bench: the plan of {work.name} is wrong: its mask is not the predicate's")
 
 
 def mixed(target: int) -> Workload:

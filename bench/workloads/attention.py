@@ -149,7 +149,7 @@ def truth(work: Workload, inputs: list[Tensor], heads: list[int], rows: int = 10
     out, dq, dk, dv = (torch.zeros_like(q) for _ in range(4))
     scale = q.shape[-1] ** -0.5
     for start, geometry in zip(work.starts, work.samples, strict=False):
-        attends, kind = _visible_kinds(geometry, q.device)
+        attends, kind = visible_kinds(geometry, q.device)
         keys = slice(start, start + geometry.length)
         for first in range(0, geometry.length, rows):
             block = slice(start + first, start + min(first + rows, geometry.length))
@@ -165,7 +165,7 @@ def truth(work: Workload, inputs: list[Tensor], heads: list[int], rows: int = 10
     return [t.transpose(0, 1)[None] for t in (out, dq, dk, dv)]
 
 
-def _visible_kinds(geometry: Geometry, device: torch.device) -> tuple[Tensor, Tensor]:
+def visible_kinds(geometry: Geometry, device: torch.device) -> tuple[Tensor, Tensor]:
     """The predicate on every pair of kinds of token, bool ``[K, K]``, and the kind of every token ``[S]``.
 
     The tokens of one frame of one segment are of one kind: K is a few hundred where S is thousands.
@@ -176,6 +176,13 @@ def _visible_kinds(geometry: Geometry, device: torch.device) -> tuple[Tensor, Te
     some = t[first]
     attends = visible(geometry, some[:, None], some[None, :])
     return torch.from_numpy(attends).to(device), torch.from_numpy(kind.ravel()).to(device)
+
+
+def count_pairs(geometry: Geometry) -> int:
+    """(query, key) pairs of a sample that the predicate holds for."""
+    attends, kind = visible_kinds(geometry, torch.device("cpu"))
+    tokens_of_kind = torch.bincount(kind, minlength=len(attends))
+    return int(tokens_of_kind @ attends.long() @ tokens_of_kind)
 
 
 # ---- plans, cold ----
