@@ -28,9 +28,9 @@ from wam_kernels import (
     gate_residual_ada_layer_norm,
     qk_norm_rope,
     rope_table,
-    tuning,
 )
 from wam_kernels.plan import tile_shape
+from wam_kernels.runtime import tuning
 
 GAIN = 0.03
 REPEATS = 20

@@ -150,6 +150,11 @@ def _run(row_of_token: np.ndarray, frames: int) -> int:
     return run if np.array_equal(row_of_token, np.repeat(np.arange(frames), run)) else 0
 
 
+def forget_frame_indices() -> None:
+    """Drop the indices that are cached, so that the next call builds its own: for measurements."""
+    _compile.cache_clear()
+
+
 @lru_cache(maxsize=64)
 @host_side
 def _compile(lengths: tuple[int, ...], rows: tuple[int, ...], frames: int, device: torch.device) -> FrameIndex:

@@ -20,8 +20,8 @@ from wam_kernels import (
     rope_table,
     varlen_attention,
 )
-from wam_kernels import frame_index as frame_index_module
 from wam_kernels.cached_attention import cached_attention
+from wam_kernels.frame_index import forget_frame_indices
 from wam_models import RolloutConfig, RolloutEngine, TrainingConfig, WorldActionModel, demo_config, training_step
 
 WORK = workloads.packed(1000, heads=4, head_dim=64)
@@ -105,7 +105,7 @@ def test_plan_cold(benchmark, tokens):
 
 def test_frame_index_cold(benchmark):
     def call():
-        frame_index_module._compile.cache_clear()
+        forget_frame_indices()
         return FrameIndex.from_runs([32] * 272)
 
     benchmark(call)

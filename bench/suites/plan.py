@@ -36,7 +36,7 @@ from bench.workloads.attention import (
     visible_kinds,
 )
 from wam_kernels import PROGRAMS, FrameIndex, Geometry, Plan
-from wam_kernels import frame_index as frame_index_module
+from wam_kernels.frame_index import forget_frame_indices
 
 REPEATS = 20
 SIZE = {"heads": 1, "head_dim": 64}
@@ -60,7 +60,7 @@ def rows(options: Options) -> Iterable[Row]:
             work.plan(options.device)
 
         def frames(work=work) -> None:
-            frame_index_module._compile.cache_clear()
+            forget_frame_indices()
             lengths = [g.video_tokens for g in work.samples for _ in range(2 * g.video_frames)]
             FrameIndex.from_runs(lengths, device=options.device)
             _synchronize(options.device)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from wam_kernels import PROGRAMS, Geometry, Plan, compile_plan, tokens, visible
-from wam_kernels import plan as plan_module
+from wam_kernels.plan.compile import forget_plans
 from wam_models.objectives import GJD_MIXTURE, OBJECTIVES, geometry_for
 
 LIBERO, ROBOTWIN = (32, 4, 130), (120, 8, 64)  # video tokens and actions of a frame, most frames of a sample
@@ -190,5 +190,5 @@ def count_pairs(geometry: Geometry) -> int:
 
 def cold_plan(work: Workload, device: str) -> Plan:
     """The plan as the first call for a geometry builds it: nothing of it is cached."""
-    plan_module._compile.cache_clear()
+    forget_plans()
     return work.plan(device)

@@ -115,6 +115,11 @@ def _listed(samples: Any) -> tuple:
         return (samples,)
 
 
+def forget_plans() -> None:
+    """Drop the plans that are cached, so that the next call builds its plan: for measurements."""
+    _compile.cache_clear()
+
+
 @lru_cache(maxsize=64)
 @host_side
 def _compile(
