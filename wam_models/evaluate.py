@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -40,8 +40,8 @@ class Chunk:
     """One predicted chunk: its first frame, the prediction, and how long that and its way into history took."""
 
     frame: int
-    video: Tensor  # [B, C, chunk, y, x]
-    action: Tensor  # [B, chunk, n, A]
+    video: Tensor | None  # [B, C, chunk, y, x]; None where the objective is given it
+    action: Tensor | None  # [B, chunk, n, A]; likewise
     seconds: float
 
 
@@ -99,6 +99,19 @@ def stream(
                     "in the weights, or do they overflow in half precision?"
                 )
         yield Chunk(frame, candidate.video, candidate.action, seconds)
+
+
+def join(parts: Iterable[Tensor | None], dim: int) -> Tensor:
+    """A stream of successive chunks, one behind the other, on the CPU.
+
+    Raises:
+        ValueError: a chunk without the stream, which its objective is given.
+    """
+    found = list(parts)
+    present = [part.cpu() for part in found if part is not None]
+    if len(present) < len(found):
+        raise ValueError("join: parts must hold the stream of every chunk, got None; its objective is given the stream")
+    return torch.cat(present, dim)
 
 
 def _now(engine: RolloutEngine) -> float:
@@ -216,14 +229,14 @@ def evaluate(
         )
         if denoises.action:
             real = action[:, begin:end]
-            guess = torch.cat([c.action.cpu() for c in done], 1).unflatten(0, (-1, samples)).mean(1)
+            guess = join((c.action for c in done), 1).unflatten(0, (-1, samples)).mean(1)
             last = action[:, before, -1:, -len(policy.varying) :].repeat(1, 1, 1, policy.actions_per_token)
             last = last.expand_as(real)
             errors["action_rmse"] = rmse(guess, real, policy.varying)
             errors["repeat_action_rmse"] = rmse(last, real, policy.varying)
             errors["mean_action_rmse"] = rmse(torch.zeros_like(real), real, policy.varying)
         if denoises.video:
-            guess = torch.cat([c.video.cpu() for c in done], 2).unflatten(0, (-1, samples)).mean(1)
+            guess = join((c.video for c in done), 2).unflatten(0, (-1, samples)).mean(1)
             real = video[:, :, begin:]
             errors["frame_rmse"] = (guess - real).double().square().mean().sqrt().item()
             errors["repeat_frame_rmse"] = (video[:, :, before] - real).double().square().mean().sqrt().item()
@@ -319,5 +332,5 @@ def imagine(
         RolloutEngine(policy.model, config), clip["video"], clip["action"], text,
         objective=objective, generator=rng, end=end, closed_loop=False,
     )  # fmt: skip
-    frames = [clip["video"][:, :, :1], *(c.video.cpu() for c in done)]
-    return pictures_of(policy.codec, torch.cat(frames, 2)[0])
+    frames = join((clip["video"][:, :, :1], *(c.video for c in done)), 2)
+    return pictures_of(policy.codec, frames[0])

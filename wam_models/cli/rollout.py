@@ -17,7 +17,7 @@ from .._checks import check_device, writable_folder
 from .._files import new_file
 from ..data.latents import pictures_of
 from ..draw.charts import film
-from ..evaluate import Chunk, mean_psnr, rmse, stream
+from ..evaluate import Chunk, join, mean_psnr, rmse, stream
 from ..objectives import GJD, MODEL_PROGRAMS, OBJECTIVES
 from ..rollout import RolloutConfig, RolloutEngine
 from ..rollout.config import CONDITIONAL_CHUNK
@@ -99,7 +99,7 @@ def _recorded(args: argparse.Namespace, policy: Policy, config: RolloutConfig, o
 
     frames, name, arrays = np.arange(1, 1 + len(done) * size), f"episode{number:03d}_{name}", {}
     if denoised.action:
-        guess, real = torch.cat([c.action.cpu() for c in done], 1), clip["action"][:, frames]
+        guess, real = join((c.action for c in done), 1), clip["action"][:, frames]
         if policy.varying.any():
             print(f"action error   {rmse(guess, real, policy.varying):.3f} (units of the training split's std)")
         else:
@@ -107,7 +107,7 @@ def _recorded(args: argparse.Namespace, policy: Policy, config: RolloutConfig, o
         predicted, recorded = (policy.denormalize_action(a[0]).numpy() for a in (guess, real))
         arrays = {"action": predicted, "recorded": recorded, "frame": frames}
     if denoised.video:
-        latents = torch.cat([clip["video"][:, :, :1], *(c.video.cpu() for c in done)], 2)
+        latents = join((clip["video"][:, :, :1], *(c.video for c in done)), 2)
         imagined = pictures_of(policy.codec, latents[0])
         real = clip["frames"][: len(imagined)]
     if denoised.video and policy.frames_are_states:
