@@ -28,7 +28,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*/*.* tests/csrc/*.c*)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*/*.c* csrc/*/*.h tests/csrc/*.c*)
 
 # Two processes: Triton's interpreter, switched on at import by TRITON_INTERPRET=1, and its compiler do not share one.
 # Both run whatever the first says; either failing fails make.

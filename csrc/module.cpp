@@ -3,12 +3,14 @@
 // Every op binds its own functions, in its folder; they are compiled here together, because pybind11's headers take
 // longer than all of them.
 #include "adaln/bindings.h"
+#include "block_attention/bindings.h"
 #include "cached_attention/bindings.h"
 #include "qk_norm_rope/bindings.h"
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "CUDA kernels of wam_kernels, compiled for sm_90a. Importing it touches no driver; a call does.";
   wam::adaln_bindings::register_functions(m);
+  wam::block_attention_bindings::register_functions(m);
   wam::cached_attention_bindings::register_functions(m);
   wam::qk_norm_rope_bindings::register_functions(m);
 }

@@ -125,7 +125,7 @@ def test_devices_without_kernels_get_the_reference(device):
 
     def select(impl, device, dtype=torch.float32, beyond=None):
         x = SimpleNamespace(device=torch.device(device), dtype=dtype)
-        return select_backend("op", row, impl, beyond, x=x)
+        return select_backend("op", row, impl, {"triton": beyond}, x=x)
 
     assert select(None, device) == select("reference", device) == "reference"
     assert select(None, "cuda") == "triton" and select(None, "cpu") == "cpu"

@@ -71,6 +71,7 @@ OPS = {
                 "reference": Backend("plain PyTorch, dense S x S, any device"),
                 "cpu": Backend("GEMMs over the plan's runs"),
                 "triton": Backend("tiles of the plan", HALF_AND_FLOAT, TRITON, "float32 up to D=128"),
+                "cuda": Backend("boxes of the plan by TMA", HALF, CUDA, "D up to 128"),
             },
             ("block_attention", "varlen_attention"),
         ),

@@ -3,8 +3,10 @@
 import ctypes
 import importlib.machinery
 import importlib.util
+import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -66,6 +68,39 @@ def compile_emulated(tmp_path_factory):
 
 
 @dataclass(frozen=True)
+class CompiledKernels:
+    report: str  # of ptxas
+    objects: tuple[Path, ...]
+
+
+@pytest.fixture(scope="session")
+def compiled_kernels(tmp_path_factory) -> CompiledKernels:
+    """Compiles the kernels as the install does, for a second architecture too, with the assembler told to report.
+
+    In two units instead of one a file: half of a file's time goes to the headers that all share.
+    """
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    import pybind11
+
+    build = tmp_path_factory.mktemp("ptxas")
+    kernels = [source for source in SOURCES if source.suffix == ".cu"]
+    # cmake and ninja of this environment come first, as in an install
+    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja",
+                 "-DCMAKE_CUDA_FLAGS=-Xptxas -v -gencode arch=compute_80,code=sm_80",
+                 f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+                 "-DCMAKE_UNITY_BUILD=ON", f"-DCMAKE_UNITY_BUILD_BATCH_SIZE={-(-len(kernels) // 2)}"]  # fmt: skip
+    objects = [f"CMakeFiles/_C.dir/Unity/unity_{i}_cu.cu.o" for i in range(2)]
+    report = ""
+    for command in (configure, ["ninja", "-C", build, "-j2", *objects]):
+        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert done.returncode == 0, done.stdout
+        report += done.stdout
+    return CompiledKernels(report, tuple(build / name for name in objects))
+
+
+@dataclass(frozen=True)
 class Emulation:
     extension: ModuleType  # as wam_kernels._C
     control: ctypes.CDLL  # emulated.cpp
@@ -83,26 +118,36 @@ def emulation(compile_emulated) -> Emulation:
 class Machine:
     """Runs launchers, each time with NaN in every output and around it."""
 
-    def __init__(self, device: str, launch_downwards=None):
-        self.device, self._launch_downwards = device, launch_downwards
+    def __init__(self, device: str, control: ctypes.CDLL | None = None):
+        self.device, self._control = device, control
 
-    def run(self, function, *args):
-        """The result of ``function``: the same, bit for bit, in the other order of threads or a second time."""
+    def run(self, function, *args, orders: int = 2):
+        """The result of ``function``: the same, bit for bit, in every order of threads or at every call."""
         with poisoned_allocations():
             first = function(*args)
         try:
-            if self._launch_downwards is not None:
-                self._launch_downwards(1)
-            with poisoned_allocations():
-                second = function(*args)
+            for order in range(1, orders):
+                self._take(order)
+                with poisoned_allocations():
+                    other = function(*args)
+                for a, b in zip(first, other, strict=True):
+                    assert (a is None) == (b is None)
+                    # integers: NaN differs from itself
+                    assert a is None or torch.equal(as_bytes(a), as_bytes(b)), "not deterministic"
         finally:
-            if self._launch_downwards is not None:
-                self._launch_downwards(0)
-        for a, b in zip(first, second, strict=True):
-            assert (a is None) == (b is None)
-            # integers: NaN differs from itself
-            assert a is None or torch.equal(a.cpu().view(torch.uint8), b.cpu().view(torch.uint8)), "not deterministic"
+            self._take(0)
         return first
+
+    def _take(self, order: int) -> None:
+        """Order 0 is upwards; the others differ in the order of threads, and in when copies and products are done."""
+        if self._control is not None:
+            self._control.launch_downwards(order % 2)
+            chance = (0.02, 0.5, 0.0005)[order // 3 % 3]
+            self._control.sm90_order(order + 1, ctypes.c_double(chance), order % 3, order % 2)
+
+
+def as_bytes(t: torch.Tensor) -> torch.Tensor:
+    return t.cpu().contiguous().view(torch.uint8)
 
 
 @contextmanager
@@ -144,4 +189,4 @@ def machine(request, monkeypatch) -> Machine:
     emulation = request.getfixturevalue("emulation")
     monkeypatch.setattr(cuda, "extension", lambda: emulation.extension)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=0))
-    return Machine("cpu", emulation.control.launch_downwards)
+    return Machine("cpu", emulation.control)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from ..runtime.tuning import tuned
 
 MAX_D = 256
+MAX_CUDA_D = 128  # of csrc
 
 
 @dataclass(frozen=True)

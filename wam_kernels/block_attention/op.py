@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Literal, overload
 
 import torch
@@ -9,16 +10,17 @@ from torch import Tensor
 
 from ..ops import OPS
 from ..plan import Plan, Side
+from ..plan.boxes import BoxSide
 from ..runtime import autograd
 from ..runtime.backends import launchers, select_backend
 from ..runtime.checks import bind_dims, heads_first, number, same_kind
 from . import cpu, reference
-from .config import MAX_D, fits_triton
+from .config import MAX_CUDA_D, MAX_D, fits_triton
 
 _OP = "block_attention"
 _ROW = OPS[_OP]
 _SIDE = len(Side.FIELDS)
-_OPTIONS = 4  # shared, step, scale, impl
+_BOX_SIDE = len(BoxSide.FIELDS)
 
 # ---- the registered forward and backward: after the tensors, those of a plan (query side, key side, runs) ----
 
@@ -40,6 +42,20 @@ def _backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: 
     return grads(dout, dlse.contiguous(), q, k, v, out, lse, *sides, step, shared, scale)
 
 
+# ---- the same for a plan as boxes, which the CUDA kernels walk ----
+
+
+def _boxes_forward(q: Tensor, k: Tensor, v: Tensor, *args):
+    *boxes, shared, scale = args
+    return launchers(__package__, "cuda").forward(q, k, v, boxes[:_BOX_SIDE], shared, scale)
+
+
+def _boxes_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args):
+    *boxes, shared, scale = args
+    sides = boxes[:_BOX_SIDE], boxes[_BOX_SIDE:]
+    return launchers(__package__, "cuda").backward(dout, dlse.contiguous(), q, k, v, out, lse, *sides, shared, scale)
+
+
 def _forward_fake(q, k, v, *args):
     B, S, H, _ = q.shape
     return q.new_empty(q.shape), q.new_empty((B, H, S), dtype=torch.promote_types(q.dtype, torch.float32))
@@ -49,39 +65,54 @@ def _backward_fake(dout, dlse, q, k, v, *args):
     return tuple(t.new_empty(t.shape) for t in (q, k, v))
 
 
-# one argument for each tensor of the plan: a list would cost PyTorch's autograd 150 us a call
-_PLAN = ", ".join(
-    [f"Tensor {side}_{name}" for side in ("query", "key") for name in Side.FIELDS]
-    + ["Tensor runs", "bool shared", "int step", "float scale", "str impl"]
+def _register(name: str, forward: Callable, backward: Callable, plan: Sequence[str], options: Sequence[str]) -> None:
+    """Defines ``name`` and ``name_backward`` with their rules for autograd.
+
+    One argument for each tensor of the plan: a list would cost PyTorch's autograd 150 us a call. The first option is
+    whether the plan's one element serves all of the batch.
+    """
+    n = len(options)
+    rest = ", ".join([*(f"Tensor {tensor}" for tensor in plan), *options])
+    torch.library.define(name, f"(Tensor q, Tensor k, Tensor v, {rest}) -> (Tensor, Tensor)")
+    torch.library.define(
+        f"{name}_backward",
+        f"(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {rest}) "
+        "-> (Tensor, Tensor, Tensor)",
+    )
+    torch.library.impl(name, ["CPU", "CUDA"], forward)
+    torch.library.impl(f"{name}_backward", ["CPU", "CUDA"], backward)
+    torch.library.register_fake(name, _forward_fake)
+    torch.library.register_fake(f"{name}_backward", _backward_fake)
+
+    def save(ctx, inputs, output) -> None:
+        ctx.options = inputs[-n:]
+        ctx.save_for_backward(*inputs[:3], *output, *inputs[3:-n])
+
+    def gradients(ctx, dout, dlse):
+        grads = getattr(torch.ops.wam, f"{name.removeprefix('wam::')}_backward")
+        return (*grads(dout, dlse, *ctx.saved_tensors, *ctx.options), *(None for _ in range(len(plan) + n)))
+
+    def samples(count: int) -> autograd.Samples:
+        """The tensors before those of the plan, if its one element serves all of the batch."""
+        return lambda inputs, mapped: range(count if inputs[-n] else 0)
+
+    autograd.register(_OP, name, save, gradients, samples(3), samples(7))
+
+
+_register(
+    "wam::block_attention",
+    _forward,
+    _backward,
+    [*(f"{side}_{name}" for side in ("query", "key") for name in Side.FIELDS), "runs"],
+    ["bool shared", "int step", "float scale", "str impl"],
 )
-torch.library.define("wam::block_attention", f"(Tensor q, Tensor k, Tensor v, {_PLAN}) -> (Tensor, Tensor)")
-torch.library.define(
-    "wam::block_attention_backward",
-    "(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_PLAN}) -> (Tensor, Tensor, Tensor)",
+_register(
+    "wam::block_attention_boxes",
+    _boxes_forward,
+    _boxes_backward,
+    [f"{side}_{name}" for side in ("query", "key") for name in BoxSide.FIELDS],
+    ["bool shared", "float scale"],
 )
-torch.library.impl("wam::block_attention", ["CPU", "CUDA"], _forward)
-torch.library.impl("wam::block_attention_backward", ["CPU", "CUDA"], _backward)
-torch.library.register_fake("wam::block_attention", _forward_fake)
-torch.library.register_fake("wam::block_attention_backward", _backward_fake)
-
-
-def _save(ctx, inputs, output) -> None:
-    ctx.options = inputs[-_OPTIONS:]
-    ctx.save_for_backward(*inputs[:3], *output, *inputs[3:-_OPTIONS])
-
-
-def _gradients(ctx, dout, dlse):
-    grads = torch.ops.wam.block_attention_backward(dout, dlse, *ctx.saved_tensors, *ctx.options)
-    return (*grads, *(None for _ in range(2 * _SIDE + 1 + _OPTIONS)))
-
-
-def _samples(count: int) -> autograd.Samples:
-    """The tensors before those of the plan, if its one element serves all of the batch."""
-    return lambda inputs, mapped: range(count if inputs[-_OPTIONS] else 0)
-
-
-autograd.register(_OP, "wam::block_attention", _save, _gradients, _samples(3), _samples(7))
 
 
 @overload
@@ -133,7 +164,8 @@ def block_attention(
             ranges), 1 or B batch elements, on the tensors' device.
         scale: Factor on the scores; default ``D ** -0.5``.
         impl: ``"reference"`` (dense S x S, any device, also float64), ``"cpu"`` (GEMMs over the plan's runs, also
-            float64), ``"triton"`` (CUDA; float32 up to D = 128), or ``None``: ``"cpu"`` for CPU tensors; for CUDA
+            float64), ``"triton"`` (CUDA; float32 up to D = 128), ``"cuda"`` (Hopper, the compiled extension; bf16 and
+            fp16 up to D = 128, every token and head on 16 bytes), or ``None``: ``"cpu"`` for CPU tensors; for CUDA
             tensors ``"triton"``, or ``"reference"`` where Triton cannot (float64, and float32 beyond D = 128);
             ``"reference"`` on other devices.
         return_lse: Also return the log-sum-exp of every row's scores.
@@ -172,7 +204,10 @@ def block_attention(
         raise ValueError(f"{_OP}: plan must have 1 or B={dims['B']} batch elements, got {plan.batch}")
     if plan.device != q.device:
         raise ValueError(f"{_OP}: plan must be on {q.device} like q, got {plan.device}; use plan.to({str(q.device)!r})")
-    beyond = None if fits_triton(dims["D"], q.itemsize) else f"{q.dtype} with D={dims['D']}"
+    beyond = {
+        "triton": None if fits_triton(dims["D"], q.itemsize) else f"{q.dtype} with D={dims['D']}",
+        "cuda": None if dims["D"] <= MAX_CUDA_D else f"D={dims['D']}",
+    }
     impl = select_backend(_OP, _ROW, impl, beyond, q=q)
     scale = dims["D"] ** -0.5 if scale is None else number(_OP, "scale", scale)
     if impl == "reference":
@@ -181,6 +216,10 @@ def block_attention(
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.stride(-1) != 1:
             raise ValueError(f"{_OP}: {name} must have last-dim stride 1, got {t.stride(-1)}; use .contiguous()")
-    options = plan.batch == 1, plan.queries.shape.step, scale, impl
-    out, lse = autograd.call(torch.ops.wam.block_attention.default, q, k, v, *plan.tensors(), *options)
+    if impl == "cuda":
+        boxes = plan.boxes.tensors()
+        out, lse = autograd.call(torch.ops.wam.block_attention_boxes.default, q, k, v, *boxes, plan.batch == 1, scale)
+    else:
+        options = plan.batch == 1, plan.queries.shape.step, scale, impl
+        out, lse = autograd.call(torch.ops.wam.block_attention.default, q, k, v, *plan.tensors(), *options)
     return (out, lse) if return_lse else out

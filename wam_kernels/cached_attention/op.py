@@ -153,7 +153,7 @@ def cached_attention(
     D, groups, beyond = q.shape[-1], len(group_rows), None
     if D > MAX_KERNEL_D or groups > MAX_GROUPS:
         beyond = f"D={D} and {groups} groups"
-    impl = select_backend(_OP, _ROW, impl, beyond, q=q)
+    impl = select_backend(_OP, _ROW, impl, dict.fromkeys(_ROW.gpu_backends, beyond), q=q)
     scale = D**-0.5 if scale is None else number(_OP, "scale", scale)
     if impl == "reference":
         out, lse = reference.cached_attention(q, k_cache, v_cache, ranges, group_rows, scale)

@@ -1,7 +1,7 @@
 """What the ops' choice of a backend has in common. Devices and names only, so it traces; and what launchers share."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import wraps
 from importlib import import_module
 from types import ModuleType
@@ -26,7 +26,9 @@ def launchers(package: str, impl: str) -> ModuleType:
     return import_module(_MODULES[impl], package)
 
 
-def select_backend(op: str, row: Op, impl: str | None, beyond: str | None = None, **like: Tensor) -> str:
+def select_backend(
+    op: str, row: Op, impl: str | None, beyond: Mapping[str, str | None] | None = None, **like: Tensor
+) -> str:
     """The backend of a call.
 
     Args:
@@ -34,17 +36,17 @@ def select_backend(op: str, row: Op, impl: str | None, beyond: str | None = None
         row: Its op. Where the default backend cannot take the call, ``impl=None`` is ``"reference"``. The meta device
             is like the CPU: nothing runs there, every backend gives the same shapes.
         impl: What the caller asked for.
-        beyond: What came, if it is beyond the limit of the GPU kernels.
+        beyond: By GPU backend: what came, if it is beyond its limit.
         like: The tensor whose dtype and device count, by its name.
 
     Raises:
         ValueError: ``impl`` is no backend of the op or cannot take the call; names what it takes and the way out.
     """
     ((name, x),) = like.items()
-    device, backends = x.device.type, row.backends
+    device, backends, beyond = x.device.type, row.backends, beyond or {}
     if impl is None:
         impl = row.default.get("cpu" if device == "meta" else device, "reference")
-        if x.dtype not in backends[impl].dtypes or beyond and backends[impl].needs:
+        if x.dtype not in backends[impl].dtypes or beyond.get(impl):
             impl = "reference"
     if not isinstance(impl, str) or impl not in backends:
         raise ValueError(f"{op}: impl must be None or one of {tuple(backends)}, got {impl!r}")
@@ -59,8 +61,10 @@ def select_backend(op: str, row: Op, impl: str | None, beyond: str | None = None
         names = ", ".join(str(t).removeprefix("torch.") for t in takes.dtypes)
         way_out = "impl=None" if x.dtype in backends["reference"].dtypes else f"{name}.to({takes.dtypes[0]})"
         raise ValueError(f"{op}: {name} must be {names} for impl={impl!r}, got {x.dtype}; use {way_out}")
-    if beyond and takes.needs:
-        raise ValueError(f"{op}: impl={impl!r} takes {takes.limit}, got {beyond}; use impl='reference'")
+    if came := beyond.get(impl):
+        default = row.default["cuda"]
+        way_out = "reference" if beyond.get(default) or x.dtype not in backends[default].dtypes else default
+        raise ValueError(f"{op}: impl={impl!r} takes {takes.limit}, got {came}; use impl={way_out!r}")
     return impl
 
 

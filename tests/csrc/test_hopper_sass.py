@@ -1,0 +1,68 @@
+"""What ptxas made of the kernels for Hopper: nothing spilled, nothing serialised, and the overlap that they are for."""
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from tests.csrc.sass import Step, parse, steps
+
+# of one dtype: kernel, head dim, step -> the most instructions, clocks of tensor cores, products by their columns
+STEPS = {
+    ("forward", 128, "masked"): (380, 512, {64: 8, 128: 4}),
+    ("forward", 128, "full"): (495, 1024, {128: 16}),
+    ("forward", 64, "masked"): (335, 256, {64: 8}),
+    ("forward", 64, "full"): (445, 512, {64: 8, 128: 4}),
+    ("dq", 128, "step"): (345, 768, {64: 16, 128: 4}),
+    ("dq", 64, "step"): (310, 384, {64: 12}),
+    ("dkdv", 128, "step"): (435, 1024, {64: 16, 128: 8}),
+    ("dkdv", 64, "step"): (385, 512, {64: 16}),
+}
+
+
+@pytest.fixture(scope="module")
+def kernels(compiled_kernels) -> dict[tuple[str, int, str], Step]:
+    """By kernel, head dim, dtype and step."""
+    if find_spec("triton") is None:
+        pytest.skip("needs cuobjdump, which comes with triton")
+    import triton
+
+    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    bodies = {name: body for path in compiled_kernels.objects for name, body in parse(path, cuobjdump).items()}
+    found = {}
+    for name, body in bodies.items():
+        for kernel in ("forward", "dq", "dkdv"):
+            for D in (64, 128):
+                for dtype, mangled in (("bfloat16", "13__nv_bfloat16"), ("float16", "6__half")):
+                    if "block_attention" in name and f"{kernel}_kernelI{mangled}Li{D}E" in name:
+                        assert sum(i.name.startswith(("LDL", "STL")) for i in body) == 0, name
+                        # through a generic address shared memory costs more
+                        assert sum(i.name.startswith("LD.") for i in body) == 0, name
+                        loops = steps(body)
+                        kinds = ("masked", "full") if kernel == "forward" else ("step",)
+                        assert len(loops) == len(kinds), name
+                        # in the forward only masked steps read a word
+                        loops.sort(key=lambda step: -step.count("LDG"))
+                        found |= {(kernel, D, kind, dtype): step for kind, step in zip(kinds, loops, strict=True)}
+    assert len(found) == 2 * len(STEPS)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("which", STEPS, ids="-".join(("%s", "%s", "%s")).__mod__)
+def test_a_step_has_the_products_and_the_overlap_that_it_is_for(kernels, which, dtype):
+    step, (most, tensor_clocks, products) = kernels[*which, dtype], STEPS[which]
+    assert step.instructions <= most
+    assert step.tensor_clocks == tensor_clocks
+    assert {n: step.products.count(n) for n in set(step.products)} == products
+    assert step.local_accesses == 0
+    # one group of products stays under way while the exponentials are taken, all of them
+    assert step.waits[0] == 1 and step.waits[-1] == 0 and len(step.waits) <= 3
+    assert step.exponentials_between_waits == step.count("MUFU.EX2") > 0
+
+
+def test_tensor_cores_are_the_limit_where_heads_have_128_channels(kernels):
+    """A scheduler issues an instruction a clock for a warp of either warpgroup; they take the tensor cores in turn."""
+    for (kernel, D, kind, _dtype), step in kernels.items():
+        if D == 128 and kind != "masked":
+            assert max(step.instructions, step.mufu_clocks) < step.tensor_clocks, (kernel, kind)
