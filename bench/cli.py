@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from bench.rows import RESULTS
 from wam_models.cli import run_command
 from wam_models.cli.parser import CommandParser, at_least
-from wam_models.threads import limit_spinning
+from wam_models.runtime.threads import limit_spinning
 
 
 def make_parser() -> argparse.ArgumentParser:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.data import tiny
-from wam_models import threads
+from wam_models.runtime import threads
 
 
 @pytest.mark.parametrize("given", [{}, {"GOMP_SPINCOUNT": "7"}, {"OMP_WAIT_POLICY": "ACTIVE"}])

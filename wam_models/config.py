@@ -7,9 +7,9 @@ from typing import Any
 
 from wam_kernels.qk_norm_rope.table import default_split
 
-from ._checks import check_field, number, whole, wholes
-from ._json import from_fields
-from ._limits import LARGEST_SIZE
+from .runtime.checks import check_field, number, whole, wholes
+from .runtime.json_fields import from_fields
+from .runtime.limits import LARGEST_SIZE
 
 
 @dataclass(frozen=True, kw_only=True)

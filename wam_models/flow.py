@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ._checks import check_field, choice, number, whole
+from .runtime.checks import check_field, choice, number, whole
 
 TRAIN_TIMESTEPS = 1000
 VIDEO_SHIFT, ACTION_SHIFT = 5.0, 1.0

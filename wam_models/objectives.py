@@ -20,7 +20,7 @@ import torch
 
 from wam_kernels import PROGRAMS, Geometry, InteractionProgram
 
-from ._checks import choice, number
+from .runtime.checks import choice, number
 
 GJD = "generalist_joint_denoising"
 # All programs of ``wam_kernels.PROGRAMS``, as they are now, and GJD, which is ``joint`` with an objective per sample.

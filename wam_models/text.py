@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ._checks import whole
-from ._limits import LARGEST_SIZE
+from .runtime.checks import whole
+from .runtime.limits import LARGEST_SIZE
 
 # How the names of Unicode begin for characters of scripts without spaces between words; one character is one word.
 _UNSPACED = (

@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
 
-from ..threads import limit_spinning
+from ..runtime.threads import limit_spinning
 from .parser import COMMANDS, UserError, make_parser
 
 __all__ = ["COMMANDS", "UserError", "main", "make_parser", "run_command"]

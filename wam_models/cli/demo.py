@@ -14,7 +14,6 @@ import torch
 
 from wam_kernels import PROGRAMS
 
-from .._files import new_file
 from ..data import ClipDataset, LeRobotDataset
 from ..data.clips import STRIDE
 from ..draw.charts import curves, film, film_strip
@@ -22,7 +21,8 @@ from ..draw.masks import draw_mask, draw_programs, small_geometry
 from ..draw.style import save_small
 from ..evaluate import Evaluation, evaluate, imagine, table
 from ..rollout.policy import Policy
-from ..threads import pick_threads, restores_threads
+from ..runtime.files import new_file
+from ..runtime.threads import pick_threads, restores_threads
 from ..train.config import TrainConfig
 from ..train.log import STREAMS, loss_ends
 from ..train.run_folder import RunFolder

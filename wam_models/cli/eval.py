@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from .._checks import check_device, choice, writable_folder
-from .._files import new_file
-from .._json import read_json
 from ..model.checkpoint import saved_as
 from ..objectives import MODEL_PROGRAMS
 from ..rollout.policy import Policy
+from ..runtime.checks import check_device, choice, writable_folder
+from ..runtime.files import new_file
+from ..runtime.json_fields import read_json
+from ..runtime.threads import restores_threads, set_threads
 from ..simulator.evaluate import EpisodeResult, Rate, Task, evaluate, summary
 from ..simulator.process import SimulatorFailure
-from ..threads import restores_threads, set_threads
 from .parser import UserError
 
 

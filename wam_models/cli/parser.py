@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NoReturn
 
-from .._limits import LARGEST_INT64
+from ..runtime.limits import LARGEST_INT64
 
 SIMULATOR = "suite/task, as metaworld/pick-place-v3, or MODULE:FACTORY, see wam_models.simulator"
 

@@ -6,8 +6,8 @@ import time
 
 from tqdm import tqdm
 
-from .._checks import writable_folder
 from ..data import LeRobotDataset
+from ..runtime.checks import writable_folder
 from ..simulator.process import SimulatorFailure
 from ..simulator.record import RecordConfig, record
 from .parser import UserError

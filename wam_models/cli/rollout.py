@@ -13,8 +13,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .._checks import check_device, writable_folder
-from .._files import new_file
 from ..data.latents import pictures_of
 from ..draw.charts import film
 from ..evaluate import Chunk, join, mean_psnr, rmse, stream
@@ -22,8 +20,10 @@ from ..objectives import GJD, MODEL_PROGRAMS, OBJECTIVES
 from ..rollout import RolloutConfig, RolloutEngine
 from ..rollout.config import CONDITIONAL_CHUNK
 from ..rollout.policy import Policy
+from ..runtime.checks import check_device, writable_folder
+from ..runtime.files import new_file
+from ..runtime.threads import pick_threads, restores_threads
 from ..simulator import control_freq, load, play
-from ..threads import pick_threads, restores_threads
 
 SIMULATED_CHUNKS = 40
 

@@ -16,13 +16,13 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from .._checks import check_device, whole
-from .._limits import LARGEST_INT64
 from ..data import ClipDataset, LeRobotDataset
 from ..model.checkpoint import CONFIG, TRAINING
 from ..rollout.policy import Policy
+from ..runtime.checks import check_device, whole
+from ..runtime.limits import LARGEST_INT64
+from ..runtime.threads import pick_threads, restores_threads, set_threads
 from ..text import words_of
-from ..threads import pick_threads, restores_threads, set_threads
 from ..train.config import TrainConfig
 from ..train.log import loss_ends
 from ..train.run_folder import RunFolder

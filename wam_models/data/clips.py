@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import whole
+from ..runtime.checks import whole
 from .codec import Codec
 from .latents import PATCH, PatchPCA
 from .lerobot import Episode, LeRobotDataset

@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .._checks import whole
-from .._json import read_json
+from ..runtime.checks import whole
+from ..runtime.json_fields import read_json
 
 __all__ = ["Episode", "LeRobotDataset"]
 

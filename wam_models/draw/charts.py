@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from .._files import new_file
+from ..runtime.files import new_file
 from .style import FAINT, INK, PAPER, font, save_small
 
 COLOURS = ((43, 108, 176), (214, 93, 62), (47, 141, 98))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageFont
 
-from .._files import new_file
+from ..runtime.files import new_file
 
 INK, FAINT, PAPER = (30, 30, 36), (120, 120, 130), (255, 255, 255)
 

@@ -21,8 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .._json import read_json
 from ..config import ModelConfig
+from ..runtime.json_fields import read_json
 from ..text import WordEmbedding
 from .dual_expert import WorldActionModel
 from .weights import INDEX, SAVE_ID, abridged, bare_names, check_finite, load_weights, not_here, read_tensors, stamp

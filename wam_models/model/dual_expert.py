@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from wam_kernels import FrameIndex, Plan, ada_layer_norm, block_attention, rope_table
 from wam_kernels.runtime.checks import integer
 
-from .._checks import memory
 from ..config import ModelConfig
+from ..runtime.checks import memory
 from .blocks import (
     Attend,
     PackedBlock,

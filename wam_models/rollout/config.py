@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 from wam_kernels import HISTORIES
 
-from .._checks import check_field, choice, number, switch, whole
 from ..flow import ACTION_SHIFT, SHIFTS, TRAIN_TIMESTEPS, VIDEO_SHIFT
 from ..objectives import GJD, MODEL_PROGRAMS, OBJECTIVES
+from ..runtime.checks import check_field, choice, number, switch, whole
 from .stages import stages
 
 CACHES = ("persistent", "recomputed")

@@ -27,11 +27,11 @@ from torch import Tensor
 from wam_kernels.masks.programs import STREAMS
 from wam_kernels.masks.visibility import ACTION, VIDEO
 
-from .._checks import choice, instance, whole, wholes
 from ..config import ModelConfig
 from ..model.blocks import at_least_float32
 from ..model.dual_expert import WorldActionModel
 from ..objectives import GJD, OBJECTIVES, Objective
+from ..runtime.checks import choice, instance, whole, wholes
 from .chunk_forward import ChunkForward
 from .config import RolloutConfig
 from .frames import FRAME_DIM, check_finite, check_frames, to_device, with_frames

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from wam_kernels.masks.visibility import ACTION, VIDEO
 
-from .._checks import instance
+from ..runtime.checks import instance
 
 FRAME_DIM = {VIDEO: 2, ACTION: 1}  # of [B, C, F, y, x] and [B, F, n, A]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from wam_kernels import Attends, Geometry, StreamingCache
 from wam_kernels.masks.visibility import ACTION, VIDEO
 
-from .._checks import memory
 from ..model.dual_expert import WorldActionModel
 from ..objectives import MODEL_PROGRAMS, Objective, geometry_for
+from ..runtime.checks import memory
 from .config import CONDITIONAL_CHUNK, CONDITIONAL_WINDOW, RolloutConfig
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from wam_kernels.masks.programs import STREAMS
 from wam_kernels.masks.visibility import ACTION, VIDEO
 
-from .._checks import choice
 from ..objectives import MODEL_PROGRAMS, Objective
+from ..runtime.checks import choice
 
 WANTS = {"both": (VIDEO, ACTION), "video": (VIDEO,), "action": (ACTION,)}
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from .._checks import whole
 from ..rollout import RolloutConfig, RolloutEngine
 from ..rollout.policy import Policy
+from ..runtime.checks import whole
 from .named import is_adapter
 from .protocol import Simulator, checked_observation, execute, raised
 

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._checks import whole
 from ..rollout.episode import Episode, RolloutConfig, RolloutEngine
 from ..rollout.policy import Policy
+from ..runtime.checks import whole
 from .process import TIMEOUT, Description, SimulatorFailure, SimulatorProcess
 
 Z = 1.959964  # of the normal distribution, two-sided 95 %

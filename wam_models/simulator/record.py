@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from .._checks import check_field, number, whole, whole_range
-from .._files import new_file
-from .._json import read_json
 from ..data.writer import Recorded, write_lerobot
+from ..runtime.checks import check_field, number, whole, whole_range
+from ..runtime.files import new_file
+from ..runtime.json_fields import read_json
 from .process import TIMEOUT, Description, SimulatorFailure, SimulatorProcess, first_answer
 
 MOST_ATTEMPTS = 4  # for each demonstration that is asked for; an expert that fails more often is none

@@ -10,15 +10,15 @@ from typing import Any
 
 from wam_kernels import HISTORIES, PROGRAMS
 
-from .._checks import check_field, choice, number, whole, whole_range
-from .._json import from_fields, read_json
-from .._limits import LARGEST_INT32, LARGEST_SIZE
 from ..config import ModelConfig
 from ..data import ClipDataset
 from ..flow import SHIFTS, TimestepDraw
 from ..objectives import GJD, GJD_MIXTURE, OBJECTIVES, checked_mixture
 from ..rollout import RolloutConfig
 from ..rollout.config import CONDITIONAL_CHUNK
+from ..runtime.checks import check_field, choice, number, whole, whole_range
+from ..runtime.json_fields import from_fields, read_json
+from ..runtime.limits import LARGEST_INT32, LARGEST_SIZE
 from .step import TrainingConfig
 
 SCHEDULES = ("constant", "cosine", "decay")

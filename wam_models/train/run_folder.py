@@ -9,8 +9,8 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from .._checks import writable_folder
 from ..model.checkpoint import Checkpoint, locked_folder, remove_checkpoint, saved_as
+from ..runtime.checks import writable_folder
 
 
 class RunFolder:

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from wam_kernels import HISTORIES, compile_plan
 
-from .._checks import check_field, choice, instance, number, whole_range
-from .._limits import LARGEST_INT32
 from ..flow import TimestepDraw, add_noise, target, timesteps
 from ..model.blocks import Uncast, at_least_float32
 from ..model.dual_expert import WorldActionModel
@@ -28,6 +26,8 @@ from ..objectives import (
     draw_objectives,
     geometry_for,
 )
+from ..runtime.checks import check_field, choice, instance, number, whole_range
+from ..runtime.limits import LARGEST_INT32
 
 
 @dataclass(frozen=True, kw_only=True)

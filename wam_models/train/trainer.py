@@ -18,8 +18,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .._checks import instance, whole
-from .._limits import LARGEST_INT64
 from ..data import ClipDataset
 from ..data.latents import codec_kind
 from ..model.checkpoint import Checkpoint
@@ -27,6 +25,8 @@ from ..model.dual_expert import WorldActionModel
 from ..model.weights import load_weights
 from ..rollout import RolloutConfig
 from ..rollout.policy import Policy
+from ..runtime.checks import instance, whole
+from ..runtime.limits import LARGEST_INT64
 from ..text import WordEmbedding
 from .config import DECAY_PART, TrainConfig, check_fit
 from .ema import update_average
