@@ -172,6 +172,19 @@ def test_a_rollout_computes_in_the_models_dtype_under_autocast():
         assert equal(started("joint", torch.float32).propose(**noises(2, 0, torch.float32)), want)
 
 
+@pytest.mark.parametrize("program", ["joint", "action_then_video"])
+def test_compiled_blocks_roll_out_as_they_are(program):
+    """Without a graph break: they write keys and values into the cache, in other slots for noisy and clean tokens."""
+    plain, compiled = (started(program, torch.float32, steps=1) for _ in range(2))
+    for block in compiled.model.packed_block_stack.packed_blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    for i in range(2):
+        candidates = [e.propose(**noises(2, i, torch.float32)) for e in (plain, compiled)]
+        assert equal(*candidates)
+        for e, candidate in zip((plain, compiled), candidates, strict=True):
+            e.accept(candidate)
+
+
 # ---- numbers that are not finite ----
 
 

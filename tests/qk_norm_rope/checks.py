@@ -136,12 +136,15 @@ def check_out_into_a_cache_slot(case: Case, impl: str | None) -> None:
         views = [c.transpose(1, 2) if first else c for c, first in zip(caches, heads_first, strict=True)]
         slots = tuple(view[:, start : start + S] for view in views)
         with_v = len(slots) == 3
-        got = qk_norm_rope(**call, v=v if with_v else None, out=slots)
         wanted = (*expected, v.unflatten(-1, (H, D))) if with_v else expected
-        for g, slot, view, e in zip(got, slots, views, wanted, strict=True):
-            assert g is slot and torch.equal(slot, e)
-            rest = torch.cat((view[:, :start], view[:, start + S :]), 1)
-            assert rest.isnan().all()
+        for out, out_first in ((slots, None), (tuple(views), (start, start))):
+            for cache in caches:
+                cache.fill_(torch.nan)
+            got = qk_norm_rope(**call, v=v if with_v else None, out=out, out_first=out_first)
+            for g, given, slot, view, e in zip(got, out, slots, views, wanted, strict=True):
+                assert g is given and torch.equal(slot, e)
+                rest = torch.cat((view[:, :start], view[:, start + S :]), 1)
+                assert rest.isnan().all()
 
 
 def check_nan_stays(impl: str | None, per_head: bool, interleaved: bool, device: str = "cpu") -> None:

@@ -131,9 +131,9 @@ def test_registration(variant):
     args = (*tensors, inputs["table"], 16, options["per_head"], options["interleaved"], 1e-6, "cpu")
     torch.library.opcheck(torch.ops.wam.qk_norm_rope.default, args)
     outs = [torch.empty_like(inputs["dq_out"]) for _ in range(2)]
-    torch.library.opcheck(torch.ops.wam.qk_norm_rope_out.default, (*args, *outs, None, None))
+    torch.library.opcheck(torch.ops.wam.qk_norm_rope_out.default, (*args, *outs, None, None, 0, 0))
     v, v_out = torch.ones_like(inputs["q"]), torch.empty_like(inputs["dq_out"])
-    torch.library.opcheck(torch.ops.wam.qk_norm_rope_out.default, (*args, *outs, v, v_out))
+    torch.library.opcheck(torch.ops.wam.qk_norm_rope_out.default, (*args, *outs, v, v_out, 0, 0))
     backward = (inputs["dq_out"], inputs["dk_out"], *args)
     torch.library.opcheck(torch.ops.wam.qk_norm_rope_backward.default, backward)
     for t in tensors:
@@ -250,6 +250,9 @@ WITH_V = {"v": torch.zeros(2, 5, 48), "out": tuple(torch.zeros(3, 2, 5, 3, 16))}
         ({"out": pair(2, 5, 3, 16, dtype=torch.float16)}, r"out\[0\] must be torch.float32 on cpu like q, got torch.f"),
         ({"out": [t.mT for t in pair(2, 5, 16, 3)]}, r"out\[0\] must have last-dim stride 1, got 3"),
         ({"out": [t.expand(2, 5, 3, 16) for t in pair(1, 5, 3, 16)]}, r"out\[0\] must not be expanded"),
+        ({"out": pair(2, 7, 3, 16), "out_first": (2, 3)}, r"out\[1\] must have shape .*got \[2, 7, 3, 16\]"),
+        ({"out": pair(2, 7, 3, 16), "out_first": (2,)}, "out_first must be 2 tokens"),
+        ({"out": pair(2, 7, 3, 16), "out_first": (-1, 0)}, r"out_first\[0\] must be at least 0, got -1"),
         ({"v": torch.zeros(2, 5, 48)}, r"v must be None without out, got a tensor; pass out=\(q_out, k_out, v_out\)"),
         (WITH_V | {"out": pair(2, 5, 3, 16)}, r"out must be \(q_out, k_out, v_out\) with v, got 2 tensors"),
         (WITH_V | {"v": None}, r"out must be \(q_out, k_out\) without v, got 3 tensors; v and v_out go together"),

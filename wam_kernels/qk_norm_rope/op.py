@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,12 +37,22 @@ def _forward(
 def _forward_out(
     q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, table: Tensor,
     head_dim: int, per_head: bool, interleaved: bool, eps: float, impl: str, q_out: Tensor, k_out: Tensor,
-    v: Tensor | None, v_out: Tensor | None,
+    v: Tensor | None, v_out: Tensor | None, q_first: int, kv_first: int,
 ) -> None:  # fmt: skip
-    args = q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, eps, q_out, k_out, v, v_out
+    q_rows, k_rows, v_rows = _written(q.shape[1], (q_out, k_out, v_out), q_first, kv_first)
+    args = q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, eps, q_rows, k_rows, v, v_rows
     launchers(__package__, impl).forward(*args)
     # a graph that saved one of them must notice
     torch.autograd.graph.increment_version([t for t in (q_out, k_out, v_out) if t is not None])
+
+
+def _written(tokens: int, out: tuple[Any, ...], q_first: int, kv_first: int) -> tuple[Any, ...]:
+    """The tokens of q_out, k_out and v_out that a call writes, views where that is not all of them."""
+    firsts = q_first, kv_first, kv_first
+    return tuple(
+        t if t is None or t.shape[1] == tokens else t.narrow(1, first, tokens)
+        for t, first in zip(out, firsts, strict=False)
+    )
 
 
 def _backward(
@@ -60,7 +71,8 @@ def _forward_fake(q, k, weight_q, weight_k, table, head_dim, per_head, interleav
 
 
 def _forward_out_fake(
-    q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, eps, impl, q_out, k_out, v, v_out
+    q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, eps, impl, q_out, k_out, v, v_out,
+    q_first, kv_first,
 ) -> None:  # fmt: skip
     return None
 
@@ -76,7 +88,8 @@ _OPTIONS = "int head_dim, bool per_head, bool interleaved, float eps, str impl"
 torch.library.define("wam::qk_norm_rope", f"({_INPUTS}, {_OPTIONS}) -> (Tensor, Tensor)")
 torch.library.define(
     "wam::qk_norm_rope_out",
-    f"({_INPUTS}, {_OPTIONS}, Tensor(a!) q_out, Tensor(b!) k_out, Tensor? v, Tensor(c!)? v_out) -> ()",
+    f"({_INPUTS}, {_OPTIONS}, Tensor(a!) q_out, Tensor(b!) k_out, Tensor? v, Tensor(c!)? v_out, "
+    "int q_first, int kv_first) -> ()",
 )
 torch.library.define(
     "wam::qk_norm_rope_backward",
@@ -156,7 +169,9 @@ def _check(
         raise ValueError(f"{_OP}: table must be contiguous, got strides {table.stride()}; use .contiguous()")
 
 
-def _check_out(q: Tensor, v: Tensor | None, head_dim: int, out: tuple[Tensor, ...]) -> None:
+def _check_out(
+    q: Tensor, v: Tensor | None, head_dim: int, out: tuple[Tensor, ...], firsts: tuple[int, int] | None
+) -> None:
     slots, count = ("q_out, k_out", 2) if v is None else ("q_out, k_out, v_out", 3)
     if len(out) != count:
         raise ValueError(
@@ -167,13 +182,24 @@ def _check_out(q: Tensor, v: Tensor | None, head_dim: int, out: tuple[Tensor, ..
     want = list(_heads(q, head_dim))
     for i, t in enumerate(out):
         name = f"out[{i}]"
+        if firsts is not None and t.ndim == 4 and t.shape[1] >= firsts[i > 0] + want[1]:
+            want[1] = t.shape[1]
         if list(t.shape) != want:
-            raise ValueError(f"{_OP}: {name} must have shape [B, S, H, D] = {want}, got {list(t.shape)}")
+            at_least = "" if firsts is None else f" or more tokens, as out_first={firsts} says"
+            raise ValueError(f"{_OP}: {name} must have shape [B, S, H, D] = {want}{at_least}, got {list(t.shape)}")
+        want[1] = q.shape[1]
         same_kind(_OP, "q", q, **{name: t})
         if t.stride(-1) != 1:
             raise ValueError(f"{_OP}: {name} must have last-dim stride 1, got {t.stride(-1)}")
         if any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)):
             raise ValueError(f"{_OP}: {name} must not be expanded, got strides {t.stride()}: its tokens share memory")
+
+
+def _firsts(out_first: tuple[int, int]) -> tuple[int, int]:
+    if len(out_first) != 2:
+        raise ValueError(f"{_OP}: out_first must be 2 tokens, of q_out and of k_out and v_out, got {out_first}")
+    q_first, kv_first = (integer(_OP, f"out_first[{i}]", first) for i, first in enumerate(out_first))
+    return q_first, kv_first
 
 
 def qk_norm_rope(
@@ -189,6 +215,7 @@ def qk_norm_rope(
     eps: float = 1e-6,
     v: Tensor | None = None,
     out: tuple[Tensor, ...] | None = None,
+    out_first: tuple[int, int] | None = None,
     impl: str | None = None,
 ) -> tuple[Tensor, ...]:
     r"""RMSNorm of queries and keys, then their rotary position embedding, in one pass over both.
@@ -219,6 +246,8 @@ def qk_norm_rope(
             ``[B, S, H, D]`` of the dtype of ``q``, last dim stride 1, other strides free, such as the slot
             ``cache[:, start : start + S]`` of a key cache. They must not overlap each other or an input. Inference
             only: no gradient flows through them.
+        out_first: First token that is written of q_out, and of k_out and v_out, which then may have more than S tokens.
+            Under ``torch.compile`` a whole layer of a cache and a place in it: it cannot write to views of views.
         impl: ``"reference"`` (plain PyTorch, any device, also float64), ``"cpu"`` (also float64), ``"triton"`` and
             ``"cuda"`` (CUDA tensors), or ``None``: ``"cpu"`` for CPU tensors, for CUDA tensors
             ``"triton"``, or ``"reference"`` for float64 and on other devices.
@@ -249,14 +278,18 @@ def qk_norm_rope(
         if impl == "reference":
             return reference.qk_norm_rope(*args)
         return autograd.call(torch.ops.wam.qk_norm_rope.default, *args, impl)
-    _check_out(q, v, head_dim, out)
+    firsts = None if out_first is None else _firsts(out_first)
+    _check_out(q, v, head_dim, out, firsts)
+    q_first, kv_first = firsts or (0, 0)
     if graded and any(t is not None and t.requires_grad for t in (q, k, v, weight_q, weight_k, *out)):
         raise ValueError(f"{_OP}: out is for inference, but an input requires a gradient; use torch.no_grad()")
     if impl == "reference":
         values = reference.qk_norm_rope(*args) + (() if v is None else (v.unflatten(-1, (-1, head_dim)),))
-        for t, value in zip(out, values, strict=True):
+        for t, value in zip(_written(q.shape[1], out, q_first, kv_first), values, strict=True):
             t.copy_(value)
     else:
         q_out, k_out, *v_out = out
-        autograd.call(torch.ops.wam.qk_norm_rope_out.default, *args, impl, q_out, k_out, v, *(v_out or (None,)))
+        autograd.call(
+            torch.ops.wam.qk_norm_rope_out.default, *args, impl, q_out, k_out, v, *(v_out or (None,)), q_first, kv_first
+        )
     return tuple(out)

@@ -9,6 +9,7 @@ PyTorch's. Letters of shapes as in ``dual_expert``.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
@@ -76,11 +77,15 @@ class StreamInputs(NamedTuple):
 
 
 class QKVBuffers(NamedTuple):
-    """Where a block writes its normed and rotated q and k, and its v: ``[B, S, H, h]``, k and v slots of a cache."""
+    """Where a block writes its normed and rotated q and k, and its v.
 
-    q: Tensor
-    k: Tensor
+    Whole tensors and a place in them, not views: torch.compile cannot write to views of views.
+    """
+
+    q: Tensor  # [B, S, H, h], all of it
+    k: Tensor  # [B, N, H, h], S slots of a cache from ``first_slot`` on
     v: Tensor
+    first_slot: int
 
 
 def stream_inputs(x_BSD: Tensor, t_proj_BT6D: Tensor, head: tuple[Tensor, ...]) -> StreamInputs:
@@ -103,14 +108,20 @@ class Attention(nn.Module):
         self.norm_q = nn.RMSNorm(config.inner)
         self.norm_k = nn.RMSNorm(config.inner)
 
-    def rotated(self, x_BSD: Tensor, rope_Sh2: Tensor, out: QKVBuffers | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v ``[B, S, H, h]``; q and k are normed and rotated. Written to ``out`` where given."""
+    def rotated(
+        self, x_BSD: Tensor, rope_Sh2: Tensor, out: QKVBuffers | None = None, first_token: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v ``[B, S, H, h]``; q and k are normed and rotated. Written to ``out`` where given, and all of it.
+
+        ``first_token`` is the place of the stream's tokens among those of ``out``.
+        """
         q, k, v = self.to_q(x_BSD), self.to_k(x_BSD), self.to_v(x_BSD)
         options: dict[str, Any] = {"head_dim": self.head_dim, "eps": self.eps}
         weights = self.norm_q.weight, self.norm_k.weight
         if out is not None:
-            q, k, v = qk_norm_rope(q, k, *weights, rope_Sh2, v=v, out=out, **options)
-            return q, k, v
+            place = first_token, out.first_slot + first_token
+            qk_norm_rope(q, k, *weights, rope_Sh2, v=v, out=out[:3], out_first=place, **options)
+            return out[:3]
         q, k = qk_norm_rope(q, k, *weights, rope_Sh2, **options)
         return q, k, v.unflatten(-1, (-1, self.head_dim))
 
@@ -165,12 +176,14 @@ class ExpertBlock(nn.Module):
         """What the block adds to each modulation of a stream: six ``[D]``, float32."""
         return at_least_float32(self.scale_shift_table)[0].unbind(0)
 
-    def before(self, stream: StreamInputs, rope: Tensor, out: QKVBuffers | None) -> tuple[Tensor, Tensor, Tensor]:
+    def before(
+        self, stream: StreamInputs, rope: Tensor, out: QKVBuffers | None, first_token: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
         (shift, scale, *_), (shift_table, scale_table, *_) = stream.modulation.tensors, self.tables()
         h = ada_layer_norm(
             stream.x, shift, scale, stream.frame_index, shift_table=shift_table, scale_table=scale_table, eps=self.eps
         )
-        return self.attn1.rotated(h, rope, out)
+        return self.attn1.rotated(h, rope, out, first_token)
 
     def after(self, stream: StreamInputs, out_BSHh: Tensor, text: Text) -> StreamInputs:
         x, index = stream.x, stream.frame_index
@@ -223,15 +236,15 @@ class PackedBlock(nn.Module):
         both = enumerate(zip(streams, rope.tensors, strict=True))
         present = [(i, x, table) for i, (x, table) in both if x is not None and table is not None]
         lengths = [stream.x.shape[1] for _, stream, _ in present]
-        split = None if out is None else [t.split(lengths, 1) for t in out]
-        parts = []
-        for j, (i, stream, table) in enumerate(present):
-            written = None if split is None else QKVBuffers(*(part[j] for part in split))
-            parts.append(experts[i].before(stream, table, written))
+        firsts = accumulate(lengths, initial=0)
+        parts = [
+            experts[i].before(stream, table, out, first)
+            for (i, stream, table), first in zip(present, firsts, strict=False)
+        ]
         done: list[StreamInputs | None] = [None, None]
         if not any(wanted[i] for i, _, _ in present):
             return done[0], done[1]
-        q, k, v = (torch.cat(part, 1) for part in zip(*parts, strict=True)) if out is None else out
+        q, k, v = (torch.cat(part, 1) for part in zip(*parts, strict=True)) if out is None else out[:3]
         for (i, stream, _), attended in zip(present, attend(q, k, v).split(lengths, 1), strict=True):
             if wanted[i]:
                 done[i] = experts[i].after(stream, attended, text[i])
@@ -259,7 +272,8 @@ class PackedBlockStack(nn.Module):
             streams: What goes in; None leaves a stream out.
             rope: Rope table of each stream, (video, action).
             text: ``text[i]`` is the (video, action) text of block i.
-            attend: ``attend(i, q, k, v)`` is the attention of block i over ``[video tokens | action tokens]``.
+            attend: ``attend(i, q, k, v)`` is the attention of block i over ``[video tokens | action tokens]``; with
+                ``out``, k and v are the caches of block i.
             out: ``out[i]`` is where block i writes q, k and v; default new tensors. Inference only.
             wanted: Streams whose result the caller needs: the last block computes nothing else but keys and values.
         """

@@ -145,16 +145,15 @@ class ChunkForward:
 
     def _blocks(self, buffers: Buffers, sigma: Mapping[int, Tensor]) -> Pair[StreamInputs | None]:
         """The streams after the last block, of those in ``sigma``; all keys and values go to the chunk's slots."""
-        model, cache, layout = self.model, self.cache, self.layout
+        model, layout = self.model, self.layout
         inputs: list[Pair[Tensor] | None] = [None, None]
         for s in buffers.streams:
             latents = torch.cat([self.latents[s]] * 2) if layout.guided else self.latents[s]
             level = sigma.get(s, self._clean_sigma)
             inputs[s] = latents, timesteps(level).expand(layout.samples, layout.chunk_size)
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            # k and v stand in the cache already
-            return cached_attention(q, cache.keys(layer), cache.values(layer), buffers.ranges, group_rows=buffers.rows)
+        def attend(layer: int, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            return cached_attention(q, keys, values, buffers.ranges, group_rows=buffers.rows)
 
         embedded = model.embed(inputs[VIDEO], inputs[ACTION])
         buffers.indices = [stream.frame_index for stream in embedded if stream is not None]
@@ -172,7 +171,7 @@ class ChunkForward:
         return Buffers(
             streams=streams,
             rows=rows,
-            written=[QKVBuffers(queries, cache.keys(i)[:, slots], cache.values(i)[:, slots]) for i in layers],
+            written=[QKVBuffers(queries, cache.keys(i), cache.values(i), slots.start) for i in layers],
             ranges=torch.zeros(cache.batch, len(streams), MAX_RANGES, 2, dtype=torch.int32, device=model.device),
             rope={
                 s: torch.empty(cache.batch, n, c.head_dim // 2, 2, dtype=dtype, device=model.device)
