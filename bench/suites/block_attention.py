@@ -74,14 +74,18 @@ def cases(options: Options) -> list[tuple[Workload, tuple[str, ...], int]]:
 
 def own_providers(work: Workload, plan: Plan) -> dict[str, Provider]:
     """block_attention as it runs by default on a CPU; on a GPU with every backend that the machine has."""
-    queries, keys = plan.queries.computed_pairs, plan.keys.computed_pairs
     if plan.device.type == "cpu":  # it multiplies runs, which hold visible pairs only
         return {"wam": Provider(lambda q, k, v: block_attention(q, k, v, plan), plan.visible_pairs)}
     impls, _ = harness.own_backends("block_attention", plan.device.type)
-    # forward and dq walk the query side (2 + 3 products), dk and dv the key side (4); 7 in all without the recomputed 2
-    computed = queries if queries == keys else (5 * queries + 4 * keys) // 9
+
+    def computed(impl: str) -> int:
+        """Forward and dq walk the query side (2 + 3 products), dk and dv the key side (4)."""
+        sides = plan.boxes if impl == "cuda" else plan
+        queries, keys = sides.queries.computed_pairs, sides.keys.computed_pairs
+        return queries if queries == keys else (5 * queries + 4 * keys) // 9
+
     return {
-        f"wam {impl}": Provider(lambda q, k, v, impl=impl: block_attention(q, k, v, plan, impl=impl), computed)
+        f"wam {impl}": Provider(lambda q, k, v, impl=impl: block_attention(q, k, v, plan, impl=impl), computed(impl))
         for impl in impls
     }
 

@@ -27,7 +27,7 @@ SECONDS_IN_ALL=${GPU_SECONDS:-530}
 # Group, suite and seconds of every suite that is measured here, as bench/registry.py has them.
 mapfile -t SUITES < <("$PYTHON" -m bench.registry)
 PARTS=(
-  machine build tests_attention tests_norms tests_cached tests_cuda tests_model
+  machine build tests_attention tests_hopper tests_norms tests_cached tests_cuda tests_model
   $(printf '%s\n' "${SUITES[@]%% *}" | awk '!known[$0]++') memcheck racecheck tune
 )
 
@@ -51,6 +51,8 @@ build() {
 # part are found in one run; one part an op, because an illegal access ends everything in its process.
 gpu_tests() { run 150 "$PYTHON" -m pytest -q --tb=short $AT_ONCE "$@"; }
 tests_attention() { gpu_tests tests/gpu/test_block_attention.py; }
+# the attention kernels of csrc: first what the driver may refuse, one by one
+tests_hopper() { gpu_tests tests/gpu/test_block_attention_cuda.py tests/csrc/test_block_attention.py -k gpu; }
 tests_norms() { gpu_tests tests/gpu/test_adaln.py tests/gpu/test_qk_norm_rope.py; }
 tests_cached() { gpu_tests tests/gpu/test_cached_attention.py; }
 # CUDA graphs equal eager passes, flat memory, nothing waits for the device; a training step has the numbers of a CPU
