@@ -38,9 +38,9 @@ def make_parser() -> argparse.ArgumentParser:
 def start(args: argparse.Namespace) -> int:
     """Every action loads its own modules: a report needs no torch, a run no matplotlib."""
     if args.base is not None:
-        if args.action != "run" or args.suite or args.record or args.device == "cuda":
+        if args.action != "run" or args.suite or args.device == "cuda":
             raise ValueError(
-                "--base compares the micro suite on a CPU and prints it; of the others it takes --quick alone"
+                "--base compares the micro suite on a CPU and prints it; of the others it takes --quick and --record"
             )
         from bench.compare import trees
 

@@ -9,6 +9,7 @@ Types are checked with mypy as ``pyproject.toml`` sets it, on the packages alone
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import subprocess
 import sys
@@ -145,6 +146,20 @@ def checked_out(ref: str) -> Iterator[Path]:
             subprocess.run([*git, "remove", "--force", f"{folder}/tree"], check=True)
 
 
+def ratios(results: Path = lint.ROOT / "bench/results/compare.jsonl") -> str:
+    """The last run of ``wam bench --base REF --record``, as a table; a sentence where there is none."""
+    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+    if not rows:
+        return "Not recorded yet."
+    last = [row for row in rows if row["date"] == rows[-1]["date"]]
+    head = f"`{last[0]['commit']}` against `{last[0]['base']}`, {last[0]['device']}, {last[0]['date'][:10]}"
+    lines = [f"| {head} | instructions | time | spread of the time |", "| --- | --- | --- | --- |"]
+    for row in last:
+        count = "-" if row["instruction_ratio"] is None else f"{row['instruction_ratio']:.3f}"
+        lines.append(f"| `{row['case']}` | {count} | {row['time_ratio']:.3f} | {row['spread']:.3f} |")
+    return "\n".join(lines)
+
+
 def table(columns: dict[str, dict[str, str]]) -> str:
     names = dict.fromkeys(name for rows in columns.values() for name in rows)
     out = [f"| | {' | '.join(columns)} |", "| --- |" + " --- |" * len(columns)]
@@ -155,8 +170,12 @@ def table(columns: dict[str, dict[str, str]]) -> str:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m tools.metrics", description=__doc__.partition("\n")[0])
     parser.add_argument("--base", metavar="REF", help="a commit to put beside this tree")
+    parser.add_argument("--ratios", action="store_true", help="print the last recorded `wam bench --base` instead")
     parser.add_argument("--no-types", action="store_true", help="leave mypy out")
     args = parser.parse_args(argv)
+    if args.ratios:
+        print(ratios())
+        return
     vocabulary = (lint.ROOT / lint.VOCABULARY).read_text(encoding="utf-8")
     columns = {}
     if args.base:

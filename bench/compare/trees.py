@@ -25,7 +25,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from bench.rows import ROOT
+from bench.rows import RESULTS, ROOT, Row
 
 SLOWER = 1.02  # ratio above which a case counts as slower, in instructions, or in time if beyond the spread as well
 ROUNDS, QUICK_ROUNDS = 24, 8
@@ -89,6 +89,24 @@ class Comparison:
     def slower(self) -> list[Case]:
         noise = max((abs(case.time_ratio - 1) for case in self.cases if is_yardstick(case.name)), default=0.0)
         return [case for case in self.cases if not is_yardstick(case.name) and case.slower(noise)]
+
+    def rows(self, base: str) -> list[Row]:
+        """One row a case, as ``--record`` keeps it."""
+        return [
+            {
+                "base": base,
+                "case": case.name,
+                "provider": "wam",
+                "base_instructions": case.instructions and case.instructions[0],
+                "instructions": case.instructions and case.instructions[1],
+                "instruction_ratio": case.instruction_ratio,
+                "base_ms_min": 1e3 * min(case.seconds[0]),
+                "ms_min": 1e3 * min(case.seconds[1]),
+                "time_ratio": case.time_ratio,
+                "spread": case.spread,
+            }
+            for case in self.cases
+        ]
 
     def __str__(self) -> str:
         head = ("case", "Minstr base", "this", "ratio", "ms base", "this", "ratio", "spread", "")
@@ -304,4 +322,8 @@ def run(args: argparse.Namespace) -> int:
         base = checkout(args.base, Path(folder))
         found = compare(base, ROOT, rounds=QUICK_ROUNDS if args.quick else ROUNDS, count=not args.quick)
         print(str(found).replace(folder, args.base).replace(str(ROOT), "this tree"))
+    if args.record:
+        from bench.harness.recording import record  # loads torch, of which the measuring process has no need
+
+        print(f"recorded in {record('compare', found.rows(args.base), 'cpu', RESULTS)}")
     return int(bool(found.slower or found.unmatched))

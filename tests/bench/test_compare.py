@@ -69,6 +69,9 @@ def case(name: str, base: float, this: float, instructions=None) -> trees.Case:
 def test_a_case_is_slower_beyond_the_noise_alone():
     cases = [case("test_yardstick", 1, 1.05), case("a", 1, 1.04), case("b", 1, 1.06), case("c", 1, 1.5, (100, 101))]
     cases.append(case("d", 1, 0.9, (100, 103)))
+    row = trees.Comparison([case("a", 2, 3, (100, 90))], [], None).rows("main")[0]
+    assert (row["case"], row["base"], row["instruction_ratio"], row["time_ratio"]) == ("a", "main", 0.9, 1.5)
+    assert (row["base_ms_min"], row["ms_min"], row["spread"]) == (2000, 3000, 0)
     assert [c.name for c in trees.Comparison(cases, [], None).slower] == ["b", "d"]
 
 
