@@ -40,7 +40,20 @@ SHIPPED = {
         action=7,
         state=8,
         megabytes=10,
-    )
+    ),
+    "metaworld_demo": Shipped(
+        script="wam_models/cli/record.py",
+        requirements="requirements/runtime.txt",
+        train=313,
+        held_out=22,
+        frames=17837,
+        tasks=4,
+        fps=80,
+        pictures=(1, 1),
+        action=4,
+        state=17,
+        megabytes=2,
+    ),
 }
 each = pytest.mark.parametrize("name", SHIPPED)
 
