@@ -18,7 +18,7 @@ from tests.transforms.test_func import INFERENCE
 from wam_kernels.block_attention.config import MAX_CUDA_D, fits_triton
 from wam_kernels.cached_attention import config as cached
 from wam_kernels.ops import OPS, Need, Op
-from wam_kernels.runtime.backends import _MODULES
+from wam_kernels.runtime.backends import MODULES
 from wam_models import doctor
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,7 +30,7 @@ def files(op: Op) -> list[str]:
     package, suites = f"wam_kernels/{op.package}", ["interpreter", "aot", "gpu", *["csrc"] * ("cuda" in op.backends)]
     return [
         *(f"{package}/{name}" for name in ("README.md", "__init__.py", "config.py", "op.py", "reference.py")),
-        *(f"{package}/{_MODULES[impl][1:]}.py" for impl in op.backends if impl != "reference"),
+        *(f"{package}/{MODULES[impl][1:]}.py" for impl in op.backends if impl != "reference"),
         *(f"tests/{op.package}/{name}.py" for name in ("__init__", "checks", "test_op")),
         *(f"tests/{suite}/test_{op.package}.py" for suite in suites),
         *(f"csrc/{op.package}/{name}" for name in CSRC if "cuda" in op.backends),

@@ -46,9 +46,9 @@ class FrameIndex:
     run: Tensor
 
     def __init__(self, layout: tuple[tuple[int, ...], ...], buffer: Tensor) -> None:
-        self._layout, self._buffer = layout, plain(buffer)
+        self._layout, self.buffer = layout, plain(buffer)
         self.length, self.frames = layout[0][0], layout[2][0] - 1
-        for name, view in zip(self.FIELDS, index_buffer.views(layout, self._buffer), strict=True):
+        for name, view in zip(self.FIELDS, index_buffer.views(layout, self.buffer), strict=True):
             setattr(self, name, view)
 
     @classmethod
@@ -80,7 +80,7 @@ class FrameIndex:
             raise ValueError(f"{op}: rows must have one entry for each of {len(lengths)} lengths, got {len(rows)}")
         if sum(lengths) > MAX_INT:
             raise ValueError(f"{op}: lengths must sum to at most {MAX_INT}, got {sum(lengths)}")
-        return _compile(lengths, rows, _frames(op, rows, frames), device_of(op, device))
+        return compiled(lengths, rows, _frames(op, rows, frames), device_of(op, device))
 
     @classmethod
     def per_sample(cls, length: int, *, device: torch.device | str = "cpu") -> FrameIndex:
@@ -104,11 +104,11 @@ class FrameIndex:
         """
         op = "FrameIndex.from_tensor"
         rows = integers(op, "index", index)
-        return _compile((1,) * len(rows), rows, _frames(op, rows, frames), device_of(op, device))
+        return compiled((1,) * len(rows), rows, _frames(op, rows, frames), device_of(op, device))
 
     @property
     def device(self) -> torch.device:
-        return self._buffer.device
+        return self.buffer.device
 
     def tensors(self) -> list[Tensor]:
         """Everything a registered op reads, in the order of ``FIELDS``."""
@@ -123,10 +123,10 @@ class FrameIndex:
         device = device_of("FrameIndex.to", device)
         if device == self.device:
             return self
-        return FrameIndex(self._layout, self._buffer.to(device, non_blocking=non_blocking))
+        return FrameIndex(self._layout, self.buffer.to(device, non_blocking=non_blocking))
 
     def __reduce__(self) -> tuple:
-        return FrameIndex, (self._layout, self._buffer)
+        return FrameIndex, (self._layout, self.buffer)
 
     def __repr__(self) -> str:
         return (
@@ -152,14 +152,14 @@ def _run(row_of_token: np.ndarray, frames: int) -> int:
 
 def forget_frame_indices() -> None:
     """Drop the indices that are cached, so that the next call builds its own: for measurements."""
-    _compile.cache_clear()
+    compiled.cache_clear()
 
 
 @lru_cache(maxsize=64)
 @host_side
-def _compile(lengths: tuple[int, ...], rows: tuple[int, ...], frames: int, device: torch.device) -> FrameIndex:
+def compiled(lengths: tuple[int, ...], rows: tuple[int, ...], frames: int, device: torch.device) -> FrameIndex:
     if device.type != "cpu":
-        return _compile(lengths, rows, frames, torch.device("cpu")).to(device)
+        return compiled(lengths, rows, frames, torch.device("cpu")).to(device)
     row_of_token = np.repeat(np.array(rows, np.int32), np.array(lengths, np.int64))
     # stretches of one row, whether one run or several that touch, each cut into segments
     starts = np.flatnonzero(np.diff(row_of_token, prepend=-1))

@@ -45,13 +45,13 @@ def flags(gate: bool, norm: int, tables: bool) -> dict:
 
 def forward(D: int, dtype: str, y: bool = True, gate: bool = True, norm: int = ADAPTIVE, tables: bool = True):
     constants = {"BLOCK_D": config.block_d(D), "HAS_Y": y, "HAS_SHIFT_TABLE": tables and norm == ADAPTIVE}
-    kernel = kernel_triton._gate_residual_norm_fwd_kernel
+    kernel = kernel_triton.gate_residual_norm_fwd_kernel
     return build(kernel, D, dtype, config.forward_warps(D), constants | flags(gate, norm, tables))
 
 
 def backward(D: int, dtype: str, dr: bool = True, gate: bool = True, norm: int = ADAPTIVE, tables: bool = True):
     constants = {"BLOCK_D": config.block_d(D), "HAS_DR": dr}
-    kernel = kernel_triton._gate_residual_norm_bwd_kernel
+    kernel = kernel_triton.gate_residual_norm_bwd_kernel
     return build(kernel, D, dtype, config.backward_warps(D), constants | flags(gate, norm, tables))
 
 
@@ -82,7 +82,7 @@ def test_other_variants_do_not_spill(kernel, D, dtype, options):
 @pytest.mark.parametrize("norm", [NONE, ADAPTIVE])
 def test_second_pass_does_not_spill(norm):
     constants = {"BLOCK_N": config.SUM_SEGMENTS, "BLOCK_D": config.SUM_CHANNELS, "HAS_GATE": True, "NORM": norm}
-    assert build(kernel_triton._row_sums_kernel, 3072, "bf16", 4, constants).spill_bytes == 0
+    assert build(kernel_triton.row_sums_kernel, 3072, "bf16", 4, constants).spill_bytes == 0
 
 
 def launch_keys(index: FrameIndex, B: int, D: int) -> tuple[str, ...]:
@@ -104,7 +104,7 @@ def launch_keys(index: FrameIndex, B: int, D: int) -> tuple[str, ...]:
     x = torch.empty(B, S, D, dtype=torch.bfloat16)
     shift, scale, gate, *_ = torch.empty(B, F, 6, D).unbind(2)
     table = torch.empty(6, D)
-    names = ("_gate_residual_norm_fwd_kernel", "_gate_residual_norm_bwd_kernel", "_row_sums_kernel")
+    names = ("gate_residual_norm_fwd_kernel", "gate_residual_norm_bwd_kernel", "row_sums_kernel")
     with pytest.MonkeyPatch.context() as patch:
         for name in names:
             patch.setattr(kernel_triton, name, Launched(getattr(kernel_triton, name)))

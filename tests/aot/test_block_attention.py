@@ -11,9 +11,9 @@ from wam_kernels.plan import STEP_PART, tile_shape
 H100_SHARED = 232_448  # bytes that one block may use
 
 KERNELS = {
-    "forward": (kernel_triton._block_attention_fwd_kernel, config.forward),
-    "dq": (kernel_triton._block_attention_bwd_dq_kernel, config.dq),
-    "dkdv": (kernel_triton._block_attention_bwd_dkdv_kernel, config.dkdv),
+    "forward": (kernel_triton.block_attention_fwd_kernel, config.forward),
+    "dq": (kernel_triton.block_attention_bwd_dq_kernel, config.dq),
+    "dkdv": (kernel_triton.block_attention_bwd_dkdv_kernel, config.dkdv),
 }
 FLOAT32 = {"lse_ptr", "lse2_ptr", "dlse_ptr", "delta_ptr"}
 INDEX = {f"{name}_ptr" for name in ("tiles", "rows", "groups", "bounds", "full", "part")}

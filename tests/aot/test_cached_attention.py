@@ -30,9 +30,9 @@ def build(kernel, constants: dict, dtype: str, **options: int) -> Compiled:
 def build_part(rows: int, D: int, dtype: str) -> Compiled:
     torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
     launch = config.forward(rows, D, torch_dtype.itemsize)
-    constants = kernel_triton._constants(launch, D, torch_dtype)
+    constants = kernel_triton.launch_constants(launch, D, torch_dtype)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    built = build(kernel_triton._cached_attention_part_kernel, constants, dtype, **options)
+    built = build(kernel_triton.cached_attention_part_kernel, constants, dtype, **options)
     assert built.products and built.repeated == (), "several warps compute the same part of a product"
     return built
 
@@ -75,13 +75,13 @@ def test_largest_launch_fits_in_shared_memory():
 
 def test_combine_compiles_without_spills():
     constants = {"D": 128, "BLOCK_M": kernel_triton.COMBINE_ROWS, "BLOCK_D": 128}
-    kernel = kernel_triton._cached_attention_combine_kernel
+    kernel = kernel_triton.cached_attention_combine_kernel
     assert build(kernel, constants, "bf16", num_warps=4, num_stages=3).spill_bytes == 0
 
 
 def launch_key(q, cache, ranges, group_rows) -> str:
     """What Triton would look its compiled kernel up by, with the arguments that ``forward`` passes."""
-    kernel = kernel_triton._cached_attention_part_kernel
+    kernel = kernel_triton.cached_attention_part_kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
     (B, S, H, D), N, R = q.shape, cache.shape[1], ranges.shape[2]
     launch = config.forward(max(group_rows), D, q.itemsize)
@@ -89,7 +89,7 @@ def launch_key(q, cache, ranges, group_rows) -> str:
     _, specialization, options = bind(
         q, cache, cache, ranges, part, part, *q.stride()[:3], *cache.stride()[:3], *cache.stride()[:3],
         *group_rows, *[0] * (4 - len(group_rows)), B, S, N, H, len(group_rows), R, D**-0.5,
-        **kernel_triton._constants(launch, D, q.dtype),
+        **kernel_triton.launch_constants(launch, D, q.dtype),
         num_warps=launch.num_warps, num_stages=launch.num_stages, debug=False,
     )  # fmt: skip
     return str((specialization, sorted(options.items())))

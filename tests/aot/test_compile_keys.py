@@ -13,15 +13,15 @@ from wam_kernels.masks.systems import lingbot_va_train
 
 def launch_key(plan, B: int, H: int, D: int, side) -> str:
     """What Triton would look its compiled forward up by, with the arguments that ``forward`` passes."""
-    kernel = kernel_triton._block_attention_fwd_kernel
+    kernel = kernel_triton.block_attention_fwd_kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
     # real strides without real memory: only addresses and numbers take part
     q = torch.empty_strided((B, plan.length, H, D), (plan.length * H * D, H * D, D, 1), dtype=torch.bfloat16)
     lse = torch.empty(B, H, plan.length)
     launch = config.forward(D, q.itemsize, side.shape.rows)
-    _, constants = kernel_triton._constants(side.tensors(), side.shape.step, q, q, launch)
+    _, constants = kernel_triton.launch_constants(side.tensors(), side.shape.step, q, q, launch)
     _, specialization, options = bind(
-        q, q, q, q, lse, *side.tensors(), *kernel_triton._strides(q, q, q, q), plan.length, H, D**-0.5,
+        q, q, q, q, lse, *side.tensors(), *kernel_triton.strides_of(q, q, q, q), plan.length, H, D**-0.5,
         **constants, debug=False,
     )  # fmt: skip
     return str((specialization, sorted(options.items())))

@@ -12,8 +12,8 @@ from tests.aot.compile import Compiled, compile_sm90
 from wam_kernels.qk_norm_rope import kernel_triton
 
 KERNELS = {
-    "forward": kernel_triton._qk_norm_rope_fwd_kernel,
-    "backward": kernel_triton._qk_norm_rope_bwd_kernel,
+    "forward": kernel_triton.qk_norm_rope_fwd_kernel,
+    "backward": kernel_triton.qk_norm_rope_bwd_kernel,
 }
 FLOAT32 = {"table_ptr", "partials_ptr"}
 
@@ -22,7 +22,7 @@ def build(
     name: str, heads: int, D: int, per_head: bool, interleaved: bool, dtype: str, weight: str, has_v: bool
 ) -> Compiled:
     kernel = KERNELS[name]
-    constants = kernel_triton._constants(heads * D, D, per_head, interleaved)
+    constants = kernel_triton.launch_constants(heads * D, D, per_head, interleaved)
     num_warps = constants.pop("num_warps")
     if name == "forward":
         constants["HAS_V"] = has_v
@@ -62,12 +62,12 @@ def test_compiles_without_spills_and_with_wide_accesses(name, has_v, heads, D, p
 
 def forward_key(B: int, S: int, D: int, out: torch.Tensor, table_S: int) -> str:
     """What Triton would look its compiled forward up by, with the arguments that ``forward`` passes."""
-    kernel = kernel_triton._qk_norm_rope_fwd_kernel
+    kernel = kernel_triton.qk_norm_rope_fwd_kernel
     bind = create_function_from_signature(kernel.signature, kernel.params, make_backend(GPUTarget("cuda", 90, 32)))
     qkv = torch.empty(B, S, 3 * 24 * D, dtype=torch.bfloat16, device="meta")
     strides = [*qkv.stride()[:2] * 3, *out.stride()[:3] * 3]
     x, weight, table = torch.empty(8, dtype=torch.bfloat16), torch.empty(8), torch.empty(8)  # only addresses take part
-    constants = kernel_triton._constants(24 * D, D, False, True)
+    constants = kernel_triton.launch_constants(24 * D, D, False, True)
     tensors = x, x, x, weight, weight, table, x, x, x
     _, specialization, options = bind(*tensors, *strides, S, table_S, 1e-6, HAS_V=True, **constants, debug=False)
     return str((specialization, sorted(options.items())))

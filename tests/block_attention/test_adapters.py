@@ -16,7 +16,7 @@ from wam_kernels import (
     varlen_attention,
 )
 from wam_kernels.masks.ranges import MAX_COLUMNS
-from wam_kernels.plan.compile import _compile
+from wam_kernels.plan.compile import compiled
 
 
 def qkv(total_q: int, total_k: int, H: int = 4, kv_heads: int = 2, D: int = 16) -> list[torch.Tensor]:
@@ -55,10 +55,10 @@ def test_varlen_attention_at_the_edges(name):
 
 def test_varlen_attention_keeps_its_plan():
     q, k, v = qkv(26, 40)
-    _compile.cache_clear()
+    compiled.cache_clear()
     for _ in range(3):
         varlen_attention(q, k, v, Q_RANGES, K_RANGES)
-    assert _compile.cache_info().misses == 1
+    assert compiled.cache_info().misses == 1
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,6 @@ def test_refuses_what_the_kernel_does_not_take():
 def test_splits_depend_on_shapes_and_fill_the_machine():
     # LIBERO rollout: tiles of 64 over 128 video and 16 action rows, 24 heads, 2,160 cached slots and the chunk's own
     launch = config.forward(128, 128, 2)
-    assert launch.block_m == 64 and kernel_triton._constants(launch, 128, torch.bfloat16)["BLOCK_N"] == 64
+    assert launch.block_m == 64 and kernel_triton.launch_constants(launch, 128, torch.bfloat16)["BLOCK_N"] == 64
     assert config.splits(3 * 24, 2304) == 3
     assert config.splits(3 * 24, 255) == 1 and config.splits(16 * 24, 14_000) == 1 and config.splits(2, 14_000) == 54

@@ -13,7 +13,7 @@ from tests.geometries import geometries, libero, small
 from tests.golden_masks import load
 from wam_kernels import PROGRAMS, TileShape, compile_plan, dense_mask
 from wam_kernels.plan import Side
-from wam_kernels.plan.compile import _compile
+from wam_kernels.plan.compile import compiled
 from wam_kernels.plan.intervals import NOWHERE
 from wam_kernels.plan.side_rows import side_rows
 
@@ -111,7 +111,7 @@ def test_building_is_linear_in_length():
     def seconds(frames: int) -> float:
         geometry, best = libero(chunk_size=4, window=64, frames=frames), float("inf")
         for _ in range(5):
-            _compile.cache_clear()
+            compiled.cache_clear()
             start = time.perf_counter()
             compile_plan(geometry)
             best = min(best, time.perf_counter() - start)
@@ -124,7 +124,7 @@ def test_building_is_linear_in_length():
 def test_index_tensors_stay_small_and_aligned():
     plan = compile_plan(libero(chunk_size=4, window=64, frames=1388))
     assert plan.length == 99_936
-    assert plan._buffer.nbytes < 64 * plan.length  # bytes a token; a bool mask would be 100,000
+    assert plan.buffer.nbytes < 64 * plan.length  # bytes a token; a bool mask would be 100,000
     assert all(t.data_ptr() % 16 == 0 for t in plan.tensors() if t.numel())
 
 
@@ -139,13 +139,13 @@ def test_index_tensors_stay_small_and_aligned():
 def test_building_takes_less_memory_than_the_plan(samples):
     # fresh memory is much of what a plan costs; counted by tracemalloc, so nothing here depends on the machine
     compile_plan([samples])
-    _compile.cache_clear()
+    compiled.cache_clear()
     tracemalloc.start()
     plan = compile_plan([samples])
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert plan.length > 90_000
-    assert peak < 2 * plan._buffer.nbytes  # the plan itself, and less than as much beside it
+    assert peak < 2 * plan.buffer.nbytes  # the plan itself, and less than as much beside it
 
 
 def test_a_batch_of_padding_alone():
@@ -183,4 +183,4 @@ def test_moves_in_one_copy():
     assert plan.to("cpu") is plan
     moved = plan.to("meta")
     assert moved.device == torch.device("meta") and moved.length == plan.length
-    assert {t.untyped_storage()._cdata for t in moved.tensors()} == {moved._buffer.untyped_storage()._cdata}
+    assert {t.untyped_storage()._cdata for t in moved.tensors()} == {moved.buffer.untyped_storage()._cdata}

@@ -33,13 +33,13 @@ def h100(monkeypatch, tmp_path):
     """A machine that has one; returns a function that writes its file."""
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(tuning, "_name", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(tuning, "device_name", lambda: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr(tuning, "FOLDER", tmp_path)
-    tuning._choice.cache_clear()
-    tuning._warn.cache_clear()
+    tuning.recorded_choice.cache_clear()
+    tuning.warn_once.cache_clear()
     yield lambda text: (tmp_path / "nvidia-h100-80gb-hbm3.json").write_text(text)
-    tuning._choice.cache_clear()
-    tuning._warn.cache_clear()
+    tuning.recorded_choice.cache_clear()
+    tuning.warn_once.cache_clear()
 
 
 def choices(choice: object) -> str:

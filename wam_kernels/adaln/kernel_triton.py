@@ -54,7 +54,7 @@ def _normalise(row, in_d, eps, D: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_PER_CALL)
-def _gate_residual_norm_fwd_kernel(
+def gate_residual_norm_fwd_kernel(
     x_ptr, y_ptr, r_ptr, h_ptr, gate_ptr, shift_ptr, scale_ptr,
     gate_table_ptr, shift_table_ptr, scale_table_ptr, weight_ptr, bias_ptr, row_of_token_ptr,
     stride_x_b, stride_x_s, stride_y_b, stride_y_s, stride_r_b, stride_r_s,
@@ -94,7 +94,7 @@ def _gate_residual_norm_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=_PER_CALL)
-def _gate_residual_norm_bwd_kernel(
+def gate_residual_norm_bwd_kernel(
     dr_ptr, dh_ptr, r_ptr, y_ptr, dx_ptr, dy_ptr, gate_ptr, scale_ptr,
     gate_table_ptr, scale_table_ptr, weight_ptr, segments_ptr, partials_ptr,
     stride_dr_b, stride_dr_s, stride_dh_b, stride_dh_s, stride_r_b, stride_r_s, stride_y_b, stride_y_s,
@@ -166,7 +166,7 @@ def _sum_of_row(partials_ptr, row_segments_ptr, out_ptr, out_at, begin, end, str
 
 
 @triton.jit(do_not_specialize=_PER_CALL)
-def _row_sums_kernel(
+def row_sums_kernel(
     partials_ptr, dgate_ptr, dshift_ptr, dscale_ptr, row_begin_ptr, row_segments_ptr, N,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, HAS_GATE: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
@@ -189,7 +189,7 @@ def _row_sums_kernel(
         )
 
 
-def _strides(*tensors: Tensor | None) -> list[int]:
+def strides_of(*tensors: Tensor | None) -> list[int]:
     """Batch and token (or row) strides; an absent tensor has none."""
     return [n for t in tensors for n in ((0, 0) if t is None else t.stride()[:2])]
 
@@ -208,9 +208,9 @@ def forward(
     h = None if norm == NONE else x.new_empty(x.shape)
     if x.numel() == 0:
         return r, h
-    _gate_residual_norm_fwd_kernel[(S, B)](
+    gate_residual_norm_fwd_kernel[(S, B)](
         x, y, r, h, gate, shift, scale, gate_table, shift_table, scale_table, weight, bias, row_of_token,
-        *_strides(x, y, h if r is None else r, gate, shift, scale), eps,
+        *strides_of(x, y, h if r is None else r, gate, shift, scale), eps,
         D=D, BLOCK_D=config.block_d(D), HAS_Y=y is not None, HAS_GATE=gate is not None, NORM=norm.value,
         HAS_GATE_TABLE=gate_table is not None, HAS_SHIFT_TABLE=shift_table is not None,
         HAS_SCALE_TABLE=scale_table is not None, num_warps=config.forward_warps(D),
@@ -242,14 +242,14 @@ def backward(
     partials = like.new_empty((B, N, sums, D), dtype=torch.float32)
     flags = {"D": D, "HAS_GATE": gate is not None, "NORM": norm.value}
     if like.numel():
-        _gate_residual_norm_bwd_kernel[(N, B)](
+        gate_residual_norm_bwd_kernel[(N, B)](
             dr, dh, r, y, dx, dy, gate, scale, gate_table, scale_table, weight, segments, partials,
-            *_strides(dr, dh, r, y, dy if dx is None else dx, gate, scale), N, eps,
+            *strides_of(dr, dh, r, y, dy if dx is None else dx, gate, scale), N, eps,
             BLOCK_D=config.block_d(D), HAS_DR=dr is not None, HAS_GATE_TABLE=gate_table is not None,
             HAS_SCALE_TABLE=scale_table is not None, **flags, num_warps=config.backward_warps(D),
         )  # fmt: skip
     if B * F:
-        _row_sums_kernel[(F, B, triton.cdiv(D, config.SUM_CHANNELS))](
+        row_sums_kernel[(F, B, triton.cdiv(D, config.SUM_CHANNELS))](
             partials, dgate, dshift, dscale, row_begin, row_segments, N,
             BLOCK_N=config.SUM_SEGMENTS, BLOCK_D=config.SUM_CHANNELS, **flags, num_warps=4,
         )  # fmt: skip

@@ -113,7 +113,7 @@ def _online_softmax(s, to_base2, m, total, acc, v, PRECISION: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_PER_CALL)
-def _block_attention_fwd_kernel(
+def block_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     tiles_ptr, rows_ptr, bounds_row_ptr, bounds_ptr, full_ptr, part_ptr,
     stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_s, stride_k_h,
@@ -176,7 +176,7 @@ def _block_attention_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=_PER_CALL)
-def _block_attention_bwd_dq_kernel(
+def block_attention_bwd_dq_kernel(
     dout_ptr, dlse_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, dq_ptr, delta_ptr, lse2_ptr,
     tiles_ptr, rows_ptr, bounds_row_ptr, bounds_ptr, full_ptr, part_ptr,
     stride_dout_b, stride_dout_s, stride_dout_h, stride_q_b, stride_q_s, stride_q_h,
@@ -252,7 +252,7 @@ def _block_attention_bwd_dq_kernel(
 
 
 @triton.jit(do_not_specialize=_PER_CALL)
-def _block_attention_bwd_dkdv_kernel(
+def block_attention_bwd_dkdv_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, lse2_ptr, delta_ptr, dk_ptr, dv_ptr,
     tiles_ptr, rows_ptr, bounds_row_ptr, bounds_ptr, full_ptr, part_ptr,
     stride_dout_b, stride_dout_s, stride_dout_h, stride_q_b, stride_q_s, stride_q_h,
@@ -344,7 +344,7 @@ def _block_attention_bwd_dkdv_kernel(
         tl.store(_row_pointers(dv_ptr + at, rows, stride_dk_s, d), dv, mask=is_row & in_d)
 
 
-def _constants(
+def launch_constants(
     side: list[Tensor], full_step: int, q: Tensor, k: Tensor, launch: config.Config
 ) -> tuple[int, dict[str, object]]:
     """Programs of the grid's first axis, and what a launch is compiled for."""
@@ -367,7 +367,7 @@ def _constants(
     }
 
 
-def _strides(*tensors: Tensor) -> list[int]:
+def strides_of(*tensors: Tensor) -> list[int]:
     return [n for t in tensors for n in t.stride()[:3]]
 
 
@@ -382,9 +382,9 @@ def forward(
         return out, lse
     check_grid("block_attention", B=B if shared else 1, H=H)
     launch = config.forward(D, q.itemsize, queries[1].shape[1])
-    programs, constants = _constants(queries, full_step, q, k, launch)
-    _block_attention_fwd_kernel[(programs, H, B if shared else 1)](
-        q, k, v, out, lse, *queries, *_strides(q, k, v, out), S, H, scale, **constants
+    programs, constants = launch_constants(queries, full_step, q, k, launch)
+    block_attention_fwd_kernel[(programs, H, B if shared else 1)](
+        q, k, v, out, lse, *queries, *strides_of(q, k, v, out), S, H, scale, **constants
     )
     return out, lse
 
@@ -401,16 +401,16 @@ def backward(
     dq, dk, dv = (t.new_empty(t.shape) for t in (q, k, v))
     delta, lse2 = torch.empty_like(lse), torch.empty_like(lse)
     launch = config.dq(D, q.itemsize, queries[1].shape[1])
-    programs, constants = _constants(queries, full_step, q, k, launch)
-    _block_attention_bwd_dq_kernel[(programs, H, B if shared else 1)](
-        dout, dlse, q, k, v, out, lse, dq, delta, lse2, *queries, *_strides(dout, q, k, v, out), S, H, scale,
+    programs, constants = launch_constants(queries, full_step, q, k, launch)
+    block_attention_bwd_dq_kernel[(programs, H, B if shared else 1)](
+        dout, dlse, q, k, v, out, lse, dq, delta, lse2, *queries, *strides_of(dout, q, k, v, out), S, H, scale,
         **constants,
     )  # fmt: skip
     launch = config.dkdv(D, q.itemsize, keys[1].shape[1])
-    programs, constants = _constants(keys, full_step, q, k, launch)
+    programs, constants = launch_constants(keys, full_step, q, k, launch)
     for outputs in config.dkdv_launches(D, q.itemsize):
-        _block_attention_bwd_dkdv_kernel[(programs, k.shape[2], B if shared else 1)](
-            dout, q, k, v, lse2, delta, dk, dv, *keys, *_strides(dout, q, k, v, dk), S, H, scale,
+        block_attention_bwd_dkdv_kernel[(programs, k.shape[2], B if shared else 1)](
+            dout, q, k, v, lse2, delta, dk, dv, *keys, *strides_of(dout, q, k, v, dk), S, H, scale,
             **constants, **outputs,
         )  # fmt: skip
     return dq, dk, dv

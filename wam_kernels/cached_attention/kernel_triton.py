@@ -84,7 +84,7 @@ def _step(
 
 
 @triton.jit(do_not_specialize=_PER_CALL)
-def _cached_attention_part_kernel(
+def cached_attention_part_kernel(
     q_ptr, k_ptr, v_ptr, ranges_ptr, out_part_ptr, lse_part_ptr,
     stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_n, stride_k_h, stride_v_b, stride_v_n, stride_v_h,
     rows_0, rows_1, rows_2, rows_3, B, S, N, H, G, R, scale,
@@ -148,7 +148,7 @@ def _cached_attention_part_kernel(
 
 
 @triton.jit(do_not_specialize=["B", "S", "H", "parts"])
-def _cached_attention_combine_kernel(
+def cached_attention_combine_kernel(
     out_part_ptr, lse_part_ptr, out_ptr, lse_ptr, B, S, H, parts,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -199,20 +199,20 @@ def forward(
     parts = config.splits(tiles * B * H, N)
     out_part = q.new_empty((parts, B, H, S, D), dtype=torch.float32)
     lse_part = q.new_empty((parts, B, H, S), dtype=torch.float32)
-    _cached_attention_part_kernel[(tiles, B * H, parts)](
+    cached_attention_part_kernel[(tiles, B * H, parts)](
         q, k_cache, v_cache, ranges, out_part, lse_part,
         *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
         *group_rows, *[0] * (config.MAX_GROUPS - G), B, S, N, H, G, R, scale,
-        **_constants(launch, D, q.dtype), num_warps=launch.num_warps, num_stages=launch.num_stages,
+        **launch_constants(launch, D, q.dtype), num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
-    _cached_attention_combine_kernel[(triton.cdiv(S, COMBINE_ROWS), B * H)](
+    cached_attention_combine_kernel[(triton.cdiv(S, COMBINE_ROWS), B * H)](
         out_part, lse_part, out, lse, B, S, H, parts,
         D=D, BLOCK_M=COMBINE_ROWS, BLOCK_D=config.block_d(D), num_warps=4,
     )  # fmt: skip
     return out, lse
 
 
-def _constants(launch: config.Config, D: int, dtype: torch.dtype) -> dict[str, object]:
+def launch_constants(launch: config.Config, D: int, dtype: torch.dtype) -> dict[str, object]:
     return {
         "D": D,
         "BLOCK_M": launch.block_m,

@@ -86,8 +86,8 @@ class Boxes:
     """Both sides of a plan as boxes: ``queries`` for the forward and dq, ``keys`` for dk and dv. Immutable."""
 
     def __init__(self, layout: index_buffer.Layout, buffer: Tensor) -> None:
-        self._layout, self._buffer = layout, plain(buffer)
-        views, n = index_buffer.views(layout, self._buffer), len(BoxSide.FIELDS)
+        self._layout, self.buffer = layout, plain(buffer)
+        views, n = index_buffer.views(layout, self.buffer), len(BoxSide.FIELDS)
         self.queries, self.keys = BoxSide(views[:n]), BoxSide(views[n:])
 
     def tensors(self) -> list[Tensor]:
@@ -96,10 +96,10 @@ class Boxes:
     @host_side
     def to(self, device: torch.device, non_blocking: bool = False) -> Boxes:
         """The same boxes on another device, in one copy."""
-        return Boxes(self._layout, self._buffer.to(device, non_blocking=non_blocking))
+        return Boxes(self._layout, self.buffer.to(device, non_blocking=non_blocking))
 
     def __reduce__(self) -> tuple:
-        return Boxes, (self._layout, self._buffer)
+        return Boxes, (self._layout, self.buffer)
 
 
 @lru_cache(maxsize=64)

@@ -104,7 +104,7 @@ def compile_plan(
         raise TypeError(f"compile_plan: tile must be a TileShape, got {type(tile).__name__}")
     # what is tuned for this GPU is known as soon as CUDA runs, so plans from before are others
     tuned_tiles = tile is None and torch.cuda.is_initialized()
-    return _compile(packed, (length, key_length), tile, tuned_tiles, device_of("compile_plan", device))
+    return compiled(packed, (length, key_length), tile, tuned_tiles, device_of("compile_plan", device))
 
 
 def _listed(samples: Any) -> tuple:
@@ -117,16 +117,16 @@ def _listed(samples: Any) -> tuple:
 
 def forget_plans() -> None:
     """Drop the plans that are cached, so that the next call builds its plan: for measurements."""
-    _compile.cache_clear()
+    compiled.cache_clear()
 
 
 @lru_cache(maxsize=64)
 @host_side
-def _compile(
+def compiled(
     packed: tuple, lengths: tuple[int, int], tile: TileShape | None, tuned_tiles: bool, device: torch.device
 ) -> Plan:
     if device.type != "cpu":
-        return _compile(packed, lengths, tile, tuned_tiles, torch.device("cpu")).to(device)
+        return compiled(packed, lengths, tile, tuned_tiles, torch.device("cpu")).to(device)
     placement = place(packed, lengths)
     queries, keys = side_rows(placement.samples)
     lo, hi = queries.bounds

@@ -80,15 +80,15 @@ class Plan:
         self.batch = len(batch_geometries)
         self.length, self.key_length = lengths
         self.visible_pairs = visible_pairs
-        self._shapes, self._layout, self._buffer = shapes, layout, plain(buffer)
-        n, views = len(Side.FIELDS), index_buffer.views(layout, self._buffer)
+        self._shapes, self._layout, self.buffer = shapes, layout, plain(buffer)
+        n, views = len(Side.FIELDS), index_buffer.views(layout, self.buffer)
         self.queries, self.keys = Side(shapes[0], views[:n]), Side(shapes[1], views[n : 2 * n])
         self.runs = views[2 * n]
         self._boxes: Boxes | None = None
 
     @property
     def device(self) -> torch.device:
-        return self._buffer.device
+        return self.buffer.device
 
     @property
     def efficiency(self) -> float:
@@ -143,7 +143,7 @@ class Plan:
     ]:
         """What it is made of."""
         lengths = (self.length, self.key_length)
-        return self.geometries, lengths, self.visible_pairs, self._shapes, self._layout, self._buffer
+        return self.geometries, lengths, self.visible_pairs, self._shapes, self._layout, self.buffer
 
     def __reduce__(self) -> tuple:
         return Plan, self._parts()

@@ -108,7 +108,7 @@ def _mean(x, H: tl.constexpr, D: tl.constexpr, PER_HEAD: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=_PER_CALL)
-def _qk_norm_rope_fwd_kernel(
+def qk_norm_rope_fwd_kernel(
     q_ptr, k_ptr, v_ptr, weight_q_ptr, weight_k_ptr, table_ptr, q_out_ptr, k_out_ptr, v_out_ptr,
     stride_q_b, stride_q_s, stride_k_b, stride_k_s, stride_v_b, stride_v_s,
     stride_q_out_b, stride_q_out_s, stride_q_out_h, stride_k_out_b, stride_k_out_s, stride_k_out_h,
@@ -146,7 +146,7 @@ def _qk_norm_rope_fwd_kernel(
 
 
 @triton.jit(do_not_specialize=_PER_CALL)
-def _qk_norm_rope_bwd_kernel(
+def qk_norm_rope_bwd_kernel(
     dq_out_ptr, dk_out_ptr, q_ptr, k_ptr, weight_q_ptr, weight_k_ptr, table_ptr, dq_ptr, dk_ptr, partials_ptr,
     stride_dq_out_b, stride_dq_out_s, stride_dq_out_h, stride_dk_out_b, stride_dk_out_s, stride_dk_out_h,
     stride_q_b, stride_q_s, stride_k_b, stride_k_s,
@@ -199,7 +199,7 @@ def _qk_norm_rope_bwd_kernel(
 
 
 @triton.jit(do_not_specialize=_PER_CALL)
-def _sum_partials_kernel(
+def sum_partials_kernel(
     partials_ptr, dweight_q_ptr, dweight_k_ptr, programs,
     W: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
@@ -223,7 +223,7 @@ def _table_S(table: Tensor) -> int:
     return table.shape[1] if table.ndim == 4 else 0
 
 
-def _constants(inner: int, head_dim: int, per_head: bool, interleaved: bool) -> dict[str, object]:
+def launch_constants(inner: int, head_dim: int, per_head: bool, interleaved: bool) -> dict[str, object]:
     H = inner // head_dim
     launch = config.launch(H, head_dim)
     return {
@@ -246,11 +246,11 @@ def forward(
     # the kernel without v reads nothing of what stands in for it
     if v is None or v_out is None:
         v, v_out = q, q_out
-    _qk_norm_rope_fwd_kernel[(B * S, 2 + has_v)](
+    qk_norm_rope_fwd_kernel[(B * S, 2 + has_v)](
         q, k, v, weight_q, weight_k, table, q_out, k_out, v_out,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         *q_out.stride()[:3], *k_out.stride()[:3], *v_out.stride()[:3],
-        S, _table_S(table), eps, HAS_V=has_v, **_constants(inner, head_dim, per_head, interleaved),
+        S, _table_S(table), eps, HAS_V=has_v, **launch_constants(inner, head_dim, per_head, interleaved),
     )  # fmt: skip
 
 
@@ -269,12 +269,12 @@ def backward(
     per_program = triton.cdiv(tokens, config.PROGRAMS)
     programs = triton.cdiv(tokens, per_program)
     partials = q.new_empty((2, programs, width), dtype=torch.float32)
-    _qk_norm_rope_bwd_kernel[(programs, 2)](
+    qk_norm_rope_bwd_kernel[(programs, 2)](
         dq_out, dk_out, q, k, weight_q, weight_k, table, dq, dk, partials,
         *dq_out.stride()[:3], *dk_out.stride()[:3], *q.stride()[:2], *k.stride()[:2],
-        S, _table_S(table), tokens, per_program, eps, **_constants(inner, head_dim, per_head, interleaved),
+        S, _table_S(table), tokens, per_program, eps, **launch_constants(inner, head_dim, per_head, interleaved),
     )  # fmt: skip
-    _sum_partials_kernel[(triton.cdiv(width, config.REDUCE_COLUMNS), 2)](
+    sum_partials_kernel[(triton.cdiv(width, config.REDUCE_COLUMNS), 2)](
         partials, dweight_q, dweight_k, programs,
         W=width, BLOCK_N=config.REDUCE_ROWS, BLOCK_W=config.REDUCE_COLUMNS,
     )  # fmt: skip

@@ -15,7 +15,7 @@ from ..ops import Op
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_MODULES = {"cpu": ".cpu", "triton": ".kernel_triton", "cuda": ".kernel_cuda"}
+MODULES = {"cpu": ".cpu", "triton": ".kernel_triton", "cuda": ".kernel_cuda"}
 
 
 def launchers(package: str, impl: str) -> ModuleType:
@@ -23,7 +23,7 @@ def launchers(package: str, impl: str) -> ModuleType:
 
     Triton and the compiled extension are optional.
     """
-    return import_module(_MODULES[impl], package)
+    return import_module(MODULES[impl], package)
 
 
 def select_backend(

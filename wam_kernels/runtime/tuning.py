@@ -62,8 +62,8 @@ def tuned(op: str) -> Callable[[Callable], Callable]:
                 return default
             bound = signature.bind(*args, **kwargs)
             bound.apply_defaults()
-            found = _choice(op, key_of(**bound.arguments), torch.cuda.current_device())
-            return default if found is None else _over(default, found, f"{op} in {path_of(_name())}")
+            found = recorded_choice(op, key_of(**bound.arguments), torch.cuda.current_device())
+            return default if found is None else _over(default, found, f"{op} in {path_of(device_name())}")
 
         TUNABLE[op] = options
         return options
@@ -83,32 +83,32 @@ def trying(op: str, choice: object) -> Iterator[None]:
 
 def reload() -> None:
     """Forget what was read: the file has changed."""
-    _choice.cache_clear()
+    recorded_choice.cache_clear()
 
 
-def _name() -> str:
+def device_name() -> str:
     return torch.cuda.get_device_name()
 
 
 @cache
-def _choice(op: str, key: str, device: int) -> object | None:
+def recorded_choice(op: str, key: str, device: int) -> object | None:
     """The recorded choice; None where the default was measured to be best, or, with one warning, where nothing was."""
-    path, name = path_of(_name()), _name()
+    path, name = path_of(device_name()), device_name()
     try:
         found = json.loads(path.read_text())["choices"].get(op, {}).get(key)
         if found is not None:
             return found["choice"]
     except FileNotFoundError:
-        _warn(f"no tuned launch choices for {name!r} ({path} is not there); defaults are used")
+        warn_once(f"no tuned launch choices for {name!r} ({path} is not there); defaults are used")
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} must hold launch choices, got {error!r}; write it with `wam bench tune`") from None
-    _warn(f"no tuned launch choice for {op} with {key} on {name!r}; its default is used")
+    warn_once(f"no tuned launch choice for {op} with {key} on {name!r}; its default is used")
     return None
 
 
 @cache
-def _warn(message: str) -> None:
+def warn_once(message: str) -> None:
     warnings.warn(f"wam_kernels: {message}. `wam bench tune` in a clone measures and records them", stacklevel=5)
 
 
