@@ -15,7 +15,7 @@ PACKAGE := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*
 
 help:
 	@echo "make demo       set up .venv and run the demo"
-	@echo "make lint       set up .venv and check Python with ruff and mypy, csrc with clang-format"
+	@echo "make lint       set up .venv and check Python with ruff, mypy and tools/lint.py, csrc with clang-format"
 	@echo "make test       set up .venv and run the whole test suite"
 	@echo "make test-slow  set up .venv and run the tests that take long, which make test leaves out"
 	@echo "make bench      set up .venv and time every op on one CPU thread beside the saved baseline"
@@ -28,6 +28,7 @@ lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m tools.lint
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*/*.c* csrc/*/*.h tests/csrc/*.c*)
 
 # Two processes: Triton's interpreter, switched on at import by TRITON_INTERPRET=1, and its compiler do not share one.

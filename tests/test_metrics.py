@@ -26,7 +26,7 @@ def test_a_tree_is_measured(tmp_path):
         "wam_models/a.py": "from . import b\nfrom wam_kernels.masks import _y",
         "wam_models/b.py": "def f():\n" + "    x = 1\n" * 90,
         "csrc/k.cuh": "void k(int a) {\n  f();\n}\n",
-        "tests/test_k.py": "import qk_norm_rope  # an arm",
+        "tests/test_k.py": "import qk_norm_rope  # a door",
     }
     for path, text in files.items():
         (tmp_path / path).parent.mkdir(exist_ok=True)

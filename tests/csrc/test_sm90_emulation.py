@@ -62,9 +62,9 @@ def test_rows_outside_of_a_tensor_are_zeros(products):
 def test_a_fault_shows(products, number, name):
     """In every order of threads, or as numbers that are not there in at least one."""
     results = [products(number, seed) for seed in range(6)]
-    said = FAULTS[name]
-    if said is not None:
-        assert all(error is not None and said in error for *_, error in results), [r[-1] for r in results]
+    printed = FAULTS[name]
+    if printed is not None:
+        assert all(error is not None and printed in error for *_, error in results), [r[-1] for r in results]
     elif name == "nobody waits":  # unless the copy is done at once
         assert any(error is not None and "copies are under way at the end" in error for *_, error in results)
     else:
