@@ -16,7 +16,7 @@ KERNELS = {
     "dkdv": (kernel_triton.block_attention_bwd_dkdv_kernel, config.dkdv),
 }
 FLOAT32 = {"lse_ptr", "lse2_ptr", "dlse_ptr", "delta_ptr"}
-INDEX = {f"{name}_ptr" for name in ("tiles", "rows", "groups", "bounds", "full", "part")}
+INDEX = {f"{name}_ptr" for name in ("tiles", "rows", "bounds_row", "bounds", "full", "part")}
 LONG, SHORT = ({"forward": t.rows, "dq": t.rows, "dkdv": t.key_rows or t.rows} for t in map(tile_shape, (True, False)))
 
 
