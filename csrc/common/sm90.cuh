@@ -78,10 +78,10 @@ struct Wgmma {
   static constexpr bool kHalf = std::is_same_v<T, __half>;
   template <bool kTransposed>
   static void registers(float (&sums)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-    emu::issue({N, kHalf, kTransposed, true, accumulate, 0, b, 0, 0, {}, {}}, sums, a);
+    emu::issue({N, kHalf, kTransposed, true, accumulate, 0, b, 0, {}, {}, {}}, sums, a);
   }
   static void shared(float (&sums)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
-    emu::issue({N, kHalf, false, false, accumulate, a, b, 0, 0, {}, {}}, sums, nullptr);
+    emu::issue({N, kHalf, false, false, accumulate, a, b, 0, {}, {}, {}}, sums, nullptr);
   }
 };
 

@@ -52,7 +52,7 @@ struct Order {
   unsigned seed = 1;
   double chance = 0.02;          // before every turn of a thread, to run one operation that is under way
   Prefer prefer = Prefer::kAny;  // kProducts: products at once and copies as late as can be; kCopies: the other way
-  bool by_priority = false;      // some warps run far ahead of others, for a while
+  bool by_priority = false;      // some warps run far ahead of others, for a while, and so do their rows of a product
 };
 
 struct Thread {
@@ -79,12 +79,12 @@ struct Copy {
 };
 using CopyPointer = std::shared_ptr<Copy>;
 
-// One wgmma instruction, complete when all 128 threads have issued it.
+// One wgmma instruction: 16 rows for each of the four warps.
 struct Product {
   int columns;
   bool half, transposed, a_in_registers, accumulate;
-  uint64_t a, b;  // descriptors
-  int group, arrived = 0;
+  uint64_t a, b;               // descriptors
+  int group, arrived[4] = {};  // threads of each warp that have issued it
   float* sums[kWarpgroup];
   const uint32_t* fragments[kWarpgroup];
 };
@@ -97,7 +97,7 @@ struct Shadow {
 
 struct Warpgroup {
   std::deque<Product> products;
-  std::size_t done = 0;  // of them
+  std::size_t done[4] = {};  // of them, by each warp
   int issued[kWarpgroup] = {}, group[kWarpgroup] = {};
   bool fenced[kWarpgroup] = {};
   std::unordered_map<float*, Shadow> shadow[kWarpgroup];
@@ -296,21 +296,19 @@ inline void read_operand(uint64_t descriptor, bool transposed, bool half, int ro
 inline int row_of(int thread, int i) { return thread / 32 * 16 + thread % 32 / 4 + i / 2 % 2 * 8; }
 inline int column_of(int thread, int i) { return i / 4 * 8 + thread % 4 * 2 + i % 2; }
 
-inline void run(Warpgroup& w, Product& p) {
+// The rows of warps [begin, end) of a product.
+inline void run(Warpgroup& w, Product& p, int begin, int end) {
   static float a[64][16], b[256][16];
   read_operand(p.b, p.transposed, p.half, p.columns, b);
-  if (p.a_in_registers) {
-    for (int t = 0; t < kWarpgroup; ++t) {
-      for (int i = 0; i < 8; ++i) {
-        const uint32_t two = p.fragments[t][i / 2];
-        const int row = row_of(t, i / 2 % 2 * 2), k = i / 4 * 8 + t % 4 * 2 + i % 2;
-        a[row][k] = number(static_cast<uint16_t>(two >> 16 * (i % 2)), p.half);
-      }
+  if (!p.a_in_registers) read_operand(p.a, false, p.half, 64, a);
+  for (int t = begin * kWarp; p.a_in_registers && t < end * kWarp; ++t) {
+    for (int i = 0; i < 8; ++i) {
+      const uint32_t two = p.fragments[t][i / 2];
+      const int row = row_of(t, i / 2 % 2 * 2), k = i / 4 * 8 + t % 4 * 2 + i % 2;
+      a[row][k] = number(static_cast<uint16_t>(two >> 16 * (i % 2)), p.half);
     }
-  } else {
-    read_operand(p.a, false, p.half, 64, a);
   }
-  for (int t = 0; t < kWarpgroup; ++t) {
+  for (int t = begin * kWarp; t < end * kWarp; ++t) {
     std::vector<float>& sums = w.shadow[t].at(p.sums[t]).sums;
     for (int i = 0; i < p.columns / 2; ++i) {
       const float *x = a[row_of(t, i)], *y = b[column_of(t, i)];
@@ -321,12 +319,18 @@ inline void run(Warpgroup& w, Product& p) {
   }
 }
 
-inline bool can_advance(const Warpgroup& w) {
-  return w.done < w.products.size() && w.products[w.done].arrived == kWarpgroup;
+// Whether a warp's rows of its next product can be computed; of a whole warpgroup, warp 0 is asked.
+inline bool can_advance(const Warpgroup& w, int warp) {
+  if (w.done[warp] == w.products.size()) return false;
+  const int (&arrived)[4] = w.products[w.done[warp]].arrived;
+  if (order.by_priority) return arrived[warp] == kWarp;
+  return warp == 0 && std::all_of(arrived, arrived + 4, [](int n) { return n == kWarp; });
 }
 
-inline void advance(Warpgroup& w) {
-  run(w, w.products[w.done++]);
+inline void advance(Warpgroup& w, int warp) {
+  const int end = order.by_priority ? warp + 1 : 4;
+  run(w, w.products[w.done[warp]], warp, end);
+  for (int i = warp; i < end; ++i) ++w.done[i];
   wake(w.waiting);
 }
 
@@ -352,7 +356,7 @@ inline void issue(const Product& mine, float* sums, const uint32_t* fragments) {
   found->second.last_group = w.group[t];
   p.sums[t] = sums;
   p.fragments[t] = fragments;
-  ++p.arrived;
+  ++p.arrived[t / kWarp];
 }
 
 inline void wait_groups(int pending) {
@@ -360,7 +364,7 @@ inline void wait_groups(int pending) {
   Warpgroup& w = warpgroups[current / kWarpgroup];
   const int covered = w.group[t] - 1 - pending;  // groups up to this one must be done
   const auto open = [&] {
-    for (std::size_t i = w.done; i < w.products.size(); ++i) {
+    for (std::size_t i = w.done[t / kWarp]; i < w.products.size(); ++i) {
       if (w.products[i].group <= covered) return true;
     }
     return false;
@@ -400,8 +404,8 @@ inline void take_registers(int wanted) {
 // Runs one operation that is under way; returns whether there was one.
 inline bool run_one(bool of_products, bool of_copies) {
   std::vector<int> can;
-  for (int i = 0; of_products && i < kThreads / kWarpgroup; ++i) {
-    if (can_advance(warpgroups[i])) can.push_back(i);
+  for (int i = 0; of_products && i < kWarps; ++i) {
+    if (can_advance(warpgroups[i / 4], i % 4)) can.push_back(i);
   }
   const std::size_t some = of_copies ? copies.size() : 0, all = some + can.size();
   if (all == 0) return false;
@@ -409,7 +413,7 @@ inline bool run_one(bool of_products, bool of_copies) {
   if (pick < some) {
     run(CopyPointer(copies[pick]));
   } else {
-    advance(warpgroups[can[pick - some]]);
+    advance(warpgroups[can[pick - some] / 4], can[pick - some] % 4);
   }
   return true;
 }

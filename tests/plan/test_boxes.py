@@ -77,7 +77,7 @@ def test_boxes_match_recorded_masks():
         np.testing.assert_array_equal(mask, recorded, err_msg=str(geometry))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(geometries())
 def test_boxes_match_the_predicate(geometry):
     check(geometry, length=geometry.length + 7)
@@ -112,7 +112,7 @@ def random_ranges(seed: int) -> Ranges:
     return Ranges.from_mask(mask)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**31))
 def test_rectangular_ranges_with_holes(seed):
     check(random_ranges(seed))

@@ -124,7 +124,12 @@ def compile_boxes(packed: tuple[tuple[Geometry | Ranges, ...], ...], lengths: tu
     programs = sum(isinstance(sample, Geometry) for sample in placement.samples)
     query_tiles = cut(queries, ROWS, programs)
     key_tiles = query_tiles if programs == len(placement.samples) else cut(keys, ROWS, programs)
-    sides = [_side(queries, query_tiles, placement, side=0), _side(keys, key_tiles, placement, side=1)]
+    # both sides in one go: small plans cost the number of array operations
+    steps = _steps(_joined(_distinct(queries, query_tiles), _distinct(keys, key_tiles)))
+    sides = [
+        _side(steps, query_tiles, placement, side=0, first_tile=0),
+        _side(steps, key_tiles, placement, side=1, first_tile=len(query_tiles.rows)),
+    ]
     return Boxes(*index_buffer.pack([array for side in sides for array in side]))
 
 
@@ -147,10 +152,27 @@ def _distinct(rows: SideRows, tiles: Tiles) -> Distinct:
     new[:, HALF] = real[:, HALF]
     tile, column = np.nonzero(new)
     first_row = starts(rows.of_sample).repeat(tiles.of_sample)  # of each tile's sample
-    lo, hi = rows.bounds.take(tiles.bounds_row[tile, column] + first_row[tile], axis=2).astype(np.int64)
+    bounds = rows.bounds.take(tiles.bounds_row[tile, column] + first_row[tile], axis=2).astype(np.int64)
+    lo, hi = np.maximum(bounds, 0)  # NOWHERE is below
     of_row = np.cumsum(new, axis=1, dtype=np.int32) - 1
     of_row[~real] = -1
     return Distinct(np.bincount(tile, minlength=n_tiles), tile, (column >= HALF).astype(np.int64), lo, hi, of_row)
+
+
+def _joined(queries: Distinct, keys: Distinct) -> Distinct:
+    """Both sides as one, the tiles of the keys behind those of the queries."""
+    columns = max(len(queries.lo), len(keys.lo))
+
+    def bounds(name: str) -> np.ndarray:
+        both = [getattr(side, name) for side in (queries, keys)]
+        return np.concatenate([np.pad(x, ((0, columns - len(x)), (0, 0))) for x in both], 1)
+
+    tile = np.concatenate([queries.tile, keys.tile + queries.of_tile.size])
+    joined = (
+        np.concatenate([getattr(side, name) for side in (queries, keys)]) for name in ("of_tile", "half", "of_row")
+    )
+    of_tile, half, of_row = joined
+    return Distinct(of_tile, tile, half, bounds("lo"), bounds("hi"), of_row)
 
 
 def _union(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -217,11 +239,13 @@ def _masked(rows: Distinct, pieces: Pieces) -> Masked:
     pairs = rows.of_tile[pieces.tile]
     pair_at = starts(pairs)
     which = expand(starts(rows.of_tile)[pieces.tile], pairs)
-    gap, shift = (BOX - pieces.length).repeat(pairs), (BOX - pieces.length - pieces.first).repeat(pairs)
-    bits = np.zeros(which.size, np.int64)
-    for lo, hi in zip(rows.lo, rows.hi, strict=True):
-        a, b = (np.minimum(np.maximum(x[which] + shift, gap), BOX) for x in (lo, hi))
-        bits |= (np.int64(1) << np.maximum(a, b)) - (np.int64(1) << a)
+    gap = (BOX - pieces.length).astype(np.int32)
+    shift, gap = (gap - pieces.first.astype(np.int32)).repeat(pairs), gap.repeat(pairs)
+    below = (np.uint64(1) << np.arange(BOX + 1, dtype=np.uint64)).astype(np.uint32) - np.uint32(1)  # bits below each
+    bits = np.zeros(which.size, np.uint32)
+    for lo, hi in zip(rows.lo.astype(np.int32), rows.hi.astype(np.int32), strict=True):
+        a, b = (np.minimum(np.maximum(x.take(which) + shift, gap), BOX) for x in (lo, hi))
+        bits |= below.take(np.maximum(a, b)) ^ below.take(a)
 
     # a box is of half 0 (kind 0), of both (1) or of half 1 (2)
     box_of_pair = np.arange(pairs.size).repeat(pairs)
@@ -243,7 +267,7 @@ def _masked(rows: Distinct, pieces: Pieces) -> Masked:
     first_pair = np.full(n_masked * PLACES, -1, np.int64)  # of the box in each place
     first_pair[place_of] = pair_at
     step_tile = np.arange(n_tiles).repeat(n_steps.sum(1))
-    words = _words(rows.of_row, step_tile, first_pair.reshape(-1, PLACES), _spread(bits.astype(np.uint32)))
+    words = _words(rows.of_row, step_tile, first_pair.reshape(-1, PLACES), _spread(bits))
     return Masked(n_steps, boxes.reshape(-1, PLACES), words)
 
 
@@ -286,20 +310,27 @@ def _words(of_row: np.ndarray, step_tile: np.ndarray, first_pair: np.ndarray, sp
     return words.view(np.complex128).ravel().take(at).view(np.uint32).reshape(-1, 2, THREADS)
 
 
-def _side(rows: SideRows, tiles: Tiles, placement: Placement, side: int) -> list[np.ndarray | Unwritten]:
-    """The arrays of a :class:`BoxSide` (0: queries, 1: keys): what the samples have, moved to where they lie."""
-    distinct = _distinct(rows, tiles)
-    pieces = _pieces(distinct)
-    masked = _masked(distinct, pieces)
-    n_tiles = distinct.of_tile.size
-    runs = np.bincount(pieces.full_tile, minlength=n_tiles)
-    first, count = np.zeros((2, n_tiles, max(1, int(runs.max(initial=0)))), np.int64)
+def _steps(rows: Distinct) -> tuple[Visits, Masked]:
+    """Full and masked steps of every tile."""
+    pieces = _pieces(rows)
+    runs = np.bincount(pieces.full_tile, minlength=rows.of_tile.size)
+    first, count = np.zeros((2, runs.size, max(1, int(runs.max(initial=0)))), np.int64)
     column = expand(np.zeros_like(runs), runs)
     first[pieces.full_tile, column], count[pieces.full_tile, column] = pieces.full_first, pieces.full_count
-    full = Visits.of(FULL, first, count)
+    return Visits.of(FULL, first, count), _masked(rows, pieces)
 
+
+def _side(
+    steps: tuple[Visits, Masked], tiles: Tiles, placement: Placement, side: int, first_tile: int
+) -> list[np.ndarray | Unwritten]:
+    """The arrays of a :class:`BoxSide` (0: queries, 1: keys): what the samples have, moved to where they lie.
+
+    ``first_tile``: of the side in ``steps``.
+    """
+    full, masked = steps
     order = np.lexsort((~placement.padding, placement.batch))
-    tile, counts = members(tiles.of_sample, placement.which[order])
+    own_tile, counts = members(tiles.of_sample, placement.which[order])
+    tile = own_tile + first_tile
     places = np.array([placement.batch, placement.first[side], placement.first[1 - side]])
     batch, own, other = places[:, order].repeat(counts, axis=1)
     n0, n_both, n1 = masked.n_steps[tile].T
@@ -318,7 +349,7 @@ def _side(rows: SideRows, tiles: Tiles, placement: Placement, side: int) -> list
 
     return [
         np.array([batch, full_at, masked_at, n0, n_full, n_both, n1, batch]).T[heavy],
-        Unwritten((tile.size, ROWS), lambda out: moved(tiles.rows, tile[heavy], own[heavy], -1, out)),
+        Unwritten((tile.size, ROWS), lambda out: moved(tiles.rows, own_tile[heavy], own[heavy], -1, out)),
         Unwritten((int(n_full.sum()),), lambda out: full.write(tile, other, full_at, out)),
         Unwritten((step.size, PLACES), write_boxes),
         Unwritten((step.size, 2, THREADS), write_words),
