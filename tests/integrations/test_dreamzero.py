@@ -79,9 +79,6 @@ def test_cached_inference():
     assert all(torch.equal(a, b) for a, b in zip(rollout(wan, 5), expected, strict=True))
 
 
-EMPTY_CACHES = [torch.zeros(2, 1, 0, 2, 16)] * 2
-
-
 @pytest.mark.parametrize(
     "call, message",
     [
