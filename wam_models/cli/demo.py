@@ -1,4 +1,4 @@
-"""``wam demo``: train a small model on real demonstrations, see how well it predicts, and leave pictures behind."""
+"""``wam demo``: train a small model and act with it; with ``--data``, see how well it predicts recorded ones."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from ..evaluate import Evaluation, evaluate, imagine, table
 from ..rollout.policy import Policy
 from ..runtime.files import new_file
 from ..runtime.threads import pick_threads, restores_threads
+from ..simulator.process import SimulatorFailure
 from ..train.config import TrainConfig
 from ..train.log import STREAMS, loss_ends
 from ..train.run_folder import RunFolder
@@ -45,14 +46,27 @@ def demo_training() -> TrainConfig:
 
 
 def run(args: argparse.Namespace) -> int:
-    """``wam demo``."""
-    if not args.data.is_dir():
-        raise UserError(
-            f"--data must be a data set in LeRobot v3 layout, but there is no folder {args.data}; the demo's own data "
-            "is not in the installed package: run wam demo in a clone of the repository, or pass --data DIR"
-        )
+    """``wam demo``: without ``--data`` in closed loop, see :mod:`.closed_loop_demo`."""
+    if args.data is None:
+        from .closed_loop_demo import DATA, make_closed_loop_demo
+
+        _check_folder(DATA)
+        try:
+            make_closed_loop_demo(args.out, DATA, seconds=args.seconds, seed=args.seed)
+        except SimulatorFailure as failure:
+            raise UserError(str(failure)) from failure
+        return 0
+    _check_folder(args.data)
     make_demo(args.out, args.data, camera=args.camera, seconds=args.seconds, seed=args.seed)
     return 0
+
+
+def _check_folder(data: Path) -> None:
+    if not data.is_dir():
+        raise UserError(
+            f"--data must be a data set in LeRobot v3 layout, but there is no folder {data}; the demo's own data "
+            "is not in the installed package: run wam demo in a clone of the repository, or pass --data DIR"
+        )
 
 
 @restores_threads

@@ -52,7 +52,7 @@ def positive_seconds(text: str) -> float:
 
 def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of what it writes")
-    parser.add_argument("--data", type=Path, default=Path("data/libero_demo"), help="data set to train on")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="train on it and predict it, in place of acting")
     parser.add_argument("--camera", metavar="FEATURE", help="of --data; needed only where it has several")
     parser.add_argument("--seconds", type=positive_seconds, default=180.0, help="time to train for")
     parser.add_argument("--seed", type=at_least(0), default=0)
@@ -146,7 +146,11 @@ def _mask(parser: argparse.ArgumentParser) -> None:
 
 # name -> (module with run(args), its flags, one line of help); without flags of ours, all that follows is args.rest
 COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None] | None, str]] = {
-    "demo": ("wam_models.cli.demo", _demo, "train a small model on the shipped data and roll it out"),
+    "demo": (
+        "wam_models.cli.demo",
+        _demo,
+        "train a small model, act with it in simulated tasks and compare what it imagines",
+    ),
     "train": ("wam_models.cli.train", _train, "train a model"),
     "rollout": ("wam_models.cli.rollout", _rollout, "denoise video and actions of one episode from a checkpoint"),
     "record": ("wam_models.cli.record", _record, "record demonstrations of a simulator's scripted expert"),
