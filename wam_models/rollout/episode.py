@@ -178,6 +178,7 @@ class Episode:
         self.ring = LatentRing(self.chunk, self.cache.frames)  # the same places as their keys
         self.forward = ChunkForward(model, self.layout, self.cache, self.chunk)
         self.solver = Solver(self.forward, config)
+        self._step = self.solver.step_number  # of a copy its own, as all that a copy writes to
         self._text_length = text.shape[1] if text.ndim == 3 else "L"
         self._moment = uuid.uuid4()
         self._stale = False  # the keys and values must be computed anew before they are read
