@@ -115,10 +115,6 @@ struct DqConsumer {
     k_columns = descriptor(s.k.data, kTokens * 128, 1024);
   }
 
-  __device__ __forceinline__ void release(uint64_t* free) {
-    if (lane == 0) barrier_arrive(free);
-  }
-
   __device__ __forceinline__ uint32_t first(uint64_t matrix) {
     return from_lane_0(static_cast<uint32_t>(matrix) + now.at * Products::kUnits);
   }
@@ -157,7 +153,7 @@ struct DqConsumer {
 
   __device__ __forceinline__ void finish_last() {
     wgmma_wait<0>();
-    if (some) release(&s.k.free[before.at]);
+    if (some) release(&s.k.free[before.at], lane);
     some = false;
   }
 
@@ -168,7 +164,7 @@ struct DqConsumer {
     barrier_wait(&s.v.full[now.at], now.phase);
     Products::rows(grads, dout, v_rows, first(v_rows));
     wgmma_wait<1>();  // the scores, and the last step's dq
-    if (some) release(&s.k.free[before.at]);
+    if (some) release(&s.k.free[before.at], lane);
     before = now;
     some = true;
     if (masked) {
@@ -183,7 +179,7 @@ struct DqConsumer {
     next.next();
     if (more) barrier_wait(&s.k.full[next.at], next.phase);
     wgmma_wait<0>();
-    release(&s.v.free[now.at]);
+    release(&s.v.free[now.at], lane);
 #pragma unroll
     for (int i = 0; i < kTokens / 2; ++i) grads[i] = scores[i] * (grads[i] - delta[i / 2 % 2]);
     pack_all<T>(packed, grads);
@@ -191,21 +187,8 @@ struct DqConsumer {
     now = next;
   }
 
-  // As in the forward.
   __device__ __forceinline__ void leave_out(int steps) {
-    if (lane == 0) {
-      Ring<kStages> at = now;
-#pragma unroll 1
-      for (int i = 0; i < steps; ++i) {
-        barrier_wait(&s.k.full[at.at], at.phase);
-        barrier_arrive(&s.k.free[at.at]);
-        barrier_wait(&s.v.full[at.at], at.phase);
-        barrier_arrive(&s.v.free[at.at]);
-        at.next();
-      }
-    }
-    sync_warp();
-    now.skip(steps);
+    block_attention_detail::leave_out(s.k, s.v, now, steps, lane);
   }
 
   __device__ __forceinline__ void tile(const Work& work) {
@@ -240,25 +223,14 @@ struct DqConsumer {
   }
 
   __device__ __forceinline__ void run() {
-    Ring<2> turn;
-    for (;;) {
-      const int work = read_work_by_warp(s.queue, turn, lane);
-      if (work == kNoWork) return;
-      tile(Work(work, p.side.tiles, p.heads, p.repeat));
-    }
+    consume(p, s.queue, p.heads, lane, [&](const Work& work) { tile(work); });
   }
 };
 
 template <int D, bool kKeys>
 __device__ __forceinline__ void produce_keys(const BackwardArguments& p, DqShared<D>& s) {
-  Producer<D, kTokens, DqShared<D>::kStages> producer{kKeys ? s.k : s.v, kKeys ? p.x : p.y, p.side};
-  Ring<2> turn;
-  for (;;) {
-    const int drawn = kKeys ? draw_work(s.queue, turn, p.counter, p.work) : read_work(s.queue, turn);
-    if (drawn == kNoWork) return;
-    const Work work(drawn, p.side.tiles, p.heads, p.repeat);
-    producer.tile(work.tile, work.head / p.group, work.batch);
-  }
+  produce<kKeys>(p, s.queue, p.heads, kKeys ? s.k : s.v, kKeys ? p.x : p.y,
+                 [&](auto& producer, const Work& work) { producer.tile(work.tile, work.head / p.group, work.batch); });
 }
 
 template <class T, int D>
@@ -284,7 +256,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1) dq_kernel(const __grid_const
 #endif
 }
 
-// ---- dk and dv
+// ---- dk and dv: its loops over work and steps are written out, not those of pipeline.cuh. It is short of registers:
+// with any of them it spills at D = 128.
 
 template <int D>
 struct DkdvShared {
@@ -386,7 +359,7 @@ struct DkdvConsumer {
     now.next();
   }
 
-  // As in the forward.
+  // As leave_out of pipeline.cuh, with the rows of the queries.
   __device__ __forceinline__ void leave_out(int steps) {
     if (lane == 0) {
       Ring<kStages> at = now;

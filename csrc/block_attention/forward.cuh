@@ -56,10 +56,6 @@ struct ForwardConsumer {
     v_matrix = descriptor(s.v.data, kFullTokens * 128, 1024);
   }
 
-  __device__ __forceinline__ void release(uint64_t* free) {
-    if (lane == 0) barrier_arrive(free);
-  }
-
   template <int N>
   __device__ __forceinline__ void issue_scores(float (&scores)[N / 2]) {
     const uint32_t first = from_lane_0(static_cast<uint32_t>(k_matrix) + at_k.at * kStageUnits);
@@ -149,7 +145,7 @@ struct ForwardConsumer {
     barrier_wait(&s.k.full[at_k.at], at_k.phase);
     issue_scores<N>(scores);
     wgmma_wait<0>();
-    release(&s.k.free[at_k.at]);
+    release(&s.k.free[at_k.at], lane);
     at_k.next();
     mask<N>(scores);
     softmax<N>(scores, shrink);
@@ -166,13 +162,13 @@ struct ForwardConsumer {
     barrier_wait(&s.v.full[at_v.at], at_v.phase);
     issue_values<kLast>();
     wgmma_wait<1>();
-    release(&s.k.free[at_k.at]);
+    release(&s.k.free[at_k.at], lane);
     at_k.next();
     mask<N>(scores);
     softmax<N>(scores, shrink);
     await_next_keys();
     wgmma_wait<0>();
-    release(&s.v.free[at_v.at]);
+    release(&s.v.free[at_v.at], lane);
     at_v.next();
     keep<N>(scores);
 #pragma unroll
@@ -201,22 +197,8 @@ struct ForwardConsumer {
     wgmma_wait<0>();
   }
 
-  // Steps of the other half alone: waited for, so that no barrier gets two phases ahead, and released. No product holds
-  // the lanes of a warp together here, so one lane does it: a lane that stays behind would miss a phase.
   __device__ __forceinline__ void leave_out(int steps) {
-    if (lane == 0) {
-      Ring<kStages> at = at_k;
-#pragma unroll 1
-      for (int i = 0; i < steps; ++i) {
-        barrier_wait(&s.k.full[at.at], at.phase);
-        barrier_arrive(&s.k.free[at.at]);
-        barrier_wait(&s.v.full[at.at], at.phase);
-        barrier_arrive(&s.v.free[at.at]);
-        at.next();
-      }
-    }
-    sync_warp();
-    at_k.skip(steps);
+    block_attention_detail::leave_out(s.k, s.v, at_k, steps, lane);
     at_v = at_k;
   }
 
@@ -271,7 +253,7 @@ struct ForwardConsumer {
       } else {
         last_values<kMaskedTokens>();
       }
-      release(&s.v.free[at_v.at]);
+      release(&s.v.free[at_v.at], lane);
       at_v.next();
     }
     leave_out(steps.skip_behind);
@@ -279,27 +261,16 @@ struct ForwardConsumer {
   }
 
   __device__ __forceinline__ void run() {
-    Ring<2> turn;
-    for (;;) {
-      const int work = read_work_by_warp(s.queue, turn, lane);
-      if (work == kNoWork) return;
-      tile(Work(work, p.side.tiles, p.heads, p.repeat));
-    }
+    consume(p, s.queue, p.heads, lane, [&](const Work& work) { tile(work); });
   }
 };
 
 // One thread for the keys, which also draws the work, and one for the values, each with a ring of its own: neither
 // waits for the other's stages, and 24 registers are enough.
 template <int D, bool kKeys>
-__device__ __forceinline__ void produce(const ForwardArguments& p, ForwardShared<D>& s) {
-  Producer<D, kFullTokens, ForwardShared<D>::kStages> producer{kKeys ? s.k : s.v, kKeys ? p.k : p.v, p.side};
-  Ring<2> turn;
-  for (;;) {
-    const int drawn = kKeys ? draw_work(s.queue, turn, p.counter, p.work) : read_work(s.queue, turn);
-    if (drawn == kNoWork) return;
-    const Work work(drawn, p.side.tiles, p.heads, p.repeat);
-    producer.tile(work.tile, work.head / p.group, work.batch);
-  }
+__device__ __forceinline__ void produce_keys(const ForwardArguments& p, ForwardShared<D>& s) {
+  produce<kKeys>(p, s.queue, p.heads, kKeys ? s.k : s.v, kKeys ? p.k : p.v,
+                 [&](auto& producer, const Work& work) { producer.tile(work.tile, work.head / p.group, work.batch); });
 }
 
 template <class T, int D>
@@ -316,8 +287,8 @@ __global__ void __launch_bounds__(kBlockThreads, 1) forward_kernel(const __grid_
   sync_block();
   if (thread < kWarpgroupThreads) {
     registers_give<kProducerRegisters>();
-    if (thread == 0) produce<D, true>(p, s);
-    if (thread == 32) produce<D, false>(p, s);
+    if (thread == 0) produce_keys<D, true>(p, s);
+    if (thread == 32) produce_keys<D, false>(p, s);
   } else {
     registers_take<kConsumerRegisters>();
     ForwardConsumer<T, D>(p, s).run();

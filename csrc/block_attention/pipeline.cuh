@@ -22,11 +22,6 @@ constexpr int kConsumerWarps = 8, kWarpgroupThreads = 128;
 constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 constexpr float kLog2e = 1.4426950408889634f;
 
-template <int N>
-struct Int {
-  static constexpr int value = N;
-};
-
 // A position in a ring of stages, with the parity of its turn.
 template <int kStages>
 struct Ring {
@@ -202,6 +197,56 @@ struct Producer {
     masked_steps(tile[2] + n0, tile[5] + tile[6], head, batch);
   }
 };
+
+// One of the two producer threads of a kernel: the first one (kFirst) also draws the work. `copies` gives the producer
+// a piece of work.
+template <bool kFirst, int kChannels, int kTokens, int kCount, class Arguments, class Copies>
+__device__ __forceinline__ void produce(const Arguments& p, Queue& queue, int heads,
+                                        Stages<kChannels, kTokens, kCount>& stages, const StreamMaps& maps,
+                                        Copies copies) {
+  Producer<kChannels, kTokens, kCount> producer{stages, maps, p.side};
+  Ring<2> turn;
+  for (;;) {
+    const int drawn = kFirst ? draw_work(queue, turn, p.counter, p.work) : read_work(queue, turn);
+    if (drawn == kNoWork) return;
+    copies(producer, Work(drawn, p.side.tiles, heads, p.repeat));
+  }
+}
+
+// The warps that take work: every piece of it.
+template <class Arguments, class Take>
+__device__ __forceinline__ void consume(const Arguments& p, Queue& queue, int heads, int lane, Take take) {
+  Ring<2> turn;
+  for (;;) {
+    const int drawn = read_work_by_warp(queue, turn, lane);
+    if (drawn == kNoWork) return;
+    take(Work(drawn, p.side.tiles, heads, p.repeat));
+  }
+}
+
+// A consumer warp has read a stage.
+__device__ __forceinline__ void release(uint64_t* free, int lane) {
+  if (lane == 0) barrier_arrive(free);
+}
+
+// Steps of the other half alone: waited for, so that no barrier gets two phases ahead, and released. No product holds
+// the lanes of a warp together here, so one lane does it: a lane that stays behind would miss a phase.
+template <class X, class Y>
+__device__ __forceinline__ void leave_out(X& x, Y& y, Ring<X::kStages>& now, int steps, int lane) {
+  if (lane == 0) {
+    Ring<X::kStages> at = now;
+#pragma unroll 1
+    for (int i = 0; i < steps; ++i) {
+      barrier_wait(&x.full[at.at], at.phase);
+      barrier_arrive(&x.free[at.at]);
+      barrier_wait(&y.full[at.at], at.phase);
+      barrier_arrive(&y.free[at.at]);
+      at.next();
+    }
+  }
+  sync_warp();
+  now.skip(steps);
+}
 
 // Fragments of 64 rows as the first operand of a product: columns of 16, two rows a thread. Channels beyond head_dim
 // and rows that are not there are zeros.
