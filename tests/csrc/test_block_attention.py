@@ -93,13 +93,25 @@ def test_long_windows_in_many_orders(machine, D, H, kv_heads, dtype):
     check(machine, plan, make_inputs(plan, 1, H, D, dtype, kv_heads=kv_heads), orders=4)
 
 
-@pytest.mark.slow
-@pytest.mark.xfail(
-    reason="chunk 4, 24 frames, D = 64: the largest error of dq is 3.2 times eager's, 3 allowed. In PyTorch, rounding "
-    "ds to bf16 alone gives 2.9; the budget needs a reference that rounds it"
+BUDGET_OF_DQ = pytest.mark.xfail(
+    strict=True,
+    reason="the largest error of dq is 3.2 times eager's, 3 allowed. In PyTorch, rounding ds to bf16 alone gives 2.9; "
+    "the budget needs a reference that rounds it",
 )
-@pytest.mark.parametrize("D, H, kv_heads", [(64, 3, 1), (128, 2, 1)])
-@pytest.mark.parametrize("chunk_size, frames", [(4, 24), (1, 12), (3, 17)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "chunk_size, frames, D, H, kv_heads",
+    [
+        pytest.param(4, 24, 64, 3, 1, marks=BUDGET_OF_DQ),
+        (4, 24, 128, 2, 1),
+        (1, 12, 64, 3, 1),
+        (1, 12, 128, 2, 1),
+        (3, 17, 64, 3, 1),
+        (3, 17, 128, 2, 1),
+    ],
+)
 def test_longer_windows_in_more_orders(machine, chunk_size, frames, D, H, kv_heads):
     plan = compile_plan(libero(chunk_size, 64, frames))
     check(machine, plan, make_inputs(plan, 1, H, D, BF16, kv_heads=kv_heads), orders=6)
