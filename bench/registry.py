@@ -173,8 +173,12 @@ for _suite in SUITES.values():
         GROUPS.setdefault(_suite.group, []).append(_suite.name)
 
 
+# rows of `wam bench --base REF --record`, which is no suite
+COMPARE = Section("This tree against another commit", ("base", "case", "instruction_ratio", "time_ratio", "spread"))
+
+
 def sections() -> dict[str, Section]:
-    return {name: suite.report for name, suite in SUITES.items()}
+    return {name: suite.report for name, suite in SUITES.items()} | {"compare": COMPARE}
 
 
 if __name__ == "__main__":

@@ -69,7 +69,9 @@ def test_figures(results, tmp_path):
 
 def test_the_committed_rows_render(tmp_path):
     rows = report.load(RESULTS)
-    assert "### Attention" in page.tables(rows, SECTIONS)
+    text = page.tables(rows, SECTIONS)
+    assert "### Attention" in text
+    assert "| e80e228 | test_frame_index_cold |" in text and "| e80e228 | test_cached_attention |" in text
 
 
 def test_nothing_to_report(tmp_path):
