@@ -389,8 +389,8 @@ def test_the_readme_picture_is_current(tmp_path):
     assert stored.stat().st_size < 200_000
 
 
-def test_the_rollout_of_the_readme_runs(demo, root):
-    text = (Path(__file__).parents[2] / "README.md").read_text()
+def test_the_rollout_of_the_usage_page_runs(demo, root):
+    text = (Path(__file__).parents[2] / "docs/usage.md").read_text()
     (block,) = (part for part in text.split("```python\n")[1:] if "RolloutEngine(" in part)
     code = block.split("```")[0].replace("runs/libero/checkpoint", str(demo[0] / "checkpoint"))
     names: dict = {}
