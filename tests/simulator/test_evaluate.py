@@ -100,6 +100,15 @@ def test_a_simulator_that_never_begins(trained, folder):
     assert [r.broken for r in found] == [True] * 3 + [False] * 2 and "no robot" in found[0].failure
 
 
+def test_simulators_are_made_seldom(trained, folder):
+    kind = "class {0}(Point):\n    def __init__(self):\n        super().__init__()\n"
+    kind += "        open('made', 'a').write('{0}')\n"
+    (folder / "counted.py").write_text("from point_simulator import Point\n" + kind.format("A") + kind.format("B"))
+    alternating = [Task(f"counted:{name}", i, i) for i in range(4) for name in "AB"]
+    assert len(results(trained[0], alternating, horizon=1, batch=1)) == 8
+    assert (folder / "made").read_text() == "AB" + "AB"  # to see what they are, and to play
+
+
 @pytest.mark.parametrize("k, n, low, high", [(0, 20, 0, 0.161), (20, 20, 0.839, 1), (31, 50, 0.482, 0.741)])
 def test_wilson(k, n, low, high):
     """Against the closed form's published values for 0/20 and 20/20, and another computation of 31/50."""

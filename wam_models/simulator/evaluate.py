@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -125,7 +126,7 @@ def evaluate(
     Args:
         policy: What acts.
         config: How it rolls out.
-        tasks: What is played; those of one simulator one after the other are cheapest.
+        tasks: What is played, in an order that has each process make few simulators.
         batch: Episodes at a time, each with a process of its own.
         horizon: Actions of an episode, in place of the simulator's own.
         timeout: Seconds within which a simulator must answer.
@@ -263,8 +264,12 @@ class _Batch:
         seconds: list[float],
     ) -> None:
         self.policy, self.config, self.described, self.processes = policy, config, described, processes
-        self.horizon, self.seconds, self.tasks = horizon, seconds, iter(tasks)
+        self.horizon, self.seconds = horizon, seconds
+        self.waiting: dict[str, deque[Task]] = {}  # simulator -> its episodes that have not begun
+        for task in tasks:
+            self.waiting.setdefault(task.simulator, deque()).append(task)
         self.playing: dict[int, _Playing] = {}  # row -> its episode
+        self.made: dict[int, str] = {}  # row -> the simulator that its process holds
 
     @torch.no_grad()
     def run(self) -> Iterator[EpisodeResult]:
@@ -322,7 +327,10 @@ class _Batch:
         waiting = list(rows)
         while waiting:
             begun = {}
-            for b, task in zip(waiting, self.tasks, strict=False):  # a row that is left over stays empty
+            for b in waiting:
+                task = self._next_task(b)
+                if task is None:  # the row stays empty
+                    continue
                 horizon = self.horizon or self.described[task.simulator].horizon
                 begun[b] = _Playing(task, horizon, self.processes[b])
                 self.processes[b].send("begin", task.simulator, task.seed)
@@ -332,6 +340,16 @@ class _Batch:
             waiting = [b for b, playing in begun.items() if playing.ended]
             for b in waiting:
                 yield begun[b].finished()
+
+    def _next_task(self, row: int) -> Task | None:
+        """Of the simulator that the row's process holds, since another costs a second; else of that with most left."""
+        left = {name: tasks for name, tasks in self.waiting.items() if tasks}
+        if not left:
+            return None
+        held = self.made.get(row)
+        name = held if held in left else max(left, key=lambda name: len(left[name]))
+        self.made[row] = name
+        return left[name].popleft()
 
     def _text(self, playings: Sequence[_Playing]) -> Tensor:
         return self.policy.text([self.described[p.result.simulator].instruction for p in playings])
