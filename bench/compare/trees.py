@@ -205,7 +205,7 @@ def running(tree: Path, scratch: Path, *, shim: Path | None = None) -> Iterator[
 
 
 def _accept(listener: Listener, process: subprocess.Popen, tree: Path, output: Path) -> Connection:
-    listener._listener._socket.settimeout(1.0)
+    listener._listener._socket.settimeout(1.0)  # type: ignore[attr-defined]  # what the standard library gives
     while True:
         try:
             return listener.accept()
@@ -241,7 +241,8 @@ def compare(base: Path, this: Path, *, rounds: int = ROUNDS, count: bool = True,
 
 
 def _timed(trees: tuple[Path, Path], scratch: Path, rounds: int, progress: bool) -> tuple[dict, list[str]]:
-    found, unmatched = {}, []
+    found: dict = {}
+    unmatched: list[str] = []
     with ExitStack() as stack:
         sides = [stack.enter_context(running(t, scratch / f"time{i}")) for i, t in enumerate(trees)]
         names = _common(sides, unmatched)

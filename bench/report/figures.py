@@ -91,7 +91,7 @@ def norms_figure(rows: Sequence[Row], where: str):
     shown = [r for r in rows if r.get("%_of_copy") is not None]
     if not shown:
         return None
-    bars = {}
+    bars: dict[tuple, Row] = {}
     for row in shown:
         op = row.get("op", row["file"])
         key = (op, row["what"], row["provider"])

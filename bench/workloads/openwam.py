@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,7 +84,7 @@ class Chunk:
         cursor = replace(state.cursor, current_start_frame=frames)
         self.before = replace(started, policy_state=replace(state, variant_state=past, cursor=cursor))
 
-    def _step(self, session) -> tuple[object, dict[str, Tensor]]:
+    def _step(self, session) -> tuple[Any, dict[str, Tensor]]:
         torch.manual_seed(0)
         with torch.no_grad():
             output = self.runner.infer_step(session=session, context=self.request, video_latents=self.frame)

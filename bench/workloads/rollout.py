@@ -92,12 +92,13 @@ def require_equal_chunks(
     """One chunk after two observed ones against the packed forward; in float64 where the model is bf16."""
     episode, text = make_episode(model, config, grid, 2 * config.chunk_size, seed)
     noise = noise_for(episode, grid, seed)
-    got = episode.propose(**noise)
+    got = episode.propose(video_noise=noise["video_noise"], action_noise=noise["action_noise"])
+    assert got.video is not None and got.action is not None  # want="both"
     truth_model, history = model, accepted_history(episode)
     if model.dtype == torch.bfloat16:
         truth_model = WorldActionModel(model.config).to(model.device, torch.float64).eval()
         truth_model.load_state_dict(model.state_dict())
-        history, text = tuple(t.double() for t in history), text.double()
+        history, text = (history[0].double(), history[1].double()), text.double()
     expected = packed_chunk(truth_model, config, history, episode.next_frame[0], text, noise)
     for name, a, b in zip(("video", "actions"), (got.video, got.action), expected, strict=True):
         require_equal(f"{name} of the {config.program} chunk", a, b, rtol)
