@@ -1,0 +1,151 @@
+"""Compulsory FLOPs and bytes of the ops, and the least time in which hardware of a data sheet can do them.
+
+Everything here is estimated, from formulas: nothing is measured and no tensor is made. FLOPs are those of matrix
+products, an addition and a multiplication counted apart; element-wise arithmetic (under 3 FLOPs a byte in the norms)
+takes less time than its bytes and is left out. Bytes are what must cross the memory's bus: every input once, every
+output once, nothing in between. The formulas are those of the ops' READMEs (section Roofline).
+
+PyTorch's ``FlopCounterMode`` counts matrix products alone. Importing this module tells it those of the registered
+attentions, over visible pairs; the norms have none, and like PyTorch's own element-wise operators count as 0 there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import block_attention as _defines_block_attention  # noqa: F401 - torch.ops.wam has the ops from then on
+from . import cached_attention as _defines_cached_attention  # noqa: F401
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """Rates of a data sheet, which no program reaches."""
+
+    flops: float  # a second, dense products in bf16 with float32 sums
+    bandwidth: float  # bytes a second, of the device's memory
+    source: str
+
+
+# by the name that the command line takes
+HARDWARE: Mapping[str, Hardware] = MappingProxyType(
+    {
+        "h100": Hardware(989e12, 3.35e12, "NVIDIA H100 SXM data sheet: 989 TFLOP/s dense bf16, 3.35 TB/s"),
+        "h200": Hardware(989e12, 4.8e12, "NVIDIA H200 SXM data sheet: 989 TFLOP/s dense bf16, 4.8 TB/s"),
+    }
+)
+
+
+def hardware(name: str) -> Hardware:
+    """A row of ``HARDWARE``.
+
+    Raises:
+        ValueError: an unknown name; the message has the known ones.
+    """
+    if name not in HARDWARE:
+        raise ValueError(f"hardware must be one of {tuple(HARDWARE)}, got {name!r}")
+    return HARDWARE[name]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What some work must compute and move, estimated."""
+
+    flops: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+
+    def __mul__(self, times: int) -> Cost:
+        return Cost(self.flops * times, self.bytes * times)
+
+    def ms(self, on: Hardware) -> float:
+        """The roofline: the larger of the times of arithmetic and of memory."""
+        return 1e3 * max(self.flops / on.flops, self.bytes / on.bandwidth)
+
+    def bound(self, on: Hardware) -> str:
+        """``"arithmetic"`` or ``"memory"``, whichever takes longer."""
+        return "arithmetic" if self.flops / on.flops > self.bytes / on.bandwidth else "memory"
+
+
+def linear(rows: int, width_in: int, width_out: int, itemsize: int) -> Cost:
+    """A linear map forward: its weights, input and output once each."""
+    return Cost(2 * rows * width_in * width_out, itemsize * (width_in * width_out + rows * (width_in + width_out)))
+
+
+def block_attention(
+    pairs: int, tokens: int, heads: int, head_dim: int, itemsize: int, *, backward: bool = False
+) -> Cost:
+    """Over ``pairs`` visible pairs of ``tokens`` tokens, both over the batch; as many key heads as query heads."""
+    tensors, sums = (8, 8) if backward else (4, 4)
+    flops = (10 if backward else 4) * heads * head_dim * pairs
+    return Cost(flops, tensors * tokens * heads * head_dim * itemsize + sums * tokens * heads)
+
+
+def cached_attention(pairs: int, queries: int, keys: int, heads: int, head_dim: int, itemsize: int) -> Cost:
+    """``queries`` rows over ``keys`` visible slots (of all row sets together), all over the batch."""
+    return Cost(4 * heads * head_dim * pairs, 2 * (keys + queries) * heads * head_dim * itemsize + 4 * queries * heads)
+
+
+def qk_norm_rope(tokens: int, heads: int, head_dim: int, itemsize: int, *, backward: bool = False) -> Cost:
+    """q and k of ``tokens`` tokens, and a float32 table row for each; no products."""
+    tensors = 6 if backward else 4
+    return Cost(0, tokens * (tensors * heads * head_dim * itemsize + 4 * head_dim))
+
+
+def ada_layer_norm(tokens: int, rows: int, width: int, itemsize: int, *, backward: bool = False) -> Cost:
+    """``tokens`` tokens with ``rows`` float32 rows of modulation, both over the batch; no products."""
+    return Cost(0, width * (3 * itemsize * tokens + 12 * rows if backward else 2 * itemsize * tokens + 8 * rows))
+
+
+def gate_residual_ada_layer_norm(tokens: int, rows: int, width: int, itemsize: int, *, backward: bool = False) -> Cost:
+    """As :func:`ada_layer_norm`, with gate and residual, adaptive."""
+    return Cost(0, width * (6 * itemsize * tokens + 20 * rows if backward else 4 * itemsize * tokens + 12 * rows))
+
+
+# ---- formulas of PyTorch's counter: get_raw, because visible pairs are in the index tensors ----
+
+
+def _pairs_of_plan(q: Tensor, runs: Tensor, shared: bool) -> int:
+    """From runs ``[N, 3 + 2 R]``: batch element, first and end query token, then first and end of each key range."""
+    rows = runs.long()
+    pairs = (rows[:, 2] - rows[:, 1]) * (rows[:, 4::2] - rows[:, 3::2]).clamp(min=0).sum(1)
+    return int(pairs.sum()) * (q.shape[0] if shared else 1)
+
+
+@register_flop_formula(torch.ops.wam.block_attention, get_raw=True)
+def _block_attention_flops(q: Tensor, k: Tensor, v: Tensor, *args, out_val=None, **kwargs) -> int:
+    # the plan's tensors end with its runs; then shared, step, scale, impl
+    runs, shared = args[-5:-3]
+    return 4 * q.shape[2] * q.shape[3] * _pairs_of_plan(q, runs, shared)
+
+
+@register_flop_formula(torch.ops.wam.block_attention_backward, get_raw=True)
+def _block_attention_backward_flops(dout: Tensor, dlse: Tensor, q: Tensor, *args, out_val=None, **kwargs) -> int:
+    runs, shared = args[-5:-3]
+    return 10 * q.shape[2] * q.shape[3] * _pairs_of_plan(q, runs, shared)
+
+
+@register_flop_formula(
+    [torch.ops.wam.block_attention_boxes, torch.ops.wam.block_attention_boxes_backward], get_raw=True
+)
+def _boxes_flops(*args, out_val=None, **kwargs) -> int:
+    raise NotImplementedError(
+        "FlopCounterMode: block_attention with impl='cuda' has no formula, because boxes do not hold their pairs; "
+        "count with another impl"
+    )
+
+
+@register_flop_formula(torch.ops.wam.cached_attention, get_raw=True)
+def _cached_attention_flops(
+    q: Tensor, k: Tensor, v: Tensor, ranges: Tensor, group_rows, *args, out_val=None, **kwargs
+) -> int:
+    visible = (ranges[..., 1] - ranges[..., 0]).long().clamp(min=0).sum((0, 2))
+    pairs = sum(rows * slots for rows, slots in zip(group_rows, visible.tolist(), strict=True))
+    return 4 * q.shape[2] * q.shape[3] * pairs
