@@ -173,6 +173,19 @@ def test_doctor_says_why_a_backend_is_missing(change, op, impl, missing):
     assert row.split()[2] == ("yes" if missing is None else "no")
 
 
+@pytest.mark.parametrize(
+    "gpus, row",
+    [
+        ((), "h100, 989 TFLOP/s"),
+        ((doctor.GPU("NVIDIA H200", (9, 0), 139.8),), "h200, 989 TFLOP/s in bf16, 4.80 TB/s"),
+        ((doctor.GPU("NVIDIA B300", (10, 3), 270.0),), "none is of this GPU; give --device-model, one of h100, h200"),
+    ],
+)
+def test_doctor_names_the_device_model_of_estimates(gpus, row):
+    (line,) = (row for row in doctor.report(dataclasses.replace(BARE, gpus=gpus)).splitlines() if "device model" in row)
+    assert row in line and ("there is no GPU here" in line) == (not gpus)
+
+
 def test_doctor_warns_of_a_crowded_machine():
     assert "warning" not in doctor.report(BARE)
     assert "warning" not in doctor.report(dataclasses.replace(BARE, cpu_threads=1, load=1.0))

@@ -1,4 +1,4 @@
-"""The roofline model against PyTorch's counter over real forwards, and against counts by hand."""
+"""The roofline model against PyTorch's counter over real forwards, against built models, and against counts by hand."""
 
 from dataclasses import replace
 
@@ -8,12 +8,17 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from wam_kernels import block_attention, cached_attention, compile_plan
-from wam_kernels.roofline import HARDWARE, Cost, hardware
+from wam_kernels.roofline import DEVICE_MODELS, Cost, device_model, device_model_of
 from wam_kernels.roofline import block_attention as attention_cost
-from wam_models import RolloutConfig, RolloutEngine, WorldActionModel
+from wam_models import RolloutConfig, RolloutEngine, WorldActionModel, cli
 from wam_models.config import golden_config
-from wam_models.estimate import Sizes, packed_forward, parameters, rollout_chunk
+from wam_models.estimate import PRESETS, Sizes, parameters, rollout_chunk, rollout_memory
+from wam_models.estimate.forward import block_matrices, optimizers, packed_forward
+from wam_models.estimate.memory import block_activations
 from wam_models.objectives import OBJECTIVES, geometry_for
+from wam_models.rollout.layout import ChunkLayout
+from wam_models.train import TrainConfig
+from wam_models.train.optimizers import make_optimizers
 
 SMALL = golden_config()
 OTHER = replace(SMALL, hidden=32, heads=3, head_dim=16, layers=3, ffn=80, actions_per_frame=3, text_dim=24)
@@ -108,13 +113,152 @@ def test_bytes_of_attention_by_hand():
 
 
 def test_the_larger_time_binds():
-    h100, h200 = HARDWARE["h100"], HARDWARE["h200"]
+    h100, h200 = DEVICE_MODELS["h100"], DEVICE_MODELS["h200"]
     work = Cost(int(989e9), int(3.35e9))  # 1 ms of arithmetic on both, 1 ms of memory on the first
     assert work.ms(h100) == pytest.approx(1) and work.ms(h200) == pytest.approx(1)
     assert (work * 2 + Cost(1, 0)).bound(h200) == "arithmetic"
     assert (work + Cost(0, int(1e9))).bound(h100) == "memory"
+    # float32 products take turns with those of bf16
+    assert (work + Cost(float32_flops=int(67e9))).ms(h100) == pytest.approx(2)
 
 
-def test_unknown_hardware_names_the_known():
-    with pytest.raises(ValueError, match=r"hardware must be one of \('h100', 'h200'\), got 'a100'"):
-        hardware("a100")
+def test_an_unknown_device_model_names_the_known():
+    with pytest.raises(ValueError, match=r"device model must be one of \('h100', 'h200', .*\), got 'b300'"):
+        device_model("b300")
+    assert device_model_of("NVIDIA H100 80GB HBM3") == "h100" and device_model_of("NVIDIA H200") == "h200"
+    # of one series, but with other memory
+    assert device_model_of("NVIDIA GH200 480GB") is None and device_model_of("NVIDIA H100 NVL") is None
+
+
+# ---- what is kept, and the optimizers ----
+
+
+def training_forward(config, frames, batch):
+    model = made(config).train().requires_grad_(True)
+    geometry = geometry_for(
+        "joint", OBJECTIVES["joint"], frames=frames, video_tokens=6, action_tokens=config.actions_per_frame,
+        chunk_size=2, window=4,
+    )  # fmt: skip
+    video = torch.randn(batch, config.latent_channels, frames, 2 * GRID[0], 2 * GRID[1])
+    action = torch.randn(batch, frames, config.actions_per_frame, config.action_dim)
+    t, text = torch.full((batch, frames), 500.0), torch.randn(batch, TEXT, config.text_dim)
+    out = model(video, video, action, action, t, t, text, compile_plan(geometry))
+    return model, out
+
+
+def saved_bytes(config, frames, batch):
+    """Of the tensors that the backward needs, parameters left out."""
+    found = {}
+
+    def pack(t):
+        found[t.untyped_storage().data_ptr()] = t
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        model, _out = training_forward(config, frames, batch)
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    return sum(t.untyped_storage().nbytes() for place, t in found.items() if place not in weights)
+
+
+@pytest.mark.parametrize("config", [SMALL, OTHER], ids=["small", "other"])
+def test_activations_are_what_autograd_saves(config):
+    sizes = Sizes(config, GRID, TEXT, 4)
+    one, two = (saved_bytes(replace(config, layers=n), 5, 2) for n in (1, 2))
+    # statistics of the norms and log-sum-exps are the rest
+    assert 0.95 * (two - one) < block_activations(sizes, 2, 5) <= two - one
+
+
+@pytest.mark.parametrize("config", [SMALL, OTHER], ids=["small", "other"])
+def test_optimizers_are_those_of_a_run(config):
+    model, out = training_forward(config, 2, 1)
+    sum(o.sum() for o in out).backward()
+    for p in model.parameters():  # the head begins as zeros, which leaves the blocks no gradient
+        p.grad = torch.ones_like(p)
+    muon, adamw = make_optimizers(torch.nn.ModuleDict({"model": model}), TrainConfig())
+    got = counted(lambda: (muon.step(), adamw.step()))
+    assert got == optimizers(config, averaged=True).float32_flops
+    of_muon = sum(state["average"].numel() for state in muon.state.values())
+    assert of_muon == sum(rows * columns * times for rows, columns, times in block_matrices(config))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_those_of_models_at_full_size(name):
+    """On the meta device, where nothing has memory: parameters, the cache, and the FLOPs of a forward."""
+    preset = PRESETS[name]
+    sizes, frames = preset.sizes(), 4
+    c = replace(sizes.model, layers=2)
+    with torch.device("meta"):
+        full, model = WorldActionModel(sizes.model), WorldActionModel(c).requires_grad_(False).bfloat16()
+    assert parameters(sizes.model) == sum(p.numel() for p in full.parameters())
+    layout = ChunkLayout(preset.rollout, OBJECTIVES["joint"], 1, sizes.grid, c.actions_per_frame)
+    cache = layout.new_cache(full.bfloat16()).buffer
+    assert rollout_memory(sizes, preset.rollout)["keys and values"] == cache.numel() * 2
+
+    def attend(layer, q, k, v):  # all pairs
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return ((q @ k.mT) @ v).transpose(1, 2)
+
+    def meta(*shape):
+        return torch.empty(shape, device="meta")
+
+    y, x = (tokens * cell for tokens, cell in zip(sizes.grid, c.patch[1:], strict=True))
+    video, action = meta(1, c.latent_channels, frames, y, x), meta(1, frames, c.actions_per_frame, c.action_dim)
+    t, text = meta(1, frames), meta(1, sizes.text_tokens, c.text_dim).bfloat16()
+    got = counted(lambda: model(video, video, action, action, t, t, text, attend=attend))
+    here = replace(sizes, model=c)
+    others, _ = packed_forward(here, 1, frames, "joint", chunk_size=2, window=4, history="full")
+    tokens = 2 * frames * (sizes.grid[0] * sizes.grid[1] + c.actions_per_frame)
+    assert got == others.flops + c.layers * 4 * c.inner * tokens**2
+
+
+# ---- the command line ----
+
+
+def test_rollout_estimate_at_full_size(capsys):
+    assert cli.main("rollout --estimate --preset libero --device-model h200 --steps 10".split()) == 0
+    out = capsys.readouterr().out
+    assert "all figures are estimated, nothing is measured" in out and "NVIDIA H200 SXM data sheet" in out
+    (step,) = (line.split() for line in out.splitlines() if line.startswith("denoising step"))
+    preset = PRESETS["libero"]
+    part = rollout_chunk(preset.sizes(), replace(preset.rollout, steps=10))[0]
+    assert step[6:8] == ["10", "144"]
+    assert float(step[10]) == pytest.approx(part.ms(DEVICE_MODELS["h200"]), abs=1e-3) and step[-1] == "memory"
+
+
+def test_train_estimate_reads_the_sizes_of_a_data_set(capsys):
+    assert cli.main("train --estimate --data data/libero_demo --device-model h100".split()) == 0
+    out = capsys.readouterr().out
+    # 128 x 256 pixels in cells of 16, two by two cells in a token
+    assert "32 video and 4 action in a frame" in out and "clipping and optimizers" in out
+
+
+def test_rollout_estimate_reads_a_checkpoint_without_its_weights(capsys, tmp_path):
+    from wam_models.model.checkpoint import save_checkpoint
+
+    save_checkpoint(tmp_path, made(SMALL))
+    (tmp_path / "model.safetensors").unlink()
+    estimate = ["rollout", "--estimate", "--checkpoint", str(tmp_path), "--device-model", "h100"]
+    assert cli.main(estimate) == 2
+    assert "--video-tokens must be given" in capsys.readouterr().err
+    assert cli.main([*estimate, "--video-tokens", "6", "--text-tokens", "5"]) == 0
+    assert f"{parameters(SMALL):,}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        ("rollout --checkpoint x --data y --preset libero", "--preset must be left out without --estimate"),
+        ("rollout --estimate", "--estimate must have exactly one of --preset and --checkpoint"),
+        (
+            "rollout --estimate --preset libero2",
+            "--preset must be one of ('libero', 'libero-small', 'robotwin', 'demo')",
+        ),
+        ("train --estimate --preset demo --device-model tpu", "--device-model must be one of ('h100', 'h200', "),
+        ("train --estimate --device-model h100", "--estimate must have one of --preset, --data and --video-tokens"),
+        ("train --estimate --preset demo --resume x", "--resume must be left out with --estimate"),
+    ],
+)
+def test_a_bad_estimate_is_one_line(command, message, capsys):
+    assert cli.main(command.split()) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1

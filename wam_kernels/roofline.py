@@ -24,54 +24,100 @@ from . import cached_attention as _defines_cached_attention  # noqa: F401
 
 
 @dataclass(frozen=True)
-class Hardware:
-    """Rates of a data sheet, which no program reaches."""
+class DeviceModel:
+    """Rates and sizes of a data sheet; no program reaches the rates."""
 
-    flops: float  # a second, dense products in bf16 with float32 sums
+    reported: str  # the name that the driver has for it
+    tensor_flops: float  # a second, dense products of bf16 numbers with float32 sums
+    float32_flops: float  # a second, products of float32 numbers without tensor cores
     bandwidth: float  # bytes a second, of the device's memory
+    memory: float  # bytes of it
+    l2: float  # bytes
+    sms: int
     source: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.tensor_flops / 1e12:.0f} TFLOP/s in bf16, {self.bandwidth / 1e12:.2f} TB/s, "
+            f"{self.memory / 1e9:.0f} GB ({self.source})"
+        )
 
 
 # by the name that the command line takes
-HARDWARE: Mapping[str, Hardware] = MappingProxyType(
+DEVICE_MODELS: Mapping[str, DeviceModel] = MappingProxyType(
     {
-        "h100": Hardware(989e12, 3.35e12, "NVIDIA H100 SXM data sheet: 989 TFLOP/s dense bf16, 3.35 TB/s"),
-        "h200": Hardware(989e12, 4.8e12, "NVIDIA H200 SXM data sheet: 989 TFLOP/s dense bf16, 4.8 TB/s"),
+        "h100": DeviceModel(
+            "NVIDIA H100 80GB HBM3", 989e12, 67e12, 3.35e12, 80e9, 50e6, 132, "NVIDIA H100 SXM data sheet"
+        ),
+        "h200": DeviceModel("NVIDIA H200", 989e12, 67e12, 4.8e12, 141e9, 50e6, 132, "NVIDIA H200 SXM data sheet"),
+        "h100-pcie": DeviceModel(
+            "NVIDIA H100 PCIe", 756e12, 51e12, 2.0e12, 80e9, 50e6, 114, "NVIDIA H100 PCIe data sheet"
+        ),
+        "a100": DeviceModel(
+            "NVIDIA A100-SXM4-80GB", 312e12, 19.5e12, 2.04e12, 80e9, 40e6, 108, "NVIDIA A100 80GB SXM data sheet"
+        ),
+        "l40s": DeviceModel("NVIDIA L40S", 362e12, 91.6e12, 0.864e12, 48e9, 96e6, 142, "NVIDIA L40S data sheet"),
+        "rtx4090": DeviceModel(
+            "NVIDIA GeForce RTX 4090",
+            165e12,
+            82.6e12,
+            1.008e12,
+            24e9,
+            72e6,
+            128,
+            "NVIDIA Ada GPU architecture whitepaper",
+        ),
     }
 )
 
 
-def hardware(name: str) -> Hardware:
-    """A row of ``HARDWARE``.
+DEFAULT_DEVICE_MODEL = "h100"  # of estimates on a machine without a GPU
+
+
+def device_model(name: str) -> DeviceModel:
+    """A row of ``DEVICE_MODELS``.
 
     Raises:
         ValueError: an unknown name; the message has the known ones.
     """
-    if name not in HARDWARE:
-        raise ValueError(f"hardware must be one of {tuple(HARDWARE)}, got {name!r}")
-    return HARDWARE[name]
+    if name not in DEVICE_MODELS:
+        raise ValueError(f"device model must be one of {tuple(DEVICE_MODELS)}, got {name!r}")
+    return DEVICE_MODELS[name]
+
+
+def device_model_of(reported: str) -> str | None:
+    """The name in ``DEVICE_MODELS`` of the GPU that a driver reports as ``reported``; None: no row is of this one.
+
+    The whole name must fit: of one series, boards with other memory differ in speed.
+    """
+    return next((name for name, row in DEVICE_MODELS.items() if row.reported == reported), None)
 
 
 @dataclass(frozen=True)
 class Cost:
     """What some work must compute and move, estimated."""
 
-    flops: int = 0
+    flops: int = 0  # on tensor cores
     bytes: int = 0
+    float32_flops: int = 0  # of float32 products, without tensor cores
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.float32_flops + other.float32_flops)
 
     def __mul__(self, times: int) -> Cost:
-        return Cost(self.flops * times, self.bytes * times)
+        return Cost(self.flops * times, self.bytes * times, self.float32_flops * times)
 
-    def ms(self, on: Hardware) -> float:
+    def _seconds(self, on: DeviceModel) -> tuple[float, float]:
+        return self.flops / on.tensor_flops + self.float32_flops / on.float32_flops, self.bytes / on.bandwidth
+
+    def ms(self, on: DeviceModel) -> float:
         """The roofline: the larger of the times of arithmetic and of memory."""
-        return 1e3 * max(self.flops / on.flops, self.bytes / on.bandwidth)
+        return 1e3 * max(self._seconds(on))
 
-    def bound(self, on: Hardware) -> str:
+    def bound(self, on: DeviceModel) -> str:
         """``"arithmetic"`` or ``"memory"``, whichever takes longer."""
-        return "arithmetic" if self.flops / on.flops > self.bytes / on.bandwidth else "memory"
+        arithmetic, memory = self._seconds(on)
+        return "arithmetic" if arithmetic > memory else "memory"
 
 
 def linear(rows: int, width_in: int, width_out: int, itemsize: int) -> Cost:

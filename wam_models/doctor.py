@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 from wam_kernels.ops import OPS, Backend, Need, Op
+from wam_kernels.roofline import DEFAULT_DEVICE_MODEL, DEVICE_MODELS, device_model_of
 from wam_kernels.runtime.cuda import extension
 
 
@@ -161,6 +162,16 @@ def _table(rows: Iterable[tuple[str, ...]]) -> str:
     return "\n".join("  " + "  ".join(map(str.ljust, row, widths)) for row in rows)
 
 
+def _device_model(machine: Machine) -> str:
+    """What ``--estimate`` takes here unless told otherwise."""
+    if not machine.gpus:
+        return f"of estimates: {DEFAULT_DEVICE_MODEL}, {DEVICE_MODELS[DEFAULT_DEVICE_MODEL]}; there is no GPU here"
+    name = device_model_of(machine.gpus[0].name)
+    if name is None:
+        return f"of estimates: none is of this GPU; give --device-model, one of {', '.join(DEVICE_MODELS)}"
+    return f"of estimates: {name}, {DEVICE_MODELS[name]}"
+
+
 def crowded(machine: Machine) -> str | None:
     """Advice where torch's threads and what else runs do not fit on the cores together; else None."""
     if machine.cpu_threads < 2 or machine.load <= machine.cpu_cores - machine.cpu_threads + 0.5:
@@ -183,6 +194,7 @@ def report(machine: Machine) -> str:
             f"load {machine.load:.1f}",
         ),
         ("gpu", "; ".join(map(str, machine.gpus)) or "no CUDA device"),
+        ("device model", _device_model(machine)),
         ("driver", machine.driver or "no NVIDIA driver"),
         ("nvcc", machine.nvcc or "not on PATH"),
         ("wam_kernels._C", machine.extension_error or "loads"),

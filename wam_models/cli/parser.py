@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from ..runtime.limits import LARGEST_INT64
 
@@ -50,6 +50,31 @@ def positive_seconds(text: str) -> float:
     return value
 
 
+class _Estimate(argparse.Action):
+    """``--estimate``: sets the flag, and what a run must be given need not be given any more."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, *, waives: Sequence[Any], help: str) -> None:
+        super().__init__(option_strings, dest, nargs=0, default=False, help=help)
+        self.waives = waives  # flags, or a group of them
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
+        setattr(namespace, self.dest, True)
+        for flag in self.waives:
+            flag.required = False
+
+
+def _estimate(parser: argparse.ArgumentParser, *waives: Any) -> None:
+    """The flags of an estimate; ``waives`` are those that only a run needs."""
+    line = "print parameters, FLOPs, bytes, memory and roofline, estimated from sizes alone; nothing is loaded or run"
+    parser.add_argument("--estimate", action=_Estimate, waives=waives, help=line)
+    parser.add_argument("--preset", metavar="NAME", help="of --estimate: sizes by name, as libero or robotwin")
+    parser.add_argument(
+        "--device-model", metavar="NAME", help="of --estimate: h100, h200, ...; default: this machine's GPU, or h100"
+    )
+    parser.add_argument("--video-tokens", type=at_least(1), metavar="N", help="of --estimate: in a frame")
+    parser.add_argument("--text-tokens", type=at_least(1), metavar="N", help="of --estimate: of an instruction")
+
+
 def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of what it writes")
     parser.add_argument("--data", type=Path, metavar="DIR", help="train on it and predict it, in place of acting")
@@ -59,9 +84,10 @@ def _demo(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data set in LeRobot layout")
+    data = parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data set in LeRobot layout")
     parser.add_argument("--camera", metavar="FEATURE", help="of --data; needed only where it has several")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of checkpoints and the log")
+    out = parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of checkpoints and log")
+    _estimate(parser, data, out)
     parser.add_argument("--config", type=Path, metavar="FILE.json", help="model and training config")
     limit = "training ends at whichever of --steps and --seconds comes first"
     parser.add_argument("--steps", type=at_least(1), metavar="N", help=limit)
@@ -73,10 +99,11 @@ def _train(parser: argparse.ArgumentParser) -> None:
 
 
 def _rollout(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
+    checkpoint = parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
     world = parser.add_mutually_exclusive_group(required=True)
     world.add_argument("--data", type=Path, metavar="DIR", help="recorded episodes: a data set in LeRobot layout")
     world.add_argument("--simulator", metavar="NAME", help=f"act in one: {SIMULATOR}")
+    _estimate(parser, checkpoint, world)
     parser.add_argument("--camera", metavar="FEATURE", help="of --data; default: its only one, or the checkpoint's")
     parser.add_argument("--episode", type=at_least(0), metavar="N", help="of --data; default: the first held-out one")
     parser.add_argument(

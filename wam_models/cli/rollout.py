@@ -24,6 +24,7 @@ from ..runtime.checks import check_device, writable_folder
 from ..runtime.files import new_file
 from ..runtime.threads import pick_threads, restores_threads
 from ..simulator import control_freq, load, play
+from .estimate import check_estimate_flags, rollout_estimate, rollout_sizes
 
 SIMULATED_CHUNKS = 40
 
@@ -31,6 +32,7 @@ SIMULATED_CHUNKS = 40
 @restores_threads
 def run(args: argparse.Namespace) -> int:
     """``wam rollout``."""
+    check_estimate_flags(args)
     objective = args.objective or "joint"
     if objective not in OBJECTIVES:
         raise ValueError(f"--objective must be one of {tuple(OBJECTIVES)}, got {objective!r}")
@@ -39,6 +41,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--program must be one of {tuple(MODEL_PROGRAMS)}, got {args.program!r}")
     if denoised.conditional and args.program not in (None, GJD):
         raise ValueError(f"--program must be {GJD} for --objective {objective}, got {args.program}; leave it out")
+    if args.estimate:
+        sizes, config = rollout_sizes(args)
+        print(rollout_estimate(args, sizes, _with_flags(args, config, objective), objective))
+        return 0
     device = check_device(args.device)
     if args.out is not None:
         writable_folder("--out", args.out)
@@ -46,9 +52,7 @@ def run(args: argparse.Namespace) -> int:
         torch.cuda.reset_peak_memory_stats(device)
     policy, _ = Policy.load(args.checkpoint, device, training=False)
     writable_folder("--out, by default the checkpoint,", _out(args))
-    config = policy.rollout
-    config = replace(config, program=GJD if denoised.conditional else args.program or config.program)
-    config = replace(config, steps=args.steps or config.steps)
+    config = _with_flags(args, policy.rollout, objective)
     name = f"{objective}_{config.program}"
     if args.simulator is not None:
         recorded = (("--camera", args.camera), ("--episode", args.episode), ("--open-loop", args.open_loop or None))
@@ -59,6 +63,11 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--objective must be joint with --simulator, got {objective}")
         return roll_out_in_simulator(args, policy, config, name)
     return _recorded(args, policy, config, objective, name)
+
+
+def _with_flags(args: argparse.Namespace, config: RolloutConfig, objective: str) -> RolloutConfig:
+    program = GJD if OBJECTIVES[objective].conditional else args.program or config.program
+    return replace(config, program=program, steps=args.steps or config.steps)
 
 
 def _recorded(args: argparse.Namespace, policy: Policy, config: RolloutConfig, objective: str, name: str) -> int:

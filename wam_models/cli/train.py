@@ -27,6 +27,7 @@ from ..train.config import TrainConfig
 from ..train.log import loss_ends
 from ..train.run_folder import RunFolder
 from ..train.trainer import train
+from .estimate import check_estimate_flags, training_estimate
 
 MOMENT = 0.2  # seconds within which signals are one: timeout(1) sends it to the process and to its group
 
@@ -34,6 +35,10 @@ MOMENT = 0.2  # seconds within which signals are one: timeout(1) sends it to the
 @restores_threads
 def run(args: argparse.Namespace) -> int:
     """``wam train``."""
+    check_estimate_flags(args)
+    if args.estimate:
+        print(training_estimate(args))
+        return 0
     device = check_device(args.device)
     policy, resume, seed = None, None, args.seed
     training: dict[str, Any] = {}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -167,6 +167,34 @@ def saved_as(folder: Path) -> tuple[str | None, dict] | None:
         return None
     config = _read_config(folder / CONFIG)
     return _save_of(config, folder)[0], config.get("metadata", {})
+
+
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """What ``config.json`` holds: ``model``, and where they are there ``metadata`` and ``text_tokens``; no weights.
+
+    Raises:
+        ValueError: a file that is missing or malformed; the message names it.
+    """
+    path = Path(folder) / CONFIG
+    config = _read_config(path)
+    _save_of(config, path.parent)
+    _check_entries(config, path)
+    return config
+
+
+def tensor_shape(folder: str | Path, file: str, name: str) -> list[int]:
+    """Of a tensor in one of a checkpoint's safetensors files, whose numbers are not read.
+
+    Raises:
+        ValueError: the file or the tensor is missing, or it is no safetensors file.
+    """
+    folder = Path(folder)
+    path = _path_of(folder, _save_of(_read_config(folder / CONFIG), folder)[0], file)
+    try:
+        with safe_open(path, "pt") as tensors:
+            return tensors.get_slice(name).get_shape()
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"{path}: no shape of {name}: {error}") from error
 
 
 def remove_checkpoint(folder: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from wam_kernels import Attends, Geometry, StreamingCache
 from wam_kernels.masks.visibility import ACTION, VIDEO
 
+from ..config import ModelConfig
 from ..model.dual_expert import WorldActionModel
 from ..objectives import MODEL_PROGRAMS, Objective, geometry_for
 from ..runtime.checks import memory
@@ -69,16 +70,24 @@ class ChunkLayout:
             chunk_origin=start + history,
         )
 
+    @property
+    def cached_frames(self) -> int:
+        """Those of the window and of what may be taken back, and the chunk at work twice, clean and noisy."""
+        return self.reach + (self.config.lookahead + 2) * self.chunk_size
+
+    def cache_bytes(self, c: ModelConfig, itemsize: int) -> int:
+        """Of the keys and values that :meth:`new_cache` allocates for a model of ``c``."""
+        token = 2 * c.layers * c.inner * itemsize
+        return self.cached_frames * (self.grid[0] * self.grid[1] + self.action_tokens) * token * self.samples
+
     def new_cache(self, model: WorldActionModel) -> StreamingCache:
         """Keys and values of the window and of what may be taken back, in the model's dtype, on its device.
 
         Raises:
             ValueError: they exceed the device's memory; nothing was allocated. A window may have meant "everything".
         """
-        c, config, video_tokens = model.config, self.config, self.grid[0] * self.grid[1]
-        frames = self.reach + (config.lookahead + 2) * self.chunk_size
-        token = 2 * c.layers * c.inner * model.dtype.itemsize
-        needed = frames * (video_tokens + self.action_tokens) * token * self.samples
+        c, config = model.config, self.config
+        needed, frames = self.cache_bytes(c, model.dtype.itemsize), self.cached_frames
         available = memory(model.device)
         if needed > available:
             raise ValueError(
@@ -91,7 +100,7 @@ class ChunkLayout:
             batch=self.samples,
             heads=c.heads,
             head_dim=c.head_dim,
-            video_tokens=video_tokens,
+            video_tokens=self.grid[0] * self.grid[1],
             action_tokens=self.action_tokens,
             chunk_size=self.chunk_size,
             frames=self.reach + config.lookahead * self.chunk_size,

@@ -13,7 +13,7 @@ from wam_kernels import compile_plan
 from wam_kernels.masks.visibility import ACTION, CLEAN, NOISY, VIDEO
 from wam_kernels.roofline import (
     Cost,
-    Hardware,
+    DeviceModel,
     ada_layer_norm,
     block_attention,
     cached_attention,
@@ -23,16 +23,21 @@ from wam_kernels.roofline import (
 )
 from wam_kernels.streaming_cache import key_spans
 
-from .config import ModelConfig
-from .objectives import OBJECTIVES, geometry_for
-from .rollout import RolloutConfig
-from .rollout.layout import ChunkLayout
-from .rollout.stages import Stage, stages
-from .train.config import TrainConfig
+from ..config import ModelConfig
+from ..objectives import OBJECTIVES, geometry_for
+from ..rollout import RolloutConfig
+from ..rollout.layout import ChunkLayout
+from ..rollout.stages import Stage, stages
+from ..train.config import TrainConfig
+from ..train.optimizers import ROUNDS
 
 BF16 = 2  # bytes of a number
-ADAMW_BYTES = 28  # a parameter in float32: gradient, weight and two moments read; weight and two moments written
-EMA_BYTES = 8  # of a parameter's average, read and written
+# bytes that a parameter costs in a step, in float32
+CAST_BYTES = 6  # read, and written in bf16
+NORM_BYTES = 4  # its gradient read for the norm that gradients are clipped to
+ADAMW_BYTES = 28  # gradient, weight and two moments read; weight and two moments written
+MUON_BYTES = 20  # gradient, weight and average read; weight and average written
+EMA_BYTES = 8  # its average, read and written
 
 
 @dataclass(frozen=True)
@@ -68,7 +73,7 @@ class Part:
     tokens: int  # of one
     cost: Cost  # of one
 
-    def ms(self, on: Hardware) -> float:
+    def ms(self, on: DeviceModel) -> float:
         return self.times * self.cost.ms(on)
 
 
@@ -82,6 +87,12 @@ def parameters(c: ModelConfig) -> int:
         total += c.layers * block + time + 2 * width + data * width + width + width * data + data
     text = (c.text_dim * c.hidden + c.hidden) + (c.hidden * c.hidden + c.hidden)
     return total + text + c.text_dim * c.action_hidden + c.action_hidden
+
+
+def block_matrices(c: ModelConfig) -> list[tuple[int, int, int]]:
+    """(rows, columns, how many): the matrices of the blocks, which Muon learns."""
+    experts = (c.hidden, c.ffn), (c.action_hidden, c.action_ffn)
+    return [m for width, ffn in experts for m in ((c.inner, width, 8 * c.layers), (ffn, width, 2 * c.layers))]
 
 
 def _keys(s: Sizes, stream: int, rows: int, timesteps: int) -> Cost:
@@ -212,44 +223,33 @@ def packed_forward(
 
 
 def train_step(s: Sizes, config: TrainConfig) -> list[Part]:
-    """One training step, for the largest chunk and window that may be drawn and the first of the programs.
+    """One training step on a GPU, for the largest chunk and window that may be drawn and the first of the programs.
 
-    The backward is counted as twice the forward (2.5 times in attention): what the inputs' own gradients would take,
-    which nobody asks for, is in it.
+    Products in bf16 from float32 weights, the optimizers in float32. The backward is counted as twice the forward (2.5
+    times in attention): what the inputs' own gradients would take, which nobody asks for, is in it.
     """
     program = config.programs[0]
     others, attention = packed_forward(
         s, config.batch, config.frames, program, chunk_size=config.chunk_sizes[1], window=config.windows[1],
         history=config.history,
     )  # fmt: skip
-    c = s.model
     tokens = config.batch * 2 * config.frames * (s.tokens(VIDEO) + s.tokens(ACTION))
     # 10 H D pairs for 4 H D, 8 tensors for 4
     backward = Cost(attention.flops * 5 // 2, attention.bytes * 2) + others * 2
-    update = Cost(0, parameters(c) * (ADAMW_BYTES + EMA_BYTES * bool(config.ema)))
     return [
+        Part("weights to bf16", 1, 0, Cost(0, CAST_BYTES * parameters(s.model))),
         Part(f"forward, {program}", 1, tokens, others + attention),
         Part("backward", 1, tokens, backward),
-        Part("optimizer", 1, 0, update),
+        Part("clipping and optimizers", 1, 0, optimizers(s.model, averaged=config.ema > 0)),
     ]
 
 
-def report(parts: Sequence[Part], sizes: Sizes, name: str, on: Hardware) -> str:
-    """A table of the parts and their sum, for a terminal."""
-    lines = [
-        f"estimated, not measured: {name} ({on.source})",
-        f"parameters     {parameters(sizes.model):,}, {sizes.itemsize} bytes a number",
-        f"tokens         {sizes.tokens(VIDEO)} video and {sizes.tokens(ACTION)} action a frame, "
-        f"{sizes.text_tokens} of text",
-        f"{'':28}{'times':>6}{'tokens':>9}{'GFLOP':>11}{'MB':>11}{'ms':>10}  bound by",
-    ]
-    for part in parts:
-        total = part.cost * part.times
-        lines.append(
-            f"{part.name:28}{part.times:6}{part.tokens:9}{total.flops / 1e9:11.2f}{total.bytes / 1e6:11.1f}"
-            f"{part.ms(on):10.4f}  {part.cost.bound(on)}"
-        )
-    total = sum((part.cost * part.times for part in parts), Cost())
-    ms = sum(part.ms(on) for part in parts)
-    lines.append(f"{'all':43}{total.flops / 1e9:11.2f}{total.bytes / 1e6:11.1f}{ms:10.4f}  estimated roofline")
-    return "\n".join(lines)
+def optimizers(c: ModelConfig, *, averaged: bool) -> Cost:
+    """Clipping, Muon for the matrices of the blocks, AdamW for the rest, and the average of the weights."""
+    total, flops = parameters(c), 0
+    for rows, columns, times in block_matrices(c):
+        m, n = sorted((rows, columns))
+        flops += times * ROUNDS * (4 * m * m * n + 2 * m**3)  # x x^T, its square, and their sum by x
+    muon = sum(rows * columns * times for rows, columns, times in block_matrices(c))
+    moved = total * (NORM_BYTES + EMA_BYTES * averaged) + MUON_BYTES * muon + ADAMW_BYTES * (total - muon)
+    return Cost(0, moved, flops)
