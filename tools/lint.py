@@ -50,7 +50,7 @@ LEVELS = (
     ("wam_models.model",),
     ("wam_models.rollout",),
     ("wam_models.train", "wam_models.evaluate", "wam_models.simulator"),
-    ("wam_models.estimate",),
+    ("wam_models.estimate", "wam_models.ablate"),
     ("wam_models.cli",),
     ("wam_models",),
     ("bench.rows",),

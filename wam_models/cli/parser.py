@@ -156,6 +156,18 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
 
 
+def _ablate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("what", nargs="?", choices=("run", "report"), default="run", help="default: %(default)s")
+    parser.add_argument("folder", nargs="?", type=Path, metavar="DIR", help="of report: what to report")
+    parser.add_argument("--suite", choices=("metaworld",), default="metaworld", help="default: %(default)s")
+    parser.add_argument("--protocol", type=Path, metavar="FILE.json", help="another one, as --out's protocol.json")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder; the same call goes on with what it holds")
+    parser.add_argument("--track", choices=("state", "pixels", "both"), default="state", help="default: %(default)s")
+    parser.add_argument("--quick", action="store_true", help="minutes: two arms, two tasks, few steps")
+    parser.add_argument("--full", action="store_true", help="three seeds of the pixel track too")
+    parser.add_argument("--processes", type=at_least(1), default=1, metavar="N", help="arms at a time; %(default)s")
+
+
 def _mask(parser: argparse.ArgumentParser) -> None:
     # names and ranges are checked by wam_kernels.masks.visibility.Geometry, their one home; its errors list the choices
     parser.add_argument("--program", default="joint", help="interaction program; default: %(default)s")
@@ -182,6 +194,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None] | None,
     "rollout": ("wam_models.cli.rollout", _rollout, "denoise video and actions of one episode from a checkpoint"),
     "record": ("wam_models.cli.record", _record, "record demonstrations of a simulator's scripted expert"),
     "eval": ("wam_models.cli.eval", _eval, "measure how often a policy succeeds in simulators"),
+    "ablate": ("wam_models.cli.ablate", _ablate, "compare the interaction programs in simulators, with intervals"),
     "mask": ("wam_models.cli.mask", _mask, "show which tokens attend to which"),
     "bench": ("wam_models.cli.bench", None, "measure this machine: kernels, peers, training step, rollout"),
     "doctor": ("wam_models.doctor", lambda parser: None, "show what this machine offers and which op runs where"),

@@ -126,3 +126,47 @@ def _tick(rough: float) -> float:
     """A round number (1, 2 or 5 times a power of ten) of at least ``rough``."""
     power = 10.0 ** np.floor(np.log10(max(rough, 1e-9)))
     return float(next(power * m for m in (1, 2, 5, 10) if power * m >= rough * (1 - 1e-9)))
+
+
+def intervals(
+    panels: Mapping[str, Mapping[str, tuple[float, float, float, Sequence[float]]]],
+    path: Path,
+    *,
+    title: str,
+    note: str,
+) -> None:
+    """A PNG of percentages: in each panel a line for each label.
+
+    Args:
+        panels: Title of a panel to label to (value, low, high, single values), all from 0 to 100.
+        path: The file.
+        title: One line above.
+        note: One line below it.
+    """
+    labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
+    left, top, line, panel_width, gap = 210, 92, 26, 250, 24
+    width = left + len(panels) * (panel_width + gap) + 8
+    height = top + len(labels) * line + 40
+    image = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(image)
+    draw.text((12, 10), title, font=font(18), fill=INK)
+    draw.text((12, 38), note, font=font(13), fill=FAINT)
+    for r, label in enumerate(labels):
+        draw.text((left - 12, top + r * line + line / 2), label, font=font(14), fill=INK, anchor="rm")
+    for p, (name, lines) in enumerate(panels.items()):
+        x0 = left + p * (panel_width + gap)
+        scale = panel_width / 100
+        draw.text((x0 + panel_width / 2, top - 14), name, font=font(14), fill=INK, anchor="mm")
+        for tick in range(0, 101, 25):
+            x = x0 + tick * scale
+            draw.line([(x, top), (x, height - 36)], fill=(228, 228, 232))
+            draw.text((x, height - 30), str(tick), font=font(12), fill=FAINT, anchor="mt")
+        for label, (value, low, high, each) in lines.items():
+            y = top + labels.index(label) * line + line / 2
+            draw.line([(x0 + low * scale, y), (x0 + high * scale, y)], fill=COLOURS[0], width=3)
+            x = x0 + value * scale
+            draw.rectangle([x - 4, y - 4, x + 4, y + 4], fill=COLOURS[0])
+            for single in each:
+                x = x0 + single * scale
+                draw.ellipse([x - 4, y - 10, x + 4, y - 2], outline=COLOURS[1], width=2)
+    save_small(image, path)

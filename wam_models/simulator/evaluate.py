@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..rollout.episode import Episode, RolloutConfig, RolloutEngine
 from ..rollout.policy import Policy
-from ..runtime.checks import whole
+from ..runtime.checks import choice, whole
 from .process import TIMEOUT, Description, SimulatorFailure, SimulatorProcess
 
 Z = 1.959964  # of the normal distribution, two-sided 95 %
@@ -120,6 +120,8 @@ def evaluate(
     horizon: int | None = None,
     timeout: float = TIMEOUT,
     chunk_seconds: list[float] | None = None,
+    want: str = "both",
+    instructions: Mapping[str, str] | None = None,
 ) -> Iterator[EpisodeResult]:
     """Play every task; results come as episodes end. What does not fit is refused before the first is asked for.
 
@@ -132,12 +134,15 @@ def evaluate(
         timeout: Seconds within which a simulator must answer.
         chunk_seconds: Gets the seconds of each chunk of the whole batch, prediction and the pass over what was
             observed, without simulators.
+        want: ``"both"``, or ``"action"``: nothing is imagined that actions do not need, and none of it is returned.
+        instructions: By simulator, in place of its own.
 
     Raises:
         ValueError: a simulator that does not fit the policy, or a codec that needs more than one frame each.
         SimulatorFailure: a simulator that cannot be made at all.
     """
     whole("evaluate: batch", batch, 1)
+    choice("evaluate: want", want, ("both", "action"))
     if policy.codec.temporal != 1:
         raise ValueError(f"evaluate: policy.codec must encode frames one by one, got {type(policy.codec).__name__}")
     batch = min(batch, len(tasks))
@@ -145,12 +150,13 @@ def evaluate(
     try:
         described = {}
         for name in dict.fromkeys(task.simulator for task in tasks):
-            described[name] = _fitting(policy, name, processes[0].describe(name))
+            found = _fitting(policy, name, processes[0].describe(name))
+            described[name] = replace(found, instruction=(instructions or {}).get(name, found.instruction))
     except BaseException:
         processes[0].close()
         raise
     seconds = [] if chunk_seconds is None else chunk_seconds
-    return _Batch(policy, config, list(tasks), described, processes, horizon, seconds).run()
+    return _Batch(policy, config, list(tasks), described, processes, horizon, seconds, want).run()
 
 
 def _fitting(policy: Policy, name: str, described: Description) -> Description:
@@ -207,14 +213,14 @@ class _Playing:
             return
         self.process.send("run", self.result.simulator, actions[: self.remaining], policy.actions_per_frame)
 
-    def receive(self, policy: Policy, imagined: Tensor) -> Tensor:
+    def receive(self, policy: Policy, imagined: Tensor | None) -> Tensor:
         """The latents ``[C, frames, y, x]`` of what was observed while the actions were executed.
 
         Args:
             policy: What acts.
-            imagined: ``[C, chunk, y, x]``, what it expected.
+            imagined: ``[C, chunk, y, x]``, what it expected; None where it imagined nothing.
         """
-        result, latents = self.result, imagined[:, :0]
+        result, latents = self.result, self.latent[:, :0]
         try:
             done = self.process.receive()
             frames = [policy.frame(o.state, o.pictures) for o in done.observations]
@@ -225,10 +231,12 @@ class _Playing:
             return latents
         result.actions += done.actions
         result.frames += frames
-        result.imagined.append(policy.codec.decode(imagined))
-        if frames:
+        if imagined is not None:
+            result.imagined.append(policy.codec.decode(imagined))
+        if frames and imagined is not None:
             own, still = latents - imagined[:, : len(frames)], latents - self.latent
             self.errors.append((own.square().mean((0, 2, 3)).numpy(), still.square().mean((0, 2, 3)).numpy()))
+        if frames:
             self.latent = latents[:, -1:]
         result.success = done.outcome.success
         if not result.success:
@@ -262,7 +270,9 @@ class _Batch:
         processes: list[SimulatorProcess],
         horizon: int | None,
         seconds: list[float],
+        want: str,
     ) -> None:
+        self.want = want
         self.policy, self.config, self.described, self.processes = policy, config, described, processes
         self.horizon, self.seconds = horizon, seconds
         self.waiting: dict[str, deque[Task]] = {}  # simulator -> its episodes that have not begun
@@ -296,16 +306,18 @@ class _Batch:
         """One chunk of every row that plays; the rows whose episodes end begin others."""
         began = time.perf_counter()
         video_noise, action_noise = self._noise(episode)
-        candidate = episode.propose(video_noise=video_noise, action_noise=action_noise)
-        assert candidate.video is not None and candidate.action is not None
-        video, action = candidate.video.cpu(), candidate.action.cpu()
+        candidate = episode.propose(want=self.want, video_noise=video_noise, action_noise=action_noise)
+        assert candidate.action is not None
+        action = candidate.action.cpu()
+        # imagined on the way to actions alone, it is not what the caller asked for
+        video = candidate.video.cpu() if self.want == "both" and candidate.video is not None else None
         took = time.perf_counter() - began
         for b, playing in self.playing.items():
             playing.send(self.policy, action[b])
-        observed = torch.zeros_like(video)
+        observed = torch.zeros_like(video_noise)
         for b, playing in self.playing.items():
             if not playing.ended:
-                latents = playing.receive(self.policy, video[b])
+                latents = playing.receive(self.policy, None if video is None else video[b])
                 if not playing.ended:  # so all of the chunk was executed
                     observed[b] = latents
         ended = [b for b, playing in self.playing.items() if playing.ended]

@@ -17,7 +17,7 @@ import numpy as np
 
 from .expert import demonstrate
 from .named import Cameras, is_adapter, load
-from .protocol import Executed, Observation, checked_observation, execute
+from .protocol import Executed, Observation, checked_observation, checked_outcome, execute
 
 TIMEOUT = 120.0  # seconds within which a simulator answers; building LIBERO's takes up to 25
 
@@ -69,7 +69,8 @@ class SimulatorProcess:
         return self.receive()
 
     def send(self, request: str, name: str, *args: Any) -> None:
-        """Ask for ``describe()``, ``begin(seed or initial state)`` or ``run(actions, every)`` of simulator ``name``."""
+        """Ask for ``describe()``, ``begin(seed or initial state)``, ``run(actions, every)``, ``expert(seed or initial
+        state, horizon)`` or ``demonstrate(...)``, as :func:`~.expert.demonstrate`, of simulator ``name``."""
         if self.connection is None:
             context = _context(name, self.cameras)
             self.connection, theirs = context.Pipe()
@@ -181,9 +182,19 @@ def _run(simulator: Any, actions: Sequence | np.ndarray, every: int) -> Executed
     return execute(simulator, np.asarray(actions, np.float32), every, type(simulator).__name__)
 
 
+def _expert(simulator: Any, start: int | dict[str, Any], horizon: int) -> tuple[Begun, np.ndarray, bool]:
+    """How an episode begins, what the scripted expert does in it, and whether that succeeds."""
+    begun, actions, success = _begin(simulator, start), [], False
+    while len(actions) < horizon and not success:
+        actions.append(np.asarray(simulator.expert(), np.float32))
+        success = checked_outcome(f"{type(simulator).__name__}.act", simulator.act(actions[-1].copy())).success
+    return begun, np.stack(actions), success
+
+
 REQUESTS: dict[str, Callable[..., Any]] = {
     "describe": _describe,
     "begin": _begin,
     "run": _run,
+    "expert": _expert,
     "demonstrate": demonstrate,
 }

@@ -1,0 +1,200 @@
+"""The ablation: a protocol that cannot change under a folder, arms that resume, a report with numbers by hand."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from wam_models import cli
+from wam_models.ablate.protocol import Arm, Protocol, Track, metaworld, quick
+from wam_models.ablate.report import write_report
+from wam_models.ablate.run import EXPERT, SHUFFLED, collect, is_done, run_all, run_everywhere, units
+from wam_models.ablate.statistics import difference, permuted_differences, rates, relative_video_error
+from wam_models.objectives import GJD
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def tiny() -> Protocol:
+    """Two arms and a cloning baseline in the example simulator, a few steps."""
+    training = json.loads((EXAMPLES / "point_train.json").read_text())
+    training |= {"steps": 4, "warmup": 1, "batch": 4}
+    track = Track(
+        name="state", simulators=("point_simulator:Point",), record={"episodes": 3, "interrupted": 0.0},
+        training=training, seeds=(0, 1), settings=((1, 1), (2, 1)), episodes=2, horizon=60, batch=2,
+    )  # fmt: skip
+    arms = (
+        Arm(name="joint", program="joint"),
+        Arm(name="gjd", program=GJD, mixture={"joint": 0.5, "forward_dynamics": 0.5}, steps_factor=2.0),
+        Arm(name="cloning", program="decoupled_same_step", video_weight=0.0, want="action"),
+    )
+    return Protocol(suite="point", arms=arms, tracks=(track,))
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    root = tmp_path_factory.mktemp("ablation")
+    with pytest.MonkeyPatch.context() as patch:
+        (root / "point_simulator.py").write_text((EXAMPLES / "point_simulator.py").read_text())
+        patch.chdir(root)
+        run_all(root / "run", tiny(), say=lambda line: None)
+    return root
+
+
+def test_a_run_is_whole_and_a_killed_one_goes_on(made, monkeypatch):
+    """Half an arm, as a kill leaves it, is made again, to the same rows; the other arms are left alone."""
+    monkeypatch.chdir(made)
+    out = made / "run"
+    rows, trainings = collect(out)
+    assert len(rows) == 3 * 2 * 2 * 2 + 4 * 2  # arms, seeds, settings, episodes; four sanity arms
+    assert [t["steps"] for t in trainings if t["arm"] == "gjd"] == [8, 8]
+    assert all(t["failure"] is None for t in trainings) and all(is_done(out, unit) for unit in units(tiny()))
+    cloned = [row for row in rows if row["arm"] == "cloning"]
+    assert cloned and not any(row["imagined_mse"] for row in cloned)
+    again = [row["actions"] for row in rows if row["arm"] == "sanity_again"]
+    assert again == [row["actions"] for row in rows if (row["arm"], row["seed"], row["chunk"]) == ("joint", 0, 1)]
+    assert all(row["success"] and row["expert"] for row in rows if row["arm"] == EXPERT)
+
+    lost = out / "state/gjd/seed1/eval-chunk2-steps1.jsonl"
+    before = lost.read_text().splitlines()[:-1]
+    lost.unlink()
+    shutil.copytree(out / "state/cloning/seed0", made / "kept")
+    (out / "state/cloning/seed0/train.json").unlink()  # a kill before the training was stored
+    said: list[str] = []
+    run_all(out, tiny(), say=said.append)
+    assert said[0].startswith("3 of ") and lost.read_text().splitlines()[:-1] == before
+    remade, kept = (
+        [line for line in (folder / "eval-chunk1-steps1.jsonl").read_text().splitlines()][:-1]
+        for folder in (out / "state/cloning/seed0", made / "kept")
+    )
+    assert remade == kept
+    run_all(out, tiny(), say=said.append)
+    assert said[-1].startswith("0 of ")
+
+
+def test_another_protocol_is_refused_by_name(made, tmp_path, capsys):
+    other = tiny()
+    (made / "other.json").write_text(
+        json.dumps(replace(other, tracks=(replace(other.tracks[0], horizon=61),)).to_dict())
+    )
+    assert cli.main(["ablate", "--protocol", str(made / "other.json"), "--out", str(made / "run")]) == 2
+    assert "differs in tracks[0].horizon" in capsys.readouterr().err
+    (tmp_path / "mine.txt").write_text("mine")
+    assert cli.main(["ablate", "--out", str(tmp_path)]) == 2
+    assert "no ablation" in capsys.readouterr().err
+
+
+def test_a_protocol_is_what_its_file_holds(tmp_path):
+    for protocol in (tiny(), metaworld(), quick(metaworld(full=True))):
+        (tmp_path / "protocol.json").write_text(json.dumps(protocol.to_dict()))
+        assert Protocol.from_json(tmp_path / "protocol.json").to_dict() == protocol.to_dict()
+    with pytest.raises(ValueError, match="steps must"):
+        Track(name="a", simulators=("b",), training=dict(tiny().tracks[0].training) | {"steps": 0})
+    with pytest.raises(ValueError, match="'joint'"):
+        Protocol(suite="a", arms=(Arm(name="b", program="joint"),), tracks=tiny().tracks)
+
+
+def test_the_protocol_of_metaworld():
+    """Nine arms that differ in what they are about and in nothing else."""
+    protocol = metaworld()
+    track = protocol.tracks[0]
+    configs = {arm.name: track.train_config(arm) for arm in protocol.arms}
+    assert len(configs) == 9
+    steps = configs["joint"].steps
+    assert configs["gjd_equal_steps"].steps == steps
+    assert round(configs["gjd_equal_joint_steps"].steps * 0.6) == steps
+    same = {"programs", "mixture", "steps", "video_weight"}
+    common = [{k: v for k, v in c.to_dict().items() if k not in same} for c in configs.values()]
+    assert all(c == common[0] for c in common)
+    assert configs["behaviour_cloning"].video_weight == 0
+    order = [unit.seed for unit in units(protocol)]
+    assert order[: len(order) // 2] == sorted(order[: len(order) // 2])
+
+
+def test_a_report_of_part_of_a_run(made, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(made)
+    part = tmp_path / "part"
+    shutil.copytree(made / "run", part)
+    shutil.rmtree(part / "state/joint/seed1")
+    shutil.rmtree(part / "state/gjd/seed1")
+    assert cli.main(["ablate", "report", str(part)]) == 0
+    text = capsys.readouterr().out
+    assert "seed 1, chunk 1 with 1 steps: 1 of 3 arms" in text and "overstate the certainty" in text
+    assert "not comparable" in text and "| `cloning` |" in text
+    assert (part / "state.png").stat().st_size > 1000 and (part / "report.md").read_text().strip() == text.strip()
+    assert "All arms with all seeds" in write_report(made / "run")
+    assert cli.main(["ablate", "report", str(tmp_path)]) == 2
+
+
+def _rows(arm, seed, successes, **more):
+    names = ("a", "b")
+    return [
+        {"arm": arm, "seed": seed, "simulator": names[i // 2], "episode": i % 2, "success": bool(s), **more}
+        for i, s in enumerate(successes)
+    ]
+
+
+def test_numbers_by_hand():
+    rows = _rows("joint", 0, [1, 1, 1, 0]) + _rows("x", 0, [1, 0, 0, 0]) + _rows("x", 1, [1, 1, 0, 0])
+    found = rates([row for row in rows if row["arm"] == "x"])
+    assert (found.successes, found.episodes, found.seeds) == (3, 8, {0: (1, 4), 1: (2, 4)})
+    alone = difference(rows, "x")
+    assert alone is not None and (alone.seeds, alone.value, alone.low) == ((0,), -0.5, None)
+    both = difference(rows + _rows("joint", 1, [1, 1, 0, 0]), "x")
+    assert both is not None and both.value == -0.25 and both.low is not None and both.high is not None
+    assert both.low < -0.25 < both.high
+    assert difference(rows, "nobody") is None
+    errors = _rows("x", 0, [1, 1], imagined_mse=[1.0, 3.0], still_mse=[4.0, 4.0])
+    assert relative_video_error(errors) == 0.5 and relative_video_error(rows) is None
+
+
+def test_between_seeds_is_where_the_uncertainty_is():
+    """Two arms with the same pooled successes: of one the seeds agree, of the other they do not."""
+    rng = np.random.default_rng(0)
+    rows = []
+    for seed, (steady, moved) in enumerate(((60, 90), (60, 60), (60, 30))):
+        for arm, count in (("joint", 50), ("steady", steady), ("moved", moved)):
+            success = rng.permutation(np.arange(100) < count)
+            rows += [
+                {"arm": arm, "seed": seed, "simulator": "a", "episode": i, "success": bool(s)}
+                for i, s in enumerate(success)
+            ]
+    steady, moved = difference(rows, "steady"), difference(rows, "moved")
+    assert steady is not None and moved is not None
+    assert steady.value == pytest.approx(0.1) == moved.value
+    assert moved.high - moved.low > 2 * (steady.high - steady.low)
+    chance = np.percentile(permuted_differences(rows, ["joint", "steady", "moved"]), 95)
+    assert 0.03 < chance < 0.12
+    assert permuted_differences([], ["joint"]).size == 0
+
+
+def test_what_waits_for_the_weights_of_another_arm():
+    """With several processes, the shuffled language begins after the baseline is trained."""
+    from concurrent.futures import Future
+
+    todo = units(tiny())
+    finished: list[str] = []
+
+    def submit(unit):
+        if unit.arm == SHUFFLED:
+            assert "joint" in finished
+        future: Future[str] = Future()
+        future.set_result("")
+        return future
+
+    run_everywhere(todo, submit, 3, lambda unit, line: finished.append(unit.arm))
+    assert len(finished) == len(todo)
+
+
+@pytest.mark.slow
+def test_quick(tmp_path):
+    """The real simulator: two arms learn to reach and to press in 110 steps, the expert and no training bound them."""
+    pytest.importorskip("metaworld")
+    assert cli.main(["ablate", "--quick", "--out", str(tmp_path / "run")]) == 0
+    rows, _ = collect(tmp_path / "run")
+    successes = {arm: sum(row["success"] for row in rows if row["arm"] == arm) for arm in {row["arm"] for row in rows}}
+    assert successes[EXPERT] >= 9 and successes["sanity_untrained"] <= 2
+    assert successes["joint"] > successes["sanity_untrained"]
