@@ -246,13 +246,12 @@ def run_unit(out: Path, unit: Unit) -> str:
 
 
 def _train(out: Path, track: Track, arm: Arm, unit: Unit, folder: Path) -> None:
-    row: dict[str, Any] = {"track": unit.track, "arm": unit.arm, "seed": unit.seed, "failure": None, "seconds": 0.0}
+    row: dict[str, Any] = {"track": unit.track, "arm": unit.arm, "seed": unit.seed, "failure": None, "steps": 0}
     config = track.train_config(arm)
     began, cpu = time.perf_counter(), time.process_time()
     if unit.arm == UNTRAINED:
         untrained = Trainer(config, read_track(out, track), seed=unit.seed, device=torch.device("cpu"))
         untrained.policy().save(folder / "policy")
-        row |= {"steps": 0}
     elif unit.arm != SHUFFLED:  # which has the weights of the baseline
         try:
             trained = train(config, read_track(out, track), seed=unit.seed, progress=False)
