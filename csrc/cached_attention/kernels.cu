@@ -173,8 +173,15 @@ __device__ inline void store_part(const SoftmaxState& state, const Accumulator<D
   }
 }
 
+// Left alone (0), ptxas aims at 168 registers a thread, three blocks on an SM; on these two it would spill for that.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 890 || __CUDA_ARCH__ == 1000)
+constexpr int kBlocksOfSm = 2;
+#else
+constexpr int kBlocksOfSm = 0;
+#endif
+
 template <class T, int D>
-__global__ void __launch_bounds__(kThreads) part_kernel(const __grid_constant__ CachedAttentionParams p) {
+__global__ void __launch_bounds__(kThreads, kBlocksOfSm) part_kernel(const __grid_constant__ CachedAttentionParams p) {
   constexpr int kSlots = Tiles<T, D>::kSlots, kChunks = D / 8;
   __shared__ Tiles<T, D> tiles[2];
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
