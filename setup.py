@@ -4,6 +4,9 @@ WAM_CUDA=auto (default)  build ``wam_kernels._C`` when nvcc is found, leave it o
 WAM_CUDA=1               build it; an error without nvcc
 WAM_CUDA=0               leave it out
 
+WAM_CUDA_ARCHITECTURES   what to compile for, instead of the list in CMakeLists.txt: "89" for an L40S alone. The
+                         kernels for Hopper (wgmma, TMA) are compiled for sm_90a whatever it says.
+
 nvcc is looked for in CUDACXX, CUDA_HOME/bin and PATH. A build that has started and fails is an error in every mode:
 a package that quietly lacks its kernels is worse than none. Neither a GPU nor torch is needed.
 """

@@ -7,8 +7,14 @@
 #include "cached_attention/bindings.h"
 #include "qk_norm_rope/bindings.h"
 
+#ifndef WAM_CUDA_ARCHITECTURES
+#define WAM_CUDA_ARCHITECTURES ""  // the host emulation's module
+#endif
+
 PYBIND11_MODULE(_C, m) {
-  m.doc() = "CUDA kernels of wam_kernels, compiled for sm_90a. Importing it touches no driver; a call does.";
+  m.doc() = "CUDA kernels of wam_kernels. Importing it touches no driver; a call does.";
+  // "80 90a": those of all kernels but Hopper's own, which are compiled for sm_90a alone
+  m.attr("architectures") = WAM_CUDA_ARCHITECTURES;
   wam::adaln_bindings::register_functions(m);
   wam::block_attention_bindings::register_functions(m);
   wam::cached_attention_bindings::register_functions(m);

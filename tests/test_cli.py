@@ -138,6 +138,7 @@ BARE = doctor.Machine(
     driver=None,
     nvcc=None,
     extension_error="not built",
+    architectures=("80", "90a"),
     interpreted=False,
     cpu="a CPU",
     cpu_cores=2,
@@ -147,6 +148,7 @@ BARE = doctor.Machine(
 )
 H100 = doctor.GPU("NVIDIA H100", (9, 0), 79.6)
 A100 = doctor.GPU("NVIDIA A100", (8, 0), 79.6)
+T4 = doctor.GPU("Tesla T4", (7, 5), 15.6)
 WITH_TRITON = BARE.versions | {"triton": "3.7.1"}
 
 
@@ -160,8 +162,17 @@ WITH_TRITON = BARE.versions | {"triton": "3.7.1"}
         ({"versions": WITH_TRITON, "interpreted": True}, "block_attention", "triton", None),
         ({"versions": WITH_TRITON, "gpus": (A100,)}, "block_attention", "triton", None),
         ({}, "ada_layer_norm", "cuda", "wam_kernels._C does not load, see above"),
-        ({"extension_error": None}, "ada_layer_norm", "cuda", "capability 9.0, found no CUDA device"),
-        ({"extension_error": None, "gpus": (A100,)}, "ada_layer_norm", "cuda", "capability 9.0, found NVIDIA A100"),
+        (
+            {"extension_error": None},
+            "ada_layer_norm",
+            "cuda",
+            "capability 8.x, 9.0, 10.x or 12.x, found no CUDA device",
+        ),
+        ({"extension_error": None, "gpus": (A100,)}, "ada_layer_norm", "cuda", None),
+        ({"extension_error": None, "gpus": (T4,)}, "ada_layer_norm", "cuda", "sm_80, sm_90a; Tesla T4 is sm_75; use"),
+        ({"extension_error": None}, "block_attention", "cuda", "capability 9.0, found no CUDA device"),
+        ({"extension_error": None, "gpus": (A100,)}, "block_attention", "cuda", "sm_90; NVIDIA A100 is sm_80; use"),
+        ({"extension_error": None, "gpus": (A100, H100)}, "block_attention", "cuda", None),
         ({"extension_error": None, "gpus": (H100,)}, "ada_layer_norm", "cuda", None),
     ],
 )

@@ -22,18 +22,21 @@ from wam_kernels.runtime.backends import MODULES
 from wam_models import doctor
 
 ROOT = Path(__file__).resolve().parent.parent
-CSRC = ("params.h", "kernels.cu", "launch.cpp", "bindings.h")  # of an op with CUDA kernels
+CSRC = ("params.h", "launch.cpp", "bindings.h")  # of an op with CUDA kernels, beside the kernels themselves
 each_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
 
 def files(op: Op) -> list[str]:
     package, suites = f"wam_kernels/{op.package}", ["interpreter", "aot", "gpu", *["csrc"] * ("cuda" in op.backends)]
+    # the name of the file tells CMake which architectures it is for
+    hopper = "cuda" in op.backends and Need.SM90 in op.backends["cuda"].needs
+    kernels = "kernels_sm90a.cu" if hopper else "kernels.cu"
     return [
         *(f"{package}/{name}" for name in ("README.md", "__init__.py", "config.py", "op.py", "reference.py")),
         *(f"{package}/{MODULES[impl][1:]}.py" for impl in op.backends if impl != "reference"),
         *(f"tests/{op.package}/{name}.py" for name in ("__init__", "checks", "test_op")),
         *(f"tests/{suite}/test_{op.package}.py" for suite in suites),
-        *(f"csrc/{op.package}/{name}" for name in CSRC if "cuda" in op.backends),
+        *(f"csrc/{op.package}/{name}" for name in (*CSRC, kernels) if "cuda" in op.backends),
         f"bench/suites/{op.package}.py",
     ]
 

@@ -23,11 +23,13 @@ class Need(Enum):
     TRITON = "triton"
     GPU_OR_INTERPRETER = "a CUDA device or TRITON_INTERPRET=1"
     EXTENSION = "the CUDA extension"
+    BUILT_FOR = "compute capability 8.x, 9.0, 10.x or 12.x"  # the list of CMakeLists.txt; another build has another
     SM90 = "compute capability 9.0"
 
 
 TRITON = (Need.TRITON, Need.GPU_OR_INTERPRETER)
-CUDA = (Need.EXTENSION, Need.SM90)
+CUDA = (Need.EXTENSION, Need.BUILT_FOR)
+HOPPER = (Need.EXTENSION, Need.SM90)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ OPS = {
                 "reference": Backend("plain PyTorch, dense S x S, any device"),
                 "cpu": Backend("GEMMs over the plan's runs"),
                 "triton": Backend("tiles of the plan", HALF_AND_FLOAT, TRITON, "float32 up to D=128"),
-                "cuda": Backend("boxes of the plan by TMA", HALF, CUDA, "D up to 128"),
+                "cuda": Backend("boxes of the plan by TMA", HALF, HOPPER, "D up to 128"),
             },
             ("block_attention", "varlen_attention"),
         ),

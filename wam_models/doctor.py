@@ -11,6 +11,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import torch
 
 from wam_kernels.ops import OPS, Backend, Need, Op
 from wam_kernels.roofline import DEFAULT_DEVICE_MODEL, DEVICE_MODELS, device_model_of
-from wam_kernels.runtime.cuda import extension
+from wam_kernels.runtime.cuda import architecture_names, architectures, extension, refusal
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Machine:
     driver: str | None
     nvcc: str | None
     extension_error: str | None  # why wam_kernels._C does not load
+    architectures: tuple[str, ...]  # that it was compiled for
     interpreted: bool  # TRITON_INTERPRET=1
     cpu: str
     cpu_cores: int  # those this process may use
@@ -63,18 +65,19 @@ def _extension(m: Machine) -> str | None:
     return m.extension_error and "wam_kernels._C does not load, see above"
 
 
-def _sm90(m: Machine) -> str | None:
-    if any(gpu.capability == (9, 0) for gpu in m.gpus):
-        return None
-    found = ", ".join(gpu.name for gpu in m.gpus) or "no CUDA device"
-    return f"needs a GPU of compute capability 9.0, found {found}"
+def _kernels(need: Need, m: Machine) -> str | None:
+    if not m.gpus:
+        return f"needs a GPU of {need.value}, found no CUDA device"
+    refusals = [refusal((need,), m.architectures, gpu.capability, gpu.name) for gpu in m.gpus]
+    return None if None in refusals else refusals[0]
 
 
 NEEDS: dict[Need, Callable[[Machine], str | None]] = {
     Need.TRITON: _triton,
     Need.GPU_OR_INTERPRETER: _gpu_or_interpreter,
     Need.EXTENSION: _extension,
-    Need.SM90: _sm90,
+    Need.BUILT_FOR: partial(_kernels, Need.BUILT_FOR),
+    Need.SM90: partial(_kernels, Need.SM90),
 }
 
 
@@ -137,12 +140,14 @@ def _gpus() -> Iterable[GPU]:
 
 
 def probe() -> Machine:
+    error = _extension_error()
     return Machine(
         versions={name: package_version(name) for name in ("wam-kernels", "torch", "triton", "numpy")},
         gpus=tuple(_gpus()),
         driver=driver_version(),
         nvcc=_nvcc(),
-        extension_error=_extension_error(),
+        extension_error=error,
+        architectures=() if error else architectures(),
         interpreted=os.environ.get("TRITON_INTERPRET") == "1",
         cpu=_cpu_name(),
         cpu_cores=len(os.sched_getaffinity(0)),
@@ -197,7 +202,7 @@ def report(machine: Machine) -> str:
         ("device model", _device_model(machine)),
         ("driver", machine.driver or "no NVIDIA driver"),
         ("nvcc", machine.nvcc or "not on PATH"),
-        ("wam_kernels._C", machine.extension_error or "loads"),
+        ("wam_kernels._C", machine.extension_error or f"loads; built for {architecture_names(machine.architectures)}"),
     ]
     ops = [("op", "impl", "runs here", "why")]
     for op in OPS.values():

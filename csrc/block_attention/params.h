@@ -38,7 +38,7 @@ void block_attention_forward(const BlockAttentionParams& params, DType dtype, vo
 // dq, then dk and dv: two launches.
 void block_attention_backward(const BlockAttentionParams& params, DType dtype, void* stream);
 
-// The kernels alone: kernels.cu.
+// The kernels alone: kernels_sm90a.cu.
 void block_attention_forward_kernel(const BlockAttentionParams& params, DType dtype, void* stream);
 void block_attention_backward_kernels(const BlockAttentionParams& params, DType dtype, void* stream);
 

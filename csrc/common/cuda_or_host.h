@@ -41,7 +41,7 @@ void launch(const char* op, void (*kernel)(Params), dim3 grid, dim3 block, void*
   if (status != cudaSuccess) {
     throw std::runtime_error(std::string(op) + ": the CUDA kernel could not be launched: " + cudaGetErrorName(status) +
                              " (" + cudaGetErrorString(status) +
-                             "); it needs an NVIDIA GPU of compute capability 9.0 and its driver, see `wam doctor`");
+                             "); it needs an NVIDIA GPU and its driver, see `wam doctor`");
   }
 #endif
 }

@@ -87,7 +87,7 @@ inline void require_cuda(const char* op, const char* what, cudaError_t status) {
   if (status == cudaSuccess) return;
   throw std::runtime_error(std::string(op) + ": " + what + ": " + cudaGetErrorName(status) + " (" +
                            cudaGetErrorString(status) +
-                           "); it needs an NVIDIA GPU of compute capability 9.0 and its driver, see `wam doctor`");
+                           "); it needs an NVIDIA GPU and its driver, see `wam doctor`");
 }
 
 using TensorMapEncoder = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,

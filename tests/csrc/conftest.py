@@ -3,10 +3,8 @@
 import ctypes
 import importlib.machinery
 import importlib.util
-import os
 import shutil
 import subprocess
-import sys
 import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -65,39 +63,6 @@ def compile_emulated(tmp_path_factory):
         return library
 
     return compile_all
-
-
-@dataclass(frozen=True)
-class CompiledKernels:
-    report: str  # of ptxas
-    objects: tuple[Path, ...]
-
-
-@pytest.fixture(scope="session")
-def compiled_kernels(tmp_path_factory) -> CompiledKernels:
-    """Compiles the kernels as the install does, for a second architecture too, with the assembler told to report.
-
-    In two units instead of one a file: half of a file's time goes to the headers that all share.
-    """
-    if shutil.which("nvcc") is None:
-        pytest.skip("needs nvcc")
-    import pybind11
-
-    build = tmp_path_factory.mktemp("ptxas")
-    kernels = [source for source in SOURCES if source.suffix == ".cu"]
-    # cmake and ninja of this environment come first, as in an install
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    configure = ["cmake", "-S", ROOT, "-B", build, "-G", "Ninja",
-                 "-DCMAKE_CUDA_FLAGS=-Xptxas -v -gencode arch=compute_80,code=sm_80",
-                 f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
-                 "-DCMAKE_UNITY_BUILD=ON", f"-DCMAKE_UNITY_BUILD_BATCH_SIZE={-(-len(kernels) // 2)}"]  # fmt: skip
-    objects = [f"CMakeFiles/_C.dir/Unity/unity_{i}_cu.cu.o" for i in range(2)]
-    report = ""
-    for command in (configure, ["ninja", "-C", build, "-j2", *objects]):
-        done = subprocess.run(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert done.returncode == 0, done.stdout
-        report += done.stdout
-    return CompiledKernels(report, tuple(build / name for name in objects))
 
 
 @dataclass(frozen=True)
@@ -177,6 +142,15 @@ def compiled_extension() -> ModuleType:
         return import_module("wam_kernels._C")
     except ModuleNotFoundError as error:
         pytest.skip(f"{error}: it is built at install time where nvcc is found, see setup.py")
+
+
+@pytest.fixture(scope="session")
+def built() -> Path:
+    """The installed extension's file, of these sources."""
+    path = Path(compiled_extension().__file__)
+    late = [str(source.relative_to(ROOT)) for source in SOURCES if source.stat().st_mtime > path.stat().st_mtime]
+    assert not late, f"{path.name} is older than {', '.join(late)}: build it again, with make or pip install"
+    return path
 
 
 @pytest.fixture(params=["emulated", "gpu"])

@@ -1,11 +1,14 @@
-"""Machine instructions of compiled kernels, and what a step of their loops costs."""
+"""Machine code of compiled kernels: the registers it takes, and what a step of its loops costs."""
 
 from __future__ import annotations
 
 import re
 import subprocess
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
+
+import pytest
 
 WARPS = 4  # of a warpgroup
 TENSOR_FLOPS = 4096  # bf16 and fp16 of an SM in a clock, an addition and a multiplication counted apart
@@ -61,10 +64,46 @@ class Step:
         return sum(i.name.startswith("MUFU.EX2") for i in self.body[at[0] : at[1]]) if len(at) > 1 else 0
 
 
-def parse(path: Path, cuobjdump: Path, architecture: str = "sm_90a") -> dict[str, list[Instruction]]:
-    """By mangled name: the kernels of an object file or a cubin."""
-    command = [cuobjdump, "-sass", "-arch", architecture, path]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+@dataclass(frozen=True)
+class Resources:
+    architecture: str
+    name: str  # mangled
+    registers: int
+    stack: int  # bytes of a thread; what does not fit in registers lies there
+    shared: int
+
+
+def cuobjdump(*arguments: str | Path, folder: Path | None = None) -> str:
+    if find_spec("triton") is None:
+        pytest.skip("needs cuobjdump, which comes with triton")
+    import triton
+
+    command = [Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout
+
+
+def resources(path: Path) -> list[Resources]:
+    """Of every kernel for every architecture in a library."""
+    found, architecture, name = [], "", ""
+    for line in cuobjdump("--dump-resource-usage", path).splitlines():
+        if match := re.match(r"arch = (\S+)", line):
+            architecture = match.group(1)
+        elif match := re.match(r" Function (\S+):", line):
+            name = match.group(1)
+        elif match := re.match(r"\s+REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
+            found.append(Resources(architecture, name, *map(int, match.groups())))
+    return found
+
+
+def cubins(path: Path, architecture: str, folder: Path) -> list[Path]:
+    """The parts of a library that are for one architecture, as files in ``folder``."""
+    cuobjdump("-xelf", f".{architecture}.", path.resolve(), folder=folder)
+    return sorted(folder.glob("*.cubin"))
+
+
+def parse(path: Path) -> dict[str, list[Instruction]]:
+    """By mangled name: the kernels of a cubin."""
+    text = cuobjdump("-sass", path)
     kernels: dict[str, list[Instruction]] = {}
     for line in text.splitlines():
         if name := re.search(r"Function : (\S+)", line):

@@ -1,19 +1,22 @@
-"""The compiled extension: what ptxas says of every kernel, and that it loads without a driver and fails clearly."""
+"""The compiled extension: every kernel for every architecture, no spills; what refuses a call, and how clearly."""
 
 import re
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 from wam_kernels.adaln import kernel_cuda as adaln
-from wam_kernels.runtime.cuda import extension
+from wam_kernels.ops import OPS, Need
+from wam_kernels.runtime import cuda
+from wam_kernels.runtime.cuda import architectures, extension, refusal, refusal_on, runs_on
 
 from .conftest import compiled_extension
+from .sass import resources
 
-# sm_90a is what is shipped; sm_80 shows what needs Hopper: kernels of sm90.cuh, whose bodies are empty there
-ARCHITECTURES = ("sm_80", "sm_90a")
+ROOT = Path(__file__).parents[2]
 KERNELS = {  # of one architecture
     "adaln": 3 * 2 * 3,  # dtypes, directions, vectors of a thread
     "block_attention": 2 * 3 * 2,  # dtypes, kernels, head dims
@@ -21,20 +24,73 @@ KERNELS = {  # of one architecture
     "qk_norm_rope": 3 * 2 * 3,  # dtypes, directions, (width, units of a thread)
     "sum_kernel": 1,
 }
+HOPPER = {op.package for op in OPS.values() if "cuda" in op.backends and Need.SM90 in op.backends["cuda"].needs}
 
 
-def test_no_kernel_spills(compiled_kernels):
-    ptxas_output = compiled_kernels.report
-    for arch in ARCHITECTURES:
-        kernels = re.findall(rf"Compiling entry function '(\S+)' for '{arch}'", ptxas_output)
-        assert {name: sum(name in kernel for kernel in kernels) for name in KERNELS} == KERNELS, arch
-        assert len(kernels) == sum(KERNELS.values()), arch
-    used = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", ptxas_output)
-    # device functions that were not inlined report too
-    assert len(used) >= len(ARCHITECTURES) * sum(KERNELS.values())
-    assert set(used) == {("0", "0", "0")}, ptxas_output
-    # ptxas says so where it had to serialise wgmma
-    assert "Potential Performance Loss" not in ptxas_output, ptxas_output
+def test_every_architecture_has_every_kernel_and_none_spills(built):
+    found = resources(built)
+    for architecture in {*architectures(), "90a"}:
+        names = [kernel.name for kernel in found if kernel.architecture == f"sm_{architecture}"]
+        expected = {
+            op: number
+            for op, number in KERNELS.items()
+            if (op in HOPPER and architecture == "90a") or (op not in HOPPER and architecture in architectures())
+        }
+        assert {op: sum(op in name for name in names) for op in expected} == expected, architecture
+        assert len(names) == sum(expected.values()), architecture
+    assert {kernel.architecture for kernel in found} == {f"sm_{a}" for a in (*architectures(), "90a")}
+    assert [kernel for kernel in found if kernel.stack] == []
+
+
+def test_the_default_build_is_for_every_gpu_that_the_tables_name():
+    (listed,) = re.findall(r"^set\(WAM_CUDA_ARCHITECTURES (.*)\)$", (ROOT / "CMakeLists.txt").read_text(), re.MULTILINE)
+    assert Need.BUILT_FOR.value == "compute capability 8.x, 9.0, 10.x or 12.x"
+    for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)):
+        assert any(runs_on(architecture, capability) for architecture in listed.split()), capability
+
+
+@pytest.mark.parametrize(
+    "architecture, runs, does_not",
+    [
+        ("80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (8, 7), (9, 0), (12, 0)]),
+        ("87", [(8, 7), (8, 9)], [(8, 0), (8, 6)]),
+        ("90a", [(9, 0)], [(8, 9), (10, 0)]),
+        ("100", [(10, 0), (10, 3)], [(11, 0), (12, 0)]),
+        ("100f", [(10, 0), (10, 3)], [(12, 0)]),
+        ("120", [(12, 0), (12, 1)], [(10, 0)]),
+    ],
+)
+def test_what_runs_where(architecture, runs, does_not):
+    assert all(runs_on(architecture, capability) for capability in runs)
+    assert not any(runs_on(architecture, capability) for capability in does_not)
+
+
+def test_a_gpu_without_the_kernels_is_refused_by_name():
+    built_for, hopper, others = ("80", "90a"), (Need.EXTENSION, Need.SM90), (Need.EXTENSION, Need.BUILT_FOR)
+    assert refusal(hopper, built_for, (9, 0)) is None and refusal(others, built_for, (8, 9)) is None
+    assert refusal(hopper, built_for, (8, 9)) == "needs sm_90; this device is sm_89; use impl='triton'"
+    assert refusal(others, built_for, (12, 0), "NVIDIA X") == (
+        "is built for sm_80, sm_90a; NVIDIA X is sm_120; use impl='triton', or build it with WAM_CUDA_ARCHITECTURES=120"
+    )
+
+
+@pytest.fixture
+def forgotten_refusals():
+    refusal_on.cache_clear()
+    yield
+    refusal_on.cache_clear()
+
+
+def test_a_launch_asks_for_the_device_first(monkeypatch, forgotten_refusals):
+    monkeypatch.setattr(cuda, "extension", lambda: SimpleNamespace(architectures="80 90a"))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: {0: (8, 9), 1: (12, 0)}[device.index])
+    q = [SimpleNamespace(is_cuda=True, device=torch.device("cuda", i)) for i in range(2)]
+    with pytest.raises(
+        RuntimeError, match="impl='cuda' of block_attention needs sm_90; this device is sm_89; use impl"
+    ):
+        cuda.launch("block_attention_backward", q[0])
+    with pytest.raises(RuntimeError, match="impl='cuda' of adaln is built for sm_80, sm_90a; this device is sm_120"):
+        cuda.launch("adaln_forward", q[1])
 
 
 def test_a_missing_extension_says_how_to_build_it(monkeypatch):

@@ -1,11 +1,8 @@
 """What ptxas made of the kernels for Hopper: nothing spilled, nothing serialised, and the overlap that they are for."""
 
-from importlib.util import find_spec
-from pathlib import Path
-
 import pytest
 
-from tests.csrc.sass import Step, parse, steps
+from tests.csrc.sass import Step, cubins, parse, steps
 
 # of one dtype: kernel, head dim, step -> the most instructions, clocks of tensor cores, products by their columns
 STEPS = {
@@ -21,14 +18,11 @@ STEPS = {
 
 
 @pytest.fixture(scope="module")
-def kernels(compiled_kernels) -> dict[tuple[str, int, str], Step]:
+def kernels(built, tmp_path_factory) -> dict[tuple[str, int, str], Step]:
     """By kernel, head dim, dtype and step."""
-    if find_spec("triton") is None:
-        pytest.skip("needs cuobjdump, which comes with triton")
-    import triton
-
-    cuobjdump = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    bodies = {name: body for path in compiled_kernels.objects for name, body in parse(path, cuobjdump).items()}
+    paths = cubins(built, "sm_90a", tmp_path_factory.mktemp("cubins"))
+    paths = [path for path in paths if b"block_attention_detail" in path.read_bytes()]
+    bodies = {name: body for path in paths for name, body in parse(path).items()}
     found = {}
     for name, body in bodies.items():
         for kernel in ("forward", "dq", "dkdv"):
