@@ -129,6 +129,8 @@ def _record(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", type=at_least(8), default=64, metavar="PIXELS", help="of pictures; default: %(default)s"
     )
+    every = "actions from one picture to the next; default: %(default)s"
+    parser.add_argument("--picture-every", type=at_least(1), default=1, metavar="N", help=every)
     parser.add_argument(
         "--interrupted", type=float, default=0.6, metavar="P", help="share that is; default: %(default)s"
     )

@@ -17,8 +17,13 @@ def run(args) -> int:
     """``wam record``."""
     names = list(dict.fromkeys(args.simulator))
     writable_folder("--out", args.out)
-    config = RecordConfig(episodes=args.episodes, held_out=args.held_out, seed=args.seed, interrupted=args.interrupted)
+    config = RecordConfig(
+        episodes=args.episodes, held_out=args.held_out, seed=args.seed, interrupted=args.interrupted,
+        picture_every=args.picture_every,
+    )  # fmt: skip
     cameras = {camera: (args.size, args.size) for camera in args.camera or ()}
+    if args.picture_every > 1 and not cameras:
+        raise ValueError("--picture-every needs --camera: without one, nothing is rendered")
     began = time.perf_counter()
     try:
         rates = record(

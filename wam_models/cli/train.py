@@ -163,4 +163,6 @@ def read_data(
         units=None if policy is None else policy.units,
         actions_per_frame=config.actions_per_frame,
         actions_per_token=config.actions_per_token,
+        channels=config.model.latent_channels,
+        cell=config.cell,
     )

@@ -34,14 +34,22 @@ def episode_frames(
     compresses time, those between:
     uint8 [1 + temporal * (F - 1), H, W, 3] for F latent frames, of which every `temporal`-th is the picture of one.
 
-    Raises ValueError for a codec whose `temporal` does not divide n, and what the reader raises.
+    Raises ValueError for a codec whose `temporal` does not divide n, for frames between two pictures of the camera, and
+    what the reader raises.
     """
     if actions_per_frame % codec.temporal:
         raise ValueError(
             f"episode_frames: codec.temporal is {codec.temporal}, expected a divisor of {actions_per_frame}, the "
             "actions of a frame"
         )
-    frames = dataset.frames(episode, actions_per_frame // codec.temporal)
+    every = actions_per_frame // codec.temporal
+    if every % dataset.picture_every:
+        raise ValueError(
+            f"episode_frames: {dataset.root} has a picture of {dataset.camera} every {dataset.picture_every} actions, "
+            f"expected a divisor of {every}, the actions from one frame to the next; train with actions_per_frame a "
+            "multiple of it, or record with another --picture-every"
+        )
+    frames = dataset.frames(episode, every)
     return frames[: 1 + (len(frames) - 1) // codec.temporal * codec.temporal]
 
 
@@ -77,12 +85,13 @@ class ClipDataset:
 
     Args:
         dataset: a LeRobotDataset, or the folder of one, which is then read from its only camera.
-        codec: the codec to use; None fits PatchPCA with 48 channels, or StateCodec where frames are states.
+        codec: the codec to use; None fits PatchPCA, or StateCodec where frames are states.
         units: (action_mean, action_std, bool [A] which dimensions vary) in place of the training split's own, such as
             `Policy.units` for a policy that is to be trained on.
         progress: called with an iterable of episodes and returning it, such as tqdm.
         actions_per_frame: video frames, and so actions, from one latent frame to the next.
         actions_per_token: actions that one action token holds, a divisor of that.
+        channels, cell: of the PatchPCA that is fitted where `codec` is None: numbers and pixels of a latent cell.
 
     Raises:
         ValueError: no training episode, pictures that the codec's cells do not divide, episodes whose actions differ in
@@ -98,6 +107,8 @@ class ClipDataset:
         units: Units | None = None,
         actions_per_frame: int = STRIDE,
         actions_per_token: int = 1,
+        channels: int = 48,
+        cell: int = PATCH,
     ) -> None:
         self.actions_per_frame = whole("ClipDataset: actions_per_frame", actions_per_frame, 1)
         self.actions_per_token = whole("ClipDataset: actions_per_token", actions_per_token, 1)
@@ -121,7 +132,7 @@ class ClipDataset:
         self.camera, self.picture_size = dataset.camera, dataset.picture_size
         if codec is None:
             default = StateCodec if dataset.has_states_as_frames else PatchPCA
-            cell = 1 if dataset.has_states_as_frames else PATCH
+            cell = 1 if dataset.has_states_as_frames else whole("ClipDataset: cell", cell, 1)
         else:
             cell = codec.spatial
         if any(n % cell for n in self.picture_size):
@@ -148,7 +159,8 @@ class ClipDataset:
             pool = [(i, t) for i in self.train for t in range(len(known_frames[i]))]
             most = len(pool) if dataset.has_states_as_frames else FIT_FRAMES
             chosen = np.linspace(0, len(pool) - 1, min(most, len(pool))).round().astype(int)
-            codec = default.fit(np.stack([known_frames[pool[c][0]][pool[c][1]] for c in chosen]))
+            sample = np.stack([known_frames[pool[c][0]][pool[c][1]] for c in chosen])
+            codec = StateCodec.fit(sample) if default is StateCodec else PatchPCA.fit(sample, channels, cell)
             frames = (pictures for pictures in known_frames)
         self.codec = codec
         # Clips are cut with NumPy: copies this small cost torch's thread pool far more than the copy itself when the

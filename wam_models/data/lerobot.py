@@ -85,6 +85,10 @@ class LeRobotDataset:
         if not self.has_states_as_frames:
             self.picture_size = _picture_size(self.features[self.camera], self.camera, self._info)
         self._is_video = self.features[self.camera].get("dtype") == "video"
+        every = self.features[self.camera].get("picture_every", 1)
+        if not isinstance(every, int) or isinstance(every, bool) or every < 1:
+            raise ValueError(f"{self._info}: picture_every of {self.camera} is {every!r}, expected a whole number >= 1")
+        self.picture_every = every
         total = _field(info, "total_episodes", int, self._info)
         if total < 1:
             raise ValueError(f"{self._info}: total_episodes is {total}, expected 1 or more")

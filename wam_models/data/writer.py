@@ -48,6 +48,7 @@ def write_lerobot(
     state_names: Sequence[str],
     action_names: Sequence[str],
     robot: str,
+    picture_every: int = 1,
 ) -> None:
     """Write a data set that :class:`~.lerobot.LeRobotDataset` and lerobot read; ``out`` is all there or not at all.
 
@@ -59,6 +60,8 @@ def write_lerobot(
         state_names: Of the numbers of the state.
         action_names: Of the numbers of an action.
         robot: ``robot_type`` of info.json.
+        picture_every: Rows from one picture to the next; the rows between repeat it. ``picture_every`` of the cameras'
+            features in info.json, where it is not 1.
 
     Raises:
         OSError: no room, or no right to write.
@@ -97,6 +100,8 @@ def write_lerobot(
     }
     for name, (height, width) in cameras.items():
         features[name] = {"dtype": "image", "shape": [height, width, 3], "names": ["height", "width", "channels"]}
+        if picture_every > 1:
+            features[name]["picture_every"] = picture_every
     info = {
         "codebase_version": "v3.0",
         "robot_type": robot,
@@ -149,13 +154,15 @@ def _column(values: np.ndarray) -> pa.Array:
 def _pngs(videos: Sequence[np.ndarray]) -> pa.Array:
     from PIL import Image  # here: whatever has no pictures runs without Pillow
 
-    def png(picture: np.ndarray) -> dict:
-        buffer = io.BytesIO()
-        Image.fromarray(picture).save(buffer, "png")
-        return {"bytes": buffer.getvalue(), "path": None}
-
-    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-    return pa.array([png(picture) for video in videos for picture in video], kind)
+    found: list[dict] = []
+    last = None
+    for picture in (picture for video in videos for picture in video):
+        if last is None or not np.array_equal(picture, last):
+            buffer = io.BytesIO()
+            Image.fromarray(picture).save(buffer, "png")
+            last = picture
+        found.append({"bytes": buffer.getvalue(), "path": None})
+    return pa.array(found, pa.struct([("bytes", pa.binary()), ("path", pa.string())]))
 
 
 def _stats(values: np.ndarray) -> dict[str, list]:

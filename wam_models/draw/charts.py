@@ -12,6 +12,7 @@ from ..runtime.files import new_file
 from .style import FAINT, INK, PAPER, font, save_small
 
 COLOURS = ((43, 108, 176), (214, 93, 62), (47, 141, 98))
+LEAST_WIDTH = 160  # pixels of a film's picture, as wide as its label
 LABEL_HEIGHT = 22
 
 
@@ -52,20 +53,25 @@ def film_strip(rows: Mapping[str, np.ndarray], path: Path, *, title: str, column
 
 
 def film(rows: Mapping[str, np.ndarray], path: Path, *, milliseconds: int, scale: float = 1.5) -> None:
-    """A GIF that plays the videos one above the other, each with its label; arguments as :func:`film_strip`.
+    """A GIF that plays the videos, each with its label: one above the other, or side by side where pictures are not
+    wider than high. Arguments as :func:`film_strip`; pictures of a few pixels are enlarged more, to fit their label.
 
     A frame is shown for ``milliseconds``, or as near to it as a GIF can say: 10 to 655,350.
     """
     videos = list(rows.values())
-    height, width = (round(n * scale) for n in videos[0].shape[1:3])
+    height, width = videos[0].shape[1:3]
+    scale = max(scale, LEAST_WIDTH / width)
+    height, width = round(height * scale), round(width * scale)
+    step_x, step_y = (0, LABEL_HEIGHT + height) if width > height else (width + 4, 0)
+    size = width + step_x * (len(rows) - 1), LABEL_HEIGHT + height + step_y * (len(rows) - 1)
     pictures = []
     for f in range(len(videos[0])):
-        image = Image.new("RGB", (width, len(rows) * (LABEL_HEIGHT + height)), PAPER)
+        image = Image.new("RGB", size, PAPER)
         draw = ImageDraw.Draw(image)
         for r, (label, video) in enumerate(rows.items()):
-            y = r * (LABEL_HEIGHT + height)
-            draw.text((4, y + 3), f"{label}, frame {f}", font=font(14), fill=INK)
-            image.paste(enlarged(video[f], scale), (0, y + LABEL_HEIGHT))
+            x, y = r * step_x, r * step_y
+            draw.text((x + 4, y + 3), f"{label}, frame {f}", font=font(14), fill=INK)
+            image.paste(enlarged(video[f], scale), (x, y + LABEL_HEIGHT))
         pictures.append(image.quantize(128))
     shown = min(max(milliseconds, 10), 655_350)
     with new_file(path) as part:

@@ -6,9 +6,12 @@ The state needs no renderer. Pictures are rendered by MuJoCo, which needs EGL or
 from __future__ import annotations
 
 import atexit
+import importlib
+import os
 import pickle
 import warnings
 from collections.abc import Mapping
+from ctypes.util import find_library
 from typing import Any
 
 import numpy as np
@@ -17,9 +20,10 @@ from .protocol import Observation, Outcome
 
 INSTALL = "pip install metaworld==3.1.1 mujoco==3.3.0 packaging, or 'wam-kernels[metaworld]'"
 RENDERER = (
-    "rendering needs EGL (Debian: apt install libegl1 libgles2 libgl1-mesa-dri; MUJOCO_GL=egl) or OSMesa (apt install "
+    "pictures need EGL (Debian: apt install libegl1 libgles2 libgl1-mesa-dri; MUJOCO_GL=egl) or OSMesa (apt install "
     "libosmesa6; MUJOCO_GL=osmesa); states need neither"
 )
+BACKENDS = {"egl": "EGL", "osmesa": "OSMesa"}  # MuJoCo's names to libraries, the fastest first
 # of Meta-World's observation, which also holds the frame before: hand, gripper, first object, second object, target
 KEPT = [*range(14), *range(36, 39)]
 STATE_NAMES = (
@@ -54,6 +58,8 @@ class MetaWorld:
             raise ModuleNotFoundError(
                 f"metaworld/{task} needs {error.name}, which is not installed: {INSTALL}", name=error.name
             ) from error
+        except Exception as error:  # MuJoCo takes a MUJOCO_GL without its library for whatever that leads to
+            raise _no_renderer(task, error) from error
         if task not in ALL_V3_ENVIRONMENTS:
             raise ValueError(f"metaworld/{task}: no such task; tasks are {', '.join(sorted(ALL_V3_ENVIRONMENTS))}")
         self.task = task
@@ -68,7 +74,12 @@ class MetaWorld:
         known = [self.env.model.camera(i).name for i in range(self.env.model.ncam)]
         if unknown := sorted(set(self._cameras) - set(known)):
             raise ValueError(f"metaworld/{task}: no camera {', '.join(unknown)}; cameras are {', '.join(known)}")
-        self._renderers = {size: self._renderer(*size) for size in set(self._cameras.values())}
+        try:
+            if self._cameras:
+                choose_backend()
+            self._renderers = {size: self._renderer(*size) for size in set(self._cameras.values())}
+        except Exception as error:  # PyOpenGL and MuJoCo raise whatever a missing library leads to
+            raise _no_renderer(task, error) from error
         for renderer in self._renderers.values():
             atexit.register(renderer.close)  # later, EGL is gone before its contexts are
 
@@ -87,9 +98,11 @@ class MetaWorld:
         self._policy = type(self._policy)()
 
     def observe(self) -> Observation:
-        return Observation(
-            self._observed[KEPT].astype(np.float32), {name: self._render(name) for name in self._cameras}
-        )
+        return Observation(self.state(), {name: self._render(name) for name in self._cameras})
+
+    def state(self) -> np.ndarray:
+        """That of :meth:`observe`, without rendering."""
+        return self._observed[KEPT].astype(np.float32)
 
     def act(self, action: np.ndarray) -> Outcome:
         self._observed, _, _, _, info = self.env.step(np.clip(action, -1, 1).astype(np.float32))
@@ -100,18 +113,41 @@ class MetaWorld:
         return np.clip(self._policy.get_action(self._observed), -1, 1).astype(np.float32)
 
     def _renderer(self, height: int, width: int):
-        try:
-            import mujoco
+        import mujoco
 
-            mujoco.GLContext(8, 8).free()  # a Renderer that fails on the way complains once more when it is collected
-            quality = self.env.model.vis.quality
-            quality.shadowsize = quality.offsamples = 0  # ten times as fast
-            return mujoco.Renderer(self.env.model, height, width)
-        except Exception as error:  # PyOpenGL and MuJoCo raise whatever a missing library leads to
-            raise ValueError(f"metaworld/{self.task}: {RENDERER} ({type(error).__name__})") from error
+        visual = self.env.model.vis
+        visual.quality.shadowsize = visual.quality.offsamples = 0  # ten times as fast
+        # MuJoCo's buffer holds 480 x 640 pixels unless it is told otherwise
+        visual.global_.offheight, visual.global_.offwidth = (
+            max(sizes) for sizes in zip(*self._cameras.values(), strict=True)
+        )
+        renderer = mujoco.Renderer(self.env.model, height, width)
+        # the ground mirrors the scene, which is then drawn twice; other cameras than corner ones do not show it
+        renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
+        return renderer
 
     def _render(self, camera: str) -> np.ndarray:
         renderer = self._renderers[self._cameras[camera]]
         renderer.update_scene(self.env.data, camera=camera)
         picture = renderer.render()
         return picture[::-1].copy() if camera in UPSIDE_DOWN else picture.copy()
+
+
+def choose_backend() -> None:
+    """Have MuJoCo render with what this machine has, unless ``MUJOCO_GL`` or a screen decides it.
+
+    Raises whatever PyOpenGL and MuJoCo make of a missing library.
+    """
+    from mujoco import gl_context
+
+    if "MUJOCO_GL" not in os.environ and "DISPLAY" not in os.environ:
+        found = next((name for name, library in BACKENDS.items() if find_library(library)), None)
+        if found is None:
+            raise OSError(f"neither lib{' nor lib'.join(BACKENDS.values())}")
+        os.environ["MUJOCO_GL"] = found
+        importlib.reload(gl_context)  # MuJoCo was imported before, for states
+    gl_context.GLContext(8, 8).free()  # a Renderer that fails on the way complains once more when it is collected
+
+
+def _no_renderer(task: str, error: Exception) -> ValueError:
+    return ValueError(f"metaworld/{task}: {RENDERER} ({type(error).__name__}: {error})")

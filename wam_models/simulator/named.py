@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
@@ -34,8 +33,6 @@ def load(name: str, cameras: Cameras | None = None) -> Any:
     """
     suite, slash, task = name.partition("/")
     if slash and ":" not in name:
-        if cameras and "DISPLAY" not in os.environ:
-            os.environ.setdefault("MUJOCO_GL", "egl")  # read once, when MuJoCo is imported
         if suite not in SUITES:
             raise ValueError(f"--simulator {name}: there is no suite {suite!r}; the suites are {', '.join(SUITES)}")
         return _imported(SUITES[suite])(task, cameras or {})

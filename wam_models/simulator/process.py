@@ -72,7 +72,7 @@ class SimulatorProcess:
         """Ask for ``describe()``, ``begin(seed or initial state)``, ``run(actions, every)``, ``expert(seed or initial
         state, horizon)`` or ``demonstrate(...)``, as :func:`~.expert.demonstrate`, of simulator ``name``."""
         if self.connection is None:
-            context = _context(name, self.cameras)
+            context = _context(name)
             self.connection, theirs = context.Pipe()
             self._process = context.Process(target=_serve, args=(theirs, self.cameras, str(Path.cwd())), daemon=True)
             self._process.start()
@@ -127,11 +127,10 @@ def first_answer(processes: Sequence[SimulatorProcess]) -> SimulatorProcess:
     return connections[ready[0]] if ready else soonest
 
 
-def _context(name: str, cameras: Cameras) -> Any:
+def _context(name: str) -> Any:
     """Processes that fork from a server without threads, which has imported what takes long."""
     context = multiprocessing.get_context("forkserver")
-    # with cameras, the simulator itself decides how MuJoCo is to render before it is imported
-    suite = ["metaworld.env_dict"] if name.startswith("metaworld/") and not cameras else []
+    suite = [f"{__package__}.preload"] if name.startswith("metaworld/") else []
     context.set_forkserver_preload([__name__, *suite])
     return context
 

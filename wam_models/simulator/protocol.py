@@ -50,7 +50,8 @@ class Simulator(Protocol):
         state_names: One for each number of ``Observation.state``.
 
     A simulator whose task has a scripted expert also has ``expert() -> np.ndarray``, the expert's next action, float32
-    ``[A]``; ``wam record`` needs it.
+    ``[A]``; ``wam record`` needs it. One whose pictures take long may have ``state() -> np.ndarray``, the state of
+    ``observe()`` without its pictures, which is asked for where no picture is needed.
     """
 
     instruction: str
@@ -94,14 +95,26 @@ def execute(simulator: Simulator, actions: np.ndarray, every: int, where: str) -
     observations, outcome, count = [], Outcome(False), 0
     for count, action in enumerate(actions, 1):
         outcome = checked_outcome(f"{where}.act", simulator.act(action.copy()))
-        if count % every == 0 or outcome.success or outcome.failure:
-            # looked at where the episode ends too: numbers that are not finite are no success
-            observation = checked_observation(f"{where}.observe", simulator.observe(), len(simulator.state_names))
-            if count % every == 0:
-                observations.append(observation)
+        if count % every == 0:
+            observations.append(observed(simulator, where))
+        elif outcome.success or outcome.failure:
+            observed(simulator, where, pictures=False)  # numbers that are not finite are no success
         if outcome.success or outcome.failure:
             break
     return Executed(observations, count, outcome)
+
+
+def observed(simulator: Simulator, where: str, *, pictures: bool = True) -> Observation:
+    """The checked observation; without ``pictures``, none are rendered where the simulator has ``state()``.
+
+    Raises:
+        ValueError: what the simulator returns is wrong; whatever it raises goes on.
+    """
+    states = len(simulator.state_names)
+    state = None if pictures else getattr(simulator, "state", None)
+    if state is None:
+        return checked_observation(f"{where}.observe", simulator.observe(), states)
+    return checked_observation(f"{where}.state", Observation(state()), states)
 
 
 def lacking(simulator: object) -> list[str]:

@@ -39,6 +39,8 @@ class RecordConfig:
         interrupt_after: Fewest and most recorded actions before that.
         interruption: Fewest and most random actions then; one action, repeated.
         tail: Actions that are recorded after success.
+        picture_every: Actions from one picture of a camera to the next; those between are recorded with the last one,
+            as a camera that is slower than the actions leaves it. A training frame must be a multiple of it long.
 
     Raises:
         ValueError: a value of the wrong type or outside its range; the message names the field.
@@ -52,6 +54,7 @@ class RecordConfig:
     interrupt_after: tuple[int, int] = (5, 49)
     interruption: tuple[int, int] = (3, 11)
     tail: int = 9
+    picture_every: int = 1
 
     def __post_init__(self) -> None:
         check_field(self, "episodes", whole, 1, MOST)
@@ -59,6 +62,7 @@ class RecordConfig:
             check_field(self, name, whole, 0, MOST)
         for name in ("start", "interrupt_after", "interruption"):
             check_field(self, name, whole_range, 0, MOST)
+        check_field(self, "picture_every", whole, 1, MOST)
         check_field(self, "interrupted", number, 0, 1)
 
 
@@ -79,7 +83,8 @@ def record(
         out: Folder of the data set. Attempts are kept in ``OUT.attempts`` until it is complete.
         names: Simulators, as :func:`~.named.load` takes them; one robot, so of the same actions and states.
         config: How many demonstrations of each, and how they are disturbed.
-        cameras: Camera to (height, width); rendered before every action.
+        cameras: Camera to (height, width), each a feature of the data set. A simulator of ``module:factory`` decides
+            itself what it renders, which must be these; without ``cameras`` everything that it renders is recorded.
         jobs: Processes; default: the machine's cores.
         timeout: Seconds that a demonstration may take.
         overwrite: Whether what ``out`` and ``OUT.attempts`` hold may be lost.
@@ -89,8 +94,8 @@ def record(
         Of each simulator, the attempts that succeeded and all of them.
 
     Raises:
-        ValueError: simulators that differ in actions, states or rate, or have no expert, or whose expert fails too
-            often; a folder that holds something else.
+        ValueError: simulators that differ in actions, states or rate, that have no expert or not these cameras, or
+            whose expert fails too often; a folder that holds something else.
         SimulatorFailure: a simulator that cannot be made.
         OSError: no room.
     """
@@ -101,6 +106,7 @@ def record(
     processes = [SimulatorProcess(cameras, timeout=timeout) for _ in range(count)]
     try:
         described = _described(names, processes[0])
+        _check_cameras(names, cameras or {}, processes[0])
         wanted = config.episodes + config.held_out
         todo = iter(progress(range(wanted * len(names))))
         chosen = {name: _attempts(name, wanted, config, attempts, processes, todo) for name in names}
@@ -112,7 +118,7 @@ def record(
     for split, numbers in (("train", slice(config.episodes)), ("held_out", slice(config.episodes, None))):
         for name in names:
             for attempt in chosen[name][0][numbers]:
-                episodes += _episodes(attempts, name, attempt, described[name].instruction)
+                episodes += _episodes(attempts, name, attempt, described[name].instruction, cameras)
         splits[split] = first, len(episodes)
         first = len(episodes)
     one = described[names[0]]
@@ -120,6 +126,7 @@ def record(
     write_lerobot(
         out, episodes, fps=one.control_freq, splits={k: v for k, v in splits.items() if v[1] > v[0]},
         state_names=one.state_names, action_names=one.action_names, robot=names[0].partition("/")[0],
+        picture_every=config.picture_every,
     )  # fmt: skip
     (out / "meta/wam_record.json").write_text(json.dumps(settings, indent=1) + "\n")
     shutil.rmtree(attempts)
@@ -155,6 +162,22 @@ def _described(names: Sequence[str], process: SimulatorProcess) -> dict[str, Des
                     f"data set, got {getattr(other, field)}"
                 )
     return described
+
+
+def _check_cameras(names: Sequence[str], cameras: dict[str, tuple[int, int]], process: SimulatorProcess) -> None:
+    """Before anything is recorded; a suite renders what it is asked for, or refuses to be made."""
+    for name in names if cameras else ():
+        if ":" not in name:
+            continue
+        process.send("begin", name, 0)
+        found = {c: picture.shape[:2] for c, picture in process.receive().observation.pictures.items()}
+        for camera, size in cameras.items():
+            if found.get(camera) != size:
+                sizes = ", ".join(f"{c} ({h} x {w})" for c, (h, w) in found.items()) or "none"
+                raise ValueError(
+                    f"--simulator {name}: its pictures are {sizes}, but --camera asks for {camera} ({size[0]} x "
+                    f"{size[1]}); a simulator of MODULE:FACTORY decides itself what it renders"
+                )
 
 
 def _attempts(
@@ -231,7 +254,9 @@ def _succeeded(path: Path) -> bool:
         return bool(held["success"])
 
 
-def _episodes(folder: Path, name: str, attempt: int, instruction: str) -> list[Recorded]:
+def _episodes(
+    folder: Path, name: str, attempt: int, instruction: str, cameras: dict[str, tuple[int, int]] | None
+) -> list[Recorded]:
     with np.load(_path(folder, name, attempt)) as held:
         count = sum(key.endswith("/action") for key in held.files)
         origin = {"simulator": name, "attempt": attempt, "initial_state": json.loads(str(held["initial_state"]))}
@@ -240,5 +265,6 @@ def _episodes(folder: Path, name: str, attempt: int, instruction: str) -> list[R
             mine = {key.partition("/")[2]: held[key] for key in held.files if key.startswith(f"{i}/")}
             state, action = mine.pop("state"), mine.pop("action")
             pictures = {key.removeprefix("pictures/"): value for key, value in mine.items()}
+            pictures = {camera: pictures[camera] for camera in cameras or pictures}
             found.append(Recorded(instruction, state, action, pictures, origin | {"piece": i}))
     return found

@@ -12,6 +12,7 @@ from wam_kernels import HISTORIES, PROGRAMS
 
 from ..config import ModelConfig
 from ..data import ClipDataset
+from ..data.latents import PATCH
 from ..flow import SHIFTS, TimestepDraw
 from ..objectives import GJD, GJD_MIXTURE, OBJECTIVES, checked_mixture
 from ..rollout import RolloutConfig
@@ -53,6 +54,8 @@ class TrainConfig:
         model: Sizes of the model.
         actions_per_token: Actions that one action token holds, k: a latent frame is k ``model.actions_per_frame``
             actions long, and ``model.action_dim`` is k times the width of an action.
+        cell: Pixels of a latent cell, in either direction, of the ``PatchPCA`` that is fitted to pictures; its channels
+            are ``model.latent_channels``. Of no meaning where frames are states, or latents come with a policy.
         programs: Interaction programs of the ``joint`` objective's samples, equally often. Default: all of
             ``wam_kernels.PROGRAMS``, so that one checkpoint serves every rollout program.
         mixture: Share of each objective among the samples.
@@ -85,6 +88,7 @@ class TrainConfig:
 
     model: ModelConfig = field(default_factory=small_model)
     actions_per_token: int = 1
+    cell: int = PATCH
     programs: tuple[str, ...] = field(default_factory=lambda: tuple(PROGRAMS))
     mixture: Mapping[str, float] = field(default_factory=lambda: dict(GJD_MIXTURE))
     history: str = "full"
@@ -111,6 +115,7 @@ class TrainConfig:
         if not isinstance(self.model, ModelConfig):
             raise ValueError(f"TrainConfig: model must be a ModelConfig, got {self.model!r}")
         check_field(self, "actions_per_token", whole, 1, LARGEST_SIZE)
+        check_field(self, "cell", whole, 1, LARGEST_SIZE)
         check_field(self, "programs", _programs)
         check_field(self, "mixture", checked_mixture)
         check_field(self, "history", choice, HISTORIES)
