@@ -51,6 +51,8 @@ def test_a_run_is_whole_and_a_killed_one_goes_on(made, monkeypatch):
     rows, trainings = collect(out)
     assert len(rows) == 3 * 2 * 2 * 2 + 4 * 2  # arms, seeds, settings, episodes; four sanity arms
     assert [t["steps"] for t in trainings if t["arm"] == "gjd"] == [8, 8]
+    assert [row["seed"] for row in rows if row["arm"] == "gjd"] == [0] * 4 + [1] * 4
+    assert [row.get("episode_seed") for row in rows if row["arm"] == "gjd"] == [0, 1] * 4
     assert all(t["failure"] is None for t in trainings) and all(is_done(out, unit) for unit in units(tiny()))
     cloned = [row for row in rows if row["arm"] == "cloning"]
     assert cloned and not any(row["imagined_mse"] for row in cloned)

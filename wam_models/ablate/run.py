@@ -280,7 +280,8 @@ def _evaluate(policy: Policy, track: Track, arm: Arm, unit: Unit, setting: tuple
         instructions=instructions,
     )  # fmt: skip
     order = {name: i for i, name in enumerate(track.simulators)}
-    rows = [head | result.row() for result in results]
+    # "seed" is that of the training
+    rows = [{**result.row(), "episode_seed": result.seed, **head} for result in results]
     rows.sort(key=lambda row: (order[row["simulator"]], row["episode"]))
     timing = {"chunk_cpu_seconds": chunk_cpu_seconds(policy, config, arm.want)}
     return [*rows, head | {"evaluation_seconds": time.perf_counter() - began} | timing]
