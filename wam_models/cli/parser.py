@@ -94,6 +94,12 @@ def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=positive_seconds, metavar="S", help=limit)
     parser.add_argument("--resume", type=Path, metavar="CKPT", help="checkpoint to go on from")
     parser.add_argument("--overwrite", action="store_true", help="lose the run that --out holds")
+    parser.add_argument(
+        "--eval-every", type=at_least(1), metavar="N", help="evaluate after every N steps; a resume keeps it"
+    )
+    parser.add_argument("--simulator", metavar="NAME", action="append", help=f"then also act in it: {SIMULATOR}")
+    parser.add_argument("--eval-episodes", type=at_least(1), metavar="K", help="of each simulator; default: 10")
+    parser.add_argument("--eval-chunk", type=at_least(1), metavar="N", help="frames of a chunk; default: the largest")
     parser.add_argument("--seed", type=at_least(0), default=0)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
 

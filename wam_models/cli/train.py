@@ -28,6 +28,7 @@ from ..train.log import loss_ends
 from ..train.run_folder import RunFolder
 from ..train.trainer import train
 from .estimate import check_estimate_flags, training_estimate
+from .train_evaluation import make_evaluation
 
 MOMENT = 0.2  # seconds within which signals are one: timeout(1) sends it to the process and to its group
 
@@ -73,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     if policy is not None:
         for line in differences(policy, data):
             print(line)
+    evaluation = make_evaluation(args, config, data, training.get("evaluation"))
     with _stop_asked() as stop:
         if device.type == "cpu":
             threads = training.get("threads")
@@ -83,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"threads: {threads}")
         done = train(
             config, data, seed=seed, device=device, seconds=args.seconds, out=args.out, resume=resume,
-            overwrite=args.overwrite, stop=stop,
+            evaluation=evaluation, overwrite=args.overwrite, stop=stop,
         )  # fmt: skip
     steps, losses = loss_ends(done.log)
     spans = [f"steps {rows[0]['step']} to {rows[-1]['step']}" for rows in (done.log[:steps], done.log[-steps:])]

@@ -143,20 +143,34 @@ def evaluate(
     """
     whole("evaluate: batch", batch, 1)
     choice("evaluate: want", want, ("both", "action"))
-    if policy.codec.temporal != 1:
-        raise ValueError(f"evaluate: policy.codec must encode frames one by one, got {type(policy.codec).__name__}")
     batch = min(batch, len(tasks))
     processes = [SimulatorProcess(policy.cameras, timeout=timeout) for _ in range(batch)]
     try:
-        described = {}
-        for name in dict.fromkeys(task.simulator for task in tasks):
-            found = _fitting(policy, name, processes[0].describe(name))
+        described = describe(policy, [task.simulator for task in tasks], processes[0])
+        for name, found in described.items():
             described[name] = replace(found, instruction=(instructions or {}).get(name, found.instruction))
     except BaseException:
         processes[0].close()
         raise
     seconds = [] if chunk_seconds is None else chunk_seconds
     return _Batch(policy, config, list(tasks), described, processes, horizon, seconds, want).run()
+
+
+def describe(policy: Policy, names: Iterable[str], process: SimulatorProcess) -> dict[str, Description]:
+    """What simulators say of themselves.
+
+    Args:
+        policy: That is to act in them.
+        names: Of the simulators.
+        process: Asks them; it stays open.
+
+    Raises:
+        ValueError: a simulator that does not fit the policy, or a codec that needs more than one frame each.
+        SimulatorFailure: a simulator that cannot be made at all.
+    """
+    if policy.codec.temporal != 1:
+        raise ValueError(f"evaluate: policy.codec must encode frames one by one, got {type(policy.codec).__name__}")
+    return {name: _fitting(policy, name, process.describe(name)) for name in dict.fromkeys(names)}
 
 
 def _fitting(policy: Policy, name: str, described: Description) -> Description:

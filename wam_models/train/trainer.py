@@ -33,6 +33,7 @@ from .ema import update_average
 from .initialise import initialise
 from .log import STREAMS, recent
 from .optimizers import make_optimizers, set_learning_rate
+from .periodic import PeriodicEvaluation
 from .resume import averaged_weights, check_resumable, restore
 from .run_folder import RunFolder
 from .step import TrainingConfig, training_step
@@ -61,6 +62,7 @@ def train(
     out: str | Path | None = None,
     resume: Checkpoint | None = None,
     rollout: RolloutConfig | None = None,
+    evaluation: PeriodicEvaluation | None = None,
     overwrite: bool = False,
     stop: Callable[[], bool] = lambda: False,
     progress: bool = True,
@@ -82,6 +84,8 @@ def train(
             resumed.
         resume: From ``load_checkpoint`` on a folder that this function wrote.
         rollout: Stored with the checkpoint as its default; default: chunks of the largest size trained on.
+        evaluation: Measured after every so many steps; neither its random numbers nor its time are the training's, so
+            the losses are those of a run without.
         overwrite: Whether a run in ``out`` may be lost.
         stop: Asked after every step; True ends the run as if its time were up.
         progress: Show a progress bar.
@@ -89,7 +93,8 @@ def train(
     Returns:
         The trained policy, in eval mode, and a log row for each step of this call: ``step`` (from 1), ``loss``,
         ``video_loss``, ``action_loss`` (None where no sample of the step has it), ``rate``, ``gradient`` (its norm
-        before clipping), ``seconds`` since the start of the call.
+        before clipping), ``seconds`` since the start of the call, without evaluations; and ``evaluation`` where there
+        was one.
 
     Raises:
         ValueError: data that does not fit the model or the checkpoint, a codec that cannot be saved to ``out``, a
@@ -109,7 +114,9 @@ def train(
     check_fit(config, data)
     if out is not None:
         codec_kind(data.codec)  # refuses before the run what could not be saved after it
-    trainer = Trainer(config, data, seed=seed, device=device, seconds=seconds, resume=resume, rollout=rollout)
+    trainer = Trainer(
+        config, data, seed=seed, device=device, seconds=seconds, resume=resume, rollout=rollout, evaluation=evaluation
+    )
     return trainer.run(folder, stop=stop, progress=progress)
 
 
@@ -124,6 +131,7 @@ class Trainer:
         seconds: The run's time; None for no limit.
         resume: The checkpoint to go on from.
         rollout: Stored with the checkpoint as its default.
+        evaluation: Measured after every so many steps.
 
     Raises:
         ValueError: a checkpoint that does not fit, or instructions that cannot be embedded.
@@ -139,7 +147,9 @@ class Trainer:
         seconds: float | None = None,
         resume: Checkpoint | None = None,
         rollout: RolloutConfig | None = None,
+        evaluation: PeriodicEvaluation | None = None,
     ) -> None:
+        self.evaluation = evaluation
         self.config, self.data, self.seed, self.device, self.seconds = config, data, seed, device, seconds
         self.rollout = rollout or config.default_rollout()
         self.generator = torch.Generator().manual_seed(seed)
@@ -171,6 +181,8 @@ class Trainer:
         with self._progress_bar(progress) as show, nullcontext() if folder is None else folder.begin(self.step):
             while not done:
                 row = self._train_step()
+                if self.evaluation is not None and self.step % self.evaluation.every == 0:
+                    row["evaluation"] = self._evaluate(self.evaluation)
                 self.log.append(row)
                 if folder is not None:
                     folder.add(row)
@@ -205,6 +217,13 @@ class Trainer:
             "gradient": gradient.item(),
             "seconds": time.perf_counter() - self.began,
         }
+
+    def _evaluate(self, evaluation: PeriodicEvaluation) -> dict[str, Any]:
+        began = time.perf_counter()
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            found = evaluation.run(self.policy(), self.step)
+        self.began += time.perf_counter() - began  # else it would cost a run of limited time its steps
+        return found
 
     def _draw(self) -> tuple[TrainingConfig, dict[str, Tensor]]:
         """What the samples of the next step are, and clips for them."""
@@ -254,14 +273,17 @@ class Trainer:
         Raises:
             OSError: no room; the message names the file.
         """
+        training = {
+            "config": self.config.to_dict(),
+            "step": self.step,
+            "seed": self.seed,
+            "threads": torch.get_num_threads(),
+        }
+        if self.evaluation is not None:
+            training["evaluation"] = dict(self.evaluation.settings)
         self.policy().save(
             checkpoint,
-            training={
-                "config": self.config.to_dict(),
-                "step": self.step,
-                "seed": self.seed,
-                "threads": torch.get_num_threads(),
-            },
+            training=training,
             training_state={
                 "weights": self.learner.state_dict(),
                 "optimizers": [o.state_dict() for o in self.optimizers],

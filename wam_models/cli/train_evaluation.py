@@ -1,0 +1,162 @@
+"""``wam train --eval-every``: success in simulators and errors on held-out episodes, while training goes on."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from ..data import ClipDataset
+from ..data.latents import pictures_of
+from ..evaluate import evaluate as evaluate_recorded
+from ..model.dual_expert import WorldActionModel
+from ..rollout.policy import Policy
+from ..runtime.checks import instance, whole
+from ..simulator.evaluate import Rate, Task, describe, evaluate, summary
+from ..simulator.process import SimulatorFailure, SimulatorProcess
+from ..text import WordEmbedding
+from ..train.config import TrainConfig
+from ..train.periodic import PeriodicEvaluation
+from .parser import UserError
+
+EPISODES = 10  # of each simulator, unless told otherwise
+BATCH = 8  # episodes at once, each with a process of its own
+RECORDED = 4  # held-out episodes at most
+RECORDED_CHUNKS = 6  # of each
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured; a checkpoint stores it."""
+
+    every: int
+    simulators: tuple[str, ...]
+    episodes: int
+    chunk: int
+
+    def __post_init__(self) -> None:
+        for name in ("every", "episodes", "chunk"):
+            whole(f"evaluation.{name}", getattr(self, name), 1)
+        for name in self.simulators:
+            instance("evaluation.simulators", name, str)
+
+
+def make_evaluation(
+    args: argparse.Namespace, config: TrainConfig, data: ClipDataset, stored: Mapping[str, Any] | None
+) -> PeriodicEvaluation | None:
+    """What the flags, or else the checkpoint's settings, ask for.
+
+    Raises:
+        ValueError: flags that do not go together, nothing to measure, or a simulator that does not fit the data.
+        UserError: a simulator that cannot be made.
+    """
+    settings = _settings(args, config, stored)
+    if settings is None:
+        return None
+    begin = 1 + 2 * settings.chunk  # a frame, a chunk to observe and one to predict
+    recorded = [i for i in data.held_out if data.length(i) >= begin][:RECORDED]
+    if not settings.simulators and not recorded:
+        raise ValueError(
+            f"--eval-every: nothing to measure: no --simulator, and no held-out episode of {begin} latent frames or "
+            "more in --data"
+        )
+    if settings.simulators:
+        _check(config, data, settings.simulators)
+    clips = [_clip(data, i) for i in recorded]
+    tasks = [Task(name, i, i) for name in settings.simulators for i in range(settings.episodes)]
+
+    def measure(policy: Policy, step: int) -> dict[str, Any]:
+        program = policy.rollout.program if "joint" in config.programs else config.programs[0]
+        policy = replace(policy, rollout=replace(policy.rollout, program=program, chunk_size=settings.chunk))
+        try:
+            found = (_recorded(policy, clips) if clips else {}) | (_played(policy, tasks) if tasks else {})
+        except Exception as error:  # PeriodicEvaluation stores it, and the training goes on
+            tqdm.write(f"step {step}: the evaluation failed: {type(error).__name__}: {error}")
+            raise
+        tqdm.write(f"step {step}: {_line(found)}")
+        return found
+
+    kept = {**vars(settings), "simulators": list(settings.simulators)}
+    return PeriodicEvaluation(settings.every, measure, kept)
+
+
+def _settings(args: argparse.Namespace, config: TrainConfig, stored: Mapping[str, Any] | None) -> Settings | None:
+    flags = {"--simulator": args.simulator, "--eval-episodes": args.eval_episodes, "--eval-chunk": args.eval_chunk}
+    if args.eval_every is not None:
+        names = tuple(dict.fromkeys(args.simulator or ()))
+        chunk = args.eval_chunk or config.chunk_sizes[1]
+        return Settings(args.eval_every, names, args.eval_episodes or EPISODES, chunk)
+    for flag, value in flags.items():
+        if value is not None:
+            raise ValueError(f"{flag} needs --eval-every N, the steps between evaluations")
+    if stored is None:
+        return None
+    try:
+        return Settings(**{**stored, "simulators": tuple(stored["simulators"])})
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"--resume: metadata.training.evaluation of the checkpoint must be what wam train wrote, got {stored!r} "
+            f"({error}); name --eval-every anew"
+        ) from error
+
+
+def _check(config: TrainConfig, data: ClipDataset, names: Sequence[str]) -> None:
+    """Refuses now what would fail at every evaluation."""
+    with torch.device("meta"):
+        model = WorldActionModel(config.model)
+    text = WordEmbedding.from_instructions(data.tasks, config.model.text_dim)
+    policy = Policy.of(model, text, data, config.default_rollout())
+    try:
+        with SimulatorProcess(policy.cameras) as process:
+            describe(policy, names, process)
+    except SimulatorFailure as failure:
+        raise UserError(str(failure)) from failure
+
+
+def _clip(data: ClipDataset, index: int) -> dict[str, Any]:
+    """An episode as :meth:`Policy.clip` gives it, its pictures those of its latents."""
+    held = data.episode(index)
+    frames = pictures_of(data.codec, held["video"][0])
+    text = data.tasks[int(held["task"][0])]
+    return {"video": held["video"], "action": held["action"], "frames": frames, "text": text}
+
+
+def _recorded(policy: Policy, clips: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Of the joint objective on held-out episodes, each chunk from the real history."""
+    cases = [("joint", policy.rollout.program)]
+    found = evaluate_recorded(policy, clips, chunks=RECORDED_CHUNKS, cases=cases, timed=1, progress=False)
+    names = ("action_rmse", "repeat_action_rmse", "mean_action_rmse", "frame_rmse", "repeat_frame_rmse")
+    return {"recorded": {"episodes": len(clips)} | {name: getattr(found.rows[0], name) for name in names}}
+
+
+def _played(policy: Policy, tasks: Sequence[Task]) -> dict[str, Any]:
+    """In simulators: success, the imagined frames beside standing still, and which simulators went wrong."""
+    rows = [result.row() for result in evaluate(policy, policy.rollout, tasks, batch=BATCH)]
+    rows.sort(key=lambda row: (row["simulator"], row["episode"]))
+    broken = [{k: row[k] for k in ("simulator", "episode", "failure")} for row in rows if row["broken"]]
+    return summary(rows) | {"broken": broken}
+
+
+def _line(found: Mapping[str, Any]) -> str:
+    parts = []
+    if "all" in found:
+        rate = Rate(**found["all"])
+        broken = f", {rate.broken} broken" if rate.broken else ""
+        parts.append(
+            f"{rate.successes} of {rate.episodes} succeed [{100 * rate.low:.0f}, {100 * rate.high:.0f}] %{broken}"
+        )
+        pairs = zip(found["imagined_mse"], found["still_mse"], strict=True)
+        errors = ", ".join(f"{own:.3g} ({still:.3g})" for own, still in pairs if own is not None)
+        if errors:
+            parts.append(f"imagined frames' square error (standing still) {errors}")
+    if "recorded" in found:
+        row = found["recorded"]
+        parts.append(
+            f"held-out episodes: action {row['action_rmse']:.3f} (repeating {row['repeat_action_rmse']:.3f}), frame "
+            f"{row['frame_rmse']:.3f} (repeating {row['repeat_frame_rmse']:.3f})"
+        )
+    return "; ".join(parts)
