@@ -154,6 +154,17 @@ SUITES = {
             ),
             devices=("cpu",),
         ),
+        # predicted, on any machine
+        Suite(
+            "static",
+            Section(
+                "Counted from machine code, predicted for an H100",
+                ("op", "what", "provider", "D", "rows", "step", "instructions", "tensor cores_clocks", "issue_clocks",
+                 "MUFU_clocks", "shared memory_clocks", "L2_clocks", "chain_clocks", "limit", "TFLOP/s", "published"),
+            ),
+            devices=("cpu",),
+            ceilings=False,
+        ),
         Suite(
             "demo",
             Section(

@@ -56,7 +56,7 @@ LEVELS = (
     ("bench.rows",),
     ("bench.harness", "bench.report"),
     ("bench.workloads",),
-    ("bench.peers", "bench.micro"),
+    ("bench.peers", "bench.micro", "bench.static"),
     ("bench.registry",),
     ("bench.suites", "bench.compare", "bench.tune"),
     ("bench",),

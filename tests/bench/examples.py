@@ -10,7 +10,11 @@ import pytest
 
 from bench.harness import Options
 from bench.rows import Row
+from bench.static.kernels import Counted
+from bench.static.model import Block, predict
+from bench.static.sass import parse, steps
 from bench.workloads import attention as workloads
+from tests.bench import machine_code
 from wam_models import golden_config
 from wam_models.rollout.episode import Episode
 
@@ -115,6 +119,13 @@ def _demo_without_training(patch: Patch) -> None:
     patch.setattr("bench.suites.demo.make_demo", lambda *args, **kwargs: report)
 
 
+def _one_kernel_by_hand(patch: Patch) -> None:
+    (loop,) = steps(parse(machine_code.cuobjdump())[machine_code.NAME])
+    block = Block(warps=8, threads=384, registers=168, shared=0, copied=16384)
+    counted = Counted("an_op", "forward", "cuda", 128, 128, "step", block, loop, predict(loop, block), producer=4)
+    patch.setattr("bench.suites.static.all_kernels", lambda: [counted])
+
+
 WORK = workloads.packed(150, heads=2, head_dim=16)
 
 EXAMPLES = {
@@ -138,5 +149,6 @@ EXAMPLES = {
     "plan": Example(_set("plan", LENGTHS=(1000,)), _plan_is_off),
     "openwam": Example(_small_openwam, _patched_openwam_is_off, needs="open_wam"),
     "rollout_openwam": Example(_small_openwam, _rollout_is_off, needs="open_wam"),
+    "static": Example(_one_kernel_by_hand, None),
     "demo": Example(_demo_without_training, None),
 }
