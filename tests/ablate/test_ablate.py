@@ -102,16 +102,21 @@ def test_a_protocol_is_what_its_file_holds(tmp_path):
 def test_the_protocol_of_metaworld():
     """Nine arms that differ in what they are about and in nothing else."""
     protocol = metaworld()
-    track = protocol.tracks[0]
-    configs = {arm.name: track.train_config(arm) for arm in protocol.arms}
-    assert len(configs) == 9
-    steps = configs["joint"].steps
-    assert configs["gjd_equal_steps"].steps == steps
-    assert round(configs["gjd_equal_joint_steps"].steps * 0.6) == steps
-    same = {"programs", "mixture", "steps", "video_weight"}
-    common = [{k: v for k, v in c.to_dict().items() if k not in same} for c in configs.values()]
-    assert all(c == common[0] for c in common)
-    assert configs["behaviour_cloning"].video_weight == 0
+    assert [(track.name, len(track.seeds), track.camera) for track in protocol.tracks] == [
+        ("state", 3, None),
+        ("pixels", 1, "behindGripper"),
+    ]
+    for track in protocol.tracks:
+        configs = {arm.name: track.train_config(arm) for arm in protocol.arms}
+        assert len(configs) == 9
+        steps = configs["joint"].steps
+        assert configs["gjd_equal_steps"].steps == steps
+        assert round(configs["gjd_equal_joint_steps"].steps * 0.6) == steps
+        same = {"programs", "mixture", "steps", "video_weight"}
+        common = [{k: v for k, v in c.to_dict().items() if k not in same} for c in configs.values()]
+        assert all(c == common[0] for c in common)
+        assert configs["behaviour_cloning"].video_weight == 0
+    protocol = replace(protocol, tracks=protocol.tracks[:1])
     order = [unit.seed for unit in units(protocol)]
     assert order[: len(order) // 2] == sorted(order[: len(order) // 2])
 

@@ -218,9 +218,33 @@ def metaworld_state() -> Track:
     )  # fmt: skip
 
 
+def metaworld_pixels() -> Track:
+    """Five tasks of Meta-World, 64 x 64 pictures of the camera behind the gripper as frames, and no state."""
+    tasks = ("button-press-topdown", "drawer-open", "drawer-close", "window-close", "window-open")
+    model = {
+        "hidden": 128, "heads": 8, "head_dim": 16, "layers": 3, "ffn": 384, "action_hidden": 128, "action_ffn": 384,
+        "action_dim": 16, "actions_per_frame": 1, "latent_channels": 48, "text_dim": 64, "patch": [1, 2, 2],
+        "rope_theta": 10.0,
+    }  # fmt: skip
+    return Track(
+        name="pixels",
+        simulators=tuple(f"metaworld/{task}-v3" for task in tasks),
+        camera="behindGripper",
+        record={"episodes": 50, "picture_every": 4},
+        training={
+            "model": model, "actions_per_token": 4, "cell": 8, "history": "video_only", "chunk_sizes": [1, 4],
+            "windows": [2, 8], "noised_history": 0.0, "video_shift": 5.0, "action_shift": 5.0, "batch": 16, "frames": 6,
+            "steps": 500, "learning_rate": 1.5e-3, "warmup": 100, "schedule": "decay", "ema": 7.0,
+        },
+        settings=((2, 1), (2, 5)),
+        early=2, episodes=20, batch=10,
+    )  # fmt: skip
+
+
 def metaworld(*, full: bool = False) -> Protocol:
-    """The suite ``metaworld``: the tracks of :func:`metaworld_state`; ``full`` is for tracks with one seed."""
-    tracks = (metaworld_state(),)
+    """The suite ``metaworld``: :func:`metaworld_state` and :func:`metaworld_pixels`; ``full`` is for tracks with one
+    seed."""
+    tracks = (metaworld_state(), metaworld_pixels())
     if full:
         tracks = tuple(replace(track, seeds=(0, 1, 2)) for track in tracks)
     return Protocol(suite="metaworld", arms=arms(), tracks=tracks)
@@ -232,7 +256,9 @@ def quick(protocol: Protocol) -> Protocol:
     tracks = tuple(
         replace(
             track,
-            simulators=("metaworld/reach-v3", "metaworld/button-press-topdown-v3"),
+            simulators=(
+                "metaworld/button-press-topdown-v3", f"metaworld/{'drawer-open' if track.camera else 'reach'}-v3"
+            ),
             record=dict(track.record) | {"episodes": 20},
             training=dict(track.training) | {"steps": 110},
             seeds=(0,), settings=((2, 1),), early=1, episodes=5, batch=10,

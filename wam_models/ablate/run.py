@@ -214,6 +214,8 @@ def read_track(out: Path, track: Track) -> ClipDataset:
         LeRobotDataset(out / track.name / "data", camera),
         actions_per_frame=config.actions_per_frame,
         actions_per_token=config.actions_per_token,
+        channels=config.model.latent_channels,
+        cell=config.cell,
     )
 
 

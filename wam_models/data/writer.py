@@ -18,6 +18,7 @@ from .lerobot import STATE
 
 PICTURES = "observation.images."  # how the features of cameras begin
 PNG_STATS_EVERY = 10  # pictures that statistics are made from
+PICTURE_ROWS = 1000  # of a row group: whoever reads the pictures of an episode reads whole row groups
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +84,7 @@ def write_lerobot(
     cameras = {PICTURES + name: size.shape[1:3] for name, size in episodes[0].pictures.items()}
     columns = {name: _column(values) for name, values in rows.items()}
     columns |= {name: _pngs([e.pictures[name.removeprefix(PICTURES)] for e in episodes]) for name in cameras}
-    _write(columns, partial / "data/chunk-000/file-000.parquet")
+    _write(columns, partial / "data/chunk-000/file-000.parquet", rows=PICTURE_ROWS if cameras else None)
     _write(
         {"task_index": pa.array(range(len(tasks)), pa.int64()), "task": pa.array(tasks)},
         partial / "meta/tasks.parquet",
@@ -179,8 +180,8 @@ def _picture_stats(videos: Sequence[np.ndarray]) -> dict[str, list]:
     return {name: [[[x]] for x in value] for name, value in found.items() if name != "count"} | {"count": [count]}
 
 
-def _write(columns: Mapping[str, pa.Array], path: Path, index: str | None = None) -> None:
-    """``index`` names the column that pandas, and so lerobot, takes as index."""
+def _write(columns: Mapping[str, pa.Array], path: Path, index: str | None = None, rows: int | None = None) -> None:
+    """``index`` names the column that pandas, and so lerobot, takes as index; ``rows`` are those of a row group."""
     table = pa.table(dict(columns))
     if index is not None:
         described = [
@@ -196,4 +197,4 @@ def _write(columns: Mapping[str, pa.Array], path: Path, index: str | None = None
         pandas = {"index_columns": [index], "column_indexes": [], "columns": described, "pandas_version": "2.2"}
         table = table.replace_schema_metadata({"pandas": json.dumps(pandas)})
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, path, compression="zstd")
+    pq.write_table(table, path, row_group_size=rows, compression="zstd")
