@@ -124,11 +124,14 @@ def test_a_plan_of_nothing_visits_nothing():
     assert compile_boxes(((empty,),), (200, 70)).queries.computed_pairs == 0
 
 
-@pytest.mark.parametrize("frames, least", [(34, 0.90), (68, 0.945), (130, 0.97)])
-def test_the_useful_share_of_long_windows(frames, least):
+@pytest.mark.parametrize(
+    "frames, least, of_keys", [(34, 0.90, 0.89), (68, 0.945, 0.945), (130, 0.97, 0.965), (131, 0.96, 0.965)]
+)
+def test_the_useful_share_of_long_windows(frames, least, of_keys):
     plan = compile_plan(libero(4, 64, frames))
     boxes = compile_boxes(plan.geometries, (plan.length, plan.key_length))
     assert plan.visible_pairs / boxes.queries.computed_pairs >= least
+    assert plan.visible_pairs / boxes.keys.computed_pairs >= of_keys
 
 
 def test_the_steps_of_a_tile_are_few():

@@ -102,6 +102,17 @@ def test_efficiency_at_libero_geometry():
     assert compile_plan(libero(chunk_size=1, window=8)).efficiency >= 0.70
 
 
+@pytest.mark.parametrize("frames", [68, 69, 131])
+@pytest.mark.parametrize("chunk_size, window", [(4, 64), (2, 30), (1, 64)])
+def test_key_tiles_hold_no_noisy_and_clean_tokens(chunk_size, window, frames):
+    """Clean keys are attended to by all that follows, noisy ones by their chunk: half of a tile of both is wasted."""
+    plan = compile_plan(libero(chunk_size, window, frames))
+    assert plan.visible_pairs / plan.keys.computed_pairs >= 0.75
+    for rows in plan.keys.rows:
+        noisy = rows[rows >= 0] // (frames * 32) == 0
+        assert noisy.all() or not noisy.any()
+
+
 def test_plans_are_cached_by_geometry():
     assert compile_plan(small()) is compile_plan(small())
     assert compile_plan(small()) is not compile_plan(small(window=6))

@@ -122,8 +122,7 @@ def compile_boxes(packed: tuple[tuple[Geometry | Ranges, ...], ...], lengths: tu
     placement = place(packed, lengths)
     queries, keys = side_rows(placement.samples)
     programs = sum(isinstance(sample, Geometry) for sample in placement.samples)
-    query_tiles = cut(queries, ROWS, programs)
-    key_tiles = query_tiles if programs == len(placement.samples) else cut(keys, ROWS, programs)
+    query_tiles, key_tiles = cut(queries, ROWS, programs, keys=False), cut(keys, ROWS, programs, keys=True)
     # both sides in one go: small plans cost the number of array operations
     steps = _steps(_joined(_distinct(queries, query_tiles), _distinct(keys, key_tiles)))
     sides = [

@@ -8,9 +8,11 @@ key side lists, for every tile of keys, the queries it visits (dK, dV). Each vis
   wastes less than one step however many ranges it has. A row attends to token ``t`` iff ``lo <= t < hi`` for one of
   its few ranges.
 
-Row order decides the efficiency: one action chunk is only 4 to 16 tokens. Tiles take rows by (sample, stream, chunk,
-noise): noisy and clean tokens of a chunk attend to almost the same history, and an action tile spans few chunks. The
-last, incomplete tile of a (sample, stream) is put first, where the history, and so the waste, is shortest.
+Row order decides the efficiency: one action chunk is only 4 to 16 tokens. Tiles of queries take rows by (sample,
+stream, chunk, noise): noisy and clean tokens of a chunk attend to almost the same history, and an action tile spans few
+chunks. Tiles of keys take them by (sample, stream, noise, chunk): a noisy token is attended to by its own chunk alone,
+a clean one by all that follow. The incomplete tile of such a row set is put where the least is attended to, and so
+wasted: first of the queries, last of the keys.
 
 No token attends to another sample, so each distinct one is compiled once, with tokens that count from its first one,
 and then moved to every place where it lies. What is large (the tokens of tiles and of steps) is written straight into
@@ -135,10 +137,8 @@ def compiled(
     tile = tile or tile_shape(visible >= LONG_WINDOW * len(packed) * lengths[0])
     shapes = tile, TileShape(tile.key_rows or tile.rows, tile.step)
     programs = sum(isinstance(sample, Geometry) for sample in placement.samples)
-    query_tiles = cut(queries, shapes[0].rows, programs)
-    # programs' rows are alike but for their bounds, which do not decide how they are cut
-    alike = shapes[0].rows == shapes[1].rows and programs == len(placement.samples)
-    key_tiles = query_tiles if alike else cut(keys, shapes[1].rows, programs)
+    query_tiles = cut(queries, shapes[0].rows, programs, keys=False)
+    key_tiles = cut(keys, shapes[1].rows, programs, keys=True)
     parts = [
         *_side(queries, query_tiles, shapes[0], placement, side=0),
         *_side(keys, key_tiles, shapes[1], placement, side=1),

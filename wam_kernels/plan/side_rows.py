@@ -8,8 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ..masks.ranges import RangeRows, Ranges
-from ..masks.visibility import Geometry
+from ..masks.visibility import SEGMENTS, Geometry
 from .intervals import NOWHERE, STREAM_OF_SEGMENT, intervals, token_rows
+
+ROW_SETS = len(SEGMENTS)
 
 
 class SideRows(NamedTuple):
@@ -19,8 +21,8 @@ class SideRows(NamedTuple):
     """
 
     of_sample: np.ndarray  # int64 [samples]: rows of each
-    stream: np.ndarray  # int64 [N]
-    order: np.ndarray  # int64 [N]: inside (sample, stream), rows next to each other attend to nearly the same
+    row_set: np.ndarray  # int64 [N], below ROW_SETS: rows of a sample that are in different ones share no tile
+    order: np.ndarray  # int64 [N]: inside (sample, row set), rows next to each other attend to nearly the same
     start: np.ndarray  # int64 [N]: first token
     tokens: np.ndarray  # int64 [N]: how many
     bounds: np.ndarray  # int32 [2, columns, N]: lo and hi; both NOWHERE where a range is empty
@@ -31,10 +33,7 @@ class SideRows(NamedTuple):
 
 
 def side_rows(samples: Sequence[Geometry | Ranges]) -> tuple[SideRows, SideRows]:
-    """Query side and key side of samples, geometries before ranges.
-
-    If all are geometries, the sides share every array but ``bounds``: each token is a query and a key.
-    """
+    """Query side and key side of samples, geometries before ranges."""
     geometries = [s for s in samples if isinstance(s, Geometry)]
     pieces = [_geometry_sides(geometries)] if geometries else []
     pieces += [(_range_side(s.rows), _range_side(s.key_rows)) for s in samples if isinstance(s, Ranges)]
@@ -45,9 +44,16 @@ def side_rows(samples: Sequence[Geometry | Ranges]) -> tuple[SideRows, SideRows]
 
 
 def _geometry_sides(geometries: Sequence[Geometry]) -> tuple[SideRows, SideRows]:
+    """Both sides of programs: each token is a query and a key.
+
+    Noisy and clean queries of a chunk attend to almost the same history. As keys they have next to nothing in common:
+    noisy ones are attended to by their own chunk alone, clean ones by all that follow. Tiles of both would be half
+    empty.
+    """
     rows = token_rows(geometries)
-    shared = (rows.of_geometry, STREAM_OF_SEGMENT[rows.segment], rows.chunk, rows.start, rows.tokens)
-    return SideRows(*shared, intervals(rows)), SideRows(*shared, intervals(rows, transposed=True))
+    rest = rows.chunk, rows.start, rows.tokens
+    queries = SideRows(rows.of_geometry, STREAM_OF_SEGMENT[rows.segment], *rest, intervals(rows))
+    return queries, SideRows(rows.of_geometry, rows.segment, *rest, intervals(rows, transposed=True))
 
 
 def _range_side(rows: RangeRows) -> SideRows:

@@ -8,7 +8,7 @@ import numpy as np
 
 from ..runtime.arrays import expand, starts
 from .intervals import NOWHERE
-from .side_rows import SideRows
+from .side_rows import ROW_SETS, SideRows
 
 
 class Tiles(NamedTuple):
@@ -27,15 +27,18 @@ def spans(bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(lo == NOWHERE, np.iinfo(np.int32).max, lo), hi
 
 
-def cut(rows: SideRows, tile_rows: int, programs: int) -> Tiles:
+def cut(rows: SideRows, tile_rows: int, programs: int, keys: bool) -> Tiles:
     """Cut rows into tiles; all in whole-array operations.
+
+    A row set's tile that is not full is the one with the least to do: of queries the first, which have the shortest
+    history, of ``keys`` the last, which have the fewest queries after them.
 
     What a tile visits reaches each of its rows if it is NaN, for 0 * NaN is NaN. So the rows of a tile share a visible
     token, or are all fully masked. Rows of the first ``programs`` samples stay together whatever they attend to.
     """
-    # row sets (sample, stream) are padded in front to whole tiles
+    # row sets are padded to whole tiles
     sample = np.arange(rows.of_sample.size).repeat(rows.of_sample)
-    row_set = 2 * sample + rows.stream
+    row_set = ROW_SETS * sample + rows.row_set
     order = np.lexsort((rows.order, row_set))  # stable: like rows stay in the order of their tokens
     row_set, start, count = row_set[order], rows.start[order], rows.tokens[order]
     new = np.ones(row_set.size, bool)
@@ -50,8 +53,12 @@ def cut(rows: SideRows, tile_rows: int, programs: int) -> Tiles:
         lo[:, :kept], hi[:, :kept] = 0, 1
         new[1:] |= ~(np.maximum(lo[:, 1:], lo[:, :-1]) < np.minimum(hi[:, 1:], hi[:, :-1])).any(0)
     first_rows = np.flatnonzero(new)
-    padding = np.zeros_like(count)  # before each row
-    padding[first_rows] = -np.add.reduceat(count, first_rows) % tile_rows
+    padding, behind = np.zeros_like(count), 0  # before each row; behind the last one
+    missing = -np.add.reduceat(count, first_rows) % tile_rows
+    if keys:
+        padding[first_rows[1:]], behind = missing[:-1], int(missing[-1])
+    else:
+        padding[first_rows] = missing
     while True:
         place = starts(count + padding) + padding
         # rows are in order of their places, so those of a tile follow each other
@@ -70,12 +77,14 @@ def cut(rows: SideRows, tile_rows: int, programs: int) -> Tiles:
         padding[(row[begins[apart]] + row[ends] + 1) // 2] += tile_rows  # the first half keeps its places
 
     width = count + padding
+    width[-1] += behind
     token_at = (start - place).astype(np.int32).repeat(width)
     token_at += np.arange(token_at.size, dtype=np.int32)
     row_at = (order - starts(rows.of_sample)[sample]).astype(np.int32).repeat(width)
     empty = expand(place - padding, padding)
-    token_at[empty] = NOWHERE
-    row_at[empty] = NOWHERE
+    for at in (token_at, row_at):
+        at[empty] = NOWHERE
+        at[at.size - behind :] = NOWHERE
     return Tiles(
         of_sample=np.bincount(sample[row[begins]], minlength=rows.of_sample.size),
         rows=token_at.reshape(-1, tile_rows),
