@@ -94,10 +94,10 @@ def test_copies_are_equal_and_independent(make, way):
             again.q_ranges[0, 0] = 1
 
 
-@pytest.mark.parametrize("make", [lambda: compile_plan([BIG] * 8), lambda: FrameIndex.per_token(5000)])
+@pytest.mark.parametrize("make", [lambda: compile_plan([BIG] * 8, impl="triton"), lambda: FrameIndex.per_token(5000)])
 def test_a_pickle_is_about_as_large_as_the_buffer(make):
     made = make()
-    assert len(pickle.dumps(made)) < made.buffer.nbytes + 4096
+    assert len(pickle.dumps(made)) < sum(t.nbytes for t in made.tensors()) + 4096
 
 
 def test_a_side_is_pickled_without_the_rest_of_the_plan():

@@ -13,6 +13,7 @@ from tests.geometries import geometries, libero, small
 from tests.golden_masks import load
 from wam_kernels import PROGRAMS, Geometry, Ranges, compile_plan
 from wam_kernels.plan.boxes import BOX, EMPTY, FULL, HALF, MASKED, PLACES, THREADS, TOKEN_BITS, BoxSide, compile_boxes
+from wam_kernels.plan.side_rows import batch_rows
 
 
 def bits_of_words(words: np.ndarray) -> np.ndarray:
@@ -62,7 +63,7 @@ def mask_of_side(side: BoxSide, batch: int, length: int, others: int) -> np.ndar
 
 def check(batch, **lengths) -> None:
     plan = compile_plan(batch, **lengths)
-    boxes = compile_boxes(plan.geometries, (plan.length, plan.key_length))
+    boxes = plan.boxes
     dense = plan.mask()[:, 0].numpy()
     np.testing.assert_array_equal(mask_of_side(boxes.queries, plan.batch, plan.length, plan.key_length), dense)
     mask = mask_of_side(boxes.keys, plan.batch, plan.key_length, plan.length)
@@ -72,7 +73,7 @@ def check(batch, **lengths) -> None:
 
 def test_boxes_match_recorded_masks():
     for _, geometry, recorded in load():
-        boxes = compile_boxes(((geometry,),), (geometry.length, geometry.length))
+        boxes = compile_plan(geometry).boxes
         mask = mask_of_side(boxes.queries, 1, geometry.length, geometry.length)[0]
         np.testing.assert_array_equal(mask, recorded, err_msg=str(geometry))
 
@@ -121,7 +122,7 @@ def test_rectangular_ranges_with_holes(seed):
 def test_a_plan_of_nothing_visits_nothing():
     empty = Ranges((), (), 200, 70)
     check(empty)
-    assert compile_boxes(((empty,),), (200, 70)).queries.computed_pairs == 0
+    assert compile_plan(empty).boxes.queries.computed_pairs == 0
 
 
 @pytest.mark.parametrize(
@@ -129,14 +130,14 @@ def test_a_plan_of_nothing_visits_nothing():
 )
 def test_the_useful_share_of_long_windows(frames, least, of_keys):
     plan = compile_plan(libero(4, 64, frames))
-    boxes = compile_boxes(plan.geometries, (plan.length, plan.key_length))
+    boxes = plan.boxes
     assert plan.visible_pairs / boxes.queries.computed_pairs >= least
     assert plan.visible_pairs / boxes.keys.computed_pairs >= of_keys
 
 
 def test_the_steps_of_a_tile_are_few():
     """Full steps are the bulk of a long plan, and no more boxes are half empty than the ends of runs are."""
-    side = compile_boxes(((libero(4, 64),),), (4896, 4896)).queries
+    side = compile_plan(libero(4, 64)).boxes.queries
     n0, n_full, n_both, n1 = side.tiles[:, 3:7].sum(0).tolist()
     assert FULL * n_full > 4 * MASKED * (n0 + n_both + n1)
     weight = side.tiles[:, 4] * 2 * FULL + MASKED * (side.tiles[:, 3] + 2 * side.tiles[:, 5] + side.tiles[:, 6])
@@ -144,10 +145,10 @@ def test_the_steps_of_a_tile_are_few():
 
 
 def cpu_ms(geometry: Geometry) -> float:
-    plan, times = compile_plan(geometry), []
+    rows, times = batch_rows(((geometry,),), (geometry.length,) * 2), []
     for _ in range(5):
         begin = time.process_time()
-        compile_boxes.__wrapped__(plan.geometries, (plan.length, plan.key_length))
+        compile_boxes(rows)
         times.append(time.process_time() - begin)
     return 1e3 * min(times)
 
@@ -159,17 +160,15 @@ def test_linear_in_the_tokens():
 
 
 def test_a_second_call_computes_nothing():
-    geometry = small("joint")
-    lengths = geometry.length, geometry.length
-    assert compile_boxes(((geometry,),), lengths) is compile_boxes(((small("joint"),),), lengths)
+    assert compile_plan(small("joint")).boxes is compile_plan(small("joint"), impl="cuda").boxes
 
 
 def test_boxes_can_be_copied_and_pickled():
-    boxes = compile_boxes(((small("joint"),),), (small("joint").length,) * 2)
+    boxes = compile_plan(small("joint")).boxes
     for other in (copy.deepcopy(boxes), pickle.loads(pickle.dumps(boxes))):
         assert all((a == b).all() for a, b in zip(boxes.tensors(), other.tensors(), strict=True))
 
 
 def test_too_many_tokens_are_refused():
     with pytest.raises(ValueError, match="fewer than 67108863 tokens"):
-        compile_boxes(((small("joint"),),), (EMPTY, 4))
+        compile_plan(small("joint"), length=EMPTY, impl="cuda")

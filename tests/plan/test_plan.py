@@ -1,5 +1,6 @@
 """Plans against the predicate: what the tiles compute is exactly what may be seen."""
 
+import pickle
 import time
 import tracemalloc
 
@@ -135,7 +136,7 @@ def test_building_is_linear_in_length():
 def test_index_tensors_stay_small_and_aligned():
     plan = compile_plan(libero(chunk_size=4, window=64, frames=1388))
     assert plan.length == 99_936
-    assert plan.buffer.nbytes < 64 * plan.length  # bytes a token; a bool mask would be 100,000
+    assert 4 * sum(t.numel() for t in plan.tensors()) < 64 * plan.length  # bytes a token; a bool mask would be 100,000
     assert all(t.data_ptr() % 16 == 0 for t in plan.tensors() if t.numel())
 
 
@@ -149,14 +150,14 @@ def test_index_tensors_stay_small_and_aligned():
 )
 def test_building_takes_less_memory_than_the_plan(samples):
     # fresh memory is much of what a plan costs; counted by tracemalloc, so nothing here depends on the machine
-    compile_plan([samples])
+    compile_plan([samples], impl="triton")
     compiled.cache_clear()
     tracemalloc.start()
-    plan = compile_plan([samples])
+    plan = compile_plan([samples], impl="triton")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert plan.length > 90_000
-    assert peak < 2 * plan.buffer.nbytes  # the plan itself, and less than as much beside it
+    assert peak < 8 * sum(t.numel() for t in plan.tensors())  # the plan itself, and less than as much beside it
 
 
 def test_a_batch_of_padding_alone():
@@ -181,6 +182,11 @@ NO_TOKENS = small(video_frames=0, action_frames=0, startup_action_frames=0)
         (lambda: compile_plan(small(), device="gpu"), ValueError, "device must be a torch.device or a name .*'gpu'"),
         (lambda: compile_plan(small()).to("gpu"), ValueError, "Plan.to: device must be .*'gpu'"),
         (lambda: compile_plan([small()] * 3, length=2**30), ValueError, "at most 2147483647 tokens in all"),
+        (
+            lambda: compile_plan(small(), impl="gpu"),
+            ValueError,
+            "impl must be one of cpu, triton, cuda or None, got 'gpu'",
+        ),
         (lambda: compile_plan(["joint"]), TypeError, "must hold Geometry, RuleGeometry or Ranges objects, got str"),
     ],
 )
@@ -192,6 +198,26 @@ def test_refusals(call, error, message):
 def test_moves_in_one_copy():
     plan = compile_plan(small())
     assert plan.to("cpu") is plan
+    assert plan.queries is not None and plan.boxes is not None
     moved = plan.to("meta")
     assert moved.device == torch.device("meta") and moved.length == plan.length
-    assert {t.untyped_storage()._cdata for t in moved.tensors()} == {moved.buffer.untyped_storage()._cdata}
+    for tensors in (moved.tensors()[:-1], moved.boxes.tensors()):
+        assert len({t.untyped_storage()._cdata for t in tensors}) == 1
+
+
+@pytest.mark.parametrize("impl, forms", [(None, {"runs"}), ("triton", {"runs", "sides"}), ("cuda", {"boxes"})])
+def test_a_plan_has_the_form_of_one_backend_and_makes_the_others_at_their_first_use(impl, forms):
+    def made(plan) -> set[str]:
+        return {name for name in ("runs", "sides", "boxes") if vars(plan)[f"_{name}"] is not None}
+
+    compiled.cache_clear()
+    plan = compile_plan(small(), impl=impl)
+    assert made(plan) == forms
+    # the CPU's op gets the same arguments as Triton's, those that it does not walk empty
+    tensors = plan.tensors("cpu")
+    assert not any(t.numel() for t in tensors[:-1]) and len(tensors) == len(plan.tensors("triton"))
+    assert made(compile_plan(small(), impl="cuda")) == {"runs", "sides", "boxes"}
+    again = pickle.loads(pickle.dumps(plan))
+    assert made(again) == {"runs", "sides", "boxes"}
+    for a, b in zip([*plan.tensors(), *plan.boxes.tensors()], [*again.tensors(), *again.boxes.tensors()], strict=True):
+        assert torch.equal(a, b)

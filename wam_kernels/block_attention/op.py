@@ -220,6 +220,6 @@ def block_attention(
         boxes = plan.boxes.tensors()
         out, lse = autograd.call(torch.ops.wam.block_attention_boxes.default, q, k, v, *boxes, plan.batch == 1, scale)
     else:
-        options = plan.batch == 1, plan.queries.shape.step, scale, impl
-        out, lse = autograd.call(torch.ops.wam.block_attention.default, q, k, v, *plan.tensors(), *options)
+        options = plan.batch == 1, plan.full_step, scale, impl
+        out, lse = autograd.call(torch.ops.wam.block_attention.default, q, k, v, *plan.tensors(impl), *options)
     return (out, lse) if return_lse else out

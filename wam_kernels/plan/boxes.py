@@ -25,21 +25,16 @@ All in whole-array operations; the only Python loop runs over the columns of the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from ..masks.ranges import Ranges
-from ..masks.visibility import Geometry
 from ..runtime import index_buffer
 from ..runtime.arrays import expand, members, starts
-from ..runtime.host import host_side, plain
-from ..runtime.index_buffer import Unwritten
-from .placement import Placement, moved, place
-from .side_rows import SideRows, side_rows
+from ..runtime.index_buffer import Layout, Packed, Unwritten
+from .placement import Placement, moved
+from .side_rows import BatchRows, SideRows
 from .steps import Visits
 from .tiles import Tiles, cut
 
@@ -82,47 +77,32 @@ class BoxSide:
         return HALF * (2 * FULL * n_full + MASKED * (n0 + 2 * n_both + n1))
 
 
-class Boxes:
-    """Both sides of a plan as boxes: ``queries`` for the forward and dq, ``keys`` for dk and dv. Immutable."""
+class Boxes(Packed):
+    """Both sides of a plan as boxes: ``queries`` for the forward and dq, ``keys`` for dk and dv."""
 
-    def __init__(self, layout: index_buffer.Layout, buffer: Tensor) -> None:
-        self._layout, self.buffer = layout, plain(buffer)
+    def __init__(self, layout: Layout, buffer: Tensor) -> None:
+        super().__init__(layout, buffer)
         views, n = index_buffer.views(layout, self.buffer), len(BoxSide.FIELDS)
         self.queries, self.keys = BoxSide(views[:n]), BoxSide(views[n:])
 
     def tensors(self) -> list[Tensor]:
         return [*self.queries.tensors(), *self.keys.tensors()]
 
-    @host_side
-    def to(self, device: torch.device, non_blocking: bool = False) -> Boxes:
-        """The same boxes on another device, in one copy."""
-        return Boxes(self._layout, self.buffer.to(device, non_blocking=non_blocking))
 
-    def __reduce__(self) -> tuple:
-        return Boxes, (self._layout, self.buffer)
-
-
-@lru_cache(maxsize=64)
-@host_side
-def compile_boxes(packed: tuple[tuple[Geometry | Ranges, ...], ...], lengths: tuple[int, int]) -> Boxes:
-    """The boxes of a batch, on the CPU. Cached; O(tokens x ranges), never anything of size S x S.
-
-    Args:
-        packed: The samples of every batch element, as :attr:`Plan.geometries`.
-        lengths: Query and key tokens of every batch element.
+def compile_boxes(rows: BatchRows) -> Boxes:
+    """The boxes of a batch, on the CPU. O(tokens x ranges), never anything of size S x S.
 
     Raises:
         ValueError: more tokens in one batch element than a box can name.
     """
-    if max(lengths) >= EMPTY:
+    if max(rows.lengths) >= EMPTY:
         raise ValueError(
             f"block_attention: plan must have fewer than {EMPTY} tokens a batch element for impl='cuda', got "
-            f"{max(lengths)}; use impl='triton'"
+            f"{max(rows.lengths)}; use impl='triton'"
         )
-    placement = place(packed, lengths)
-    queries, keys = side_rows(placement.samples)
-    programs = sum(isinstance(sample, Geometry) for sample in placement.samples)
-    query_tiles, key_tiles = cut(queries, ROWS, programs, keys=False), cut(keys, ROWS, programs, keys=True)
+    queries, keys, placement = rows.queries, rows.keys, rows.placement
+    query_tiles = cut(queries, ROWS, rows.programs, keys=False)
+    key_tiles = cut(keys, ROWS, rows.programs, keys=True)
     # both sides in one go: small plans cost the number of array operations
     steps = _steps(_joined(_distinct(queries, query_tiles), _distinct(keys, key_tiles)))
     sides = [

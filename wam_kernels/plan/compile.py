@@ -1,12 +1,8 @@
 """Plans: a geometry compiled into the tiles that the attention kernels walk, in time O(tokens x ranges).
 
 A plan has two *sides*. The query side lists, for every tile of queries, the keys it visits (forward and dQ); the
-key side lists, for every tile of keys, the queries it visits (dK, dV). Each visit is a *step*:
-
-- a full step: ``TileShape.step`` consecutive tokens that every row of the tile attends to; no masking;
-- a partial step: ``STEP_PART`` listed tokens. What is left of all ranges of the tile is laid end to end, so a tile
-  wastes less than one step however many ranges it has. A row attends to token ``t`` iff ``lo <= t < hi`` for one of
-  its few ranges.
+key side lists, for every tile of keys, the queries it visits (dK, dV). How a visit looks depends on the backend, each
+of which has a form of its own: ``runs`` (CPU), ``sides`` (Triton), ``boxes`` (CUDA). All follow from ``side_rows``.
 
 Row order decides the efficiency: one action chunk is only 4 to 16 tokens. Tiles of queries take rows by (sample,
 stream, chunk, noise): noisy and clean tokens of a chunk attend to almost the same history, and an action tile spans few
@@ -16,7 +12,7 @@ wasted: first of the queries, last of the keys.
 
 No token attends to another sample, so each distinct one is compiled once, with tokens that count from its first one,
 and then moved to every place where it lies. What is large (the tokens of tiles and of steps) is written straight into
-the plan's one buffer: touching fresh memory costs more than computing what goes there.
+the form's one buffer: touching fresh memory costs more than computing what goes there.
 """
 
 from __future__ import annotations
@@ -25,24 +21,16 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..masks.ranges import Ranges
 from ..masks.rules import RuleGeometry
 from ..masks.visibility import Geometry
-from ..runtime import index_buffer
-from ..runtime.arrays import expand, members, starts
 from ..runtime.checks import MAX_INT, integer
 from ..runtime.host import device_of, eager, host_side
-from ..runtime.index_buffer import Unwritten
-from .intervals import NOWHERE
-from .placement import Placement, moved, place
-from .plan import Plan
-from .side_rows import SideRows, side_rows
-from .steps import visits
-from .tile_shape import LONG_WINDOW, STEP_PART, TileShape, tile_shape
-from .tiles import Tiles, cut
+from .plan import FORMS, Plan
+from .side_rows import batch_rows
+from .tile_shape import LONG_WINDOW, TileShape, tile_shape
 
 # What a plan is made of: one sample, whose tokens attend to each other and nothing else.
 Sample = Geometry | RuleGeometry | Ranges
@@ -56,6 +44,7 @@ def compile_plan(
     key_length: int | None = None,
     device: torch.device | str = "cpu",
     tile: TileShape | None = None,
+    impl: str | None = None,
 ) -> Plan:
     """Compile geometries into a :class:`Plan`. Cached by geometry; never builds anything of size S x S.
 
@@ -66,11 +55,15 @@ def compile_plan(
         key_length: Key tokens of every batch element, the rest attended to by none. Default: ``length`` where all
             samples have as many keys as queries, else the longest element.
         device: Where the plan's index tensors go.
-        tile: Tiles of both sides; default by :func:`tile_shape`. For measurements.
+        tile: Tiles of both sides for Triton; default by :func:`tile_shape`. For measurements.
+        impl: The backend of ``block_attention`` whose index tensors are made now: ``"cpu"``, ``"triton"``, ``"cuda"``.
+            Those of the others are made at their first use, which ``torch.compile`` cannot trace. Default: the one
+            that tensors on ``device`` get.
 
     Raises:
         ValueError: an empty batch, no queries or no keys at all, ``length`` or ``key_length`` that is no integer or
-            shorter than the samples, or more tokens than int32 counts.
+            shorter than the samples, more tokens than int32 counts (than boxes can name, for ``impl="cuda"``), or
+            another ``impl``.
         TypeError: an entry that is none of the three.
     """
     packed = tuple(_listed(entry) for entry in _listed(batch))
@@ -104,9 +97,13 @@ def compile_plan(
         )
     if tile is not None and not isinstance(tile, TileShape):
         raise TypeError(f"compile_plan: tile must be a TileShape, got {type(tile).__name__}")
+    if impl not in (None, *FORMS):
+        raise ValueError(f"compile_plan: impl must be one of {', '.join(FORMS)} or None, got {impl!r}")
     # what is tuned for this GPU is known as soon as CUDA runs, so plans from before are others
     tuned_tiles = tile is None and torch.cuda.is_initialized()
-    return compiled(packed, (length, key_length), tile, tuned_tiles, device_of("compile_plan", device))
+    plan = compiled(packed, (length, key_length), tile, tuned_tiles, device_of("compile_plan", device))
+    plan.compile_for(impl)
+    return plan
 
 
 def _listed(samples: Any) -> tuple:
@@ -127,86 +124,9 @@ def forget_plans() -> None:
 def compiled(
     packed: tuple, lengths: tuple[int, int], tile: TileShape | None, tuned_tiles: bool, device: torch.device
 ) -> Plan:
-    if device.type != "cpu":
-        return compiled(packed, lengths, tile, tuned_tiles, torch.device("cpu")).to(device)
-    placement = place(packed, lengths)
-    queries, keys = side_rows(placement.samples)
-    lo, hi = queries.bounds
-    times = np.bincount(placement.which).repeat(queries.of_sample)  # that each row occurs in the batch
-    visible = int((times * queries.tokens * (hi - lo).sum(0)).sum())
+    """A plan without any form: what is visible, and which tiles it gets."""
+    rows = batch_rows(packed, lengths)
+    visible = rows.visible_pairs
     tile = tile or tile_shape(visible >= LONG_WINDOW * len(packed) * lengths[0])
     shapes = tile, TileShape(tile.key_rows or tile.rows, tile.step)
-    programs = sum(isinstance(sample, Geometry) for sample in placement.samples)
-    query_tiles = cut(queries, shapes[0].rows, programs, keys=False)
-    key_tiles = cut(keys, shapes[1].rows, programs, keys=True)
-    parts = [
-        *_side(queries, query_tiles, shapes[0], placement, side=0),
-        *_side(keys, key_tiles, shapes[1], placement, side=1),
-        _runs(queries, placement),
-    ]
-    return Plan(packed, lengths, visible, shapes, *index_buffer.pack(parts))
-
-
-def _side(
-    rows: SideRows, tiles: Tiles, shape: TileShape, placement: Placement, side: int
-) -> list[np.ndarray | Unwritten]:
-    """The arrays of a :class:`Side` (0: queries, 1: keys): what the samples have, moved to where they lie."""
-    row, counts = members(rows.of_sample, placement.which)
-    first_of_row = placement.first[1 - side].repeat(counts)
-
-    # every tile of the batch: which one of its sample it is, and where that lies. Padding comes before the samples
-    order = np.lexsort((~placement.padding, placement.batch))
-    tile, counts = members(tiles.of_sample, placement.which[order])
-    first_row = starts(rows.of_sample[placement.which])
-    places = np.array([placement.batch, placement.first[side], placement.first[1 - side], first_row])
-    batch, own, other, first_row = places[:, order].repeat(counts, axis=1)
-
-    # steps are listed tile after tile, in this order; the tiles themselves go heaviest first
-    full, part = visits(rows.bounds, tiles, shape.step)
-    n_full, left = full.total[tile], part.total[tile]
-    n_part = -(-left // STEP_PART)
-    full_at, part_at = starts(n_full), starts(n_part)
-    steps = np.array([batch, full_at, full_at + n_full, part_at, part_at + n_part])
-    heavy = np.argsort(-(n_full * shape.step + n_part * STEP_PART), kind="stable")
-    heavy_tile, own, first_row = tile[heavy], own[heavy], first_row[heavy]
-
-    def write_bounds(out: np.ndarray) -> None:
-        moved(rows.bounds_by_row(), row, first_of_row, 0, out.reshape(row.size, -1))
-
-    def write_part(out: np.ndarray) -> None:
-        out = out.reshape(-1)
-        part.write(tile, other, part_at * STEP_PART, out)
-        out[expand(part_at * STEP_PART + left, n_part * STEP_PART - left)] = -1
-
-    return [
-        steps.take(heavy, axis=1).T,
-        Unwritten((tile.size, shape.rows), lambda out: moved(tiles.rows, heavy_tile, own, -1, out)),
-        Unwritten((tile.size, shape.rows), lambda out: moved(tiles.bounds_row, heavy_tile, first_row, 0, out)),
-        Unwritten((row.size, rows.bounds.shape[1], 2), write_bounds),
-        Unwritten((int(n_full.sum()),), lambda out: full.write(tile, other, full_at, out)),
-        Unwritten((int(n_part.sum()), STEP_PART), write_part),
-    ]
-
-
-def _runs(rows: SideRows, placement: Placement) -> np.ndarray:
-    """Runs of consecutive tokens that attend to exactly the same keys: ``[R, 3 + 2 * ranges]``.
-
-    (batch element, first token, end, lo, hi, lo, hi, ...): what the CPU backend multiplies.
-    """
-    # rows follow each other without a gap; those of different samples are alike only if they are fully masked
-    masked = (rows.bounds == NOWHERE).all((0, 1))
-    new = np.ones(masked.size, bool)
-    new[1:] = (rows.bounds[..., 1:] != rows.bounds[..., :-1]).any((0, 1))
-
-    row, counts = members(rows.of_sample, placement.which)
-    batch, first_query, first_key = np.array([placement.batch, *placement.first]).repeat(counts, axis=1)
-    start, new, masked = first_query + rows.start[row], new[row], masked[row]
-    first = starts(counts)[counts > 0]  # row of each sample that has any
-    new[first] = ~(masked[first] & masked[first - 1] & (batch[first] == batch[first - 1]))
-    new[0] = True
-    run_starts = np.flatnonzero(new)
-    last = np.append(run_starts[1:], new.size) - 1
-    runs = np.empty((run_starts.size, 3 + 2 * rows.bounds.shape[1]), np.int32)
-    runs[:, 0], runs[:, 1], runs[:, 2] = batch[run_starts], start[run_starts], start[last] + rows.tokens[row[last]]
-    runs[:, 3:] = moved(rows.bounds_by_row(), row[run_starts], first_key[run_starts], 0)
-    return runs
+    return Plan(packed, lengths, visible, shapes, device, rows=rows)

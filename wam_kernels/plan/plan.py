@@ -2,62 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..masks.ranges import Ranges
 from ..masks.visibility import Geometry, dense_mask
-from ..runtime import index_buffer
-from ..runtime.host import device_of, host_side, plain
+from ..runtime.host import device_of, host_side
 from .boxes import Boxes, compile_boxes
-from .tile_shape import STEP_PART, TileShape
+from .runs import Runs, compile_runs
+from .side_rows import BatchRows, batch_rows
+from .sides import Side, Sides, compile_sides
+from .tile_shape import TileShape
 
-
-class Side:
-    """Tiles of one side; int32 tensors that are views of one buffer.
-
-    ``tiles`` ``[T, 5]``: batch element, begin and end in ``full``, begin and end in ``part`` (in steps), heaviest
-    first. ``rows`` ``[T, tile]``: token of each row, -1 for none. ``bounds_row`` ``[T, tile]``: its row of
-    ``bounds``.
-    ``bounds`` ``[G, ranges, 2]``. ``full`` ``[steps]``: first token. ``part`` ``[steps, STEP_PART]``: tokens or -1.
-    """
-
-    FIELDS = ("tiles", "rows", "bounds_row", "bounds", "full", "part")
-    tiles: Tensor
-    rows: Tensor
-    bounds_row: Tensor
-    bounds: Tensor
-    full: Tensor
-    part: Tensor
-
-    def __init__(self, shape: TileShape, tensors: Sequence[Tensor]) -> None:
-        self.shape = shape
-        for name, tensor in zip(self.FIELDS, tensors, strict=True):
-            setattr(self, name, tensor)
-
-    def tensors(self) -> list[Tensor]:
-        return [getattr(self, name) for name in self.FIELDS]
-
-    def __reduce__(self) -> tuple:
-        # on its own it needs its views alone, not the plan's whole buffer with each
-        return _unpickled_side, (self.shape, [t.clone() for t in self.tensors()])
-
-    @property
-    def computed_pairs(self) -> int:
-        steps = self.full.shape[0] * self.shape.step + self.part.shape[0] * STEP_PART
-        return steps * self.shape.rows
-
-
-def _unpickled_side(shape: TileShape, tensors: Sequence[Tensor]) -> Side:
-    return Side(shape, [plain(t) for t in tensors])
+FORMS = ("cpu", "triton", "cuda")  # the backends that walk a form of a plan
+# the backend whose form a plan has from the start, by the kind of its device
+_FIRST = {"cpu": "cpu", "cuda": "triton"}
 
 
 class Plan:
     """What ``block_attention`` needs to know about a batch. Made by :func:`compile_plan`; immutable.
 
-    Can be copied and pickled, a DataLoader's workers may send it: as its samples and its one buffer.
+    Every backend has a form of its own: ``"cpu"`` walks ``runs``, ``"triton"`` walks ``queries`` and ``keys``,
+    ``"cuda"`` walks ``boxes``. A form is compiled at its first use, on the host, and kept.
+
+    Can be copied and pickled, a DataLoader's workers may send it: as its samples and the forms that it has.
 
     Attributes:
         length: Query tokens S of one batch element. Tensors of another length are refused.
@@ -73,22 +43,75 @@ class Plan:
         lengths: tuple[int, int],
         visible_pairs: int,
         shapes: tuple[TileShape, TileShape],
-        layout: tuple[tuple[int, ...], ...],
-        buffer: Tensor,
+        device: torch.device,
+        forms: tuple[Runs | None, Sides | None, Boxes | None] = (None, None, None),
+        rows: BatchRows | None = None,
     ) -> None:
         self.geometries = batch_geometries
         self.batch = len(batch_geometries)
         self.length, self.key_length = lengths
         self.visible_pairs = visible_pairs
-        self._shapes, self._layout, self.buffer = shapes, layout, plain(buffer)
-        n, views = len(Side.FIELDS), index_buffer.views(layout, self.buffer)
-        self.queries, self.keys = Side(shapes[0], views[:n]), Side(shapes[1], views[n : 2 * n])
-        self.runs = views[2 * n]
-        self._boxes: Boxes | None = None
+        self.device = device
+        self._shapes, self._rows = shapes, rows
+        self._runs, self._sides, self._boxes = forms
 
     @property
-    def device(self) -> torch.device:
-        return self.buffer.device
+    def runs(self) -> Tensor:
+        """Runs of queries that attend to the same keys, for ``impl="cpu"``: :class:`wam_kernels.plan.runs.Runs`."""
+        return self._of_runs().rows
+
+    @property
+    def queries(self) -> Side:
+        """Tiles of queries, for ``impl="triton"``."""
+        return self._of_sides().queries
+
+    @property
+    def keys(self) -> Side:
+        """Tiles of keys, for ``impl="triton"``."""
+        return self._of_sides().keys
+
+    @property
+    def boxes(self) -> Boxes:
+        """Both sides as full steps and boxes of 128-row tiles, for ``impl="cuda"``."""
+        if self._boxes is None:
+            self._boxes = self._compiled("cuda")
+        return self._boxes
+
+    def _of_runs(self) -> Runs:
+        if self._runs is None:
+            self._runs = self._compiled("cpu")
+        return self._runs
+
+    def _of_sides(self) -> Sides:
+        if self._sides is None:
+            self._sides = self._compiled("triton")
+        return self._sides
+
+    @host_side
+    def _compiled(self, impl: str) -> Any:
+        """The form that a backend walks; torch.compile cannot trace it."""
+        if self._rows is None:
+            self._rows = batch_rows(self.geometries, (self.length, self.key_length))
+        if impl == "triton":
+            form = compile_sides(self._rows, self._shapes)
+        else:
+            form = compile_runs(self._rows) if impl == "cpu" else compile_boxes(self._rows)
+        return form if self.device.type == "cpu" else form.to(self.device)
+
+    def compile_for(self, impl: str | None = None) -> None:
+        """Make what a backend walks now and not at its first use. Default: the backend of CPU or CUDA tensors."""
+        impl = impl or _FIRST.get(self.device.type)
+        if impl in ("cpu", "triton"):
+            self._of_runs()
+        if impl == "triton":
+            self._of_sides()
+        elif impl == "cuda":
+            self.boxes  # noqa: B018
+
+    @property
+    def full_step(self) -> int:
+        """Tokens of a full step of either side's tiles."""
+        return self._shapes[0].step
 
     @property
     def efficiency(self) -> float:
@@ -100,27 +123,17 @@ class Plan:
         """Visible pairs / all pairs."""
         return self.visible_pairs / max(1, self.batch * self.length * self.key_length)
 
-    def tensors(self) -> list[Tensor]:
-        """Everything a registered op reads: query side, key side, runs."""
-        return [*self.queries.tensors(), *self.keys.tensors(), self.runs]
+    def tensors(self, impl: str = "triton") -> list[Tensor]:
+        """What the registered op reads with ``impl``, "triton" or "cpu": query side, key side, runs.
 
-    @property
-    def boxes(self) -> Boxes:
-        """Both sides as full steps and boxes of 128-row tiles, for ``impl="cuda"``.
-
-        Compiled at the first use, on the host, and kept; ``torch.compile`` cannot trace that first use.
+        Those that the backend does not walk are empty; runs are always there, to count FLOPs by.
         """
-        if self._boxes is None:
-            self._boxes = self._compile_boxes()
-        return self._boxes
-
-    @host_side
-    def _compile_boxes(self) -> Boxes:
-        boxes = compile_boxes(self.geometries, (self.length, self.key_length))
-        return boxes if self.device.type == "cpu" else boxes.to(self.device)
+        if impl == "triton":
+            return [*self.queries.tensors(), *self.keys.tensors(), self.runs]
+        return [*(self._of_runs().nothing,) * (2 * len(Side.FIELDS)), self.runs]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Plan:
-        """The same plan on another device, in one copy; itself when it is there already."""
+        """The same plan on another device, each of its forms in one copy; itself when it is there already."""
         return self if device == self.device else self._moved(device, non_blocking)
 
     @host_side
@@ -128,22 +141,16 @@ class Plan:
         device = device_of("Plan.to", device)
         if device == self.device:
             return self
-        parts = self._parts()
-        return Plan(*parts[:-1], parts[-1].to(device, non_blocking=non_blocking))
+        *parts, _, forms = self._parts()
+        there = tuple(form and form.to(device, non_blocking) for form in forms)
+        plan = Plan(*parts, device, there, self._rows)
+        plan.compile_for()
+        return plan
 
-    def _parts(
-        self,
-    ) -> tuple[
-        tuple[tuple[Geometry | Ranges, ...], ...],
-        tuple[int, int],
-        int,
-        tuple[TileShape, TileShape],
-        tuple[tuple[int, ...], ...],
-        Tensor,
-    ]:
+    def _parts(self) -> tuple:
         """What it is made of."""
-        lengths = (self.length, self.key_length)
-        return self.geometries, lengths, self.visible_pairs, self._shapes, self._layout, self.buffer
+        lengths, forms = (self.length, self.key_length), (self._runs, self._sides, self._boxes)
+        return self.geometries, lengths, self.visible_pairs, self._shapes, self.device, forms
 
     def __reduce__(self) -> tuple:
         return Plan, self._parts()

@@ -10,6 +10,7 @@ import numpy as np
 from ..masks.ranges import RangeRows, Ranges
 from ..masks.visibility import SEGMENTS, Geometry
 from .intervals import NOWHERE, STREAM_OF_SEGMENT, intervals, token_rows
+from .placement import Placement, place
 
 ROW_SETS = len(SEGMENTS)
 
@@ -30,6 +31,30 @@ class SideRows(NamedTuple):
     def bounds_by_row(self) -> np.ndarray:
         """lo and hi of every column of a row, ``[N, columns * 2]``."""
         return self.bounds.transpose(2, 1, 0).reshape(self.start.size, -1)
+
+
+class BatchRows(NamedTuple):
+    """Both sides of the samples of a batch, and where the samples lie: what every form of a plan is compiled from."""
+
+    placement: Placement
+    queries: SideRows
+    keys: SideRows
+    lengths: tuple[int, int]
+    programs: int  # samples that are programs; they come first
+
+    @property
+    def visible_pairs(self) -> int:
+        """Of the whole batch."""
+        lo, hi = self.queries.bounds
+        times = np.bincount(self.placement.which).repeat(self.queries.of_sample)  # that each row occurs
+        return int((times * self.queries.tokens * (hi - lo).sum(0)).sum())
+
+
+def batch_rows(packed: tuple[tuple[Geometry | Ranges, ...], ...], lengths: tuple[int, int]) -> BatchRows:
+    """The rows of a batch that is padded to ``lengths`` = (queries, keys)."""
+    placement = place(packed, lengths)
+    programs = sum(isinstance(sample, Geometry) for sample in placement.samples)
+    return BatchRows(placement, *side_rows(placement.samples), lengths, programs)
 
 
 def side_rows(samples: Sequence[Geometry | Ranges]) -> tuple[SideRows, SideRows]:

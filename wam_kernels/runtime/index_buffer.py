@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .host import host_side, plain
 
 Layout = tuple[tuple[int, ...], ...]
 
@@ -53,3 +55,24 @@ def views(layout: Layout, buffer: Tensor) -> list[Tensor]:
         out.append(view)
         at += _aligned(n)
     return out
+
+
+class Packed:
+    """Packed arrays on some device: moved, copied and pickled as their one buffer. Immutable.
+
+    ``about``: what else a subclass is made of, after layout and buffer.
+    """
+
+    def __init__(self, layout: Layout, buffer: Tensor, *about: Any) -> None:
+        self._made_of = layout, about
+        self.buffer = plain(buffer)
+
+    @host_side
+    def to(self, device: torch.device, non_blocking: bool = False) -> Self:
+        """The same on another device, in one copy."""
+        layout, about = self._made_of
+        return type(self)(layout, self.buffer.to(device, non_blocking=non_blocking), *about)
+
+    def __reduce__(self) -> tuple:
+        layout, about = self._made_of
+        return type(self), (layout, self.buffer, *about)

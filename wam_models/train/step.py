@@ -151,7 +151,7 @@ def training_step(
         )
         for objective in objectives
     ]
-    plan = compile_plan(geometries if len(set(geometries)) > 1 else geometries[0]).to(device)
+    plan = compile_plan(geometries if len(set(geometries)) > 1 else geometries[0], device=device)
     video_flow, action_flow = model(
         noised_video(video, video_noise, video_sigma),
         noised_video(video, history_noise, history_sigma),
