@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,7 @@ CUDA = (
 )
 
 
-def cuda_kernels(bodies: dict[str, Body]) -> Iterator[Counted]:
+def cuda_kernels(bodies: Mapping[str, Body]) -> Iterator[Counted]:
     """Of the disassembled extension, by mangled name.
 
     Raises:
@@ -72,7 +72,7 @@ def cuda_kernels(bodies: dict[str, Body]) -> Iterator[Counted]:
     for kernel in CUDA:
         for D in HEAD_DIMS:
             pattern = re.compile(rf"{kernel.op}_detail.*\d{kernel.name}I13__nv_bfloat16Li{D}E")
-            (body,) = [body for name, body in bodies.items() if pattern.search(name)] or [None]
+            body = next((body for name, body in bodies.items() if pattern.search(name)), None)
             if body is None:
                 raise ValueError(f"static: no {kernel.name} of {kernel.op} for head dim {D}; build the extension anew")
             loops = steps(body)
@@ -129,7 +129,7 @@ def extension_path() -> Path:
     """
     from wam_kernels.runtime.cuda import extension
 
-    return Path(extension().__file__)
+    return Path(str(extension().__file__))
 
 
 def all_kernels() -> Iterator[Counted]:

@@ -53,8 +53,8 @@ def parse(text: str) -> dict[str, list[Instruction]]:
     body: list[Instruction] = []
     waiting: list[str] = []  # labels whose address is that of the next instruction
     for line in text.splitlines():
-        if name := re.search(r"Function : (\S+)|^\s*\.section\s+\.text\.(\S+?),", line):
-            body = kernels.setdefault(name[1] or name[2], [])
+        if function := re.search(r"Function : (\S+)|^\s*\.section\s+\.text\.(\S+?),", line):
+            body = kernels.setdefault(function[1] or function[2], [])
         elif label := _LABEL.match(line):
             waiting.append(label[1])
         elif found := _LINE.match(line):
