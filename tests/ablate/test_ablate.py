@@ -65,16 +65,16 @@ def test_a_run_is_whole_and_a_killed_one_goes_on(made, monkeypatch):
     lost.unlink()
     shutil.copytree(out / "state/cloning/seed0", made / "kept")
     (out / "state/cloning/seed0/train.json").unlink()  # a kill before the training was stored
-    said: list[str] = []
-    run_all(out, tiny(), say=said.append)
-    assert said[0].startswith("3 of ") and lost.read_text().splitlines()[:-1] == before
+    lines: list[str] = []
+    run_all(out, tiny(), say=lines.append)
+    assert lines[0].startswith("3 of ") and lost.read_text().splitlines()[:-1] == before
     remade, kept = (
         [line for line in (folder / "eval-chunk1-steps1.jsonl").read_text().splitlines()][:-1]
         for folder in (out / "state/cloning/seed0", made / "kept")
     )
     assert remade == kept
-    run_all(out, tiny(), say=said.append)
-    assert said[-1].startswith("0 of ")
+    run_all(out, tiny(), say=lines.append)
+    assert lines[-1].startswith("0 of ")
 
 
 def test_another_protocol_is_refused_by_name(made, tmp_path, capsys):
