@@ -106,7 +106,7 @@ def test_simulators_are_made_seldom(trained, folder):
     (folder / "counted.py").write_text("from point_simulator import Point\n" + kind.format("A") + kind.format("B"))
     alternating = [Task(f"counted:{name}", i, i) for i in range(4) for name in "AB"]
     assert len(results(trained[0], alternating, horizon=1, batch=1)) == 8
-    assert (folder / "made").read_text() == "AB" + "AB"  # to be described, and to play
+    assert (folder / "made").read_text() == "ABA"  # to be described, and to play what the process has not kept
 
 
 @pytest.mark.parametrize("k, n, low, high", [(0, 20, 0, 0.161), (20, 20, 0.839, 1), (31, 50, 0.482, 0.741)])

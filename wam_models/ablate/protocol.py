@@ -87,7 +87,7 @@ class Track:
     episodes: int = 25
     first_seed: int = 0
     horizon: int = 200
-    batch: int = 20
+    batch: int = 16
 
     def __post_init__(self) -> None:
         for name in ("simulators", "seeds", "settings"):
@@ -214,7 +214,7 @@ def metaworld_state() -> Track:
         },
         seeds=(0, 1, 2),
         settings=((2, 1), (4, 1), (2, 5), (4, 5)),
-        early=2, episodes=15, batch=30,
+        early=2, episodes=15, batch=16,
     )  # fmt: skip
 
 

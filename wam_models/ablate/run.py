@@ -20,6 +20,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from multiprocessing import get_context
@@ -37,7 +38,7 @@ from ..runtime.files import new_file
 from ..runtime.json_fields import read_json
 from ..runtime.threads import set_threads
 from ..simulator.evaluate import Task, evaluate
-from ..simulator.process import SimulatorFailure, SimulatorProcess
+from ..simulator.process import SimulatorFailure, SimulatorPool, SimulatorProcess
 from ..simulator.record import RecordConfig, record
 from ..train.log import loss_ends
 from ..train.trainer import Trainer, train
@@ -92,13 +93,17 @@ def is_done(out: Path, unit: Unit) -> bool:
     return failed or all(evaluation_file(folder, setting).exists() for setting in unit.settings)
 
 
+def _file(out: Path) -> Path:
+    return out / "protocol.json"
+
+
 def open_folder(out: Path, protocol: Protocol) -> None:
     """Write the protocol, or compare it with the one that is there.
 
     Raises:
         ValueError: the folder holds another ablation; the message names what differs.
     """
-    file, given = out / "protocol.json", json.loads(json.dumps(protocol.to_dict()))
+    file, given = _file(out), json.loads(json.dumps(protocol.to_dict()))
     if file.exists():
         held = read_json(file)
         if held != given:
@@ -168,8 +173,12 @@ def _run_units(
         after()
 
     if processes == 1:
-        for unit in todo:
-            done(unit, run_unit(out, unit))
+        pools: dict[str, SimulatorPool] = {}
+        with ExitStack() as stack:
+            for unit in todo:
+                if unit.track not in pools:
+                    pools[unit.track] = stack.enter_context(pool_of(Protocol.from_json(_file(out)).track(unit.track)))
+                done(unit, run_unit(out, unit, pools[unit.track]))
         return
     # a new process for each unit: what one leaves behind does not reach the next
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
@@ -219,10 +228,18 @@ def read_track(out: Path, track: Track) -> ClipDataset:
     )
 
 
-def run_unit(out: Path, unit: Unit) -> str:
-    """Make what is missing of a unit; returns a line about it."""
+def pool_of(track: Track) -> SimulatorPool:
+    """Processes for the simulators of a track."""
+    return SimulatorPool(track.batch, {track.camera: (track.size, track.size)} if track.camera else None)
+
+
+def run_unit(out: Path, unit: Unit, pool: SimulatorPool | None = None) -> str:
+    """Make what is missing of a unit, in the simulators of a pool if given; returns a line about it."""
+    if pool is None:
+        with pool_of(Protocol.from_json(_file(out)).track(unit.track)) as pool:
+            return run_unit(out, unit, pool)
     set_threads(1)
-    protocol = Protocol.from_json(out / "protocol.json")
+    protocol = Protocol.from_json(_file(out))
     track, folder = protocol.track(unit.track), unit.folder(out)
     if unit.arm == EXPERT:
         return _play_expert(track, unit, folder)
@@ -238,7 +255,7 @@ def run_unit(out: Path, unit: Unit) -> str:
     lines = []
     for setting in unit.settings:
         if not evaluation_file(folder, setting).exists():
-            rows = _evaluate(policy, track, arm, unit, setting)
+            rows = _evaluate(policy, track, arm, unit, setting, pool)
             _write_rows(evaluation_file(folder, setting), rows)
             lines.append(
                 f"chunk {setting[0]}, {setting[1]} steps {sum(r['success'] for r in rows if 'success' in r)}/"
@@ -270,16 +287,18 @@ def _train(out: Path, track: Track, arm: Arm, unit: Unit, folder: Path) -> None:
         part.write_text(json.dumps(row) + "\n")
 
 
-def _evaluate(policy: Policy, track: Track, arm: Arm, unit: Unit, setting: tuple[int, int]) -> list[dict[str, Any]]:
+def _evaluate(
+    policy: Policy, track: Track, arm: Arm, unit: Unit, setting: tuple[int, int], pool: SimulatorPool
+) -> list[dict[str, Any]]:
     """A row for each episode, and a last one of the whole."""
     config, began = track.rollout(arm, setting), time.perf_counter()
     instructions = None
     if unit.arm == SHUFFLED:
-        instructions = _others(track)
+        instructions = _others(track, pool)
     head = {"track": unit.track, "arm": unit.arm, "seed": unit.seed, "chunk": setting[0], "steps": setting[1]}
     results = evaluate(
         policy, config, tasks_of(track), batch=track.batch, horizon=track.horizon, want=arm.want,
-        instructions=instructions,
+        instructions=instructions, pool=pool,
     )  # fmt: skip
     order = {name: i for i, name in enumerate(track.simulators)}
     # "seed" is that of the training
@@ -294,10 +313,9 @@ def tasks_of(track: Track) -> list[Task]:
     return [Task(name, i, track.first_seed + i) for name in track.simulators for i in range(track.episodes)]
 
 
-def _others(track: Track) -> dict[str, str]:
+def _others(track: Track, pool: SimulatorPool) -> dict[str, str]:
     """Each simulator with the instruction of the next one."""
-    with SimulatorProcess({track.camera: (track.size, track.size)} if track.camera else None) as process:
-        own = [process.describe(name).instruction for name in track.simulators]
+    own = [pool.describe(name).instruction for name in track.simulators]
     return dict(zip(track.simulators, own[1:] + own[:1], strict=True))
 
 
@@ -362,7 +380,7 @@ def collect(out: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
 
     A row of ``arms.jsonl`` is a training, with what is of a whole evaluation under ``evaluations``.
     """
-    protocol = Protocol.from_json(out / "protocol.json")
+    protocol = Protocol.from_json(_file(out))
     episodes, trainings, whole = [], [], dict[Path, tuple[tuple[int, int], ...]]()
     for unit in units(protocol):
         whole[unit.folder(out)] = whole.get(unit.folder(out), ()) + unit.settings

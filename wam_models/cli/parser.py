@@ -173,7 +173,7 @@ def _ablate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--track", choices=("state", "pixels", "both"), default="state", help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="minutes: two programs, two tasks, few steps")
     parser.add_argument("--full", action="store_true", help="three seeds of the pixel track too")
-    parser.add_argument("--processes", type=at_least(1), default=1, metavar="N", help="trainings at a time; %(default)s")
+    parser.add_argument("--processes", type=at_least(1), default=1, metavar="N", help="trainings at once; %(default)s")
 
 
 def _mask(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..rollout.episode import Episode, RolloutConfig, RolloutEngine
 from ..rollout.policy import Policy
 from ..runtime.checks import choice, whole
-from .process import TIMEOUT, Description, SimulatorFailure, SimulatorProcess
+from .process import TIMEOUT, Description, SimulatorFailure, SimulatorPool, SimulatorProcess
 
 Z = 1.959964  # of the normal distribution, two-sided 95 %
 
@@ -122,6 +122,7 @@ def evaluate(
     chunk_seconds: list[float] | None = None,
     want: str = "both",
     instructions: Mapping[str, str] | None = None,
+    pool: SimulatorPool | None = None,
 ) -> Iterator[EpisodeResult]:
     """Play every task; results come as episodes end. What does not fit is refused before the first is asked for.
 
@@ -136,6 +137,7 @@ def evaluate(
             observed, without simulators.
         want: ``"both"``, or ``"action"``: nothing is imagined that actions do not need, and none of it is returned.
         instructions: By simulator, in place of its own.
+        pool: Processes of the policy's cameras that stay for the next call, in place of new ones of ``timeout``.
 
     Raises:
         ValueError: a simulator that does not fit the policy, or a codec that needs more than one frame each.
@@ -144,19 +146,21 @@ def evaluate(
     whole("evaluate: batch", batch, 1)
     choice("evaluate: want", want, ("both", "action"))
     batch = min(batch, len(tasks))
-    processes = [SimulatorProcess(policy.cameras, timeout=timeout) for _ in range(batch)]
+    processes = pool or SimulatorPool(batch, policy.cameras, timeout=timeout)
+    batch = min(batch, len(processes.processes))
     try:
-        described = describe(policy, [task.simulator for task in tasks], processes[0])
-        for name, found in described.items():
-            described[name] = replace(found, instruction=(instructions or {}).get(name, found.instruction))
+        described = describe(policy, [task.simulator for task in tasks], processes)
+        for name, instruction in (instructions or {}).items():
+            described[name] = replace(described[name], instruction=instruction)
     except BaseException:
-        processes[0].close()
+        processes.close()
         raise
     seconds = [] if chunk_seconds is None else chunk_seconds
-    return _Batch(policy, config, list(tasks), described, processes, horizon, seconds, want).run()
+    playing = _Batch(policy, config, list(tasks), described, processes.processes[:batch], horizon, seconds, want)
+    return playing.run(stay=pool is not None)
 
 
-def describe(policy: Policy, names: Iterable[str], process: SimulatorProcess) -> dict[str, Description]:
+def describe(policy: Policy, names: Iterable[str], process: SimulatorProcess | SimulatorPool) -> dict[str, Description]:
     """What simulators say of themselves.
 
     Args:
@@ -293,15 +297,17 @@ class _Batch:
         for task in tasks:
             self.waiting.setdefault(task.simulator, deque()).append(task)
         self.playing: dict[int, _Playing] = {}  # row -> its episode
-        self.made: dict[int, str] = {}  # row -> the simulator that its process holds
 
     @torch.no_grad()
-    def run(self) -> Iterator[EpisodeResult]:
-        """Play all; then no process is left."""
+    def run(self, *, stay: bool) -> Iterator[EpisodeResult]:
+        """Play all; then no process is left, unless they ``stay``."""
         try:
             yield from self._play()
+        except BaseException:  # with an answer on its way that the next request would take for its own
+            stay = False
+            raise
         finally:
-            for process in self.processes:
+            for process in [] if stay else self.processes:
                 process.close()
 
     def _play(self) -> Iterator[EpisodeResult]:
@@ -372,9 +378,8 @@ class _Batch:
         left = {name: tasks for name, tasks in self.waiting.items() if tasks}
         if not left:
             return None
-        held = self.made.get(row)
+        held = self.processes[row].holds
         name = held if held in left else max(left, key=lambda name: len(left[name]))
-        self.made[row] = name
         return left[name].popleft()
 
     def _text(self, playings: Sequence[_Playing]) -> Tensor:

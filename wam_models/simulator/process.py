@@ -104,6 +104,11 @@ class SimulatorProcess:
             raise SimulatorFailure(f"{self._name} failed: {answer}")
         return answer
 
+    @property
+    def holds(self) -> str | None:
+        """The simulator that it made last."""
+        return self._name if self.connection is not None else None
+
     def close(self) -> None:
         """End the process."""
         if self.connection is not None:
@@ -113,6 +118,39 @@ class SimulatorProcess:
             self.connection = self._process = None
 
     def __enter__(self) -> SimulatorProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class SimulatorPool:
+    """Processes that stay, with the simulators that they have made: making one costs a second or more.
+
+    Close it, or use it in a ``with`` statement.
+
+    Args:
+        count: Of processes.
+        cameras: As of :func:`~.named.load`.
+        timeout: Seconds within which each answer must come.
+    """
+
+    def __init__(self, count: int, cameras: Cameras | None = None, *, timeout: float = TIMEOUT) -> None:
+        self.processes = [SimulatorProcess(cameras, timeout=timeout) for _ in range(count)]
+        self._described: dict[str, Description] = {}
+
+    def describe(self, name: str) -> Description:
+        """What the simulator ``name`` says of itself, asked once. Raises SimulatorFailure."""
+        if name not in self._described:
+            self._described[name] = self.processes[len(self._described) % len(self.processes)].describe(name)
+        return self._described[name]
+
+    def close(self) -> None:
+        """End all processes; each begins anew when it is needed."""
+        for process in self.processes:
+            process.close()
+
+    def __enter__(self) -> SimulatorPool:
         return self
 
     def __exit__(self, *_: object) -> None:
