@@ -21,25 +21,14 @@
 
 #include "common/tile_mma.cuh"
 #include "params.h"
+#include "ranges.cuh"
 
 namespace wam {
 namespace cached_attention_detail {
 
-constexpr int kTileRows = 64, kThreads = kTileRows / 16 * kWarp;
+constexpr int kThreads = kTileRows / 16 * kWarp;
 constexpr int kCombineRows = 4;
 constexpr float kLog2e = 1.4426950408889634f;
-
-struct Range {
-  int start, length;
-
-  // Cut off at the cache's ends.
-  __device__ Range(const int32_t* bounds, int i, int slots) {
-    const int begin = bounds[2 * i], end = bounds[2 * i + 1];
-    start = begin < 0 ? 0 : begin;
-    length = (end < slots ? end : slots) - start;
-    if (length < 0) length = 0;
-  }
-};
 
 // The slot at a place of the list of visible slots; places may only grow from call to call.
 class Cursor {
@@ -58,29 +47,6 @@ class Cursor {
   const int32_t* bounds_;
   int slots_, i_ = 0, before_ = 0;  // visible slots in earlier ranges
   Range range_;
-};
-
-// The rows of a tile: of one group, [begin, end).
-struct TileRows {
-  int group, begin, end;
-
-  __device__ TileRows(int tile, const CachedAttentionParams& p) {
-    group = begin = end = 0;
-#pragma unroll
-    for (int g = 0; g < kMaxGroups; ++g) {
-      if (g >= p.groups) break;
-      const int tiles = (p.group_rows[g] + kTileRows - 1) / kTileRows;
-      end = begin + p.group_rows[g];
-      if (tile < tiles) {
-        group = g;
-        begin += tile * kTileRows;
-        break;
-      }
-      tile -= tiles;
-      begin = end;
-    }
-    if (end > begin + kTileRows) end = begin + kTileRows;
-  }
 };
 
 // The largest, or the sum, over the four lanes that hold a row of an accumulator.
@@ -278,21 +244,31 @@ __global__ void __launch_bounds__(kCombineRows* kWarp) combine_kernel(const __gr
 }
 
 template <class T>
-void launch_forward(const CachedAttentionParams& params, void* stream) {
-  CachedAttentionParams p = params;
-  // The sign of the scale goes into q: then the largest product is the largest score, and -inf, which marks what is
-  // masked, stays -inf, also at scale 0, which becomes the smallest normal number.
-  p.to_base2 = std::fmax(std::fabs(p.scale) * kLog2e, FLT_MIN);
+void launch_part(const CachedAttentionParams& p, void* stream) {
   int64_t tiles = 0;
   for (int g = 0; g < p.groups; ++g) tiles += ceil_div(p.group_rows[g], kTileRows);
-  const unsigned heads = static_cast<unsigned>(p.batch * p.heads);
   auto* kernel = p.head_dim <= 32   ? part_kernel<T, 32>
                  : p.head_dim <= 64 ? part_kernel<T, 64>
                  : p.head_dim <= 96 ? part_kernel<T, 96>
                                     : part_kernel<T, 128>;
+  launch("cached_attention", kernel,
+         dim3(static_cast<unsigned>(tiles), static_cast<unsigned>(p.batch * p.heads), static_cast<unsigned>(p.parts)),
+         dim3(kThreads), stream, p);
+}
+
+template <class T>
+void launch_forward(const CachedAttentionParams& params, DType dtype, void* stream) {
+  CachedAttentionParams p = params;
+  // The sign of the scale goes into q: then the largest product is the largest score, and -inf, which marks what is
+  // masked, stays -inf, also at scale 0, which becomes the smallest normal number.
+  p.to_base2 = std::fmax(std::fabs(p.scale) * kLog2e, FLT_MIN);
+  if (p.streamed) {
+    cached_attention_streamed_part(p, dtype, stream);
+  } else {
+    launch_part<T>(p, stream);
+  }
+  const unsigned heads = static_cast<unsigned>(p.batch * p.heads);
   const char* op = "cached_attention";
-  launch(op, kernel, dim3(static_cast<unsigned>(tiles), heads, static_cast<unsigned>(p.parts)), dim3(kThreads), stream,
-         p);
   launch(op, combine_kernel<T>, dim3(static_cast<unsigned>(ceil_div(p.rows, kCombineRows)), heads),
          dim3(kCombineRows * kWarp), stream, p);
 }
@@ -301,9 +277,9 @@ void launch_forward(const CachedAttentionParams& params, void* stream) {
 
 void cached_attention_forward_kernels(const CachedAttentionParams& p, DType dtype, void* stream) {
   if (dtype == DType::kBFloat16) {
-    cached_attention_detail::launch_forward<__nv_bfloat16>(p, stream);
+    cached_attention_detail::launch_forward<__nv_bfloat16>(p, dtype, stream);
   } else {
-    cached_attention_detail::launch_forward<__half>(p, stream);
+    cached_attention_detail::launch_forward<__half>(p, dtype, stream);
   }
 }
 

@@ -5,6 +5,22 @@ namespace wam {
 namespace {
 
 constexpr int kMaxHeadDim = 128;
+constexpr int64_t kMaxStreamedSlots = int64_t{1} << 26;  // what a box can name
+
+void require_streamed(const CachedAttentionParams& p) {
+  const char* op = "cached_attention";
+  require(op, p.ranges_of_group <= kMaxStreamedRanges,
+          "ranges must have at most " + std::to_string(kMaxStreamedRanges) + " of a group for the kernel by TMA, got " +
+              std::to_string(p.ranges_of_group) + "; pass streamed=False");
+  require(op, p.slots < kMaxStreamedSlots,
+          "k_cache must have fewer than 67108864 slots for the kernel by TMA, got " + std::to_string(p.slots) +
+              "; pass streamed=False");
+  int64_t strips = 0;
+  for (int g = 0; g < p.groups; ++g) strips += ceil_div(p.group_rows[g], 64);
+  require(op, ceil_div(strips, 3) * p.batch * p.heads * p.parts <= kMaxGridX,
+          "B, S and H must make at most 2147483647 blocks, got " +
+              std::to_string(ceil_div(strips, 3) * p.batch * p.heads * p.parts) + "; split the call");
+}
 
 }  // namespace
 
@@ -23,10 +39,15 @@ void cached_attention_forward(const CachedAttentionParams& p, DType dtype, void*
           "B * H and the number of splits must be at most 65535, got " + std::to_string(p.batch * p.heads) + " and " +
               std::to_string(p.parts) + "; split the call");
   if (p.batch * p.rows * p.heads == 0) return;  // an empty tensor has no address to check
+  require(op, p.key_heads >= 1 && p.heads % p.key_heads == 0 && (p.streamed || p.key_heads == p.heads),
+          "k_cache must have H=" + std::to_string(p.heads) + " heads, got " + std::to_string(p.key_heads));
+  require(op, p.queries_of_row >= 1 && p.batch % p.queries_of_row == 0 && (p.streamed || p.queries_of_row == 1),
+          "queries_of_row must divide B, got " + std::to_string(p.queries_of_row));
+  if (p.streamed) require_streamed(p);
   require_heads(op, "q", p.q, p.batch, p.rows, p.heads, dtype);
   if (p.slots > 0) {
-    require_heads(op, "k_cache", p.k, p.batch, p.slots, p.heads, dtype);
-    require_heads(op, "v_cache", p.v, p.batch, p.slots, p.heads, dtype);
+    require_heads(op, "k_cache", p.k, p.batch / p.queries_of_row, p.slots, p.key_heads, dtype);
+    require_heads(op, "v_cache", p.v, p.batch / p.queries_of_row, p.slots, p.key_heads, dtype);
   }
   require_present(op, "ranges", p.ranges, 4);
   require_present(op, "out", p.out, 16);

@@ -32,23 +32,34 @@ struct alignas(128) TensorMap {
 
 namespace wam::sm90 {
 
-constexpr int kBlockThreads = 384;  // one warpgroup that copies, two that compute
+constexpr int kBlockThreads = 384;  // of most kernels: one warpgroup that copies, two that compute
 
 #if defined(WAM_HOST_EMULATION)
 
 namespace emu = sm90_emulation;
 
 inline int thread_index() { return emu::current; }
+inline int block_index() { return static_cast<int>(blockIdx.x); }
 inline unsigned char* shared_memory() { return emu::shared; }
 inline uint32_t shared_address(const void* p) { return emu::address_of(p); }
 
-inline void sync_block() { emu::gather(emu::block_meeting, emu::kThreads, "sync_block"); }
+inline void sync_block() { emu::gather(emu::block_meeting, emu::n_threads, "sync_block"); }
 inline void sync_warp() { emu::gather(emu::warp_meeting[emu::current / emu::kWarp], emu::kWarp, "sync_warp"); }
 inline void sync_named(int id, int threads) { emu::gather(emu::named_meeting[id], threads, "bar.sync"); }
 inline float shuffle_xor(float v, int mask) { return emu::shuffle(v, (emu::current % emu::kWarp) ^ mask); }
 template <class T>
+T from_lane(T v, int lane) {
+  return emu::shuffle(v, lane);
+}
+template <class T>
 T from_lane_0(T v) {
   return emu::shuffle(v, 0);
+}
+inline int warp_min(int v) {
+  return emu::reduce(v, [](int a, int b) { return std::min(a, b); });
+}
+inline uint32_t warp_or(uint32_t v) {
+  return emu::reduce(v, [](uint32_t a, uint32_t b) { return a | b; });
 }
 
 inline void barrier_init(uint64_t* b, int count) { emu::barriers[b] = {count, count, 0, 0, {}}; }
@@ -112,6 +123,7 @@ inline float high(uint32_t two, __half) { return __half2float({static_cast<uint1
 #define WAM_SM90 __device__ __forceinline__
 
 WAM_SM90 int thread_index() { return static_cast<int>(threadIdx.x); }
+WAM_SM90 int block_index() { return static_cast<int>(blockIdx.x); }
 // Declared with its alignment: rounding the pointer up would cost the address space, and so generic loads.
 WAM_SM90 unsigned char* shared_memory() {
   extern __shared__ __align__(1024) unsigned char dynamic_shared_memory[];
@@ -123,11 +135,18 @@ WAM_SM90 void sync_block() { __syncthreads(); }
 WAM_SM90 void sync_warp() { __syncwarp(); }
 WAM_SM90 void sync_named(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 WAM_SM90 float shuffle_xor(float v, int mask) { return __shfl_xor_sync(0xffffffffu, v, mask); }
+template <class T>
+WAM_SM90 T from_lane(T v, int lane) {
+  return __shfl_sync(0xffffffffu, v, lane);
+}
 // The compiler then knows that all lanes have the same value, and keeps it in a uniform register.
 template <class T>
 WAM_SM90 T from_lane_0(T v) {
   return __shfl_sync(0xffffffffu, v, 0);
 }
+
+WAM_SM90 int warp_min(int v) { return __reduce_min_sync(0xffffffffu, v); }
+WAM_SM90 uint32_t warp_or(uint32_t v) { return __reduce_or_sync(0xffffffffu, v); }
 
 WAM_SM90 void barrier_init(uint64_t* b, int count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(b)), "r"(count));

@@ -41,9 +41,9 @@ struct TensorMap {
 
 namespace sm90_emulation {
 
-constexpr int kThreads = 384, kWarp = 32, kWarps = kThreads / kWarp, kWarpgroup = 128;
+constexpr int kMaxThreads = 512, kWarp = 32, kMaxWarps = kMaxThreads / kWarp, kWarpgroup = 128;
 constexpr int kSharedBytes = 232448;  // what a block of an H100 may have
-constexpr int kRegistersAtLaunch = 168, kStackBytes = 128 * 1024;
+constexpr int kRegisters = 65536, kStackBytes = 128 * 1024;
 
 enum class Prefer { kAny, kProducts, kCopies };
 
@@ -107,19 +107,20 @@ struct Warpgroup {
 alignas(1024) inline unsigned char shared[kSharedBytes];
 
 inline Order order;
-inline Thread threads[kThreads];
+inline int n_threads;  // of the block
+inline Thread threads[kMaxThreads];
 inline ucontext_t scheduler;
 inline int current;
 inline std::vector<int> ready;
 inline std::string error;
 inline std::mt19937 random;
 inline std::function<void()> body;
-inline Meeting block_meeting, warp_meeting[kWarps], named_meeting[16];
-inline uint64_t exchange[kThreads];
+inline Meeting block_meeting, warp_meeting[kMaxWarps], named_meeting[16];
+inline uint64_t exchange[kMaxThreads];
 inline std::map<uint64_t*, MBarrier> barriers;
-inline std::vector<CopyPointer> copies, copies_of[kThreads];
+inline std::vector<CopyPointer> copies, copies_of[kMaxThreads];
 inline std::unordered_map<uint32_t, int> generic_writes;  // 16-byte chunk -> the thread that has not fenced it
-inline Warpgroup warpgroups[kThreads / kWarpgroup];
+inline Warpgroup warpgroups[kMaxThreads / kWarpgroup];
 inline int free_registers;
 inline std::vector<int> waiting_for_registers;
 
@@ -160,6 +161,21 @@ T shuffle(T value, int source) {
   std::memcpy(&result, &exchange[warp * kWarp + source], sizeof result);
   gather(warp_meeting[warp], kWarp, "a shuffle");  // nobody offers the next value before all have read this one
   return result;
+}
+
+// A value of all lanes of the warp, two at a time.
+template <class T, class Of>
+T reduce(T value, Of of) {
+  const int warp = current / kWarp;
+  std::memcpy(&exchange[current], &value, sizeof value);
+  gather(warp_meeting[warp], kWarp, "a reduction");
+  for (int lane = 0; lane < kWarp; ++lane) {
+    T other;
+    std::memcpy(&other, &exchange[warp * kWarp + lane], sizeof other);
+    value = of(value, other);
+  }
+  gather(warp_meeting[warp], kWarp, "a reduction");
+  return value;
 }
 
 // ---- mbarriers
@@ -383,16 +399,19 @@ inline void wait_groups(int pending) {
 
 // ---- registers
 
+// Of a thread, for a kernel of one block an SM: granted in units of 8.
+inline int registers_at_launch() { return kRegisters / n_threads / 8 * 8; }
+
 inline void give_registers(int left) {
   if (current % kWarp == 0) {
-    free_registers += (kRegistersAtLaunch - left) * kWarp;
+    free_registers += (registers_at_launch() - left) * kWarp;
     wake(waiting_for_registers);
   }
 }
 
 inline void take_registers(int wanted) {
   if (current % kWarp == 0) {
-    const int more = (wanted - kRegistersAtLaunch) * kWarp;
+    const int more = (wanted - registers_at_launch()) * kWarp;
     while (free_registers < more) wait_in(waiting_for_registers, "setmaxnreg");
     free_registers -= more;
   }
@@ -404,7 +423,7 @@ inline void take_registers(int wanted) {
 // Runs one operation that is under way; returns whether there was one.
 inline bool run_one(bool of_products, bool of_copies) {
   std::vector<int> can;
-  for (int i = 0; of_products && i < kWarps; ++i) {
+  for (int i = 0; of_products && i < n_threads / kWarp; ++i) {
     if (can_advance(warpgroups[i / 4], i % 4)) can.push_back(i);
   }
   const std::size_t some = of_copies ? copies.size() : 0, all = some + can.size();
@@ -429,7 +448,7 @@ inline void run_some() {
 }
 
 inline std::size_t next_thread(long turn) {
-  static int priority[kWarps];
+  static int priority[kMaxWarps];
   if (!order.by_priority) return random() % ready.size();
   if (turn % 4000 == 0) {
     for (int& x : priority) x = static_cast<int>(random() % 1000);
@@ -445,7 +464,8 @@ inline void fiber_main() {
   leave();
 }
 
-inline void reset() {
+inline void reset(int n) {
+  n_threads = n;
   random.seed(order.seed);
   std::memset(shared, 0xff, sizeof shared);
   error.clear();
@@ -459,7 +479,7 @@ inline void reset() {
   for (auto& m : warp_meeting) m = Meeting();
   for (auto& m : named_meeting) m = Meeting();
   block_meeting = Meeting();
-  for (int i = 0; i < kThreads; ++i) {
+  for (int i = 0; i < n_threads; ++i) {
     Thread& t = threads[i];
     if (!t.stack) t.stack.reset(new char[kStackBytes]);
     t.exited = false;
@@ -479,8 +499,8 @@ inline void stop_if(bool wrong, const std::string& message) {
 
 inline void check_end() {
   std::map<std::string, int> stuck;
-  for (const Thread& t : threads) {
-    if (!t.exited) ++stuck[t.waits_in];
+  for (int i = 0; i < n_threads; ++i) {
+    if (!threads[i].exited) ++stuck[threads[i].waits_in];
   }
   std::string who;
   for (const auto& [what, n] : stuck) who += " " + std::to_string(n) + " threads wait in " + what + ";";
@@ -488,16 +508,17 @@ inline void check_end() {
   for (const auto& [address, b] : barriers) stop_if(b.bytes != 0, "bytes are still expected at the end");
 }
 
-// Runs one block of 384 threads to its end.
-inline void launch(std::function<void()> kernel, std::size_t shared_bytes) {
+// Runs one block to its end.
+inline void launch(std::function<void()> kernel, int block_threads, std::size_t shared_bytes) {
+  stop_if(block_threads % kWarpgroup != 0 || block_threads > kMaxThreads, "a block has 128, 256, 384 or 512 threads");
   stop_if(shared_bytes > kSharedBytes, "a block has at most 232448 bytes of shared memory");
   body = std::move(kernel);
-  reset();
+  reset(block_threads);
   for (long turn = 0;; ++turn) {
     run_some();
     stop_if(!error.empty(), error);
     if (ready.empty()) {
-      const bool over = std::all_of(threads, threads + kThreads, [](const Thread& t) { return t.exited; });
+      const bool over = std::all_of(threads, threads + n_threads, [](const Thread& t) { return t.exited; });
       stop_if(over && !copies.empty(), "copies are under way at the end");
       if (!run_one(true, true)) break;
       continue;

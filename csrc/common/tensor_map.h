@@ -75,10 +75,20 @@ inline TensorMap tensor_map(const char* op, const std::string& name, const BoxOf
 }
 
 template <class Params>
+void launch_blocks(const char* op, void (*kernel)(Params), int64_t blocks, int threads, std::size_t shared_bytes,
+                   void* stream, const Params& params) {
+  (void)op, (void)stream;
+  for (int64_t i = 0; i < blocks; ++i) {
+    blockIdx = dim3(static_cast<unsigned>(i));
+    sm90_emulation::launch([&] { kernel(params); }, threads, shared_bytes);
+  }
+}
+
+template <class Params>
 void launch_persistent(const char* op, void (*kernel)(Params), int64_t work, std::size_t shared_bytes, void* stream,
                        const Params& params) {
-  (void)op, (void)work, (void)stream;
-  sm90_emulation::launch([&] { kernel(params); }, shared_bytes);
+  (void)work;
+  launch_blocks(op, kernel, 1, sm90::kBlockThreads, shared_bytes, stream, params);
 }
 
 #else
@@ -148,6 +158,20 @@ inline TensorMap tensor_map(const char* op, const std::string& name, const BoxOf
   return cache.emplace(t, encode(op, name, t)).first->second;
 }
 
+// Blocks with more shared memory than a kernel gets without asking: one of them fits an SM.
+template <class Params>
+void launch_blocks(const char* op, void (*kernel)(Params), int64_t blocks, int threads, std::size_t shared_bytes,
+                   void* stream, const Params& params) {
+  const void* function = reinterpret_cast<const void*>(kernel);
+  require_cuda(
+      op, "the CUDA kernel could not be given its shared memory",
+      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
+  void* arguments[] = {const_cast<Params*>(&params)};
+  require_cuda(op, "the CUDA kernel could not be launched",
+               cudaLaunchKernel(function, dim3(static_cast<unsigned>(blocks)), dim3(static_cast<unsigned>(threads)),
+                                arguments, shared_bytes, static_cast<cudaStream_t>(stream)));
+}
+
 // One block an SM, at most one for every piece of `work`; the blocks draw their work themselves.
 template <class Params>
 void launch_persistent(const char* op, void (*kernel)(Params), int64_t work, std::size_t shared_bytes, void* stream,
@@ -156,15 +180,7 @@ void launch_persistent(const char* op, void (*kernel)(Params), int64_t work, std
   require_cuda(op, "there is no current device", cudaGetDevice(&device));
   require_cuda(op, "the device's number of SMs cannot be read",
                cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
-  const void* function = reinterpret_cast<const void*>(kernel);
-  require_cuda(
-      op, "the CUDA kernel could not be given its shared memory",
-      cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
-  void* arguments[] = {const_cast<Params*>(&params)};
-  const unsigned blocks = static_cast<unsigned>(work < processors ? work : processors);
-  require_cuda(op, "the CUDA kernel could not be launched",
-               cudaLaunchKernel(function, dim3(blocks), dim3(sm90::kBlockThreads), arguments, shared_bytes,
-                                static_cast<cudaStream_t>(stream)));
+  launch_blocks(op, kernel, std::min<int64_t>(work, processors), sm90::kBlockThreads, shared_bytes, stream, params);
 }
 
 #endif

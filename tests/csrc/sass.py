@@ -113,6 +113,11 @@ def parse(path: Path) -> dict[str, list[Instruction]]:
     return kernels
 
 
+def registers_of(body: list[Instruction]) -> int:
+    """As many as the highest that is named needs."""
+    return 1 + max(int(number) for i in body for number in re.findall(r"\bR(\d+)\b", i.operands))
+
+
 def steps(body: list[Instruction]) -> list[Step]:
     """The innermost loops with a product, in the order of their code."""
     index = {instruction.address: i for i, instruction in enumerate(body)}

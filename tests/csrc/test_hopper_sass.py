@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.csrc.sass import Step, cubins, parse, steps
+from tests.csrc.sass import Step, cubins, parse, registers_of, steps
 
 # of one dtype: kernel, head dim, step -> the most instructions, clocks of tensor cores, products by their columns
 STEPS = {
@@ -14,6 +14,15 @@ STEPS = {
     ("dq", 64, "step"): (310, 384, {64: 12}),
     ("dkdv", 128, "step"): (435, 1024, {64: 16, 128: 8}),
     ("dkdv", 64, "step"): (385, 512, {64: 16}),
+    ("streamed_part", 128, "step"): (380, 512, {64: 8, 128: 4}),
+    ("streamed_part", 64, "step"): (330, 256, {64: 8}),
+}
+# of which op, and the registers that setmaxnreg gives a thread of its consumers
+KERNELS = {
+    "forward": ("block_attention", 240),
+    "dq": ("block_attention", 240),
+    "dkdv": ("block_attention", 240),
+    "streamed_part": ("cached_attention", 160),
 }
 
 
@@ -21,14 +30,16 @@ STEPS = {
 def kernels(built, tmp_path_factory) -> dict[tuple[str, int, str], Step]:
     """By kernel, head dim, dtype and step."""
     paths = cubins(built, "sm_90a", tmp_path_factory.mktemp("cubins"))
-    paths = [path for path in paths if b"block_attention_detail" in path.read_bytes()]
+    names = [f"{op}_detail".encode() for op, _ in KERNELS.values()]
+    paths = [path for path in paths if any(name in path.read_bytes() for name in names)]
     bodies = {name: body for path in paths for name, body in parse(path).items()}
     found = {}
     for name, body in bodies.items():
-        for kernel in ("forward", "dq", "dkdv"):
+        for kernel, (op, registers) in KERNELS.items():
             for D in (64, 128):
                 for dtype, mangled in (("bfloat16", "13__nv_bfloat16"), ("float16", "6__half")):
-                    if "block_attention" in name and f"{kernel}_kernelI{mangled}Li{D}E" in name:
+                    if op in name and f"{kernel}_kernelI{mangled}Li{D}E" in name:
+                        assert registers_of(body) <= registers, name
                         assert sum(i.name.startswith(("LDL", "STL")) for i in body) == 0, name
                         # through a generic address shared memory costs more
                         assert sum(i.name.startswith("LD.") for i in body) == 0, name

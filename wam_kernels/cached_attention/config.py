@@ -13,6 +13,8 @@ MAX_KERNEL_D, MAX_GROUPS = 128, 4
 # The keys are split until there are as many programs as an H100 holds at once: 132 SMs, two programs each. A constant,
 # not the number of SMs of the machine, so that sums have the same order on every GPU.
 PROGRAMS = 2 * 132
+# Of the kernel by TMA, which has one block an SM.
+STREAMED_BLOCKS = 132
 # A split of a full cache has at least as many slots; shorter ones cost more in partial results than they gain.
 MIN_SLOTS = 256
 
@@ -47,3 +49,8 @@ def splits(programs: int, slots: int) -> int:
     ``programs``: tiles x heads x samples of one part; ``slots`` of the cache.
     """
     return max(1, min(PROGRAMS // max(programs, 1), slots // MIN_SLOTS))
+
+
+def streamed_splits(blocks: int, slots: int) -> int:
+    """The same for the kernel by TMA; ``blocks``: its tiles x heads x samples of one part."""
+    return max(1, min(STREAMED_BLOCKS // max(blocks, 1), slots // MIN_SLOTS))
