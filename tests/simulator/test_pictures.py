@@ -1,15 +1,22 @@
 """Policies whose frames are pictures, from recording to acting: a drawn simulator, and Meta-World where it renders."""
 
+import base64
 import json
+import re
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from wam_models import cli
+from wam_models.ablate.protocol import Track
+from wam_models.ablate.run import read_track
+from wam_models.cli.pictures_demo import make_pictures_demo
 from wam_models.data import ClipDataset, LeRobotDataset
 from wam_models.simulator import load
 from wam_models.simulator.process import SimulatorFailure, SimulatorProcess
+from wam_models.simulator.record import RecordConfig, record
+from wam_models.train import TrainConfig
 
 from .conftest import EXAMPLES
 
@@ -49,11 +56,16 @@ def counted(folder):
     return found
 
 
-def train(folder, **changes):
-    """``wam train`` on its pictures: cells of 4 x 4 pixels, tokens of 2 x 2 cells, frames of 2 actions."""
+def point_training(folder, **changes):
+    """A training config: cells of 4 x 4 pixels, tokens of 2 x 2 cells, frames of 2 actions."""
     config = json.loads((EXAMPLES / "point_train.json").read_text()) | {"cell": 4, "steps": 2, "batch": 2} | changes
     config["model"] |= {"latent_channels": 8, "patch": [1, 2, 2]}
     (folder / "config.json").write_text(json.dumps(config))
+    return folder / "config.json"
+
+
+def train(folder, **changes):
+    point_training(folder, **changes)
     flags = ["--data", "data", "--config", "config.json", "--out", "run", "--overwrite"]
     return cli.main(["train", *flags, "--camera", "observation.images.top"])
 
@@ -128,6 +140,38 @@ def test_a_codec_that_does_not_fit_is_refused(changes, message, drawn, capsys):
         assert cli.main([*RECORD, "--camera", "top", "--out", "data"]) == 0
     assert train(drawn, **changes) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_demo_of_pictures(drawn):
+    """The page is one file; the demonstrations of a second demo are those of the first."""
+    config = point_training(drawn)
+    options = {"camera": ("top", 16), "episodes": 2, "horizon": 9, "progress": False}
+    options |= {"config": TrainConfig.from_json(config), "recording": RecordConfig(episodes=3, picture_every=2)}
+    report = make_pictures_demo(drawn / "demo", [DRAWN], **options)
+    assert report["steps"] == 2 and [row["frame"] for row in report["imagined"]] == [1, 2]
+    assert report["all"]["episodes"] == 2 and report["imagined"][0]["imagined"] > report["imagined"][0]["still"] >= 0
+    page = (drawn / "demo/demo.html").read_text()
+    assert not re.search(r"(src|href)=\"(?!data:)", page) and "http" not in page
+    film = base64.b64decode(re.findall(r"image/gif;base64,([^\"]+)", page)[0])
+    assert film == (drawn / "demo/film0.gif").read_bytes()
+    assert "Drawn, episode 1: fails: not done after 9 actions" in page and "are imagined worse" in page
+    counted(drawn)
+    made = (drawn / "demo/data/meta/info.json").stat().st_mtime_ns
+    make_pictures_demo(drawn / "demo", [DRAWN], **options)
+    assert (drawn / "demo/data/meta/info.json").stat().st_mtime_ns == made
+
+
+def test_the_demo_of_pictures_records_its_own(folder, capsys):
+    assert cli.main(["demo", "--pictures", "--data", "data"]) == 2
+    assert "--data must be left out with --pictures" in capsys.readouterr().err
+
+
+def test_an_ablation_reads_its_pictures(drawn):
+    training = json.loads(point_training(drawn).read_text())
+    recording = {"episodes": 2, "interrupted": 0.0, "picture_every": 2}
+    track = Track(name="pixels", simulators=(DRAWN,), camera="top", size=16, record=recording, training=training)
+    record(drawn / "pixels/data", track.simulators, RecordConfig(**recording), cameras={"top": (16, 16)}, jobs=1)
+    assert read_track(drawn, track).latent_shape == (8, 4, 4)
 
 
 def test_metaworld_renders():

@@ -110,7 +110,7 @@ demo took {report["total_seconds"]:.0f} s.</p>
 frame as it was imagined before its actions were executed. Click to stop; drag the slider.</p>
 {canvases}
 <h2>How good</h2>
-{_rates(report)}
+{rates_of(report)}
 <p>Mean distance of what was imagined from what happened, in mm; standing still repeats the last observed frame.</p>
 {_imagined(report["imagined"])}
 <p>On {len(report["recorded_episodes"])} held-out demonstrations, frame by frame from the real history: root mean square
@@ -119,9 +119,9 @@ errors, in standard deviations.</p>
 <h2>What is not good</h2>
 <ul>{weak}</ul>
 <h2>Training</h2>
-{_picture(pictures / "loss.png", "Loss curves")}
+{picture_of(pictures / "loss.png", "Loss curves")}
 <h2>Which token attends to which</h2>
-{_picture(pictures / "masks.png", "The masks of the interaction programs")}
+{picture_of(pictures / "masks.png", "The masks of the interaction programs")}
 <script>const FILMS = {data};{SCRIPT}</script>
 </html>
 """
@@ -154,19 +154,21 @@ def weaknesses(report: dict[str, Any]) -> list[str]:
     return found
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table_of(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table of plain texts."""
     cells = "".join(f"<th>{html.escape(h)}</th>" for h in head)
     lines = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in row) + "</tr>" for row in rows)
     return f"<table><tr>{cells}</tr>{lines}</table>"
 
 
-def _rates(report: dict[str, Any]) -> str:
+def rates_of(report: dict[str, Any]) -> str:
+    """Success of each task and of all."""
     rates = [*report["simulators"].items(), ("all", report["all"])]
     rows = [
         (name, f"{r['successes']} of {r['episodes']}", f"[{100 * r['low']:.0f}, {100 * r['high']:.0f}] %")
         for name, r in rates
     ]
-    return _table(("task", "succeed", "95 % interval"), rows)
+    return table_of(("task", "succeed", "95 % interval"), rows)
 
 
 def _imagined(rows: Sequence[dict[str, float]]) -> str:
@@ -174,7 +176,7 @@ def _imagined(rows: Sequence[dict[str, float]]) -> str:
     for what in ("hand", "object", "both, mean"):
         head += [f"{what}: imagined", "standing still"]
     keys = [f"{what}_{who}" for what in ("hand", "object", "path") for who in ("imagined", "still")]
-    return _table(head, [(str(row["frame"]), *(f"{row[key]:.1f}" for key in keys)) for row in rows])
+    return table_of(head, [(str(row["frame"]), *(f"{row[key]:.1f}" for key in keys)) for row in rows])
 
 
 def _dynamics(rows: Sequence[dict[str, Any]]) -> str:
@@ -187,10 +189,11 @@ def _dynamics(rows: Sequence[dict[str, Any]]) -> str:
         (name, f"{row[f'{kind}_rmse']:.3f}", f"{row[f'repeat_{kind}_rmse']:.3f} ({what})")
         for name, row, kind, what in lines
     ]
-    return _table(("prediction", "error", "repeating"), cells)
+    return table_of(("prediction", "error", "repeating"), cells)
 
 
-def _picture(file: Path, caption: str) -> str:
+def picture_of(file: Path, caption: str) -> str:
+    """A PNG file inside the page."""
     data = base64.b64encode(file.read_bytes()).decode()
     return (
         f'<figure><img alt="{caption}" src="data:image/png;base64,{data}"><figcaption>{caption}</figcaption></figure>'

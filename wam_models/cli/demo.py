@@ -46,18 +46,29 @@ def demo_training() -> TrainConfig:
 
 
 def run(args: argparse.Namespace) -> int:
-    """``wam demo``: without ``--data`` in closed loop, see :mod:`.closed_loop_demo`."""
+    """``wam demo``: without ``--data`` in closed loop, see :mod:`.closed_loop_demo` and :mod:`.pictures_demo`."""
+    if args.pictures:
+        from .pictures_demo import make_pictures_demo
+
+        if args.data is not None:
+            raise UserError("--data must be left out with --pictures, which records its own")
+        try:
+            make_pictures_demo(args.out or Path("runs/demo_pictures"), seconds=args.seconds, seed=args.seed)
+        except SimulatorFailure as failure:
+            raise UserError(str(failure)) from failure
+        return 0
+    out = args.out or Path("runs/demo")
     if args.data is None:
         from .closed_loop_demo import DATA, make_closed_loop_demo
 
         _check_folder(DATA)
         try:
-            make_closed_loop_demo(args.out, DATA, seconds=args.seconds, seed=args.seed)
+            make_closed_loop_demo(out, DATA, seconds=args.seconds, seed=args.seed)
         except SimulatorFailure as failure:
             raise UserError(str(failure)) from failure
         return 0
     _check_folder(args.data)
-    make_demo(args.out, args.data, camera=args.camera, seconds=args.seconds, seed=args.seed)
+    make_demo(out, args.data, camera=args.camera, seconds=args.seconds, seed=args.seed)
     return 0
 
 

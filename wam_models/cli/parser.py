@@ -76,8 +76,9 @@ def _estimate(parser: argparse.ArgumentParser, *waives: Any) -> None:
 
 
 def _demo(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of what it writes")
+    parser.add_argument("--out", type=Path, help="folder of what it writes; default: runs/demo, or runs/demo_pictures")
     parser.add_argument("--data", type=Path, metavar="DIR", help="train on it and predict it, in place of acting")
+    parser.add_argument("--pictures", action="store_true", help="act from a camera's pictures, which are rendered")
     parser.add_argument("--camera", metavar="FEATURE", help="of --data; needed only where it has several")
     parser.add_argument("--seconds", type=positive_seconds, default=180.0, help="time to train for")
     parser.add_argument("--seed", type=at_least(0), default=0)

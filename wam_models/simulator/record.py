@@ -10,9 +10,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from ..runtime.files import new_file
 from ..runtime.json_fields import read_json
 from .process import TIMEOUT, Description, SimulatorFailure, SimulatorProcess, first_answer
 
+SETTINGS = Path("meta/wam_record.json")  # of a data set: what it was recorded with
 MOST_ATTEMPTS = 4  # for each demonstration that is asked for; an expert that fails more often is none
 MOST = 2**31 - 1
 
@@ -100,8 +102,8 @@ def record(
         OSError: no room.
     """
     attempts = out.with_name(out.name + ".attempts")
-    settings = {"simulators": list(names), "config": asdict(config), "cameras": dict(cameras or {})}
-    _open_attempts(out, attempts, json.loads(json.dumps(settings)), overwrite)
+    settings = settings_of(names, config, cameras)
+    _open_attempts(out, attempts, settings, overwrite)
     count = jobs or os.cpu_count() or 1
     processes = [SimulatorProcess(cameras, timeout=timeout) for _ in range(count)]
     try:
@@ -128,9 +130,17 @@ def record(
         state_names=one.state_names, action_names=one.action_names, robot=names[0].partition("/")[0],
         picture_every=config.picture_every,
     )  # fmt: skip
-    (out / "meta/wam_record.json").write_text(json.dumps(settings, indent=1) + "\n")
+    (out / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
     shutil.rmtree(attempts)
     return {name: (wanted, tried) for name, (_, tried) in chosen.items()}
+
+
+def settings_of(
+    names: Sequence[str], config: RecordConfig, cameras: Mapping[str, tuple[int, int]] | None
+) -> dict[str, Any]:
+    """What a data set is recorded with, as ``SETTINGS`` holds it."""
+    settings = {"simulators": list(names), "config": asdict(config), "cameras": dict(cameras or {})}
+    return json.loads(json.dumps(settings))
 
 
 def _open_attempts(out: Path, attempts: Path, settings: dict, overwrite: bool) -> None:
