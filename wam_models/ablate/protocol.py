@@ -244,7 +244,7 @@ def metaworld_pixels() -> Track:
 def metaworld(*, full: bool = False) -> Protocol:
     """The suite ``metaworld``: :func:`metaworld_state` and :func:`metaworld_pixels`; ``full`` is for tracks with one
     seed."""
-    tracks = (metaworld_state(), metaworld_pixels())
+    tracks: tuple[Track, ...] = (metaworld_state(), metaworld_pixels())
     if full:
         tracks = tuple(replace(track, seeds=(0, 1, 2)) for track in tracks)
     return Protocol(suite="metaworld", arms=arms(), tracks=tracks)
