@@ -33,7 +33,7 @@ class Camera(Point):
         return Observation(super().observe().state, {"top": self.picture()})
 
 class Slow(Point):
-    control_freq = 10
+    control_freq = 7.5
 """
 
 
@@ -103,6 +103,14 @@ def test_pictures(recorded):
     assert frames[1, row, column].tolist() == [200, 0, 0]
     as_states = LeRobotDataset(camera, "observation.state")
     np.testing.assert_array_equal(as_states.frames(0), as_states.state(0))
+
+
+def test_the_rate_is_that_of_the_simulator(recorded):
+    slow = recorded.with_name("slow")
+    record(slow, ["others:Slow"], RecordConfig(episodes=1, interrupted=0.0), jobs=1)
+    assert LeRobotDataset(slow).fps == 7.5
+    times = pq.read_table(slow / "data/chunk-000/file-000.parquet")["timestamp"].to_numpy()
+    np.testing.assert_allclose(np.diff(times), 1 / 7.5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
