@@ -210,7 +210,7 @@ def test_rollout_acts_in_a_simulator(demo, tmp_path, capsys, monkeypatch):
     chunks = "4 (2 frames, 8 actions each), 7 frames executed"
     for words in (chunks, "task           done", "p50", "p95", "Hz", "peak memory", "action [8, 4, 7], frame [8]"):
         assert words in printed
-    assert list(tmp_path.glob("simulated_joint_*.gif"))
+    assert list(tmp_path.glob("simulated_toy_simulator+Box_joint_*_seed0.gif"))
     assert cli.main([*base, "toy_simulator:Box", "--chunks", "2"]) == 0
     assert "2 (2 frames, 8 actions each), 3 frames executed" in (printed := capsys.readouterr().out)
     assert "not done" in printed

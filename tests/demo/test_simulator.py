@@ -62,6 +62,7 @@ def failing():
 def adapters(tmp_path, monkeypatch) -> Path:
     """A working directory with ``adapters.py``."""
     (tmp_path / "adapters.py").write_text(ADAPTERS)
+    monkeypatch.delenv("DISPLAY", raising=False)  # no window
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -80,7 +81,7 @@ def test_the_film_is_as_fast_as_the_robot(name, milliseconds, adapters, monkeypa
     assert rollout_command.roll_out_in_simulator(args, policy, config, "joint") == 0
     takes = 4000 // milliseconds or "1.15741e-05"
     assert f"whose robot takes {takes}" in capsys.readouterr().out
-    with Image.open(adapters / "simulated_joint.gif") as film:
+    with Image.open(adapters / f"simulated_adapters+{name}_joint_seed0.gif") as film:
         assert film.n_frames == 3 and film.info["duration"] == milliseconds
 
 

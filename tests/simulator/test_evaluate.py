@@ -6,6 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from wam_models import Policy, cli
 from wam_models.data import ClipDataset, StateCodec
@@ -201,17 +202,25 @@ def test_a_policy_of_states_keeps_what_it_needs(trained, tmp_path):
         Policy.load(tmp_path / "checkpoint")
 
 
-def test_commands_on_recorded_states(trained, folder, tmp_path, capsys):
-    """wam rollout over recorded states, and in a simulator: arrays instead of films."""
+def test_commands_on_recorded_states(trained, folder, tmp_path, capsys, monkeypatch):
+    """wam rollout over recorded states, and in a simulator, whose film is drawn from the places in its states."""
+    monkeypatch.delenv("DISPLAY", raising=False)
     policy, _ = trained
     policy.save(tmp_path / "checkpoint")
     record(folder / "data", [POINT], RecordConfig(episodes=2), jobs=1)
     base = ["rollout", "--checkpoint", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "out")]
     assert cli.main([*base, "--data", str(folder / "data"), "--episode", "0", "--program", "joint"]) == 0
     assert "state error" in capsys.readouterr().out
-    held = np.load(tmp_path / "out/episode000_joint_joint.npz")
+    held = np.load(tmp_path / "out/episode000_joint_joint_seed0.npz")
     assert held["state"].shape == held["imagined"].shape and held["action"].shape[1:] == (1, 4)
-    assert cli.main([*base, "--simulator", POINT, "--program", "joint", "--chunks", "3"]) == 0
-    assert "task           " in capsys.readouterr().out
-    held = np.load(tmp_path / "out/simulated_joint_joint.npz")
+    act = [*base, "--simulator", POINT, "--program", "joint", "--chunks", "3", "--seed"]
+    assert cli.main([*act, "0"]) == cli.main([*act, "1"]) == 0
+    printed = capsys.readouterr().out
+    assert "task           " in printed and "window         none: there is no screen (DISPLAY is not set)" in printed
+    name = "simulated_point_simulator+Point_joint_joint_seed{}.{}"  # another seed is another film
+    held, other = (np.load(tmp_path / "out" / name.format(seed, "npz")) for seed in (0, 1))
     assert held["imagined"].shape == (7, 4) and held["action"].shape[1:] == (2, 2)
+    assert not np.array_equal(held["state"], other["state"])
+    with Image.open(tmp_path / "out" / name.format(0, "gif")) as film:
+        assert film.n_frames == len(held["state"]) and film.info["duration"] == 100  # 2 actions at 20 Hz
+        assert film.size == (880, 200)  # two columns, and from above alone: the point has no height

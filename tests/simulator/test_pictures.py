@@ -108,7 +108,7 @@ def test_from_recording_to_acting(drawn, capsys):
     assert np.load(drawn / "eval/frames/drawn+Drawn/00000.npz")["imagined"].shape[1:] == (2, 16, 16, 3)
 
     assert cli.main(["rollout", *flags, "--chunks", "2", "--program", "joint"]) == 0
-    with Image.open(drawn / "eval/simulated_joint_joint.gif") as film:
+    with Image.open(drawn / "eval/simulated_drawn+Drawn_joint_joint_seed0.gif") as film:
         assert film.n_frames == 5 and film.width > film.height  # what happened beside what was imagined
     assert f'simulator      {DRAWN}: "reach the target"' in capsys.readouterr().out
 

@@ -8,22 +8,26 @@ import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from ..data import LeRobotDataset
 from ..draw.charts import curves
 from ..draw.masks import draw_programs
-from ..draw.style import save_small
+from ..draw.scene import Scene
+from ..draw.style import save_small, small
 from ..evaluate import evaluate as evaluate_recorded
 from ..objectives import GJD
 from ..runtime.files import new_file
 from ..runtime.threads import restores_threads, set_threads
 from ..simulator.evaluate import EpisodeResult, Rate, Task
 from ..simulator.evaluate import evaluate as play
+from ..simulator.metaworld import STATE_NAMES
 from ..train.config import TrainConfig
 from ..train.log import STREAMS, loss_ends
 from ..train.run_folder import RunFolder
@@ -194,25 +198,32 @@ def bounds(report: dict[str, Any]) -> dict[str, bool]:
 
 
 def films(results: Sequence[EpisodeResult], simulators: Sequence[str]) -> list[dict[str, Any]]:
-    """The first episode of each simulator, and the first that failed: places of hand, object and target in metres and
-    the gripper's opening, frame by frame, as they were and as they had been imagined."""
+    """The first episode of each simulator, and the first that failed: ``title``, how it ``end``s, and ``frames``, a PNG
+    for each, of what happened beside what had been imagined."""
     failed = [r for r in results if not r.success][:1]
     chosen = [next(r for r in results if r.simulator == name) for name in simulators]
     chosen += [r for r in failed if r not in chosen]
-    shown = [*range(7), 14, 15, 16]
+    scene = Scene.of(STATE_NAMES)
+    assert scene is not None
     found = []
     for result in chosen:
         real = np.stack(result.frames)
         imagined = np.concatenate([real[:1], *result.imagined])[: len(real)]
+        pictures = scene.film({"what happened": real, "what was imagined": imagined})
         found.append(
             {
                 "title": f"{result.simulator.rpartition('/')[2]}, episode {result.episode}",
                 "end": "succeeds" if result.success else f"fails: {result.failure}",
-                "real": real[:, shown].astype(float).round(3).tolist(),
-                "imagined": imagined[:, shown].astype(float).round(3).tolist(),
+                "frames": [_png(picture) for picture in pictures],
             }
         )
     return found
+
+
+def _png(picture: Image.Image) -> bytes:
+    file = BytesIO()
+    small(picture).save(file, "PNG", optimize=True)
+    return file.getvalue()
 
 
 def print_end(report: dict[str, Any], page_file: Path) -> None:

@@ -14,62 +14,21 @@ body { font: 16px/1.5 system-ui, sans-serif; color: #1e1e24; max-width: 920px; m
 h1 { font-size: 1.5em; } h2 { font-size: 1.2em; margin-top: 2em; }
 table { border-collapse: collapse; } td, th { padding: 3px 12px; border-bottom: 1px solid #ddd; text-align: right; }
 td:first-child, th:first-child { text-align: left; padding-left: 0; }
-canvas, img { max-width: 100%; } canvas { border: 1px solid #ddd; width: 100%; box-sizing: border-box; }
+img { max-width: 100%; } img.film { border: 1px solid #ddd; width: 100%; box-sizing: border-box; }
 .no { color: #b03020; font-weight: 600; } figcaption { color: #666; font-size: .9em; }
 """
 SCRIPT = """
-const INK = "#1e1e24", BLUE = "#2b6cb0", RED = "#d65d3e", GREEN = "#2f8d62";
-const W = 440, H = 200, PAD = 16;
-// views: [axis to the right, axis upwards, its name]; numbers of a frame: hand 0-2, gripper 3, object 4-6, target 7-9
-const VIEWS = [[0, 1, "from above"], [1, 2, "from the side"]];
-function limits(film, axis) {
-  const all = [];
-  for (const frames of [film.real, film.imagined])
-    for (const f of frames) for (const at of [0, 4, 7]) all.push(f[at + axis]);
-  const low = Math.min(...all), high = Math.max(...all);
-  return [(low + high) / 2, (high - low) / 2 + 0.03];
-}
-function panel(c, film, frames, t, left, top, view, label) {
-  const [x, y, name] = VIEWS[view], [mx, rx] = limits(film, x), [my, ry] = limits(film, y);
-  const scale = Math.min((W - 2 * PAD) / 2 / rx, (H - 2 * PAD - 14) / 2 / ry);
-  const at = (f, o) => [left + W / 2 + (f[o + x] - mx) * scale, top + 14 + (H - 14) / 2 - (f[o + y] - my) * scale];
-  c.save(); c.beginPath(); c.rect(left, top, W, H); c.clip();
-  c.fillStyle = "#777"; c.font = "12px sans-serif"; c.fillText(label + ", " + name, left + 6, top + 14);
-  c.strokeStyle = GREEN; c.lineWidth = 2; const g = at(frames[0], 7);
-  c.beginPath(); c.moveTo(g[0] - 7, g[1]); c.lineTo(g[0] + 7, g[1]); c.moveTo(g[0], g[1] - 7); c.lineTo(g[0], g[1] + 7);
-  c.stroke();
-  for (const [o, colour] of [[4, RED], [0, BLUE]]) {
-    c.strokeStyle = colour; c.globalAlpha = 0.45; c.lineWidth = 1.5; c.beginPath();
-    for (let k = 0; k <= t; k++) { const p = at(frames[k], o); k ? c.lineTo(p[0], p[1]) : c.moveTo(p[0], p[1]); }
-    c.stroke(); c.globalAlpha = 1; c.fillStyle = colour; const p = at(frames[t], o);
-    if (o) c.fillRect(p[0] - 6, p[1] - 6, 12, 12);
-    else { c.lineWidth = 3; const w = 4 + 8 * Math.max(0, Math.min(1, frames[t][3]));
-      c.beginPath(); c.moveTo(p[0] - w, p[1] + 9); c.lineTo(p[0] - w, p[1]); c.lineTo(p[0] + w, p[1]);
-      c.lineTo(p[0] + w, p[1] + 9); c.globalAlpha = 1; c.stroke();
-      c.beginPath(); c.arc(p[0], p[1], 4, 0, 7); c.fill(); }
-  }
-  c.restore();
-}
-function draw(canvas, film, t) {
-  const c = canvas.getContext("2d"); c.fillStyle = "#fff"; c.fillRect(0, 0, canvas.width, canvas.height);
-  for (const v of [0, 1]) {
-    panel(c, film, film.real, t, 0, v * H, v, "what happened");
-    panel(c, film, film.imagined, t, W, v * H, v, "what was imagined");
-  }
-  c.strokeStyle = "#ddd"; c.lineWidth = 1;
-  c.beginPath(); c.moveTo(W, 0); c.lineTo(W, 2 * H); c.moveTo(0, H); c.lineTo(2 * W, H); c.stroke();
-  c.fillStyle = "#777"; c.fillText("frame " + t + " of " + (film.real.length - 1), 2 * W - 110, 2 * H - 8);
-}
 FILMS.forEach((film, n) => {
-  const canvas = document.getElementById("film" + n), last = film.real.length - 1, slider = canvas.nextElementSibling;
-  canvas.width = 2 * W; canvas.height = 2 * H; slider.max = last; slider.value = last;
+  const image = document.getElementById("film" + n), last = film.length - 1, slider = image.nextElementSibling;
+  const draw = () => { image.src = "data:image/png;base64," + film[t]; };
+  slider.max = last; slider.value = last;
   let t = last, pause = 40, held = false;
-  slider.oninput = () => { held = true; t = +slider.value; draw(canvas, film, t); };
-  canvas.onclick = () => { held = !held; };
-  draw(canvas, film, t);
+  slider.oninput = () => { held = true; t = +slider.value; draw(); };
+  image.onclick = () => { held = !held; };
+  draw();
   setInterval(() => {
     if (held || (t === last && pause-- > 0)) return;
-    t = t === last ? 0 : t + 1; pause = 20; slider.value = t; draw(canvas, film, t);
+    t = t === last ? 0 : t + 1; pause = 20; slider.value = t; draw();
   }, 100);
 });
 """
@@ -85,9 +44,9 @@ def page(report: dict[str, Any], films: Sequence[dict[str, Any]], pictures: Path
     """
     rate, seed = report["all"], report["seed"]
     low, high = (round(100 * rate[end]) for end in ("low", "high"))
-    canvases = "".join(
+    shown = "".join(
         f"<h3>{html.escape(film['title'])}: {html.escape(film['end'])}</h3>"
-        f'<canvas id="film{n}"></canvas><input type="range" min="0" style="width:100%">'
+        f'<img class="film" id="film{n}" alt=""><input type="range" min="0" style="width:100%">'
         for n, film in enumerate(films)
     )
     kept = "".join(
@@ -95,7 +54,7 @@ def page(report: dict[str, Any], films: Sequence[dict[str, Any]], pictures: Path
         for what, ok in report["bounds"].items()
     )
     weak = "".join(f"<li>{html.escape(sentence)}</li>" for sentence in weaknesses(report))
-    data = json.dumps(films, separators=(",", ":")).replace("<", "\\u003c")
+    data = json.dumps([[base64.b64encode(png).decode() for png in film["frames"]] for film in films])
     return f"""<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>wam demo</title><style>{STYLE}</style>
 <h1>A world-action model that acts and imagines: {rate["successes"]} of {rate["episodes"]} new episodes succeed</h1>
@@ -108,7 +67,7 @@ demo took {report["total_seconds"]:.0f} s.</p>
 <h2>What happened, and what was imagined</h2>
 <p>Blue: hand and gripper; red: object; green cross: target, as the simulator states it. On the right each
 frame as it was imagined before its actions were executed. Click to stop; drag the slider.</p>
-{canvases}
+{shown}
 <h2>How good</h2>
 {rates_of(report)}
 <p>Mean distance of what was imagined from what happened, in mm; standing still repeats the last observed frame.</p>

@@ -11,10 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 from ..data.latents import pictures_of
-from ..draw.charts import film
+from ..draw.charts import labelled, save_film
 from ..evaluate import Chunk, join, mean_psnr, rmse, stream
 from ..objectives import GJD, MODEL_PROGRAMS, OBJECTIVES
 from ..rollout import RolloutConfig, RolloutEngine
@@ -24,7 +25,9 @@ from ..runtime.checks import check_device, writable_folder
 from ..runtime.files import new_file
 from ..runtime.threads import pick_threads, restores_threads
 from ..simulator import control_freq, load, play
+from ..simulator.closed_loop import imagined_of_frames
 from .estimate import check_estimate_flags, rollout_estimate, rollout_sizes
+from .live import drawing, window
 
 SIMULATED_CHUNKS = 40
 
@@ -106,7 +109,7 @@ def _recorded(args: argparse.Namespace, policy: Policy, config: RolloutConfig, o
     print(f"chunks         {len(done)} ({_size(size, policy)} each); {history}")
     _print_speed([c.seconds for c in done], size, f"the recording runs at {dataset.fps:g}", policy)
 
-    frames, name, arrays = np.arange(1, 1 + len(done) * size), f"episode{number:03d}_{name}", {}
+    frames, name, arrays = np.arange(1, 1 + len(done) * size), f"episode{number:03d}_{name}_seed{args.seed}", {}
     if denoised.action:
         guess, real = join((c.action for c in done), 1), clip["action"][:, frames]
         if policy.varying.any():
@@ -127,7 +130,8 @@ def _recorded(args: argparse.Namespace, policy: Policy, config: RolloutConfig, o
         _write(args, name, **arrays)
     if denoised.video and not policy.frames_are_states:
         print(f"video          {mean_psnr(imagined[None, 1:], real[None, 1:]):.2f} dB PSNR")
-        _film(args, name, real, imagined, dataset.fps / policy.actions_per_frame)
+        pictures = [labelled({"real": real[f], "imagined": imagined[f]}, f) for f in range(len(imagined))]
+        _film(args, name, pictures, dataset.fps / policy.actions_per_frame)
     return 0
 
 
@@ -142,9 +146,12 @@ def roll_out_in_simulator(args: argparse.Namespace, policy: Policy, config: Roll
             text = policy.text([""])
         trial = RolloutEngine(policy.model, config).start(policy.codec.encode(first)[None], text)
         pick_threads(lambda: trial.propose(generator=torch.Generator().manual_seed(0)))
-    played = play(
-        policy, config, simulator, chunks=args.chunks or SIMULATED_CHUNKS, generator=generator, seed=args.seed
-    )
+    draw, frames_a_second = drawing(policy, simulator), freq / policy.actions_per_frame
+    with window(draw, f"wam rollout: {args.simulator}", 1 / frames_a_second) as watch:
+        played = play(
+            policy, config, simulator, chunks=args.chunks or SIMULATED_CHUNKS, generator=generator, seed=args.seed,
+            watch=watch,
+        )  # fmt: skip
     print(f'simulator      {args.simulator}: "{played.instruction}"')
     print(f"program        {config.program}, {config.steps} denoising steps, {policy.model.device}")
     executed = len(played.pictures) - 1
@@ -155,10 +162,14 @@ def roll_out_in_simulator(args: argparse.Namespace, policy: Policy, config: Roll
     _print_speed(played.chunk_seconds, config.chunk_size, f"without the simulator, whose robot takes {freq:g}", policy)
     arrays = {"action": played.actions, "frame": played.frames}
     if policy.frames_are_states:
-        _write(args, f"simulated_{name}", **arrays, state=played.pictures, imagined=played.imagined)
-        return 0
-    _write(args, f"simulated_{name}", **arrays)
-    _film(args, f"simulated_{name}", played.pictures, played.imagined, freq / policy.actions_per_frame)
+        arrays |= {"state": played.pictures, "imagined": played.imagined}
+    # another task, program or seed is another film
+    task = args.simulator.replace("/", "+").replace(":", "+")
+    name = f"simulated_{task}_{name}_seed{args.seed}"
+    _write(args, name, **arrays)
+    if draw is not None:
+        imagined = imagined_of_frames(played.imagined, played.frames, len(played.pictures))
+        _film(args, name, draw(played.pictures, imagined, 0), frames_a_second)
     return 0
 
 
@@ -189,10 +200,9 @@ def _write(args: argparse.Namespace, name: str, **arrays: np.ndarray) -> None:
     print(f"written        {path}: {', '.join(f'{key} {list(a.shape)}' for key, a in arrays.items())}")
 
 
-def _film(args: argparse.Namespace, name: str, real: np.ndarray, imagined: np.ndarray, frames_a_second: float) -> None:
-    length = min(len(real), len(imagined))
+def _film(args: argparse.Namespace, name: str, pictures: list[Image.Image], frames_a_second: float) -> None:
     path = _out(args) / f"{name}.gif"
-    film({"real": real[:length], "imagined": imagined[:length]}, path, milliseconds=round(1000 / frames_a_second))
+    save_film(pictures, path, round(1000 / frames_a_second))
     print(f"written        {path}")
 
 

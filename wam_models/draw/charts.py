@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..runtime.files import new_file
-from .style import FAINT, INK, PAPER, font, save_small
+from .style import BLUE, FAINT, GREEN, INK, PAPER, RED, font, save_small
 
-COLOURS = ((43, 108, 176), (214, 93, 62), (47, 141, 98))
+COLOURS = (BLUE, RED, GREEN)
 LEAST_WIDTH = 160  # pixels of a film's picture, as wide as its label
 LABEL_HEIGHT = 22
 
@@ -53,29 +53,40 @@ def film_strip(rows: Mapping[str, np.ndarray], path: Path, *, title: str, column
 
 
 def film(rows: Mapping[str, np.ndarray], path: Path, *, milliseconds: int, scale: float = 1.5) -> None:
-    """A GIF that plays the videos, each with its label: one above the other, or side by side where pictures are not
-    wider than high. Arguments as :func:`film_strip`; pictures of a few pixels are enlarged more, to fit their label.
+    """A GIF that plays the videos; arguments as :func:`film_strip` and :func:`save_film`."""
+    count = len(next(iter(rows.values())))
+    save_film([labelled({k: v[f] for k, v in rows.items()}, f, scale) for f in range(count)], path, milliseconds)
 
-    A frame is shown for ``milliseconds``, or as near to it as a GIF can say: 10 to 655,350.
+
+def labelled(rows: Mapping[str, np.ndarray], frame: int, scale: float = 1.5) -> Image.Image:
+    """Pictures of one frame, each with its label: one above the other, or side by side where they are not wider than
+    high.
+
+    Args:
+        rows: Label to uint8 ``[H, W, 3]``, the same shape in every row.
+        frame: Its number, for the labels.
+        scale: Enlargement; pictures of a few pixels are enlarged more, to fit their label.
     """
-    videos = list(rows.values())
-    height, width = videos[0].shape[1:3]
+    height, width = next(iter(rows.values())).shape[:2]
     scale = max(scale, LEAST_WIDTH / width)
     height, width = round(height * scale), round(width * scale)
     step_x, step_y = (0, LABEL_HEIGHT + height) if width > height else (width + 4, 0)
     size = width + step_x * (len(rows) - 1), LABEL_HEIGHT + height + step_y * (len(rows) - 1)
-    pictures = []
-    for f in range(len(videos[0])):
-        image = Image.new("RGB", size, PAPER)
-        draw = ImageDraw.Draw(image)
-        for r, (label, video) in enumerate(rows.items()):
-            x, y = r * step_x, r * step_y
-            draw.text((x + 4, y + 3), f"{label}, frame {f}", font=font(14), fill=INK)
-            image.paste(enlarged(video[f], scale), (x, y + LABEL_HEIGHT))
-        pictures.append(image.quantize(128))
+    image = Image.new("RGB", size, PAPER)
+    draw = ImageDraw.Draw(image)
+    for r, (label, picture) in enumerate(rows.items()):
+        x, y = r * step_x, r * step_y
+        draw.text((x + 4, y + 3), f"{label}, frame {frame}", font=font(14), fill=INK)
+        image.paste(enlarged(picture, scale), (x, y + LABEL_HEIGHT))
+    return image
+
+
+def save_film(pictures: Sequence[Image.Image], path: Path, milliseconds: int) -> None:
+    """A GIF that shows each picture for ``milliseconds``, or as near to it as a GIF can say: 10 to 655,350."""
+    first, *others = [picture.quantize(128) for picture in pictures]
     shown = min(max(milliseconds, 10), 655_350)
     with new_file(path) as part:
-        pictures[0].save(part, save_all=True, append_images=pictures[1:], duration=shown, loop=0)
+        first.save(part, save_all=True, append_images=others, duration=shown, loop=0)
 
 
 def curves(

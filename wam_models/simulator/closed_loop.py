@@ -7,7 +7,7 @@ chunk by chunk; ``tools/data/libero_simulator.py`` is one for LIBERO.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
@@ -85,6 +85,18 @@ class Played:
     failure: str | None = None  # why the episode ended without success, where the simulator says so
 
 
+def imagined_of_frames(imagined: np.ndarray, frames: Sequence[int] | np.ndarray, count: int) -> np.ndarray:
+    """What was expected of each of the first ``count`` frames that were observed.
+
+    Args:
+        imagined: ``[1 + F', ...]``, the first frame and what was expected, chunk after chunk.
+        frames: The frame of each of the F'; what was cut short comes again, and the last expectation counts.
+        count: At most so many.
+    """
+    of_frame = {0: imagined[0], **dict(zip(map(int, frames), imagined[1:], strict=True))}
+    return np.stack([of_frame[frame] for frame in range(count)])
+
+
 def play(
     policy: Policy,
     config: RolloutConfig,
@@ -94,6 +106,7 @@ def play(
     generator: torch.Generator,
     seed: int = 0,
     progress: bool = True,
+    watch: Callable[[np.ndarray, np.ndarray], None] = lambda observed, imagined: None,
 ) -> Played:
     """At most ``chunks`` chunks of an episode; each is executed as far as the simulator goes, and observed.
 
@@ -105,6 +118,7 @@ def play(
         generator: Draws the noise.
         seed: Of the initial state, which an adapter of two methods chooses itself.
         progress: Show a progress bar.
+        watch: Called after every chunk with all frames that were observed, and with what was expected of each.
 
     Raises:
         ValueError: a codec that needs more pictures than a simulator gives; actions that are not finite, before they
@@ -148,6 +162,8 @@ def play(
                 f"{per_frame}, got {len(observed)}"
             )
         pictures.append(observed)
+        count = sum(map(len, pictures))
+        watch(np.concatenate(pictures), imagined_of_frames(np.concatenate(imagined), frames, count))
         failure = getattr(adapter, "failure", None)
         if done or not len(observed) or failure:
             seconds.append(predicted)
