@@ -155,14 +155,6 @@ MUTANTS = (
     ),
     _one(
         "forward",
-        "the sums are rescaled while they are multiplied",
-        _DRAIN,
-        "#pragma unroll\n"
-        + _OUT_ROWS.replace("out[i] *=", "out[i] *= 1.0f; for (int i = 0; i < D / 2; ++i) out[i] *=", 1)
-        + _DRAIN,
-    ),
-    _one(
-        "forward",
         "no wgmma.fence before the values",
         "at_v.at * kStageUnits);\n    wgmma_fence();\n",
         "at_v.at * kStageUnits);\n",
