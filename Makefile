@@ -18,7 +18,7 @@ help:
 	@echo "make lint       set up .venv and check Python with ruff, mypy and tools/lint.py, csrc with clang-format"
 	@echo "make test       set up .venv and run the whole test suite"
 	@echo "make test-slow  set up .venv and run the tests that take long, which make test leaves out"
-	@echo "make mutation   set up .venv and plant bugs in the kernels for Hopper; the tests must find them"
+	@echo "make mutation   set up .venv and plant bugs in the CUDA kernels, of which each must be found"
 	@echo "make bench      set up .venv and time every op on one CPU thread beside the saved baseline"
 	@echo "make clean      remove .venv and what was built"
 
@@ -43,9 +43,9 @@ test: $(VENV)/installed-test
 test-slow: $(VENV)/installed-test
 	env -u TRITON_INTERPRET $(BIN)/python -m pytest tests --ignore=tests/interpreter -m slow
 
-# A quarter of an hour; the table stays in tests/mutation/README.md.
+# Ten minutes on one idle core; less where only some sources have changed. The table is tests/mutation/README.md.
 mutation: $(VENV)/installed-test
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation --write
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation
 
 # The baseline is of another machine; the yardstick rows say how this one compares. More: `wam bench --help`.
 bench: $(VENV)/installed-test

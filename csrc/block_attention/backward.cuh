@@ -535,12 +535,7 @@ __global__ void __launch_bounds__(kBlockThreads, 1) dkdv_kernel(const __grid_con
 
 // ---- launches
 
-template <class T, int D>
-void launch_backward(const BlockAttentionParams& params, DType dtype, void* stream) {
-  const char* op = "block_attention";
-  const auto maps = [&](const char* name, const Heads& t, int64_t tokens, int64_t heads) {
-    return stream_maps(op, name, t, params.batch, tokens, heads, params.head_dim, kTokens, dtype);
-  };
+inline BackwardArguments backward_arguments(const BlockAttentionParams& params) {
   BackwardArguments p{};
   p.q = params.q;
   p.k = params.k;
@@ -561,20 +556,41 @@ void launch_backward(const BlockAttentionParams& params, DType dtype, void* stre
   p.scale = params.scale;
   p.to_base2 = std::copysign(std::fmax(std::fabs(params.scale) * kLog2e, FLT_MIN), params.scale);
   p.hidden = std::copysign(INFINITY, -p.to_base2);
+  return p;
+}
 
-  p.x = maps("k", params.k, params.tokens, params.key_heads);
-  p.y = maps("v", params.v, params.tokens, params.key_heads);
+inline StreamMaps backward_maps(const BlockAttentionParams& params, DType dtype, const char* name, const Heads& t,
+                                int64_t tokens, int64_t heads) {
+  return stream_maps("block_attention", name, t, params.batch, tokens, heads, params.head_dim, kTokens, dtype);
+}
+
+template <class T, int D>
+void launch_dq(const BlockAttentionParams& params, DType dtype, void* stream) {
+  BackwardArguments p = backward_arguments(params);
+  p.x = backward_maps(params, dtype, "k", params.k, params.tokens, params.key_heads);
+  p.y = backward_maps(params, dtype, "v", params.v, params.tokens, params.key_heads);
   p.side = params.queries;
   p.counter = params.counters;
   p.work = static_cast<int32_t>(params.queries.n_tiles * params.heads * p.repeat);
-  launch_persistent(op, dq_kernel<T, D>, p.work, sizeof(DqShared<D>), stream, p);
+  launch_persistent("block_attention", dq_kernel<T, D>, p.work, sizeof(DqShared<D>), stream, p);
+}
 
-  p.x = maps("q", params.q, params.rows, params.heads);
-  p.y = maps("dout", params.dout, params.rows, params.heads);
+template <class T, int D>
+void launch_dkdv(const BlockAttentionParams& params, DType dtype, void* stream) {
+  BackwardArguments p = backward_arguments(params);
+  p.x = backward_maps(params, dtype, "q", params.q, params.rows, params.heads);
+  p.y = backward_maps(params, dtype, "dout", params.dout, params.rows, params.heads);
   p.side = params.keys;
   p.counter = params.counters + 1;
   p.work = static_cast<int32_t>(params.keys.n_tiles * params.key_heads * p.repeat);
-  launch_persistent(op, dkdv_kernel<T, D>, p.work, sizeof(DkdvShared<D>), stream, p);
+  launch_persistent("block_attention", dkdv_kernel<T, D>, p.work, sizeof(DkdvShared<D>), stream, p);
+}
+
+// dkdv reads the delta that dq writes.
+template <class T, int D>
+void launch_backward(const BlockAttentionParams& params, DType dtype, void* stream) {
+  launch_dq<T, D>(params, dtype, stream);
+  launch_dkdv<T, D>(params, dtype, stream);
 }
 
 }  // namespace block_attention_detail
