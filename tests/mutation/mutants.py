@@ -10,7 +10,9 @@ SECTIONS = {
     "forward": ("csrc/block_attention/forward.cuh", "", ""),
     "dq": ("csrc/block_attention/backward.cuh", "// ---- dq\n", "// ---- dk and dv"),
     "dkdv": ("csrc/block_attention/backward.cuh", "// ---- dk and dv", "// ---- launches"),
+    "ranges": ("csrc/cached_attention/ranges.cuh", "", ""),
     "cached": ("csrc/cached_attention/kernels.cu", "", ""),
+    "streamed": ("csrc/cached_attention/streamed_sm90a.cu", "", ""),
     "plan": ("wam_kernels/plan/boxes.py", "", ""),
 }
 
@@ -18,7 +20,7 @@ SECTIONS = {
 class Mutant(NamedTuple):
     """``old``, which the kernel's section holds once, becomes ``new``."""
 
-    kernel: str  # shared: pipeline.cuh, of forward and dq, and in parts of dkdv
+    kernel: str  # shared: of forward, dq and in parts of dkdv; ranges: of both part kernels of cached_attention
     bug: str
     old: str
     new: str
@@ -32,7 +34,8 @@ class Mutant(NamedTuple):
     @property
     def kernels(self) -> tuple[str, ...]:
         """In which the bug is planted, one after the other until one shows it."""
-        return ("forward", "dq", "dkdv") if self.kernel == "shared" else (self.kernel,)
+        several = {"shared": ("forward", "dq", "dkdv"), "ranges": ("cached", "streamed")}
+        return several.get(self.kernel, (self.kernel,))
 
     @property
     def path(self) -> Path:
@@ -479,11 +482,11 @@ MUTANTS = (
         head_dim=128,
     ),
     # ---- cached attention
-    Mutant("cached", "ranges begin before the cache", "start = begin < 0 ? 0 : begin;", "start = begin;"),
-    Mutant("cached", "ranges end behind the cache", "(end < slots ? end : slots) - start", "end - start"),
-    Mutant("cached", "a range that ends before it begins", "    if (length < 0) length = 0;\n", ""),
+    Mutant("ranges", "ranges begin before the cache", "start = begin < 0 ? 0 : begin;", "start = begin;"),
+    Mutant("ranges", "ranges end behind the cache", "(end < slots ? end : slots) - start", "end - start"),
+    Mutant("ranges", "a range that ends before it begins", "    if (length < 0) length = 0;\n", ""),
     Mutant("cached", "places count from the first range", "range_.start + place - before_", "range_.start + place"),
-    Mutant("cached", "rows of the first group", "begin += tile * kTileRows;", "begin = tile * kTileRows;"),
+    Mutant("ranges", "rows of the first group", "begin += tile * kTileRows;", "begin = tile * kTileRows;"),
     Mutant("cached", "ranges of the first group", "(b * p.groups + tile.group) *", "(b * p.groups) *"),
     Mutant("cached", "the last steps are of no part", "(steps + p.parts - 1) / p.parts", "steps / p.parts"),
     Mutant("cached", "a part without slots stores nothing", "if (lane < 16 && lane < rows)", "if (false)"),
