@@ -8,9 +8,8 @@ from bench.suites.static import row_of
 from tests.bench.test_static import committed, key, require_committed
 
 
-def test_the_kernels_are_as_fast_as_committed(compiled_kernels):
+def test_the_kernels_are_as_fast_as_committed(built):
     pytest.importorskip("triton", reason="cuobjdump comes with triton")
-    bodies = {name: body for path in compiled_kernels.objects for name, body in disassemble(path).items()}
-    found = list(cuda_kernels(bodies))
+    found = list(cuda_kernels(disassemble(built)))
     assert {key(row_of(c)) for c in found} == {k for k in committed() if "cuda" in k}
     require_committed(found)
