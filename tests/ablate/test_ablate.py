@@ -1,5 +1,6 @@
 """The ablation: a protocol that cannot change under a folder, arms that resume, a report with numbers by hand."""
 
+import gzip
 import json
 import shutil
 from dataclasses import replace
@@ -14,17 +15,19 @@ from wam_models.ablate.report import write_report
 from wam_models.ablate.run import EXPERT, SHUFFLED, collect, is_done, run_all, run_everywhere, units
 from wam_models.ablate.statistics import difference, permuted_differences, rates, relative_video_error
 from wam_models.objectives import GJD
+from wam_models.simulator import load
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
 
 
 def tiny() -> Protocol:
     """Two arms and a cloning baseline in the example simulator, a few steps."""
     training = json.loads((EXAMPLES / "point_train.json").read_text())
-    training |= {"steps": 4, "warmup": 1, "batch": 4}
+    training |= {"steps": 2, "warmup": 1, "batch": 4}
     track = Track(
         name="state", simulators=("point_simulator:Point",), record={"episodes": 3, "interrupted": 0.0},
-        training=training, seeds=(0, 1), settings=((1, 1), (2, 1)), episodes=2, horizon=60, batch=2,
+        training=training, seeds=(0, 1), settings=((1, 1), (2, 1)), episodes=2, horizon=40, batch=2,
     )  # fmt: skip
     arms = (
         Arm(name="joint", program="joint"),
@@ -50,7 +53,7 @@ def test_a_run_is_whole_and_a_killed_one_goes_on(made, monkeypatch):
     out = made / "run"
     rows, trainings = collect(out)
     assert len(rows) == 3 * 2 * 2 * 2 + 4 * 2  # arms, seeds, settings, episodes; four sanity arms
-    assert [t["steps"] for t in trainings if t["arm"] == "gjd"] == [8, 8]
+    assert [t["steps"] for t in trainings if t["arm"] == "gjd"] == [4, 4]
     assert [row["seed"] for row in rows if row["arm"] == "gjd"] == [0] * 4 + [1] * 4
     assert [row.get("episode_seed") for row in rows if row["arm"] == "gjd"] == [0, 1] * 4
     assert all(t["failure"] is None for t in trainings) and all(is_done(out, unit) for unit in units(tiny()))
@@ -80,7 +83,7 @@ def test_a_run_is_whole_and_a_killed_one_goes_on(made, monkeypatch):
 def test_another_protocol_is_refused_by_name(made, tmp_path, capsys):
     other = tiny()
     (made / "other.json").write_text(
-        json.dumps(replace(other, tracks=(replace(other.tracks[0], horizon=61),)).to_dict())
+        json.dumps(replace(other, tracks=(replace(other.tracks[0], horizon=41),)).to_dict())
     )
     assert cli.main(["ablate", "--protocol", str(made / "other.json"), "--out", str(made / "run")]) == 2
     assert "differs in tracks[0].horizon" in capsys.readouterr().err
@@ -129,11 +132,26 @@ def test_a_report_of_part_of_a_run(made, tmp_path, capsys, monkeypatch):
     shutil.rmtree(part / "state/gjd/seed1")
     assert cli.main(["ablate", "report", str(part)]) == 0
     text = capsys.readouterr().out
-    assert "seed 1, chunk 1 with 1 steps: 1 of 3 arms" in text and "overstate the certainty" in text
+    assert "chunk 1 with 1 step, arms of 3: seed 0: 3, seed 1: 1" in text and "overstate the certainty" in text
     assert "not comparable" in text and "| `cloning` |" in text
     assert (part / "state.png").stat().st_size > 1000 and (part / "report.md").read_text().strip() == text.strip()
-    assert "All arms with all seeds" in write_report(made / "run")
+    whole = write_report(made / "run")
+    assert "All arms with all seeds" in whole
+    files = tmp_path / "files"  # what is kept of a run: the same report from the collected rows alone
+    files.mkdir()
+    for name in ("protocol.json", "arms.jsonl", "initial_states.jsonl"):
+        shutil.copy(made / "run" / name, files)
+    (files / "rows.jsonl.gz").write_bytes(gzip.compress((made / "run/rows.jsonl").read_bytes()))
+    assert write_report(files) == whole
+    states = [json.loads(line) for line in (files / "initial_states.jsonl").read_text().splitlines()]
+    assert [s["initial_state"] for s in states] == [load("point_simulator:Point").initial_state(i) for i in range(2)]
     assert cli.main(["ablate", "report", str(tmp_path)]) == 2
+
+
+def test_the_recorded_report_is_that_of_its_rows(tmp_path):
+    kept = ROOT / "docs/results/ablation"
+    shutil.copytree(kept, tmp_path / "kept")
+    assert write_report(tmp_path / "kept") == (kept / "report.md").read_text()
 
 
 def _rows(arm, seed, successes, **more):

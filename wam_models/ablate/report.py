@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 from ..draw.charts import intervals
 from ..runtime.files import new_file
 from .protocol import BASELINE, Protocol, Track
-from .run import AGAIN, EXPERT, SHUFFLED, UNTRAINED, Unit, collect, is_done
+from .run import AGAIN, EXPERT, SHUFFLED, UNTRAINED, collect
 from .statistics import Row, difference, permuted_differences, rates, relative_video_error
 
 REFERENCE = {
@@ -47,8 +48,8 @@ def write_report(out: Path) -> str:
 def _track(out: Path, protocol: Protocol, track: Track, rows: Sequence[Row], trainings: Sequence[Row]) -> Iterable[str]:
     names = [arm.name for arm in protocol.arms]
     yield from (f"## {_capital(track.name)}s as frames" if track.name == "state" else f"## {track.name}", "")
-    yield from _missing(out, protocol, track)
-    if not rows:
+    yield from _missing(protocol, track, rows, trainings)
+    if not any(row["arm"] in names for row in rows):
         return
     yield from _made(trainings)
     for setting in track.settings:
@@ -57,7 +58,7 @@ def _track(out: Path, protocol: Protocol, track: Track, rows: Sequence[Row], tra
             yield from _setting(protocol, track, setting, chosen, trainings)
     yield (
         "Success is pooled over simulators and seeds, with Wilson's 95 % interval over episodes. **Intervals over "
-        "episodes alone overstate the certainty**: another training seed moves an arm by more than they say. The "
+        "episodes alone overstate the certainty**: they leave out what another training seed changes. The "
         f"difference to `{BASELINE}` is paired, in the same initial states with the same seeds; its interval is of a "
         "bootstrap clustered by training seed, which with three seeds is still rather too narrow, and with one is none."
     )
@@ -84,16 +85,27 @@ def _capital(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _missing(out: Path, protocol: Protocol, track: Track) -> Iterable[str]:
-    lacks = []
-    for seed in track.seeds:
-        for settings in (track.settings[: track.early], track.settings[track.early :]):
-            found = sum(is_done(out, Unit(track.name, arm.name, seed, settings)) for arm in protocol.arms)
-            if found < len(protocol.arms):
-                under = " and ".join(f"chunk {chunk} with {steps} steps" for chunk, steps in settings)
-                lacks.append(f"seed {seed}, {under}: {found} of {len(protocol.arms)} arms")
-    yield f"**Not complete: {'; '.join(lacks)}.**" if lacks else "All arms with all seeds are here."
+def _missing(protocol: Protocol, track: Track, rows: Sequence[Row], trainings: Sequence[Row]) -> Iterable[str]:
+    episodes = Counter((row["arm"], row["seed"], row["chunk"], row["steps"]) for row in rows)
+    failed = {(t["arm"], t["seed"]): t["failure"] for t in trainings if t["failure"] is not None}
+    each, lacks = track.episodes * len(track.simulators), []
+    for settings in filter(None, (track.settings[: track.early], track.settings[track.early :])):
+        done = {
+            seed: sum(
+                (arm.name, seed) in failed or all(episodes[arm.name, seed, *setting] == each for setting in settings)
+                for arm in protocol.arms
+            )
+            for seed in track.seeds
+        }
+        if min(done.values()) < len(protocol.arms):
+            under = " and ".join(f"chunk {c} with {n} step{'s' * (n > 1)}" for c, n in settings)
+            counts = ", ".join(f"seed {seed}: {found}" for seed, found in done.items())
+            lacks.append(f"{under}, arms of {len(protocol.arms)}: {counts}")
+    yield f"**Not complete. {'; '.join(lacks)}.**" if lacks else "All arms with all seeds are here."
     yield ""
+    for (arm, seed), failure in failed.items():
+        yield f"`{arm}`, seed {seed}, failed: {failure}"
+        yield ""
 
 
 def _made(trainings: Sequence[Row]) -> Iterable[str]:
@@ -143,7 +155,8 @@ def _setting(
             f"{1000 * float(np.median(cpu)):.0f} |"
         )
     yield ""
-    permuted = permuted_differences(rows, [a.name for a in protocol.arms if any(r["arm"] == a.name for r in rows)])
+    here = [arm.name for arm in protocol.arms if any(row["arm"] == arm.name for row in rows)]
+    permuted = permuted_differences(rows, here) if BASELINE in here and len(here) > 1 else ()
     if len(permuted):
         yield (
             "With arm labels permuted within each initial state and seed (no difference by construction), the largest "

@@ -6,13 +6,14 @@ Folder of an ablation::
     TRACK/data                the demonstrations
     TRACK/ARM/seed0/policy    a checkpoint, of the last step
     TRACK/ARM/seed0/train.json, log.jsonl, eval-chunk2-steps1.jsonl
-    rows.jsonl, arms.jsonl    all episodes, all trainings, collected from there
+    rows.jsonl, arms.jsonl    all episodes, all trainings, collected from there, and initial_states.jsonl
 
 Each file appears whole or not at all, so a kill costs what was being made.
 """
 
 from __future__ import annotations
 
+import gzip
 import json
 import platform
 import shutil
@@ -371,35 +372,53 @@ def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    """The rows of a file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    """The rows of a file, or of the same with ``.gz`` behind its name."""
+    packed = path.with_name(path.name + ".gz")
+    text = gzip.decompress(packed.read_bytes()).decode() if packed.exists() else path.read_text()
+    return [json.loads(line) for line in text.splitlines()]
 
 
 def collect(out: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Write ``rows.jsonl`` and ``arms.jsonl`` anew from what is there, and return both.
+    """Write ``rows.jsonl``, ``arms.jsonl`` and ``initial_states.jsonl`` anew from what is there; return the first two.
 
-    A row of ``arms.jsonl`` is a training, with what is of a whole evaluation under ``evaluations``.
+    A row of ``arms.jsonl`` is a training, with what is of a whole evaluation under ``evaluations``. A folder that has
+    these files alone, without what they were collected from, is read.
     """
     protocol = Protocol.from_json(_file(out))
+    if not any((out / track.name).exists() for track in protocol.tracks):
+        return read_rows(out / "rows.jsonl"), read_rows(out / "arms.jsonl")
     episodes, trainings, whole = [], [], dict[Path, tuple[tuple[int, int], ...]]()
     for unit in units(protocol):
         whole[unit.folder(out)] = whole.get(unit.folder(out), ()) + unit.settings
+    states: dict[tuple, dict[str, Any]] = {}
     for folder, settings in whole.items():
         if not (folder / "train.json").exists():
             continue
-        found, evaluations = [], []
+        evaluations = []
         for setting in settings:
             file = evaluation_file(folder, setting)
             rows = read_rows(file) if file.exists() else []
-            found += [row for row in rows if "success" in row]
+            for row in rows[: sum("success" in row for row in rows)]:
+                key = {name: row[name] for name in ("track", "simulator", "episode")}
+                states[tuple(key.values())] = key | {"initial_state": row.get("initial_state")}
+                episodes.append(_short(row))
             evaluations += [row for row in rows if "success" not in row]
-        episodes += found
         keep = ("chunk", "steps", "evaluation_seconds", "chunk_cpu_seconds")
         trained = read_json(folder / "train.json")
         trainings.append(trained | {"evaluations": [{key: row[key] for key in keep} for row in evaluations]})
-    _write_rows(out / "rows.jsonl", episodes)
-    _write_rows(out / "arms.jsonl", trainings)
+    for name, rows in (("rows", episodes), ("arms", trainings), ("initial_states", list(states.values()))):
+        _write_rows(out / f"{name}.jsonl", rows)
     return episodes, trainings
+
+
+def _short(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row of an episode without its initial state, which is the same for all arms; errors to four digits."""
+    rounded = {
+        key: [None if value is None else float(f"{value:.4g}") for value in row[key]]
+        for key in ("imagined_mse", "still_mse")
+        if key in row
+    }
+    return {key: value for key, value in row.items() if key != "initial_state"} | rounded
 
 
 def _machine() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from ..simulator.evaluate import wilson
 from .protocol import BASELINE
 
 Row = Mapping[str, Any]
-RESAMPLES = 10_000
+RESAMPLES = 4000
 
 
 @dataclass(frozen=True)

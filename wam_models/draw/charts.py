@@ -161,7 +161,7 @@ def intervals(
         note: One line below it.
     """
     labels = list(dict.fromkeys(label for lines in panels.values() for label in lines))
-    left, top, line, panel_width, gap = 210, 92, 26, 250, 24
+    left, top, line, panel_width, gap = 210, 92, 30, 250, 40
     width = left + len(panels) * (panel_width + gap) + 8
     height = top + len(labels) * line + 40
     image = Image.new("RGB", (width, height), PAPER)
@@ -185,5 +185,5 @@ def intervals(
             draw.rectangle([x - 4, y - 4, x + 4, y + 4], fill=COLOURS[0])
             for single in each:
                 x = x0 + single * scale
-                draw.ellipse([x - 4, y - 10, x + 4, y - 2], outline=COLOURS[1], width=2)
+                draw.ellipse([x - 3, y - 13, x + 3, y - 7], outline=COLOURS[1], width=2)
     save_small(image, path)
