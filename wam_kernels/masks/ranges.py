@@ -139,7 +139,7 @@ def _rows(q_ranges: np.ndarray, k_ranges: np.ndarray, length: int, key_length: i
 
     # every pair on every piece that it covers, in order of (piece, begin)
     first, last = np.searchsorted(edges, q_ranges).T
-    row = expand(first, last - first).astype(np.int64)
+    row = expand(first, last - first)
     lo, hi = np.repeat(k_ranges, last - first, axis=0).T
     order = np.lexsort((lo, row))
     row, lo, hi = row[order], lo[order], hi[order]

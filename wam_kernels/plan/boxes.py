@@ -19,7 +19,7 @@ The sides of a plan are independent of each other: pairs that must send no gradi
 key side alone. A tile names the batch element of its rows and that of its steps, so many query batches can share one
 row of a cache. Samples, streams and query groups are nothing but the order in which rows fill tiles.
 
-All in whole-array operations; the only Python loop runs over the columns of the bounds, at most 32.
+All in whole-array operations.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ..runtime import index_buffer
 from ..runtime.arrays import expand, members, starts
 from ..runtime.index_buffer import Layout, Packed, Unwritten
 from .placement import Placement, moved
-from .side_rows import BatchRows, SideRows
+from .side_rows import BatchRows, SideRows, concatenated
 from .steps import Visits
 from .tiles import Tiles, cut
 
@@ -44,6 +44,7 @@ PLACES = MASKED // BOX
 TOKEN_BITS = 26  # of a box: the first token; above them its gap
 EMPTY = (1 << TOKEN_BITS) - 1  # a token that no tensor has, so a box of zeros
 THREADS = 128  # of a warpgroup
+NONE = -(1 << 40)  # in place of an index: below 0 whatever is added to it
 
 
 class BoxSide:
@@ -100,14 +101,13 @@ def compile_boxes(rows: BatchRows) -> Boxes:
             f"block_attention: plan must have fewer than {EMPTY} tokens a batch element for impl='cuda', got "
             f"{max(rows.lengths)}; use impl='triton'"
         )
-    queries, keys, placement = rows.queries, rows.keys, rows.placement
-    query_tiles = cut(queries, ROWS, rows.programs, keys=False)
-    key_tiles = cut(keys, ROWS, rows.programs, keys=True)
     # both sides in one go: small plans cost the number of array operations
-    steps = _steps(_joined(_distinct(queries, query_tiles), _distinct(keys, key_tiles)))
+    both = concatenated([rows.queries, rows.keys])
+    tiles = cut(both, ROWS)
+    steps = _steps(_distinct(both, tiles))
+    n_queries = rows.queries.of_sample.size
     sides = [
-        _side(steps, query_tiles, placement, side=0, first_tile=0),
-        _side(steps, key_tiles, placement, side=1, first_tile=len(query_tiles.rows)),
+        _side(steps, tiles, rows.placement, side, slice(side * n_queries, (side + 1) * n_queries)) for side in (0, 1)
     ]
     return Boxes(*index_buffer.pack([array for side in sides for array in side]))
 
@@ -118,40 +118,26 @@ class Distinct(NamedTuple):
     of_tile: np.ndarray  # int64 [T]: how many
     tile: np.ndarray  # int64 [M]
     half: np.ndarray  # int64 [M]: 0 or 1
-    lo: np.ndarray  # int64 [columns, M]: what they attend to; lo >= hi where a range is empty
-    hi: np.ndarray
+    bounds: np.ndarray  # int32 [2, columns, M]: lo and hi of what they attend to; lo >= hi where a range is empty
     of_row: np.ndarray  # int32 [T, 128]: which of its tile's different ones each row is, -1 for no row
 
 
 def _distinct(rows: SideRows, tiles: Tiles) -> Distinct:
-    n_tiles = len(tiles.bounds_row)
-    real = tiles.bounds_row >= 0
-    new = real.copy()
-    new[:, 1:] &= tiles.bounds_row[:, 1:] != tiles.bounds_row[:, :-1]
-    new[:, HALF] = real[:, HALF]
-    tile, column = np.nonzero(new)
-    first_row = starts(rows.of_sample).repeat(tiles.of_sample)  # of each tile's sample
-    bounds = rows.bounds.take(tiles.bounds_row[tile, column] + first_row[tile], axis=2).astype(np.int64)
-    lo, hi = np.maximum(bounds, 0)  # NOWHERE is below
-    of_row = np.cumsum(new, axis=1, dtype=np.int32) - 1
-    of_row[~real] = -1
-    return Distinct(np.bincount(tile, minlength=n_tiles), tile, (column >= HALF).astype(np.int64), lo, hi, of_row)
+    # what of each row is in each half
+    first_half = tiles.first // HALF
+    halves = (tiles.end - 1) // HALF - first_half + 1
+    half = expand(first_half, halves)
+    first = np.maximum(tiles.first.repeat(halves), half * HALF)
+    end = np.minimum(tiles.end.repeat(halves), (half + 1) * HALF)
+    tile, of_tile = half // 2, np.add.reduceat(halves, tiles.starts)
 
-
-def _joined(queries: Distinct, keys: Distinct) -> Distinct:
-    """Both sides as one, the tiles of the keys behind those of the queries."""
-    columns = max(len(queries.lo), len(keys.lo))
-
-    def bounds(name: str) -> np.ndarray:
-        both = [getattr(side, name) for side in (queries, keys)]
-        return np.concatenate([np.pad(x, ((0, columns - len(x)), (0, 0))) for x in both], 1)
-
-    tile = np.concatenate([queries.tile, keys.tile + queries.of_tile.size])
-    joined = (
-        np.concatenate([getattr(side, name) for side in (queries, keys)]) for name in ("of_tile", "half", "of_row")
-    )
-    of_tile, half, of_row = joined
-    return Distinct(of_tile, tile, half, bounds("lo"), bounds("hi"), of_row)
+    # rows of tiles that are none, and in turn those that are one of the different ones
+    edges = np.empty(2 * half.size + 2, np.int64)
+    edges[0], edges[1:-1:2], edges[2:-1:2], edges[-1] = 0, first, end, tiles.rows.size
+    which = np.full(edges.size - 1, -1, np.int32)
+    which[1::2] = np.arange(half.size) - starts(of_tile).take(tile)
+    bounds = np.maximum(rows.bounds.take(tiles.side_rows.repeat(halves), axis=2), 0)  # NOWHERE is below
+    return Distinct(of_tile, tile, half % 2, bounds, which.repeat(edges[1:] - edges[:-1]).reshape(-1, ROWS))
 
 
 def _union(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -177,15 +163,16 @@ class Pieces(NamedTuple):
 
 def _pieces(rows: Distinct) -> Pieces:
     """Cut what the rows of each tile attend to into full steps and boxes."""
-    far = int(rows.hi.max(initial=0)) + 1  # tile t's token is at t * far + token: no two tiles touch
-    c, m = np.nonzero(rows.lo < rows.hi)
-    at = rows.tile[m] * far
-    any_begin, any_end = _union(at + rows.lo[c, m], at + rows.hi[c, m])
+    lo, hi = rows.bounds
+    far = int(hi.max(initial=0)) + 1  # tile t's token is at t * far + token: no two tiles touch
+    some = lo < hi
+    at = np.broadcast_to(rows.tile * far, lo.shape)[some]
+    any_begin, any_end = _union(at + lo[some], at + hi[some])
 
     # what every row of a tile attends to; every tile has a row
-    empty, heads = rows.lo >= rows.hi, starts(rows.of_tile)
-    all_lo = np.maximum.reduceat(np.where(empty, far, rows.lo), heads, axis=1)
-    all_hi = np.minimum.reduceat(np.where(empty, 0, rows.hi), heads, axis=1)
+    heads = starts(rows.of_tile)
+    all_lo = np.maximum.reduceat(np.where(some, lo, far), heads, axis=1)
+    all_hi = np.minimum.reduceat(np.where(some, hi, 0), heads, axis=1)
     c, tile = np.nonzero(all_lo < all_hi)
     begin, end = _union(tile * far + all_lo[c, tile], tile * far + all_hi[c, tile])
     count = (end - begin) // FULL
@@ -197,7 +184,7 @@ def _pieces(rows: Distinct) -> Pieces:
 
     left, stop = np.sort(np.concatenate([any_begin, end])), np.sort(np.concatenate([any_end, begin]))
     boxes = -(-(stop - left) // BOX)
-    first = left.repeat(boxes) + expand(np.zeros_like(boxes), boxes).astype(np.int64) * BOX
+    first = left.repeat(boxes) + expand(np.zeros_like(boxes), boxes) * BOX
     length = np.minimum(first + BOX, stop.repeat(boxes)) - first
     tile = first // far
     return Pieces(begin // far, begin % far, count, tile, first - tile * far, length)
@@ -208,7 +195,8 @@ class Masked(NamedTuple):
 
     n_steps: np.ndarray  # int64 [T, 3]: of half 0 alone, of both, of half 1 alone
     boxes: np.ndarray  # int32 [M, 2]
-    words: np.ndarray  # uint32 [M, 2, 128]
+    words: np.ndarray  # complex128 [K]: the different ones, those of four threads in 16 bytes
+    word_of: np.ndarray  # int64 [M, 64]: which of them each four threads have
 
 
 def _masked(rows: Distinct, pieces: Pieces) -> Masked:
@@ -217,25 +205,20 @@ def _masked(rows: Distinct, pieces: Pieces) -> Masked:
     # bits of every box and every different row of its tile
     pairs = rows.of_tile[pieces.tile]
     pair_at = starts(pairs)
-    which = expand(starts(rows.of_tile)[pieces.tile], pairs)
-    gap = (BOX - pieces.length).astype(np.int32)
-    shift, gap = (gap - pieces.first.astype(np.int32)).repeat(pairs), gap.repeat(pairs)
-    below = (np.uint64(1) << np.arange(BOX + 1, dtype=np.uint64)).astype(np.uint32) - np.uint32(1)  # bits below each
-    bits = np.zeros(which.size, np.uint32)
-    for lo, hi in zip(rows.lo.astype(np.int32), rows.hi.astype(np.int32), strict=True):
-        a, b = (np.minimum(np.maximum(x.take(which) + shift, gap), BOX) for x in (lo, hi))
-        bits |= below.take(np.maximum(a, b)) ^ below.take(a)
+    bits = _bits(rows, pieces, pairs)
 
     # a box is of half 0 (kind 0), of both (1) or of half 1 (2)
-    box_of_pair = np.arange(pairs.size).repeat(pairs)
-    by_half = np.bincount((2 * box_of_pair + rows.half[which])[bits != 0], minlength=2 * pairs.size).reshape(-1, 2) > 0
+    of_half = np.bincount(2 * rows.tile + rows.half, minlength=2 * n_tiles).reshape(-1, 2).take(pieces.tile, axis=0)
+    halves = np.array([pair_at, pair_at + of_half[:, 0]]).T
+    by_half = (np.bitwise_or.reduceat(bits, halves.ravel()).reshape(-1, 2) != 0) & (of_half > 0)
     kind = 1 + by_half[:, 1].astype(np.int64) - by_half[:, 0]
-    order = np.argsort(3 * pieces.tile + kind, kind="stable")
-    count = np.bincount(3 * pieces.tile + kind, minlength=3 * n_tiles).reshape(-1, 3)
+    kind += 3 * pieces.tile
+    order = np.argsort(kind, kind="stable")
+    count = np.bincount(kind, minlength=3 * n_tiles).reshape(-1, 3)
     # what a half has left over fills a step of both where that computes no more
     odd0, odd, odd1 = (count % PLACES != 0).T
     move0, move1 = odd0 & (odd | odd1), odd1 & (odd ^ odd0)
-    sizes = count + np.stack([-move0.astype(np.int64), move0 + move1.astype(np.int64), -move1.astype(np.int64)], 1)
+    sizes = count + np.array([-move0.astype(np.int64), move0 + move1.astype(np.int64), -move1.astype(np.int64)]).T
     n_steps = -(-sizes // PLACES)
     n_masked = int(n_steps.sum())
     place_of = np.empty(pairs.size, np.int64)
@@ -243,50 +226,66 @@ def _masked(rows: Distinct, pieces: Pieces) -> Masked:
 
     boxes = np.full(n_masked * PLACES, EMPTY, np.int32)
     boxes[place_of] = pieces.first | (BOX - pieces.length) << TOKEN_BITS
-    first_pair = np.full(n_masked * PLACES, -1, np.int64)  # of the box in each place
+    first_pair = np.full(n_masked * PLACES, NONE)  # of the box in each place
     first_pair[place_of] = pair_at
     step_tile = np.arange(n_tiles).repeat(n_steps.sum(1))
-    words = _words(rows.of_row, step_tile, first_pair.reshape(-1, PLACES), _spread(bits))
-    return Masked(n_steps, boxes.reshape(-1, PLACES), words)
+    words = _words(rows.of_row, step_tile, first_pair.reshape(-1, PLACES), bits)
+    return Masked(n_steps, boxes.reshape(-1, PLACES), *words)
 
 
-def _spread(bits: np.ndarray) -> np.ndarray:
-    """uint32 ``[N, 4]`` and a last row of zeros: bit 8 j + 2 q + c of ``bits`` is bit 4 j + c of entry q."""
-    x = bits[:, None] >> np.arange(0, 8, 2, dtype=np.uint32) & np.uint32(0x03030303)
-    x = (x | x >> np.uint32(4)) & np.uint32(0x00FF00FF)
-    x = (x | x >> np.uint32(8)) & np.uint32(0x0000FFFF)
-    return np.concatenate([x, np.zeros((1, 4), np.uint32)])
+def _bits(rows: Distinct, pieces: Pieces, pairs: np.ndarray) -> np.ndarray:
+    """uint32 ``[N + 1]``: tokens of a box that a row attends to, for each box and different row of its tile; then 0."""
+    which = expand(starts(rows.of_tile).take(pieces.tile), pairs)
+    gap = (BOX - pieces.length).astype(np.int32)
+    ends = rows.bounds.take(which, axis=2)
+    ends += (gap - pieces.first.astype(np.int32)).repeat(pairs)
+    np.maximum(ends, gap.repeat(pairs), out=ends)
+    np.minimum(ends, BOX, out=ends)
+    np.maximum(ends[0], ends[1], out=ends[1])
+    # bits lo .. hi - 1 are 2**hi - 2**lo, where 2**32, which NumPy makes 0, is as good as it is
+    lo, hi = np.left_shift(np.uint32(1), ends.view(np.uint32), out=ends.view(np.uint32))
+    hi -= lo
+    bits = np.zeros(which.size + 1, np.uint32)
+    np.bitwise_or.reduce(hi, axis=0, out=bits[:-1])
+    return bits
 
 
-def _words(of_row: np.ndarray, step_tile: np.ndarray, first_pair: np.ndarray, spread: np.ndarray) -> np.ndarray:
-    """The words of every step, ``[M, 2, 128]``.
+def _words(
+    of_row: np.ndarray, step_tile: np.ndarray, first_pair: np.ndarray, bits: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """``words`` and ``word_of`` of :class:`Masked`.
 
     Threads 4 g .. 4 g + 3 of a warp hold two rows, and few pairs of rows in a half differ in what they attend to: so
-    the words of those alone are computed, and then copied to every thread.
+    the words of those alone are computed.
     """
     # distinct pairs of rows, half after half; they lie next to each other
     by_thread = of_row.reshape(-1, 4, 2, 8)  # [halves, warp, i, g]
     rows = np.ascontiguousarray(by_thread.transpose(2, 0, 1, 3)).reshape(2, -1, 32)
     new = np.ones(rows.shape[1:], bool)
     new[:, 1:] = (rows[:, :, 1:] != rows[:, :, :-1]).any(0)
-    number = np.cumsum(new, axis=1, dtype=np.int32) - 1  # [halves, 32]
-    pairs_of_half = number[:, -1].astype(np.int64) + 1
-    distinct = rows[:, new].astype(np.int64)  # [i, pairs]: which of its tile's rows, -1 for none
+    pairs_of_half = np.count_nonzero(new, axis=1)
+    begins = np.flatnonzero(new)
+    threads = np.empty_like(begins)  # of each pair, in fours
+    threads[:-1], threads[-1] = begins[1:] - begins[:-1], new.size - begins[-1]
+    distinct = rows.reshape(2, -1).take(begins, axis=1).astype(np.int64)  # [i, pairs]: of its tile's rows
+    distinct[distinct < 0] = NONE
 
     # both halves of every step
-    half = (2 * step_tile[:, None] + np.arange(2)).ravel()
-    index, counts = members(pairs_of_half, half)
+    index, counts = members(pairs_of_half, (2 * step_tile[:, None] + np.arange(2)).ravel())
     step = np.arange(step_tile.size).repeat(counts.reshape(-1, 2).sum(1))
-    words = np.zeros((index.size, 4), np.uint32)
-    for x in range(PLACES):
-        first = first_pair[step, x]
-        for i in range(2):
-            row = distinct[i, index]
-            at = np.where((row < 0) | (first < 0), len(spread) - 1, first + row)
-            words |= spread.take(at, axis=0) << np.uint32(16 * x + 2 * i)
-    # a thread quad's four words as one 16-byte element
-    at = starts(counts).astype(np.int32)[:, None] + number.take(half, axis=0)
-    return words.view(np.complex128).ravel().take(at).view(np.uint32).reshape(-1, 2, THREADS)
+    at = distinct.take(index, axis=1)[:, :, None] + first_pair.take(step, axis=0)  # [i, K, x]
+    np.copyto(at, bits.size - 1, where=at < 0)
+    tokens = bits.take(at).view(np.uint64)  # [i, K, 1]: the step's 64
+    both = tokens >> np.arange(0, 8, 2, dtype=np.uint64)  # [i, K, q]
+    both &= np.uint64(0x0303030303030303)
+    x, second = both
+    second <<= np.uint64(2)
+    x |= second  # bit 8 j + 2 i + c
+    for shift, mask in ((4, 0x00FF00FF00FF00FF), (8, 0x0000FFFF0000FFFF), (16, 0x00000000FFFFFFFF)):
+        x |= x >> np.uint64(shift)
+        x &= np.uint64(mask)
+    words = x.astype(np.uint32).view(np.complex128).ravel()
+    return words, np.arange(words.size).repeat(threads.take(index)).reshape(-1, THREADS // 2)
 
 
 def _steps(rows: Distinct) -> tuple[Visits, Masked]:
@@ -300,16 +299,13 @@ def _steps(rows: Distinct) -> tuple[Visits, Masked]:
 
 
 def _side(
-    steps: tuple[Visits, Masked], tiles: Tiles, placement: Placement, side: int, first_tile: int
+    steps: tuple[Visits, Masked], tiles: Tiles, placement: Placement, side: int, samples: slice
 ) -> list[np.ndarray | Unwritten]:
-    """The arrays of a :class:`BoxSide` (0: queries, 1: keys): what the samples have, moved to where they lie.
-
-    ``first_tile``: of the side in ``steps``.
-    """
+    """The arrays of a :class:`BoxSide` (0: queries, 1: keys): what ``samples`` have, moved to where they lie."""
     full, masked = steps
     order = np.lexsort((~placement.padding, placement.batch))
-    own_tile, counts = members(tiles.of_sample, placement.which[order])
-    tile = own_tile + first_tile
+    tile, counts = members(tiles.of_sample[samples], placement.which[order])
+    tile += int(tiles.of_sample[: samples.start].sum())
     places = np.array([placement.batch, placement.first[side], placement.first[1 - side]])
     batch, own, other = places[:, order].repeat(counts, axis=1)
     n0, n_both, n1 = masked.n_steps[tile].T
@@ -324,11 +320,12 @@ def _side(
         np.add(out, shift, out=out, where=out != EMPTY)
 
     def write_words(out: np.ndarray) -> None:
-        masked.words.view(np.int32).take(step, axis=0, out=out, mode="clip")
+        word = masked.word_of.take(step, axis=0)
+        masked.words.take(word, out=out.view(np.complex128).reshape(word.shape), mode="clip")
 
     return [
         np.array([batch, full_at, masked_at, n0, n_full, n_both, n1, batch]).T[heavy],
-        Unwritten((tile.size, ROWS), lambda out: moved(tiles.rows, own_tile[heavy], own[heavy], -1, out)),
+        Unwritten((tile.size, ROWS), lambda out: moved(tiles.rows, tile[heavy], own[heavy], -1, out)),
         Unwritten((int(n_full.sum()),), lambda out: full.write(tile, other, full_at, out)),
         Unwritten((step.size, PLACES), write_boxes),
         Unwritten((step.size, 2, THREADS), write_words),

@@ -22,6 +22,8 @@ class SideRows(NamedTuple):
     """
 
     of_sample: np.ndarray  # int64 [samples]: rows of each
+    is_program: np.ndarray  # bool [samples]: or ranges
+    is_key: np.ndarray  # bool [samples]: or queries
     row_set: np.ndarray  # int64 [N], below ROW_SETS: rows of a sample that are in different ones share no tile
     order: np.ndarray  # int64 [N]: inside (sample, row set), rows next to each other attend to nearly the same
     start: np.ndarray  # int64 [N]: first token
@@ -40,7 +42,6 @@ class BatchRows(NamedTuple):
     queries: SideRows
     keys: SideRows
     lengths: tuple[int, int]
-    programs: int  # samples that are programs; they come first
 
     @property
     def visible_pairs(self) -> int:
@@ -53,19 +54,19 @@ class BatchRows(NamedTuple):
 def batch_rows(packed: tuple[tuple[Geometry | Ranges, ...], ...], lengths: tuple[int, int]) -> BatchRows:
     """The rows of a batch that is padded to ``lengths`` = (queries, keys)."""
     placement = place(packed, lengths)
-    programs = sum(isinstance(sample, Geometry) for sample in placement.samples)
-    return BatchRows(placement, *side_rows(placement.samples), lengths, programs)
+    return BatchRows(placement, *side_rows(placement.samples), lengths)
 
 
 def side_rows(samples: Sequence[Geometry | Ranges]) -> tuple[SideRows, SideRows]:
     """Query side and key side of samples, geometries before ranges."""
     geometries = [s for s in samples if isinstance(s, Geometry)]
     pieces = [_geometry_sides(geometries)] if geometries else []
-    pieces += [(_range_side(s.rows), _range_side(s.key_rows)) for s in samples if isinstance(s, Ranges)]
+    ranges = [s for s in samples if isinstance(s, Ranges)]
+    pieces += [(_range_side(s.rows, is_key=False), _range_side(s.key_rows, is_key=True)) for s in ranges]
     if len(pieces) == 1:
         return pieces[0]
     queries, keys = zip(*pieces, strict=True)
-    return _concatenate(queries), _concatenate(keys)
+    return concatenated(queries), concatenated(keys)
 
 
 def _geometry_sides(geometries: Sequence[Geometry]) -> tuple[SideRows, SideRows]:
@@ -77,17 +78,21 @@ def _geometry_sides(geometries: Sequence[Geometry]) -> tuple[SideRows, SideRows]
     """
     rows = token_rows(geometries)
     rest = rows.chunk, rows.start, rows.tokens
-    queries = SideRows(rows.of_geometry, STREAM_OF_SEGMENT[rows.segment], *rest, intervals(rows))
-    return queries, SideRows(rows.of_geometry, rows.segment, *rest, intervals(rows, transposed=True))
+    yes, no = np.ones(len(geometries), bool), np.zeros(len(geometries), bool)
+    queries = SideRows(rows.of_geometry, yes, no, STREAM_OF_SEGMENT[rows.segment], *rest, intervals(rows))
+    return queries, SideRows(rows.of_geometry, yes, yes, rows.segment, *rest, intervals(rows, transposed=True))
 
 
-def _range_side(rows: RangeRows) -> SideRows:
+def _range_side(rows: RangeRows, is_key: bool) -> SideRows:
     lo, hi = rows.bounds.transpose(2, 1, 0)
     bounds = np.where(lo < hi, (lo, hi), NOWHERE).astype(np.int32)
-    return SideRows(np.array([lo.shape[1]]), np.zeros_like(rows.start), rows.order, rows.start, rows.tokens, bounds)
+    of_sample, row_set = np.array([lo.shape[1]]), np.zeros_like(rows.start)
+    kind = np.array([False]), np.array([is_key])
+    return SideRows(of_sample, *kind, row_set, rows.order, rows.start, rows.tokens, bounds)
 
 
-def _concatenate(pieces: Sequence[SideRows]) -> SideRows:
+def concatenated(pieces: Sequence[SideRows]) -> SideRows:
+    """The samples of several sides as one side."""
     columns = max(p.bounds.shape[1] for p in pieces)
     bounds = np.full((2, columns, sum(p.start.size for p in pieces)), NOWHERE, np.int32)
     end = 0

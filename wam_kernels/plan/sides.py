@@ -77,10 +77,9 @@ class Sides(Packed):
 def compile_sides(rows: BatchRows, shapes: tuple[TileShape, TileShape]) -> Sides:
     """Both sides of a batch, on the CPU, in tiles of ``shapes``."""
     parts = [
-        *_side(
-            rows.queries, cut(rows.queries, shapes[0].rows, rows.programs, keys=False), shapes[0], rows.placement, 0
-        ),
-        *_side(rows.keys, cut(rows.keys, shapes[1].rows, rows.programs, keys=True), shapes[1], rows.placement, 1),
+        array
+        for side, (of_side, shape) in enumerate(zip((rows.queries, rows.keys), shapes, strict=True))
+        for array in _side(of_side, cut(of_side, shape.rows), shape, rows.placement, side)
     ]
     return Sides(*index_buffer.pack(parts), shapes)
 

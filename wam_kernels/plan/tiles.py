@@ -19,6 +19,8 @@ class Tiles(NamedTuple):
     bounds_row: np.ndarray  # int32 [T, tile]: the SideRows row that each token is in; NOWHERE likewise
     side_rows: np.ndarray  # int64 [M]: the SideRows rows in each tile, tile after tile; counted over all samples
     starts: np.ndarray  # int64 [T]: where those of each tile begin
+    first: np.ndarray  # int64 [M]: where the tokens of each are, counted over the rows of all tiles
+    end: np.ndarray  # int64 [M]
 
 
 def spans(bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -27,14 +29,14 @@ def spans(bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(lo == NOWHERE, np.iinfo(np.int32).max, lo), hi
 
 
-def cut(rows: SideRows, tile_rows: int, programs: int, keys: bool) -> Tiles:
+def cut(rows: SideRows, tile_rows: int) -> Tiles:
     """Cut rows into tiles; all in whole-array operations.
 
     A row set's tile that is not full is the one with the least to do: of queries the first, which have the shortest
-    history, of ``keys`` the last, which have the fewest queries after them.
+    history, of keys the last, which have the fewest queries after them.
 
     What a tile visits reaches each of its rows if it is NaN, for 0 * NaN is NaN. So the rows of a tile share a visible
-    token, or are all fully masked. Rows of the first ``programs`` samples stay together whatever they attend to.
+    token, or are all fully masked. Rows of programs stay together whatever they attend to.
     """
     # row sets are padded to whole tiles
     sample = np.arange(rows.of_sample.size).repeat(rows.of_sample)
@@ -43,30 +45,30 @@ def cut(rows: SideRows, tile_rows: int, programs: int, keys: bool) -> Tiles:
     row_set, start, count = row_set[order], rows.start[order], rows.tokens[order]
     new = np.ones(row_set.size, bool)
     new[1:] = row_set[1:] != row_set[:-1]
-    if programs < rows.of_sample.size:
+    some_ranges = not rows.is_program.all()
+    if some_ranges:
         # fully masked rows have that in common: one more column
         no_range = np.full((2, 1, row_set.size), NOWHERE, np.int32)
         lo, hi = spans(np.concatenate([rows.bounds, no_range], 1).take(order, 2))
         masked = (hi == NOWHERE).all(0)
         lo[-1, masked], hi[-1, masked] = 0, 1
-        kept = rows.of_sample[:programs].sum()
-        lo[:, :kept], hi[:, :kept] = 0, 1
+        kept = rows.is_program[sample]  # samples are in their order
+        lo[:, kept], hi[:, kept] = 0, 1
         new[1:] |= ~(np.maximum(lo[:, 1:], lo[:, :-1]) < np.minimum(hi[:, 1:], hi[:, :-1])).any(0)
     first_rows = np.flatnonzero(new)
-    padding, behind = np.zeros_like(count), 0  # before each row; behind the last one
+    padding = np.zeros(count.size + 1, np.int64)  # before each row, and behind the last one
     missing = -np.add.reduceat(count, first_rows) % tile_rows
-    if keys:
-        padding[first_rows[1:]], behind = missing[:-1], int(missing[-1])
-    else:
-        padding[first_rows] = missing
+    # of keys behind a row set, so before the next one
+    padding[np.where(rows.is_key[sample[first_rows]], np.append(first_rows[1:], count.size), first_rows)] += missing
+    padding, behind = padding[:-1], int(padding[-1])
     while True:
         place = starts(count + padding) + padding
         # rows are in order of their places, so those of a tile follow each other
         first, last = place // tile_rows, (place + count - 1) // tile_rows
         n_tiles = last - first + 1
         tile, row = expand(first, n_tiles), np.arange(row_set.size).repeat(n_tiles)
-        begins = np.flatnonzero(np.diff(tile, prepend=-1))
-        if programs == rows.of_sample.size:
+        begins = np.flatnonzero(np.concatenate([[True], tile[1:] != tile[:-1]]))
+        if not some_ranges:
             break
         # neighbours overlap, but the ends of a chain need not: halve its tile until they do
         common = np.maximum.reduceat(lo.take(row, 1), begins, 1) < np.minimum.reduceat(hi.take(row, 1), begins, 1)
@@ -91,4 +93,6 @@ def cut(rows: SideRows, tile_rows: int, programs: int, keys: bool) -> Tiles:
         bounds_row=row_at.reshape(-1, tile_rows),
         side_rows=order[row],
         starts=begins,
+        first=np.maximum(place[row], tile * tile_rows),
+        end=np.minimum((place + count)[row], (tile + 1) * tile_rows),
     )

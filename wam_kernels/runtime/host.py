@@ -38,10 +38,14 @@ def host_side(builder: Callable[P, T]) -> Callable[P, T]:
     return build
 
 
-@host_side
 def plain(tensor: Tensor) -> Tensor:
     """``tensor``, or a copy where it was born in inference mode (unpickled, copied) and autograd would refuse it."""
-    return tensor.clone() if tensor.is_inference() else tensor
+    return _cloned(tensor) if tensor.is_inference() else tensor
+
+
+@host_side
+def _cloned(tensor: Tensor) -> Tensor:
+    return tensor.clone()
 
 
 def device_of(op: str, device: torch.device | str | int) -> torch.device:

@@ -46,14 +46,12 @@ def pack(arrays: Sequence[np.ndarray | Unwritten]) -> tuple[Layout, Tensor]:
 
 def views(layout: Layout, buffer: Tensor) -> list[Tensor]:
     """The packed arrays, as views of the buffer on whatever device it is."""
-    out, at = [], 0
-    for shape in layout:
-        n = math.prod(shape)
-        view = buffer[at : at + n].view(shape)
+    out, sizes = [], [math.prod(shape) for shape in layout]
+    for shape, n, part in zip(layout, sizes, buffer.split([_aligned(n) for n in sizes]), strict=True):
+        view = (part if part.numel() == n else part[:n]).view(shape)
         # lengths differ from batch to batch; a compiled graph must not specialise on them
         torch._dynamo.maybe_mark_dynamic(view, 0)
         out.append(view)
-        at += _aligned(n)
     return out
 
 
