@@ -160,7 +160,8 @@ SUITES = {
             Section(
                 "Counted from machine code, predicted for an H100",
                 ("op", "what", "provider", "D", "rows", "step", "instructions", "tensor cores_clocks", "issue_clocks",
-                 "MUFU_clocks", "shared memory_clocks", "L2_clocks", "chain_clocks", "limit", "TFLOP/s", "published"),
+                 "MUFU_clocks", "shared memory_clocks", "L2_clocks", "chain_clocks", "memory_clocks", "limit",
+                 "TFLOP/s", "%_of_copy", "published"),
             ),
             devices=("cpu",),
             ceilings=False,

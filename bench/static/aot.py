@@ -18,17 +18,27 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from wam_kernels.adaln import config as adaln_config
+from wam_kernels.adaln import kernel_triton as adaln_kernels
 from wam_kernels.block_attention import config as block_config
 from wam_kernels.block_attention import kernel_triton as block_kernels
 from wam_kernels.cached_attention import config as cached_config
 from wam_kernels.cached_attention import kernel_triton as cached_kernels
 from wam_kernels.plan import STEP_PART
+from wam_kernels.qk_norm_rope import kernel_triton as qk_kernels
 
 from .sass import Instruction, disassemble, tool
 
 H100 = GPUTarget("cuda", 90, 32)
-INT32 = {f"{name}_ptr" for name in ("tiles", "rows", "bounds_row", "bounds", "full", "part", "ranges")}
-FLOAT32 = {f"{name}_ptr" for name in ("lse", "lse2", "dlse", "delta", "out_part", "lse_part")}
+# of the arguments of kernels, without _ptr
+INT32 = {
+    "tiles", "rows", "bounds_row", "bounds", "full", "part", "ranges",
+    "row_of_token", "segments", "row_begin", "row_segments",
+}  # fmt: skip
+FLOAT32 = {
+    "lse", "lse2", "dlse", "delta", "out_part", "lse_part", "table", "partials", "gate", "shift", "scale", "gate_table",
+    "shift_table", "scale_table",
+}  # fmt: skip
 BLOCK_ATTENTION = {
     "forward": (block_kernels.block_attention_fwd_kernel, block_config.forward),
     "dq": (block_kernels.block_attention_bwd_dq_kernel, block_config.dq),
@@ -68,12 +78,12 @@ class Launch:
 
 
 def types_of(kernel: Any, constants: Mapping[str, Any], dtype: str) -> dict[str, str]:
-    """Of an attention kernel's arguments that are no constants, for q, k and v of ``dtype``: bf16, fp16 or fp32."""
+    """Of a kernel's arguments that are no constants, for activations and weights of ``dtype``: bf16, fp16 or fp32."""
 
     def type_of(name: str) -> str:
-        if name.endswith("_ptr"):
-            return "*i32" if name in INT32 else "*fp32" if name in FLOAT32 else f"*{dtype}"
-        return "fp32" if name == "scale" else "i32"
+        if (pointer := name.removesuffix("_ptr")) != name:
+            return "*i32" if pointer in INT32 else "*fp32" if pointer in FLOAT32 else f"*{dtype}"
+        return "fp32" if name in ("scale", "eps") else "i32"
 
     return {p.name: type_of(p.name) for p in kernel.params if p.name not in constants}
 
@@ -100,6 +110,31 @@ def cached_attention(rows: int, D: int, dtype: torch.dtype) -> Launch:
     kernel = cached_kernels.cached_attention_part_kernel
     types = types_of(kernel, constants, {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}[dtype])
     return Launch(kernel, types, constants, launch.num_warps, launch.num_stages)
+
+
+def adaln(backward: bool, D: int) -> Launch:
+    """Gate, residual and adaptive norm with tables, in bf16."""
+    constants: dict[str, Any] = {
+        "D": D, "BLOCK_D": adaln_config.block_d(D), "HAS_GATE": True, "NORM": 1, "HAS_GATE_TABLE": True,
+        "HAS_SCALE_TABLE": True, "weight_ptr": None,
+    }  # fmt: skip
+    if backward:
+        kernel, warps = adaln_kernels.gate_residual_norm_bwd_kernel, adaln_config.backward_warps(D)
+        constants |= {"HAS_DR": True}
+    else:
+        kernel, warps = adaln_kernels.gate_residual_norm_fwd_kernel, adaln_config.forward_warps(D)
+        constants |= {"HAS_Y": True, "HAS_SHIFT_TABLE": True, "bias_ptr": None}
+    return Launch(kernel, types_of(kernel, constants, "bf16"), constants, warps, num_stages=3)
+
+
+def qk_norm_rope(backward: bool, heads: int, head_dim: int) -> Launch:
+    """Over all heads together, with interleaved pairs, in bf16."""
+    constants = qk_kernels.launch_constants(heads * head_dim, head_dim, False, True)
+    warps = int(str(constants.pop("num_warps")))
+    kernel = qk_kernels.qk_norm_rope_bwd_kernel if backward else qk_kernels.qk_norm_rope_fwd_kernel
+    if not backward:
+        constants["HAS_V"] = False
+    return Launch(kernel, types_of(kernel, constants, "bf16"), constants, warps, num_stages=1)
 
 
 @dataclass(frozen=True)

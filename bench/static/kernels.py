@@ -13,7 +13,7 @@ import torch
 from wam_kernels.plan import tile_shape
 
 from .model import Block, Step, predict
-from .sass import Body, Loop, disassemble, producer_steps, steps
+from .sass import Body, Loop, producer_steps, steps
 
 HEAD_DIMS = (128, 64)
 WARPGROUP = 128  # threads
@@ -130,8 +130,3 @@ def extension_path() -> Path:
     from wam_kernels.runtime.cuda import extension
 
     return Path(str(extension().__file__))
-
-
-def all_kernels() -> Iterator[Counted]:
-    yield from triton_kernels()
-    yield from cuda_kernels(disassemble(extension_path()))

@@ -23,6 +23,7 @@ CLOCK = 1.7e9  # a second, under load; assumed
 SMS = 132
 WGMMA_FLOPS, MMA_FLOPS = 4096, 2048  # of an SM in a clock
 L2_BYTES = 5.5e12 / SMS / CLOCK  # of an SM in a clock; of the literature
+MEMORY_BYTES = 3.0e12 / SMS / CLOCK  # likewise, of a copy that was measured and published
 SHARED_BYTES = 128  # in a clock
 REGISTERS, SHARED, SHARED_OF_SYSTEM = 65_536, 233_472, 1024  # of an SM; of shared memory for each block
 
@@ -177,3 +178,23 @@ def predict(loop: Loop, block: Block, wait: float = WAIT) -> Step:
     if wide:  # how mma.sync overlaps is in scoreboards, which are not read
         clocks["chain"] = chain_clocks(loop, together, wait) / block.an_sm
     return Step(len(loop.body), int(flops), clocks)
+
+
+def predict_row(loop: Loop, warps: int, compulsory: float) -> dict[str, float]:
+    """Clocks of an SM for a row by a block of ``warps``, of a kernel that multiplies nothing.
+
+    The longest way through the code is counted, with what is done once a frame and options that nobody takes: no row
+    takes more.
+
+    Args:
+        loop: What a row takes.
+        warps: Of the block.
+        compulsory: Bytes of a row that must cross the memory's bus.
+    """
+    return {
+        "issue": len(loop.body) * warps / 4,
+        "MUFU": sum(map(is_mufu, loop.body)) * warps * 2,
+        "ALU": sum(map(is_alu, loop.body)) * warps / 2,
+        "shared memory": sum(map(shared_bytes, loop.body)) * warps / SHARED_BYTES,
+        "memory": compulsory / MEMORY_BYTES,
+    }

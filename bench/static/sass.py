@@ -201,6 +201,33 @@ def loops_with(body: Body, *wanted: tuple[str, ...]) -> list[Loop]:
     return [loop for _, loop in sorted(found, key=lambda item: item[0])]
 
 
+def longest_turn(body: Body, *wanted: tuple[str, ...]) -> Loop:
+    """The longest way through the innermost loop with one of each tuple, or through all of a kernel without one.
+
+    Of two branches one is taken; a loop inside is gone through once.
+    """
+    graph = _graph(body)
+    dominators, loops = graph.dominators(), _loops(graph)
+
+    def has(blocks: Iterable[int], prefixes: tuple[str, ...]) -> bool:
+        return any(body[n].name.startswith(prefixes) for b in blocks for n in range(*graph.spans[b]))
+
+    found = {head: blocks for head, blocks in loops.items() if all(has(blocks, prefixes) for prefixes in wanted)}
+    head = min(found, key=lambda h: len(found[h])) if found else 0
+    inside = found.get(head, set(range(len(graph.spans))))
+    best: dict[int, tuple[int, tuple[int, ...]]] = {}  # instructions and blocks of the longest way to the end
+
+    def visit(block: int) -> tuple[int, tuple[int, ...]]:
+        if block not in best:
+            begin, end = graph.spans[block]
+            ways = [visit(b) for b in graph.after[block] if b in inside and b not in dominators[block]]
+            length, blocks = max(ways, default=(0, ()))
+            best[block] = length + end - begin, (block, *blocks)
+        return best[block]
+
+    return Loop(tuple(_instructions(body, graph, visit(head)[1])))
+
+
 def _instructions(body: Body, graph: _Graph, blocks: Iterable[int]) -> Iterator[Instruction]:
     for block in sorted(blocks):
         yield from body[slice(*graph.spans[block])]

@@ -12,6 +12,7 @@ from bench.harness import Options
 from bench.rows import Row
 from bench.static.kernels import Counted
 from bench.static.model import Block, predict
+from bench.static.norms import CountedRow
 from bench.static.sass import parse, steps
 from bench.workloads import attention as workloads
 from tests.bench import machine_code
@@ -123,7 +124,11 @@ def _one_kernel_by_hand(patch: Patch) -> None:
     (loop,) = steps(parse(machine_code.cuobjdump())[machine_code.NAME])
     block = Block(warps=8, threads=384, registers=168, shared=0, copied=16384)
     counted = Counted("an_op", "forward", "cuda", 128, 128, "step", block, loop, predict(loop, block), producer=4)
-    patch.setattr("bench.suites.static.all_kernels", lambda: [counted])
+    row = CountedRow("adaln", "forward", "cuda", 6, loop, {"issue": 90.0, "memory": 100.0})
+    for name, found in (("triton_kernels", [counted]), ("triton_rows", [row]), ("cuda_kernels", []), ("cuda_rows", [])):
+        patch.setattr(f"bench.suites.static.{name}", lambda *_, found=found: found)
+    patch.setattr("bench.suites.static.disassemble", lambda path: {})
+    patch.setattr("bench.suites.static.extension_path", lambda: None)
 
 
 WORK = workloads.packed(150, heads=2, head_dim=16)
