@@ -18,7 +18,7 @@ from bench.static.model import (
     predict,
     predict_row,
 )
-from bench.static.sass import Loop, loops_with, parse, producer_steps, steps
+from bench.static.sass import Loop, longest_turn, loops_with, parse, producer_steps, steps
 from bench.suites.static import predicted, row_of
 from tests.bench import machine_code
 
