@@ -84,7 +84,7 @@ OPS = {
                 "reference": Backend("plain PyTorch, dense, any device"),
                 "cpu": Backend("PyTorch's flash kernel over the visible slots"),
                 "triton": Backend("split over the keys, then their sum", HALF_AND_FLOAT, TRITON, _CACHED),
-                "cuda": Backend("CUDA tensors in bf16 and fp16", HALF, CUDA, _CACHED),
+                "cuda": Backend("TMA and wgmma on compute capability 9.0, else mma.sync", HALF, CUDA, _CACHED),
             },
             ("cached_attention",),
         ),

@@ -12,6 +12,7 @@ import torch
 from tests.cached_attention import checks
 from tests.cached_attention.checks import WRAPPED, Case
 from wam_kernels.cached_attention import cached_attention, config, kernel_cuda
+from wam_kernels.runtime import cuda
 
 BF16 = torch.bfloat16
 CASES = [
@@ -207,6 +208,31 @@ def test_refusals_name_the_argument(machine, streamed):
     )
     wide = dataclasses.replace(case, D=136)
     refuses("D must be a multiple of 8 from 8 to 128, got 136; use impl='reference'", *wide.inputs(), case=wide)
+
+
+@pytest.mark.parametrize(
+    "capability, shape, expand, ranges, expected",
+    [
+        ((9, 0), (2, 64, 2, 8), None, 32, True),
+        ((8, 9), (2, 64, 2, 8), None, 32, False),
+        ((12, 0), (2, 64, 2, 8), None, 32, False),
+        ((9, 0), (2, 64, 2, 8), None, 33, False),
+        ((9, 0), (1, 2**26, 1, 8), None, 1, False),
+        ((9, 0), (1, 64, 2, 8), (2, 64, 2, 8), 1, True),
+        ((9, 0), (2, 64, 1, 8), (2, 64, 2, 8), 1, False),
+    ],
+)
+def test_which_part_kernel_a_call_takes(monkeypatch, capability, shape, expand, ranges, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    cuda.is_hopper.cache_clear()
+    cache = torch.empty(shape, device="meta").expand(expand or shape)
+    try:
+        takes = kernel_cuda.takes_stream(cache, cache, torch.empty(cache.shape[0], 1, ranges, 2, device="meta"))
+        assert takes == expected
+        if expand and expected:  # one of them alone: TMA would need a stride of 0
+            assert not kernel_cuda.takes_stream(cache, torch.empty(expand, device="meta"), torch.empty(2, 1, 1, 2))
+    finally:
+        cuda.is_hopper.cache_clear()
 
 
 def test_the_public_op_names_the_way_out():

@@ -54,7 +54,8 @@ tests_attention() { gpu_tests tests/gpu/test_block_attention.py; }
 # the attention kernels of csrc: first what the driver may refuse, one by one
 tests_hopper() { gpu_tests tests/gpu/test_block_attention_cuda.py tests/csrc/test_block_attention.py -k gpu; }
 tests_norms() { gpu_tests tests/gpu/test_adaln.py tests/gpu/test_qk_norm_rope.py; }
-tests_cached() { gpu_tests tests/gpu/test_cached_attention.py; }
+# the kernel by TMA and wgmma first: what the driver may refuse, one by one
+tests_cached() { gpu_tests tests/gpu/test_cached_attention_cuda.py tests/gpu/test_cached_attention.py; }
 # CUDA graphs equal eager passes, flat memory, nothing waits for the device; a training step has the numbers of a CPU
 tests_model() { gpu_tests tests/gpu/test_rollout.py tests/gpu/test_training.py; }
 # the CUDA launchers on the compiled extension; on a CPU the same tests run on the host emulation

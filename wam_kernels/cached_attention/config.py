@@ -13,8 +13,9 @@ MAX_KERNEL_D, MAX_GROUPS = 128, 4
 # The keys are split until there are as many programs as an H100 holds at once: 132 SMs, two programs each. A constant,
 # not the number of SMs of the machine, so that sums have the same order on every GPU.
 PROGRAMS = 2 * 132
-# Of the kernel by TMA, which has one block an SM.
+# Of the kernel by TMA, which has one block an SM; and what it takes: a lane reads a range, 26 bits name a slot.
 STREAMED_BLOCKS = 132
+MAX_STREAMED_RANGES, MAX_STREAMED_SLOTS = 32, 2**26 - 1
 # A split of a full cache has at least as many slots; shorter ones cost more in partial results than they gain.
 MIN_SLOTS = 256
 

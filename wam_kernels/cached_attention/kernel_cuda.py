@@ -13,11 +13,30 @@ from ..runtime import cuda
 from . import config
 
 TILE_ROWS = 64  # kTileRows of csrc
-STREAMED_TILE_ROWS = 3 * TILE_ROWS
 
 
 def _heads(t: Tensor) -> tuple[int, int, int, int]:
     return t.data_ptr(), t.stride(0), t.stride(1), t.stride(2)
+
+
+def takes_stream(k_cache: Tensor, v_cache: Tensor, ranges: Tensor) -> bool:
+    """Whether a call takes the part kernel by TMA: on compute capability 9.0, if TMA and its plan can name everything.
+
+    So many ranges of a group and so many slots; no stride of 0, except that all samples may share both caches.
+    """
+    caches = (k_cache, v_cache)
+    return (
+        cuda.is_hopper(k_cache.device)
+        and ranges.shape[2] <= config.MAX_STREAMED_RANGES
+        and k_cache.shape[1] <= config.MAX_STREAMED_SLOTS
+        and all(t.stride(i) > 0 or t.shape[i] == 1 for t in caches for i in (1, 2))
+        and len({_shared(t) for t in caches}) == 1
+    )
+
+
+def _shared(cache: Tensor) -> bool:
+    """Whether all samples have the same slots, as candidates of one rollout do."""
+    return cache.shape[0] > 1 and cache.stride(0) == 0
 
 
 def forward(
@@ -27,20 +46,20 @@ def forward(
     ranges: Tensor,
     group_rows: Sequence[int],
     scale: float,
-    streamed: bool = False,
+    streamed: bool | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out ``[B, S, H, D]`` contiguous, lse ``[B, H, S]`` float32. Two launches; nothing waits for the device.
 
-    ``streamed``: the part kernel by TMA and wgmma, for compute capability 9.0 alone. It also takes a cache whose number
-    of heads divides H.
+    ``streamed``: the part kernel by TMA and wgmma, for compute capability 9.0 alone, or that by mma.sync; by default as
+    :func:`takes_stream` says. The former also takes a cache whose number of heads divides H.
     """
+    if streamed is None:
+        streamed = takes_stream(k_cache, v_cache, ranges)
     (B, S, H, D), (_, N, key_heads, _) = q.shape, k_cache.shape
     out, lse = q.new_empty(q.shape), q.new_empty((B, H, S), dtype=torch.float32)
     tiles = sum(-(-rows // TILE_ROWS) for rows in group_rows)
     if streamed:
-        # batch elements that share a cache: one of them stands for all, as TMA knows no stride of 0
-        shared = B > 1 and k_cache.stride(0) == v_cache.stride(0) == 0
-        parts, queries_of_row = config.streamed_splits(-(-tiles // 3) * B * H, N), B if shared else 1
+        parts, queries_of_row = config.streamed_splits(-(-tiles // 3) * B * H, N), B if _shared(k_cache) else 1
     else:
         parts, queries_of_row = config.splits(tiles * B * H, N), 1
     out_part = q.new_empty((parts, B, H, S, D), dtype=torch.float32)

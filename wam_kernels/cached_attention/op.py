@@ -126,8 +126,8 @@ def cached_attention(
         ranges: ``[B, G, R, 2]``, int32, contiguous, on the device of ``q``: slots ``[start, end)`` that group g of
             sample b attends to. ``end <= start`` is empty. Ranges of a group must lie in the N slots, without overlap;
             ``impl="cpu"`` refuses those that do, the GPU kernels cannot look without stopping for the host: they cut
-            ranges off at 0 and N, and count a slot as often as it comes. Values may change from launch to launch of
-            one CUDA graph; nothing on the host depends on them there.
+            ranges off at 0 and N, and may count a slot as often as it comes. Values may change from launch to launch
+            of one CUDA graph; nothing on the host depends on them there.
         group_rows: How many rows of ``q`` each group has, in order; they sum to S. 0 is allowed.
         scale: Factor on the scores; default ``D ** -0.5``.
         impl: ``"reference"`` (dense, any device, also float64), ``"cpu"`` (also float64), ``"triton"`` and ``"cuda"``

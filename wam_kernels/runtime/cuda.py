@@ -78,6 +78,12 @@ def refusal_on(device: torch.device, op: str) -> str | None:
     return refusal(needs, architectures(), torch.cuda.get_device_capability(device))
 
 
+@cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether the kernels for sm_90a run there; looked up once."""
+    return runs_on(_HOPPER, torch.cuda.get_device_capability(device))
+
+
 def launch(function: str, like: Tensor, **arguments: object) -> None:
     """Calls ``function`` of the extension with the dtype of ``like``, on its device and the current stream there.
 
