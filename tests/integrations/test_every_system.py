@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -18,7 +19,7 @@ from tests.integrations import test_fast_wam as fast_wam
 from tests.integrations import test_lingbot_va as lingbot
 from tests.integrations import test_openpi as openpi
 from tests.integrations.checks import CLOSE, numbers, outputs_and_gradients
-from wam_kernels.integrations import Unsupported, _patching, _systems, patch, unpatch
+from wam_kernels.integrations import Unsupported, _kernels, _systems, accelerate, patch, unpatch
 
 
 def openpi_step(gemmas):
@@ -62,7 +63,7 @@ def test_every_mode_behind_every_mode(system):
     make, *calls = SYSTEMS[system]
     model = make()
     expected = {mode: run(model, *calls, mode) for mode in MODES}
-    _patching.device_ranges.cache_clear()
+    _kernels.device_ranges.cache_clear()
     patch(model)
     for mode in ORDER:
         assert_close(run(model, *calls, mode), expected[mode])
@@ -73,15 +74,15 @@ def test_constants_born_in_inference_mode_are_recomputed():
     with torch.inference_mode():
         x = torch.ones(6, 1, 8, dtype=torch.complex64)
         mask = torch.ones(4, 4, dtype=torch.bool)
-    tables, plans = _patching.Tables(), _patching.MaskPlans()
+    tables, plans = _kernels.Tables(), _kernels.MaskPlans()
     make = lambda f: torch.view_as_real(f[:, 0])  # noqa: E731
-    first, plan = tables.of(x, make), plans.plan(mask, mask.device)
+    first, plan = tables.of(x, make), plans.of(mask, mask.device)
     assert not first.is_inference()
     with torch.inference_mode():
         x.mul_(2)
         mask[0, 1:] = False
         assert torch.equal(tables.of(x, make), 2 * first)
-    assert plans.plan(mask, mask.device).visible_pairs == plan.visible_pairs - 3
+    assert plans.of(mask, mask.device).visible_pairs == plan.visible_pairs - 3
 
 
 # ---- wrappers ----
@@ -163,6 +164,73 @@ def test_a_patch_counts_its_calls():
     fast_wam.train(mot, "fast_wam_uncond")
     assert done.calls == {"MoT._mixed_attention": 2, "MoT._build_expert_attention_io": 4}  # 2 layers, 2 experts
     assert "MoT._mixed_attention 2 calls so far" in repr(done)
+
+
+@every_system
+def test_explain_names_what_runs_where(system):
+    make, *calls = SYSTEMS[system]
+    model = nn.ModuleDict({"net": make()})
+    done = patch(model)
+    before = done.explain()
+    assert before.startswith(f"{done.system}: {len(done.replaced)} replaced, {len(done.kept)} kept")
+    assert "1 calls so far" not in before and "  kept     every other module" in before
+    assert "replaced net." in before and "blocks.0" not in before, "modules that differ in a number are one line"
+    run(model["net"], *calls, "no_grad")
+    assert done.explain() != before
+    for line in done.explain().splitlines()[1:]:
+        assert line.split()[0] in ("replaced", "kept")
+
+
+def test_explain_names_what_was_refused():
+    gemmas, x = openpi.model(), openpi.tokens()
+    done = patch(gemmas, on_unsupported="original")
+    slope = openpi.bias(openpi.visible(0)).masked_fill(openpi.visible(0)[:, None], -0.5)
+    with pytest.warns(UserWarning, match="original code of openpi runs instead"):
+        gemmas(x, slope)
+    assert re.search("refused  patch: attention_mask must hold .* of other values, 2 calls ran", done.explain())
+
+
+# ---- what holds a model ----
+
+
+class Script:
+    def __init__(self, **parts):
+        vars(self).update(parts)
+
+
+HOLDERS = {
+    "the model": lambda m: m,
+    "a trainer, before and after it prepares": lambda m: Script(model=m, prepared=nn.Sequential(m), steps=3, log=None),
+    "a server with what it was given": lambda m: Script(config={"path": "x"}, transformer=m, vae=nn.Conv2d(1, 1, 1)),
+    "a policy of a policy": lambda m: Script(policy=Script(trained_model=nn.ModuleDict({"head": m}))),
+    "a list of stages": lambda m: Script(stages=[nn.Linear(1, 1), {"wam": (m,)}]),
+}
+
+
+@pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
+def test_accelerate_finds_the_model(hold):
+    mot = fast_wam.model()
+    held = hold(mot)
+    if isinstance(held, Script):
+        held.me = held  # a circle
+    done = accelerate(held)
+    fast_wam.train(mot, "fast_wam_uncond")
+    assert done.calls["MoT._mixed_attention"] == 2
+    unpatch(done.model)
+    assert "_mixed_attention" not in vars(mot)
+
+
+def test_accelerate_refuses_by_name():
+    nothing = Script(model=nn.Linear(2, 2), config={"a": Script(net=nn.Conv2d(1, 1, 1))})
+    with pytest.raises(Unsupported, match=r"searched .model \(Linear\), .config\['a'\].net \(Conv2d\)"):
+        accelerate(nothing)
+    with pytest.warns(UserWarning, match="Script must hold a model of Fast-WAM"):
+        assert accelerate(nothing, on_unsupported="original") is None
+    with pytest.raises(Unsupported, match="must hold one model, got .student, .teacher; give one to patch"):
+        accelerate(Script(student=fast_wam.model(), teacher=cosmos.model()))
+    for value in (None, Script, "fastwam", 3):
+        with pytest.raises(TypeError, match="holder must be an object that holds a model"):
+            accelerate(value)
 
 
 @every_system

@@ -66,14 +66,21 @@ def test_training(chunk_size, window):
 def test_training_builds_no_dense_mask_and_gives_the_class_back():
     wan = model("flex")
     builder = vars(lingbot_va.FlexAttnFunc)["init_mask"]
-    patch(wan)
+    twin = model("flex")
+    for m in (wan, twin):
+        patch(m)
     wan(step(), train_mode=True)
     assert lingbot_va.FlexAttnFunc.attention_mask is None
-    assert vars(lingbot_va.FlexAttnFunc)["init_mask"] is builder
     broken = step()
     del broken["latent_dict"]["text_emb"]
     with pytest.raises(KeyError):
         wan(broken, train_mode=True)
+    # outside of a patched model's training step the class has its own builder
+    model("flex")(step(), train_mode=True)
+    assert lingbot_va.FlexAttnFunc.attention_mask is not None
+    unpatch(wan)
+    assert vars(lingbot_va.FlexAttnFunc)["init_mask"] is not builder
+    unpatch(twin)
     assert vars(lingbot_va.FlexAttnFunc)["init_mask"] is builder
 
 

@@ -10,8 +10,8 @@ from tests.integrations.checks import CLOSE, check_patch
 from tests.integrations.stand_ins import openpi
 from tests.integrations.stand_ins.openpi import PaliGemmaWithExpertModel
 from wam_kernels import RULE_PROGRAMS, compile_plan
-from wam_kernels.integrations import Unsupported, _patching, patch, unpatch
-from wam_kernels.integrations._patching import MaskPlans
+from wam_kernels.integrations import Unsupported, _kernels, patch, unpatch
+from wam_kernels.integrations._kernels import MaskPlans
 
 PREFIX, ACTIONS, HIDDEN = 9, 4, -2.3819763e38
 PADDING = ((2, 4), (7, 9))  # a missing image and the end of the prompt, of sample 1; sample 0 has none
@@ -72,8 +72,9 @@ def test_prefix_cache_and_action_steps(states):
 
 def test_a_mask_for_every_prompt(monkeypatch):
     """Prompts have lengths, so masks differ from step to step: each is read once, and none is kept."""
-    converted, make = [], _patching.plan_of_mask
-    monkeypatch.setattr(_patching, "plan_of_mask", lambda mask: converted.append(mask.shape) or make(mask))
+    monkeypatch.setattr(_kernels, "PLANS", MaskPlans())
+    converted, make = [], _kernels._plan_of
+    monkeypatch.setattr(_kernels, "_plan_of", lambda samples, shape: converted.append(shape) or make(samples, shape))
     gemmas, kept = model(), []
     masks = [visible(1).clone() for _ in range(3)]
     for length, mask in enumerate(masks):
@@ -90,12 +91,12 @@ def test_a_mask_for_every_prompt(monkeypatch):
     assert not any(mask() is not None for mask in kept)
     plans = MaskPlans()
     for i in range(2 * MaskPlans.KEPT):
-        plans.plan(torch.arange(64)[None] <= torch.arange(64)[:, None] + i - 40, torch.device("cpu"))
+        plans.of(torch.arange(64)[None] <= torch.arange(64)[:, None] + i - 40, torch.device("cpu"))
     assert len(plans) == MaskPlans.KEPT
 
 
 def test_masks_are_the_named_program():
-    plan = MaskPlans().plan_of_bias(bias(visible(1)), torch.device("cpu"))
+    plan = MaskPlans().of(bias(visible(1)), torch.device("cpu"))
     sizes = {"prefix": PREFIX, "states": 1, "actions": ACTIONS}
     programs = [RULE_PROGRAMS["prefix_suffix"](**sizes, padding=p) for p in ((), PADDING)]
     assert torch.equal(plan.mask(), compile_plan(programs).mask())
@@ -143,8 +144,8 @@ def test_refusals():
     slope = bias(visible(0)).masked_fill(visible(0)[:, None], -0.5)
     for mask, message in (
         (slope, "must hold 0 and at most -1e30"),
-        (visible(0), r"must be additive \[B, 1, Sq, Sk\], got torch.bool \[2, 13, 13\]"),
-        (None, "must be additive .*, got None"),
+        (visible(0), r"or additive \[B, 1, Sq, Sk\], got torch.bool \[2, 13, 13\]"),
+        (None, "or additive .*, got None"),
         (bias(visible(0)[:, :9]), "has 13 queries and 13 keys, but its mask is for 9 and 13"),
     ):
         with pytest.raises(Unsupported, match=message):

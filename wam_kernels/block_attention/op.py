@@ -115,6 +115,21 @@ _register(
 )
 
 
+def chosen_backend(q: Tensor, impl: str | None = None) -> str:
+    """The backend of a call with queries ``[B, S, H, D]``; ValueError, see :func:`block_attention`, if it has none."""
+    D = q.shape[-1]
+    beyond = {
+        "triton": None if fits_triton(D, q.itemsize) else f"{q.dtype} with D={D}",
+        "cuda": None if D <= MAX_CUDA_D else f"D={D}",
+    }
+    return select_backend(_OP, _ROW, impl, beyond, q=q)
+
+
+def registered_arguments(plan: Plan, scale: float, impl: str) -> tuple:
+    """What ``wam::block_attention`` takes after v, and its backward after lse."""
+    return *plan.tensors(impl), plan.batch == 1, plan.full_step, scale, impl
+
+
 @overload
 def block_attention(
     q: Tensor, k: Tensor, v: Tensor, plan: Plan, *,
@@ -204,11 +219,7 @@ def block_attention(
         raise ValueError(f"{_OP}: plan must have 1 or B={dims['B']} batch elements, got {plan.batch}")
     if plan.device != q.device:
         raise ValueError(f"{_OP}: plan must be on {q.device} like q, got {plan.device}; use plan.to({str(q.device)!r})")
-    beyond = {
-        "triton": None if fits_triton(dims["D"], q.itemsize) else f"{q.dtype} with D={dims['D']}",
-        "cuda": None if dims["D"] <= MAX_CUDA_D else f"D={dims['D']}",
-    }
-    impl = select_backend(_OP, _ROW, impl, beyond, q=q)
+    impl = chosen_backend(q, impl)
     scale = dims["D"] ** -0.5 if scale is None else number(_OP, "scale", scale)
     if impl == "reference":
         out, lse = reference.block_attention(q, k, v, plan.mask(), scale)
@@ -220,6 +231,6 @@ def block_attention(
         boxes = plan.boxes.tensors()
         out, lse = autograd.call(torch.ops.wam.block_attention_boxes.default, q, k, v, *boxes, plan.batch == 1, scale)
     else:
-        options = plan.batch == 1, plan.full_step, scale, impl
-        out, lse = autograd.call(torch.ops.wam.block_attention.default, q, k, v, *plan.tensors(impl), *options)
+        arguments = registered_arguments(plan, scale, impl)
+        out, lse = autograd.call(torch.ops.wam.block_attention.default, q, k, v, *arguments)
     return (out, lse) if return_lse else out

@@ -6,27 +6,16 @@ model are patched too, on their own weights. Parameters, buffers and state-dict 
 
 from __future__ import annotations
 
-import hashlib
 import inspect
+import re
 import sys
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import lru_cache
 from typing import Any
 from weakref import WeakSet
 
-import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
-
-from ..block_attention import block_attention
-from ..block_attention.config import MAX_D, fits_triton
-from ..masks.ranges import Ranges
-from ..plan import Plan, compile_plan
-from ..qk_norm_rope import qk_norm_rope
-from ..runtime.host import eager, host_side, plain
 
 ON_UNSUPPORTED = ("error", "original")
 
@@ -121,14 +110,14 @@ class Policy:
 
     def __init__(self, system: str, on_unsupported: str) -> None:
         self.system, self.on_unsupported = system, on_unsupported
-        self.warned: set[str] = set()
+        self.refused: dict[str, int] = {}  # reason: calls that ran the original because of it
 
     def refuse(self, reason: Unsupported) -> None:
         """Raise, or warn once and let the caller go on with the original code, as the user chose."""
         if self.on_unsupported == "error":
             raise reason
-        if str(reason) not in self.warned:
-            self.warned.add(str(reason))
+        self.refused[str(reason)] = self.refused.get(str(reason), 0) + 1
+        if self.refused[str(reason)] == 1:
             warnings.warn(f"{reason}; the original code of {self.system} runs instead", stacklevel=4)
 
 
@@ -237,17 +226,28 @@ class Patch:
     """What was replaced in one model. Made by :func:`wam_kernels.integrations.patch`.
 
     Its text counts the calls of each replaced method that ran on this library; one with 0 has not run yet.
+    :meth:`explain` says more.
 
     Attributes:
         system: Whose model it is.
+        model: The model; None where none was found yet.
         replaced: ``(owner, name)`` of every replaced method, in order.
+        kept: ``(module, reason)`` of attentions and norms that stay the model's own.
     """
 
     def __init__(self, system: str, on_unsupported: str) -> None:
         self.system, self.policy = system, Policy(system, on_unsupported)
+        self.model: nn.Module | None = None
         self.replaced: list[tuple[nn.Module, str]] = []
+        self.kept: list[tuple[nn.Module, str]] = []
 
-    def method(self, owner: nn.Module, name: str, new: Callable, *shared: Any) -> None:
+    def keep(self, module: nn.Module, reason: str) -> None:
+        """Note why a module that one might expect to be replaced is not."""
+        self.kept.append((module, reason))
+
+    def method(
+        self, owner: nn.Module, name: str, new: Callable, *shared: Any, replacement: type[Replacement] = Replacement
+    ) -> None:
         """``owner.name(...)`` becomes ``new(*shared, owner, ...)``; if that raises Unsupported, the original may run.
 
         Args:
@@ -255,6 +255,7 @@ class Patch:
             name: A method of its class.
             new: A function of a module, so that copies and pickles of the model find it.
             shared: What several methods of a model share, caches above all.
+            replacement: What stands there.
 
         Raises:
             Unsupported: no such method, one with other parameters, or one that is replaced already.
@@ -265,7 +266,7 @@ class Patch:
                 f"patch: {self.system}'s {type(owner).__name__} must have the method {name}, but has none"
             )
         _require_signature(what, original, new, len(shared), 1)
-        self._put(owner, name, lambda: Replacement(self.policy, owner, name, new, shared))
+        self._put(owner, name, lambda: replacement(self.policy, owner, name, new, shared))
 
     def function(self, module_name: str, name: str, key: nn.Module, new: Callable, *shared: Any) -> None:
         """The function ``name`` of a Python module becomes ``new(*shared, ...)`` where its first argument is ``key``.
@@ -305,6 +306,34 @@ class Patch:
             calls[what] = calls.get(what, 0) + (replacement.calls if isinstance(replacement, Replacement) else 0)
         return calls
 
+    def explain(self) -> str:
+        """What runs where: each replaced method with its calls so far, what stays the model's own and why, and what was
+        refused at run time and left to the original.
+
+        A compiled call is counted where it is traced. Modules that are alike in all but a number are one line.
+        """
+        names = {id(m): name for name, m in self.model.named_modules()} if self.model is not None else {}
+
+        def path(module: nn.Module) -> str:
+            return re.sub(r"\b\d+\b", "*", names.get(id(module), "")) or type(module).__name__
+
+        lines: dict[str, dict[str, list[int]]] = {"replaced": {}, "kept": {}}
+        for owner, name in self.replaced:
+            replacement = vars(owner).get(name)
+            calls = replacement.calls if isinstance(replacement, Replacement) else 0
+            lines["replaced"].setdefault(f"{path(owner)}.{name}", []).append(calls)
+        for module, reason in self.kept:
+            lines["kept"].setdefault(f"{path(module)} ({type(module).__name__}): {reason}", []).append(0)
+        text = [f"{self.system}: {len(self.replaced)} replaced, {len(self.kept)} kept"]
+        for line, each in lines["replaced"].items():
+            text.append(f"  replaced {line}, {len(each)}x, {sum(each)} calls so far")
+        text += [f"  kept     {line}, {len(each)}x" for line, each in lines["kept"].items()]
+        text += [
+            f"  refused  {reason}, {count} calls ran the original" for reason, count in self.policy.refused.items()
+        ]
+        text.append("  kept     every other module: this library has no path for it")
+        return "\n".join(text)
+
     def __repr__(self) -> str:
         counts = ", ".join(f"{name} {count} calls so far" for name, count in sorted(self.calls.items()))
         return f"Patch({self.system}: {counts}; {len(self.replaced)} replaced)"
@@ -328,187 +357,3 @@ class Cache:
 
     def __reduce__(self) -> tuple:
         return type(self), ()
-
-
-# ---- masks and tables ----
-
-
-class MaskPlans(Cache):
-    """Plans of dense masks ``[Sq, Sk]``, or ``[B, Sq, Sk]``, that a model builds at run time.
-
-    A mask is converted to the ranges that it spells out, so the plan is equal to it, not alike. That takes a copy to
-    the host, done once for each mask tensor: the same tensor is recognised by identity as long as nobody writes to it.
-    A copy of an equal mask finds its plan by the mask's digest, so no mask is kept. Inference tensors do not tell
-    whether they were written to, so each of their calls goes by the digest.
-    """
-
-    KEPT = 32  # plans remembered; a model has a handful of masks
-
-    def __init__(self) -> None:
-        self._by_tensor: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._by_digest: OrderedDict[tuple, Plan] = OrderedDict()
-
-    def __len__(self) -> int:
-        """Plans that are remembered by digest."""
-        return len(self._by_digest)
-
-    def plan(self, mask: Tensor, device: torch.device) -> Plan:
-        """The plan of a boolean mask ``[Sq, Sk]``, on ``device``.
-
-        Raises:
-            Unsupported: not a boolean ``[Sq, Sk]``, or one that needs more key columns than a plan has.
-        """
-        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim != 2:
-            raise Unsupported(f"patch: attention_mask must be torch.bool [Sq, Sk], got {_kind(mask)}")
-        return self._of(mask, device, lambda m: m)
-
-    def plan_of_bias(self, bias: Tensor | None, device: torch.device) -> Plan:
-        """The plan of an additive mask ``[B, 1, Sq, Sk]``: 0 is visible, -1e30 and less is not.
-
-        Raises:
-            Unsupported: another shape, a value in between (a bias, which a plan cannot express), or too many columns.
-        """
-        if not isinstance(bias, Tensor) or not bias.is_floating_point() or bias.ndim != 4 or bias.shape[1] != 1:
-            raise Unsupported(f"patch: attention_mask must be additive [B, 1, Sq, Sk], got {_kind(bias)}")
-        # one byte for each pair, and one copy to the host: 1 visible, 0 not, 2 neither
-        return self._of(bias, device, lambda b: torch.where(b <= -1e30, 0, 2 - (b == 0).byte())[:, 0])
-
-    @eager  # a compiled model breaks its graph here; the plan is what goes on
-    def _of(self, mask: Tensor, device: torch.device, visible: Callable[[Tensor], Tensor]) -> Plan:
-        if mask.is_inference():
-            return self._find(visible(mask)).to(device)
-        version, plan = self._by_tensor.get(mask, (None, None))
-        if version != mask._version:
-            plan = self._find(visible(mask))
-            self._by_tensor[mask] = (mask._version, plan)
-        return plan.to(device)
-
-    def _find(self, mask: Tensor) -> Plan:
-        host = mask.cpu().numpy()
-        if host.dtype != bool:
-            if (host == 2).any():
-                raise Unsupported(
-                    "patch: attention_mask must hold 0 and at most -1e30, but it is a bias of other values"
-                )
-            host = host.astype(bool)
-        key = host.shape, hashlib.sha256(np.packbits(host).data).digest()
-        plan = self._by_digest.pop(key, None) or plan_of_mask(host)
-        self._by_digest[key] = plan
-        while len(self._by_digest) > self.KEPT:
-            self._by_digest.popitem(last=False)
-        return plan
-
-
-def _kind(mask: Any) -> str:
-    return f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
-
-
-def plan_of_mask(mask: Tensor | np.ndarray) -> Plan:
-    """The plan that equals a dense boolean mask ``[Sq, Sk]``, or ``[B, Sq, Sk]``.
-
-    Raises:
-        Unsupported: it needs more key columns than a plan has, or it is empty.
-    """
-    mask = mask.cpu().numpy() if isinstance(mask, Tensor) else mask
-    try:
-        if mask.ndim == 2:
-            return compile_plan(Ranges.from_mask(mask))
-        samples = [Ranges.from_mask(m) for m in mask]
-        return compile_plan(samples[0] if len(set(samples)) == 1 else samples)
-    except ValueError as error:
-        raise Unsupported(f"patch: no plan for an attention_mask of shape {list(mask.shape)}: {error}") from error
-
-
-class Tables(Cache):
-    """Rope tables ``[.., S, D / 2, 2]`` of the frequencies that a model passes, once for each tensor.
-
-    Inference tensors do not tell whether they were written to, so a table of one is made anew for every call.
-    """
-
-    def __init__(self) -> None:
-        self._tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-
-    @eager
-    def of(self, freqs: Tensor, make: Callable[[Tensor], Tensor], key: tuple = ()) -> Tensor:
-        """``make(freqs)`` in float32, contiguous, without a gradient; ``key`` holds what else it depends on."""
-        if freqs.is_inference():
-            return self._make(freqs, make)
-        tables = self._tables.setdefault(freqs, {})
-        version, table = tables.get(key, (None, None))
-        if version != freqs._version:
-            table = self._make(freqs, make)
-            tables[key] = (freqs._version, table)
-        return table
-
-    def _make(self, freqs: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
-        # whatever mode the call is in, a later one may train on the table
-        with torch.inference_mode(False), torch.no_grad():
-            return plain(make(freqs.detach()).float().contiguous())
-
-
-def require_kernel(system: str, q: Tensor) -> None:
-    """There is a fast path for the heads of ``q`` ``[..., D]`` where it lives.
-
-    Raises:
-        Unsupported: the head dim, or the head dim in this dtype on a GPU.
-    """
-    D = q.shape[-1]
-    if D % 8 or not 8 <= D <= MAX_D:
-        raise Unsupported(
-            f"patch: {system} has heads of {D} channels; block_attention takes multiples of 8 up to {MAX_D}"
-        )
-    if q.device.type == "cuda" and not (q.itemsize <= 4 and fits_triton(D, q.itemsize)):
-        raise Unsupported(
-            f"patch: {system} has heads of {D} channels in {q.dtype}, for which there is no GPU kernel; run it in "
-            "bfloat16"
-        )
-
-
-def require_complex(system: str, freqs: Tensor) -> None:
-    """Rope frequencies are complex numbers.
-
-    Raises:
-        Unsupported: they are not.
-    """
-    if not isinstance(freqs, Tensor) or not freqs.is_complex():
-        got = freqs.dtype if isinstance(freqs, Tensor) else type(freqs).__name__
-        raise Unsupported(f"patch: {system}'s rope frequencies must be a complex tensor, got {got}")
-
-
-def attend(system: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = None) -> Tensor:
-    """``block_attention`` ``[B, S, H, D]``, refused as Unsupported where it has no kernel or the plan does not fit."""
-    require_kernel(system, q)
-    if not q.dtype == k.dtype == v.dtype:
-        raise Unsupported(f"patch: {system}'s q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    lengths = (q.shape[1], k.shape[1])
-    if lengths != (plan.length, plan.key_length):
-        raise Unsupported(
-            f"patch: {system} has {lengths[0]} queries and {lengths[1]} keys, but its mask is for {plan.length} and "
-            f"{plan.key_length}"
-        )
-    return block_attention(q, k, v, plan.to(q.device), scale=scale)
-
-
-def norm_rope(
-    system: str, q: Tensor, k: Tensor, norm_q: Foreign, norm_k: Foreign, table: Tensor, **options
-) -> tuple[Tensor, ...]:
-    """``qk_norm_rope`` with the weights of the model's two norms, refused as Unsupported where the op refuses them.
-
-    ``q`` and ``k`` ``[B, S, inner]`` as they leave their projections; returns ``[B, S, H, D]``.
-    """
-    for norm in (norm_q, norm_k):
-        if norm.weight.dtype not in (q.dtype, torch.float32):
-            raise Unsupported(
-                f"patch: {system}'s {type(norm).__name__} must be {q.dtype} like q, or float32, got {norm.weight.dtype}"
-            )
-    if k.dtype != q.dtype:
-        raise Unsupported(f"patch: {system}'s keys must be {q.dtype} like its queries, got {k.dtype}")
-    return qk_norm_rope(q, k, norm_q.weight, norm_k.weight, table, eps=norm_q.eps, **options)
-
-
-@lru_cache(maxsize=256)
-@host_side
-def device_ranges(ranges: tuple[tuple[int, int], ...], batch: int, device: torch.device) -> Tensor:
-    """int32 ``[batch, 1, R, 2]``; a rollout comes back to the same few lists, so this seldom copies anything."""
-    one = torch.tensor(ranges or [(0, 0)], dtype=torch.int32, device=device)
-    return one.expand(batch, 1, -1, 2).contiguous()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import nn
+from collections.abc import Iterator
+from types import ModuleType
+
+from torch import Tensor, nn
 
 from . import cosmos_policy, dreamzero, fast_wam, lingbot_va, openpi
 from ._patching import ON_UNSUPPORTED, Patch, Policy, Replacement, Unsupported, put_back, replaced_in
@@ -28,7 +31,7 @@ def patch(model: nn.Module, on_unsupported: str = "error") -> Patch | None:
             leaves the call, or the model, to its own code.
 
     Returns:
-        The :class:`Patch`, whose text lists what was replaced; None if the model was left alone.
+        The :class:`Patch`, whose ``explain()`` lists what was replaced and what not; None if the model was left alone.
 
     Raises:
         Unsupported: (a ValueError), see ``on_unsupported``.
@@ -54,6 +57,7 @@ def patch(model: nn.Module, on_unsupported: str = "error") -> Patch | None:
         try:
             found = _expected(system, system.find, model)
             if found:
+                done.model = model
                 _expected(system, system.apply, done, found)
                 if not done.replaced:
                     raise Unsupported(f"patch: {system.SYSTEM}'s model must have attentions to replace, but has none")
@@ -71,6 +75,77 @@ def patch(model: nn.Module, on_unsupported: str = "error") -> Patch | None:
     reason = Unsupported(f"patch: model must be one of {names}, got {type(model).__name__}")
     Policy(type(model).__name__, on_unsupported).refuse(reason)
     return None
+
+
+# deep enough for a script's object that holds a policy that holds a model
+_SEARCH_DEPTH = 4
+
+
+def accelerate(holder: object, on_unsupported: str = "error") -> Patch | None:
+    """:func:`patch` on the model that something holds: a trainer, a policy, a server, a pipeline, or the model itself.
+
+    Looks through attributes, and through what lists, tuples and dicts hold, for an ``nn.Module`` that :func:`patch`
+    recognises. A model and its wrapper count once.
+
+    Args:
+        holder: The object of a system's own script: Fast-WAM's trainer, LingBot-VA's server, DreamZero's
+            ``GrootSimPolicy``, what Cosmos Policy's ``get_model``, openpi's ``load_pytorch`` or lerobot's
+            ``make_policy`` returns.
+        on_unsupported: As for :func:`patch`.
+
+    Returns:
+        As :func:`patch`; its ``model`` is what :func:`unpatch` takes.
+
+    Raises:
+        Unsupported: no such model, with what was searched, or two models that are not parts of each other.
+    """
+    if isinstance(holder, nn.Module):
+        return patch(holder, on_unsupported)
+    if isinstance(holder, type) or holder is None or isinstance(holder, str | int | float):
+        raise TypeError(f"accelerate: holder must be an object that holds a model, got {holder!r}; pass the object")
+    modules = dict(_modules_in(holder))
+    recognised: dict[str, set[int]] = {}
+    for path, module in modules.items():
+        parts = {id(m) for system in SYSTEMS for m in _expected(system, system.find, module)}
+        if parts and not any(parts <= others for others in recognised.values()):
+            recognised = {p: others for p, others in recognised.items() if not others <= parts} | {path: parts}
+    if len(recognised) == 1:
+        return patch(modules[next(iter(recognised))], on_unsupported)
+    kind = type(holder).__name__
+    if recognised:
+        reason = Unsupported(f"accelerate: {kind} must hold one model, got {', '.join(recognised)}; give one to patch")
+    else:
+        searched = ", ".join(f"{path} ({type(m).__name__})" for path, m in modules.items()) or "nothing"
+        systems = ", ".join(system.SYSTEM for system in SYSTEMS)
+        reason = Unsupported(f"accelerate: {kind} must hold a model of {systems}; searched {searched}")
+    Policy(kind, on_unsupported).refuse(reason)
+    return None
+
+
+def _modules_in(holder: object) -> Iterator[tuple[str, nn.Module]]:
+    """``(path, module)`` of the outermost modules that an object holds, nearest first."""
+    seen, level = {id(holder)}, [("", holder)]
+    for _ in range(_SEARCH_DEPTH):
+        below: list[tuple[str, object]] = []
+        for path, value in level:
+            for name, part in _parts(value):
+                if id(part) in seen:
+                    continue
+                seen.add(id(part))
+                if isinstance(part, nn.Module):
+                    yield path + name, part
+                elif not isinstance(part, type | ModuleType | Tensor | str | bytes | int | float | None):
+                    below.append((path + name, part))
+        level = below
+
+
+def _parts(value: object) -> Iterator[tuple[str, object]]:
+    if isinstance(value, dict):
+        yield from ((f"[{key!r}]", part) for key, part in value.items())
+    elif isinstance(value, list | tuple):
+        yield from ((f"[{i}]", part) for i, part in enumerate(value))
+    elif hasattr(value, "__dict__"):
+        yield from ((f".{name}", part) for name, part in vars(value).items())
 
 
 def _require_module(op: str, model: object) -> None:

@@ -10,18 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._patching import (
-    Foreign,
-    Patch,
-    Tables,
-    Unsupported,
-    norm_rope,
-    of_class,
-    require_class,
-    require_kernel,
-    require_norms,
-    require_parts,
-)
+from ._kernels import Tables, norm_rope, require_kernel
+from ._patching import Foreign, Patch, Unsupported, of_class, require_class, require_norms, require_parts
 
 SYSTEM = "Cosmos Policy"
 _PARTS = ("is_selfattn", "q_proj", "k_proj", "v_proj", "output_proj", "q_norm", "k_norm", "compute_qkv", "attn_op")
@@ -43,6 +33,8 @@ def apply(patch: Patch, attentions: list[Foreign]) -> None:
         if layout != "bshd":
             raise Unsupported(f"patch: {SYSTEM}'s attention must have qkv_format='bshd', got {layout!r}")
         patch.method(attn, "compute_qkv", _compute_qkv, tables)
+        if isinstance(attn.attn_op, nn.Module):
+            patch.keep(attn.attn_op, "attends to the whole sequence: nothing to skip")
 
 
 def _compute_qkv(
@@ -65,7 +57,7 @@ class _RotateHalf(Tables):
     """Tables of rotate-half angles. The model builds its angles anew in every forward, always by the same code.
 
     So whether the second half of the channels repeats the first is looked at once for each shape on a device, where
-    looking stops it; on the CPU it costs nothing and is looked at always.
+    looking stops it; on the CPU it costs nothing and is looked at always. A compiled graph asserts it on the device.
     """
 
     def __init__(self) -> None:
@@ -75,6 +67,9 @@ class _RotateHalf(Tables):
     def table(self, angles: Tensor) -> Tensor:
         """Angles ``[S, 1, 1, D]`` to ``[S, D / 2, 2]``."""
         first, second = angles.flatten(1).double().chunk(2, -1)
+        if torch.compiler.is_compiling():
+            torch._assert_async((first == second).all(), f"patch: {SYSTEM}'s rope_emb must repeat its first half")
+            return torch.stack((first.cos(), first.sin()), -1)
         shape = angles.shape, angles.device
         if shape not in self._checked:
             if not torch.equal(first, second):

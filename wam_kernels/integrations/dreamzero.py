@@ -17,22 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..masks.systems import dreamzero_train
-from ..plan import Plan, compile_plan
-from ..runtime.host import eager
-from ._patching import (
-    Foreign,
-    Patch,
-    Tables,
-    Unsupported,
-    attend,
-    norm_rope,
-    of_class,
-    require_class,
-    require_complex,
-    require_kernel,
-    require_norms,
-    require_parts,
-)
+from ._kernels import Tables, attend_under_program, norm_rope, require_complex, require_kernel
+from ._patching import Foreign, Patch, Unsupported, of_class, require_class, require_norms, require_parts
 
 SYSTEM = "DreamZero"
 
@@ -58,6 +44,7 @@ def apply(patch: Patch, attentions: list[Foreign]) -> None:
             raise Unsupported(f"patch: {SYSTEM}'s attention must have qk_norm=True, got {attn.qk_norm}")
         require_norms(SYSTEM, attn.norm_q, attn.norm_k, attn.num_heads * attn.head_dim)
         patch.method(attn, "forward", _forward, tables)
+        patch.keep(attn.attn, "in cached inference, attends to all of the cache: nothing to skip")
 
 
 def _forward(
@@ -81,9 +68,8 @@ def _forward(
 _Freqs = tuple[Tensor, Tensor, Tensor]  # video, action, state: complex [n, 1, D / 2]; the last two hold spare positions
 
 
-@eager  # made of NumPy, which a compiled model must not trace
-def _plan(attn: Foreign, tokens: int, registers: int, device: torch.device) -> Plan:
-    """The plan of ``dreamzero_train`` at the sizes of this call.
+def _sizes(attn: Foreign, tokens: int, registers: int) -> dict[str, int]:
+    """Of ``dreamzero_train`` in this call.
 
     Raises:
         Unsupported: sizes that are no whole number of frames and blocks, or an unlimited window.
@@ -102,15 +88,18 @@ def _plan(attn: Foreign, tokens: int, registers: int, device: torch.device) -> P
             f"{attn.frame_seqlen} tokens and {each} registers for each block, got {tokens} tokens and {registers} "
             "registers"
         )
-    program = dreamzero_train(
-        video_frames=video, video_tokens=attn.frame_seqlen, frames_per_block=attn.num_frame_per_block,
-        action_tokens=attn.num_action_per_block, state_tokens=attn.num_state_per_block, window=attn.local_attn_size,
-    )  # fmt: skip
-    return compile_plan(program, device=device)
+    return {
+        "video_frames": video,
+        "video_tokens": attn.frame_seqlen,
+        "frames_per_block": attn.num_frame_per_block,
+        "action_tokens": attn.num_action_per_block,
+        "state_tokens": attn.num_state_per_block,
+        "window": attn.local_attn_size,
+    }
 
 
 def _train(attn: Foreign, x: Tensor, freqs: _Freqs, registers: int, tables: Tables) -> tuple[Tensor, None]:
-    plan = _plan(attn, x.shape[1], registers, x.device)
+    sizes = _sizes(attn, x.shape[1], registers)
     blocks = registers // (attn.num_action_per_block + attn.num_state_per_block)
 
     def make_table(video: Tensor) -> Tensor:
@@ -121,7 +110,7 @@ def _train(attn: Foreign, x: Tensor, freqs: _Freqs, registers: int, tables: Tabl
     norms, table = (attn.norm_q, attn.norm_k), tables.of(freqs[0], make_table, ("train", blocks))
     q, k = norm_rope(SYSTEM, attn.q(x), attn.k(x), *norms, table, head_dim=attn.head_dim)
     v = attn.v(x).unflatten(2, (attn.num_heads, -1))
-    out = attend(SYSTEM, q, k, v, plan)
+    out = attend_under_program(SYSTEM, q, k, v, dreamzero_train, sizes)
     return attn.o(out.flatten(2)), None
 
 

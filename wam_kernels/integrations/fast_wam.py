@@ -11,21 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ._patching import (
-    Foreign,
-    MaskPlans,
-    Patch,
-    Tables,
-    Unsupported,
-    attend,
-    norm_rope,
-    of_class,
-    require_class,
-    require_complex,
-    require_kernel,
-    require_norms,
-    require_parts,
-)
+from ._kernels import Tables, attend_under_mask, norm_rope, require_complex, require_kernel
+from ._patching import Foreign, Patch, Unsupported, of_class, require_class, require_norms, require_parts
 
 SYSTEM = "Fast-WAM"
 
@@ -36,7 +23,7 @@ def find(model: nn.Module) -> list[nn.Module]:
 
 
 def apply(patch: Patch, mots: list[Foreign]) -> None:
-    masks, tables = MaskPlans(), Tables()
+    tables = Tables()
     for mot in mots:
         if of_class(mot, "MoTLayer"):
             raise Unsupported(f"patch: {SYSTEM} as lerobot ports it (MoT of MoTLayer) is not supported yet")
@@ -53,16 +40,15 @@ def apply(patch: Patch, mots: list[Foreign]) -> None:
                 require_parts(SYSTEM, attn, ("q", "k", "v", "norm_q", "norm_k", "attn_head_dim"))
                 require_kernel(SYSTEM, attn.q.weight.new_empty(attn.attn_head_dim))
                 require_norms(SYSTEM, attn.norm_q, attn.norm_k, mot.num_heads * attn.attn_head_dim)
-        patch.method(mot, "_mixed_attention", _mixed_attention, masks)
+                if hasattr(block, "cross_attn"):
+                    patch.keep(block.cross_attn, "attends to all of a short text: nothing to skip")
+        patch.method(mot, "_mixed_attention", _mixed_attention)
         patch.method(mot, "_build_expert_attention_io", _build_io, tables)
 
 
-def _mixed_attention(
-    masks: MaskPlans, mot: Foreign, q_cat: Tensor, k_cat: Tensor, v_cat: Tensor, attention_mask: Tensor
-) -> Tensor:
+def _mixed_attention(mot: Foreign, q_cat: Tensor, k_cat: Tensor, v_cat: Tensor, attention_mask: Tensor) -> Tensor:
     q, k, v = (t.unflatten(-1, (mot.num_heads, -1)) for t in (q_cat, k_cat, v_cat))
-    plan = masks.plan(attention_mask, q.device)
-    return attend(SYSTEM, q, k, v, plan).flatten(2)
+    return attend_under_mask(SYSTEM, q, k, v, attention_mask).flatten(2)
 
 
 def _build_io(

@@ -1,9 +1,9 @@
 """LingBot-VA: ``WanTransformer3DModel`` with ``WanAttention``, its flex training mask and its slot-pool inference.
 
 Training (``attn_mode="flex"``). ``forward_train`` hands sizes to ``FlexAttnFunc.init_mask``, which compiles a block
-mask of S x S and keeps it on the class. While a patched ``forward_train`` runs, ``init_mask`` is a function that
-compiles the plans of ``lingbot_va_train`` and ``lingbot_va_text`` from the same sizes; each ``FlexAttnFunc`` instance
-of this model reads them. q, k and v keep their dtype (the original rounds float32 to bfloat16 there).
+mask of S x S and keeps it on the class. While a patched ``forward_train`` runs, ``init_mask``
+notes the sizes of ``lingbot_va_train`` and ``lingbot_va_text``; each ``FlexAttnFunc`` instance of this model attends
+under them. q, k and v keep their dtype (the original rounds float32 to bfloat16 there).
 
 Inference. ``WanAttention`` writes the chunk's keys into free slots of a pool, gathers all valid slots, attends, and
 takes the chunk out again; finding slots costs four stops for the device in every layer. Here a mirror on the host keeps
@@ -14,31 +14,28 @@ In both, ``WanAttention.forward`` runs q/k norm and rope in one launch.
 
 from __future__ import annotations
 
+import math
 from typing import Any
-from weakref import WeakKeyDictionary, ref
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..cached_attention import cached_attention
+from ..masks import RuleProgram
 from ..masks.systems import lingbot_va_text, lingbot_va_train
-from ..plan import Plan, compile_plan
 from ..runtime.host import eager
+from ._kernels import Tables, attend_under_program, device_ranges, norm_rope, require_complex, require_kernel
 from ._patching import (
     Cache,
     Foreign,
     Patch,
     Policy,
-    Tables,
+    Replacement,
     Unsupported,
-    attend,
-    device_ranges,
-    norm_rope,
     of_class,
     require_class,
-    require_complex,
-    require_kernel,
     require_norms,
     require_parts,
 )
@@ -61,7 +58,7 @@ def apply(patch: Patch, models: list[Foreign]) -> None:
     tables, mirrors = Tables(), _Mirrors()
     for model in models:
         require_class(SYSTEM, model, "WanTransformer3DModel")
-        plans = _StepPlans()
+        step = _StepPrograms()
         for block in model.blocks:
             require_class(SYSTEM, block.attn1, "WanAttention")
             require_parts(SYSTEM, block.attn1, _PARTS)
@@ -70,12 +67,14 @@ def apply(patch: Patch, models: list[Foreign]) -> None:
             patch.method(block.attn1, "forward", _forward, tables, mirrors)
             for new in (_update_cache, _restore_cache, _clear_pred_cache):
                 patch.method(block.attn1, new.__name__[1:], new, mirrors)
+            if not _is_flex(block.attn2):
+                patch.keep(block.attn2, "attends to all of a short text: nothing to skip")
             for attn in (block.attn1, block.attn2):
                 if _is_flex(attn):
                     require_class(SYSTEM, attn.attn_op, "FlexAttnFunc")
-                    patch.method(attn.attn_op, "forward", _flex_forward, plans)
+                    patch.method(attn.attn_op, "forward", _flex_forward, step)
         if any(_is_flex(block.attn1) for block in model.blocks):
-            patch.method(model, "forward_train", _forward_train, patch.policy, plans)
+            patch.method(model, "forward_train", _forward_train, patch.policy, step, replacement=_TrainingStep)
 
 
 def _is_flex(attn: Foreign) -> bool:
@@ -85,37 +84,82 @@ def _is_flex(attn: Foreign) -> bool:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-class _StepPlans(Cache):
-    """Plans of the training step at work, by ``is_cross``."""
+class _StepPrograms(Cache):
+    """Program and sizes of the training step at work, by ``is_cross``."""
 
     def __init__(self) -> None:
-        self.of: dict[bool, Plan] = {}
+        self.of: dict[bool, tuple[RuleProgram, dict[str, int]]] = {}
 
 
-def _forward_train(policy: Policy, plans: _StepPlans, model: Foreign, input_dict: dict):
-    op = type(model.blocks[0].attn1.attn_op)
-    flex: Any = next(cls for cls in op.__mro__ if "init_mask" in vars(cls))
-    original = vars(flex)["init_mask"]
+class _InitMask:
+    """``FlexAttnFunc.init_mask`` while the process has patched models: the model names the class, not an instance.
 
-    def init_mask(latent_shape, action_shape, padded_length, chunk_size, window_size, patch_size, device):
+    It is the class's own unless a patched model is in its training step.
+    """
+
+    def __init__(self, own: staticmethod) -> None:
+        self.own = own
+        self.models: WeakSet[nn.Module] = WeakSet()
+        self.step: tuple[Policy, _StepPrograms] | None = None
+
+    def __call__(self, latent_shape, action_shape, padded_length, chunk_size, window_size, patch_size, device):
         sizes = (latent_shape, action_shape, padded_length, chunk_size, window_size, patch_size, device)
-        plans.of.clear()
+        if self.step is None:
+            return self.own.__func__(*sizes)
+        policy, programs = self.step
+        programs.of.clear()
         try:
-            plans.of.update(_plans(*sizes))
+            programs.of.update(_programs(*sizes))
         except Unsupported as reason:
             policy.refuse(reason)
-            original.__get__(None, flex)(*sizes)
+            return self.own.__func__(*sizes)
+        return None
 
-    # the model names the class, not the instance, so for the length of this call the class has another builder
-    flex.init_mask = staticmethod(init_mask)
+
+class _TrainingStep(Replacement):
+    """Stands for ``forward_train``, and keeps an :class:`_InitMask` on the class for as long as a model needs it."""
+
+    def __init__(self, *args) -> None:
+        super().__init__(*args)
+        self.flex = _flex_class(self.owner)
+        self._install()
+
+    def _install(self) -> None:
+        if not isinstance(_init_mask_of(self.flex), _InitMask):
+            self.flex.init_mask = staticmethod(_InitMask(vars(self.flex)["init_mask"]))
+        _init_mask_of(self.flex).models.add(self.owner)
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self._install()
+
+    def removed(self) -> None:
+        shared = _init_mask_of(self.flex)
+        if isinstance(shared, _InitMask):
+            shared.models.discard(self.owner)
+            if not shared.models:
+                self.flex.init_mask = shared.own
+
+
+def _flex_class(model: Foreign) -> Any:
+    """The class whose ``init_mask`` the model calls; FSDP2 may have derived that of its instances."""
+    return next(cls for cls in type(model.blocks[0].attn1.attn_op).__mro__ if "init_mask" in vars(cls))
+
+
+def _init_mask_of(flex: Any) -> Any:
+    return vars(flex)["init_mask"].__func__
+
+
+def _forward_train(policy: Policy, programs: _StepPrograms, model: Foreign, input_dict: dict):
+    shared = _flex_class(model).init_mask
+    shared.step = (policy, programs)
     try:
         return type(model).forward_train(model, input_dict)
     finally:
-        flex.init_mask = original
+        shared.step = None
 
 
-@eager  # made of NumPy, which a compiled model must not trace
-def _plans(latent_shape, action_shape, padding: int, chunk_size: int, window: int, patch_size, device) -> dict:
+def _programs(latent_shape, action_shape, padding: int, chunk_size: int, window: int, patch_size, device) -> dict:
     samples, _, frames, rows, columns = latent_shape
     _, _, action_frames, *slots = action_shape
     if patch_size[0] != 1:
@@ -123,26 +167,25 @@ def _plans(latent_shape, action_shape, padding: int, chunk_size: int, window: in
             f"patch: {SYSTEM}'s patch_size must be 1 frame, as in its mask's frame ids, got {patch_size[0]}"
         )
     video_tokens = (rows // patch_size[1]) * (columns // patch_size[2])
-    action_tokens = int(np.prod(slots))
-    train = lingbot_va_train(
-        samples=samples, video_frames=frames, video_tokens=video_tokens, action_frames=action_frames,
-        action_tokens=action_tokens, chunk_size=int(chunk_size), window=int(window), padding=int(padding),
-    )  # fmt: skip
-    text = lingbot_va_text(
-        samples=samples, video=frames * video_tokens, actions=action_frames * action_tokens,
-        text_tokens=TEXT_TOKENS, padding=int(padding),
-    )  # fmt: skip
-    return {False: compile_plan(train, device=device), True: compile_plan(text, device=device)}
+    action_tokens = math.prod(slots)
+    train = {
+        "samples": samples, "video_frames": frames, "video_tokens": video_tokens, "action_frames": action_frames,
+        "action_tokens": action_tokens, "chunk_size": int(chunk_size), "window": int(window), "padding": int(padding),
+    }  # fmt: skip
+    text = {
+        "samples": samples, "video": frames * video_tokens, "actions": action_frames * action_tokens,
+        "text_tokens": TEXT_TOKENS, "padding": int(padding),
+    }  # fmt: skip
+    return {False: (lingbot_va_train, train), True: (lingbot_va_text, text)}
 
 
 def _flex_forward(
-    plans: _StepPlans, op: Foreign, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype = torch.bfloat16
+    step: _StepPrograms, op: Foreign, query: Tensor, key: Tensor, value: Tensor, dtype: torch.dtype = torch.bfloat16
 ) -> Tensor:
-    plan = plans.of.get(op.is_cross)
-    if plan is None:
-        raise Unsupported(f"patch: {SYSTEM}'s flex attention has no plan; only a patched forward_train makes one")
+    if op.is_cross not in step.of:
+        raise Unsupported(f"patch: {SYSTEM}'s flex attention has no program; only a patched forward_train gives one")
     query, key = query.to(value.dtype), key.to(value.dtype)
-    return attend(SYSTEM, query[:1], key[:1], value[:1], plan)
+    return attend_under_program(SYSTEM, query[:1], key[:1], value[:1], *step.of[op.is_cross])
 
 
 # --- WanAttention -----------------------------------------------------------------------------------------------------

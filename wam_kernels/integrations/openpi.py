@@ -15,17 +15,8 @@ import sys
 
 from torch import Tensor, nn
 
-from ._patching import (
-    Foreign,
-    MaskPlans,
-    Patch,
-    Unsupported,
-    attend,
-    of_class,
-    require_class,
-    require_kernel,
-    require_parts,
-)
+from ._kernels import attend_under_mask, require_kernel
+from ._patching import Foreign, Patch, Unsupported, of_class, require_class, require_parts
 
 SYSTEM = "openpi"
 _FUNCTION = "eager_attention_forward"
@@ -37,7 +28,6 @@ def find(model: nn.Module) -> list[nn.Module]:
 
 
 def apply(patch: Patch, pairs: list[Foreign]) -> None:
-    masks = MaskPlans()
     for pair in pairs:
         require_class(SYSTEM, pair, "PaliGemmaWithExpertModel")
         whole = (
@@ -48,7 +38,7 @@ def apply(patch: Patch, pairs: list[Foreign]) -> None:
                 attn = layer.self_attn
                 require_parts(SYSTEM, attn, ("q_proj", "head_dim"))
                 require_kernel(SYSTEM, attn.q_proj.weight.new_empty(attn.head_dim))
-                patch.function(_module_of(attn), _FUNCTION, attn, _attention, masks)
+                patch.function(_module_of(attn), _FUNCTION, attn, _attention)
 
 
 def _module_of(attn: Foreign) -> str:
@@ -64,13 +54,10 @@ def _module_of(attn: Foreign) -> str:
 
 
 def _attention(
-    masks: MaskPlans, module: Foreign, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    module: Foreign, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
     scaling: float, dropout: float = 0.0, **kwargs,
 ) -> tuple[Tensor, None]:  # fmt: skip
     if dropout and module.training:
         raise Unsupported(f"patch: {SYSTEM}'s attention must have no dropout, got {dropout}")
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
-    plan = masks.plan_of_bias(attention_mask, q.device)
-    if plan.batch not in (1, q.shape[0]):
-        raise Unsupported(f"patch: {SYSTEM}'s mask must have {q.shape[0]} samples like its tokens, got {plan.batch}")
-    return attend(SYSTEM, q, k, v, plan, scale=scaling), None
+    return attend_under_mask(SYSTEM, q, k, v, attention_mask, scale=scaling), None

@@ -1,0 +1,394 @@
+"""What integrations call of this library: attention under a mask or a program, norm and rope, each refused by name.
+
+A model hands over its mask, or the sizes that it follows from, in every call. Eager calls find the plan first. Under
+``torch.compile`` the plan is not to be found yet, so the call becomes one registered op (``wam::mask_attention``,
+``wam::program_attention``) that finds it where it runs: the graph stays whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..block_attention import block_attention
+from ..block_attention.config import MAX_D, fits_triton
+from ..block_attention.op import chosen_backend, registered_arguments
+from ..masks import RULE_PROGRAMS, RuleProgram
+from ..masks.ranges import Ranges
+from ..plan import Plan, compile_plan
+from ..qk_norm_rope import qk_norm_rope
+from ..runtime import autograd
+from ..runtime.host import host_side, plain
+from ._patching import Cache, Foreign, Unsupported
+
+# ---- plans of masks ----
+
+
+class MaskPlans(Cache):
+    """Plans of dense masks ``[Sq, Sk]``, or ``[B, Sq, Sk]``, that a model builds at run time.
+
+    A mask is converted to the ranges that it spells out, so the plan is equal to it, not alike. That takes a copy to
+    the host, done once for each mask tensor: the same tensor, or the same view of it, is recognised as long as nobody
+    writes to it. A copy of an equal mask finds its plan by the mask's digest, so no mask is kept. Inference tensors do
+    not tell whether they were written to, so each of their calls goes by the digest.
+    """
+
+    KEPT = 32  # plans remembered; a model has a handful of masks
+
+    def __init__(self) -> None:
+        self._by_tensor: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._by_digest: OrderedDict[tuple, Plan] = OrderedDict()
+
+    def __len__(self) -> int:
+        """Plans that are remembered by digest."""
+        return len(self._by_digest)
+
+    def of(self, mask: Tensor, device: torch.device) -> Plan:
+        """The plan, on ``device``, of a boolean mask ``[Sq, Sk]`` or of an additive one ``[B, 1, Sq, Sk]``: 0 is
+        visible, -1e30 and less is not.
+
+        Raises:
+            Unsupported: another value in an additive mask (a bias, which a plan cannot express), or a mask that needs
+                more key columns than a plan has.
+        """
+        if mask.is_inference():
+            return self._find(mask).to(device)
+        plans, key = self._views_of(mask)
+        version, plan = plans.get(key, (None, None))
+        if version != mask._version:
+            plan = self._find(mask)
+            plans[key] = (mask._version, plan)
+        return plan.to(device)
+
+    def remember(self, mask: Tensor, plan: Plan) -> None:
+        """``plan`` is that of ``mask`` until somebody writes to it: for who knows it without reading the mask."""
+        if not mask.is_inference():
+            plans, key = self._views_of(mask)
+            plans[key] = (mask._version, plan)
+
+    def _views_of(self, mask: Tensor) -> tuple[dict, tuple]:
+        """What is remembered of a mask's base, whose views share its version; and the key of this view."""
+        base = mask._base if mask._is_view() else mask
+        return self._by_tensor.setdefault(base, {}), (mask.shape, mask.stride(), mask.storage_offset())
+
+    def _find(self, mask: Tensor) -> Plan:
+        """By the mask's digest. Its values are read once where its rows are a staircase, else twice."""
+        visible, clear = mask, torch.ones((), dtype=torch.bool, device=mask.device)
+        if mask.is_floating_point():
+            visible = (mask == 0)[:, 0]
+            clear = (visible | (mask <= -1e30)[:, 0]).all()
+        by_sample = visible.reshape(-1, *visible.shape[-2:])
+        keys, counts, staircase = _staircase(by_sample)
+        flags = torch.stack((clear, staircase)).to(torch.int32)
+        host = torch.cat((flags, keys.to(torch.int32).flatten(), counts.flatten())).cpu().numpy()
+        if not host[0]:
+            raise Unsupported("patch: attention_mask must hold 0 and at most -1e30, but it is a bias of other values")
+        if host[1]:
+            digested = host
+        else:
+            host_mask = by_sample.cpu().numpy()
+            digested = np.packbits(host_mask)
+        key = visible.shape, bool(host[1]), hashlib.sha256(digested.data).digest()
+        plan = self._by_digest.pop(key, None)
+        if plan is None:
+            n = keys.numel()
+            vectors = host[2 : 2 + n].reshape(keys.shape) > 0, host[2 + n :].reshape(counts.shape)
+            samples = zip(*vectors, strict=True) if host[1] else host_mask
+            make = _staircase_ranges if host[1] else Ranges.from_mask
+            plan = _plan_of([make(sample) for sample in samples], visible.shape)
+        self._by_digest[key] = plan
+        while len(self._by_digest) > self.KEPT:
+            self._by_digest.popitem(last=False)
+        return plan
+
+
+def _staircase(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Two vectors that spell out bool ``[B, Sq, Sk]`` where every row attends to the first keys of the sample's.
+
+    Masks of padding and blocks, each of which attends to those before it, are of this kind, and as vectors they take
+    S numbers a sample to the host instead of S x S.
+
+    Returns:
+        keys bool ``[B, Sk]``, that any row attends to; counts int32 ``[B, Sq]``, to how many of them each row attends;
+        whether the two give the mask.
+    """
+    keys, counts = mask.any(1), mask.sum(-1, dtype=torch.int32)
+    rank = keys.cumsum(-1, dtype=torch.int32)
+    again = keys[:, None] & (rank[:, None] <= counts[..., None])
+    return keys, counts, (again == mask).all()
+
+
+def _staircase_ranges(vectors: tuple[np.ndarray, np.ndarray]) -> Ranges:
+    """``Ranges.from_mask`` of what the two vectors of one sample spell out."""
+    keys, counts = vectors
+    edge = np.flatnonzero(np.diff(keys.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
+    before = np.concatenate([[0], np.cumsum(edge[:, 1] - edge[:, 0])])  # keys before each run of them
+    rows = np.concatenate([[0], np.flatnonzero(np.diff(counts)) + 1, [counts.size]])
+    queries, attended = [], []
+    for begin, end in zip(rows[:-1], rows[1:], strict=True):
+        for (first, last), so_far in zip(edge, before[:-1], strict=True):
+            if counts[begin] > so_far:
+                queries.append((begin, end))
+                attended.append((first, min(last, first + counts[begin] - so_far)))
+    pairs = [np.array(x, np.int64).reshape(-1, 2) for x in (queries, attended)]
+    return Ranges(*pairs, counts.size, keys.size)
+
+
+PLANS = MaskPlans()
+
+
+def _plan_of(samples: list[Ranges], shape: Sequence[int]) -> Plan:
+    try:
+        return compile_plan(samples[0] if len(set(samples)) == 1 else samples)
+    except ValueError as error:
+        raise Unsupported(f"patch: no plan for an attention_mask of shape {list(shape)}: {error}") from error
+
+
+def require_mask(mask: Any) -> None:
+    """It is a mask that a plan can be made of, as far as its dtype and shape tell.
+
+    Raises:
+        Unsupported: neither a boolean ``[Sq, Sk]`` nor an additive ``[B, 1, Sq, Sk]``.
+    """
+    if isinstance(mask, Tensor):
+        if mask.dtype == torch.bool and mask.ndim == 2:
+            return
+        if mask.is_floating_point() and mask.ndim == 4 and mask.shape[1] == 1:
+            return
+    got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
+    raise Unsupported(f"patch: attention_mask must be torch.bool [Sq, Sk] or additive [B, 1, Sq, Sk], got {got}")
+
+
+# ---- attention ----
+
+# Up to so many pairs of a query and a key a dense call is no slower: the mask is not read, no plan is looked for, and
+# PyTorch's fused kernel takes the mask as it is. On a CPU 326 x 326 pairs of Fast-WAM took as long dense as by a plan.
+DENSE_PAIRS = 2**18
+
+
+def attend(system: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = None) -> Tensor:
+    """``block_attention`` ``[B, S, H, D]``, refused as Unsupported where it has no kernel or the plan does not fit."""
+    _require_qkv(system, q, k, v)
+    _require_lengths(system, q, k, plan.length, plan.key_length)
+    if plan.batch not in (1, q.shape[0]):
+        raise Unsupported(f"patch: {system}'s mask must have {q.shape[0]} samples like its tokens, got {plan.batch}")
+    return block_attention(q, k, v, plan.to(q.device), scale=scale)
+
+
+def attend_under_mask(system: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+    """Attention ``[B, S, H, D]`` under a mask that the model passes, bool ``[Sq, Sk]`` or additive ``[B, 1, Sq, Sk]``.
+
+    Raises:
+        Unsupported: no kernel, a mask of another kind or size, or one that no plan can express. Under
+            ``torch.compile`` what only the mask's values tell is raised where the compiled model runs.
+    """
+    _require_qkv(system, q, k, v)
+    require_mask(mask)
+    _require_lengths(system, q, k, mask.shape[-2], mask.shape[-1])
+    compiling = torch.compiler.is_compiling()
+    # a compiled rollout may be one CUDA graph, in which no mask can be read
+    if q.shape[1] * k.shape[1] <= DENSE_PAIRS or compiling and not torch.is_grad_enabled():
+        return _dense(q, k, v, mask, scale)
+    if compiling:
+        return torch.ops.wam.mask_attention(q, k, v, mask, _scale(q, scale))[0]
+    return attend(system, q, k, v, PLANS.of(mask, q.device), scale)
+
+
+def attend_under_program(
+    system: str, q: Tensor, k: Tensor, v: Tensor, program: RuleProgram, sizes: Mapping[str, int]
+) -> Tensor:
+    """Attention ``[B, S, H, D]`` under a registered program of these sizes, all of them ints.
+
+    Raises:
+        Unsupported: no kernel, or tokens of another number than the program's.
+    """
+    _require_qkv(system, q, k, v)
+    call = program.name, ",".join(sizes), list(sizes.values())
+    if torch.compiler.is_compiling():
+        return torch.ops.wam.program_attention(q, k, v, *call, _scale(q, None))[0]
+    return attend(system, q, k, v, plan_of_program(*call, q.device))
+
+
+def plan_of_program(name: str, names: str, sizes: Sequence[int], device: torch.device) -> Plan:
+    """The plan of a registered program; ``names`` are those of its sizes, with commas between."""
+    sample = RULE_PROGRAMS[name](**dict(zip(names.split(","), sizes, strict=True)))
+    return compile_plan(sample, device=device)
+
+
+def _scale(q: Tensor, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
+    mask = mask.to(q.device) if mask.dtype == torch.bool else mask.to(q.device, q.dtype)
+    heads_first = (t.transpose(1, 2) for t in (q, k, v))
+    grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
+    return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale, **grouped).transpose(1, 2)
+
+
+def _require_qkv(system: str, q: Tensor, k: Tensor, v: Tensor) -> None:
+    require_kernel(system, q)
+    if not q.dtype == k.dtype == v.dtype:
+        raise Unsupported(f"patch: {system}'s q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
+
+
+def _require_lengths(system: str, q: Tensor, k: Tensor, queries: int, keys: int) -> None:
+    if q.shape[1] != queries or k.shape[1] != keys:
+        raise Unsupported(
+            f"patch: {system} has {q.shape[1]} queries and {k.shape[1]} keys, but its mask is for {queries} and {keys}"
+        )
+
+
+def _register(name: str, given: str, count: int, plan_of: Callable[..., Plan]) -> None:
+    """Defines ``name`` and ``name_backward``, ``block_attention`` under the plan that ``plan_of(*given, device)`` finds
+    at run time.
+
+    Args:
+        name: ``"wam::op"``.
+        given: What the plan is made of, as arguments in a schema.
+        count: How many.
+        plan_of: Also takes the device.
+    """
+    results = {name: "(Tensor, Tensor)", f"{name}_backward": "(Tensor, Tensor, Tensor)"}
+    before = {name: "", f"{name}_backward": "Tensor dout, Tensor dlse, "}
+    after = {name: "", f"{name}_backward": ", Tensor out, Tensor lse"}
+    # a mask is read on the host, which no CUDA graph can hold
+    tags = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+    for op, result in results.items():
+        inputs = f"{before[op]}Tensor q, Tensor k, Tensor v{after[op]}, {given}, float scale"
+        torch.library.define(op, f"({inputs}) -> {result}", tags=tags)
+
+    def forward(q, k, v, *args):
+        *source, scale = args
+        plan = plan_of(*source, q.device)
+        return torch.ops.wam.block_attention(q, k, v, *registered_arguments(plan, scale, chosen_backend(q)))
+
+    def backward(dout, dlse, q, k, v, out, lse, *args):
+        *source, scale = args
+        plan = plan_of(*source, q.device)
+        arguments = registered_arguments(plan, scale, chosen_backend(q))
+        return torch.ops.wam.block_attention_backward(dout, dlse, q, k, v, out, lse, *arguments)
+
+    def forward_fake(q, k, v, *args):
+        B, S, H, _ = q.shape
+        return q.new_empty(q.shape), q.new_empty((B, H, S), dtype=torch.promote_types(q.dtype, torch.float32))
+
+    def backward_fake(dout, dlse, q, k, v, *args):
+        return tuple(t.new_empty(t.shape) for t in (q, k, v))
+
+    for op, kernel, fake in ((name, forward, forward_fake), (f"{name}_backward", backward, backward_fake)):
+        torch.library.impl(op, ["CPU", "CUDA"], kernel)
+        torch.library.register_fake(op, fake)
+
+    def save(ctx, inputs, output) -> None:
+        *tensors, scale = inputs
+        ctx.source = [None if isinstance(t, Tensor) else t for t in tensors[3:]], scale
+        ctx.save_for_backward(*tensors[:3], *output, *(t for t in tensors[3:] if isinstance(t, Tensor)))
+
+    def gradients(ctx, dout, dlse):
+        source, scale = ctx.source
+        *tensors, kept = *ctx.saved_tensors[:5], iter(ctx.saved_tensors[5:])
+        source = [next(kept) if value is None else value for value in source]
+        grads = getattr(torch.ops.wam, f"{name.removeprefix('wam::')}_backward")
+        return (*grads(dout, dlse, *tensors, *source, scale), *(None for _ in range(count + 1)))
+
+    autograd.register("patch", name, save, gradients, lambda inputs, mapped: (), lambda inputs, mapped: ())
+
+
+_register("wam::mask_attention", "Tensor mask", 1, lambda mask, device: PLANS.of(mask, device))
+_register("wam::program_attention", "str program, str names, int[] sizes", 3, plan_of_program)
+
+
+def require_kernel(system: str, q: Tensor) -> None:
+    """There is a fast path for the heads of ``q`` ``[..., D]`` where it lives.
+
+    Raises:
+        Unsupported: the head dim, or the head dim in this dtype on a GPU.
+    """
+    D = q.shape[-1]
+    if D % 8 or not 8 <= D <= MAX_D:
+        raise Unsupported(
+            f"patch: {system} has heads of {D} channels; block_attention takes multiples of 8 up to {MAX_D}"
+        )
+    if q.device.type == "cuda" and not (q.itemsize <= 4 and fits_triton(D, q.itemsize)):
+        raise Unsupported(
+            f"patch: {system} has heads of {D} channels in {q.dtype}, for which there is no GPU kernel; run it in "
+            "bfloat16"
+        )
+
+
+# ---- norm and rope ----
+
+
+class Tables(Cache):
+    """Rope tables ``[.., S, D / 2, 2]`` of the frequencies that a model passes, once for each tensor.
+
+    Inference tensors do not tell whether they were written to, so a table of one is made anew for every call. Under
+    ``torch.compile`` tables are computed in the graph.
+    """
+
+    def __init__(self) -> None:
+        self._tables: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+    def of(self, freqs: Tensor, make: Callable[[Tensor], Tensor], key: tuple = ()) -> Tensor:
+        """``make(freqs)`` in float32, contiguous, without a gradient; ``key`` holds what else it depends on."""
+        if torch.compiler.is_compiling():
+            return make(freqs.detach()).float().contiguous()
+        if freqs.is_inference():
+            return self._make(freqs, make)
+        tables = self._tables.setdefault(freqs, {})
+        version, table = tables.get(key, (None, None))
+        if version != freqs._version:
+            table = self._make(freqs, make)
+            tables[key] = (freqs._version, table)
+        return table
+
+    def _make(self, freqs: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+        # whatever mode the call is in, a later one may train on the table
+        with torch.inference_mode(False), torch.no_grad():
+            return plain(make(freqs.detach()).float().contiguous())
+
+
+def require_complex(system: str, freqs: Tensor) -> None:
+    """Rope frequencies are complex numbers.
+
+    Raises:
+        Unsupported: they are not.
+    """
+    if not isinstance(freqs, Tensor) or not freqs.is_complex():
+        got = freqs.dtype if isinstance(freqs, Tensor) else type(freqs).__name__
+        raise Unsupported(f"patch: {system}'s rope frequencies must be a complex tensor, got {got}")
+
+
+def norm_rope(
+    system: str, q: Tensor, k: Tensor, norm_q: Foreign, norm_k: Foreign, table: Tensor, **options
+) -> tuple[Tensor, ...]:
+    """``qk_norm_rope`` with the weights of the model's two norms, refused as Unsupported where the op refuses them.
+
+    ``q`` and ``k`` ``[B, S, inner]`` as they leave their projections; returns ``[B, S, H, D]``.
+    """
+    for norm in (norm_q, norm_k):
+        if norm.weight.dtype not in (q.dtype, torch.float32):
+            raise Unsupported(
+                f"patch: {system}'s {type(norm).__name__} must be {q.dtype} like q, or float32, got {norm.weight.dtype}"
+            )
+    if k.dtype != q.dtype:
+        raise Unsupported(f"patch: {system}'s keys must be {q.dtype} like its queries, got {k.dtype}")
+    return qk_norm_rope(q, k, norm_q.weight, norm_k.weight, table, eps=norm_q.eps, **options)
+
+
+@lru_cache(maxsize=256)
+@host_side
+def device_ranges(ranges: tuple[tuple[int, int], ...], batch: int, device: torch.device) -> Tensor:
+    """int32 ``[batch, 1, R, 2]``; a rollout comes back to the same few lists, so this seldom copies anything."""
+    one = torch.tensor(ranges or [(0, 0)], dtype=torch.int32, device=device)
+    return one.expand(batch, 1, -1, 2).contiguous()
