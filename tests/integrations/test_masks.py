@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from wam_kernels.integrations._kernels import MaskPlans, _staircase, _staircase_ranges
+from wam_kernels.integrations._kernels import MaskPlans, staircase_ranges, staircase_vectors
 from wam_kernels.masks.ranges import Ranges
 
 CPU = torch.device("cpu")
@@ -25,10 +25,10 @@ def prompts(samples: int, tokens: int, blocks: tuple[int, ...], seed: int = 0) -
 @pytest.mark.parametrize("queries", [slice(None), slice(9, None)])
 def test_vectors_spell_out_a_staircase(blocks, queries):
     mask = prompts(3, 14, blocks)[:, queries]
-    keys, counts, staircase = _staircase(mask)
+    keys, counts, staircase = staircase_vectors(mask)
     assert staircase
     for sample, vectors in zip(mask.numpy(), zip(keys.numpy(), counts.numpy(), strict=True), strict=True):
-        ranges = _staircase_ranges(vectors)
+        ranges = staircase_ranges(vectors)
         assert ranges == Ranges.from_mask(sample) and np.array_equal(ranges.dense_mask(), sample)
 
 
@@ -36,10 +36,10 @@ def test_what_is_no_staircase_is_read_whole():
     g = torch.Generator().manual_seed(0)
     for _ in range(20):
         mask = torch.rand(2, 7, 9, generator=g) < 0.5
-        stair = [bool(_staircase(m[None])[2]) for m in mask]
+        stair = [bool(staircase_vectors(m[None])[2]) for m in mask]
         again = [
-            np.array_equal(_staircase_ranges((k.numpy(), c.numpy())).dense_mask(), m.numpy())
-            for m, k, c in zip(mask, *_staircase(mask)[:2], strict=True)
+            np.array_equal(staircase_ranges((k.numpy(), c.numpy())).dense_mask(), m.numpy())
+            for m, k, c in zip(mask, *staircase_vectors(mask)[:2], strict=True)
         ]
         assert stair == again
         bias = torch.where(mask[:, None], 0.0, -2e38)

@@ -73,8 +73,10 @@ def test_prefix_cache_and_action_steps(states):
 def test_a_mask_for_every_prompt(monkeypatch):
     """Prompts have lengths, so masks differ from step to step: each is read once, and none is kept."""
     monkeypatch.setattr(_kernels, "PLANS", MaskPlans())
-    converted, make = [], _kernels._plan_of
-    monkeypatch.setattr(_kernels, "_plan_of", lambda samples, shape: converted.append(shape) or make(samples, shape))
+    converted, make = [], _kernels.plan_of_ranges
+    monkeypatch.setattr(
+        _kernels, "plan_of_ranges", lambda samples, shape: converted.append(shape) or make(samples, shape)
+    )
     gemmas, kept = model(), []
     masks = [visible(1).clone() for _ in range(3)]
     for length, mask in enumerate(masks):

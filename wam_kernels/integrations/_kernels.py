@@ -87,7 +87,7 @@ class MaskPlans(Cache):
             visible = (mask == 0)[:, 0]
             clear = (visible | (mask <= -1e30)[:, 0]).all()
         by_sample = visible.reshape(-1, *visible.shape[-2:])
-        keys, counts, staircase = _staircase(by_sample)
+        keys, counts, staircase = staircase_vectors(by_sample)
         flags = torch.stack((clear, staircase)).to(torch.int32)
         host = torch.cat((flags, keys.to(torch.int32).flatten(), counts.flatten())).cpu().numpy()
         if not host[0]:
@@ -103,15 +103,15 @@ class MaskPlans(Cache):
             n = keys.numel()
             vectors = host[2 : 2 + n].reshape(keys.shape) > 0, host[2 + n :].reshape(counts.shape)
             samples = zip(*vectors, strict=True) if host[1] else host_mask
-            make = _staircase_ranges if host[1] else Ranges.from_mask
-            plan = _plan_of([make(sample) for sample in samples], visible.shape)
+            make = staircase_ranges if host[1] else Ranges.from_mask
+            plan = plan_of_ranges([make(sample) for sample in samples], visible.shape)
         self._by_digest[key] = plan
         while len(self._by_digest) > self.KEPT:
             self._by_digest.popitem(last=False)
         return plan
 
 
-def _staircase(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def staircase_vectors(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Two vectors that spell out bool ``[B, Sq, Sk]`` where every row attends to the first keys of the sample's.
 
     Masks of padding and blocks, each of which attends to those before it, are of this kind, and as vectors they take
@@ -127,7 +127,7 @@ def _staircase(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return keys, counts, (again == mask).all()
 
 
-def _staircase_ranges(vectors: tuple[np.ndarray, np.ndarray]) -> Ranges:
+def staircase_ranges(vectors: tuple[np.ndarray, np.ndarray]) -> Ranges:
     """``Ranges.from_mask`` of what the two vectors of one sample spell out."""
     keys, counts = vectors
     edge = np.flatnonzero(np.diff(keys.astype(np.int8), prepend=0, append=0)).reshape(-1, 2)
@@ -146,7 +146,7 @@ def _staircase_ranges(vectors: tuple[np.ndarray, np.ndarray]) -> Ranges:
 PLANS = MaskPlans()
 
 
-def _plan_of(samples: list[Ranges], shape: Sequence[int]) -> Plan:
+def plan_of_ranges(samples: list[Ranges], shape: Sequence[int]) -> Plan:
     try:
         return compile_plan(samples[0] if len(set(samples)) == 1 else samples)
     except ValueError as error:

@@ -241,7 +241,7 @@ class Patch:
         self.replaced: list[tuple[nn.Module, str]] = []
         self.kept: list[tuple[nn.Module, str]] = []
 
-    def keep(self, module: nn.Module, reason: str) -> None:
+    def leave_alone(self, module: nn.Module, reason: str) -> None:
         """Note why a module that one might expect to be replaced is not."""
         self.kept.append((module, reason))
 

@@ -124,14 +124,14 @@ def accelerate(holder: object, on_unsupported: str = "error") -> Patch | None:
 
 def _modules_in(holder: object) -> Iterator[tuple[str, nn.Module]]:
     """``(path, module)`` of the outermost modules that an object holds, nearest first."""
-    seen, level = {id(holder)}, [("", holder)]
+    visited, level = {id(holder)}, [("", holder)]
     for _ in range(_SEARCH_DEPTH):
         below: list[tuple[str, object]] = []
         for path, value in level:
             for name, part in _parts(value):
-                if id(part) in seen:
+                if id(part) in visited:
                     continue
-                seen.add(id(part))
+                visited.add(id(part))
                 if isinstance(part, nn.Module):
                     yield path + name, part
                 elif not isinstance(part, type | ModuleType | Tensor | str | bytes | int | float | None):

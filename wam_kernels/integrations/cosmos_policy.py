@@ -34,7 +34,7 @@ def apply(patch: Patch, attentions: list[Foreign]) -> None:
             raise Unsupported(f"patch: {SYSTEM}'s attention must have qkv_format='bshd', got {layout!r}")
         patch.method(attn, "compute_qkv", _compute_qkv, tables)
         if isinstance(attn.attn_op, nn.Module):
-            patch.keep(attn.attn_op, "attends to the whole sequence: nothing to skip")
+            patch.leave_alone(attn.attn_op, "attends to the whole sequence: nothing to skip")
 
 
 def _compute_qkv(

@@ -44,7 +44,7 @@ def apply(patch: Patch, attentions: list[Foreign]) -> None:
             raise Unsupported(f"patch: {SYSTEM}'s attention must have qk_norm=True, got {attn.qk_norm}")
         require_norms(SYSTEM, attn.norm_q, attn.norm_k, attn.num_heads * attn.head_dim)
         patch.method(attn, "forward", _forward, tables)
-        patch.keep(attn.attn, "in cached inference, attends to all of the cache: nothing to skip")
+        patch.leave_alone(attn.attn, "in cached inference, attends to all of the cache: nothing to skip")
 
 
 def _forward(

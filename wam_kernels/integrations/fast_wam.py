@@ -41,7 +41,7 @@ def apply(patch: Patch, mots: list[Foreign]) -> None:
                 require_kernel(SYSTEM, attn.q.weight.new_empty(attn.attn_head_dim))
                 require_norms(SYSTEM, attn.norm_q, attn.norm_k, mot.num_heads * attn.attn_head_dim)
                 if hasattr(block, "cross_attn"):
-                    patch.keep(block.cross_attn, "attends to all of a short text: nothing to skip")
+                    patch.leave_alone(block.cross_attn, "attends to all of a short text: nothing to skip")
         patch.method(mot, "_mixed_attention", _mixed_attention)
         patch.method(mot, "_build_expert_attention_io", _build_io, tables)
 

@@ -68,7 +68,7 @@ def apply(patch: Patch, models: list[Foreign]) -> None:
             for new in (_update_cache, _restore_cache, _clear_pred_cache):
                 patch.method(block.attn1, new.__name__[1:], new, mirrors)
             if not _is_flex(block.attn2):
-                patch.keep(block.attn2, "attends to all of a short text: nothing to skip")
+                patch.leave_alone(block.attn2, "attends to all of a short text: nothing to skip")
             for attn in (block.attn1, block.attn2):
                 if _is_flex(attn):
                     require_class(SYSTEM, attn.attn_op, "FlexAttnFunc")
