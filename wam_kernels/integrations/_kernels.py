@@ -69,12 +69,6 @@ class MaskPlans(Cache):
             plans[key] = (mask._version, plan)
         return plan.to(device)
 
-    def remember(self, mask: Tensor, plan: Plan) -> None:
-        """``plan`` is that of ``mask`` until somebody writes to it: for who knows it without reading the mask."""
-        if not mask.is_inference():
-            plans, key = self._views_of(mask)
-            plans[key] = (mask._version, plan)
-
     def _views_of(self, mask: Tensor) -> tuple[dict, tuple]:
         """What is remembered of a mask's base, whose views share its version; and the key of this view."""
         base = mask._base if mask._is_view() else mask
@@ -102,9 +96,11 @@ class MaskPlans(Cache):
         if plan is None:
             n = keys.numel()
             vectors = host[2 : 2 + n].reshape(keys.shape) > 0, host[2 + n :].reshape(counts.shape)
-            samples = zip(*vectors, strict=True) if host[1] else host_mask
-            make = staircase_ranges if host[1] else Ranges.from_mask
-            plan = plan_of_ranges([make(sample) for sample in samples], visible.shape)
+            if host[1]:
+                samples = [staircase_ranges(sample) for sample in zip(*vectors, strict=True)]
+            else:
+                samples = [Ranges.from_mask(sample) for sample in host_mask]
+            plan = plan_of_ranges(samples, visible.shape)
         self._by_digest[key] = plan
         while len(self._by_digest) > self.KEPT:
             self._by_digest.popitem(last=False)
@@ -139,8 +135,8 @@ def staircase_ranges(vectors: tuple[np.ndarray, np.ndarray]) -> Ranges:
             if counts[begin] > so_far:
                 queries.append((begin, end))
                 attended.append((first, min(last, first + counts[begin] - so_far)))
-    pairs = [np.array(x, np.int64).reshape(-1, 2) for x in (queries, attended)]
-    return Ranges(*pairs, counts.size, keys.size)
+    q_ranges, k_ranges = (np.array(x, np.int64).reshape(-1, 2) for x in (queries, attended))
+    return Ranges(q_ranges, k_ranges, counts.size, keys.size)
 
 
 PLANS = MaskPlans()
@@ -153,17 +149,17 @@ def plan_of_ranges(samples: list[Ranges], shape: Sequence[int]) -> Plan:
         raise Unsupported(f"patch: no plan for an attention_mask of shape {list(shape)}: {error}") from error
 
 
-def require_mask(mask: Any) -> None:
-    """It is a mask that a plan can be made of, as far as its dtype and shape tell.
+def required_mask(mask: Any) -> Tensor:
+    """``mask``, which a plan can be made of as far as its dtype and shape tell.
 
     Raises:
         Unsupported: neither a boolean ``[Sq, Sk]`` nor an additive ``[B, 1, Sq, Sk]``.
     """
     if isinstance(mask, Tensor):
         if mask.dtype == torch.bool and mask.ndim == 2:
-            return
+            return mask
         if mask.is_floating_point() and mask.ndim == 4 and mask.shape[1] == 1:
-            return
+            return mask
     got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
     raise Unsupported(f"patch: attention_mask must be torch.bool [Sq, Sk] or additive [B, 1, Sq, Sk], got {got}")
 
@@ -192,7 +188,7 @@ def attend_under_mask(system: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor
             ``torch.compile`` what only the mask's values tell is raised where the compiled model runs.
     """
     _require_qkv(system, q, k, v)
-    require_mask(mask)
+    mask = required_mask(mask)
     _require_lengths(system, q, k, mask.shape[-2], mask.shape[-1])
     compiling = torch.compiler.is_compiling()
     # a compiled rollout may be one CUDA graph, in which no mask can be read
@@ -230,9 +226,9 @@ def _scale(q: Tensor, scale: float | None) -> float:
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
     mask = mask.to(q.device) if mask.dtype == torch.bool else mask.to(q.device, q.dtype)
-    heads_first = (t.transpose(1, 2) for t in (q, k, v))
-    grouped = {"enable_gqa": True} if q.shape[2] != k.shape[2] else {}
-    return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scale, **grouped).transpose(1, 2)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    grouped = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
 
 
 def _require_qkv(system: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -296,10 +292,10 @@ def _register(name: str, given: str, count: int, plan_of: Callable[..., Plan]) -
 
     def gradients(ctx, dout, dlse):
         source, scale = ctx.source
-        *tensors, kept = *ctx.saved_tensors[:5], iter(ctx.saved_tensors[5:])
+        kept = iter(ctx.saved_tensors[5:])
         source = [next(kept) if value is None else value for value in source]
         grads = getattr(torch.ops.wam, f"{name.removeprefix('wam::')}_backward")
-        return (*grads(dout, dlse, *tensors, *source, scale), *(None for _ in range(count + 1)))
+        return (*grads(dout, dlse, *ctx.saved_tensors[:5], *source, scale), *(None for _ in range(count + 1)))
 
     autograd.register("patch", name, save, gradients, lambda inputs, mapped: (), lambda inputs, mapped: ())
 
