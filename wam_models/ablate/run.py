@@ -137,6 +137,7 @@ def run_all(
     protocol: Protocol,
     *,
     processes: int = 1,
+    device: str = "cpu",
     say: Callable[[str], None] = print,
     after: Callable[[], None] = lambda: None,
 ) -> None:
@@ -146,6 +147,7 @@ def run_all(
         out: The folder.
         protocol: What is run.
         processes: Arms at a time, each in a process of its own; with 1, in this one.
+        device: Where models are trained and act.
         say: Gets a line for each thing that is done.
         after: Called after each arm.
 
@@ -160,13 +162,18 @@ def run_all(
                 _record(out, track, say)
             todo = [unit for unit in units(protocol) if not is_done(out, unit)]
             say(f"{len(todo)} of {len(units(protocol))} arms and seeds are left")
-            _run_units(out, todo, processes, say, after)
+            _run_units(out, todo, processes, device, say, after)
     except BlockingIOError as error:
         raise ValueError(f"--out: another process runs the ablation of {out}; wait for its end") from error
 
 
 def _run_units(
-    out: Path, todo: list[Unit], processes: int, say: Callable[[str], None], after: Callable[[], None]
+    out: Path,
+    todo: list[Unit],
+    processes: int,
+    device: str,
+    say: Callable[[str], None],
+    after: Callable[[], None],
 ) -> None:
     def done(unit: Unit, line: str) -> None:
         say(f"{datetime.now(UTC):%H:%M:%S} {unit.track} {unit.arm} seed {unit.seed}: {line}")
@@ -179,11 +186,11 @@ def _run_units(
             for unit in todo:
                 if unit.track not in pools:
                     pools[unit.track] = stack.enter_context(pool_of(Protocol.from_json(_file(out)).track(unit.track)))
-                done(unit, run_unit(out, unit, pools[unit.track]))
+                done(unit, run_unit(out, unit, pools[unit.track], device))
         return
     # a new process for each unit: what one leaves behind does not reach the next
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        run_everywhere(todo, lambda unit: pool.submit(run_unit, out, unit), processes, done)
+        run_everywhere(todo, lambda unit: pool.submit(run_unit, out, unit, None, device), processes, done)
 
 
 def run_everywhere(
@@ -234,11 +241,11 @@ def pool_of(track: Track) -> SimulatorPool:
     return SimulatorPool(track.batch, {track.camera: (track.size, track.size)} if track.camera else None)
 
 
-def run_unit(out: Path, unit: Unit, pool: SimulatorPool | None = None) -> str:
+def run_unit(out: Path, unit: Unit, pool: SimulatorPool | None = None, device: str = "cpu") -> str:
     """Make what is missing of a unit, in the simulators of a pool if given; returns a line about it."""
     if pool is None:
         with pool_of(Protocol.from_json(_file(out)).track(unit.track)) as pool:
-            return run_unit(out, unit, pool)
+            return run_unit(out, unit, pool, device)
     set_threads(1)
     protocol = Protocol.from_json(_file(out))
     track, folder = protocol.track(unit.track), unit.folder(out)
@@ -247,12 +254,12 @@ def run_unit(out: Path, unit: Unit, pool: SimulatorPool | None = None) -> str:
     arm = protocol.arm(BASELINE if unit.arm in SANITY else unit.arm)
     if not (folder / "train.json").exists():
         shutil.rmtree(folder, ignore_errors=True)
-        _train(out, track, arm, unit, folder)
+        _train(out, track, arm, unit, folder, torch.device(device))
     trained = read_json(folder / "train.json")
     if trained["failure"] is not None:
         return trained["failure"]
     where = replace(unit, arm=BASELINE).folder(out) if unit.arm == SHUFFLED else folder
-    policy, _ = Policy.load(where / "policy", training=False)
+    policy, _ = Policy.load(where / "policy", device, training=False)
     lines = []
     for setting in unit.settings:
         if not evaluation_file(folder, setting).exists():
@@ -265,16 +272,16 @@ def run_unit(out: Path, unit: Unit, pool: SimulatorPool | None = None) -> str:
     return f"trained {trained['seconds']:.0f} s; {'; '.join(lines)}"
 
 
-def _train(out: Path, track: Track, arm: Arm, unit: Unit, folder: Path) -> None:
+def _train(out: Path, track: Track, arm: Arm, unit: Unit, folder: Path, device: torch.device) -> None:
     row: dict[str, Any] = {"track": unit.track, "arm": unit.arm, "seed": unit.seed, "failure": None, "steps": 0}
     config = track.train_config(arm)
     began, cpu = time.perf_counter(), time.process_time()
     if unit.arm == UNTRAINED:
-        untrained = Trainer(config, read_track(out, track), seed=unit.seed, device=torch.device("cpu"))
+        untrained = Trainer(config, read_track(out, track), seed=unit.seed, device=device)
         untrained.policy().save(folder / "policy")
     elif unit.arm != SHUFFLED:  # which has the weights of the baseline
         try:
-            trained = train(config, read_track(out, track), seed=unit.seed, progress=False)
+            trained = train(config, read_track(out, track), seed=unit.seed, device=device, progress=False)
         except FloatingPointError as error:
             row["failure"] = str(error)
         else:
@@ -284,6 +291,7 @@ def _train(out: Path, track: Track, arm: Arm, unit: Unit, folder: Path) -> None:
             row |= {"steps": trained.step, "losses": ends}
             row["parameters"] = sum(p.numel() for p in trained.policy.model.parameters())
     row |= {"seconds": time.perf_counter() - began, "cpu_seconds": time.process_time() - cpu, **_machine()}
+    row["device"] = str(device)
     with new_file(folder / "train.json") as part:
         part.write_text(json.dumps(row) + "\n")
 
@@ -322,7 +330,18 @@ def _others(track: Track, pool: SimulatorPool) -> dict[str, str]:
 
 @torch.no_grad()
 def chunk_cpu_seconds(policy: Policy, config: RolloutConfig, want: str) -> float:
-    """Median CPU seconds, of one thread, of a chunk of one episode: prediction, and the pass over what was observed."""
+    """Median CPU seconds, of one thread, of a chunk of one episode: prediction and the pass over what was observed.
+
+    On a GPU, seconds by the clock.
+    """
+    on_gpu = policy.model.device.type == "cuda"
+
+    def now() -> float:
+        if not on_gpu:
+            return time.process_time()
+        torch.cuda.synchronize()
+        return time.perf_counter()
+
     generator, camera = torch.Generator().manual_seed(0), policy.camera
     if policy.frames_are_states or camera is None:
         frame = np.zeros((1, policy.codec.channels), np.float32)
@@ -332,11 +351,11 @@ def chunk_cpu_seconds(policy: Policy, config: RolloutConfig, want: str) -> float
     episode = RolloutEngine(policy.model, config).start(first, policy.text(["reach"]))
     observed, seconds = first.repeat(1, 1, episode.chunk_size, 1, 1), []
     for _ in range(LATENCY_CHUNKS):
-        began = time.process_time()
+        began = now()
         candidate = episode.propose(want=want, generator=generator)
         assert candidate.action is not None
         episode.observe(observed, candidate.action)
-        seconds.append(time.process_time() - began)
+        seconds.append(now() - began)
     return float(np.median(seconds))
 
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from ..ablate.protocol import Protocol, metaworld, quick
 from ..ablate.report import write_report
 from ..ablate.run import run_all
-from ..runtime.checks import writable_folder
+from ..runtime.checks import check_device, writable_folder
 from ..runtime.threads import restores_threads
 from ..simulator.process import SimulatorFailure
 from .parser import UserError
@@ -28,7 +28,8 @@ def run(args: argparse.Namespace) -> int:
     writable_folder("--out", args.out)
     try:
         run_all(
-            args.out, _protocol(args), processes=args.processes, after=lambda: write_report(args.out) and None,
+            args.out, _protocol(args), processes=args.processes, device=str(check_device(args.device)),
+            after=lambda: write_report(args.out) and None,
             say=lambda line: print(line, flush=True),
         )  # fmt: skip
     except SimulatorFailure as failure:

@@ -175,6 +175,7 @@ def _ablate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="minutes: two programs, two tasks, few steps")
     parser.add_argument("--full", action="store_true", help="three seeds of the pixel track too")
     parser.add_argument("--processes", type=at_least(1), default=1, metavar="N", help="trainings at once; %(default)s")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
 
 
 def _mask(parser: argparse.ArgumentParser) -> None:
