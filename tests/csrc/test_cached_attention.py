@@ -66,6 +66,8 @@ def test_split_over_the_keys(machine, parts, monkeypatch, streamed):
     case = Case([[[(0, 130), (140, 199)], [(3, 9)]], [[(0, 1)], []]], (20, 3), 200, H=2, D=128, dtype=BF16)
     check(machine, case, streamed)
     check(machine, Case([[[(40, 64), (0, 17), (100, 203)]]], (5,), 210, H=1, D=64, dtype=torch.float16), streamed)
+    # parts that begin and end inside a range of many steps
+    check(machine, Case([[[(3, 500)]]], (5,), 500, H=1, D=64, dtype=BF16), streamed)
 
 
 def test_steps_across_many_ranges(machine):

@@ -126,32 +126,52 @@ def _blocks() -> list[Block]:
 # ---- cached attention
 
 
-def _cached_case(name: str, case: cached_checks.Case, parts: int | None = None) -> Case:
+def _cached_case(
+    name: str,
+    case: cached_checks.Case,
+    streamed: bool = False,
+    parts: int | None = None,
+    orders: int = 2,
+    shared: bool = False,
+) -> Case:
+    """``streamed``: of the kernel by TMA. ``shared``: one head of one sample's cache serves all."""
     case = replace(case, dtype=BF16)
-    inputs = case.inputs()
-    out, lse = cached_checks.run(case, [t.double() for t in inputs], "reference")
+    q, k, v = inputs = case.inputs()
+    if shared:
+        inputs = [q, *(t[:1, :, :1].expand(len(q), -1, 1, -1) for t in (k, v))]
+    out, lse = cached_checks.run(case, [q.double(), *(t.expand_as(k).double() for t in inputs[1:])], "reference")
 
     def forward() -> Outputs:
         if parts is not None:
-            cached_config.splits = lambda tiles, slots: parts
+            cached_config.splits = cached_config.streamed_splits = lambda blocks, slots: parts
         scale = case.D**-0.5 if case.scale is None else case.scale
-        got = cached_cuda.forward(*inputs, case.ranges(), case.rows, scale)
+        got = cached_cuda.forward(*inputs, case.ranges(), case.rows, scale, streamed)
         return dict(zip(("out", "lse"), got, strict=True))
 
-    return Case(name, 2, forward, lambda: dict(out=out, lse=lse), 64)
+    return Case(name, orders, forward, lambda: dict(out=out, lse=lse), 64)
 
 
-def _cached() -> list[Case]:
+def _cached(streamed: bool) -> list[Case]:
     C, wrapped = cached_checks.Case, cached_checks.WRAPPED
-    ranges = [(3 * i, 3 * i + 2) for i in range(60)]
-    return [
-        _cached_case("wrap-around", C([[wrapped, []]], (19, 2), 80, H=1)),
-        _cached_case("cut off at the cache", C([[[(-4, 5), (70, 99)], [(90, 95), (0, 5)]]], (6, 2), 80)),
-        _cached_case("own scale", C([[wrapped]], (20,), 80, H=1, scale=-0.7)),
-        _cached_case("two tiles, 40 channels", C([[[(1, 90), (92, 150)]]], (70,), 150, H=2, D=40)),
-        _cached_case("9 parts", C([[[(0, 130), (140, 199)], [(3, 9)]], [[(0, 1)], []]], (20, 3), 200, H=2), 9),
-        _cached_case("many ranges", C([[ranges[::-1], ranges[:7]]], (16, 16), 190, H=1, D=64), 1),
+    # a video ring of 180 slots and an action ring of 60, both wrapped round, and the own slots of both
+    rings = [(100, 180), (0, 63), (211, 240), (180, 195), (240, 277)]
+    action = [(20, 40), (100, 163), (240, 270)]
+    cases = [
+        _cached_case("wrap-around", C([[wrapped, []]], (19, 2), 80, H=1), streamed),
+        _cached_case("cut off at the cache", C([[[(-4, 5), (70, 99)], [(90, 95), (0, 5)]]], (6, 2), 80), streamed),
+        _cached_case("negative scale", C([[wrapped]], (20,), 80, H=1, scale=-0.7), streamed),
+        _cached_case("two tiles, 40 channels", C([[[(1, 90), (92, 150)]]], (70,), 150, H=2, D=40), streamed),
+        _cached_case("9 parts", C([[[(0, 130), (140, 199)], [(3, 9)]], [[(0, 1)], []]], (20, 3), 200), streamed, 9),
     ]
+    if streamed:
+        return [
+            *cases,
+            _cached_case("shared cache", C([[[(3, 50)]], [[(9, 40)]]], (7,), 64, H=2), True, shared=True),
+            _cached_case("video and action rows", C([[rings, action]], (128, 16), 280, H=1, D=64), True, 2, orders=4),
+            _cached_case("long ranges", C([[[(5, 1900)], [(9, 640)]]], (64, 16), 1900, H=1, D=64), True, 2, orders=6),
+        ]
+    ranges = [(3 * i, 3 * i + 2) for i in range(60)]
+    return [*cases, _cached_case("many ranges", C([[ranges[::-1], ranges[:7]]], (16, 16), 190, H=1, D=64), False, 1)]
 
 
 # ---- runs
@@ -173,7 +193,7 @@ class Suite:
     def __init__(self) -> None:
         blocks = _blocks()
         self.cases = {kernel: [block.case(kernel) for block in blocks] for kernel in ("forward", "dq", "dkdv")}
-        self.cases["cached"] = _cached()
+        self.cases |= {"cached": _cached(streamed=False), "streamed": _cached(streamed=True)}
         for case in (case for cases in self.cases.values() for case in cases):
             case.truth()
 
@@ -228,6 +248,7 @@ def plan_outcomes(source: str) -> Iterator[tuple[str, str]]:
 
     for name, test in (
         ("a plan of nothing", tests.test_a_plan_of_nothing_visits_nothing),
+        ("a run without spare tokens", tests.test_a_run_without_spare_tokens),
         ("recorded masks", tests.test_boxes_match_recorded_masks),
         ("moved samples", tests.test_batches_are_moved_samples),
         ("every kind of step", lambda: tests.test_every_program_with_steps_of_every_kind("joint")),

@@ -29,6 +29,10 @@ void block_attention_forward_kernel(const BlockAttentionParams& p, DType dtype, 
 void block_attention_backward_kernels(const BlockAttentionParams& p, DType dtype, void* stream) {{ {backward} }}
 }}
 """
+CACHED = """
+#include "cached_attention/kernels.cu"
+void wam::cached_attention_streamed_part(const CachedAttentionParams&, DType, void*) {}
+"""
 MODULE = """
 #include "{folder}/bindings.h"
 PYBIND11_MODULE(_C, m) {{ wam::{folder}_bindings::register_functions(m); }}
@@ -37,8 +41,10 @@ PYBIND11_MODULE(_C, m) {{ wam::{folder}_bindings::register_functions(m); }}
 
 def source_of(kernel: str, head_dim: int) -> str:
     """One kernel for one dtype and head dim: most of a bug's time is its compilation."""
+    if kernel == "streamed":
+        return '#include "cached_attention/streamed_sm90a.cu"\n'
     if kernel == "cached":
-        return '#include "cached_attention/kernels.cu"\n'
+        return CACHED
     call = f"block_attention_detail::launch_{kernel}<__nv_bfloat16, {head_dim}>(p, dtype, stream);"
     forward = kernel == "forward"
     return BLOCK.format(
@@ -82,7 +88,7 @@ class Workshop:
         for kernel in mutant.kernels:
             case, report = self._outcome(kernel, mutant.head_dim, mutant)
             if report:
-                case = f"{kernel}: {case}" if mutant.kernel == "shared" else case
+                case = f"{kernel}: {case}" if len(mutant.kernels) > 1 else case
                 break
         return Row(mutant.kernel, mutant.bug, case, report, round(_cpu_seconds() - begin, 1), fingerprint(mutant))
 
@@ -94,7 +100,7 @@ class Workshop:
         return _first_failure(self.suite.outcomes(kernel, head_dim, self._library(kernel, head_dim, mutant)))
 
     def _library(self, kernel: str, head_dim: int, mutant: Mutant | None) -> Path:
-        op = "cached_attention" if kernel == "cached" else "block_attention"
+        op = "cached_attention" if kernel in ("cached", "streamed") else "block_attention"
         if op not in self.objects:
             self.objects[op] = self._common_objects(op)
         own = self.folder / "planted"
@@ -106,8 +112,17 @@ class Workshop:
         source.write_text(source_of(kernel, head_dim))
         library = self.folder / "_C.so"
         compiled = _compile(source, "c++", source.with_suffix(".o"), OPTIMISED, "-include", self.headers, f"-I{own}")
-        subprocess.run(["g++", "-shared", *self.objects[op], compiled, "-o", library], check=True)
+        others = [self._combine_kernel()] if kernel == "streamed" else []
+        # the planted one first: of inline functions that two hold, the linker takes the first
+        subprocess.run(["g++", "-shared", compiled, *others, *self.objects[op], "-o", library], check=True)
         return library
+
+    def _combine_kernel(self) -> Path:
+        """What follows the streamed part kernel, as it is."""
+        out = self.folder / "combine.o"
+        if not out.exists():
+            _compile(ROOT / "csrc/cached_attention/kernels.cu", "c++", out, OPTIMISED)
+        return out
 
     def _common_objects(self, op: str) -> list[Path]:
         folder = self.folder / op

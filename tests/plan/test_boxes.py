@@ -119,6 +119,11 @@ def test_rectangular_ranges_with_holes(seed):
     check(random_ranges(seed))
 
 
+def test_a_run_without_spare_tokens():
+    """Its full step cannot move to where what is before it fills whole boxes."""
+    check(Ranges([(0, 64), (64, 128)], [(0, 133), (5, 133)], 128, 200))
+
+
 def test_a_plan_of_nothing_visits_nothing():
     empty = Ranges((), (), 200, 70)
     check(empty)
