@@ -6,6 +6,7 @@ What no pair holds is NaN, and so is everything around tensors and outputs.
 from __future__ import annotations
 
 import ctypes
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -260,5 +261,6 @@ def plan_outcomes(source: str) -> Iterator[tuple[str, str]]:
         try:
             test()
         except (AssertionError, ValueError, IndexError) as error:
-            yield name, f"{type(error).__name__}: {(str(error).strip().splitlines() or ['an assertion'])[0]}"
+            said = str(error).strip() or traceback.extract_tb(error.__traceback__)[-1].line or ""
+            yield name, f"{type(error).__name__}: {said.splitlines()[0]}"
             return

@@ -603,8 +603,8 @@ MUTANTS = (
     Mutant(
         "plan",
         "a row without a range attends to all that others do",
-        "np.where(empty, far, rows.lo), heads, axis=1)\n    all_hi = np.minimum.reduceat(np.where(empty, 0, rows.hi)",
-        "np.where(empty, 0, rows.lo), heads, axis=1)\n    all_hi = np.minimum.reduceat(np.where(empty, far, rows.hi)",
+        "np.where(some, lo, far), heads, axis=1)\n    all_hi = np.minimum.reduceat(np.where(some, hi, 0)",
+        "np.where(some, lo, 0), heads, axis=1)\n    all_hi = np.minimum.reduceat(np.where(some, hi, far)",
     ),
     Mutant(
         "plan",
@@ -631,8 +631,13 @@ MUTANTS = (
         "by_half[:, 1].astype(np.int64) - by_half[:, 0]",
         "by_half[:, 0].astype(np.int64) - by_half[:, 1]",
     ),
-    Mutant("plan", "half 1 begins with the rows of half 0", "    new[:, HALF] = real[:, HALF]\n", ""),
-    Mutant("plan", "bits of a thread's rows at wrong places", "np.uint32(16 * x + 2 * i)", "np.uint32(16 * x + i)"),
+    Mutant(
+        "plan",
+        "rows count for the other half",
+        "Distinct(of_tile, tile, half % 2,",
+        "Distinct(of_tile, tile, 1 - half % 2,",
+    ),
+    Mutant("plan", "bits of a thread's rows at wrong places", "second <<= np.uint64(2)", "second <<= np.uint64(4)"),
     Mutant(
         "plan", "boxes of half 1 are left over", "-(-sizes // PLACES)", "-(-sizes // PLACES) - (sizes % PLACES == 1)"
     ),
