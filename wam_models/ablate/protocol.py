@@ -237,7 +237,7 @@ def metaworld_pixels() -> Track:
             "steps": 500, "learning_rate": 1.5e-3, "warmup": 100, "schedule": "decay", "ema": 7.0,
         },
         settings=((2, 1), (2, 5)),
-        early=2, episodes=20, batch=10,
+        early=1, episodes=15, batch=10,
     )  # fmt: skip
 
 
