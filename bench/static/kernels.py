@@ -17,7 +17,7 @@ from .sass import Body, Loop, producer_steps, steps
 
 HEAD_DIMS = (128, 64)
 WARPGROUP = 128  # threads
-LAUNCH_REGISTERS = 168  # of a thread of the kernels for Hopper, before setmaxnreg moves them from the producer
+LAUNCH_REGISTERS = {128: 168, 384: 168, 512: 128}  # of a thread, before setmaxnreg moves them; by threads of a block
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,10 @@ class CudaKernel:
 
     def block(self, head_dim: int, flops: int) -> Block:
         if not self.products:
-            return Block(self.threads // 32, self.threads, LAUNCH_REGISTERS, 0)
+            return Block(self.threads // 32, self.threads, LAUNCH_REGISTERS[self.threads], 0)
         tokens = flops // (self.products * 2 * self.rows * head_dim)
-        return Block(4 * self.warpgroups, self.threads, LAUNCH_REGISTERS, 0, copied=2 * tokens * head_dim * 2)
+        registers, copied = LAUNCH_REGISTERS[self.threads], 2 * tokens * head_dim * 2
+        return Block(4 * self.warpgroups, self.threads, registers, 0, copied)
 
 
 CUDA = (
@@ -60,6 +61,7 @@ CUDA = (
     CudaKernel("block_attention", "dq", "dq_kernel", 2, 3 * WARPGROUP, 128, products=3),
     CudaKernel("block_attention", "dkdv", "dkdv_kernel", 2, 3 * WARPGROUP, 128, products=4),
     CudaKernel("cached_attention", "part", "part_kernel", 1, WARPGROUP, 64),
+    CudaKernel("cached_attention", "streamed part", "streamed_part_kernel", 3, 4 * WARPGROUP, 192, products=2),
 )
 
 

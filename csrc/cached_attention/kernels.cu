@@ -1,4 +1,6 @@
-// Softmax attention over ranges of a key/value cache: partial results over parts of the keys, then their sum.
+// Softmax attention over ranges of a key/value cache: partial results over parts of the keys, then their sum. The part
+// kernel here is by mma.sync, for any GPU; that of streamed_sm90a.cu is for Hopper, and leaves the same to the second
+// one.
 //
 //     part       s = scale * q k^T over its slots      out_p = softmax(s) v      lse_p = logsumexp(s)
 //     combine    lse = logsumexp_p(lse_p)              out = sum_p exp(lse_p - lse) * out_p
