@@ -18,7 +18,8 @@ import pytest
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
-from triton.compiler import ASTSource
+
+from tests.aot.launches import Launch
 
 H100 = GPUTarget("cuda", 90, 32)
 _BIN = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -63,10 +64,8 @@ class Compiled:
             return _loops(_run("nvdisasm", "-c", path).stdout)
 
 
-def compile_sm90(kernel, types: dict[str, str], constants: dict, *, num_warps: int, num_stages: int) -> Compiled:
-    """``types`` maps every non-constexpr argument to Triton's name of its type (``*bf16``, ``i32``, ``fp32``)."""
-    options = {"num_warps": num_warps, "num_stages": num_stages}
-    built = triton.compile(_source(kernel, types, constants), target=H100, options=options)
+def compile_sm90(launch: Launch) -> Compiled:
+    built = triton.compile(launch.source(), target=H100, options=launch.options)
     ptx = built.asm["ptx"]
     with tempfile.TemporaryDirectory() as folder:
         path, cubin = os.path.join(folder, "kernel.ptx"), os.path.join(folder, "kernel.cubin")
@@ -89,19 +88,37 @@ def compile_sm90(kernel, types: dict[str, str], constants: dict, *, num_warps: i
     )
 
 
-def repeated_products(kernel, types: dict, constants: dict, **options: int) -> tuple[str, ...]:
+@dataclass(frozen=True)
+class Resources:
+    registers: int
+    stack_bytes: int  # of a thread; what does not fit in registers lies there
+    shared_bytes: int
+
+
+def resources(launch: Launch, capability: int) -> Resources:
+    """What Triton's own compilation for a compute capability (90 is 9.0) takes, by any version of Triton."""
+    built = triton.compile(launch.source(), target=GPUTarget("cuda", capability, 32), options=launch.options)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "kernel.cubin")
+        path.write_bytes(built.asm["cubin"])
+        report = _run("cuobjdump", "--dump-resource-usage", path).stdout
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", report).groups()
+    return Resources(int(registers), int(stack), built.metadata.shared)
+
+
+def repeated_products(launch: Launch) -> tuple[str, ...]:
     """``Compiled.repeated`` alone, for a tenth of the time: the compiler is stopped where layouts are settled."""
-    ttgir, _ = _before("make_llir", _source(kernel, types, constants), options)
+    ttgir, _ = _before("make_llir", launch)
     assert _products(ttgir), "no tl.dot was found: has Triton another name for it?"
     return _repeated(ttgir)
 
 
-def shared_bytes(kernel, types: dict, constants: dict, **options: int) -> int:
+def shared_bytes(launch: Launch) -> int:
     """``Compiled.shared_bytes`` alone, without ptxas, which takes most of the time where registers spill."""
-    return _before("make_ptx", _source(kernel, types, constants), options)[1]["shared"]
+    return _before("make_ptx", launch)[1]["shared"]
 
 
-def _before(stage: str, source: ASTSource, options: dict[str, int]) -> tuple[str, dict]:
+def _before(stage: str, launch: Launch) -> tuple[str, dict]:
     """What a stage of the compiler is given: the program so far, and what is known about it."""
 
     class Stopped(Exception):
@@ -115,20 +132,8 @@ def _before(stage: str, source: ASTSource, options: dict[str, int]) -> tuple[str
         # the cache may have it compiled to the end
         patch.setattr(triton.knobs.compilation, "always_compile", True)
         with pytest.raises(Stopped) as stopped:
-            triton.compile(source, target=H100, options=options)
+            triton.compile(launch.source(), target=H100, options=launch.options)
     return stopped.value.args
-
-
-def _source(kernel, types: dict[str, str], constants: dict) -> ASTSource:
-    names = [p.name for p in kernel.params]
-    missing = [n for n in names if n not in types and n not in constants]
-    assert not missing, f"no type for {missing}"
-    signature = {n: "constexpr" if n in constants else types[n] for n in names}
-    # what the launcher's tensors guarantee: 16-byte bases, and token and head strides that are multiples of 16
-    free = {p.name for p in kernel.params if p.do_not_specialize}
-    aligned = [n for n in names if n not in constants and n not in free and types[n] != "fp32"]
-    attrs = {(names.index(n),): [["tt.divisibility", 16]] for n in aligned}
-    return ASTSource(kernel, signature=signature, constexprs=constants, attrs=attrs)
 
 
 def _run(tool: str, *args: str) -> subprocess.CompletedProcess:

@@ -5,50 +5,16 @@ from functools import cache
 import pytest
 
 from tests.aot.compile import Compiled, compile_sm90, repeated_products, shared_bytes
-from wam_kernels.block_attention import config, kernel_triton
-from wam_kernels.plan import STEP_PART, tile_shape
+from tests.aot.launches import BLOCK_ATTENTION, LONG, SHORT, block_attention
+from wam_kernels.block_attention import config
 
 H100_SHARED = 232_448  # bytes that one block may use
-
-KERNELS = {
-    "forward": (kernel_triton.block_attention_fwd_kernel, config.forward),
-    "dq": (kernel_triton.block_attention_bwd_dq_kernel, config.dq),
-    "dkdv": (kernel_triton.block_attention_bwd_dkdv_kernel, config.dkdv),
-}
-FLOAT32 = {"lse_ptr", "lse2_ptr", "dlse_ptr", "delta_ptr"}
-INDEX = {f"{name}_ptr" for name in ("tiles", "rows", "bounds_row", "bounds", "full", "part")}
-LONG, SHORT = ({"forward": t.rows, "dq": t.rows, "dkdv": t.key_rows or t.rows} for t in map(tile_shape, (True, False)))
-
-
-def launches(name: str, D: int, rows: int, dtype: str, ranges: int = 4, group: int = 1) -> tuple[dict, ...]:
-    """What a kernel is compiled with for a tile of ``rows``: once, or once for each of dk and dv."""
-    kernel, choose = KERNELS[name]
-    itemsize = 4 if dtype == "fp32" else 2
-    launch = choose(D, itemsize, rows)
-    constants = {
-        "D": D, "BLOCK_R": launch.rows, "BLOCK_T": min(rows, 64), "BLOCK_P": STEP_PART, "BLOCK_D": config.block_d(D),
-        "PIECES": rows // launch.rows, "RANGES": ranges, "GROUP": group,
-        "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
-    }  # fmt: skip
-    types = {}
-    for p in kernel.params:
-        if p.name in INDEX:
-            types[p.name] = "*i32"
-        elif p.name in FLOAT32:
-            types[p.name] = "*fp32"
-        elif p.name.endswith("_ptr"):
-            types[p.name] = f"*{dtype}"
-        elif p.name not in (*constants, "DK", "DV"):
-            types[p.name] = "fp32" if p.name == "scale" else "i32"
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    outputs = config.dkdv_launches(D, itemsize) if name == "dkdv" else ({},)
-    return tuple({"kernel": kernel, "types": types, "constants": constants | o, **options} for o in outputs)
 
 
 @cache
 def check(*args, **kwargs) -> tuple[Compiled, ...]:
-    """The arguments of :func:`launches`, compiled."""
-    compiled = tuple(compile_sm90(**launch) for launch in launches(*args, **kwargs))
+    """The arguments of :func:`launches.block_attention`, compiled."""
+    compiled = tuple(compile_sm90(launch) for launch in block_attention(*args, **kwargs))
     for built in compiled:
         assert built.shared_bytes <= H100_SHARED
         assert built.products and built.repeated == ()
@@ -59,13 +25,13 @@ def check(*args, **kwargs) -> tuple[Compiled, ...]:
 @pytest.mark.parametrize("D, dtype", [(72, "bf16"), (256, "bf16"), (64, "fp32"), (128, "fp32")])
 def test_no_warps_compute_the_same_part_of_a_product(D, dtype):
     for name, rows in [*LONG.items(), *SHORT.items()]:
-        assert not any(repeated_products(**launch) for launch in launches(name, D, rows, dtype)), (name, rows)
+        assert not any(repeated_products(launch) for launch in block_attention(name, D, rows, dtype)), (name, rows)
 
 
 def test_repeated_products_are_seen():
     # eight warps on 64 rows, as dq once had: both warpgroups compute all scores
-    (launch,) = launches("dq", 128, 64, "bf16")
-    assert "[64, 64] by warps [8, 1] of [16, 32]" in repeated_products(**launch | {"num_warps": 8})
+    (launch,) = block_attention("dq", 128, 64, "bf16", num_warps=8)
+    assert "[64, 64] by warps [8, 1] of [16, 32]" in repeated_products(launch)
 
 
 @pytest.mark.parametrize("D", [64, 128])
@@ -74,7 +40,7 @@ def test_large_tiles_use_wgmma_without_spills(name, rows, D):
     (built,) = check(name, D, rows, "bf16")
     assert built.spill_bytes == 0
     assert built.wgmma > 0 and not built.wgmma_serialised
-    if KERNELS[name][1](D, 2, rows).num_stages == 3:
+    if BLOCK_ATTENTION[name][1](D, 2, rows).num_stages == 3:
         # loops over full and partial steps: one step's copies (k and v; q, dout, lse and delta) run behind another's
         assert built.copies_behind == ((4, 4) if name == "dkdv" else (2, 2))
     elif rows == 64:
@@ -133,4 +99,4 @@ def test_heads_of_pi(name, rows):
 def test_largest_float32_fits_in_shared_memory(name, rows):
     # the edge of what config.fits_triton promises, with 256 bf16 channels; it spills, which costs speed only
     assert config.fits_triton(128, 4) and config.fits_triton(256, 2) and not config.fits_triton(136, 4)
-    assert all(shared_bytes(**launch) <= H100_SHARED for launch in launches(name, 128, rows, "fp32"))
+    assert all(shared_bytes(launch) <= H100_SHARED for launch in block_attention(name, 128, rows, "fp32"))

@@ -9,30 +9,14 @@ from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
 from tests.aot.compile import Compiled, compile_sm90
+from tests.aot.launches import cached_combine, cached_part
 from wam_kernels.cached_attention import config, kernel_triton
 
 H100_SHARED = 232_448  # bytes that one block may use
-FLOAT32 = {"out_part_ptr", "lse_part_ptr", "lse_ptr"}
-
-
-def build(kernel, constants: dict, dtype: str, **options: int) -> Compiled:
-    types = {}
-    for p in kernel.params:
-        if p.name == "ranges_ptr":
-            types[p.name] = "*i32"
-        elif p.name.endswith("_ptr"):
-            types[p.name] = "*fp32" if p.name in FLOAT32 else f"*{dtype}"
-        elif p.name not in constants:
-            types[p.name] = "fp32" if p.name == "scale" else "i32"
-    return compile_sm90(kernel, types, constants, **options)
 
 
 def build_part(rows: int, D: int, dtype: str) -> Compiled:
-    torch_dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}[dtype]
-    launch = config.forward(rows, D, torch_dtype.itemsize)
-    constants = kernel_triton.launch_constants(launch, D, torch_dtype)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    built = build(kernel_triton.cached_attention_part_kernel, constants, dtype, **options)
+    built = compile_sm90(cached_part(rows, D, dtype))
     assert built.products and built.repeated == (), "several warps compute the same part of a product"
     return built
 
@@ -74,9 +58,7 @@ def test_largest_launch_fits_in_shared_memory():
 
 
 def test_combine_compiles_without_spills():
-    constants = {"D": 128, "BLOCK_M": kernel_triton.COMBINE_ROWS, "BLOCK_D": 128}
-    kernel = kernel_triton.cached_attention_combine_kernel
-    assert build(kernel, constants, "bf16", num_warps=4, num_stages=3).spill_bytes == 0
+    assert compile_sm90(cached_combine(128)).spill_bytes == 0
 
 
 def launch_key(q, cache, ranges, group_rows) -> str:

@@ -8,35 +8,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
-from tests.aot.compile import Compiled, compile_sm90
+from tests.aot.compile import compile_sm90
+from tests.aot.launches import qk_norm_rope
 from wam_kernels.qk_norm_rope import kernel_triton
-
-KERNELS = {
-    "forward": kernel_triton.qk_norm_rope_fwd_kernel,
-    "backward": kernel_triton.qk_norm_rope_bwd_kernel,
-}
-FLOAT32 = {"table_ptr", "partials_ptr"}
-
-
-def build(
-    name: str, heads: int, D: int, per_head: bool, interleaved: bool, dtype: str, weight: str, has_v: bool
-) -> Compiled:
-    kernel = KERNELS[name]
-    constants = kernel_triton.launch_constants(heads * D, D, per_head, interleaved)
-    num_warps = constants.pop("num_warps")
-    if name == "forward":
-        constants["HAS_V"] = has_v
-    types = {}
-    for p in kernel.params:
-        if p.name in FLOAT32:
-            types[p.name] = "*fp32"
-        elif p.name.startswith("weight"):
-            types[p.name] = f"*{weight}"
-        elif p.name.endswith("_ptr"):
-            types[p.name] = f"*{dtype}"
-        elif p.name not in constants:
-            types[p.name] = "fp32" if p.name == "eps" else "i32"
-    return compile_sm90(kernel, types, constants, num_warps=num_warps, num_stages=1)
 
 
 def accesses(ptx: str, what: str) -> set[int]:
@@ -55,7 +29,7 @@ def accesses(ptx: str, what: str) -> set[int]:
     ],
 )
 def test_compiles_without_spills_and_with_wide_accesses(name, has_v, heads, D, per_head, interleaved, weight):
-    built = build(name, heads, D, per_head, interleaved, "bf16", weight, has_v)
+    built = compile_sm90(qk_norm_rope(name, heads, D, per_head, interleaved, "bf16", weight, has_v))
     assert built.spill_bytes == 0
     assert 16 in accesses(built.ptx, "ld") and 16 in accesses(built.ptx, "st")
 
