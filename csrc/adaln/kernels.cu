@@ -14,11 +14,15 @@
 // modulation in registers while the row f stays the same, so that reading it costs little beside x and y.
 // Backward: one block owns one segment (tokens of one row f, at most 16) of one batch element, walks its tokens with
 // their statistics recomputed from r, keeps the three sums in registers and stores them once, as partials. The sums
-// over segments are a second launch (common/sum_partials.cu). No atomics: the same bits from run to run.
+// over segments are a second launch (common/sum_partials.cu). No atomics: the same bits from run to run. The next token's
+// rows are copied into shared memory meanwhile.
 //
 // A row is read once and stays in registers; the variance is taken around the mean, which E[r^2] - mean^2 would lose to
 // cancellation. Arithmetic is float32. Rounding to the dtype of x happens at the stores of r, h, dx and dy only; the
 // norm is of the rounded r. A row f outside the modulation gives NaN, not a stray read.
+#include <type_traits>
+
+#include "common/copy_async.cuh"
 #include "common/row_blocks.cuh"
 #include "params.h"
 
@@ -183,10 +187,45 @@ __device__ inline void store_sums(float* to, const float (&sums)[VECTORS][kChann
   }
 }
 
+// Where the rows of the next token arrive while a token is computed. A thread copies and reads its own channels alone, so
+// there is no barrier, and it may copy again as soon as it has read.
 template <class T, int VECTORS>
-__global__ void __launch_bounds__(kRowThreads) backward_kernel(const __grid_constant__ AdalnParams p) {
-  // In the widest blocks dr and y do not fit in registers beside the rest; they are read after the statistics there.
+struct NextToken {
+  Pack<T> r[VECTORS][kRowThreads], dh[VECTORS][kRowThreads], dr[VECTORS][kRowThreads], y[VECTORS][kRowThreads];
+
+  __device__ void copy(const AdalnParams& p, int64_t b, int64_t token) {
+    copy(r, row_of<const T>(p.r, b, token), p.channels);
+    copy(dh, row_of<const T>(p.dh, b, token), p.channels);
+    copy(dr, row_of<const T>(p.dr, b, token), p.channels);
+    copy(y, row_of<const T>(p.y, b, token), p.channels);
+  }
+
+ private:
+  __device__ static void copy(Pack<T> (&to)[VECTORS][kRowThreads], const T* row, int channels) {
+#pragma unroll
+    for (int i = 0; i < VECTORS; ++i) {
+      const bool exists = row != nullptr && channel_of(i) < channels;
+      const T* from = exists ? row + channel_of(i) : nullptr;
+      constexpr int kNumbers = 16 / sizeof(T);  // of a copy
+#pragma unroll
+      for (int j = 0; j < kChannels; j += kNumbers) {
+        copy_async(&to[i][threadIdx.x].at[j], exists ? from + j : from, exists);
+      }
+    }
+  }
+};
+
+// Two blocks of 192 threads (D = 3072) share an SM if a thread has at most 168 registers, which a bound of 384 threads
+// makes sure of; left alone, ptxas takes 166 to 182.
+template <int VECTORS>
+constexpr int kBackwardThreads = VECTORS == 2 ? 384 : kRowThreads;
+
+template <class T, int VECTORS>
+__global__ void __launch_bounds__(kBackwardThreads<VECTORS>) backward_kernel(const __grid_constant__ AdalnParams p) {
+  // In the widest blocks dr and y do not fit in registers beside the rest, nor the next token in 48 KB of shared memory:
+  // dr and y are read after the statistics there.
   constexpr bool kEarly = sizeof(T) * VECTORS <= 4;
+  __shared__ std::conditional_t<kEarly, NextToken<T, VECTORS>, char> next;
   __shared__ float partial_1[2][kRowWarps], partial_2[2][kRowWarps];
 
   const int64_t b = blockIdx.y, n = blockIdx.x;
@@ -194,20 +233,31 @@ __global__ void __launch_bounds__(kRowThreads) backward_kernel(const __grid_cons
   const bool has_norm = p.norm != Norm::kNone, has_gate = p.gate.data != nullptr;
 
   float dshift[VECTORS][kChannels] = {}, dscale[VECTORS][kChannels] = {}, dgate[VECTORS][kChannels] = {};
+  if constexpr (kEarly) {
+    if (begin < end) next.copy(p, b, begin);
+  }
   for (int64_t token = begin; token < end; ++token) {
     Pack<T> r[VECTORS], dh[VECTORS], dr[VECTORS], y[VECTORS];
     const auto load_residual = [&](int i) {
       dr[i] = load(row_of<const T>(p.dr, b, token), channel_of(i), p.channels);
       y[i] = load(row_of<const T>(p.y, b, token), channel_of(i), p.channels);
     };
+    if constexpr (kEarly) {
+      copy_async_wait();
 #pragma unroll
-    for (int i = 0; i < VECTORS; ++i) {
-      r[i] = load(row_of<const T>(p.r, b, token), channel_of(i), p.channels);
-      dh[i] = load(row_of<const T>(p.dh, b, token), channel_of(i), p.channels);
-    }
-    if (kEarly) {
+      for (int i = 0; i < VECTORS; ++i) {
+        r[i] = next.r[i][threadIdx.x];
+        dh[i] = next.dh[i][threadIdx.x];
+        dr[i] = next.dr[i][threadIdx.x];
+        y[i] = next.y[i][threadIdx.x];
+      }
+      if (token + 1 < end) next.copy(p, b, token + 1);
+    } else {
 #pragma unroll
-      for (int i = 0; i < VECTORS; ++i) load_residual(i);
+      for (int i = 0; i < VECTORS; ++i) {
+        r[i] = load(row_of<const T>(p.r, b, token), channel_of(i), p.channels);
+        dh[i] = load(row_of<const T>(p.dh, b, token), channel_of(i), p.channels);
+      }
     }
     NormStatistics<VECTORS> norm;
     if (has_norm) norm_statistics(norm, dshift, r, dh, p, b, f, partial_1, partial_2);

@@ -1,18 +1,19 @@
-// Products of 16-bit tiles on tensor cores, and copies into shared memory behind the arithmetic: all PTX is here.
+// Products of 16-bit tiles on tensor cores: all PTX is here.
 //
-// Six functions are PTX: pack, load_matrices, load_matrices_transposed, mma, copy_async, copy_async_wait. Each has a
-// second version for the host emulation that does what the PTX ISA says of the instruction, lane by lane, so that all
-// that is built on them, their operands' layouts included, is tested without a GPU.
+// Four functions are PTX: pack, load_matrices, load_matrices_transposed, mma. Each has a second version for the host
+// emulation that does what the PTX ISA says of the instruction, lane by lane, so that all that is built on them, their
+// operands' layouts included, is tested without a GPU.
 //
 //   Operand<T, K>      the 16 x K left operand of a product, in registers of a warp
 //   Accumulator<N>     the 16 x N float32 result, in registers of a warp
 //   tile in shared     [rows][D] of T in 16-byte chunks, each at `chunk_at`
 //
-// For sm_80 and later: mma.sync.m16n8k16, ldmatrix, cp.async. All 32 lanes of a warp call a product together.
+// For sm_80 and later: mma.sync.m16n8k16, ldmatrix. All 32 lanes of a warp call a product together.
 #pragma once
 
 #include <type_traits>
 
+#include "copy_async.cuh"
 #include "vectors.cuh"
 
 namespace wam {
@@ -96,15 +97,6 @@ inline void load_any(uint32_t (&m)[4], const void* row, bool transposed) {
   });
 }
 
-struct Copy {
-  void* target;
-  const void* source;
-  bool exists;
-
-  void run() const { exists ? std::memcpy(target, source, 16) : std::memset(target, 0, 16); }
-};
-inline std::vector<Copy> copies[host_emulation::kMaxThreads];  // under way, of each thread
-
 }  // namespace tile_mma_detail
 
 template <class T>
@@ -135,26 +127,6 @@ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1)
       }
     }
   });
-}
-
-// A copy may take place at once or as late as the wait. One order of threads does the one, the other order the other:
-// a kernel that reads too early or overwrites what is still being read gives different bits.
-inline void copy_async(void* target, const void* source, bool exists) {
-  if (reinterpret_cast<std::uintptr_t>(target) % 16 || (exists && reinterpret_cast<std::uintptr_t>(source) % 16)) {
-    host_emulation::fail("copy_async needs addresses that are multiples of 16");
-  }
-  const tile_mma_detail::Copy copy{target, source, exists};
-  if (host_emulation::launch_order == host_emulation::Order::kDownwards) {
-    copy.run();
-  } else {
-    tile_mma_detail::copies[host_emulation::block.running].push_back(copy);
-  }
-}
-
-inline void copy_async_wait() {
-  auto& copies = tile_mma_detail::copies[host_emulation::block.running];
-  for (const auto& copy : copies) copy.run();
-  copies.clear();
 }
 
 #else
@@ -213,16 +185,6 @@ __device__ inline void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, u
   }
 #undef WAM_MMA
 }
-
-// Starts a copy of 16 bytes from global to shared memory, or of zeros unless it `exists`: `source` is then not read.
-__device__ inline void copy_async(void* target, const void* source, bool exists) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(tile_mma_detail::shared_address(target)),
-               "l"(source), "r"(exists ? 16 : 0)
-               : "memory");
-}
-
-// Waits for this thread's copies; they are visible to the block after a barrier.
-__device__ inline void copy_async_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 #endif  // WAM_HOST_EMULATION
 

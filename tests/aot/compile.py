@@ -113,12 +113,12 @@ def repeated_products(launch: Launch) -> tuple[str, ...]:
     return _repeated(ttgir)
 
 
-def shared_bytes(launch: Launch) -> int:
+def shared_bytes(launch: Launch, capability: int = 90) -> int:
     """``Compiled.shared_bytes`` alone, without ptxas, which takes most of the time where registers spill."""
-    return _before("make_ptx", launch)[1]["shared"]
+    return _before("make_ptx", launch, capability)[1]["shared"]
 
 
-def _before(stage: str, launch: Launch) -> tuple[str, dict]:
+def _before(stage: str, launch: Launch, capability: int = 90) -> tuple[str, dict]:
     """What a stage of the compiler is given: the program so far, and what is known about it."""
 
     class Stopped(Exception):
@@ -132,7 +132,7 @@ def _before(stage: str, launch: Launch) -> tuple[str, dict]:
         # the cache may have it compiled to the end
         patch.setattr(triton.knobs.compilation, "always_compile", True)
         with pytest.raises(Stopped) as stopped:
-            triton.compile(launch.source(), target=H100, options=launch.options)
+            triton.compile(launch.source(), target=GPUTarget("cuda", capability, 32), options=launch.options)
     return stopped.value.args
 
 

@@ -116,14 +116,18 @@ def _flags(gate: bool, norm: int, tables: bool) -> dict:
     return {"HAS_GATE": gate, "NORM": norm} | has_tables
 
 
+def _tile(D: int, dtype: str) -> dict[str, int]:
+    return {"BLOCK_D": adaln_config.block_d(D), "STAGES": adaln_config.stages(D, 4 if dtype == "fp32" else 2)}
+
+
 def adaln_forward(D: int, dtype: str, y: bool = True, gate: bool = True, norm: int = ADAPTIVE, tables: bool = True):
-    constants = {"BLOCK_D": adaln_config.block_d(D), "HAS_Y": y, "HAS_SHIFT_TABLE": tables and norm == ADAPTIVE}
+    constants = _tile(D, dtype) | {"HAS_Y": y, "HAS_SHIFT_TABLE": tables and norm == ADAPTIVE}
     kernel = adaln.gate_residual_norm_fwd_kernel
     return _adaln(kernel, D, dtype, adaln_config.forward_warps(D), constants | _flags(gate, norm, tables))
 
 
 def adaln_backward(D: int, dtype: str, dr: bool = True, gate: bool = True, norm: int = ADAPTIVE, tables: bool = True):
-    constants = {"BLOCK_D": adaln_config.block_d(D), "HAS_DR": dr}
+    constants = _tile(D, dtype) | {"HAS_DR": dr}
     kernel = adaln.gate_residual_norm_bwd_kernel
     return _adaln(kernel, D, dtype, adaln_config.backward_warps(D), constants | _flags(gate, norm, tables))
 

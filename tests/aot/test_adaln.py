@@ -1,5 +1,7 @@
 """Every adaLN kernel compiled for sm_90: no spills at the widths that models have; and one key for all lengths."""
 
+import re
+
 import pytest
 import torch
 from triton.backends.compiler import GPUTarget
@@ -17,8 +19,11 @@ from wam_kernels.frame_index import FrameIndex
 def test_no_spills_at_the_widths_of_the_experts(kernel, D):
     built = compile_sm90(kernel(D, "bf16"))
     assert built.spill_bytes == 0
-    # 16-byte accesses: bf16 rows move eight channels at a time
-    assert "ld.global.v4.b32" in built.ptx and "st.global.v4.b32" in built.ptx
+    # 16-byte accesses: bf16 rows move eight channels at a time; those of the next token come behind the arithmetic
+    assert set(re.findall(r"cp\.async\.\w+\S* \[[^\]]*\], \[[^\]]*\], (\w+)", built.ptx)) >= {"0x10"}
+    assert "st.global.v4.b32" in built.ptx
+    if kernel is adaln_forward:
+        assert built.registers <= 128  # 16 warps an SM
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tests.budget import assert_within_budget
-from wam_kernels.adaln import kernel_cuda, reference
+from wam_kernels.adaln import config, kernel_cuda, reference
 from wam_kernels.frame_index import FrameIndex
 
 EPS = 1e-6
@@ -102,7 +102,7 @@ def check(machine, t, dr, dh, index):
 @pytest.mark.parametrize("flows", ["dr and dh", "dr", "dh"])
 @pytest.mark.parametrize("update, norm", VARIANTS)
 def test_every_variant(machine, update, norm, flows, monkeypatch):
-    monkeypatch.setattr(kernel_cuda, "BLOCKS", 2)  # a block walks several tokens, and their rows change
+    monkeypatch.setattr(config, "PROGRAMS", 2)  # a block walks several tokens, and their rows change
     t, dr, dh = make_inputs(UNEVEN, 2, 72, "bfloat16", UPDATES[update] + NORMS[norm], machine.device)
     check(machine, t, dr if "dr" in flows else None, dh if "dh" in flows else None, UNEVEN)
 
@@ -126,8 +126,8 @@ def test_every_width(machine, D, dtype):
 )
 @pytest.mark.parametrize("tokens_per_block", [1, 8])
 def test_every_index(machine, index, present, tokens_per_block, monkeypatch):
-    monkeypatch.setattr(kernel_cuda, "BLOCKS", 1)
-    monkeypatch.setattr(kernel_cuda, "TOKENS_PER_BLOCK", tokens_per_block)
+    monkeypatch.setattr(config, "PROGRAMS", 1)
+    monkeypatch.setattr(config, "TOKENS_OF_PROGRAM", tokens_per_block)
     check(machine, *make_inputs(index, 2, 24, "float32", present, machine.device), index)
 
 

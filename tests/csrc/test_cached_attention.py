@@ -1,7 +1,8 @@
 """The CUDA kernels of cached_attention, through their launcher, against the reference in float64.
 
-Emulated, the instructions mma, ldmatrix and cp.async are the plain versions in ``csrc/common/tile_mma.cuh``, and those
-of Hopper are done late, at random (``csrc/common/sm90_emulation.h``): the same bits in every order.
+Emulated, the instructions mma, ldmatrix and cp.async are the plain versions in ``csrc/common/tile_mma.cuh`` and
+``copy_async.cuh``, and those of Hopper are done late, at random (``csrc/common/sm90_emulation.h``): the same bits in
+every order.
 """
 
 import dataclasses

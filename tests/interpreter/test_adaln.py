@@ -17,7 +17,9 @@ from tests.adaln.checks import (
     check_one_gradient,
     check_same_bits,
     make_inputs,
+    run,
 )
+from wam_kernels.adaln import config
 from wam_kernels.frame_index import FrameIndex
 
 
@@ -44,6 +46,17 @@ def test_layout_never_changes_the_answer(layout):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_fused_equals_its_parts(dtype):
     check_fused_equals_parts(SHARED, make_inputs(SHARED, 1, 72, dtype), "triton")
+
+
+@pytest.mark.parametrize("variant", ["norm", "gate-and-norm", "gate-and-affine-norm"])
+def test_a_program_of_several_tokens_gives_the_same_bits(variant, monkeypatch):
+    index = FrameIndex.from_runs([3, 1, 2, 2], rows=[0, 1, 0, 2])  # rows change inside a program, and come back
+    inputs = make_inputs(index, 2, 24, torch.bfloat16)
+    one = run(VARIANTS[variant], index, inputs, "triton")
+    monkeypatch.setattr(config, "PROGRAMS", 1)
+    monkeypatch.setattr(config, "TOKENS_OF_PROGRAM", 3)  # the last program has fewer
+    several = run(VARIANTS[variant], index, inputs, "triton")
+    assert config.tokens_of_program(16) == 3 and all(torch.equal(one[name], several[name]) for name in one)
 
 
 def test_only_one_output_used():

@@ -9,10 +9,7 @@ import torch
 from torch import Tensor
 
 from ..runtime import cuda
-
-# Forward: a block walks this many neighbouring tokens at most, so that the modulation is read once for them; fewer
-# where that would leave less than BLOCKS blocks, 8 for each SM of an H100. Estimated, not measured.
-TOKENS_PER_BLOCK, BLOCKS = 8, 1056
+from . import config
 
 _ABSENT = (0, 0, 0)
 
@@ -53,7 +50,7 @@ def forward(
         scale=_rows("scale", scale), gate_table=_address(gate_table), shift_table=_address(shift_table),
         scale_table=_address(scale_table), weight=_address(weight), bias=_address(bias),
         row_of_token=_address(row_of_token), r=_rows("r", r), h=_rows("h", h), has_norm=h is not None,
-        tokens_per_block=max(1, min(TOKENS_PER_BLOCK, B * S // BLOCKS)), eps=eps,
+        tokens_per_block=config.tokens_of_program(B * S), eps=eps,
     )  # fmt: skip
     return r, h
 

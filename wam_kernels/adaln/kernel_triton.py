@@ -4,11 +4,13 @@
     backward  g = dh (1 + scale);  t = dr + rstd (g - mean(g) - n mean(g n));  dx = t;  dy = gate t
               dgate = sum t y;  dshift = sum dh;  dscale = sum dh n      over the tokens of a row of the modulation
 
-Forward: one program owns one token and keeps its D channels in registers. Backward: one program owns one segment (at
-most 16 tokens of one modulation row, see ``wam_kernels.frame_index``) of one batch element; it walks the segment's
-tokens, recomputes their statistics from r, and keeps the sums in registers, to store them once as partials
-[B, N, sums, D]. A second kernel adds the partials of each row in order: one program owns some channels of one row.
-There are no atomics, so results are the same from run to run.
+Forward: one program owns a few neighbouring tokens of one batch element (``config.tokens_of_program``) and walks them.
+It keeps the modulation in registers while the row f stays the same. Backward: one program owns one segment (at most 16
+tokens of one modulation row, see ``wam_kernels.frame_index``) of one batch element; it walks the segment's tokens,
+recomputes their statistics from r, and keeps the sums in registers, to store them once as partials [B, N, sums, D]. A
+second kernel adds the partials of each row in order: one program owns some channels of one row. There are no atomics,
+so results are the same from run to run. In both, the next token's rows are on their way into shared memory while a
+token is computed: STAGES of ``tl.range``.
 
 Arithmetic is float32. Rounding to the dtype of x happens at the stores of r, h, dx and dy, and nowhere else; the norm
 is of the rounded r. HAS_Y, HAS_GATE and NORM (0 none, 1 shift and scale, 2 weight and bias) leave out what a variant
@@ -28,7 +30,7 @@ from . import config
 NONE, ADAPTIVE, AFFINE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
 # numbers that change with the geometry must not key a compilation of their own
-_PER_CALL = ["N", "eps"]
+_PER_CALL = ["N", "S", "tokens_of_program", "eps"]
 
 
 @triton.jit
@@ -59,38 +61,50 @@ def gate_residual_norm_fwd_kernel(
     gate_table_ptr, shift_table_ptr, scale_table_ptr, weight_ptr, bias_ptr, row_of_token_ptr,
     stride_x_b, stride_x_s, stride_y_b, stride_y_s, stride_r_b, stride_r_s,
     stride_gate_b, stride_gate_f, stride_shift_b, stride_shift_f, stride_scale_b, stride_scale_f,
-    eps,
+    S, tokens_of_program, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_Y: tl.constexpr, HAS_GATE: tl.constexpr, NORM: tl.constexpr,
-    HAS_GATE_TABLE: tl.constexpr, HAS_SHIFT_TABLE: tl.constexpr, HAS_SCALE_TABLE: tl.constexpr,
+    HAS_GATE_TABLE: tl.constexpr, HAS_SHIFT_TABLE: tl.constexpr, HAS_SCALE_TABLE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """r and h share strides."""
     # int64 before the first stride multiply: S * D passes 2**31 on packed batches
-    s, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    first, b = tl.program_id(0).to(tl.int64) * tokens_of_program, tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     in_d = d < D
-    f = tl.load(row_of_token_ptr + s).to(tl.int64)
-    row_at = b * stride_r_b + s * stride_r_s
-
-    r = _load_row(x_ptr, b * stride_x_b + s * stride_x_s, d, in_d)
-    if HAS_Y:
-        y = _load_row(y_ptr, b * stride_y_b + s * stride_y_s, d, in_d)
-        if HAS_GATE:
-            y *= _modulation(gate_ptr, gate_table_ptr, b * stride_gate_b + f * stride_gate_f, d, in_d, HAS_GATE_TABLE)
-        r_rounded = (r + y).to(r_ptr.dtype.element_ty)
-        tl.store(r_ptr + row_at + d, r_rounded, mask=in_d)
-        r = r_rounded.to(tl.float32)
-
-    if NORM == ADAPTIVE:
-        # asked for before the reductions, so that these loads hide behind them
-        at_shift, at_scale = b * stride_shift_b + f * stride_shift_f, b * stride_scale_b + f * stride_scale_f
-        shift = _modulation(shift_ptr, shift_table_ptr, at_shift, d, in_d, HAS_SHIFT_TABLE)
-        factor = 1.0 + _modulation(scale_ptr, scale_table_ptr, at_scale, d, in_d, HAS_SCALE_TABLE)
+    f = tl.full([], -1, tl.int64)  # the row that gate, shift and factor are of
+    gate = tl.zeros([BLOCK_D], tl.float32)
+    shift = tl.zeros([BLOCK_D], tl.float32)
+    factor = tl.zeros([BLOCK_D], tl.float32)
     if NORM == AFFINE:
         shift = _load_row(bias_ptr, 0, d, in_d)
         factor = _load_row(weight_ptr, 0, d, in_d)
-    if NORM != NONE:
-        normed, _ = _normalise(r, in_d, eps, D)
-        tl.store(h_ptr + row_at + d, (normed * factor + shift).to(h_ptr.dtype.element_ty), mask=in_d)
+
+    for s in tl.range(first, tl.minimum(first + tokens_of_program, S), num_stages=STAGES):
+        r = _load_row(x_ptr, b * stride_x_b + s * stride_x_s, d, in_d)
+        if HAS_Y:
+            y = _load_row(y_ptr, b * stride_y_b + s * stride_y_s, d, in_d)
+        if HAS_GATE or NORM == ADAPTIVE:
+            f_of_token = tl.load(row_of_token_ptr + s).to(tl.int64)
+            if f_of_token != f:
+                f = f_of_token
+                if HAS_GATE:
+                    at_gate = b * stride_gate_b + f * stride_gate_f
+                    gate = _modulation(gate_ptr, gate_table_ptr, at_gate, d, in_d, HAS_GATE_TABLE)
+                if NORM == ADAPTIVE:
+                    at_shift = b * stride_shift_b + f * stride_shift_f
+                    shift = _modulation(shift_ptr, shift_table_ptr, at_shift, d, in_d, HAS_SHIFT_TABLE)
+                    at_scale = b * stride_scale_b + f * stride_scale_f
+                    factor = 1.0 + _modulation(scale_ptr, scale_table_ptr, at_scale, d, in_d, HAS_SCALE_TABLE)
+
+        row_at = b * stride_r_b + s * stride_r_s
+        if HAS_Y:
+            if HAS_GATE:
+                y *= gate
+            r_rounded = (r + y).to(r_ptr.dtype.element_ty)
+            tl.store(r_ptr + row_at + d, r_rounded, mask=in_d)
+            r = r_rounded.to(tl.float32)
+        if NORM != NONE:
+            normed, _ = _normalise(r, in_d, eps, D)
+            tl.store(h_ptr + row_at + d, (normed * factor + shift).to(h_ptr.dtype.element_ty), mask=in_d)
 
 
 @triton.jit(do_not_specialize=_PER_CALL)
@@ -101,7 +115,7 @@ def gate_residual_norm_bwd_kernel(
     stride_dx_b, stride_dx_s, stride_gate_b, stride_gate_f, stride_scale_b, stride_scale_f,
     N, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DR: tl.constexpr, HAS_GATE: tl.constexpr, NORM: tl.constexpr,
-    HAS_GATE_TABLE: tl.constexpr, HAS_SCALE_TABLE: tl.constexpr,
+    HAS_GATE_TABLE: tl.constexpr, HAS_SCALE_TABLE: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Partials are dgate (if HAS_GATE), then dshift and dscale (if NORM). dx and dy share strides."""
     n, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
@@ -122,7 +136,7 @@ def gate_residual_norm_bwd_kernel(
         dshift = tl.zeros([BLOCK_D], tl.float32)
         dscale = tl.zeros([BLOCK_D], tl.float32)
 
-    for s in tl.range(first, end):
+    for s in tl.range(first, end, num_stages=STAGES):
         # all loads of a token are asked for before its reductions, whose barriers nothing moves across
         total = tl.zeros([BLOCK_D], tl.float32)
         if HAS_DR:
@@ -208,12 +222,14 @@ def forward(
     h = None if norm == NONE else x.new_empty(x.shape)
     if x.numel() == 0:
         return r, h
-    gate_residual_norm_fwd_kernel[(S, B)](
+    tokens = config.tokens_of_program(B * S)
+    gate_residual_norm_fwd_kernel[(triton.cdiv(S, tokens), B)](
         x, y, r, h, gate, shift, scale, gate_table, shift_table, scale_table, weight, bias, row_of_token,
-        *strides_of(x, y, h if r is None else r, gate, shift, scale), eps,
+        *strides_of(x, y, h if r is None else r, gate, shift, scale), S, tokens, eps,
         D=D, BLOCK_D=config.block_d(D), HAS_Y=y is not None, HAS_GATE=gate is not None, NORM=norm.value,
         HAS_GATE_TABLE=gate_table is not None, HAS_SHIFT_TABLE=shift_table is not None,
-        HAS_SCALE_TABLE=scale_table is not None, num_warps=config.forward_warps(D),
+        HAS_SCALE_TABLE=scale_table is not None, STAGES=config.stages(D, x.itemsize),
+        num_warps=config.forward_warps(D),
     )  # fmt: skip
     return r, h
 
@@ -246,7 +262,8 @@ def backward(
             dr, dh, r, y, dx, dy, gate, scale, gate_table, scale_table, weight, segments, partials,
             *strides_of(dr, dh, r, y, dy if dx is None else dx, gate, scale), N, eps,
             BLOCK_D=config.block_d(D), HAS_DR=dr is not None, HAS_GATE_TABLE=gate_table is not None,
-            HAS_SCALE_TABLE=scale_table is not None, **flags, num_warps=config.backward_warps(D),
+            HAS_SCALE_TABLE=scale_table is not None, STAGES=config.stages(D, like.itemsize), **flags,
+            num_warps=config.backward_warps(D),
         )  # fmt: skip
     if B * F:
         row_sums_kernel[(F, B, triton.cdiv(D, config.SUM_CHANNELS))](
