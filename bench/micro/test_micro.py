@@ -6,6 +6,7 @@ with that one, and so how far the other ratios can be believed. Save a new one w
 """
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -45,7 +46,7 @@ def test_block_attention(benchmark, backward):
     leaves, plan = [t.requires_grad_(backward) for t in (q, k, v)], WORK.plan("cpu")
 
     def call():
-        out = block_attention(*leaves, plan)
+        out = block_attention(q, k, v, plan)
         return torch.autograd.grad(out, leaves, dout) if backward else out
 
     benchmark(call)
@@ -65,6 +66,7 @@ def test_norms(benchmark, fused, backward):
     gate, shift, scale = (randn(1, index.frames, WIDTH, seed=i).requires_grad_(backward) for i in range(3))
 
     def call():
+        outs: Any
         if fused:
             outs = gate_residual_ada_layer_norm(x, y, gate, shift, scale, index)
         else:
@@ -79,14 +81,14 @@ def test_norms(benchmark, fused, backward):
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "forward+backward"])
 def test_qk_norm_rope(benchmark, backward):
-    leaves = [randn(1, TOKENS, WIDTH, seed=i) for i in range(2)] + [1 + 0.1 * randn(WIDTH, seed=i) for i in range(2)]
-    leaves = [t.requires_grad_(backward) for t in leaves]
+    q, k = (randn(1, TOKENS, WIDTH, seed=i).requires_grad_(backward) for i in range(2))
+    weight_q, weight_k = ((1 + 0.1 * randn(WIDTH, seed=i)).requires_grad_(backward) for i in range(2))
     table = rope_table(60 * torch.rand(TOKENS, 3, dtype=torch.float64), WIDTH // HEADS)
     douts = [randn(1, TOKENS, HEADS, WIDTH // HEADS, seed=i) for i in range(2)]
 
     def call():
-        outs = qk_norm_rope(*leaves, table, head_dim=WIDTH // HEADS)
-        return torch.autograd.grad(outs, leaves, douts) if backward else outs
+        outs = qk_norm_rope(q, k, weight_q, weight_k, table, head_dim=WIDTH // HEADS)
+        return torch.autograd.grad(outs, (q, k, weight_q, weight_k), douts) if backward else outs
 
     benchmark(call)
 

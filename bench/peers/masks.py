@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -79,7 +80,8 @@ def openwam_mask_mod(work: Workload, device: torch.device) -> Callable:
     sample = torch.repeat_interleave(torch.tensor([g.length for g in work.samples])).to(device)
 
     def mask_mod(b, h, q, kv):
-        of_q, of_kv = (Tokens(**{name: column[i] for name, column in columns.items()}) for i in (q, kv))
+        # the predicate's arithmetic is that of tensors, too
+        of_q, of_kv = (Tokens(**{name: cast(Any, column[i]) for name, column in columns.items()}) for i in (q, kv))
         return visible(geometry, of_q, of_kv) & (sample[q] == sample[kv])
 
     return mask_mod

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -47,10 +48,11 @@ def wam_norm(index: FrameIndex, x: Tensor, t_proj: Tensor, table: Tensor) -> tup
 
 def wam_gate_norm(index: FrameIndex, x: Tensor, t_proj: Tensor, table: Tensor, y: Tensor) -> tuple[Tensor, ...]:
     modulation, tables = t_proj.unbind(2), table.unbind(0)
-    return gate_residual_ada_layer_norm(
+    r, h = gate_residual_ada_layer_norm(
         x, y, modulation[2], modulation[0], modulation[1], index,
         gate_table=tables[2], shift_table=tables[0], scale_table=tables[1], eps=EPS,
     )  # fmt: skip
+    return r, cast(Tensor, h)  # with a norm it is there
 
 
 def of_token(rows_BFD: Tensor, index: FrameIndex, even: bool) -> Tensor:
@@ -75,7 +77,10 @@ def eager_gate_norm(
     return r, *eager_norm(index, r, t_proj, table, even=even)
 
 
-OPS = {"ada_layer_norm": (wam_norm, eager_norm), "gate_residual_ada_layer_norm": (wam_gate_norm, eager_gate_norm)}
+OPS: dict[str, tuple[harness.Function, harness.Function]] = {
+    "ada_layer_norm": (wam_norm, eager_norm),
+    "gate_residual_ada_layer_norm": (wam_gate_norm, eager_gate_norm),
+}
 
 
 # ---- cases ----
@@ -107,14 +112,14 @@ def bench(op: str, S: int, D: int, tokens: int, options: Options, repeats: int, 
         t.requires_grad_()
     incoming = [randn(1, S, D, dtype=dtype) for _ in range(2 if fused else 1)]  # of r and h, or of h
 
-    wam, eager = OPS[op]
-    eager = partial(eager, even=min(tokens, S) * index.frames == S)
-    functions = {"eager": eager, "wam": wam}
+    wam, of_rows = OPS[op]
+    eager = partial(of_rows, even=min(tokens, S) * index.frames == S)
+    functions: dict[str, harness.Function] = {"eager": eager, "wam": wam}
     if compiles:
         torch._dynamo.reset()  # past its limit of recompilations dynamo would run eager
         functions["compile"] = torch.compile(eager, dynamic=False)
-    providers = {name: lambda *leaves, fn=fn: fn(index, *leaves) for name, fn in functions.items()}
-    providers, failed = harness.correct_providers(providers, leaves, incoming, 1e-5 if dtype == torch.float32 else 1e-2)
+    of_leaves: dict[str, harness.Function] = {name: partial(fn, index) for name, fn in functions.items()}
+    providers, failed = harness.correct_providers(of_leaves, leaves, incoming, 1e-5 if dtype == torch.float32 else 1e-2)
 
     def forward(fn: harness.Function) -> Callable[[], object]:
         return torch.no_grad()(lambda: fn(*leaves))
@@ -125,11 +130,11 @@ def bench(op: str, S: int, D: int, tokens: int, options: Options, repeats: int, 
     for what, wrap in (("forward", forward), ("forward+backward", train)):
         moved = compulsory_bytes(op, S, D, index.frames, dtype.itemsize, what != "forward")
         times = harness.measure({name: wrap(fn) for name, fn in providers.items()}, device, repeats)
-        for provider, t in times.items():
+        for provider, spent in times.items():
             yield {
                 "op": op, "what": what, "provider": provider, "tokens": S, "D": D, "tokens_a_frame": tokens,
                 "dtype": str(dtype),
-                **harness.bandwidth(t, moved, device), "ratio": round(times["eager"]["ms"] / t["ms"], 2),
+                **harness.bandwidth(spent, moved, device), "ratio": round(times["eager"]["ms"] / spent["ms"], 2),
             }  # fmt: skip
     case = f"{op} {S} x {D}, {tokens} tokens a frame"
     yield from ({"provider": name, "error": reason, "where": [case]} for name, reason in failed.items())

@@ -40,7 +40,7 @@ from wam_models.train.config import small_model
 # ---- the block without the ops ----
 
 
-def rms_norm(x: Tensor, norm: nn.Module, config: ModelConfig) -> Tensor:
+def rms_norm(x: Tensor, norm: nn.RMSNorm, config: ModelConfig) -> Tensor:
     normed = F.rms_norm(at_least_float32(x), norm.weight.shape, eps=config.eps) * at_least_float32(norm.weight)
     return normed.to(x.dtype).unflatten(-1, (-1, config.head_dim))
 
@@ -62,7 +62,7 @@ def plain_cross_attention(expert: ExpertBlock, x: Tensor, text: Tensor, config: 
     ).to(x.dtype)
     q, k = rms_norm(a.to_q(x), a.norm_q, config), rms_norm(a.to_k(text), a.norm_k, config)
     v = a.to_v(text).unflatten(-1, (-1, config.head_dim))
-    out = F.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return a.output(out.transpose(1, 2))
 
 
@@ -233,12 +233,11 @@ def rows_of(case: Case, device: str, compiles: bool, seed: int) -> Iterable[Row]
 def truth_of(case: Case, block: PackedBlock, inputs: tuple, incoming: list[Tensor], plan: Plan) -> list[Tensor]:
     """Outputs and gradients of the plain block in float64."""
     block = copy.deepcopy(block).double()
-    *tensors, rope = ([t.detach().double() for t in group] for group in inputs)
-    for group in tensors:
-        for t in group:
-            t.requires_grad_()
-    outs = plain_block(block, case.config, *tensors, rope, plan)
-    leaves = [t for group in tensors for t in group] + list(block.parameters())
+    xs, t_projs, texts, rope = ([t.detach().double() for t in group] for group in inputs)
+    for t in (*xs, *t_projs, *texts):
+        t.requires_grad_()
+    outs = plain_block(block, case.config, xs, t_projs, texts, rope, plan)
+    leaves = [*xs, *t_projs, *texts] + list(block.parameters())
     return [*outs, *torch.autograd.grad(outs, leaves, [t.double() for t in incoming])]
 
 

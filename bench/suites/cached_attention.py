@@ -18,6 +18,7 @@ on a CUDA device.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from importlib.util import find_spec
 
 import torch
@@ -49,12 +50,16 @@ def fills(cached: int) -> dict[str, list[tuple[int, int]]]:
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    heads = (t.transpose(1, 2) for t in (q, k, v))
-    return F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2)
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
 
 def concatenated(t: Tensor, runs: list[tuple[int, int]]) -> Tensor:
     return torch.cat([t[:, start:end] for start, end in runs], 1)
+
+
+def of_backend(ranges: Tensor, impl: str, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return cached_attention(q, k, v, ranges, group_rows=ROWS, impl=impl)
 
 
 def make_providers(
@@ -79,9 +84,7 @@ def make_providers(
         lengths = torch.full((k.shape[0],), runs[0][1], dtype=torch.int32, device=device)
         providers["flash_attn_with_kvcache"] = lambda q, k, v: flash_attn_with_kvcache(q, k, v, cache_seqlens=lengths)
     for impl in impls:
-        providers[f"wam {impl}"] = lambda q, k, v, impl=impl: cached_attention(
-            q, k, v, ranges, group_rows=ROWS, impl=impl
-        )
+        providers[f"wam {impl}"] = partial(of_backend, ranges, impl)
     return providers, missing
 
 
@@ -99,7 +102,7 @@ def rows(options: Options) -> Iterable[Row]:
             inputs = [(q, layer[0], layer[1]) for layer in buffer]
             ranges = torch.tensor([[runs, runs]], dtype=torch.int32, device=device)
             providers, missing = make_providers(runs, ranges, *inputs[0][1:])
-            truth = cached_attention(*(t.double() for t in inputs[0]), ranges, group_rows=ROWS, impl="reference")
+            truth = of_backend(ranges, "reference", *(t.double() for t in inputs[0]))
             rtol = 1e-5 if dtype == torch.float32 else 1e-2
             for name, provider in providers.items():
                 harness.require_equal(name, provider(*inputs[0]), truth, rtol)

@@ -13,6 +13,7 @@ The other providers of the suites ``adaln`` and ``qk_norm_rope`` (eager, torch.c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -42,16 +43,16 @@ def layer_norm_providers(S: int, D: int, device: str) -> tuple[dict[str, harness
     def torch_norm(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
         return (F.layer_norm(x, (D,), (1 + scale).to(x.dtype), shift.to(x.dtype), EPS),)
 
-    providers, missing = {"torch": torch_norm, "wam": wam}, {}
+    def of(norm: Callable) -> harness.Function:
+        return lambda x, scale, shift: (norm(x, (1 + scale).to(x.dtype), shift.to(x.dtype), EPS),)
+
+    providers: dict[str, harness.Function] = {"torch": torch_norm, "wam": wam}
+    missing: dict[str, str] = {}
     for peer in (p for p in NORMS if p.what == "layer_norm"):
         try:
-            norm = peer.load(device)
+            providers[peer.name] = of(peer.load(device))
         except Unavailable as reason:
             missing[peer.name] = f"not run here: {reason}"
-        else:
-            providers[peer.name] = lambda x, scale, shift, norm=norm: (
-                norm(x, (1 + scale).to(x.dtype), shift.to(x.dtype), EPS),
-            )
     return providers, missing
 
 
@@ -68,7 +69,8 @@ def qk_providers(S: int, D: int, device: str) -> tuple[dict[str, harness.Functio
 
         return lambda q, k, weight_q, weight_k: (rotated(q, weight_q), rotated(k, weight_k))
 
-    providers, missing = {"torch": of(lambda x, w, eps: F.rms_norm(x, w.shape, w, eps)), "wam": wam}, {}
+    providers: dict[str, harness.Function] = {"torch": of(lambda x, w, eps: F.rms_norm(x, w.shape, w, eps)), "wam": wam}
+    missing: dict[str, str] = {}
     for peer in (p for p in NORMS if p.what == "rms_norm"):
         try:
             providers[peer.name] = of(peer.load(device))
@@ -94,12 +96,14 @@ def bench(op: str, S: int, D: int, options: Options, repeats: int) -> Iterable[R
     tensors = 1 if op == "layer_norm" else 2
     incoming = [randn(*t.shape).detach() for t in providers["torch"](*leaves)]
     providers, wrong = harness.correct_providers(providers, leaves, incoming, 1e-4 if dtype == torch.float32 else 2e-2)
+
+    def gradients(provider: harness.Function) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(provider(*leaves), leaves, incoming)
+
     calls: dict[tuple[str, str], Callable[[], object]] = {}
     for name, provider in providers.items():
-        calls["forward", name] = torch.no_grad()(lambda provider=provider: provider(*leaves))
-        calls["forward+backward", name] = lambda provider=provider: torch.autograd.grad(
-            provider(*leaves), leaves, incoming
-        )
+        calls["forward", name] = torch.no_grad()(partial(provider, *leaves))
+        calls["forward+backward", name] = partial(gradients, provider)
     times = harness.measure(calls, device, repeats)
     for (what, name), t in times.items():
         # forward: in and out; backward: incoming gradient and input in, gradient out

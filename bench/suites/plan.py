@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from itertools import product
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -39,7 +40,7 @@ from wam_kernels import PROGRAMS, FrameIndex, Geometry, Plan
 from wam_kernels.frame_index import forget_frame_indices
 
 REPEATS = 20
-SIZE = {"heads": 1, "head_dim": 64}
+SIZE: dict[str, Any] = {"heads": 1, "head_dim": 64}
 MASK_TOKENS = 5_000  # the largest dense mask that is built for comparison: it is what a plan replaces
 
 
@@ -69,7 +70,7 @@ def rows(options: Options) -> Iterable[Row]:
         times = harness.measure(calls, "cpu", REPEATS)  # the host's clock: this is work of the host
         cpu = harness.measure(calls, "cpu", REPEATS, time.thread_time)
         if work.tokens <= MASK_TOKENS:
-            times |= harness.measure({"dense mask": lambda plan=plan: plan.mask()}, "cpu", 3)
+            times |= harness.measure({"dense mask": plan.mask}, "cpu", 3)
         for provider, t in times.items():
             yield {
                 "workload": work.name,

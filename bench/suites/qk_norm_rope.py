@@ -96,4 +96,5 @@ def rows(options: Options) -> Iterable[Row]:
     cuda, quick = options.device == "cuda", options.quick
     for size in tqdm([size for size in SIZES if cuda or not quick or size[0] < 1000], desc="qk_norm_rope"):
         compiles = size == LIBERO if quick else cuda or size[0] < 5000
-        yield from bench(*size, options, repeats_of(size[0], options), compiles)
+        S, H, D = size
+        yield from bench(S, H, D, options, repeats_of(S, options), compiles)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -92,13 +93,14 @@ def calls_of(
     def wam() -> None:
         episode.accept(episode.propose(**noise_for(episode, grid, next(turn))))
 
-    history = tuple(t[:, :, -window:] if i == 0 else t[:, -window:] for i, t in enumerate(accepted_history(episode)))
+    video, action = accepted_history(episode)
+    history = video[:, :, -window:], action[:, -window:]
     next_frame = episode.next_frame[0]
 
     def without_cache() -> None:
         packed_chunk(episode.model, episode.config, history, next_frame, text, noise_for(episode, grid, next(turn)))
 
-    calls = {"wam": wam}
+    calls: dict[str, Callable[[], object]] = {"wam": wam}
     if packed:
         calls["packed"] = without_cache
         if episode.model.device.type == "cuda":
@@ -107,7 +109,7 @@ def calls_of(
             )[0]
             calls["wam_eager"] = lambda: eager.accept(eager.propose(**noise_for(eager, grid, next(turn))))
             if compiled:
-                model = torch.compile(episode.model)
+                model = cast(WorldActionModel, torch.compile(episode.model))
                 calls["packed_compiled"] = lambda: packed_chunk(
                     model, episode.config, history, next_frame, text, noise_for(episode, grid, next(turn))
                 )
@@ -146,8 +148,8 @@ def rows(options: Options) -> Iterable[Row]:
     checked = make_model(small, options.device, dtype, options.seed).eval().requires_grad_(False)
     # bf16: a few roundings for each of 2 layers, 2 steps
     rtol = 1e-4 if dtype == torch.float32 else 3e-2
-    programs = [p for p, row in PROGRAMS.items() if row.has_rollout]
-    programs = ("joint", "video_then_action") if options.quick else programs
+    every = [p for p, row in PROGRAMS.items() if row.has_rollout]
+    programs = ["joint", "video_then_action"] if options.quick else every
     places = ("libero", "robotwin") if options.device == "cuda" else ("libero",)
     configs = [RolloutConfig(program=p, window=window, steps=steps, history="video_only") for p in programs]
     for c in tqdm(configs, desc="rollout, checks", unit="program"):

@@ -79,6 +79,7 @@ def compared(program: str, chunks: int) -> dict[str, list[float]]:
         candidate = episode.propose(video_noise=video, action_noise=action.unflatten(1, (SIZES["chunk"], -1)))
         episode.accept(candidate)
         ours.append(time.perf_counter() - begin)
+        assert candidate.action is not None and candidate.video is not None  # both were asked for
         if (i + 1) * SIZES["chunk"] < SIZES["window"] // 2 * SIZES["chunk"]:
             harness.require_equal(
                 f"{program}, chunk {i + 1}", candidate.action.flatten(1, 2), results[str(3 * i)], RTOL

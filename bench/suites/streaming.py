@@ -18,6 +18,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -74,7 +75,7 @@ def rows(options: Options) -> Iterable[Row]:
     for n in tqdm(range(chunks), desc="streaming", unit="chunk"):
         memory = {}
         for name, (episode, _) in episodes.items():
-            times[name].append(milliseconds(lambda e=episode, n=n: chunk(e, n), device))
+            times[name].append(milliseconds(partial(chunk, episode, n), device))
             memory[name] = harness.held_megabytes(device)
         if n == 0 or n % every == every - 1:
             episode = episodes["wam"][0]

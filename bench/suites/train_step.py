@@ -147,5 +147,5 @@ def rows(options: Options) -> Iterable[Row]:
         cases = [(wan_5b_config(), 1, 68, 64, 3 if options.quick else 10)]
     else:
         cases = [(demo_config(), 2, 5, 8, 2) if options.quick else (demo_config(), 2, 17, 8, 3)]
-    for case in tqdm(cases, desc="train_step", unit="case"):
-        yield from bench(*case, options)
+    for config, samples, frames, text, repeats in tqdm(cases, desc="train_step", unit="case"):
+        yield from bench(config, samples, frames, text, repeats, options)

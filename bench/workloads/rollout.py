@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TypedDict
+
 import torch
 from torch import Tensor
 
@@ -35,20 +37,27 @@ def make_episode(
     return episode, text
 
 
-def noise_for(episode: Episode, grid: tuple[int, int], seed: int) -> dict[str, Tensor]:
+class Noise(TypedDict):
+    """As ``Episode.propose`` takes it."""
+
+    video_noise: Tensor
+    action_noise: Tensor
+
+
+def noise_for(episode: Episode, grid: tuple[int, int], seed: int) -> Noise:
     c, generator = episode.model.config, torch.Generator().manual_seed(seed)
     chunk = episode.chunk_size
-    shapes = {
-        "video_noise": (1, c.latent_channels, chunk, *grid),
-        "action_noise": (1, chunk, c.actions_per_frame, c.action_dim),
-    }
-    return {name: torch.randn(shape, generator=generator).to(episode.model.device) for name, shape in shapes.items()}
+    video, action = (
+        torch.randn(shape, generator=generator).to(episode.model.device)
+        for shape in ((1, c.latent_channels, chunk, *grid), (1, chunk, c.actions_per_frame, c.action_dim))
+    )
+    return {"video_noise": video, "action_noise": action}
 
 
 @torch.no_grad()
 def packed_chunk(
     model: WorldActionModel, config: RolloutConfig, history: tuple[Tensor, Tensor], next_frame: int, text: Tensor,
-    noise: dict[str, Tensor],
+    noise: Noise,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The chunk after ``history`` (video ``[B, C, T, y, x]``, actions ``[B, T, n, A]``), all of it in every forward."""
     past, chunk = dict(zip((VIDEO, ACTION), history, strict=True)), config.chunk_size
