@@ -17,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from bench.static.sass import Instruction, disassemble
 from wam_kernels.runtime import cuda
 
 ROOT = Path(__file__).parents[2]
@@ -151,6 +152,14 @@ def built() -> Path:
     late = [str(source.relative_to(ROOT)) for source in SOURCES if source.stat().st_mtime > path.stat().st_mtime]
     assert not late, f"{path.name} is older than {', '.join(late)}: build it again, with make or pip install"
     return path
+
+
+@pytest.fixture(scope="session")
+def machine_code(built) -> dict[str, list[Instruction]]:
+    """Of every kernel for sm_90a, by mangled name."""
+    if importlib.util.find_spec("triton") is None:
+        pytest.skip("needs cuobjdump, which comes with triton")
+    return disassemble(built)
 
 
 @pytest.fixture(params=["emulated", "gpu"])

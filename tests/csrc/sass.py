@@ -10,25 +10,14 @@ from pathlib import Path
 
 import pytest
 
+from bench.static.sass import Body, Loop, loops_with, tool
+
 WARPS = 4  # of a warpgroup
 TENSOR_FLOPS = 4096  # bf16 and fp16 of an SM in a clock, an addition and a multiplication counted apart
 
 
-@dataclass(frozen=True)
-class Instruction:
-    address: int
-    name: str  # with what follows its dots
-    operands: str
-
-
-@dataclass(frozen=True)
-class Step:
-    """One turn of an innermost loop that multiplies on tensor cores; clocks are those of an SM for one warpgroup."""
-
-    body: tuple[Instruction, ...]
-
-    def count(self, prefix: str) -> int:
-        return sum(i.name.startswith(prefix) for i in self.body)
+class Step(Loop):
+    """One turn of an innermost loop that multiplies by wgmma; clocks are those of an SM for one warpgroup."""
 
     @property
     def instructions(self) -> int:
@@ -73,13 +62,10 @@ class Resources:
     shared: int
 
 
-def cuobjdump(*arguments: str | Path, folder: Path | None = None) -> str:
+def cuobjdump(*arguments: str | Path) -> str:
     if find_spec("triton") is None:
         pytest.skip("needs cuobjdump, which comes with triton")
-    import triton
-
-    command = [Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout
+    return subprocess.run([tool("cuobjdump"), *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def resources(path: Path) -> list[Resources]:
@@ -95,37 +81,11 @@ def resources(path: Path) -> list[Resources]:
     return found
 
 
-def cubins(path: Path, architecture: str, folder: Path) -> list[Path]:
-    """The parts of a library that are for one architecture, as files in ``folder``."""
-    cuobjdump("-xelf", f".{architecture}.", path.resolve(), folder=folder)
-    return sorted(folder.glob("*.cubin"))
-
-
-def parse(path: Path) -> dict[str, list[Instruction]]:
-    """By mangled name: the kernels of a cubin."""
-    text = cuobjdump("-sass", path)
-    kernels: dict[str, list[Instruction]] = {}
-    for line in text.splitlines():
-        if name := re.search(r"Function : (\S+)", line):
-            body = kernels.setdefault(name.group(1), [])
-        elif found := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*?);", line):
-            body.append(Instruction(int(found.group(1), 16), found.group(2), found.group(3).strip()))
-    return kernels
-
-
-def registers_of(body: list[Instruction]) -> int:
+def registers_of(body: Body) -> int:
     """As many as the highest that is named needs."""
     return 1 + max(int(number) for i in body for number in re.findall(r"\bR(\d+)\b", i.operands))
 
 
-def steps(body: list[Instruction]) -> list[Step]:
-    """The innermost loops with a product, in the order of their code."""
-    index = {instruction.address: i for i, instruction in enumerate(body)}
-    loops = []
-    for i, instruction in enumerate(body):
-        target = instruction.name.startswith("BRA") and re.search(r"0x([0-9a-f]+)", instruction.operands)
-        if target and int(target.group(1), 16) in index and int(target.group(1), 16) <= instruction.address:
-            loops.append((index[int(target.group(1), 16)], i + 1))
-    inner = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    found = [Step(tuple(body[begin:end])) for begin, end in inner]
-    return [step for step in found if step.products]
+def steps(body: Body) -> list[Step]:
+    """The innermost loops with a product by wgmma, in the order of their code."""
+    return [Step(loop.body) for loop in loops_with(body, ("HGMMA",))]

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.csrc.sass import Step, cubins, parse, registers_of, steps
+from tests.csrc.sass import Step, registers_of, steps
 
 # of one dtype: kernel, head dim, step -> the most instructions, clocks of tensor cores, products by their columns
 STEPS = {
@@ -27,14 +27,10 @@ KERNELS = {
 
 
 @pytest.fixture(scope="module")
-def kernels(built, tmp_path_factory) -> dict[tuple[str, int, str], Step]:
-    """By kernel, head dim, dtype and step."""
-    paths = cubins(built, "sm_90a", tmp_path_factory.mktemp("cubins"))
-    names = [f"{op}_detail".encode() for op, _ in KERNELS.values()]
-    paths = [path for path in paths if any(name in path.read_bytes() for name in names)]
-    bodies = {name: body for path in paths for name, body in parse(path).items()}
+def kernels(machine_code) -> dict[tuple[str, int, str, str], Step]:
+    """By kernel, head dim, step and dtype."""
     found = {}
-    for name, body in bodies.items():
+    for name, body in machine_code.items():
         for kernel, (op, registers) in KERNELS.items():
             for D in (64, 128):
                 for dtype, mangled in (("bfloat16", "13__nv_bfloat16"), ("float16", "6__half")):
