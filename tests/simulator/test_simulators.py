@@ -31,7 +31,7 @@ def test_the_example_is_short_and_whole(folder):
 @pytest.mark.parametrize(
     "name, message",
     [
-        ("atari/pong", "there is no suite 'atari'; the suites are metaworld"),
+        ("atari/pong", "there is no suite 'atari'; the suites are metaworld, libero"),
         ("point_simulator", "must be module:factory, or suite/task as metaworld/reach-v3"),
         ("point_simulator:Line", "cannot be loaded: AttributeError"),
         ("point_simulator:Outcome", "cannot be loaded: TypeError"),

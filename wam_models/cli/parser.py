@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from ..runtime.limits import LARGEST_INT64
 
-SIMULATOR = "suite/task, as metaworld/pick-place-v3, or MODULE:FACTORY, see wam_models.simulator"
+SIMULATOR = "metaworld/pick-place-v3, libero/libero_object/3 and the like, or MODULE:FACTORY, see docs/closed_loop.md"
 
 
 class UserError(Exception):

@@ -1,7 +1,7 @@
 """Acting in a simulator, closed loop: predict a chunk, execute it, look, go on from what was observed.
 
-What acts is a :class:`~.protocol.Simulator`, or an :class:`Adapter`, any object with two methods that gives pictures
-chunk by chunk; ``tools/data/libero_simulator.py`` is one for LIBERO.
+What is acted in is a :class:`~.protocol.Simulator`, or an :class:`Adapter`, any object with two methods that gives
+pictures chunk by chunk.
 """
 
 from __future__ import annotations

@@ -6,24 +6,17 @@ The state needs no renderer. Pictures are rendered by MuJoCo, which needs EGL or
 from __future__ import annotations
 
 import atexit
-import importlib
-import os
 import pickle
 import warnings
 from collections.abc import Mapping
-from ctypes.util import find_library
 from typing import Any
 
 import numpy as np
 
 from .protocol import Observation, Outcome
+from .rendering import choose_backend, no_renderer
 
 INSTALL = "pip install metaworld==3.1.1 mujoco==3.3.0 packaging, or 'wam-kernels[metaworld]'"
-RENDERER = (
-    "pictures need EGL (Debian: apt install libegl1 libgles2 libgl1-mesa-dri; MUJOCO_GL=egl) or OSMesa (apt install "
-    "libosmesa6; MUJOCO_GL=osmesa); states need neither"
-)
-BACKENDS = {"egl": "EGL", "osmesa": "OSMesa"}  # MuJoCo's names to libraries, the fastest first
 # of Meta-World's observation, which also holds the frame before: hand, gripper, first object, second object, target
 KEPT = [*range(14), *range(36, 39)]
 STATE_NAMES = (
@@ -59,7 +52,7 @@ class MetaWorld:
                 f"metaworld/{task} needs {error.name}, which is not installed: {INSTALL}", name=error.name
             ) from error
         except Exception as error:  # MuJoCo takes a MUJOCO_GL without its library for whatever that leads to
-            raise _no_renderer(task, error) from error
+            raise no_renderer(f"metaworld/{task}", error) from error
         if task not in ALL_V3_ENVIRONMENTS:
             raise ValueError(f"metaworld/{task}: no such task; tasks are {', '.join(sorted(ALL_V3_ENVIRONMENTS))}")
         self.task = task
@@ -79,7 +72,7 @@ class MetaWorld:
                 choose_backend()
             self._renderers = {size: self._renderer(*size) for size in set(self._cameras.values())}
         except Exception as error:  # PyOpenGL and MuJoCo raise whatever a missing library leads to
-            raise _no_renderer(task, error) from error
+            raise no_renderer(f"metaworld/{task}", error) from error
         for renderer in self._renderers.values():
             atexit.register(renderer.close)  # later, EGL is gone before its contexts are
 
@@ -131,23 +124,3 @@ class MetaWorld:
         renderer.update_scene(self.env.data, camera=camera)
         picture = renderer.render()
         return picture[::-1].copy() if camera in UPSIDE_DOWN else picture.copy()
-
-
-def choose_backend() -> None:
-    """Have MuJoCo render with what this machine has, unless ``MUJOCO_GL`` or a screen decides it.
-
-    Raises whatever PyOpenGL and MuJoCo make of a missing library.
-    """
-    from mujoco import gl_context
-
-    if "MUJOCO_GL" not in os.environ and "DISPLAY" not in os.environ:
-        found = next((name for name, library in BACKENDS.items() if find_library(library)), None)
-        if found is None:
-            raise OSError(f"neither lib{' nor lib'.join(BACKENDS.values())}")
-        os.environ["MUJOCO_GL"] = found
-        importlib.reload(gl_context)  # MuJoCo was imported before, for states
-    gl_context.GLContext(8, 8).free()  # a Renderer that fails on the way complains once more when it is collected
-
-
-def _no_renderer(task: str, error: Exception) -> ValueError:
-    return ValueError(f"metaworld/{task}: {RENDERER} ({type(error).__name__}: {error})")

@@ -12,7 +12,10 @@ from .protocol import METHODS, checked_frequency, lacking, raised
 
 CONTROL_FREQ = 20.0  # Hz, of an adapter that does not say: LIBERO's, and so that of the shipped data
 FREQUENCIES = 1e-6, 1e9  # Hz; those of data sets too
-SUITES = {"metaworld": "wam_models.simulator.metaworld:MetaWorld"}  # suite -> what makes a task of it
+SUITES = {  # suite -> what makes a task of it
+    "metaworld": "wam_models.simulator.metaworld:MetaWorld",
+    "libero": "wam_models.simulator.libero:Libero",
+}
 Cameras = Mapping[str, tuple[int, int]]
 
 
@@ -21,7 +24,8 @@ def load(name: str, cameras: Cameras | None = None) -> Any:
     found too.
 
     Args:
-        name: ``metaworld/pick-place-v3``, or ``module:factory``; the factory is called without arguments.
+        name: ``metaworld/pick-place-v3``, ``libero/libero_object/3``, or ``module:factory``; the factory is called
+            without arguments.
         cameras: Camera to (height, width) of the pictures to render; a factory decides that itself.
 
     Returns:

@@ -221,7 +221,8 @@ def _run(simulator: Any, actions: Sequence | np.ndarray, every: int) -> Executed
 
 def _expert(simulator: Any, start: int | dict[str, Any], horizon: int) -> tuple[Begun, np.ndarray, bool]:
     """How an episode begins, what the scripted expert does in it, and whether that succeeds."""
-    begun, actions, success = _begin(simulator, start), [], False
+    begun, success = _begin(simulator, start), False
+    actions: list[np.ndarray] = []
     while len(actions) < horizon and not success:
         actions.append(np.asarray(simulator.expert(), np.float32))
         success = checked_outcome(f"{type(simulator).__name__}.act", simulator.act(actions[-1].copy())).success
