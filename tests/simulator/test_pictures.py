@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 from wam_models import cli
-from wam_models.ablate.protocol import Track
-from wam_models.ablate.run import read_track
+from wam_models.ablate.protocol import Arm, Protocol, Track
+from wam_models.ablate.run import EXPERT, SANITY, collect, read_track, run_all
 from wam_models.cli.pictures_demo import make_pictures_demo
 from wam_models.data import ClipDataset, LeRobotDataset
 from wam_models.simulator import load
 from wam_models.simulator.process import SimulatorFailure, SimulatorProcess
-from wam_models.simulator.record import RecordConfig, record
+from wam_models.simulator.record import RecordConfig
 from wam_models.train import TrainConfig
 
 from .conftest import EXAMPLES
@@ -166,12 +166,20 @@ def test_the_demo_of_pictures_records_its_own(folder, capsys):
     assert "--data must be left out with --pictures" in capsys.readouterr().err
 
 
-def test_an_ablation_reads_its_pictures(drawn):
+def test_an_ablation_on_pictures(drawn):
+    """Every kind of unit; the expert's replay renders nothing."""
     training = json.loads(point_training(drawn).read_text())
     recording = {"episodes": 2, "interrupted": 0.0, "picture_every": 2}
-    track = Track(name="pixels", simulators=(DRAWN,), camera="top", size=16, record=recording, training=training)
-    record(drawn / "pixels/data", track.simulators, RecordConfig(**recording), cameras={"top": (16, 16)}, jobs=1)
-    assert read_track(drawn, track).latent_shape == (8, 4, 4)
+    track = Track(
+        name="pixels", simulators=(DRAWN,), camera="top", size=16, record=recording, training=training,
+        settings=((2, 1),), episodes=1, horizon=9, batch=1,
+    )  # fmt: skip
+    run_all(drawn / "run", Protocol(suite="drawn", arms=(Arm(name="joint", program="joint"),), tracks=(track,)))
+    assert read_track(drawn / "run", track).latent_shape == (8, 4, 4)
+    rows, trainings = collect(drawn / "run")
+    assert {row["arm"] for row in rows} == {"joint", *SANITY} and not any(row["broken"] for row in rows)
+    assert all(len(row["imagined_mse"]) == 2 for row in rows if row["arm"] != EXPERT)
+    assert [t["steps"] for t in trainings if t["arm"] == "joint"] == [2]
 
 
 def test_metaworld_renders():
