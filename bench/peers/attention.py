@@ -83,8 +83,8 @@ def _sdpa_dense_mask(work: Workload, plan: Plan, dtype: torch.dtype) -> Provider
     mask = dense_mask(plan)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads = (t.transpose(1, 2) for t in (q, k, v))
-        return F.scaled_dot_product_attention(*heads, attn_mask=mask).transpose(1, 2)
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
     return Provider(attend, work.tokens**2, build=lambda: dense_mask(plan))
 
@@ -94,9 +94,9 @@ def _sdpa_backend(backend: SDPBackend) -> Callable[[Workload, Plan, torch.dtype]
         document = documents(work, "SDPA without a mask")
 
         def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            heads = (_split(t, document).transpose(1, 2) for t in (q, k, v))
+            shape, (q, k, v) = q.shape, (_split(t, document).transpose(1, 2) for t in (q, k, v))
             with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(*heads).transpose(1, 2).reshape(q.shape)
+                return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(shape)
 
         return Provider(attend, _dense_pairs(work))
 
@@ -123,7 +123,7 @@ def _flex_provider(
         )
 
     block_mask = build()
-    compiled = torch.compile(flex_attention, dynamic=dynamic)
+    compiled: Callable[..., Tensor] = torch.compile(flex_attention, dynamic=dynamic)
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads = (t.transpose(1, 2) for t in (q, k, v))
@@ -195,9 +195,10 @@ def _flash_attn_4(work: Workload, plan: Plan, dtype: torch.dtype) -> Provider:
     """
     from flash_attn.cute import flash_attn_func
 
-    if work.document is not None:
+    document = work.document
+    if document is not None:
         return Provider(
-            lambda *qkv: _first(flash_attn_func(*(_split(t, work.document) for t in qkv))).reshape(qkv[0].shape),
+            lambda *qkv: _first(flash_attn_func(*(_split(t, document) for t in qkv))).reshape(qkv[0].shape),
             _dense_pairs(work),
         )
     import cutlass
@@ -254,9 +255,10 @@ def _xformers(work: Workload, plan: Plan, dtype: torch.dtype) -> Provider:
     """``memory_efficient_attention``, with a dense bias where there is a mask. Source: docs of xformers.ops.fmha."""
     from xformers.ops import memory_efficient_attention
 
-    if work.document is not None:
+    document = work.document
+    if document is not None:
         return Provider(
-            lambda *qkv: memory_efficient_attention(*(_split(t, work.document) for t in qkv)).reshape(qkv[0].shape),
+            lambda *qkv: memory_efficient_attention(*(_split(t, document) for t in qkv)).reshape(qkv[0].shape),
             _dense_pairs(work),
         )
     if work.tokens % 8:

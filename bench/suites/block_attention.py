@@ -17,6 +17,7 @@ without a GPU. ``%_of_matmul`` is visible FLOPs against this machine's matrix pr
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,7 +41,7 @@ def cases(options: Options) -> list[tuple[Workload, tuple[str, ...], int]]:
     every, baseline = tuple(peer.name for peer in ATTENTION), (BASELINE,)
     ready = tuple(name for name in every if name not in COMPILED)
     if options.device == "cpu":
-        size = {"heads": 8, "head_dim": 64}
+        size: dict[str, Any] = {"heads": 8, "head_dim": 64}
         if options.quick:
             return [(packed(1000, **size), ready, 3), (workloads.dense(512, **size), ready, 3)]
         out = [
@@ -53,9 +54,16 @@ def cases(options: Options) -> list[tuple[Workload, tuple[str, ...], int]]:
         ]
         out += [(packed(5000, per_frame=ROBOTWIN, window=30, **size), baseline, 2)]
         return out + [(workloads.dense(2048, **size), ready, 2), (workloads.block_causal(4096, 4, **size), ready, 2)]
-    size = {"heads": 24, "head_dim": 128}
+    return _gpu_cases(every, ready, options.quick)
+
+
+def _gpu_cases(
+    every: tuple[str, ...], ready: tuple[str, ...], quick: bool
+) -> list[tuple[Workload, tuple[str, ...], int]]:
+    size: dict[str, Any] = {"heads": 24, "head_dim": 128}
+    figures: list[tuple[Workload, tuple[str, ...]]]
     figures = [(workloads.dense(8192, **size), ready), (workloads.block_causal(8192, 4, **size), ready)]
-    if options.quick:
+    if quick:
         libero = [(packed(4896, **size), ready), (packed(9360, **size), every), (packed(25_000, **size), ready)]
         return [(work, peers, 10) for work, peers in (*libero, *figures)]
     out = [(packed(n, **size), every) for n in (2448, 4896, 9360)]
