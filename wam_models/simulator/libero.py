@@ -170,7 +170,7 @@ class _Renderer:
     def __init__(self, model: Any, height: int, width: int) -> None:
         import mujoco
 
-        self._mujoco, self._model, self._data = mujoco, model, mujoco.MjData(model)
+        self._mujoco, self._scene, self._data = mujoco, model, mujoco.MjData(model)
         view, quality = model.vis.global_, model.vis.quality
         view.offheight, view.offwidth = max(view.offheight, height), max(view.offwidth, width)
         quality.shadowsize = quality.offsamples = 0
@@ -182,7 +182,7 @@ class _Renderer:
     def picture(self, state: np.ndarray, camera: str) -> np.ndarray:
         """uint8 ``[H, W, 3]``. Raises RuntimeError for a picture that shows nothing, which a renderer may hand back."""
         self._data.qpos[:] = state
-        self._mujoco.mj_forward(self._model, self._data)
+        self._mujoco.mj_forward(self._scene, self._data)
         self._renderer.update_scene(self._data, camera=camera, scene_option=self._options)
         for flag in (self._mujoco.mjtRndFlag.mjRND_SHADOW, self._mujoco.mjtRndFlag.mjRND_REFLECTION):
             self._renderer.scene.flags[flag] = 0
