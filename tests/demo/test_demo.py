@@ -88,7 +88,7 @@ def test_rollout_loads_the_checkpoint(demo, root, tmp_path, capsys, flags, objec
     words = ("p50", "p95", "actions/second", "peak memory", "dB PSNR", f"program {program}", f"({size} each)")
     assert all(w in printed for w in words)
     assert [p.suffix for p in tmp_path.glob("*.npz")] == ([] if objective == "forward_dynamics" else [".npz"])
-    (film,) = tmp_path.glob(f"*_{objective}_{program}.gif")
+    (film,) = tmp_path.glob(f"*_{objective}_{program}_seed0.gif")
     with Image.open(film) as pictures:
         assert pictures.n_frames == (6 if "0" in flags else 5)
 
