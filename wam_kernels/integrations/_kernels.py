@@ -180,7 +180,9 @@ def attend(system: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: floa
     return block_attention(q, k, v, plan.to(q.device), scale=scale)
 
 
-def attend_under_mask(system: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None = None) -> Tensor:
+def attend_under_mask(
+    system: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None
+) -> Tensor:
     """Attention ``[B, S, H, D]`` under a mask that the model passes, bool ``[Sq, Sk]`` or additive ``[B, 1, Sq, Sk]``.
 
     Raises:

@@ -92,6 +92,7 @@ class Plan:
         """The form that a backend walks; torch.compile cannot trace it."""
         if self._rows is None:
             self._rows = batch_rows(self.geometries, (self.length, self.key_length))
+        form: Any
         if impl == "triton":
             form = compile_sides(self._rows, self._shapes)
         else:
@@ -141,9 +142,9 @@ class Plan:
         device = device_of("Plan.to", device)
         if device == self.device:
             return self
-        *parts, _, forms = self._parts()
-        there = tuple(form and form.to(device, non_blocking) for form in forms)
-        plan = Plan(*parts, device, there, self._rows)
+        geometries, lengths, visible_pairs, shapes, _, forms = self._parts()
+        there: Any = tuple(form and form.to(device, non_blocking) for form in forms)
+        plan = Plan(geometries, lengths, visible_pairs, shapes, device, there, self._rows)
         plan.compile_for()
         return plan
 

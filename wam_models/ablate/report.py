@@ -140,7 +140,11 @@ def _setting(
         between = "-"
         if apart is not None and arm.name != BASELINE:
             between = f"{100 * apart.value:+.1f}"
-            between += " (one seed)" if apart.low is None else f" [{100 * apart.low:+.1f}, {100 * apart.high:+.1f}]"
+            between += (
+                " (one seed)"
+                if apart.low is None or apart.high is None
+                else f" [{100 * apart.low:+.1f}, {100 * apart.high:+.1f}]"
+            )
             if len(apart.seeds) < len(found.seeds):
                 between += f" (seeds {', '.join(map(str, apart.seeds))})"
         error = relative_video_error(own)

@@ -382,7 +382,7 @@ def _play_expert(track: Track, unit: Unit, folder: Path) -> str:
     row = {"track": unit.track, "arm": unit.arm, "seed": unit.seed, "failure": None, "steps": 0}
     with new_file(folder / "train.json") as part:
         part.write_text(json.dumps(row | {"seconds": time.perf_counter() - began, **_machine()}) + "\n")
-    return f"replay {sum(r['success'] for r in rows)}/{len(rows)}"
+    return f"replay {sum(bool(r['success']) for r in rows)}/{len(rows)}"
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

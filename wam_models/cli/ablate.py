@@ -26,10 +26,14 @@ def run(args: argparse.Namespace) -> int:
     if args.folder is not None or args.out is None:
         raise UserError("--out is needed, the folder of the ablation; wam ablate report DIR reports what one holds")
     writable_folder("--out", args.out)
+
+    def report_so_far() -> None:
+        write_report(args.out)
+
     try:
         run_all(
             args.out, _protocol(args), processes=args.processes, device=str(check_device(args.device)),
-            after=lambda: write_report(args.out) and None,
+            after=report_so_far,
             say=lambda line: print(line, flush=True),
         )  # fmt: skip
     except SimulatorFailure as failure:
