@@ -102,7 +102,13 @@ def test_cached_attention(benchmark):
 @pytest.mark.parametrize("tokens", [1_000, 100_000])
 def test_plan_cold(benchmark, tokens):
     work = workloads.packed(tokens, heads=1, head_dim=64)
-    benchmark(lambda: workloads.cold_plan(work, "cpu"))
+    benchmark(lambda: workloads.cold_plan(work, "cpu", "triton"))
+
+
+@pytest.mark.parametrize("tokens", [1_000, 100_000])
+def test_plan_cold_boxes(benchmark, tokens):
+    work = workloads.packed(tokens, heads=1, head_dim=64)
+    benchmark(lambda: workloads.cold_plan(work, "cpu", "cuda"))
 
 
 def test_frame_index_cold(benchmark):

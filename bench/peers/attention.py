@@ -4,14 +4,14 @@ A peer says why it cannot serve here (:class:`Unavailable`: not installed, anoth
 express). What it raises beyond that is recorded as its error. No peer is dropped in silence.
 
 Run so far, on a CPU: ``sdpa_dense_mask``, ``sdpa_flash``, ``flex``. Not run yet, written from the sources named at
-each: ``sdpa_cudnn``, ``flex_openwam``, ``flash_attn_2``, ``flash_attn_3``, ``flash_attn_4``, ``xformers``,
-``flashinfer``, ``cudnn_block_mask``.
+each: ``sdpa_cudnn``, ``flex_openwam``, ``flex_flash``, ``flash_attn_2``, ``flash_attn_3``, ``flash_attn_4``,
+``xformers``, ``flashinfer``, ``cudnn_block_mask``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +36,7 @@ class Provider:
     computed_pairs: int  # (query, key) pairs whose scores it computes, masked ones included
     build: Callable[[], object] | None = None  # what has to be made anew for another geometry
     no_backward: str | None = None  # why it has none
+    same_bits: bool | None = None  # is its backward the same from run to run? None: not known
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,16 @@ def _flex_openwam(work: Workload, plan: Plan, dtype: torch.dtype) -> Provider:
     return _flex_provider(work, plan, openwam_mask_mod(work, plan.device), 128, True, OPENWAM_OPTIONS)
 
 
+def _flex_flash(work: Workload, plan: Plan, dtype: torch.dtype) -> Provider:
+    """FlexAttention on the kernels of flash-attn 4, with the mask of :func:`_flex` and blocks of 128 x 128.
+
+    It raises where those kernels cannot serve, so nothing else is timed under its name. With a block mask its backward
+    adds to dq in any order on Hopper. Source: torch/_inductor/kernel/flex/flex_flash_attention.py of torch 2.13.
+    """
+    made = _flex_provider(work, plan, ranges_mask_mod(bounds(plan)), 128, False, {"BACKEND": "FLASH"})
+    return replace(made, same_bits=False)
+
+
 # ---- FlashAttention ----
 
 
@@ -241,7 +252,7 @@ def _flash_attn_4(work: Workload, plan: Plan, dtype: torch.dtype) -> Provider:
         )  # fmt: skip
 
     blocks = int((kv_count[0, 0] + full_kv_count[0, 0]).sum())
-    return Provider(attend, blocks * 128**2, build)
+    return Provider(attend, blocks * 128**2, build, same_bits=False)  # dq is added to in any order on Hopper
 
 
 def _first(out: Tensor | tuple) -> Tensor:
@@ -350,6 +361,7 @@ ATTENTION = (
     Peer("sdpa_cudnn", _sdpa_backend(SDPBackend.CUDNN_ATTENTION)),
     Peer("flex", _flex, devices=BOTH),
     Peer("flex_openwam", _flex_openwam),
+    Peer("flex_flash", _flex_flash, "flash_attn.cute", "flash-attn-4"),
     Peer("flash_attn_2", _flash_attn(_flash_attn_2), "flash_attn.flash_attn_interface", "flash-attn"),
     Peer("flash_attn_3", _flash_attn(_flash_attn_3), "flash_attn_interface", "flash-attn-3"),
     Peer("flash_attn_4", _flash_attn_4, "flash_attn.cute", "flash-attn-4"),

@@ -12,7 +12,7 @@ from .rows import LIBERO, select, values
 COLOURS = {
     "wam": "#c1121f", "wam triton": "#c1121f", "wam cuda": "#780000", "sdpa_dense_mask": "#6c757d",
     "sdpa_flash": "#adb5bd", "sdpa_cudnn": "#76b900", "flex": "#003049", "flex_openwam": "#669bbc",
-    "flash_attn_4": "#f77f00",
+    "flex_flash": "#fcbf49", "flash_attn_4": "#f77f00",
 }  # fmt: skip
 
 

@@ -60,11 +60,12 @@ def attention_table(rows: Sequence[Row]) -> str:
 
 def plan_table(rows: Sequence[Row]) -> str:
     """A line for each workload: milliseconds of what a plan costs cold and warm, and of the mask that it replaces."""
-    header = ["workload", "tokens", "plan cold", "plan warm", "frame index cold", "dense mask", "plan, MB"]
+    cold = ["plan cold", "plan cold cpu", "plan cold boxes"]
+    header = ["workload", "tokens", *cold, "plan warm", "frame index cold", "dense mask", "plan, MB"]
     lines = []
     for workload, tokens in dict.fromkeys((row["workload"], row["tokens"]) for row in rows):
         found = {row["provider"]: row for row in select(rows, workload=workload, tokens=tokens)}
-        cpu = [found.get(provider, {}).get("cpu_ms_min") for provider in header[2:5]]
+        cpu = [found.get(provider, {}).get("cpu_ms_min") for provider in header[2:7]]
         mask = found.get("dense mask", {}).get("ms_min")
         lines.append([workload, tokens, *cpu, mask, found["plan cold"]["plan_MB"]])
     return without_empty_columns(header, lines)

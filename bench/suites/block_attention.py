@@ -5,7 +5,7 @@
 Every provider gets the same q, k, v and gradient (two sets that take turns), and is compared with the float64 truth
 straight from the predicate (all heads up to 1,000 tokens, the first and the last beyond) before its speed is printed.
 What a provider needs once for a geometry (plan, mask, block mask) is built outside and timed apart: ``build_ms`` cold,
-``plan_warm_ms`` for a plan that the cache holds.
+``plan_warm_ms`` for a plan that the cache holds. ``same_bits``: is the backward the same from run to run?
 
 FLOPs are counted twice: over the visible pairs (``visible``), and over the pairs whose scores a provider
 computes (``computed``; its own tiles). ``ratio`` is against SDPA with the dense boolean mask, as OpenWAM runs
@@ -33,7 +33,7 @@ from bench.workloads.attention import CHUNKS, LENGTHS, ROBOTWIN, WINDOWS, Worklo
 from wam_kernels import Plan, block_attention
 
 BASELINE = "sdpa_dense_mask"
-COMPILED = ("flex", "flex_openwam", "flash_attn_4")  # up to a minute of compilation for each workload
+COMPILED = ("flex", "flex_openwam", "flex_flash", "flash_attn_4")  # up to a minute of compilation for each workload
 
 
 def cases(options: Options) -> list[tuple[Workload, tuple[str, ...], int]]:
@@ -83,7 +83,8 @@ def _gpu_cases(
 def own_providers(work: Workload, plan: Plan) -> dict[str, Provider]:
     """block_attention as it runs by default on a CPU; on a GPU with every backend that the machine has."""
     if plan.device.type == "cpu":  # it multiplies runs, which hold visible pairs only
-        return {"wam": Provider(lambda q, k, v: block_attention(q, k, v, plan), plan.visible_pairs)}
+        call = Provider(lambda q, k, v: block_attention(q, k, v, plan), plan.visible_pairs, same_bits=True)
+        return {"wam": call}
     impls, _ = harness.own_backends("block_attention", plan.device.type)
 
     def computed(impl: str) -> int:
@@ -92,10 +93,10 @@ def own_providers(work: Workload, plan: Plan) -> dict[str, Provider]:
         queries, keys = sides.queries.computed_pairs, sides.keys.computed_pairs
         return queries if queries == keys else (5 * queries + 4 * keys) // 9
 
-    return {
-        f"wam {impl}": Provider(lambda q, k, v, impl=impl: block_attention(q, k, v, plan, impl=impl), computed(impl))
-        for impl in impls
-    }
+    def call(impl: str) -> Provider:
+        return Provider(lambda q, k, v: block_attention(q, k, v, plan, impl=impl), computed(impl), same_bits=True)
+
+    return {f"wam {impl}": call(impl) for impl in impls}
 
 
 def check(
@@ -171,6 +172,7 @@ def bench(work: Workload, peers: tuple[str, ...], repeats: int, options: Options
                 "peak_MB": round(harness.peak_megabytes(calls[name], device), 1),
                 "build_ms": None if built is None else round(built, 3),
                 "plan_warm_ms": round(warm_ms, 4) if name.startswith("wam") else None,
+                "same_bits": ready[name].same_bits if what != "forward" else None,
             })  # fmt: skip
         found += [
             {"provider": name, "error": reason, "where": f"{what} {work.name}"} for name, reason in missing.items()

@@ -4,6 +4,8 @@ python -m bench.suites plan
 
 A training step draws its chunk size and window, so a plan is built for every step: it must cost a few milliseconds at
 100,000 packed tokens. Cold means that nothing about the geometry is cached; warm that the plan itself is. One thread.
+"plan cold" makes what Triton walks (and the CPU's runs), "plan cold cpu" the runs alone, "plan cold boxes" what CUDA's
+kernels walk; "plan warm" is what a call of ``compile_plan`` costs whose plan is there.
 A plan compiles equal samples once; the workload "libero mixed" has none, as a batch of training that draws everything.
 Before anything is timed, the plan is compared with the predicate: its pairs, and every entry of a mask that is small
 enough to build. ``cpu_ms_min`` is the least CPU time of 20 calls: what the code costs. ``ms`` is what a busy machine
@@ -15,6 +17,7 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -50,15 +53,15 @@ def rows(options: Options) -> Iterable[Row]:
     works += [packed(n, per_frame=ROBOTWIN, window=30, **SIZE) for n in lengths if n >= 10_000]
     works += [mixed(n) for n in lengths if n >= 10_000]
     for work in tqdm(works, desc="plan", unit="workload"):
-        plan = cold_plan(work, options.device)
+        plan = cold_plan(work, options.device, "triton")
         require_predicate(work, plan)
 
-        def cold(work=work) -> None:
-            cold_plan(work, options.device)
+        def cold(impl: str, work=work) -> None:
+            cold_plan(work, options.device, impl)
             _synchronize(options.device)
 
         def warm(work=work) -> None:
-            work.plan(options.device)
+            work.plan(options.device, "triton")
 
         def frames(work=work) -> None:
             forget_frame_indices()
@@ -66,7 +69,13 @@ def rows(options: Options) -> Iterable[Row]:
             FrameIndex.from_runs(lengths, device=options.device)
             _synchronize(options.device)
 
-        calls = {"plan cold": cold, "plan warm": warm, "frame index cold": frames}
+        calls = {
+            "plan cold cpu": partial(cold, "cpu"),
+            "plan cold boxes": partial(cold, "cuda"),
+            "plan cold": partial(cold, "triton"),  # as all plans were before each backend had a form of its own
+            "plan warm": warm,  # after a call that made what it looks for
+            "frame index cold": frames,
+        }
         times = harness.measure(calls, "cpu", REPEATS)  # the host's clock: this is work of the host
         cpu = harness.measure(calls, "cpu", REPEATS, time.thread_time)
         if work.tokens <= MASK_TOKENS:

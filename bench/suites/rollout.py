@@ -5,10 +5,11 @@ size (``wan_5b_config``) with random bf16 weights, 20 denoising steps, LIBERO (3
 geometry (128), with guidance 5 (a batch of two) for ``joint``. CPU: the demo's model in float32, 5 steps, LIBERO.
 
 Providers: ``wam`` is ``Episode.propose`` + ``accept``: history from the cache, on CUDA a captured graph for each step
-(``wam_eager``: the same without graphs); ``packed`` runs window and chunk as one packed forward at every step,
-as a rollout without a cache does, on CUDA also under torch.compile (``packed_compiled``; not with --quick, 30 layers
-take minutes to compile). The chunk of ``wam`` is compared with that of ``packed`` before a speed is printed: in float32
-with the model itself on a CPU, in float64 with 2 layers of full width on CUDA.
+(``wam_eager``: the same without graphs; ``wam_compiled``: with them, each block under torch.compile); ``packed`` runs
+window and chunk as one packed forward at every step, as a rollout without a cache does, on CUDA also under
+torch.compile (``packed_compiled``; not with --quick, 30 layers take minutes to compile). The chunk of ``wam`` is
+compared with that of ``packed`` before a speed is printed: in float32 with the model itself on a CPU, in float64 with 2
+layers of full width on CUDA.
 
 The roofline of a step is the larger of two times: every weight it needs read once at this machine's copy speed, and its
 matrix products at this machine's bf16 (float32) speed; ``x_roofline`` is the measured chunk over the rooflines of its
@@ -36,6 +37,7 @@ from bench.workloads.rollout import (
     noise_for,
     packed_chunk,
     require_equal_chunks,
+    with_compiled_blocks,
 )
 from wam_kernels import PROGRAMS
 from wam_kernels.masks.visibility import ACTION, VIDEO
@@ -108,6 +110,12 @@ def calls_of(
                 episode.model, replace(episode.config, cuda_graphs=False), grid, window + episode.chunk_size, seed=0
             )[0]
             calls["wam_eager"] = lambda: eager.accept(eager.propose(**noise_for(eager, grid, next(turn))))
+            compiled_episode = make_episode(
+                with_compiled_blocks(episode.model), episode.config, grid, window + episode.chunk_size, seed=0
+            )[0]
+            calls["wam_compiled"] = lambda: compiled_episode.accept(
+                compiled_episode.propose(**noise_for(compiled_episode, grid, next(turn)))
+            )
             if compiled:
                 model = cast(WorldActionModel, torch.compile(episode.model))
                 calls["packed_compiled"] = lambda: packed_chunk(
@@ -154,6 +162,9 @@ def rows(options: Options) -> Iterable[Row]:
     configs = [RolloutConfig(program=p, window=window, steps=steps, history="video_only") for p in programs]
     for c in tqdm(configs, desc="rollout, checks", unit="program"):
         require_equal_chunks(checked, replace(c, steps=2), GRIDS["libero"], options.seed, rtol)
+    if options.device == "cuda":  # the compiled blocks' numbers too, before their speed
+        joint = replace(configs[0], program="joint", steps=2)
+        require_equal_chunks(with_compiled_blocks(checked), joint, GRIDS["libero"], options.seed, rtol)
     guided = [replace(configs[0], program="joint", guidance=5.0)] if options.device == "cuda" else []
     model = checked if small == config else make_model(config, options.device, dtype, options.seed).eval()
     model.requires_grad_(False)

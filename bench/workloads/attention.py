@@ -47,8 +47,8 @@ class Workload:
     def starts(self) -> list[int]:
         return np.cumsum([0, *(g.length for g in self.samples)]).tolist()
 
-    def plan(self, device: str) -> Plan:
-        return compile_plan([self.samples], device=device)
+    def plan(self, device: str, impl: str | None = None) -> Plan:
+        return compile_plan([self.samples], device=device, impl=impl)
 
     def flops(self, pairs: int, backward: bool = False) -> int:
         """Of the forward over ``pairs`` (query, key) pairs, or of the backward."""
@@ -188,7 +188,7 @@ def count_pairs(geometry: Geometry) -> int:
 # ---- plans, cold ----
 
 
-def cold_plan(work: Workload, device: str) -> Plan:
-    """The plan as the first call for a geometry builds it: nothing of it is cached."""
+def cold_plan(work: Workload, device: str, impl: str | None = None) -> Plan:
+    """The plan as the first call for a geometry builds it, for one backend: nothing of it is cached."""
     forget_plans()
-    return work.plan(device)
+    return work.plan(device, impl)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import TypedDict
 
 import torch
@@ -35,6 +36,14 @@ def make_episode(
     if frames:
         episode.observe(randn(1, c.latent_channels, frames, *grid), randn(1, frames, c.actions_per_frame, c.action_dim))
     return episode, text
+
+
+def with_compiled_blocks(model: WorldActionModel, backend: str = "inductor") -> WorldActionModel:
+    """A model that shares the weights of ``model``, each block under torch.compile, whole."""
+    twin = copy.deepcopy(model, {id(t): t for t in (*model.parameters(), *model.buffers())})
+    for block in twin.packed_block_stack.packed_blocks:
+        block.compile(backend=backend, fullgraph=True)
+    return twin
 
 
 class Noise(TypedDict):

@@ -8,7 +8,14 @@ import torch
 from bench.harness import require_equal
 from bench.suites import rollout, train_step
 from bench.workloads.models import make_model
-from bench.workloads.rollout import accepted_history, make_episode, noise_for, packed_chunk, require_equal_chunks
+from bench.workloads.rollout import (
+    accepted_history,
+    make_episode,
+    noise_for,
+    packed_chunk,
+    require_equal_chunks,
+    with_compiled_blocks,
+)
 from wam_kernels import PROGRAMS
 from wam_models import RolloutConfig, golden_config
 from wam_models.objectives import OBJECTIVES
@@ -29,6 +36,23 @@ def model():
 def test_a_chunk_equals_the_packed_forward(program, cache, model):
     config = RolloutConfig(program=program, history="video_only", window=8, steps=2, chunk_size=2, cache=cache)
     require_equal_chunks(model, config, GRID, 0, 1e-4)
+
+
+@pytest.mark.slow
+def test_the_providers_under_torch_compile_give_the_same_chunk(model):
+    """``wam_compiled`` and ``packed_compiled`` as they run on a GPU, but for Inductor."""
+    config = RolloutConfig(program="joint", history="video_only", window=8, steps=1, chunk_size=2)
+    compiled = with_compiled_blocks(model, "aot_eager")
+    weights = {t.data_ptr() for t in model.parameters()}
+    assert {t.data_ptr() for t in compiled.parameters()} == weights and not any(
+        block._compiled_call_impl for block in model.packed_block_stack.packed_blocks
+    )
+    require_equal_chunks(compiled, config, GRID, 0, 1e-4)
+    episode, text = make_episode(model, config, GRID, 4, 0)
+    rest = config, accepted_history(episode), episode.next_frame[0], text, noise_for(episode, GRID, 0)
+    chunks = (packed_chunk(m, *rest) for m in (torch.compile(model, backend="aot_eager"), model))
+    for a, b in zip(*chunks, strict=True):
+        require_equal("the chunk under torch.compile", a, b, 1e-5)
 
 
 def test_another_history_is_noticed(model):

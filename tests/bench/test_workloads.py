@@ -100,12 +100,30 @@ def test_a_peer_says_why_it_cannot():
         ("sdpa_cudnn", "runs on cuda only"),
         ("sdpa_flash", "cannot express this visibility"),
         ("flash_attn_4", "runs on cuda only"),
+        ("flex_flash", "runs on cuda only"),
     ):
         with pytest.raises(Unavailable, match=reason):
             by_name[name].provider(work, plan, torch.float32)
     missing = peers.Peer("none", lambda *_: None, "no_such_module.at_all", "no-such-package", ("cpu",))
     with pytest.raises(Unavailable, match="no-such-package is not installed"):
         missing.provider(work, plan, torch.float32)
+
+
+def test_flex_flash_asks_for_the_kernels_of_flash_attn_4(monkeypatch):
+    """They run on a GPU only; what reaches FlexAttention is seen here. Its name for the backend is torch's own."""
+    asked = []
+
+    def attend(q, k, v, block_mask, kernel_options):
+        asked.append((block_mask.BLOCK_SIZE, kernel_options))
+        return q
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: attend)
+    work = SMALL[0]
+    peer = {peer.name: peer for peer in peers.ATTENTION}["flex_flash"]
+    made = peer.make(work, work.plan("cpu"), torch.float32)
+    made.attend(*work.inputs("cpu", torch.float32, 0)[:3])
+    assert asked == [((128, 128), {"BACKEND": "FLASH"})]
+    assert made.same_bits is False and peer.module == "flash_attn.cute" and peer.devices == ("cuda",)
 
 
 @pytest.mark.parametrize(

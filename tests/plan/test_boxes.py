@@ -6,13 +6,15 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.geometries import geometries, libero, small
 from tests.golden_masks import load
-from wam_kernels import PROGRAMS, Geometry, Ranges, compile_plan
+from wam_kernels import PROGRAMS, Geometry, Ranges, compile_plan, dense_mask
 from wam_kernels.plan.boxes import BOX, EMPTY, FULL, HALF, MASKED, PLACES, THREADS, TOKEN_BITS, BoxSide, compile_boxes
+from wam_kernels.plan.intervals import NOWHERE
 from wam_kernels.plan.side_rows import batch_rows
 
 
@@ -122,6 +124,27 @@ def test_rectangular_ranges_with_holes(seed):
 def test_a_run_without_spare_tokens():
     """Its full step cannot move to where what is before it fills whole boxes."""
     check(Ranges([(0, 64), (64, 128)], [(0, 133), (5, 133)], 128, 200))
+
+
+def test_sides_are_independent_and_row_sets_any_number():
+    """As a stop-gradient of noisy keys would be written: pairs are missing on the key side alone."""
+    geometry = small("joint", video_tokens=40)
+    rows, dense = batch_rows(((geometry,),), (geometry.length,) * 2), dense_mask(geometry)
+    stopped = rows.keys.row_set % 2 == 0
+    bounds = rows.keys.bounds.copy()
+    bounds[:, :, stopped] = NOWHERE
+    many = np.arange(stopped.size) // 3
+    boxes = compile_boxes(rows._replace(keys=rows.keys._replace(bounds=bounds, row_set=many)))
+    for start, tokens in zip(rows.keys.start[stopped], rows.keys.tokens[stopped], strict=True):
+        dense[:, start : start + tokens] = False
+    assert 0 < dense.sum() < dense_mask(geometry).sum()
+    np.testing.assert_array_equal(mask_of_side(boxes.keys, 1, geometry.length, geometry.length)[0], dense.T)
+    for a, b in zip(boxes.queries.tensors(), compile_boxes(rows).queries.tensors(), strict=True):
+        assert torch.equal(a, b)
+    by_token = np.argsort(rows.keys.start)
+    set_of_token = many[by_token].repeat(rows.keys.tokens[by_token])
+    for tile in boxes.keys.rows.numpy():
+        assert np.unique(set_of_token[tile[tile >= 0]]).size == 1
 
 
 def test_a_plan_of_nothing_visits_nothing():

@@ -15,9 +15,15 @@ the tile*: what no row attends to is never read, and if it is NaN it reaches not
 zero rows before them. Its bits say which row attends to which of its tokens; they are stored as the threads of a
 warpgroup hold the scores (``words``), so one coalesced 4-byte load a thread masks 64 tokens.
 
-The sides of a plan are independent of each other: pairs that must send no gradient to their keys are left out of the
-key side alone. A tile names the batch element of its rows and that of its steps, so many query batches can share one
-row of a cache. Samples, streams and query groups are nothing but the order in which rows fill tiles.
+What the format carries beyond the programs of today, each without another field:
+
+- no gradient from a pair of streams: the sides are independent, so its pairs are left out of the key side alone, where
+  dk and dv come from, and stay on the query side (forward and dq). No gradient to the queries would need query sides of
+  their own for the forward and for dq.
+- any number of streams and query groups: they are nothing but row sets (``SideRows.row_set``), the order in which rows
+  fill tiles.
+- many query batches on one row of a cache: a tile names the batch element of its rows and that of its steps. In the
+  forward and dq they may differ; a key tile's steps are of one batch element, so dk and dv of shared keys are not.
 
 All in whole-array operations.
 """

@@ -8,11 +8,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ..masks.ranges import RangeRows, Ranges
-from ..masks.visibility import SEGMENTS, Geometry
+from ..masks.visibility import Geometry
 from .intervals import NOWHERE, STREAM_OF_SEGMENT, intervals, token_rows
 from .placement import Placement, place
-
-ROW_SETS = len(SEGMENTS)
 
 
 class SideRows(NamedTuple):
@@ -24,7 +22,7 @@ class SideRows(NamedTuple):
     of_sample: np.ndarray  # int64 [samples]: rows of each
     is_program: np.ndarray  # bool [samples]: or ranges
     is_key: np.ndarray  # bool [samples]: or queries
-    row_set: np.ndarray  # int64 [N], below ROW_SETS: rows of a sample that are in different ones share no tile
+    row_set: np.ndarray  # int64 [N]: rows of a sample that are in different ones share no tile
     order: np.ndarray  # int64 [N]: inside (sample, row set), rows next to each other attend to nearly the same
     start: np.ndarray  # int64 [N]: first token
     tokens: np.ndarray  # int64 [N]: how many

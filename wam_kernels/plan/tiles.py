@@ -8,7 +8,7 @@ import numpy as np
 
 from ..runtime.arrays import expand, starts
 from .intervals import NOWHERE
-from .side_rows import ROW_SETS, SideRows
+from .side_rows import SideRows
 
 
 class Tiles(NamedTuple):
@@ -40,7 +40,7 @@ def cut(rows: SideRows, tile_rows: int) -> Tiles:
     """
     # row sets are padded to whole tiles
     sample = np.arange(rows.of_sample.size).repeat(rows.of_sample)
-    row_set = ROW_SETS * sample + rows.row_set
+    row_set = sample * (rows.row_set.max(initial=0) + 1) + rows.row_set
     order = np.lexsort((rows.order, row_set))  # stable: like rows stay in the order of their tokens
     row_set, start, count = row_set[order], rows.start[order], rows.tokens[order]
     new = np.ones(row_set.size, bool)
