@@ -10,7 +10,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PACKAGE := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lint test test-slow mutation bench clean
+.PHONY: help demo lint test test-slow test-triton mutation bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make lint       set up .venv and check Python with ruff, mypy and tools/lint.py, csrc with clang-format"
 	@echo "make test       set up .venv and run the whole test suite"
 	@echo "make test-slow  set up .venv and run the tests that take long, which make test leaves out"
+	@echo "make test-triton  compile every Triton kernel under Triton 3.3 to 3.7 for five GPUs (downloads 0.7 GB) and print a table"
 	@echo "make mutation   set up .venv and plant bugs in the CUDA kernels, of which each must be found"
 	@echo "make bench      set up .venv and time every op on one CPU thread beside the saved baseline"
 	@echo "make clean      remove .venv and what was built"
@@ -39,6 +40,10 @@ test: $(VENV)/installed-test
 	env -u TRITON_INTERPRET $(BIN)/python -m pytest tests --ignore=tests/interpreter -m "not slow" || status=1; \
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter || status=1; \
 	exit $$status
+
+# every version in a folder of its own below .venv/triton; no GPU
+test-triton: $(VENV)/installed-test
+	$(BIN)/python -m tests.aot.versions
 
 test-slow: $(VENV)/installed-test
 	env -u TRITON_INTERPRET $(BIN)/python -m pytest tests --ignore=tests/interpreter -m slow

@@ -38,9 +38,9 @@ def block_d(D: int) -> int:
 def forward(rows: int, D: int, itemsize: int) -> Config:
     """``rows`` of the largest group."""
     # 64 rows by 4 warps: one warpgroup owns a wgmma tile. 16 action rows alone take a tile of 16. float32 products are
-    # three tf32 ones each: half the slots and rows, or they spill
+    # three tf32 ones each: half the slots and rows, or they spill, under Triton 3.3 and 3.4 from 64 channels on
     row = block_d(D) * itemsize  # bytes of one slot of one operand
-    block_m = min(32 if row > 256 else 64, max(16, 1 << (max(rows, 1) - 1).bit_length()))
+    block_m = min(32 if itemsize == 4 and row > 128 else 64, max(16, 1 << (max(rows, 1) - 1).bit_length()))
     return Config(block_m, 64 if itemsize == 2 else 32, num_warps=4, num_stages=3 if row <= 128 else 2)
 
 
