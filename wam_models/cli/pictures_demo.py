@@ -228,6 +228,11 @@ def weaknesses(report: dict[str, Any]) -> list[str]:
         for row in report["imagined"]
         if row["imagined"] >= row["still"]
     ]
+    if report["steps"] < report["config"]["steps"]:
+        found.append(
+            f"Time ended the training after {report['steps']} of {report['config']['steps']} steps; --seconds allows "
+            "more."
+        )
     return [
         *found,
         "The tasks are those whose objects are large in the picture; where a target is a few pixels, as of reach and "
