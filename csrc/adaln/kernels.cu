@@ -14,8 +14,8 @@
 // modulation in registers while the row f stays the same, so that reading it costs little beside x and y.
 // Backward: one block owns one segment (tokens of one row f, at most 16) of one batch element, walks its tokens with
 // their statistics recomputed from r, keeps the three sums in registers and stores them once, as partials. The sums
-// over segments are a second launch (common/sum_partials.cu). No atomics: the same bits from run to run. The next token's
-// rows are copied into shared memory meanwhile.
+// over segments are a second launch (common/sum_partials.cu). No atomics: the same bits from run to run. The next
+// token's rows are copied into shared memory meanwhile.
 //
 // A row is read once and stays in registers; the variance is taken around the mean, which E[r^2] - mean^2 would lose to
 // cancellation. Arithmetic is float32. Rounding to the dtype of x happens at the stores of r, h, dx and dy only; the
@@ -187,8 +187,8 @@ __device__ inline void store_sums(float* to, const float (&sums)[VECTORS][kChann
   }
 }
 
-// Where the rows of the next token arrive while a token is computed. A thread copies and reads its own channels alone, so
-// there is no barrier, and it may copy again as soon as it has read.
+// Where the rows of the next token arrive while a token is computed. A thread copies and reads its own channels alone,
+// so there is no barrier, and it may copy again as soon as it has read.
 template <class T, int VECTORS>
 struct NextToken {
   Pack<T> r[VECTORS][kRowThreads], dh[VECTORS][kRowThreads], dr[VECTORS][kRowThreads], y[VECTORS][kRowThreads];
@@ -222,8 +222,8 @@ constexpr int kBackwardThreads = VECTORS == 2 ? 384 : kRowThreads;
 
 template <class T, int VECTORS>
 __global__ void __launch_bounds__(kBackwardThreads<VECTORS>) backward_kernel(const __grid_constant__ AdalnParams p) {
-  // In the widest blocks dr and y do not fit in registers beside the rest, nor the next token in 48 KB of shared memory:
-  // dr and y are read after the statistics there.
+  // In the widest blocks dr and y do not fit in registers beside the rest, nor the next token in 48 KB of shared
+  // memory: dr and y are read after the statistics there.
   constexpr bool kEarly = sizeof(T) * VECTORS <= 4;
   __shared__ std::conditional_t<kEarly, NextToken<T, VECTORS>, char> next;
   __shared__ float partial_1[2][kRowWarps], partial_2[2][kRowWarps];

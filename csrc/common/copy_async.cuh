@@ -45,9 +45,10 @@ inline void copy_async_wait() {
 
 // Starts a copy of 16 bytes from global to shared memory, or of zeros unless it `exists`: `source` is then not read.
 __device__ inline void copy_async(void* target, const void* source, bool exists) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(target))),
-               "l"(source), "r"(exists ? 16 : 0)
-               : "memory");
+  asm volatile(
+      "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(target))),
+      "l"(source), "r"(exists ? 16 : 0)
+      : "memory");
 }
 
 // Waits for this thread's copies: it reads them then, and the rest of the block after a barrier.

@@ -96,8 +96,7 @@ void launch_persistent(const char* op, void (*kernel)(Params), int64_t work, std
 inline void require_cuda(const char* op, const char* what, cudaError_t status) {
   if (status == cudaSuccess) return;
   throw std::runtime_error(std::string(op) + ": " + what + ": " + cudaGetErrorName(status) + " (" +
-                           cudaGetErrorString(status) +
-                           "); it needs an NVIDIA GPU and its driver, see `wam doctor`");
+                           cudaGetErrorString(status) + "); it needs an NVIDIA GPU and its driver, see `wam doctor`");
 }
 
 using TensorMapEncoder = CUresult (*)(CUtensorMap*, CUtensorMapDataType, cuuint32_t, void*, const cuuint64_t*,
