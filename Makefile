@@ -48,7 +48,7 @@ test-triton: $(VENV)/installed-test
 test-slow: $(VENV)/installed-test
 	env -u TRITON_INTERPRET $(BIN)/python -m pytest tests --ignore=tests/interpreter -m slow
 
-# Ten minutes on one idle core; less where only some sources have changed. The table is tests/mutation/README.md.
+# Twelve minutes on one idle core; less where only some sources have changed. The table is tests/mutation/README.md.
 mutation: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation
 

@@ -117,7 +117,7 @@ def _blocks() -> list[Block]:
     return [
         Block("one tile", compile_plan(small()), 1, 1, 64, 2),
         Block("128 channels", compile_plan(libero(4, 64, 9)), 1, 1, 128, 2),
-        Block("two batch elements", compile_plan([small(), small(window=2)]), 2, 1, 64, 2, batch=2, scale=-0.2),
+        Block("two batch elements", compile_plan([small(), small(window=2)]), 4, 2, 64, 2, batch=2, scale=-0.2),
         Block("holes", compile_plan([[small("decoupled_same_step"), holes]]), 1, 1, 40, 4),
         Block("4 frames a chunk", compile_plan(libero(4, 64, 9)), 2, 1, 64, 4),
         Block("1 frame a chunk", compile_plan(libero(1, 4, 12)), 2, 2, 64, 4),
@@ -261,6 +261,6 @@ def plan_outcomes(source: str) -> Iterator[tuple[str, str]]:
         try:
             test()
         except (AssertionError, ValueError, IndexError) as error:
-            said = str(error).strip() or traceback.extract_tb(error.__traceback__)[-1].line or ""
-            yield name, f"{type(error).__name__}: {said.splitlines()[0]}"
+            reported = str(error).strip() or traceback.extract_tb(error.__traceback__)[-1].line or ""
+            yield name, f"{type(error).__name__}: {reported.splitlines()[0]}"
             return
