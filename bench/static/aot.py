@@ -116,7 +116,7 @@ def adaln(backward: bool, D: int) -> Launch:
     """Gate, residual and adaptive norm with tables, in bf16."""
     constants: dict[str, Any] = {
         "D": D, "BLOCK_D": adaln_config.block_d(D), "HAS_GATE": True, "NORM": 1, "HAS_GATE_TABLE": True,
-        "HAS_SCALE_TABLE": True, "weight_ptr": None,
+        "HAS_SCALE_TABLE": True, "STAGES": adaln_config.stages(D, 2), "weight_ptr": None,
     }  # fmt: skip
     if backward:
         kernel, warps = adaln_kernels.gate_residual_norm_bwd_kernel, adaln_config.backward_warps(D)

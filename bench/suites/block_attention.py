@@ -83,8 +83,8 @@ def _gpu_cases(
 def own_providers(work: Workload, plan: Plan) -> dict[str, Provider]:
     """block_attention as it runs by default on a CPU; on a GPU with every backend that the machine has."""
     if plan.device.type == "cpu":  # it multiplies runs, which hold visible pairs only
-        call = Provider(lambda q, k, v: block_attention(q, k, v, plan), plan.visible_pairs, same_bits=True)
-        return {"wam": call}
+        own = Provider(lambda q, k, v: block_attention(q, k, v, plan), plan.visible_pairs, same_bits=True)
+        return {"wam": own}
     impls, _ = harness.own_backends("block_attention", plan.device.type)
 
     def computed(impl: str) -> int:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from itertools import product
 from typing import Any
@@ -69,7 +69,7 @@ def rows(options: Options) -> Iterable[Row]:
             FrameIndex.from_runs(lengths, device=options.device)
             _synchronize(options.device)
 
-        calls = {
+        calls: dict[str, Callable[[], object]] = {
             "plan cold cpu": partial(cold, "cpu"),
             "plan cold boxes": partial(cold, "cuda"),
             "plan cold": partial(cold, "triton"),  # as all plans were before each backend had a form of its own
