@@ -102,6 +102,7 @@ def test_every_folder_of_csrc_is_of_an_op_with_a_cuda_backend():
 def test_every_public_function_that_takes_impl_is_of_one_op():
     public = [getattr(wam_kernels, name) for name in wam_kernels.__all__]
     taking = [f.__name__ for f in public if inspect.isfunction(f) and "impl" in inspect.signature(f).parameters]
+    taking.remove("compile_plan")  # no op: it makes the form of a plan that a backend of block_attention walks
     assert sorted(taking) == sorted(name for op in OPS.values() for name in op.functions)
 
 
