@@ -44,5 +44,5 @@ def test_planted_bugs_are_found(tmp_path):
     ]
     workshop.check_without_bugs(fastest)
     for mutant in fastest:
-        row = workshop.plant(mutant)
-        assert row.report and row.case == rows[mutant.key].case
+        # not the case of its row: what a read out of bounds does depends on the process
+        assert workshop.plant(mutant).report
