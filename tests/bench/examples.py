@@ -89,7 +89,7 @@ def _training_is_off(patch: Patch) -> None:
 
 def _plan_is_off(patch: Patch) -> None:
     other = workloads.packed(1000, window=8, heads=1, head_dim=64)
-    patch.setattr("bench.suites.plan.cold_plan", lambda work, device: other.plan(device))
+    patch.setattr("bench.suites.plan.cold_plan", lambda work, device, impl: other.plan(device))
 
 
 def _small_openwam(patch: Patch) -> None:
