@@ -88,6 +88,7 @@ READER = {
     "tasks not UTF-8": (not_utf8, "column 'tasks' is not UTF-8"),
     "no video stream": (sound_alone, "holds no video stream"),
     "two cameras": (second_camera, "features has 2 cameras"),
+    "a picture every 0 rows": (info(("features", tiny.KEY, "picture_every"), 0), "is 0, expected a whole number >= 1"),
     "picture null": (picture(None), "episode 3, frame 3, holds no picture"),
     "picture torn": (picture(b"\x89PNG\r\n\x1a\nno more"), "episode 3, frame 3, cannot be decoded"),
     "picture of depth": (picture(deep_png()), "episode 3, frame 3, has pixels of I;16, such as depth"),
