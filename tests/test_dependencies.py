@@ -10,7 +10,7 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 IMPORTED_AS = {"pillow": "PIL"}
 # imported where it is there, and reported by name where it is not
-OPTIONAL = {"triton", "openwam", "open_wam", "diffusers", "transformers", "accelerate", "metaworld", "mujoco"}
+OPTIONAL = {"triton", "openwam", "open_wam", "diffusers", "transformers", "accelerate", "metaworld", "mujoco", "libero"}
 
 ALONE = """
 import sys

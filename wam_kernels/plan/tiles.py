@@ -33,7 +33,7 @@ def cut(rows: SideRows, tile_rows: int) -> Tiles:
     """Cut rows into tiles; all in whole-array operations.
 
     A row set's tile that is not full is the one with the least to do: of queries the first, which have the shortest
-    history, of keys the last, which have the fewest queries after them.
+    history, of a program's keys the last, which have the fewest queries after them; of ranges the first.
 
     What a tile visits reaches each of its rows if it is NaN, for 0 * NaN is NaN. So the rows of a tile share a visible
     token, or are all fully masked. Rows of programs stay together whatever they attend to.
@@ -58,8 +58,9 @@ def cut(rows: SideRows, tile_rows: int) -> Tiles:
     first_rows = np.flatnonzero(new)
     padding = np.zeros(count.size + 1, np.int64)  # before each row, and behind the last one
     missing = -np.add.reduceat(count, first_rows) % tile_rows
-    # of keys behind a row set, so before the next one
-    padding[np.where(rows.is_key[sample[first_rows]], np.append(first_rows[1:], count.size), first_rows)] += missing
+    # of a program's keys behind a row set, so before the next one; two may meet there
+    behind_it = (rows.is_key & rows.is_program)[sample[first_rows]]
+    np.add.at(padding, np.where(behind_it, np.append(first_rows[1:], count.size), first_rows), missing)
     padding, behind = padding[:-1], int(padding[-1])
     while True:
         place = starts(count + padding) + padding
