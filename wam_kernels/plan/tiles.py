@@ -58,7 +58,7 @@ def cut(rows: SideRows, tile_rows: int) -> Tiles:
     first_rows = np.flatnonzero(new)
     padding = np.zeros(count.size + 1, np.int64)  # before each row, and behind the last one
     missing = -np.add.reduceat(count, first_rows) % tile_rows
-    # of a program's keys behind a row set, so before the next one; two may meet there
+    # of a program's keys behind a row set, so before the next one; two may be added there
     behind_it = (rows.is_key & rows.is_program)[sample[first_rows]]
     np.add.at(padding, np.where(behind_it, np.append(first_rows[1:], count.size), first_rows), missing)
     padding, behind = padding[:-1], int(padding[-1])
