@@ -65,19 +65,39 @@ def _backward_fake(dout, dlse, q, k, v, *args):
     return tuple(t.new_empty(t.shape) for t in (q, k, v))
 
 
-def _register(name: str, forward: Callable, backward: Callable, plan: Sequence[str], options: Sequence[str]) -> None:
-    """Defines ``name`` and ``name_backward`` with their rules for autograd.
+def register_attention(
+    op: str,
+    name: str,
+    forward: Callable,
+    backward: Callable,
+    tensors: Sequence[str],
+    options: Sequence[str],
+    joins_batch: bool = True,
+    tags: Sequence[torch.Tag] = (),
+) -> None:
+    """Defines ``name`` and ``name_backward``, attention of q, k and v, with their rules for autograd.
 
-    One argument for each tensor of the plan: a list would cost PyTorch's autograd 150 us a call. The first option is
-    whether the plan's one element serves all of the batch.
+    One argument for each tensor: a list would cost PyTorch's autograd 150 us a call.
+
+    Args:
+        op: What a message calls it.
+        name: ``"wam::op"``.
+        forward: ``(q, k, v, *tensors, *options)``: out and lse.
+        backward: ``(dout, dlse, q, k, v, out, lse, *tensors, *options)``: dq, dk and dv.
+        tensors: Names of what else it takes, a plan's tensors above all.
+        options: Types and names of what is no tensor.
+        joins_batch: vmap may join its dim to the batch where the first option, whether a plan's one element serves all
+            of the batch, is True; else it calls for one sample after another.
+        tags: Of both ops.
     """
     n = len(options)
-    rest = ", ".join([*(f"Tensor {tensor}" for tensor in plan), *options])
-    torch.library.define(name, f"(Tensor q, Tensor k, Tensor v, {rest}) -> (Tensor, Tensor)")
+    rest = ", ".join([*(f"Tensor {tensor}" for tensor in tensors), *options])
+    torch.library.define(name, f"(Tensor q, Tensor k, Tensor v, {rest}) -> (Tensor, Tensor)", tags=tags)
     torch.library.define(
         f"{name}_backward",
         f"(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, {rest}) "
         "-> (Tensor, Tensor, Tensor)",
+        tags=tags,
     )
     torch.library.impl(name, ["CPU", "CUDA"], forward)
     torch.library.impl(f"{name}_backward", ["CPU", "CUDA"], backward)
@@ -90,23 +110,25 @@ def _register(name: str, forward: Callable, backward: Callable, plan: Sequence[s
 
     def gradients(ctx, dout, dlse):
         grads = getattr(torch.ops.wam, f"{name.removeprefix('wam::')}_backward")
-        return (*grads(dout, dlse, *ctx.saved_tensors, *ctx.options), *(None for _ in range(len(plan) + n)))
+        return (*grads(dout, dlse, *ctx.saved_tensors, *ctx.options), *(None for _ in range(len(tensors) + n)))
 
     def samples(count: int) -> autograd.Samples:
         """The tensors before those of the plan, if its one element serves all of the batch."""
-        return lambda inputs, mapped: range(count if inputs[-n] else 0)
+        return lambda inputs, mapped: range(count if joins_batch and inputs[-n] else 0)
 
-    autograd.register(_OP, name, save, gradients, samples(3), samples(7))
+    autograd.register(op, name, save, gradients, samples(3), samples(7))
 
 
-_register(
+register_attention(
+    _OP,
     "wam::block_attention",
     _forward,
     _backward,
     [*(f"{side}_{name}" for side in ("query", "key") for name in Side.FIELDS), "runs"],
     ["bool shared", "int step", "float scale", "str impl"],
 )
-_register(
+register_attention(
+    _OP,
     "wam::block_attention_boxes",
     _boxes_forward,
     _boxes_backward,

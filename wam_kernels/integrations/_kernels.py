@@ -21,12 +21,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..block_attention import block_attention
 from ..block_attention.config import MAX_D, fits_triton
-from ..block_attention.op import chosen_backend, registered_arguments
+from ..block_attention.op import chosen_backend, register_attention, registered_arguments
 from ..masks import RULE_PROGRAMS, RuleProgram
 from ..masks.ranges import Ranges
 from ..plan import Plan, compile_plan
 from ..qk_norm_rope import qk_norm_rope
-from ..runtime import autograd
 from ..runtime.host import host_side, plain
 from ._patching import Cache, Foreign, Unsupported
 
@@ -246,24 +245,9 @@ def _require_lengths(system: str, q: Tensor, k: Tensor, queries: int, keys: int)
         )
 
 
-def _register(name: str, given: str, count: int, plan_of: Callable[..., Plan]) -> None:
-    """Defines ``name`` and ``name_backward``, ``block_attention`` under the plan that ``plan_of(*given, device)`` finds
-    at run time.
-
-    Args:
-        name: ``"wam::op"``.
-        given: What the plan is made of, as arguments in a schema.
-        count: How many.
-        plan_of: Also takes the device.
-    """
-    results = {name: "(Tensor, Tensor)", f"{name}_backward": "(Tensor, Tensor, Tensor)"}
-    before = {name: "", f"{name}_backward": "Tensor dout, Tensor dlse, "}
-    after = {name: "", f"{name}_backward": ", Tensor out, Tensor lse"}
-    # a mask is read on the host, which no CUDA graph can hold
-    tags = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
-    for op, result in results.items():
-        inputs = f"{before[op]}Tensor q, Tensor k, Tensor v{after[op]}, {given}, float scale"
-        torch.library.define(op, f"({inputs}) -> {result}", tags=tags)
+def _register(name: str, tensors: Sequence[str], options: Sequence[str], plan_of: Callable[..., Plan]) -> None:
+    """Defines ``name`` as ``block_attention`` under the plan that ``plan_of(*tensors, *options, device)`` finds when it
+    runs; the op's last option is the scale."""
 
     def forward(q, k, v, *args):
         *source, scale = args
@@ -276,34 +260,14 @@ def _register(name: str, given: str, count: int, plan_of: Callable[..., Plan]) -
         arguments = registered_arguments(plan, scale, chosen_backend(q))
         return torch.ops.wam.block_attention_backward(dout, dlse, q, k, v, out, lse, *arguments)
 
-    def forward_fake(q, k, v, *args):
-        B, S, H, _ = q.shape
-        return q.new_empty(q.shape), q.new_empty((B, H, S), dtype=torch.promote_types(q.dtype, torch.float32))
-
-    def backward_fake(dout, dlse, q, k, v, *args):
-        return tuple(t.new_empty(t.shape) for t in (q, k, v))
-
-    for op, kernel, fake in ((name, forward, forward_fake), (f"{name}_backward", backward, backward_fake)):
-        torch.library.impl(op, ["CPU", "CUDA"], kernel)
-        torch.library.register_fake(op, fake)
-
-    def save(ctx, inputs, output) -> None:
-        *tensors, scale = inputs
-        ctx.source = [None if isinstance(t, Tensor) else t for t in tensors[3:]], scale
-        ctx.save_for_backward(*tensors[:3], *output, *(t for t in tensors[3:] if isinstance(t, Tensor)))
-
-    def gradients(ctx, dout, dlse):
-        source, scale = ctx.source
-        kept = iter(ctx.saved_tensors[5:])
-        source = [next(kept) if value is None else value for value in source]
-        grads = getattr(torch.ops.wam, f"{name.removeprefix('wam::')}_backward")
-        return (*grads(dout, dlse, *ctx.saved_tensors[:5], *source, scale), *(None for _ in range(count + 1)))
-
-    autograd.register("patch", name, save, gradients, lambda inputs, mapped: (), lambda inputs, mapped: ())
+    # a mask is read on the host, which no CUDA graph can hold
+    tags = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+    options = [*options, "float scale"]
+    register_attention("patch", name, forward, backward, tensors, options, joins_batch=False, tags=tags)
 
 
-_register("wam::mask_attention", "Tensor mask", 1, lambda mask, device: PLANS.of(mask, device))
-_register("wam::program_attention", "str program, str names, int[] sizes", 3, plan_of_program)
+_register("wam::mask_attention", ["mask"], [], lambda mask, device: PLANS.of(mask, device))
+_register("wam::program_attention", [], ["str program", "str names", "int[] sizes"], plan_of_program)
 
 
 def require_kernel(system: str, q: Tensor) -> None:
