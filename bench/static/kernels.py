@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from wam_kernels.plan import tile_shape
 
 from .model import Block, Step, predict
@@ -86,15 +84,15 @@ def cuda_kernels(bodies: Mapping[str, Body]) -> Iterator[Counted]:
 
 def triton_launches(head_dim: int) -> Iterator[tuple[str, str, int, Any]]:
     """Op, kernel, rows of a block and launch: the tiles of plans with long windows, and of the forward 128 rows too."""
-    from . import aot  # loads triton
+    from .launches import block_attention, cached_part  # loads triton
 
     tile = tile_shape(True)
     rows = {"forward": (tile.rows, 128), "dq": (tile.rows,), "dkdv": (tile.key_rows or tile.rows,)}
     for name, tiles in rows.items():
         for n in dict.fromkeys(tiles):
-            for launch in aot.block_attention(name, head_dim, n, "bf16"):
+            for launch in block_attention(name, head_dim, n, "bf16"):
                 yield "block_attention", name, n, launch
-    part = aot.cached_attention(128, head_dim, torch.bfloat16)
+    part = cached_part(128, head_dim, "bf16")
     yield "cached_attention", "part", part.constants["BLOCK_M"], part
 
 

@@ -51,14 +51,16 @@ def _counted(op: str, backward: bool, provider: str, warps: int, body: Body) -> 
 
 
 def triton_rows() -> Iterator[CountedRow]:
-    from . import aot  # loads triton
+    from .aot import compile_sm90  # loads triton
+    from .launches import adaln_backward, adaln_forward, qk_norm_rope
 
-    for backward in (False, True):
+    for backward, adaln in ((False, adaln_forward), (True, adaln_backward)):
+        what = "backward" if backward else "forward"
         for op, launch in (
-            ("adaln", aot.adaln(backward, WIDTH)),
-            ("qk_norm_rope", aot.qk_norm_rope(backward, HEADS, HEAD_DIM)),
+            ("adaln", adaln(WIDTH, "bf16")),
+            ("qk_norm_rope", qk_norm_rope(what, HEADS, HEAD_DIM, False, True, "bf16", "bf16")),
         ):
-            yield _counted(op, backward, "triton", launch.num_warps, aot.compile_sm90(launch).body)
+            yield _counted(op, backward, "triton", launch.num_warps, compile_sm90(launch).body)
 
 
 def cuda_rows(bodies: Mapping[str, Body]) -> Iterator[CountedRow]:

@@ -8,8 +8,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from bench.static.launches import ADAPTIVE, AFFINE, NONE, adaln_backward, adaln_forward, adaln_sums
 from tests.aot.compile import compile_sm90
-from tests.aot.launches import ADAPTIVE, AFFINE, NONE, adaln_backward, adaln_forward, adaln_sums
 from wam_kernels.adaln import kernel_triton
 from wam_kernels.frame_index import FrameIndex
 

@@ -4,8 +4,8 @@ from functools import cache
 
 import pytest
 
+from bench.static.launches import BLOCK_ATTENTION, LONG, SHORT, block_attention
 from tests.aot.compile import Compiled, compile_sm90, repeated_products, shared_bytes
-from tests.aot.launches import BLOCK_ATTENTION, LONG, SHORT, block_attention
 from wam_kernels.block_attention import config
 
 H100_SHARED = 232_448  # bytes that one block may use

@@ -8,8 +8,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from bench.static.launches import cached_combine, cached_part
 from tests.aot.compile import Compiled, compile_sm90
-from tests.aot.launches import cached_combine, cached_part
 from wam_kernels.cached_attention import config, kernel_triton
 
 H100_SHARED = 232_448  # bytes that one block may use

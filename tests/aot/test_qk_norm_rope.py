@@ -8,8 +8,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from bench.static.launches import qk_norm_rope
 from tests.aot.compile import compile_sm90
-from tests.aot.launches import qk_norm_rope
 from wam_kernels.qk_norm_rope import kernel_triton
 
 

@@ -2,8 +2,8 @@
 
 import pytest
 
+from bench.static.launches import EVERY, adaln_forward
 from tests.aot.compile import resources
-from tests.aot.launches import EVERY, adaln_forward
 from tests.aot.versions import CAPABILITIES, compile_here, main, table
 
 

@@ -24,8 +24,8 @@ Row = dict  # version, capability, kernel; registers, stack, shared, or error
 
 def compile_here(version: str, capability: int, only: str) -> Iterator[Row]:
     """In the process of one version. A kernel of several launches counts with its largest numbers."""
+    from bench.static.launches import EVERY
     from tests.aot.compile import resources
-    from tests.aot.launches import EVERY
 
     for kernel, launches in EVERY.items():
         if only not in kernel:

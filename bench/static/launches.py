@@ -49,7 +49,9 @@ class Launch:
         return ASTSource(self.kernel, signature=signature, constexprs=dict(self.constants), attrs=attrs)
 
 
-def of_kernel(kernel, dtype: str, constants: dict, num_warps: int, num_stages: int, **types: str) -> Launch:
+def of_kernel(
+    kernel: Any, dtype: str, constants: Mapping[str, Any], num_warps: int, num_stages: int, **types: str
+) -> Launch:
     """``types`` are those of tensors whose dtype is their own choice."""
 
     def type_of(name: str) -> str:
@@ -85,7 +87,8 @@ def block_attention(
     }  # fmt: skip
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages} | options
     outputs = block_config.dkdv_launches(D, itemsize) if name == "dkdv" else ({},)
-    return tuple(of_kernel(kernel, dtype, constants | o, **options) for o in outputs)
+    warps_and_stages = options["num_warps"], options["num_stages"]
+    return tuple(of_kernel(kernel, dtype, constants | o, *warps_and_stages) for o in outputs)
 
 
 def cached_part(rows: int, D: int, dtype: str) -> Launch:
@@ -100,7 +103,7 @@ def cached_combine(D: int) -> Launch:
     return of_kernel(cached.cached_attention_combine_kernel, "bf16", constants, 4, 3)
 
 
-def _adaln(kernel, D: int, dtype: str, num_warps: int, constants: dict) -> Launch:
+def _adaln(kernel: Any, D: int, dtype: str, num_warps: int, constants: dict[str, Any]) -> Launch:
     """``constants`` are the flags; pointers that they leave out are None, as the launcher passes them."""
     constants = {"D": D} | constants
     has = {name.removeprefix("HAS_").lower() for name, value in constants.items() if name.startswith("HAS_") and value}
@@ -111,7 +114,7 @@ def _adaln(kernel, D: int, dtype: str, num_warps: int, constants: dict) -> Launc
     return of_kernel(kernel, dtype, constants | {f"{n}_ptr": None for n in absent if f"{n}_ptr" in names}, num_warps, 3)
 
 
-def _flags(gate: bool, norm: int, tables: bool) -> dict:
+def _flags(gate: bool, norm: int, tables: bool) -> dict[str, Any]:
     has_tables = {"HAS_GATE_TABLE": tables and gate, "HAS_SCALE_TABLE": tables and norm == ADAPTIVE}
     return {"HAS_GATE": gate, "NORM": norm} | has_tables
 
@@ -120,13 +123,17 @@ def _tile(D: int, dtype: str) -> dict[str, int]:
     return {"BLOCK_D": adaln_config.block_d(D), "STAGES": adaln_config.stages(D, 4 if dtype == "fp32" else 2)}
 
 
-def adaln_forward(D: int, dtype: str, y: bool = True, gate: bool = True, norm: int = ADAPTIVE, tables: bool = True):
+def adaln_forward(
+    D: int, dtype: str, y: bool = True, gate: bool = True, norm: int = ADAPTIVE, tables: bool = True
+) -> Launch:
     constants = _tile(D, dtype) | {"HAS_Y": y, "HAS_SHIFT_TABLE": tables and norm == ADAPTIVE}
     kernel = adaln.gate_residual_norm_fwd_kernel
     return _adaln(kernel, D, dtype, adaln_config.forward_warps(D), constants | _flags(gate, norm, tables))
 
 
-def adaln_backward(D: int, dtype: str, dr: bool = True, gate: bool = True, norm: int = ADAPTIVE, tables: bool = True):
+def adaln_backward(
+    D: int, dtype: str, dr: bool = True, gate: bool = True, norm: int = ADAPTIVE, tables: bool = True
+) -> Launch:
     constants = _tile(D, dtype) | {"HAS_DR": dr}
     kernel = adaln.gate_residual_norm_bwd_kernel
     return _adaln(kernel, D, dtype, adaln_config.backward_warps(D), constants | _flags(gate, norm, tables))
@@ -142,7 +149,7 @@ def qk_norm_rope(
 ) -> Launch:
     kernel = {"forward": qk.qk_norm_rope_fwd_kernel, "backward": qk.qk_norm_rope_bwd_kernel}[name]
     constants = qk.launch_constants(heads * D, D, per_head, interleaved)
-    num_warps = constants.pop("num_warps")
+    num_warps = int(str(constants.pop("num_warps")))
     if name == "forward":
         constants["HAS_V"] = has_v
     weights = {p.name.removesuffix("_ptr"): f"*{weight}" for p in kernel.params if p.name.startswith("weight")}
