@@ -16,7 +16,6 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .model.checkpoint import load_checkpoint as load_checkpoint
     from .model.checkpoint import save_checkpoint as save_checkpoint
     from .model.dual_expert import WorldActionModel as WorldActionModel
-    from .model.weights import from_diffusers as from_diffusers
     from .model.weights import load_weights as load_weights
     from .model.weights import read_weights as read_weights
     from .objectives import GJD as GJD
@@ -32,12 +31,18 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .text import umt5_encoder as umt5_encoder
     from .train.step import TrainingConfig as TrainingConfig
     from .train.step import training_step as training_step
+    from .weights.convert import Converted as Converted
+    from .weights.convert import from_diffusers as from_diffusers
+    from .weights.convert import sizes_from as sizes_from
+    from .weights.convert import weights_from as weights_from
+    from .weights.convert import weights_to as weights_to
 
 # Names load on first use, so that ``wam --help`` and the data tools do not pay for torch.
 HOME_OF = {
     "Candidate": "rollout.episode",
     "Checkpoint": "model.checkpoint",
     "ClipDataset": "data",
+    "Converted": "weights.convert",
     "Episode": "rollout.episode",
     "GJD": "objectives",
     "GJD_MIXTURE": "objectives",
@@ -53,16 +58,19 @@ HOME_OF = {
     "WordEmbedding": "text",
     "WorldActionModel": "model.dual_expert",
     "demo_config": "config",
-    "from_diffusers": "model.weights",
+    "from_diffusers": "weights.convert",
     "golden_config": "config",
     "load_checkpoint": "model.checkpoint",
     "load_weights": "model.weights",
     "read_weights": "model.weights",
     "save_checkpoint": "model.checkpoint",
+    "sizes_from": "weights.convert",
     "training_step": "train.step",
     "umt5_encoder": "text",
     "wan_5b_config": "config",
     "wan_5b_small_action_config": "config",
+    "weights_from": "weights.convert",
+    "weights_to": "weights.convert",
 }
 __all__ = sorted(HOME_OF)
 

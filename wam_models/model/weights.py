@@ -1,4 +1,4 @@
-"""Weights by name: strict loading into a model, other systems' names, single and sharded safetensors files."""
+"""Weights by name: strict loading into a model, single and sharded safetensors files."""
 
 from __future__ import annotations
 
@@ -16,18 +16,10 @@ from ..runtime.json_fields import read_json
 SAVE_ID = "save_id"  # entry of a file that save_checkpoint wrote, see there
 INDEX = ".index.json"  # ends the name of a list of shards, behind that of the file which they are in place of
 
+_PICKLED = (".pt", ".pth", ".bin", ".ckpt", ".pkl")
+
 # What wrappers put into the names of parameters: torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = re.compile(r"(?:^|(?<=\.))(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
-
-# diffusers.WanTransformer3DModel holds the video expert only; its names, and ours.
-_DIFFUSERS = (
-    (r"^blocks\.(\d+)\.", r"packed_block_stack.packed_blocks.\1.video_block."),
-    (r"^condition_embedder\.time_embedder\.", "core.time_conditioner.time_embedder."),
-    (r"^condition_embedder\.time_proj\.", "core.time_conditioner.time_proj."),
-    (r"^condition_embedder\.text_embedder\.", "core.text_proj."),
-    (r"^patch_embedding\.", "core.patch_embedding_mlp."),
-    (r"^(proj_out\.|scale_shift_table$)", r"core.\1"),
-)
 
 
 def load_weights(model: nn.Module, state: Mapping[str, Tensor]) -> list[str]:
@@ -139,32 +131,17 @@ def check_finite(named: Mapping[str, Tensor], where: str = "") -> None:
             )
 
 
-def from_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Weights of ``diffusers.WanTransformer3DModel`` under this library's names: the video expert, without actions.
-
-    Unknown keys pass unchanged. To load, update the state dict of a fresh model with the result. :func:`read_weights`
-    reads a folder of diffusers, sharded or not.
-    """
-    renamed = {}
-    for key, value in state.items():
-        if key == "patch_embedding.weight":  # a convolution whose stride is its kernel is a linear map of patches
-            value = value.flatten(1)
-        for pattern, name in _DIFFUSERS:
-            key = re.sub(pattern, name, key)
-        renamed[key] = value
-    return renamed
-
-
 def read_weights(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Tensors of a ``.safetensors`` file, of the shards that a ``.safetensors.index.json`` lists, or of a folder.
 
     A folder must hold one index, or else one file.
 
     Raises:
-        ValueError: nothing or several to read, a damaged file, shards that are missing, lie elsewhere, or hold other
-            tensors than the index says; the message names the file.
+        ValueError: nothing or several to read, a torch pickle, a damaged file, shards that are missing, lie elsewhere,
+            or hold other tensors than the index says; the message names the file.
     """
     path = Path(path)
+    _refuse_pickles(path)
     if path.is_dir():
         found = sorted(path.glob(f"*.safetensors{INDEX}")) or sorted(path.glob("*.safetensors"))
         if len(found) != 1:
@@ -174,6 +151,18 @@ def read_weights(path: str | Path, device: torch.device | str = "cpu") -> dict[s
             )
         path = found[0]
     return read_tensors(path, device)[0]
+
+
+def _refuse_pickles(path: Path) -> None:
+    """Reading a pickle runs what is in it."""
+    inside = sorted(path.iterdir()) if path.is_dir() and not any(path.glob("*.safetensors")) else [path]
+    pickled = [file for file in inside if file.suffix in _PICKLED]
+    if pickled:
+        raise ValueError(
+            f"read_weights: {pickled[0]} is a torch pickle, which is not read, since that can run code; where it is "
+            "from, save its tensors with safetensors.torch.save_file(torch.load(path, weights_only=True), ...), each "
+            "under its name"
+        )
 
 
 def read_tensors(path: Path, device: torch.device | str) -> tuple[dict[str, Tensor], str | None]:
