@@ -12,6 +12,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from tests.integrations import test_cosmos_policy as cosmos
 from tests.integrations import test_dreamzero as dreamzero
 from tests.integrations import test_fast_wam as fast_wam
+from tests.integrations import test_lerobot as lerobot
 from tests.integrations import test_lingbot_va as lingbot
 from tests.integrations import test_openpi as openpi
 from tests.integrations.checks import CLOSE, numbers
@@ -43,6 +44,20 @@ def fast_wam_denoise() -> Call:
     cache = [{name: t.detach() for name, t in layer.items()} for layer in cache]
     inputs = action["x"], action["freqs"], action["t_mod"], action["context"], cache, mask, fast_wam.VIDEO
     return Call(mot, lambda m, *a: m.forward_action_with_video_cache(*a), inputs)
+
+
+def lerobot_train() -> Call:
+    b = lerobot.batch()
+    return Call(lerobot.model(), lambda m, *a: m(*a), tuple(b[f] for f in ("x", "mask", "freqs", "context", "t_mod")))
+
+
+def lerobot_denoise() -> Call:
+    mot, b, n = lerobot.model(), lerobot.batch(), lerobot.VIDEO
+    video, action = ([b[f][name] for f in ("x", "freqs", "t_mod", "context")] for name in ("video", "action"))
+    cache = [
+        {name: t.detach() for name, t in layer.items()} for layer in mot.prefill_video_cache(*video, b["mask"][:n, :n])
+    ]
+    return Call(mot, lambda m, *a: m.forward_action_with_video_cache(*a), (*action, cache, b["mask"], n))
 
 
 def dreamzero_train() -> Call:
@@ -84,6 +99,7 @@ def openpi_denoise() -> Call:
 TRAINING = {
     "Fast-WAM uncond": lambda: fast_wam_train("fast_wam_uncond"),
     "Fast-WAM idm": lambda: fast_wam_train("fast_wam_idm"),
+    "lerobot Fast-WAM": lerobot_train,
     "LingBot-VA": lambda: Call(lingbot.model("flex"), lambda m, d: m(d, train_mode=True), (lingbot.step(),)),
     "DreamZero": dreamzero_train,
     "Cosmos Policy": cosmos_call,
@@ -91,6 +107,7 @@ TRAINING = {
 }
 DENOISING = {
     "Fast-WAM": fast_wam_denoise,
+    "lerobot Fast-WAM": lerobot_denoise,
     "DreamZero": dreamzero_denoise,
     "Cosmos Policy": cosmos_call,
     "openpi": openpi_denoise,

@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tests.integrations import test_cosmos_policy as cosmos
 from tests.integrations import test_dreamzero as dreamzero
 from tests.integrations import test_fast_wam as fast_wam
+from tests.integrations import test_lerobot as lerobot
 from tests.integrations import test_lingbot_va as lingbot
 from tests.integrations import test_openpi as openpi
 from tests.integrations.checks import CLOSE, numbers, outputs_and_gradients
@@ -34,6 +35,7 @@ SYSTEMS = {
         lambda m: fast_wam.train(m, "fast_wam_joint"),
         lambda m: fast_wam.cached_actions(m, "fast_wam_joint"),
     ),
+    "lerobot Fast-WAM": (lerobot.model, lerobot.train, lerobot.cached_actions),
     "LingBot-VA": (lambda: lingbot.model("flex"), lambda m: m(lingbot.step(), train_mode=True), None),
     "LingBot-VA inference": (lambda: lingbot.model("torch"), None, lambda m: lingbot.episode(m, 2)),
     "DreamZero": (dreamzero.model, lambda m: dreamzero.train(m, 2), lambda m: dreamzero.rollout(m, 2)),
@@ -290,23 +292,6 @@ def test_what_was_replaced_once_more():
 # ---- models that are not as expected ----
 
 
-class MoTLayer(nn.Module):
-    pass
-
-
-def lerobot_mot():
-    """lerobot's port: the methods are on layers, the blocks are a plain list, and attentions name their size anew."""
-    block = nn.Module()
-    block.self_attn = nn.Linear(2, 2)
-    block.self_attn.head_dim = 16
-    mot = type("MoT", (nn.Module,), {})()
-    mot.mixtures = nn.ModuleDict({"video": nn.Module(), "action": nn.Module()})
-    for expert in mot.mixtures.values():
-        vars(expert)["blocks"] = [block]
-    mot.layers = nn.ModuleList([MoTLayer()])
-    return mot
-
-
 def without(make, change):
     def changed():
         model = make()
@@ -325,13 +310,11 @@ def derived(name, value):
     return change
 
 
-def no_layers(mot):
-    del mot.layers
-
-
 UNEXPECTED = {
-    "lerobot": (lerobot_mot, "Fast-WAM as lerobot ports it"),
-    "no layers": (without(lerobot_mot, no_layers), "must have num_heads, but it has none"),
+    "lerobot's without layers": (
+        without(lerobot.model, lambda m: m.__delattr__("layers")),
+        "Fast-WAM's MoT must have _split_modulation, but it has none",
+    ),
     "no mixture": (without(fast_wam.model, lambda m: m.mixtures.pop("action")), "has no action"),
     "no blocks": (
         without(fast_wam.model, lambda m: m.mixtures["video"].__delattr__("blocks")),

@@ -165,7 +165,7 @@ def test_a_mask_that_is_not_boolean():
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: patch(torch.nn.Linear(2, 2)), Unsupported, "model must be one of Fast-WAM, LingBot-VA.*got Linear"),
+        (lambda: patch(torch.nn.Linear(2, 2)), Unsupported, "model must be one of Fast-WAM, lerobot.*got Linear"),
         (lambda: patch(model(), "ignore"), ValueError, r"on_unsupported must be one of \('error', 'original'\)"),
         (lambda: unpatch(model()), ValueError, "this MoT was not"),
         (lambda: patch(MoT({"video": Expert(8, 8, 1, 8, 1)})), Unsupported, "has no action"),

@@ -67,7 +67,7 @@ def test_a_denoising_step(make, short, monkeypatch):
             torch.testing.assert_close(a, b, **CLOSE)
 
 
-@pytest.mark.parametrize("system", ["Fast-WAM uncond", "Fast-WAM idm", "openpi"])
+@pytest.mark.parametrize("system", ["Fast-WAM uncond", "Fast-WAM idm", "lerobot Fast-WAM", "openpi"])
 def test_a_short_call_is_a_dense_one(system, short, monkeypatch):
     monkeypatch.setattr(_kernels.MaskPlans, "of", lambda *args: pytest.fail("no plan is needed"))
     call = TRAINING[system]()

@@ -7,22 +7,22 @@ from types import ModuleType
 
 from torch import Tensor, nn
 
-from . import cosmos_policy, dreamzero, fast_wam, lingbot_va, openpi
+from . import cosmos_policy, dreamzero, fast_wam, lerobot, lingbot_va, openpi
 from ._patching import ON_UNSUPPORTED, Patch, Policy, Replacement, Unsupported, put_back, replaced_in
 
 # Each has SYSTEM, its name; find(model), the modules that it recognises by class name and configuration, and
 # apply(patch, modules).
-SYSTEMS = (fast_wam, lingbot_va, dreamzero, cosmos_policy, openpi)
+SYSTEMS = (fast_wam, lerobot, lingbot_va, dreamzero, cosmos_policy, openpi)
 _ATTRIBUTE = "_wam_kernels_patch"
 
 
 def patch(model: nn.Module, on_unsupported: str = "error") -> Patch | None:
     """Run a world-action model's attention, and the norms around it, on this library. One model, in place.
 
-    Recognises, by class (or one derived from it, as FSDP2 does) and configuration, Fast-WAM (``MoT``), LingBot-VA
-    (``WanTransformer3DModel``), DreamZero (``CausalWanSelfAttention``), Cosmos Policy (its ``Attention``) and openpi
-    (``PaliGemmaWithExpertModel``); none of these packages is imported. Parameters, buffers and state-dict keys stay.
-    What is replaced depends on the system: see the modules of ``wam_kernels.integrations``.
+    Recognises, by class (or one derived from it, as FSDP2 does) and configuration, Fast-WAM (``MoT``, in lerobot one of
+    ``MoTLayer``), LingBot-VA (``WanTransformer3DModel``), DreamZero (``CausalWanSelfAttention``), Cosmos Policy (its
+    ``Attention``) and openpi (``PaliGemmaWithExpertModel``); none of these packages is imported. Parameters, buffers
+    and state-dict keys stay. What is replaced depends on the system: see the modules of ``wam_kernels.integrations``.
 
     Args:
         model: The model, or any module that contains it.

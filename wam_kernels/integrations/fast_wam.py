@@ -18,15 +18,13 @@ SYSTEM = "Fast-WAM"
 
 
 def find(model: nn.Module) -> list[nn.Module]:
-    """The ``MoT`` modules of a model."""
-    return [m for m in of_class(model, "MoT") if hasattr(m, "mixtures")]
+    """The ``MoT`` modules of a model; those of lerobot, made of layers, are ``lerobot.find``'s."""
+    return [m for m in of_class(model, "MoT") if hasattr(m, "mixtures") and not of_class(m, "MoTLayer")]
 
 
 def apply(patch: Patch, mots: list[Foreign]) -> None:
     tables = Tables()
     for mot in mots:
-        if of_class(mot, "MoTLayer"):
-            raise Unsupported(f"patch: {SYSTEM} as lerobot ports it (MoT of MoTLayer) is not supported yet")
         require_class(SYSTEM, mot, "MoT")
         require_parts(SYSTEM, mot, ("num_heads", "_split_modulation"))
         missing = {"video", "action"} - set(mot.mixtures)

@@ -1,0 +1,100 @@
+"""lerobot's port of Fast-WAM: a ``MoT`` whose layers (``MoTLayer``) own the blocks of both experts.
+
+Its LingBot-VA, pi-0 and pi-0.5 have the classes of LingBot-VA and openpi and are found as those.
+
+Replaced, in every layer: ``_mixed_attention`` (training, prefill and the cached action steps end there) and
+``_build_expert_attention_io`` (q/k norm and rope in one launch). The video expert gives its rope as the sizes of the
+token grid and the frequencies of one axis, and the original reads the sizes on the host twice a layer; here its table
+is computed where they are, once for a step. Attention is float32 where the model's ``fp32_attention``, its default,
+says so, outside autocast.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ._kernels import Tables, attend_under_mask, norm_rope, require_complex, require_kernel
+from ._patching import Foreign, Patch, Unsupported, of_class, require_class, require_norms, require_parts
+
+SYSTEM = "lerobot Fast-WAM"
+
+
+def find(model: nn.Module) -> list[nn.Module]:
+    """The ``MoT`` modules of a model that are made of layers."""
+    return [m for m in of_class(model, "MoT") if of_class(m, "MoTLayer")]
+
+
+def apply(patch: Patch, mots: list[Foreign]) -> None:
+    tables = Tables()
+    layers: list[Foreign] = [layer for mot in mots for layer in of_class(mot, "MoTLayer")]
+    for layer in layers:
+        _require_layer(layer)
+        for block in layer.blocks.values():
+            patch.leave_alone(block.cross_attn, "attends to all of a short text: nothing to skip")
+        patch.method(layer, "_mixed_attention", _mixed_attention)
+        patch.method(layer, "_build_expert_attention_io", _build_io, tables)
+
+
+def _require_layer(layer: Foreign) -> None:
+    require_class(SYSTEM, layer, "MoTLayer")
+    require_parts(SYSTEM, layer, ("num_heads", "attn_head_dim", "fp32_attention", "_experts", "_split_modulation"))
+    missing = {"video", "action"} - set(layer.blocks)
+    if missing:
+        raise Unsupported(
+            f"patch: {SYSTEM}'s MoTLayer must have a video and an action block, but has no {min(missing)}"
+        )
+    for block in layer.blocks.values():
+        require_class(SYSTEM, block, "FastWAMAttentionBlock")
+        require_parts(SYSTEM, block, ("apply_norm1", "cross_attn"))
+        attn = block.self_attn
+        require_parts(SYSTEM, attn, ("q", "k", "v", "norm_q", "norm_k"))
+        require_kernel(SYSTEM, attn.q.weight.new_empty(layer.attn_head_dim))
+        require_norms(SYSTEM, attn.norm_q, attn.norm_k, layer.num_heads * layer.attn_head_dim)
+
+
+def _mixed_attention(layer: Foreign, q_cat: Tensor, k_cat: Tensor, v_cat: Tensor, attention_mask: Tensor) -> Tensor:
+    full = layer.fp32_attention and not torch.is_autocast_enabled(q_cat.device.type)
+    dtype = torch.float32 if full else v_cat.dtype
+    q, k, v = (t.to(dtype).unflatten(-1, (layer.num_heads, -1)) for t in (q_cat, k_cat, v_cat))
+    return attend_under_mask(SYSTEM, q, k, v, attention_mask).flatten(2)
+
+
+def _build_io(
+    tables: Tables, layer: Foreign, name: str, x: Tensor, freqs: Tensor | dict[str, Tensor], t_mod: Tensor
+) -> tuple:
+    block = layer.blocks[name]
+    attn = block.self_attn
+    table = _table(tables, freqs, x.shape[1])
+    shift, scale, gate, *mlp = layer._split_modulation(block, t_mod)
+    h = block.apply_norm1(x) * (1 + scale) + shift
+    q, k = norm_rope(SYSTEM, attn.q(h), attn.k(h), attn.norm_q, attn.norm_k, table, head_dim=layer.attn_head_dim)
+    checkpointed = bool(getattr(layer._experts[name], "use_gradient_checkpointing", False))
+    return q.flatten(2), k.flatten(2), attn.v(h), x, gate, *mlp, checkpointed
+
+
+def _table(tables: Tables, freqs: Tensor | dict[str, Tensor], tokens: int) -> Tensor:
+    """``[S, D / 2, 2]`` of the frequencies of every token, or ``[B, S, D / 2, 2]`` of a grid and those of an axis."""
+    if not isinstance(freqs, dict):
+        require_complex(SYSTEM, freqs)
+        return tables.of(freqs, lambda freqs: torch.view_as_real(freqs[:, 0]))
+    require_complex(SYSTEM, freqs["freqs"])
+    return tables.of(freqs["grid_sizes"], lambda sizes: grid_table(sizes, freqs["freqs"], tokens), (tokens,))
+
+
+def grid_table(sizes: Tensor, freqs: Tensor, tokens: int) -> Tensor:
+    """Cosines and sines ``[B, S, D / 2, 2]`` at each token of grids of frames, rows and columns.
+
+    Args:
+        sizes: int ``[B, 3]``; stays on its device.
+        freqs: complex ``[positions, D / 2]``: the first channels are for frames, a third each for rows and columns.
+        tokens: S; those beyond the grid are not rotated.
+    """
+    third = freqs.shape[1] // 3
+    frames, rows, columns = sizes[:, :, None].unbind(1)
+    at = torch.arange(tokens, device=sizes.device)
+    inside = at < frames * rows * columns
+    places = at // (rows * columns), at // columns % rows, at % columns
+    axes = freqs.split((freqs.shape[1] - 2 * third, third, third), 1)
+    angles = torch.cat([axis[place * inside] for axis, place in zip(axes, places, strict=True)], -1)
+    return torch.view_as_real(torch.where(inside[..., None], angles, torch.ones_like(angles)))
