@@ -35,6 +35,7 @@ class FrameIndex:
         row_begin: int32 ``[F + 1]``: the segments of row f are ``row_segments[row_begin[f] : row_begin[f + 1]]``.
         row_segments: int32 ``[N]``: the segments of each row, in token order.
         run: int32 ``[1]``: tokens of every row, if rows 0, 1, ... F - 1 follow one another with equally many; else 0.
+        token_rows: Whether token s reads row s: there is a row for every token.
         device: Where these tensors are; those of an op must be there too.
     """
 
@@ -45,8 +46,8 @@ class FrameIndex:
     row_segments: Tensor
     run: Tensor
 
-    def __init__(self, layout: tuple[tuple[int, ...], ...], buffer: Tensor) -> None:
-        self._layout, self.buffer = layout, plain(buffer)
+    def __init__(self, layout: tuple[tuple[int, ...], ...], buffer: Tensor, token_rows: bool = False) -> None:
+        self._layout, self.buffer, self.token_rows = layout, plain(buffer), token_rows
         self.length, self.frames = layout[0][0], layout[2][0] - 1
         for name, view in zip(self.FIELDS, index_buffer.views(layout, self.buffer), strict=True):
             setattr(self, name, view)
@@ -123,10 +124,10 @@ class FrameIndex:
         device = device_of("FrameIndex.to", device)
         if device == self.device:
             return self
-        return FrameIndex(self._layout, self.buffer.to(device, non_blocking=non_blocking))
+        return FrameIndex(self._layout, self.buffer.to(device, non_blocking=non_blocking), self.token_rows)
 
     def __reduce__(self) -> tuple:
-        return FrameIndex, (self._layout, self.buffer)
+        return FrameIndex, (self._layout, self.buffer, self.token_rows)
 
     def __repr__(self) -> str:
         return (
@@ -167,12 +168,12 @@ def compiled(lengths: tuple[int, ...], rows: tuple[int, ...], frames: int, devic
     piece = np.arange(pieces.sum()) - np.repeat(pieces.cumsum() - pieces, pieces)
     first = np.repeat(starts, pieces) + SEGMENT * piece
     end = np.append(first[1:], row_of_token.size)[: first.size]
-    row = row_of_token[first]
+    row, run = row_of_token[first], _run(row_of_token, frames)
     arrays = [
         row_of_token,
         np.stack([first, end, row], 1),
         np.searchsorted(np.sort(row), np.arange(frames + 1)),
         np.argsort(row, kind="stable"),
-        np.array([_run(row_of_token, frames)]),
+        np.array([run]),
     ]
-    return FrameIndex(*index_buffer.pack(arrays))
+    return FrameIndex(*index_buffer.pack(arrays), run == 1)

@@ -23,6 +23,7 @@ INT32 |= {"row_of_token", "segments", "row_begin", "row_segments"}
 FLOAT32 = {"lse", "lse2", "dlse", "delta", "out_part", "lse_part", "table", "partials"}
 FLOAT32 |= {"gate", "shift", "scale", "gate_table", "shift_table", "scale_table", "dgate", "dshift", "dscale"}
 NONE, ADAPTIVE, AFFINE = 0, 1, 2  # norms of adaLN
+MODULATION = ("gate", "shift", "scale", "gate_table", "shift_table", "scale_table")
 
 
 @dataclass(frozen=True)
@@ -103,15 +104,25 @@ def cached_combine(D: int) -> Launch:
     return of_kernel(cached.cached_attention_combine_kernel, "bf16", constants, 4, 3)
 
 
-def _adaln(kernel: Any, D: int, dtype: str, num_warps: int, constants: dict[str, Any]) -> Launch:
-    """``constants`` are the flags; pointers that they leave out are None, as the launcher passes them."""
+def _adaln(kernel: Any, D: int, dtype: str, num_warps: int, constants: dict[str, Any], rows: str = "fp32") -> Launch:
+    """``constants`` are the flags; pointers that they leave out are None, as the launcher passes them.
+
+    ``rows`` is the dtype of the modulation and, where they are stored by row, of its gradients.
+    """
     constants = {"D": D} | constants
     has = {name.removeprefix("HAS_").lower() for name, value in constants.items() if name.startswith("HAS_") and value}
     has |= {NONE: set(), ADAPTIVE: {"shift", "scale"}, AFFINE: {"weight", "bias"}}[constants["NORM"]]
     optional = {"y", "gate", "shift", "scale", "gate_table", "shift_table", "scale_table", "weight", "bias", "dr"}
     absent = optional - has - ({"y"} if "gate" in has else set())
+    if constants.get("TOKEN_ROWS"):
+        absent |= {"segments"} | ({"dgate"} - {f"d{n}" for n in has}) | ({"dscale"} - {f"d{n}" for n in has})
+        absent |= set() if constants["NORM"] == AFFINE else {"partials"}
+    elif "TOKEN_ROWS" in constants:
+        absent |= {"dgate", "dscale"}
     names = {p.name for p in kernel.params}
-    return of_kernel(kernel, dtype, constants | {f"{n}_ptr": None for n in absent if f"{n}_ptr" in names}, num_warps, 3)
+    constants |= {f"{n}_ptr": None for n in absent if f"{n}_ptr" in names}
+    types = {n: f"*{rows}" for n in (*MODULATION, *(f"d{n}" for n in MODULATION))}
+    return of_kernel(kernel, dtype, constants, num_warps, 3, **types)
 
 
 def _flags(gate: bool, norm: int, tables: bool) -> dict[str, Any]:
@@ -124,19 +135,20 @@ def _tile(D: int, dtype: str) -> dict[str, int]:
 
 
 def adaln_forward(
-    D: int, dtype: str, y: bool = True, gate: bool = True, norm: int = ADAPTIVE, tables: bool = True
+    D: int, dtype: str, y: bool = True, gate: bool = True, norm: int = ADAPTIVE, tables: bool = True, rows: str = "fp32"
 ) -> Launch:
     constants = _tile(D, dtype) | {"HAS_Y": y, "HAS_SHIFT_TABLE": tables and norm == ADAPTIVE}
     kernel = adaln.gate_residual_norm_fwd_kernel
-    return _adaln(kernel, D, dtype, adaln_config.forward_warps(D), constants | _flags(gate, norm, tables))
+    return _adaln(kernel, D, dtype, adaln_config.forward_warps(D), constants | _flags(gate, norm, tables), rows)
 
 
 def adaln_backward(
-    D: int, dtype: str, dr: bool = True, gate: bool = True, norm: int = ADAPTIVE, tables: bool = True
-) -> Launch:
-    constants = _tile(D, dtype) | {"HAS_DR": dr}
+    D: int, dtype: str, dr: bool = True, gate: bool = True, norm: int = ADAPTIVE, tables: bool = True,
+    rows: str = "fp32", token_rows: bool = False,
+) -> Launch:  # fmt: skip
+    constants = _tile(D, dtype) | {"HAS_DR": dr, "TOKEN_ROWS": token_rows}
     kernel = adaln.gate_residual_norm_bwd_kernel
-    return _adaln(kernel, D, dtype, adaln_config.backward_warps(D), constants | _flags(gate, norm, tables))
+    return _adaln(kernel, D, dtype, adaln_config.backward_warps(D), constants | _flags(gate, norm, tables), rows)
 
 
 def adaln_sums(norm: int) -> Launch:

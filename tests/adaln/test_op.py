@@ -7,6 +7,7 @@ from torch.utils.checkpoint import checkpoint
 from tests.adaln.checks import (
     FULL,
     LAYOUTS,
+    ROW_DTYPES,
     SHAPES,
     SHARED,
     UNEVEN,
@@ -16,6 +17,7 @@ from tests.adaln.checks import (
     check_layout,
     check_nan_stays,
     check_one_gradient,
+    check_row_dtypes,
     check_same_bits,
     make_inputs,
     run,
@@ -51,6 +53,37 @@ def test_chunks_of_the_cpu_backend(monkeypatch, name, chunk, long_run):
     monkeypatch.setattr(config, "CPU_LONG_RUN", long_run)
     for index in (UNEVEN, SHARED, FrameIndex.from_runs([4] * 5)):
         check_against_reference(VARIANTS[name], index, make_inputs(index, 2, 64, torch.bfloat16), "cpu")
+    for index in (FrameIndex.from_runs([4] * 5), FrameIndex.per_token(20)):
+        inputs = make_inputs(index, 2, 64, torch.bfloat16, rows=torch.bfloat16)
+        check_against_reference(VARIANTS[name], index, inputs, "cpu")
+
+
+def test_no_float32_of_the_size_of_the_tokens():
+    """Rows a token in bf16: neither the forward nor the backward makes a float32 tensor of their size."""
+    index = FrameIndex.per_token(4096)
+    inputs = make_inputs(index, 1, 256, torch.bfloat16, rows=torch.bfloat16)
+    wide = []
+
+    class Recorder(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            results = out if isinstance(out, tuple | list) else [out]
+            wide.extend(
+                (str(func), t.shape)
+                for t in results
+                if isinstance(t, torch.Tensor) and t.dtype == torch.float32 and t.numel() >= inputs["x"].numel()
+            )
+            return out
+
+    with Recorder():
+        for name in ("norm", "gate-and-norm", "gate-alone"):
+            run(VARIANTS[name], index, inputs, "cpu")
+    assert not wide
+
+
+@pytest.mark.parametrize("index, dtype, rows", ROW_DTYPES)
+def test_rows_of_their_own_dtype(index, dtype, rows):
+    check_row_dtypes(index, dtype, rows, "cpu")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
@@ -169,12 +202,17 @@ D64 = torch.zeros(64)
         ({"y": None}, ValueError, "y must be a tensor, got None; without a residual use ada_layer_norm"),
         ({"y": torch.zeros(2, 26, 64)}, ValueError, "y must be torch.bfloat16 on cpu, got torch.float32 on cpu; use"),
         ({"y": torch.zeros(2, 26, 32)}, ValueError, r"y must have shape \[B=2, S=26, D=64\], got \[2, 26, 32\]"),
-        ({"gate": torch.zeros(2, 5, 64).bfloat16()}, ValueError, "gate must be torch.float32 .*, got torch.bfloat16"),
+        ({"gate": torch.zeros(2, 5, 64).double()}, ValueError, "gate must be torch.float32 or .*, got torch.float64"),
+        (
+            {"shift": torch.zeros(2, 5, 64).half()},
+            ValueError,
+            "shift must be torch.float32 like scale, got torch.float16",
+        ),
         ({"scale": None}, ValueError, "scale must be given with shift, got None; give both or neither"),
         ({"weight": D64, "bias": D64}, ValueError, "weight must be None with scale, got both"),
         ({"shift": None, "scale": None, "weight": D64}, ValueError, "bias must be given with weight, got None"),
         ({"gate": None, "gate_table": D64}, ValueError, "gate_table must be None without gate, got a tensor; leave"),
-        ({"gate_table": D64.double()}, ValueError, "gate_table must be torch.float32 on cpu, got torch.float64"),
+        ({"gate_table": D64.double()}, ValueError, "gate_table must be torch.float32 or .*, got torch.float64"),
         (
             {"shift": None, "scale": None, "weight": D64.half(), "bias": D64},
             ValueError,

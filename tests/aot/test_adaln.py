@@ -35,6 +35,7 @@ def test_no_spills_at_the_widths_of_the_experts(kernel, D):
         pytest.param(adaln_backward, 3072, "bf16", {"norm": NONE}, id="gate-alone-backward"),
         pytest.param(adaln_backward, 3072, "fp32", {}, id="float32-backward"),
         pytest.param(adaln_forward, 8192, "bf16", {}, id="largest-D-forward"),
+        pytest.param(adaln_backward, 3072, "bf16", {"rows": "bf16", "token_rows": True}, id="row-a-token-backward"),
     ],
 )
 def test_other_variants_do_not_spill(kernel, D, dtype, options):

@@ -6,6 +6,7 @@ import torch
 from tests.adaln.checks import (
     FULL,
     LAYOUTS,
+    ROW_DTYPES,
     SHAPES,
     SHARED,
     UNEVEN,
@@ -15,6 +16,7 @@ from tests.adaln.checks import (
     check_layout,
     check_nan_stays,
     check_one_gradient,
+    check_row_dtypes,
     check_same_bits,
     make_inputs,
     run,
@@ -36,6 +38,11 @@ def test_variants_in_bf16(name):
 @pytest.mark.parametrize("index, B, D, dtype", SHAPES)
 def test_shapes_and_dtypes(index, B, D, dtype):
     check_against_reference(FULL, index, make_inputs(index, B, D, dtype), "triton")
+
+
+@pytest.mark.parametrize("index, dtype, rows", ROW_DTYPES)
+def test_rows_of_their_own_dtype(index, dtype, rows):
+    check_row_dtypes(index, dtype, rows, "triton")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)

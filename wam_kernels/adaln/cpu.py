@@ -31,29 +31,42 @@ class _Chunk(NamedTuple):
     shape: tuple[int, int, int, int]  # b, n, run, D
     rows: slice | Tensor  # of the n runs
     whole: bool  # the chunk is all there is
+    full: bool  # all tokens of its rows are in it
 
     def of(self, t: Tensor) -> Tensor:
         """The chunk of a tensor [B, S, D], as [b, n, run, D]."""
         return (t if self.whole else t[self.batch, self.tokens]).view(self.shape)
 
     def of_rows(self, t: Tensor) -> Tensor:
-        """The chunk's rows of a modulation [B, F, D], as [b, n, 1, D]."""
+        """The chunk's rows of a modulation [B, F, D], as [b, n, 1, D], float32 at least."""
         if isinstance(self.rows, Tensor):
-            return t[self.batch].index_select(1, self.rows).unsqueeze(2)
-        return (t if self.whole else t[self.batch, self.rows]).unsqueeze(2)
+            rows = t[self.batch].index_select(1, self.rows)
+        else:
+            rows = t if self.whole else t[self.batch, self.rows]
+        return _accurate(rows.unsqueeze(2))
 
-    def added_to_rows(self, total: Tensor | None, value: Tensor, B: int, F: int) -> Tensor:
-        """A sum [B, F, D], None for zeros, with [b, n, D], or [D] of one run, added to the chunk's rows."""
+    def added_to_rows(self, total: Tensor | None, value: Tensor, like: Tensor | None) -> Tensor:
+        """A sum [B, F, D], None for zeros, with [b, n, D], or [D] of one run, added to the chunk's rows.
+
+        The sum is for the rows ``like``: in their dtype where no row is added to twice, else float32 at least.
+        """
         value = value.view(*self.shape[:2], -1)
         if self.whole:
             return value
         if total is None:
-            total = value.new_zeros((B, F, value.shape[-1]))
+            assert like is not None
+            total = value.new_zeros(like.shape, dtype=like.dtype if self.full else value.dtype)
         if isinstance(self.rows, Tensor):
             total[self.batch].index_add_(1, self.rows, value)
+        elif self.full:
+            total[self.batch, self.rows] = value
         else:
             total[self.batch, self.rows].add_(value)
         return total
+
+
+def _accurate(t: Tensor) -> Tensor:
+    return t.to(torch.promote_types(t.dtype, torch.float32))
 
 
 def _starts(values: np.ndarray) -> np.ndarray:
@@ -81,11 +94,13 @@ def _chunks(like: Tensor, row_of_token: Tensor, run: Tensor, F: int) -> Iterator
         return
     threads = torch.get_num_threads()
     most = max(1, config.CPU_CHUNK * threads // D)
+    in_order = int(run.item()) > 0
     for first, count, length, rows in _groups(row_of_token, int(run.item()), F):
         long = length * D >= config.CPU_LONG_RUN * threads
         if not long and B * count * length <= most:
             tokens = slice(first, first + count * length)
-            yield _Chunk(_ALL, tokens, (B, count, length, D), rows, count * length == S and isinstance(rows, slice))
+            whole = count * length == S and isinstance(rows, slice)
+            yield _Chunk(_ALL, tokens, (B, count, length, D), rows, whole, in_order)
             continue
         # whole runs together, as many as fit, or one run in pieces
         runs, piece = (1, min(length, most)) if long or length > most else (most // length, length)
@@ -97,7 +112,8 @@ def _chunks(like: Tensor, row_of_token: Tensor, run: Tensor, F: int) -> Iterator
                 for i in range(0, length, piece):
                     m = min(piece, length - i)
                     tokens = slice(start + i, start + i + m) if n == 1 else slice(start, start + n * length)
-                    yield _Chunk(slice(b, b + 1), tokens, (1, n, m, D), of_runs, False)
+                    full = in_order and m == length
+                    yield _Chunk(slice(b, b + 1), tokens, (1, n, m, D), of_runs, False, full)
 
 
 def forward(
@@ -113,7 +129,7 @@ def forward(
     if weight is not None and bias is not None:
         weight, bias = weight.to(acc), bias.to(acc)
     rows = scale if gate is None else gate
-    one = 1 if scale_table is None else 1 + scale_table
+    one = 1 if scale_table is None else 1 + _accurate(scale_table)
     for chunk in _chunks(x, row_of_token, run, 0 if rows is None else rows.shape[1]):
         row = chunk.of(x)
         if y is not None and r is not None:
@@ -147,7 +163,7 @@ def _plus(rows: Tensor, table: Tensor | None) -> Tensor:
 def backward(
     dr: Tensor | None, dh: Tensor | None, r: Tensor | None, y: Tensor | None, gate: Tensor | None,
     scale: Tensor | None, gate_table: Tensor | None, scale_table: Tensor | None, weight: Tensor | None,
-    row_of_token: Tensor, row_begin: Tensor, run: Tensor, eps: float,
+    row_of_token: Tensor, row_begin: Tensor, run: Tensor, eps: float, token_rows: bool = False,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """dx, dy, dgate, dshift, dscale, dweight, dbias, as in ``kernel_triton.backward``."""
     like = dr if dh is None else dh
@@ -163,11 +179,13 @@ def backward(
     dgate = dshift = dscale = None
     if like.numel() == 0:
         dgate, dshift, dscale = (zeros(B, F, D) for _ in range(3))
+    # dshift is dh where every token has a row of its own
+    sums_shift = adaptive and not token_rows
     dweight, dbias = (zeros(D), zeros(D)) if affine else (None, None)
     dx = None if dh is None else like.new_empty(like.shape)
     dy = None if gate is None else like.new_empty(like.shape)
     weight = weight.to(acc) if weight is not None and affine else None
-    one = 1 + scale_table if adaptive and scale_table is not None else 1
+    one = 1 + _accurate(scale_table) if adaptive and scale_table is not None else 1
     for chunk in _chunks(like, row_of_token, run, F):
         # outputs are then the buffers that were worked in
         whole = chunk.whole and acc == like.dtype
@@ -180,15 +198,16 @@ def backward(
             rstd = torch.linalg.vector_norm(row, dim=-1, keepdim=True).square_().div_(D).add_(eps).rsqrt_()
             factor = None if scale is None else chunk.of_rows(scale) + one
             if factor is not None and factor.numel() > D:
-                dshift = chunk.added_to_rows(dshift, g.sum(2), B, F)
+                if sums_shift:
+                    dshift = chunk.added_to_rows(dshift, g.sum(2), scale)
                 product = torch.mul(g, row)
-                dscale = chunk.added_to_rows(dscale, product.mul_(rstd).sum(2), B, F)
+                dscale = chunk.added_to_rows(dscale, product.mul_(rstd).sum(2), scale)
                 through = _layer_norm_backward(torch.mul(g, factor, out=product), row, rstd, None)[0]
             else:
                 through, dw, db = _layer_norm_backward(g, row, rstd, weight if factor is None else factor.view(D))
                 if factor is not None:
-                    dscale = chunk.added_to_rows(dscale, dw, B, F)
-                    dshift = chunk.added_to_rows(dshift, db, B, F)
+                    dscale = chunk.added_to_rows(dscale, dw, scale)
+                    dshift = chunk.added_to_rows(dshift, db, scale) if sums_shift else None
                 else:
                     assert dweight is not None and dbias is not None
                     dweight += dw
@@ -206,10 +225,14 @@ def backward(
             assert total is not None and y is not None and dy is not None
             total = total.to(acc)
             product = total * chunk.of(y)
-            dgate = chunk.added_to_rows(dgate, product.sum(2), B, F)
+            dgate = chunk.added_to_rows(dgate, product.sum(2), gate)
             factor = _plus(chunk.of_rows(gate), gate_table)
             out = torch.mul(total, factor, out=product if whole else chunk.of(dy))
             dy = out.view(like.shape) if whole else dy
+    dgate, dshift, dscale = (
+        g if g is None or rows is None else g.to(rows.dtype)
+        for g, rows in ((dgate, gate), (dshift, scale), (dscale, scale))
+    )
     return dx, dy, dgate, dshift, dscale, dweight, dbias
 
 

@@ -29,8 +29,16 @@ def _address(t: Tensor | None) -> int:
 
 
 def _float(t: Tensor | None) -> Tensor | None:
-    """A norm's weight or bias may have the dtype of x."""
+    """A norm's weight or bias may have the dtype of x, a table of the modulation any dtype."""
     return None if t is None else t.float().contiguous()
+
+
+def _modulation(name: str, t: Tensor | None) -> tuple[int, int, int]:
+    if t is not None and t.dtype != torch.float32:
+        raise ValueError(
+            f"adaln (impl='cuda'): {name} must be torch.float32, got {t.dtype}; use impl='triton', or {name}.float()"
+        )
+    return _rows(name, t)
 
 
 def forward(
@@ -43,11 +51,13 @@ def forward(
     rows = scale if gate is None else gate
     r = None if y is None else x.new_empty(x.shape)
     h = None if scale is None and weight is None else x.new_empty(x.shape)
-    weight, bias = _float(weight), _float(bias)
+    weight, bias, gate_table, shift_table, scale_table = map(
+        _float, (weight, bias, gate_table, shift_table, scale_table)
+    )
     cuda.launch(
         "adaln_forward", x, shape=(B, S, 0 if rows is None else rows.shape[1], D),
-        x=_rows("x", x), y=_rows("y", y), gate=_rows("gate", gate), shift=_rows("shift", shift),
-        scale=_rows("scale", scale), gate_table=_address(gate_table), shift_table=_address(shift_table),
+        x=_rows("x", x), y=_rows("y", y), gate=_modulation("gate", gate), shift=_modulation("shift", shift),
+        scale=_modulation("scale", scale), gate_table=_address(gate_table), shift_table=_address(shift_table),
         scale_table=_address(scale_table), weight=_address(weight), bias=_address(bias),
         row_of_token=_address(row_of_token), r=_rows("r", r), h=_rows("h", h), has_norm=h is not None,
         tokens_per_block=config.tokens_of_program(B * S), eps=eps,
@@ -58,12 +68,12 @@ def forward(
 def backward(
     dr: Tensor | None, dh: Tensor | None, r: Tensor | None, y: Tensor | None, gate: Tensor | None,
     scale: Tensor | None, gate_table: Tensor | None, scale_table: Tensor | None, weight: Tensor | None,
-    segments: Tensor, row_begin: Tensor, row_segments: Tensor, eps: float,
+    segments: Tensor, row_begin: Tensor, row_segments: Tensor, eps: float, token_rows: bool = False,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """dx, dy ``[B, S, D]``; dgate, dshift, dscale ``[B, F, D]`` and dweight, dbias ``[D]`` float32; None if absent.
 
     dx is None where dh is (it equals dr then), dy where gate is (it equals dx). Without dh, r, scale and weight take no
-    part. Two launches, three with weight and gate; all rows and sums are written.
+    part. Two launches, three with weight and gate; all rows and sums are written, ``token_rows`` or not.
     """
     like = dr if dh is None else dh
     assert like is not None
@@ -82,7 +92,7 @@ def backward(
     dshift, dscale = (sums(B, F, D) if adaptive else None for _ in range(2))
     dweight, dbias = (sums(D) if affine else None for _ in range(2))
     partials = sums(B, N, (gate is not None) + 2 * (dh is not None), D)
-    weight = _float(weight)
+    weight, gate_table, scale_table = map(_float, (weight, gate_table, scale_table))
     cuda.launch(
         "adaln_backward", like, shape=(B, S, F, D),
         dr=_rows("dr", dr), dh=_rows("dh", dh), r=_rows("r", r), y=_rows("y", None if gate is None else y),

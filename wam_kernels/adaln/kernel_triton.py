@@ -12,6 +12,9 @@ second kernel adds the partials of each row in order: one program owns some chan
 so results are the same from run to run. In both, the next token's rows are on their way into shared memory while a
 token is computed: STAGES of ``tl.range``.
 
+TOKEN_ROWS: token s reads row s of the modulation. There is nothing to sum then: a backward program owns a few
+neighbouring tokens, as in the forward, and stores dgate and dscale of each in the dtype of the rows; dshift is dh.
+
 Arithmetic is float32. Rounding to the dtype of x happens at the stores of r, h, dx and dy, and nowhere else; the norm
 is of the rounded r. HAS_Y, HAS_GATE and NORM (0 none, 1 shift and scale, 2 weight and bias) leave out what a variant
 lacks; absent pointers are None. ``ada_layer_norm`` is HAS_Y = False, with x in the place of r.
@@ -110,24 +113,32 @@ def gate_residual_norm_fwd_kernel(
 @triton.jit(do_not_specialize=_PER_CALL)
 def gate_residual_norm_bwd_kernel(
     dr_ptr, dh_ptr, r_ptr, y_ptr, dx_ptr, dy_ptr, gate_ptr, scale_ptr,
-    gate_table_ptr, scale_table_ptr, weight_ptr, segments_ptr, partials_ptr,
+    gate_table_ptr, scale_table_ptr, weight_ptr, segments_ptr, partials_ptr, dgate_ptr, dscale_ptr,
     stride_dr_b, stride_dr_s, stride_dh_b, stride_dh_s, stride_r_b, stride_r_s, stride_y_b, stride_y_s,
     stride_dx_b, stride_dx_s, stride_gate_b, stride_gate_f, stride_scale_b, stride_scale_f,
-    N, eps,
+    N, S, tokens_of_program, eps,
     D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_DR: tl.constexpr, HAS_GATE: tl.constexpr, NORM: tl.constexpr,
-    HAS_GATE_TABLE: tl.constexpr, HAS_SCALE_TABLE: tl.constexpr, STAGES: tl.constexpr,
+    HAS_GATE_TABLE: tl.constexpr, HAS_SCALE_TABLE: tl.constexpr, TOKEN_ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Partials are dgate (if HAS_GATE), then dshift and dscale (if NORM). dx and dy share strides."""
+    """Partials are dgate (if HAS_GATE), then dshift and dscale (if NORM). dx and dy share strides.
+
+    TOKEN_ROWS: no segments; dgate and dscale are [B, S, D], and partials are for AFFINE's sums alone.
+    """
     n, b = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     d = tl.arange(0, BLOCK_D)
     in_d = d < D
-    first, end = tl.load(segments_ptr + n * 3).to(tl.int64), tl.load(segments_ptr + n * 3 + 1).to(tl.int64)
-    f = tl.load(segments_ptr + n * 3 + 2).to(tl.int64)
+    if TOKEN_ROWS:
+        first = n * tokens_of_program
+        end = tl.minimum(first + tokens_of_program, S)
+        f = first
+    else:
+        first, end = tl.load(segments_ptr + n * 3).to(tl.int64), tl.load(segments_ptr + n * 3 + 1).to(tl.int64)
+        f = tl.load(segments_ptr + n * 3 + 2).to(tl.int64)
 
-    if HAS_GATE:
+    if HAS_GATE and not TOKEN_ROWS:
         gate = _modulation(gate_ptr, gate_table_ptr, b * stride_gate_b + f * stride_gate_f, d, in_d, HAS_GATE_TABLE)
         dgate = tl.zeros([BLOCK_D], tl.float32)
-    if NORM == ADAPTIVE:
+    if NORM == ADAPTIVE and not TOKEN_ROWS:
         at_scale = b * stride_scale_b + f * stride_scale_f
         factor = 1.0 + _modulation(scale_ptr, scale_table_ptr, at_scale, d, in_d, HAS_SCALE_TABLE)
     if NORM == AFFINE:
@@ -146,25 +157,44 @@ def gate_residual_norm_bwd_kernel(
         if NORM != NONE:
             dh = _load_row(dh_ptr, b * stride_dh_b + s * stride_dh_s, d, in_d)
             r = _load_row(r_ptr, b * stride_r_b + s * stride_r_s, d, in_d)
+        if TOKEN_ROWS:
+            if HAS_GATE:
+                at_gate = b * stride_gate_b + s * stride_gate_f
+                gate = _modulation(gate_ptr, gate_table_ptr, at_gate, d, in_d, HAS_GATE_TABLE)
+            if NORM == ADAPTIVE:
+                at_scale = b * stride_scale_b + s * stride_scale_f
+                factor = 1.0 + _modulation(scale_ptr, scale_table_ptr, at_scale, d, in_d, HAS_SCALE_TABLE)
+        if NORM != NONE:
             normed, rstd = _normalise(r, in_d, eps, D)
-            dshift += dh
-            dscale += dh * normed
+            if TOKEN_ROWS and NORM == ADAPTIVE:
+                dscale_of_token = (dh * normed).to(dscale_ptr.dtype.element_ty)
+                tl.store(dscale_ptr + (b * S + s) * D + d, dscale_of_token, mask=in_d)
+            else:
+                dshift += dh
+                dscale += dh * normed
             g = dh * factor
             total += rstd * (g - tl.sum(g, 0) / D - normed * (tl.sum(g * normed, 0) / D))
             tl.store(dx_ptr + b * stride_dx_b + s * stride_dx_s + d, total.to(dx_ptr.dtype.element_ty), mask=in_d)
         if HAS_GATE:
-            dgate += total * y
+            if TOKEN_ROWS:
+                dgate_of_token = (total * y).to(dgate_ptr.dtype.element_ty)
+                tl.store(dgate_ptr + (b * S + s) * D + d, dgate_of_token, mask=in_d)
+            else:
+                dgate += total * y
             dy = (total * gate).to(dy_ptr.dtype.element_ty)
             tl.store(dy_ptr + b * stride_dx_b + s * stride_dx_s + d, dy, mask=in_d)
 
-    SUMS: tl.constexpr = (1 if HAS_GATE else 0) + (2 if NORM != NONE else 0)
-    partial_ptr = partials_ptr + (b * N + n) * SUMS * D + d
-    if HAS_GATE:
-        tl.store(partial_ptr, dgate, mask=in_d)
-        partial_ptr += D
-    if NORM != NONE:
-        tl.store(partial_ptr, dshift, mask=in_d)
-        tl.store(partial_ptr + D, dscale, mask=in_d)
+    HAS_DGATE: tl.constexpr = HAS_GATE and not TOKEN_ROWS
+    HAS_DNORM: tl.constexpr = NORM == AFFINE or NORM == ADAPTIVE and not TOKEN_ROWS
+    SUMS: tl.constexpr = (1 if HAS_DGATE else 0) + (2 if HAS_DNORM else 0)
+    if SUMS:
+        partial_ptr = partials_ptr + (b * N + n) * SUMS * D + d
+        if HAS_DGATE:
+            tl.store(partial_ptr, dgate, mask=in_d)
+            partial_ptr += D
+        if HAS_DNORM:
+            tl.store(partial_ptr, dshift, mask=in_d)
+            tl.store(partial_ptr + D, dscale, mask=in_d)
 
 
 @triton.jit
@@ -176,7 +206,7 @@ def _sum_of_row(partials_ptr, row_segments_ptr, out_ptr, out_at, begin, end, str
         n = tl.load(row_segments_ptr + at, mask=at < end, other=0).to(tl.int64)
         mask = (at < end)[:, None] & in_d[None, :]
         total += tl.sum(tl.load(partials_ptr + n[:, None] * stride + d[None, :], mask=mask, other=0.0), 0)
-    tl.store(out_ptr + out_at + d, total, mask=in_d)
+    tl.store(out_ptr + out_at + d, total.to(out_ptr.dtype.element_ty), mask=in_d)
 
 
 @triton.jit(do_not_specialize=_PER_CALL)
@@ -238,31 +268,36 @@ def forward(
 def backward(
     dr: Tensor | None, dh: Tensor | None, r: Tensor | None, y: Tensor | None, gate: Tensor | None,
     scale: Tensor | None, gate_table: Tensor | None, scale_table: Tensor | None, weight: Tensor | None,
-    segments: Tensor, row_begin: Tensor, row_segments: Tensor, eps: float,
+    segments: Tensor, row_begin: Tensor, row_segments: Tensor, eps: float, token_rows: bool = False,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """dx, dy ``[B, S, D]``; dgate, dshift, dscale ``[B, F, D]`` and dweight, dbias ``[D]`` float32; None if absent.
+    """dx, dy ``[B, S, D]``; dgate, dshift, dscale ``[B, F, D]`` in the dtype of the rows; dweight, dbias ``[D]``
+    float32; None if absent.
 
     dx is None where dh is (it equals dr then), dy where gate is (it equals dx). Without dh, r, scale and weight take no
-    part. Two launches; all rows and sums are written.
+    part. Two launches; all rows and sums are written. With ``token_rows``, token s reads row s: dshift is None too (it
+    equals dh), and there is one launch without weight.
     """
     like = dr if dh is None else dh
     assert like is not None
-    B, _, D = like.shape
+    if token_rows:
+        return _token_rows_backward(dr, dh, r, y, gate, scale, gate_table, scale_table, weight, eps)
+    B, S, D = like.shape
     N, F = segments.shape[0], row_begin.shape[0] - 1
     norm = NONE if dh is None else ADAPTIVE if scale is not None else AFFINE
     dx = None if dh is None else like.new_empty(like.shape)
     dy = None if gate is None else like.new_empty(like.shape)
-    dgate = None if gate is None else like.new_empty((B, F, D), dtype=torch.float32)
-    dshift, dscale = (None if dh is None else like.new_empty((B, F, D), dtype=torch.float32) for _ in range(2))
+    dgate = None if gate is None else like.new_empty((B, F, D), dtype=gate.dtype)
+    of_norm = torch.float32 if norm != ADAPTIVE or scale is None else scale.dtype
+    dshift, dscale = (None if dh is None else like.new_empty((B, F, D), dtype=of_norm) for _ in range(2))
     sums = (gate is not None) + 2 * (dh is not None)
     partials = like.new_empty((B, N, sums, D), dtype=torch.float32)
     flags = {"D": D, "HAS_GATE": gate is not None, "NORM": norm.value}
     if like.numel():
         gate_residual_norm_bwd_kernel[(N, B)](
-            dr, dh, r, y, dx, dy, gate, scale, gate_table, scale_table, weight, segments, partials,
-            *strides_of(dr, dh, r, y, dy if dx is None else dx, gate, scale), N, eps,
+            dr, dh, r, y, dx, dy, gate, scale, gate_table, scale_table, weight, segments, partials, None, None,
+            *strides_of(dr, dh, r, y, dy if dx is None else dx, gate, scale), N, S, 0, eps,
             BLOCK_D=config.block_d(D), HAS_DR=dr is not None, HAS_GATE_TABLE=gate_table is not None,
-            HAS_SCALE_TABLE=scale_table is not None, STAGES=config.stages(D, like.itemsize), **flags,
+            HAS_SCALE_TABLE=scale_table is not None, TOKEN_ROWS=False, STAGES=config.stages(D, like.itemsize), **flags,
             num_warps=config.backward_warps(D),
         )  # fmt: skip
     if B * F:
@@ -275,3 +310,33 @@ def backward(
         # every token has weight and bias in common: their gradients are the sums of all rows
         return dx, dy, dgate, None, None, dscale.sum((0, 1)), dshift.sum((0, 1))
     return dx, dy, dgate, dshift, dscale, None, None
+
+
+def _token_rows_backward(
+    dr: Tensor | None, dh: Tensor | None, r: Tensor | None, y: Tensor | None, gate: Tensor | None,
+    scale: Tensor | None, gate_table: Tensor | None, scale_table: Tensor | None, weight: Tensor | None, eps: float,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """As :func:`backward`, for a row of the modulation for every token."""
+    like = dr if dh is None else dh
+    assert like is not None
+    B, S, D = like.shape
+    norm = NONE if dh is None else ADAPTIVE if scale is not None else AFFINE
+    tokens = config.tokens_of_program(B * S)
+    programs = triton.cdiv(S, tokens)
+    dx = None if dh is None else like.new_empty(like.shape)
+    dy = None if gate is None else like.new_empty(like.shape)
+    dgate = None if gate is None else like.new_empty(like.shape, dtype=gate.dtype)
+    dscale = like.new_empty(like.shape, dtype=scale.dtype) if norm == ADAPTIVE and scale is not None else None
+    partials = like.new_empty((B, programs, 2, D), dtype=torch.float32) if norm == AFFINE else None
+    if like.numel():
+        gate_residual_norm_bwd_kernel[(programs, B)](
+            dr, dh, r, y, dx, dy, gate, scale, gate_table, scale_table, weight, None, partials, dgate, dscale,
+            *strides_of(dr, dh, r, y, dy if dx is None else dx, gate, scale), programs, S, tokens, eps,
+            D=D, BLOCK_D=config.block_d(D), HAS_DR=dr is not None, HAS_GATE=gate is not None, NORM=norm.value,
+            HAS_GATE_TABLE=gate_table is not None, HAS_SCALE_TABLE=scale_table is not None, TOKEN_ROWS=True,
+            STAGES=config.stages(D, like.itemsize), num_warps=config.backward_warps(D),
+        )  # fmt: skip
+    if partials is None:
+        return dx, dy, dgate, None, dscale, None, None
+    dbias, dweight = partials.sum((0, 1))
+    return dx, dy, dgate, None, None, dweight, dbias

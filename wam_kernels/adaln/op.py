@@ -40,7 +40,7 @@ class _Inputs(NamedTuple):
 
 def _forward(
     x, y, gate, shift, scale, gate_table, shift_table, scale_table, weight, bias,
-    row_of_token, segments, row_begin, row_segments, run, eps, impl,
+    row_of_token, segments, row_begin, row_segments, run, token_rows, eps, impl,
 ):  # fmt: skip
     tensors = x, y, gate, shift, scale, gate_table, shift_table, scale_table, weight, bias
     if impl == "cpu":
@@ -57,41 +57,45 @@ def _forward_fake(*args):
 
 
 # ---- the registered backward: dx, dy, dgate, dshift, dscale, dweight, dbias, empty where a variant has none ----
-# dx is empty without dh, because it equals dr; dy is empty without gate, because it equals dx
+# dx is empty without dh, because it equals dr; dy is empty without gate, because it equals dx; dshift is empty where
+# every token has a row of its own, because it equals dh
 
 
-def _present(dh, gate, scale) -> tuple[bool, ...]:
+def _present(dh, gate, scale, token_rows: bool) -> tuple[bool, ...]:
     adaptive = dh is not None and scale is not None
     affine = dh is not None and scale is None
-    return dh is not None, gate is not None, gate is not None, adaptive, adaptive, affine, affine
+    return dh is not None, gate is not None, gate is not None, adaptive and not token_rows, adaptive, affine, affine
 
 
 def _backward(
     dr, dh, r, y, gate, scale, gate_table, scale_table, weight,
-    row_of_token, segments, row_begin, row_segments, run, eps, impl,
+    row_of_token, segments, row_begin, row_segments, run, token_rows, eps, impl,
 ):  # fmt: skip
     # an incoming gradient has any strides: that of a sum is expanded from one number
     dr, dh = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (dr, dh))
     others = y, gate, scale, gate_table, scale_table, weight
     if impl == "cpu":
-        grads = cpu.backward(dr, dh, r, *others, row_of_token, row_begin, run, eps)
+        grads = cpu.backward(dr, dh, r, *others, row_of_token, row_begin, run, eps, token_rows)
     else:
-        grads = launchers(__package__, impl).backward(dr, dh, r, *others, segments, row_begin, row_segments, eps)
+        index = segments, row_begin, row_segments
+        grads = launchers(__package__, impl).backward(dr, dh, r, *others, *index, eps, token_rows)
     like = dr if dh is None else dh
-    present = _present(dh, gate, scale)
+    present = _present(dh, gate, scale, token_rows)
     return tuple(g if wanted else like.new_empty(0) for g, wanted in zip(grads, present, strict=True))
 
 
 def _backward_fake(
     dr, dh, r, y, gate, scale, gate_table, scale_table, weight,
-    row_of_token, segments, row_begin, row_segments, run, eps, impl,
+    row_of_token, segments, row_begin, row_segments, run, token_rows, eps, impl,
 ):  # fmt: skip
     like = dr if dh is None else dh
     B, _, D = like.shape
     row, sums, channels = like.shape, (B, row_begin.shape[0] - 1, D), (D,)
     shapes = (row, row, sums, sums, sums, channels, channels)
-    dtypes = (like.dtype,) * 2 + (accumulator(like),) * 5
-    present = _present(dh, gate, scale)
+    acc = accumulator(like)
+    of_rows = [acc if t is None else t.dtype for t in (gate, scale, scale)]
+    dtypes = like.dtype, like.dtype, *of_rows, acc, acc
+    present = _present(dh, gate, scale, token_rows)
     return tuple(
         like.new_empty(shape, dtype=dtype) if wanted else like.new_empty(0)
         for shape, dtype, wanted in zip(shapes, dtypes, present, strict=True)
@@ -99,7 +103,7 @@ def _backward_fake(
 
 
 # one argument for each tensor of the index: a list would cost PyTorch's autograd 150 us a call
-_OPTIONS = f"{', '.join(f'Tensor {name}' for name in FrameIndex.FIELDS)}, float eps, str impl"
+_OPTIONS = f"{', '.join(f'Tensor {name}' for name in FrameIndex.FIELDS)}, bool token_rows, float eps, str impl"
 torch.library.define(
     "wam::gate_residual_norm",
     f"(Tensor x, {', '.join(f'Tensor? {name}' for name in _Inputs._fields[1:])}, {_OPTIONS}) -> (Tensor, Tensor)",
@@ -120,13 +124,13 @@ def _save(ctx, inputs, output) -> None:
     # a gradient that nobody asked for stays None and costs nothing
     ctx.set_materialize_grads(False)
     count = len(_Inputs._fields)
-    t, (*index, ctx.eps, ctx.impl) = _Inputs(*inputs[:count]), inputs[count:]
+    t, (*index, ctx.token_rows, ctx.eps, ctx.impl) = _Inputs(*inputs[:count]), inputs[count:]
     has_norm = t.scale is not None or t.weight is not None
     ctx.has_y = t.y is not None
     row = (output[0] if ctx.has_y else t.x) if has_norm else None
     y = t.y if t.gate is not None else None
     ctx.dtypes = [None if p is None else p.dtype for p in (t.weight, t.bias)]
-    ctx.has_tables = [p is not None for p in (t.gate_table, t.shift_table, t.scale_table)]
+    ctx.table_dtypes = [None if p is None else p.dtype for p in (t.gate_table, t.shift_table, t.scale_table)]
     ctx.save_for_backward(row, y, t.gate, t.scale, t.gate_table, t.scale_table, t.weight, *index)
 
 
@@ -142,14 +146,16 @@ def _gradients(ctx, dr, dh):
         grads = _Inputs(x=dr, y=dr)
     else:
         dx, dy, dgate, dshift, dscale, dweight, dbias = torch.ops.wam.gate_residual_norm_backward(
-            dr, dh, row, y, gate, scale, gate_table, scale_table, weight, *index, ctx.eps, ctx.impl
+            dr, dh, row, y, gate, scale, gate_table, scale_table, weight, *index, ctx.token_rows, ctx.eps, ctx.impl
         )
-        _, _, has_gate, has_scale, _, has_weight, _ = _present(dh, gate, scale)
+        _, _, has_gate, _, has_scale, has_weight, _ = _present(dh, gate, scale, ctx.token_rows)
         dx = dr if dh is None else dx
+        if has_scale and ctx.token_rows:
+            dshift = dh
         dtables = [
-            g.sum((0, 1)) if has_table and has_rows else None
-            for g, has_table, has_rows in zip(
-                (dgate, dshift, dscale), ctx.has_tables, (has_gate, has_scale, has_scale), strict=True
+            g.sum((0, 1), dtype=accumulator(g)).to(dtype) if dtype is not None and has_rows else None
+            for g, dtype, has_rows in zip(
+                (dgate, dshift, dscale), ctx.table_dtypes, (has_gate, has_scale, has_scale), strict=True
             )
         ]
         dparameters = (g.to(dtype) for g, dtype in zip((dweight, dbias), ctx.dtypes, strict=True))
@@ -157,11 +163,11 @@ def _gradients(ctx, dr, dh):
             dx,
             (dy if has_gate else dx) if ctx.has_y else None,
             dgate if has_gate else None,
-            *((dshift, dscale) if has_scale else (None, None)),
+            *((dshift.to(scale.dtype), dscale) if has_scale else (None, None)),
             *dtables,
             *(dparameters if has_weight else (None, None)),
         )
-    return (*grads, *(None for _ in index), None, None)
+    return (*grads, *(None for _ in index), None, None, None)
 
 
 def _backward_samples(inputs: tuple, mapped: Collection[int]) -> range:
@@ -184,10 +190,11 @@ def _check(op: str, t: _Inputs, index: FrameIndex) -> None:
         raise TypeError(f"{op}: index must be a FrameIndex, got {type(index).__name__}; see FrameIndex.from_tensor")
     are_tensors(op, x=t.x)
     x, acc = t.x, accumulator(t.x)
+    of_rows = (acc,) if acc == torch.float64 else (acc, torch.bfloat16, torch.float16)
     kinds = (
         (("x", "y"), "B S D", (x.dtype,)),
-        (("gate", "shift", "scale"), "B F D", (acc,)),
-        (_TABLES, "D", (acc,)),
+        (("gate", "shift", "scale"), "B F D", of_rows),
+        (_TABLES, "D", of_rows),
         (("weight", "bias"), "D", (acc, x.dtype)),
     )
     given = [(n, u, spec, dtypes) for names, spec, dtypes in kinds for n in names if (u := getattr(t, n)) is not None]
@@ -215,6 +222,10 @@ def _check(op: str, t: _Inputs, index: FrameIndex) -> None:
             )
         if u.stride(-1) != 1:
             raise ValueError(f"{op}: {name} must have last-dim stride 1, got {u.stride(-1)}; use .contiguous()")
+    if t.shift is not None and t.scale is not None and t.shift.dtype != t.scale.dtype:
+        raise ValueError(
+            f"{op}: shift must be {t.scale.dtype} like scale, got {t.shift.dtype}; use .to({t.scale.dtype})"
+        )
 
 
 def _call(op: str, t: _Inputs, index: FrameIndex, eps: float, impl: str | None) -> tuple[Tensor, Any]:
@@ -224,7 +235,8 @@ def _call(op: str, t: _Inputs, index: FrameIndex, eps: float, impl: str | None) 
     impl = select_backend(op, _ROW, impl, x=t.x)
     if impl == "reference":
         return reference.gate_residual_norm(*t, index.row_of_token, eps)
-    return autograd.call(torch.ops.wam.gate_residual_norm.default, *t, *index.tensors(), eps, impl)
+    op_call = torch.ops.wam.gate_residual_norm.default
+    return autograd.call(op_call, *t, *index.tensors(), index.token_rows, eps, impl)
 
 
 # ---- public ----
@@ -253,10 +265,11 @@ def ada_layer_norm(
 
     Args:
         x: ``[B, S, D]``, bf16, fp16 or float32; last dim stride 1, others free. D a multiple of 8 from 8 to 8192.
-        shift: ``[B, F, D]`` float32 (float64 with float64 x); last dim stride 1, so a view ``t_proj[:, :, 0]`` will do.
-        scale: As ``shift``.
+        shift: ``[B, F, D]``, float32, bf16 or fp16 whatever ``x`` is (float64 with float64 x); last dim stride 1, so a
+            view ``t_proj[:, :, 0]`` will do. Its gradient is summed in float32 and comes in its dtype.
+        scale: As ``shift``, and of its dtype.
         index: Row f of every token, for S tokens and F rows, on the device of ``x``.
-        shift_table: ``[D]``, dtype of ``shift``, added to every row of it; None for none.
+        shift_table: ``[D]``, float32, bf16 or fp16, added to every row of ``shift`` in float32; None for none.
         scale_table: As ``shift_table``, for ``scale``.
         eps: Added to the variance.
         impl: ``"reference"`` (plain PyTorch, any device, also float64), ``"cpu"`` (also float64), ``"triton"`` or
@@ -306,11 +319,12 @@ def gate_residual_ada_layer_norm(
     Args:
         x: ``[B, S, D]``, bf16, fp16 or float32; last dim stride 1, others free. D a multiple of 8 from 8 to 8192.
         y: As ``x``: the output of the attention or feed-forward.
-        gate: ``[B, F, D]`` float32 (float64 with float64 x), last dim stride 1; None for ``r = x + y``.
+        gate: ``[B, F, D]``, float32, bf16 or fp16 whatever ``x`` is (float64 with float64 x), last dim stride 1; None
+            for ``r = x + y``. Its gradient is summed in float32 and comes in its dtype.
         shift: As ``gate``, for the adaptive norm; None, together with ``scale``, for another norm or none.
-        scale: As ``shift``.
+        scale: As ``shift``, and of its dtype.
         index: Row f of every token, for S tokens and F rows, on the device of ``x``.
-        gate_table: ``[D]``, dtype of ``gate``, added to every row of it; None for none.
+        gate_table: ``[D]``, float32, bf16 or fp16, added to every row of ``gate`` in float32; None for none.
         shift_table: As ``gate_table``, for ``shift``.
         scale_table: As ``gate_table``, for ``scale``.
         weight: ``[D]``, float32 or dtype of ``x``, with ``bias`` and without ``shift`` and ``scale``: the affine norm.
