@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import warnings
 from contextlib import contextmanager
 from dataclasses import replace
@@ -29,8 +30,7 @@ from bench.workloads.openwam_models import (
     train_step,
 )  # fmt: skip
 from wam_kernels import Geometry, block_attention, compile_plan, dense_mask
-from wam_kernels.integrations import openwam
-from wam_kernels.integrations.openwam import UnsupportedError
+from wam_kernels.integrations import Unsupported, accelerate, openwam, patch, unpatch
 from wam_kernels.integrations.openwam import visibility as visibility_module
 
 TOLERANCE = 1e-4
@@ -38,9 +38,9 @@ TOLERANCE = 1e-4
 
 @contextmanager
 def installed(on_unsupported: str = "error", **options):
-    openwam.install(on_unsupported, **options)
+    done = openwam.install(on_unsupported, **options)
     try:
-        yield
+        yield done
     finally:
         openwam.uninstall()
 
@@ -600,7 +600,7 @@ def test_a_block_mask_that_the_package_does_not_read(monkeypatch):
     with installed("original"):
         forward = shared_transformer_support.SharedTransformerBlock.forward
         monkeypatch.setattr(shared_transformer_support.SharedTransformerBlock, "forward", foreign)
-        with pytest.raises(UnsupportedError, match="must have a dense mask on cpu.*it would attend unmasked"):
+        with pytest.raises(ValueError, match="must have a dense mask on cpu.*it would attend unmasked"):
             train_step(pipeline)
         monkeypatch.undo()
 
@@ -690,23 +690,68 @@ def test_install_and_uninstall():
         openwam.install("maybe")
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_patch_and_unpatch(architecture):
+    """The same as install and uninstall: the package's functions know no model."""
+    from open_wam.models.visual_tower import shared_transformer_support
+
+    forward = shared_transformer_support.SharedTransformerBlock.forward
+    pipeline, other = build(architecture, "joint"), build(architecture, "joint", seed=1)
+    theirs, theirs_of_other = train_step(pipeline), train_step(other)
+    done = patch(pipeline)
+    name = "DualExpertPackedBlock.forward" if architecture == "dual_expert" else "SharedTransformerBlock.forward"
+    assert done.system == "OpenWAM" and f"replaced {name}, 1x, 0 calls so far" in done.explain()
+    assert_agree(train_step(pipeline), theirs)
+    assert done.calls[name] == 2 and f"replaced {name}, 1x, 2 calls so far" in done.explain()
+    assert_agree(train_step(other), theirs_of_other)
+    assert done.calls[name] == 4
+    for again in (pipeline, other):
+        with pytest.raises(ValueError, match="must not be patched already"):
+            patch(again)
+    with pytest.raises(RuntimeError, match="uninstall"):
+        openwam.install()
+    unpatch(copy.deepcopy(pipeline))
+    assert shared_transformer_support.SharedTransformerBlock.forward is forward
+    for name, value in train_step(pipeline).items():
+        assert torch.equal(value, theirs[name]), name
+    with pytest.raises(ValueError, match="was not"):
+        unpatch(pipeline)
+
+
+def test_accelerate_finds_a_pipeline():
+    class Trainer:
+        def __init__(self, pipeline):
+            self.pipeline = pipeline
+
+    done = accelerate(Trainer(build("dual_expert", "joint")))
+    openwam.uninstall()
+    assert done.system == "OpenWAM" and not done.replaced
+
+
 def test_another_version_is_refused_or_left_alone(monkeypatch):
     monkeypatch.setattr(openwam, "version", lambda name: "0.3.1")
-    with pytest.raises(UnsupportedError, match=r"openwam 0\.3\.1"):
+    with pytest.raises(Unsupported, match=r"openwam 0\.3\.1"):
         openwam.install()
     with pytest.warns(UserWarning, match=r"openwam 0\.3\.1"):
-        assert openwam.install("original") is False
+        assert openwam.install("original") is None
     openwam.uninstall()
+    pipeline = build("dual_expert", "joint")
+    with pytest.raises(Unsupported, match=r"OpenWAM must be in version 0\.2\.0, got openwam 0\.3\.1"):
+        patch(pipeline)
+    with pytest.warns(UserWarning, match=r"openwam 0\.3\.1; the original code of OpenWAM runs"):
+        assert patch(pipeline, "original") is None
 
 
 def assert_refused_or_original(pipeline, match, run):
     theirs = run(pipeline)
-    with installed(), pytest.raises(UnsupportedError, match=match):
+    with installed(), pytest.raises(Unsupported, match=match):
         run(pipeline)
+    with pytest.raises(Unsupported, match=match):
+        patch(pipeline)
     with installed("original"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         ours = [run(pipeline), run(pipeline)]
-    messages = [str(w.message) for w in caught if "wam_kernels" in str(w.message)]
+    messages = [str(w.message) for w in caught if "original code of OpenWAM runs instead" in str(w.message)]
     assert len(messages) == 1 and match in messages[0]
     for results in ours:
         assert_agree(results, theirs, 1e-6)
@@ -733,6 +778,16 @@ def test_a_head_size_that_attention_does_not_take_in_a_batch():
     assert_refused_or_original(pipeline, "4 heads of 12", run)
 
 
+def assert_left_to_the_package(run, reason):
+    """Without an error or a warning, and explain() says so."""
+    theirs = run()
+    for mode in ("error", "original"):
+        with installed(mode) as done, warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert_agree(run(), theirs, 1e-6)
+            assert re.search(f"kept +{reason}.*, [0-9]+ calls ran the original", done.explain())
+
+
 def test_an_unknown_profile(monkeypatch):
     from open_wam.models.common import chunked_attention
 
@@ -743,7 +798,8 @@ def test_an_unknown_profile(monkeypatch):
         return replace(profile, spec=replace(profile.spec, name="my_profile", family="mine"))
 
     monkeypatch.setattr(chunked_attention, "_build_chunked_temporal_attention_profile", renamed)
-    assert_refused_or_original(build("dual_expert", "joint"), "'my_profile' of family 'mine'", train_step)
+    pipeline = build("dual_expert", "joint")
+    assert_left_to_the_package(lambda: train_step(pipeline), "attention profile 'my_profile' of family 'mine'")
 
 
 # ---- the package's own commands ----

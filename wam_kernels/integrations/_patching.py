@@ -1,7 +1,12 @@
 """What every integration shares: recognising a model, replacing methods so that they can be put back, refusing.
 
 Only instances are changed: a replaced method is an attribute of the module object. Copies and pickles of a patched
-model are patched too, on their own weights. Parameters, buffers and state-dict keys are never touched.
+model are patched too, on their own weights. Parameters, buffers and state-dict keys are never touched. OpenWAM's code
+passes masks between functions that know no model, so its functions and classes are changed, for all of the process.
+
+A replacement that has nothing for a call raises: :class:`Unsupported` where this library should have a path and has
+none (the user's policy decides), :class:`NotOurs` where it never claimed one (the original runs). Nothing has been
+computed or written by then.
 """
 
 from __future__ import annotations
@@ -11,6 +16,8 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import wraps
+from types import ModuleType
 from typing import Any
 from weakref import WeakSet
 
@@ -20,8 +27,23 @@ from torch import Tensor, nn
 ON_UNSUPPORTED = ("error", "original")
 
 
-class Unsupported(ValueError):
+class _Declined(Exception):
+    """A call that the original runs, or a model that is left alone."""
+
+    arguments: tuple[tuple, dict] | None = None
+
+    def with_arguments(self, *args, **kwargs):
+        """The original gets these, where those of the call hold what only this library reads."""
+        self.arguments = args, kwargs
+        return self
+
+
+class Unsupported(_Declined, ValueError):
     """A model, mask or shape that this library has no path for. Raised before anything is computed."""
+
+
+class NotOurs(_Declined):
+    """A call that this library never claimed to have a path for; it never reaches the caller."""
 
 
 # A module of the patched model: its class is not imported here, so nothing is known of the types of its parts.
@@ -88,18 +110,61 @@ def require_norms(system: str, norm_q: Foreign, norm_k: Foreign, channels: int) 
         )
 
 
-def _parameters(function: Callable, skip: int) -> list[str]:
-    """Names of the parameters behind the first ``skip``, with their stars."""
+def _parameters(function: Callable, skip: int) -> list[inspect.Parameter]:
+    """Those behind the first ``skip``."""
+    return list(inspect.signature(function).parameters.values())[skip:]
+
+
+def _written(parameters: Sequence[inspect.Parameter]) -> str:
+    """As in a signature, without defaults and types."""
     stars: dict[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "*", inspect.Parameter.VAR_KEYWORD: "**"}
-    parameters = list(inspect.signature(function).parameters.values())
-    return [stars.get(p.kind, "") + p.name for p in parameters[skip:]]
+    return f"({', '.join(stars.get(p.kind, '') + p.name for p in parameters)})"
 
 
-def _require_signature(what: str, original: Callable, new: Callable, shared: int, skip: int) -> None:
-    """``original`` takes what ``new`` takes behind its ``shared`` arguments; the first ``skip`` may have any name."""
-    expected, got = _parameters(new, shared + skip), _parameters(original, skip)
-    if got != expected:
-        raise Unsupported(f"patch: {what} must take ({', '.join(expected)}), but takes ({', '.join(got)})")
+class Signature:
+    """What a replacement takes, and what the method that it stands for takes beside that.
+
+    Args:
+        what: The method's name, for messages.
+        original: What is replaced. It takes all that ``new`` takes, in that order, and may take more, with defaults, or
+            as ``*args`` and ``**kwargs``: calls that give none of this are served.
+        new: What stands there, behind its ``shared`` first arguments.
+        skip: Arguments of both that may have any name.
+
+    Raises:
+        Unsupported: the original takes other parameters.
+    """
+
+    def __init__(self, what: str, original: Callable, new: Callable, shared: int, skip: int) -> None:
+        own, theirs = _parameters(new, shared + skip), _parameters(original, skip)
+        takes_all = any(p.kind is p.VAR_KEYWORD for p in own)
+        named = [p for p in own if p.kind is not p.VAR_KEYWORD]
+        first = [p.name for p in named if p.kind is not p.KEYWORD_ONLY]
+        names = {p.name for p in named}
+        more = [p for p in theirs if p.name not in names]
+        required = [p for p in more if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        in_order = [p.name for p in theirs[: len(first)]] == first
+        if not in_order or not names <= {p.name for p in theirs} or required and not takes_all:
+            raise Unsupported(f"patch: {what} must take {_written(own)}, but takes {_written(theirs)}")
+        self.what, self.takes_more = what, bool(more) and not takes_all
+        self.positional, self.names = skip + len(first), frozenset(names)
+        self.defaults = {p.name: p.default for p in more}
+
+    def known(self, args: tuple, kwargs: dict) -> dict:
+        """``kwargs`` without what has its default and this library does not take.
+
+        Raises:
+            Unsupported: the call gives something else that it does not take.
+        """
+        unknown = [name for name in kwargs if name not in self.names]
+        for name in unknown:
+            if self.defaults.get(name, inspect.Parameter.empty) is not kwargs[name]:
+                raise Unsupported(f"patch: {self.what} must be called without {name}, which this library does not know")
+        if len(args) > self.positional:
+            raise Unsupported(
+                f"patch: {self.what} must be called with at most {self.positional} arguments, got {len(args)}"
+            )
+        return {name: value for name, value in kwargs.items() if name in self.names}
 
 
 # ---- replacing ----
@@ -111,6 +176,7 @@ class Policy:
     def __init__(self, system: str, on_unsupported: str) -> None:
         self.system, self.on_unsupported = system, on_unsupported
         self.refused: dict[str, int] = {}  # reason: calls that ran the original because of it
+        self.left: dict[str, int] = {}  # the same, of calls that are not this library's
 
     def refuse(self, reason: Unsupported) -> None:
         """Raise, or warn once and let the caller go on with the original code, as the user chose."""
@@ -120,12 +186,19 @@ class Policy:
         if self.refused[str(reason)] == 1:
             warnings.warn(f"{reason}; the original code of {self.system} runs instead", stacklevel=4)
 
+    def leave(self, reason: NotOurs) -> None:
+        """Let the caller go on with the original code, and remember why."""
+        self.left[str(reason)] = self.left.get(str(reason), 0) + 1
+
 
 class Replacement:
     """Stands for a method of one module. Raises what ours refuses, or runs the original then."""
 
-    def __init__(self, policy: Policy, owner: nn.Module, name: str, new: Callable, shared: tuple) -> None:
+    def __init__(
+        self, policy: Policy, owner: Foreign, name: str, new: Callable, shared: tuple, signature: Signature
+    ) -> None:
         self.policy, self.owner, self.name, self.new, self.shared = policy, owner, name, new, shared
+        self.signature = signature
         self._count_calls()
 
     def _count_calls(self) -> None:
@@ -148,13 +221,21 @@ class Replacement:
         return getattr(type(self.owner), self.name)
 
     def _run(self, *args, **kwargs):
+        instead = None
         try:
-            out = self.new(*self.shared, *args, **kwargs)
+            known = self.signature.known(args, kwargs) if self.signature.takes_more else kwargs
+            out = self.new(*self.shared, *args, **known)
         except Unsupported as reason:
             self.policy.refuse(reason)
+            instead = reason.arguments
+        except NotOurs as reason:
+            self.policy.leave(reason)
+            instead = reason.arguments
         else:
             self._count()
             return out
+        if instead is not None:
+            args, kwargs = instead
         return self.original(*args, **kwargs)
 
     def __call__(self, *args, **kwargs):
@@ -166,6 +247,11 @@ class Replacement:
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
         self._count_calls()
+
+    def remove(self) -> None:
+        """The owner has its own method or function again."""
+        delattr(self.owner, self.name)
+        self.removed()
 
     def removed(self) -> None:
         """It stands for nothing any more."""
@@ -222,23 +308,57 @@ class _Dispatch:
         return getattr(key, self.name, self.original)(key, *args, **kwargs)
 
 
+class ProcessReplacement(Replacement):
+    """Stands for a function of a Python module, or a method of a class, wherever in the process it is called.
+
+    What stands there is ``function``, which binds as a method does; ``new`` gets the original first.
+    """
+
+    def __init__(self, patch: Patch, owner: Foreign, name: str, new: Callable, shared: tuple) -> None:
+        self.patch, self.own = patch, vars(owner)[name]
+        # of a method, its module may have any name
+        signature = Signature(f"{written(owner)}.{name}", self.own, new, len(shared) + 1, int(isinstance(owner, type)))
+        super().__init__(patch.policy, owner, name, new, (self.own, *shared), signature)
+
+        @wraps(self.own)
+        def function(*args, **kwargs):
+            return self._run(*args, **kwargs)
+
+        function.replacement = self  # type: ignore[attr-defined]
+        self.function = function
+
+    @property
+    def original(self) -> Callable:
+        return self.own
+
+    def remove(self) -> None:
+        setattr(self.owner, self.name, self.own)
+
+
+def written(owner: Foreign) -> str:
+    """How texts call what a replacement stands in."""
+    if isinstance(owner, type):
+        return owner.__qualname__
+    return owner.__name__ if isinstance(owner, ModuleType) else type(owner).__name__
+
+
 class Patch:
-    """What was replaced in one model. Made by :func:`wam_kernels.integrations.patch`.
+    """What was replaced in one model, or for OpenWAM in the process. Made by :func:`wam_kernels.integrations.patch`.
 
     Its text counts the calls of each replaced method that ran on this library; one with 0 has not run yet.
     :meth:`explain` says more.
 
     Attributes:
         system: Whose model it is.
-        model: The model; None where none was found yet.
-        replaced: ``(owner, name)`` of every replaced method, in order.
+        model: The model; None where none was found yet, or none was given (OpenWAM's ``install``).
+        replaced: ``(owner, name)`` of every replaced method or function, in order.
         kept: ``(module, reason)`` of attentions and norms that stay the model's own.
     """
 
     def __init__(self, system: str, on_unsupported: str) -> None:
         self.system, self.policy = system, Policy(system, on_unsupported)
         self.model: nn.Module | None = None
-        self.replaced: list[tuple[nn.Module, str]] = []
+        self.replaced: list[tuple[Foreign, str]] = []
         self.kept: list[tuple[nn.Module, str]] = []
 
     def leave_alone(self, module: nn.Module, reason: str) -> None:
@@ -265,8 +385,8 @@ class Patch:
             raise Unsupported(
                 f"patch: {self.system}'s {type(owner).__name__} must have the method {name}, but has none"
             )
-        _require_signature(what, original, new, len(shared), 1)
-        self._put(owner, name, lambda: replacement(self.policy, owner, name, new, shared))
+        signature = Signature(what, original, new, len(shared), 1)
+        self._put(owner, name, lambda: replacement(self.policy, owner, name, new, shared, signature))
 
     def function(self, module_name: str, name: str, key: nn.Module, new: Callable, *shared: Any) -> None:
         """The function ``name`` of a Python module becomes ``new(*shared, ...)`` where its first argument is ``key``.
@@ -278,8 +398,20 @@ class Patch:
         if not callable(original):
             raise Unsupported(f"patch: {self.system}'s module {module_name} must have {name}, but it has none")
         original = original.original if isinstance(original, _Dispatch) else original
-        _require_signature(f"{module_name}.{name}", original, new, len(shared), 0)
-        self._put(key, name, lambda: FunctionReplacement(module_name, self.policy, key, name, new, shared))
+        signature = Signature(f"{module_name}.{name}", original, new, len(shared), 0)
+        self._put(key, name, lambda: FunctionReplacement(module_name, self.policy, key, name, new, shared, signature))
+
+    def process(self, owner: Foreign, name: str, new: Callable, *shared: Any) -> None:
+        """The function ``name`` of a Python module, or of a class, becomes ``new(original, *shared, ...)`` for all of
+        the process.
+
+        Raises:
+            Unsupported: no such function, or one with other parameters.
+        """
+        if not callable(vars(owner).get(name)):
+            raise Unsupported(f"patch: {self.system}'s {written(owner)} must have {name}, but has none")
+        setattr(owner, name, ProcessReplacement(self, owner, name, new, shared).function)
+        self.replaced.append((owner, name))
 
     def _put(self, owner: nn.Module, name: str, make: Callable[[], Replacement]) -> None:
         if name in vars(owner):
@@ -301,9 +433,8 @@ class Patch:
         """How many calls of each replaced method, over all its modules, ran on this library so far."""
         calls: dict[str, int] = {}
         for owner, name in self.replaced:
-            replacement = vars(owner).get(name)
-            what = f"{type(owner).__name__}.{name}"
-            calls[what] = calls.get(what, 0) + (replacement.calls if isinstance(replacement, Replacement) else 0)
+            what = f"{written(owner)}.{name}"
+            calls[what] = calls.get(what, 0) + calls_at(owner, name)
         return calls
 
     def explain(self) -> str:
@@ -314,23 +445,20 @@ class Patch:
         """
         names = {id(m): name for name, m in self.model.named_modules()} if self.model is not None else {}
 
-        def path(module: nn.Module) -> str:
-            return re.sub(r"\b\d+\b", "*", names.get(id(module), "")) or type(module).__name__
+        def path(owner: Foreign) -> str:
+            return re.sub(r"\b\d+\b", "*", names.get(id(owner), "")) or written(owner)
 
         lines: dict[str, dict[str, list[int]]] = {"replaced": {}, "kept": {}}
         for owner, name in self.replaced:
-            replacement = vars(owner).get(name)
-            calls = replacement.calls if isinstance(replacement, Replacement) else 0
-            lines["replaced"].setdefault(f"{path(owner)}.{name}", []).append(calls)
+            lines["replaced"].setdefault(f"{path(owner)}.{name}", []).append(calls_at(owner, name))
         for module, reason in self.kept:
             lines["kept"].setdefault(f"{path(module)} ({type(module).__name__}): {reason}", []).append(0)
         text = [f"{self.system}: {len(self.replaced)} replaced, {len(self.kept)} kept"]
         for line, each in lines["replaced"].items():
             text.append(f"  replaced {line}, {len(each)}x, {sum(each)} calls so far")
         text += [f"  kept     {line}, {len(each)}x" for line, each in lines["kept"].items()]
-        text += [
-            f"  refused  {reason}, {count} calls ran the original" for reason, count in self.policy.refused.items()
-        ]
+        for verdict, calls in (("refused ", self.policy.refused), ("kept    ", self.policy.left)):
+            text += [f"  {verdict} {reason}, {count} calls ran the original" for reason, count in calls.items()]
         text.append("  kept     every other module: this library has no path for it")
         return "\n".join(text)
 
@@ -339,17 +467,36 @@ class Patch:
         return f"Patch({self.system}: {counts}; {len(self.replaced)} replaced)"
 
 
+def replacement_at(owner: Foreign, name: str) -> Replacement | None:
+    """What stands in the place of this method of a module or class, or of this function of a Python module."""
+    value = vars(owner).get(name)
+    replacement = getattr(value, "replacement", value)
+    return replacement if isinstance(replacement, Replacement) else None
+
+
+def calls_at(owner: Foreign, name: str) -> int:
+    """Calls that ran on this library there; 0 where nothing of it stands any more."""
+    replacement = replacement_at(owner, name)
+    return 0 if replacement is None else replacement.calls
+
+
 def replaced_in(model: nn.Module) -> list[tuple[nn.Module, str]]:
     """``(owner, name)`` of everything in a model that stands replaced."""
-    return [(m, name) for m in model.modules() for name, value in vars(m).items() if isinstance(value, Replacement)]
+    return [(m, name) for m in model.modules() for name in vars(m) if replacement_at(m, name) is not None]
 
 
-def put_back(owner: nn.Module, name: str) -> None:
-    """The class's own method again, if ours still stands there."""
-    replacement = vars(owner).get(name)
-    if isinstance(replacement, Replacement):
-        delattr(owner, name)
-        replacement.removed()
+def process_patches(model: nn.Module) -> list[Patch]:
+    """Those that have replaced methods of a model's classes, for all of the process."""
+    classes = dict.fromkeys(cls for m in model.modules() for cls in type(m).__mro__)
+    found = (replacement_at(cls, name) for cls in classes for name in vars(cls))
+    return list(dict.fromkeys(r.patch for r in found if isinstance(r, ProcessReplacement)))
+
+
+def put_back(owner: Foreign, name: str) -> None:
+    """The own method or function again, if ours still stands there."""
+    replacement = replacement_at(owner, name)
+    if replacement is not None:
+        replacement.remove()
 
 
 class Cache:

@@ -7,12 +7,21 @@ from types import ModuleType
 
 from torch import Tensor, nn
 
-from . import cosmos_policy, dreamzero, fast_wam, lerobot, lingbot_va, openpi
-from ._patching import ON_UNSUPPORTED, Patch, Policy, Replacement, Unsupported, put_back, replaced_in
+from . import cosmos_policy, dreamzero, fast_wam, lerobot, lingbot_va, openpi, openwam
+from ._patching import (
+    ON_UNSUPPORTED,
+    Patch,
+    Policy,
+    Unsupported,
+    process_patches,
+    put_back,
+    replaced_in,
+    replacement_at,
+)
 
 # Each has SYSTEM, its name; find(model), the modules that it recognises by class name and configuration, and
 # apply(patch, modules).
-SYSTEMS = (fast_wam, lerobot, lingbot_va, dreamzero, cosmos_policy, openpi)
+SYSTEMS = (fast_wam, lerobot, lingbot_va, dreamzero, cosmos_policy, openpi, openwam)
 _ATTRIBUTE = "_wam_kernels_patch"
 
 
@@ -21,8 +30,10 @@ def patch(model: nn.Module, on_unsupported: str = "error") -> Patch | None:
 
     Recognises, by class (or one derived from it, as FSDP2 does) and configuration, Fast-WAM (``MoT``, in lerobot one of
     ``MoTLayer``), LingBot-VA (``WanTransformer3DModel``), DreamZero (``CausalWanSelfAttention``), Cosmos Policy (its
-    ``Attention``) and openpi (``PaliGemmaWithExpertModel``); none of these packages is imported. Parameters, buffers
-    and state-dict keys stay. What is replaced depends on the system: see the modules of ``wam_kernels.integrations``.
+    ``Attention``), openpi (``PaliGemmaWithExpertModel``) and OpenWAM (its blocks); none of these packages is imported.
+    Parameters, buffers and state-dict keys stay. What is replaced depends on the system: see the modules of
+    ``wam_kernels.integrations``. OpenWAM's code passes masks between functions that know no model: its patch holds for
+    all of its models in the process, until one of them is unpatched.
 
     Args:
         model: The model, or any module that contains it.
@@ -41,7 +52,7 @@ def patch(model: nn.Module, on_unsupported: str = "error") -> Patch | None:
     _require_module("patch", model)
     if on_unsupported not in ON_UNSUPPORTED:
         raise ValueError(f"patch: on_unsupported must be one of {ON_UNSUPPORTED}, got {on_unsupported!r}")
-    if replaced_in(model) or any(_ATTRIBUTE in vars(m) for m in model.modules()):
+    if replaced_in(model) or process_patches(model) or any(_ATTRIBUTE in vars(m) for m in model.modules()):
         raise ValueError(
             f"patch: model must not be patched already, but this {type(model).__name__} is; unpatch it first"
         )
@@ -69,7 +80,8 @@ def patch(model: nn.Module, on_unsupported: str = "error") -> Patch | None:
             done.undo()
             raise
         if found:
-            object.__setattr__(model, _ATTRIBUTE, done)
+            if not process_patches(model):  # such a patch is known by the classes that it changed
+                object.__setattr__(model, _ATTRIBUTE, done)
             return done
     names = ", ".join(system.SYSTEM for system in SYSTEMS)
     reason = Unsupported(f"patch: model must be one of {names}, got {type(model).__name__}")
@@ -165,7 +177,7 @@ def _expected(system, function, *args):
 
 
 def unpatch(model: nn.Module) -> None:
-    """Put back everything that :func:`patch` replaced in this model, or in what it holds.
+    """Put back everything that :func:`patch` replaced in this model, or in what it holds; for OpenWAM in the process.
 
     Raises:
         ValueError: nothing in it is patched, or something was replaced once more after :func:`patch`.
@@ -173,13 +185,13 @@ def unpatch(model: nn.Module) -> None:
     """
     _require_module("unpatch", model)
     holders = [m for m in model.modules() if _ATTRIBUTE in vars(m)]
-    replaced = replaced_in(model)
-    if not holders and not replaced:
+    replaced, shared = replaced_in(model), process_patches(model)
+    if not holders and not replaced and not shared:
         raise ValueError(
             f"unpatch: model must be one that was given to patch, or hold it, but this {type(model).__name__} was not"
         )
     for owner, name in (pair for m in holders for pair in vars(m)[_ATTRIBUTE].replaced):
-        if name in vars(owner) and not isinstance(vars(owner)[name], Replacement):
+        if name in vars(owner) and replacement_at(owner, name) is None:
             raise ValueError(
                 f"unpatch: {type(owner).__name__}.{name} must be as patch left it, but it was replaced once more; undo "
                 "that first"
@@ -188,3 +200,5 @@ def unpatch(model: nn.Module) -> None:
         put_back(owner, name)
     for m in holders:
         object.__delattr__(m, _ATTRIBUTE)
+    for done in shared:
+        done.undo()

@@ -6,31 +6,56 @@
 or, from Python, before or after the pipeline is built:
 
     from wam_kernels.integrations import openwam
-    openwam.install()        # ... openwam.uninstall() restores every function
+    done = openwam.install()        # ... openwam.uninstall() restores every function
+
+or ``patch(pipeline)`` and ``unpatch(pipeline)``, which do the same. Its functions hand profiles to each other that know
+no model, so what is replaced is replaced for all pipelines of the process.
 
 Weights, losses, random draws, checkpoints and configs stay the package's. Nothing is patched at import.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 
-from .unsupported import OnUnsupported, UnsupportedError
+from torch import nn
 
+from .._patching import ON_UNSUPPORTED, Foreign, Patch, Unsupported, of_class
+
+SYSTEM = "OpenWAM"
 SUPPORTED_VERSIONS = ("0.2.0",)
-ON_UNSUPPORTED = ("error", "original")
+_BLOCKS = ("DualExpertPackedBlock", "SharedTransformerBlock")
 
-_undo: list[tuple[object, str, object]] = []
+_installed: Patch | None = None
 
 
-def install(on_unsupported: str = "error", *, reuse_history: bool = True) -> bool:
+def find(model: nn.Module) -> list[nn.Module]:
+    """The transformer blocks of a model."""
+    return [m for name in _BLOCKS for m in of_class(model, name) if _is_of_package(m)]
+
+
+def _is_of_package(module: nn.Module) -> bool:
+    return any(cls.__module__.startswith("open_wam.") for cls in type(module).__mro__)
+
+
+def apply(patch: Patch, found: list[Foreign]) -> None:
+    """As :func:`install`, once no block is of a size that the fused ops refuse."""
+    _require_version()
+    from . import blocks
+
+    for block in found:
+        if not hasattr(block, "video_block"):  # of the two streams of a dual block, each is found by itself
+            blocks.require_sizes(block)
+    _switch_over(patch, reuse_history=True)
+
+
+def install(on_unsupported: str = "error", *, reuse_history: bool = True) -> Patch | None:
     """Switch OpenWAM to this library, for all pipelines of the process.
 
     Args:
-        on_unsupported: What happens with an unsupported version, attention profile or block size: ``"error"`` raises,
-            ``"original"`` warns once for each and leaves it to OpenWAM's own code.
+        on_unsupported: What happens with an unsupported version or block size: ``"error"`` raises, ``"original"`` warns
+            once for each and leaves it to OpenWAM's own code. What this library never claims, such as an application's
+            own attention profile, runs OpenWAM's own code either way; :meth:`Patch.explain` says how often.
         reuse_history: Dual-expert rollouts keep the keys and values of the clean history from one chunk to the next, as
             far as they are still right; False frees them, and computes them anew for every chunk, as the package does.
             With True, a retry from one state and seed may differ in the last bits (5e-7 in float32): how much is
@@ -38,34 +63,36 @@ def install(on_unsupported: str = "error", *, reuse_history: bool = True) -> boo
             With False a retry gives the same bits.
 
     Returns:
-        True if OpenWAM is switched over; False if the version is unsupported and ``on_unsupported="original"``.
+        The :class:`Patch`, whose ``explain()`` says what was replaced and how often it ran; None if the version is
+        unsupported and ``on_unsupported="original"``.
 
     Raises:
         ValueError: another ``on_unsupported``.
-        UnsupportedError: OpenWAM is not installed, or in another version than ``SUPPORTED_VERSIONS``.
+        Unsupported: (a ValueError) OpenWAM is not installed, or in another version than ``SUPPORTED_VERSIONS``.
         RuntimeError: installed already.
     """
     if on_unsupported not in ON_UNSUPPORTED:
         raise ValueError(f"install: on_unsupported must be one of {ON_UNSUPPORTED}, got {on_unsupported!r}")
-    if _undo:
+    if _installed is not None and _installed.replaced:
         raise RuntimeError("install: OpenWAM runs on wam_kernels already; call uninstall() first")
-    policy = OnUnsupported(on_unsupported)
+    patch = Patch(SYSTEM, on_unsupported)
     try:
-        found = f"openwam {version('openwam')}"
-    except PackageNotFoundError:
-        raise UnsupportedError("wam_kernels.integrations.openwam: openwam is not installed") from None
-    if found.removeprefix("openwam ") not in SUPPORTED_VERSIONS:
-        policy.refuse(f"{found} (supported: {', '.join(SUPPORTED_VERSIONS)})")
-        return False
-    _patch(policy, reuse_history)
-    return True
+        _require_version()
+    except Unsupported as reason:
+        patch.policy.refuse(reason)
+        return None
+    try:
+        _switch_over(patch, reuse_history)
+    except BaseException:
+        patch.undo()
+        raise
+    return patch
 
 
 def uninstall() -> None:
     """Put OpenWAM's own functions back. Does nothing where nothing is installed."""
-    while _undo:
-        owner, name, original = _undo.pop()
-        setattr(owner, name, original)
+    if _installed is not None:
+        _installed.undo()
 
 
 def register_open_wam() -> None:
@@ -78,17 +105,21 @@ def register_or_original() -> None:
     install("original")
 
 
-# ---- the patches ----
+def _require_version() -> None:
+    supported = ", ".join(SUPPORTED_VERSIONS)
+    try:
+        found = version("openwam")
+    except PackageNotFoundError:
+        raise Unsupported(f"patch: {SYSTEM} must be installed in version {supported}, but is not installed") from None
+    if found not in SUPPORTED_VERSIONS:
+        raise Unsupported(f"patch: {SYSTEM} must be in version {supported}, got openwam {found}")
 
 
-def _replace(owner: object, name: str, wrap: Callable[[Callable], object]) -> None:
-    original = owner.__dict__[name] if isinstance(owner, type) else getattr(owner, name)
-    _undo.append((owner, name, original))
-    setattr(owner, name, wrap(original))
+# ---- what is replaced ----
 
 
-def _patch(policy: OnUnsupported, reuse_history: bool) -> None:
-    # OpenWAM and torch load here, not at import
+def _switch_over(patch: Patch, reuse_history: bool) -> None:
+    # OpenWAM loads here, not at import
     from open_wam.models.common import denoising_cache, video_action_inference
     from open_wam.models.policy_variants.dual_expert import (
         batch_execution,
@@ -116,51 +147,34 @@ def _patch(policy: OnUnsupported, reuse_history: bool) -> None:
         (sequence_adapters, "build_chunked_temporal_exact_attention_profile"),
         (sequence_adapters, "build_chunked_conditioned_video_attention_profile"),
     ):
-        _replace(module, name, lambda f: _wrapped(patches.build_profile, f, policy))
+        patch.process(module, name, patches.build_profile)
     for module in (runtime_tensor_transport, replica_core):
-        _replace(module, "move_attention_profile", lambda f: _wrapped(patches.move_profile, f))
-    _replace(dual_stream_execution, "select_attention_profile_mask", lambda f: _wrapped(patches.select_profile_mask, f))
-    _replace(batch_execution, "build_sequence_batch_self_attention", lambda f: _wrapped(patches.batch_attention, f))
-    _replace(batch_execution, "build_sequence_batch_cross_attention", lambda f: _wrapped(patches.batch_text, f))
+        patch.process(module, "move_attention_profile", patches.move_profile)
+    patch.process(dual_stream_execution, "select_attention_profile_mask", patches.select_profile_mask)
+    patch.process(batch_execution, "build_sequence_batch_self_attention", patches.batch_attention)
+    patch.process(batch_execution, "build_sequence_batch_cross_attention", patches.batch_text)
     # blocks
-    _replace(packed_block.DualExpertPackedBlock, "forward", lambda f: _wrapped(patches.packed_block, f, policy))
-    _replace(
-        shared_transformer_support.SharedTransformerBlock,
-        "forward",
-        lambda f: _wrapped(patches.shared_block, f, policy),
-    )
+    patch.process(packed_block.DualExpertPackedBlock, "forward", patches.packed_block)
+    patch.process(shared_transformer_support.SharedTransformerBlock, "forward", patches.shared_block)
     # modulation
     time_embedding = shared_transformer_embeddings.SharedTransformerTimeEmbedding
-    _replace(time_embedding, "forward", lambda f: _wrapped(patches.embed_time, f))
-    _replace(replica_core.SharedVideoTransformerCore, "_time_embed", lambda f: wraps(f)(patches.core_time_embed))
-    _replace(
-        replica_core, "prepare_exact_dual_stream_train_sequence", lambda f: _wrapped(patches.prepare_dual_stream, f)
-    )
+    patch.process(time_embedding, "forward", patches.embed_time)
+    patch.process(replica_core.SharedVideoTransformerCore, "_time_embed", patches.core_time_embed)
+    patch.process(replica_core, "prepare_exact_dual_stream_train_sequence", patches.prepare_dual_stream)
     # rollout
     for module in (denoising_cache, packed_block):
-        _replace(module, "select_block_mask", lambda f: _wrapped(cache.select_mask, f))
+        patch.process(module, "select_block_mask", cache.select_mask)
     for module in (denoising_cache, video_action_inference):
-        _replace(module, "attention_dependency_closure", lambda f: _wrapped(cache.dependency_closure, f))
+        patch.process(module, "attention_dependency_closure", cache.dependency_closure)
     history = rollout.History() if reuse_history else None
-    name = "forward_dual_expert_packed_coupling_denoise"
-    _replace(dual_inference, name, lambda f: _wrapped(rollout.denoise, f, history))
-    _replace(denoising_cache.DenoisingCache, "bind", lambda f: _wrapped(cache.bind, f))
-
-
-def _wrapped(ours: Callable, original: Callable, *more: object) -> Callable:
-    """``ours(original, *more, *args, **kwargs)`` as a function, so that it still binds as a method."""
-
-    @wraps(original)
-    def call(*args, **kwargs):
-        return ours(original, *more, *args, **kwargs)
-
-    return call
+    patch.process(dual_inference, "forward_dual_expert_packed_coupling_denoise", rollout.denoise, history)
+    patch.process(denoising_cache.DenoisingCache, "bind", cache.bind)
+    global _installed
+    _installed = patch
 
 
 __all__ = [
-    "ON_UNSUPPORTED",
     "SUPPORTED_VERSIONS",
-    "UnsupportedError",
     "install",
     "register_open_wam",
     "register_or_original",

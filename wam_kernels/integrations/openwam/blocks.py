@@ -20,7 +20,7 @@ from open_wam.models.visual_tower.runtime_parameter_ops import (
 from torch import Tensor, nn
 
 from ... import FrameIndex, ada_layer_norm, gate_residual_ada_layer_norm, qk_norm_rope
-from .._patching import Foreign
+from .._patching import Foreign, Unsupported
 from .cache import Direct, TokenCache
 from .modulation import frame_rows
 from .visibility import Batch, TextBatch, Visibility, attend_all
@@ -128,6 +128,17 @@ def why_not(block: Foreign) -> str | None:
     if head_dim % 8 or head_dim > 256 or inner > 8192:
         return f"{heads} heads of {head_dim} (attention takes head sizes that are multiples of 8 up to 256)"
     return None
+
+
+def require_sizes(*blocks: Foreign) -> None:
+    """The fused ops take these blocks.
+
+    Raises:
+        Unsupported: a hidden size or a head size that they do not take.
+    """
+    reason = next(filter(None, map(why_not, blocks)), None)
+    if reason is not None:
+        raise Unsupported(f"patch: OpenWAM has {reason}")
 
 
 def _attend(visible: Visibility | Batch, streams: list[Stream]) -> list[Tensor]:

@@ -12,6 +12,7 @@ import torch
 from open_wam.models.common import denoising_cache
 from torch import Tensor
 
+from .._patching import NotOurs
 from .visibility import Visibility
 
 
@@ -72,8 +73,7 @@ def bind(original, cache: denoising_cache.DenoisingCache, *, profile, **options)
     """``DenoisingCache.bind``: what is checked and derived per token pair there is read off the runs here."""
     visible = profile.self_attention_block_mask
     if not isinstance(visible, Visibility):
-        original(cache, profile=profile, **options)
-        return
+        raise NotOurs("a denoising cache of a profile that OpenWAM's pipeline did not prepare")
     original(cache, profile=replace(profile, self_attention_visibility=visible.rule), **options)
     offsets = [0]
     for part in cache.layers[0]:
@@ -100,12 +100,12 @@ def dependency_closure(original, profile, queries: Tensor) -> Tensor:
     """``attention_dependency_closure`` from the runs."""
     visible = profile.self_attention_block_mask
     if not isinstance(visible, Visibility) or queries.ndim != 1 or queries.dtype != torch.bool or not queries.any():
-        return original(profile, queries)
+        raise NotOurs("dependencies of a profile that OpenWAM's pipeline did not prepare")
     return visible.closure(queries)
 
 
-def select_mask(original, block_mask, queries: Tensor, keys: Tensor | None = None):
+def select_mask(original, block_mask, query_indices: Tensor, key_indices: Tensor | None = None):
     """``select_block_mask`` for a visibility of ours."""
     if not isinstance(block_mask, Visibility):
-        return original(block_mask, queries, keys)
-    return block_mask.select(queries, keys) if queries.numel() else None
+        raise NotOurs("a part of a block mask of OpenWAM's own")
+    return block_mask.select(query_indices, key_indices) if query_indices.numel() else None

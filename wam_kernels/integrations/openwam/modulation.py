@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ... import FrameIndex
+from .._patching import NotOurs
 
 _ATTRIBUTE = "_wam_frame_rows"
 
@@ -66,7 +67,7 @@ def embed_time(original, conditioner, timesteps: Tensor, *, dtype: torch.dtype) 
     else:
         distinct, token_rows = torch.unique(timesteps, dim=1, return_inverse=True)
     if 2 * distinct.shape[1] > timesteps.shape[1]:
-        return original(conditioner, timesteps, dtype=dtype)
+        raise NotOurs("timesteps of which hardly two tokens share one")
     embedding, modulation = original(conditioner, distinct, dtype=dtype)
     # indexing, not index_select: its gradient adds up in a fixed order on GPUs too
     return embedding[:, token_rows], tag(modulation[:, token_rows], modulation, token_rows)

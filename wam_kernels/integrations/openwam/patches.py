@@ -1,4 +1,4 @@
-"""What stands in for OpenWAM's functions. Each takes the original first and hands it what is not ours."""
+"""What stands in for OpenWAM's functions. Each takes the original first, and raises NotOurs for what that is to run."""
 
 from __future__ import annotations
 
@@ -7,43 +7,40 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .._patching import NotOurs, Unsupported
 from . import blocks, modulation
-from .unsupported import UnsupportedError
-from .visibility import Batch, TextBatch, UnsupportedProfileError, Visibility, read_profile
+from .visibility import Batch, TextBatch, Visibility, read_profile
 
 # ---- attention profiles ----
 
+_FOREIGN_PROFILE = "an attention profile that OpenWAM's pipeline did not prepare"
 
-def build_profile(original, policy, **options):
+
+def build_profile(original, **options):
     """The package's profile without its S x S masks, and with a :class:`Visibility` for a block mask."""
     profile = original(**options | {"build_dense_masks": False, "build_flex_masks": False})
-    try:
-        visible = read_profile(profile)
-    except UnsupportedProfileError as error:
-        policy.refuse(str(error))
-        return original(**options)
-    return replace(profile, self_attention_block_mask=visible)
+    return replace(profile, self_attention_block_mask=read_profile(profile))
 
 
 def move_profile(original, profile, **options):
     """``move_attention_profile``: a profile of ours is at home on every device; the package would build it anew."""
-    if isinstance(getattr(profile, "self_attention_block_mask", None), Visibility):
-        return profile
-    return original(profile, **options)
+    if not isinstance(getattr(profile, "self_attention_block_mask", None), Visibility):
+        raise NotOurs(_FOREIGN_PROFILE)
+    return profile
 
 
 def select_profile_mask(original, profile, **options):
     """(dense mask, block mask) of a profile: a Visibility is chosen on every device."""
-    if isinstance(getattr(profile, "self_attention_block_mask", None), Visibility):
-        return None, profile.self_attention_block_mask
-    return original(profile, **options)
+    if not isinstance(getattr(profile, "self_attention_block_mask", None), Visibility):
+        raise NotOurs(_FOREIGN_PROFILE)
+    return None, profile.self_attention_block_mask
 
 
 def batch_attention(original, profiles, stream_lengths, stream_slots, *, device):
     """Joint attention of samples laid out stream by stream, ``[V0 V1 .. | A0 A1 ..]``, with padding between them."""
     visible = [profile.self_attention_block_mask for profile in profiles]
     if not all(isinstance(v, Visibility) for v in visible):
-        return original(profiles, stream_lengths, stream_slots, device=device)
+        raise NotOurs("a batch with profiles that OpenWAM's pipeline did not prepare")
     slices = _slices(stream_lengths, stream_slots)
     parts = [(v.geometry or v.ranges, s) for v, s in zip(visible, slices, strict=True)]
     return None, Batch(parts, sum(map(sum, stream_slots))), None
@@ -52,7 +49,7 @@ def batch_attention(original, profiles, stream_lengths, stream_slots, *, device)
 def batch_text(original, query_lengths, query_slots, text_lengths, local_masks, *, device):
     """Cross-attention of one stream of several samples to their own texts."""
     if any(mask is not None for mask in local_masks):
-        return original(query_lengths, query_slots, text_lengths, local_masks, device=device)
+        raise NotOurs("a batch with text masks of its samples' own")
     return None, TextBatch(_slices([query_lengths], [query_slots]), tuple(text_lengths), sum(query_slots))
 
 
@@ -71,18 +68,18 @@ def _slices(lengths, slots) -> list[tuple[tuple[int, int], ...]]:
 # ---- blocks ----
 
 
-def packed_block(original, policy, self, video_hidden_states, action_hidden_states, *, block_mask=None, **options):
+def packed_block(original, self, video_hidden_states, action_hidden_states, *, block_mask=None, **options):
     """``DualExpertPackedBlock.forward``."""
+    hidden = video_hidden_states, action_hidden_states
     if not isinstance(block_mask, Visibility | Batch):  # of a batch, its texts are the original's then too
         options = _dense_texts(video_hidden_states.device, options)
-        return original(self, video_hidden_states, action_hidden_states, block_mask=block_mask, **options)
-    reason = next(filter(None, map(blocks.why_not, (self.video_block, self.action_block))), None)
-    if reason is not None:
-        policy.refuse(reason)
-        options = _dense_options(block_mask, video_hidden_states, action_hidden_states, options)
-        return original(self, video_hidden_states, action_hidden_states, **options)
+        raise NotOurs(_FOREIGN_PROFILE).with_arguments(self, *hidden, block_mask=block_mask, **options)
+    try:
+        blocks.require_sizes(self.video_block, self.action_block)
+    except Unsupported as reason:
+        raise reason.with_arguments(self, *hidden, **_dense_options(block_mask, *hidden, options)) from None
     options = dict.fromkeys(_BLOCK_OPTIONS) | {name: options[name] for name in options if name in _BLOCK_OPTIONS}
-    return blocks.packed_block_forward(self, video_hidden_states, action_hidden_states, visible=block_mask, **options)
+    return blocks.packed_block_forward(self, *hidden, visible=block_mask, **options)
 
 
 # what blocks.packed_block_forward takes; the masks and kernel options of the package's attention are not among them
@@ -143,42 +140,43 @@ _PERSISTENT_CACHE = {
 }
 
 
-def shared_block(original, policy, self, hidden_states, **options):
+def shared_block(original, self, hidden_states, **options):
     """``SharedTransformerBlock.forward``."""
     profile = options.get("attention_profile")
     if profile is None:
-        return original(self, hidden_states, **options)
-    visible, reason = profile.self_attention_block_mask, blocks.why_not(self)
+        raise NotOurs("a block without an attention profile")
+    visible, device = profile.self_attention_block_mask, hidden_states.device
     if not isinstance(visible, Visibility):
         what = f"attention profile {profile.spec.name!r} of family {profile.spec.family!r}"
-        if visible is not None and profile.self_attention_mask is None and hidden_states.device.type != "cuda":
-            raise UnsupportedError(
-                f"wam_kernels.integrations.openwam: {what} must have a dense mask on {hidden_states.device}, but has "
-                "only a block mask, which OpenWAM does not read there: it would attend unmasked"
+        if visible is not None and profile.self_attention_mask is None and device.type != "cuda":
+            raise ValueError(
+                f"patch: OpenWAM's {what} must have a dense mask on {device}, but has only a block mask, which OpenWAM "
+                "does not read there: it would attend unmasked"
             )
-        policy.refuse(what)
-        return original(self, hidden_states, **options)
-    for name, unused in _PERSISTENT_CACHE.items():
-        value = options.get(name, unused)
-        if value is not None and value != unused:
-            reason = f"attention profile {profile.spec.name!r} with {name}"
-    names = ("encoder_hidden_states", "temb", "rotary_emb")
-    if reason is not None:
-        policy.refuse(reason)
-        text_tokens = options["encoder_hidden_states"].shape[1]
-        options["attention_profile"] = replace(
-            profile,
-            self_attention_mask=visible.mask(hidden_states.device),
-            cross_attention_mask=visible.text_mask(text_tokens, hidden_states.device),
-            self_attention_block_mask=None,
-        )
-        return original(self, hidden_states, **options)
-    inputs = {name: options[name] for name in names}
+        raise NotOurs(what)
+    given = {name: options.get(name) for name in _PERSISTENT_CACHE}
+    used = [name for name, value in given.items() if value is not None and value != _PERSISTENT_CACHE[name]]
+    try:
+        if used:
+            raise NotOurs(f"attention profile {profile.spec.name!r} with {used[0]}")
+        blocks.require_sizes(self)
+    except (NotOurs, Unsupported) as reason:
+        raise reason.with_arguments(
+            self, hidden_states, **options | {"attention_profile": _dense_profile(profile, visible, device, options)}
+        ) from None
+    inputs = {name: options[name] for name in ("encoder_hidden_states", "temb", "rotary_emb")}
     cache = options.get("invariant_cache")
-    return (
-        blocks.shared_block_forward(self, hidden_states, visible=visible, invariant_cache=cache, **inputs),
-        None,
-        None,
+    out = blocks.shared_block_forward(self, hidden_states, visible=visible, invariant_cache=cache, **inputs)
+    return out, None, None
+
+
+def _dense_profile(profile, visible: Visibility, device: torch.device, options: dict):
+    """The profile with dense masks for ours."""
+    return replace(
+        profile,
+        self_attention_mask=visible.mask(device),
+        cross_attention_mask=visible.text_mask(options["encoder_hidden_states"].shape[1], device),
+        self_attention_block_mask=None,
     )
 
 
@@ -190,7 +188,9 @@ def embed_time(original, conditioner, timestep_values: Tensor, *, dtype: torch.d
     return modulation.embed_time(original, conditioner, timestep_values, dtype=dtype)
 
 
-def core_time_embed(core, timesteps: Tensor, height: int, width: int, *, dtype: torch.dtype, action_mode: bool = False):
+def core_time_embed(
+    original, core, timesteps: Tensor, height: int, width: int, *, dtype: torch.dtype, action_mode: bool = False
+):
     """``SharedVideoTransformerCore._time_embed`` without the copies, which would lose the rows."""
     _, patch_height, patch_width = (1, 1, 1) if action_mode else core.patch_size
     tokens = (height // patch_height) * (width // patch_width)

@@ -26,7 +26,7 @@ from open_wam.models.visual_tower.runtime_parameter_ops import (
 from torch import Tensor, nn
 
 from ... import ada_layer_norm
-from .._patching import Foreign
+from .._patching import Foreign, NotOurs
 from . import blocks
 from .cache import Direct, LayerCache, is_ours
 from .modulation import per_token
@@ -179,26 +179,22 @@ def denoise(
     """``forward_dual_expert_packed_coupling_denoise`` in a rollout with the package's cache switched on.
 
     Args:
-        original: The package's function, for what is not ours.
+        original: The package's function.
         history: Where keys and values wait for the next chunk; None: every chunk computes its whole window.
     """
     visible = attention_profile.self_attention_block_mask
     first = packed_block_stack.packed_blocks[0]
-    takes = is_ours(denoising_cache) and isinstance(visible, Visibility)
-    # arguments of training, which a rollout leaves out
-    takes = takes and options.get("video_cross_attention_mask") is None and options["text_context"] is not None
-    if takes and not any(map(blocks.why_not, (first.video_block, first.action_block))):
-        names = Inputs.__dataclass_fields__
-        inputs = Inputs(**{name: options[name] for name in names})
-        result = _step(history, visible, packed_block_stack, denoising_cache, inputs)
-        if result is not None:
-            return result
-    return original(
-        attention_profile=attention_profile,
-        packed_block_stack=packed_block_stack,
-        denoising_cache=denoising_cache,
-        **options,
-    )
+    if not is_ours(denoising_cache) or not isinstance(visible, Visibility):
+        raise NotOurs("a denoising step without the cache, or under a profile that OpenWAM's pipeline did not prepare")
+    if options.get("video_cross_attention_mask") is not None or options["text_context"] is None:
+        raise NotOurs("a denoising step with arguments of training")
+    if any(map(blocks.why_not, (first.video_block, first.action_block))):
+        raise NotOurs("a denoising step of blocks that the fused ops do not take")  # which each of them refuses by name
+    inputs = Inputs(**{name: options[name] for name in Inputs.__dataclass_fields__})
+    result = _step(history, visible, packed_block_stack, denoising_cache, inputs)
+    if result is None:
+        raise NotOurs("a denoising step of parts of video frames")
+    return result
 
 
 def _step(history: History | None, visible: Visibility, stack: Foreign, cache: DenoisingCache, inputs: Inputs):

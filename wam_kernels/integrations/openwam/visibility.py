@@ -21,28 +21,25 @@ from ... import Geometry, block_attention, cached_attention, compile_plan
 from ...masks.ranges import Ranges
 from ...masks.visibility import ACTION, NOISY, VIDEO, tokens
 from ...masks.visibility import visible as table
+from .._patching import NotOurs
 
 Slices = tuple[tuple[int, int], ...]
 
 _ATTRIBUTES = ("seq_id", "stream_id", "noise_id", "chunk_id", "block_id", "valid_as_query", "valid_as_kv")
 
 
-class UnsupportedProfileError(ValueError):
-    """A profile that this backend cannot take; the message names it and the reason."""
-
-
 def read_profile(profile) -> Visibility:
     """The visibility of a ``PreparedAttentionProfile``; its masks are not read.
 
     Raises:
-        UnsupportedProfileError: the profile is not of the chunked video-action family.
+        NotOurs: the profile is not of the chunked video-action family.
     """
     name, family, metadata = profile.spec.name, profile.spec.family, profile.metadata
     layout, rule = profile.token_layout, profile.self_attention_visibility
     if family != "chunked_exact" or layout is None or rule is None:
-        raise UnsupportedProfileError(f"attention profile {name!r} of family {family!r} is unknown")
+        raise NotOurs(f"attention profile {name!r} of family {family!r}")
     if metadata.get("proprio_context_token_count", 0):
-        raise UnsupportedProfileError(f"attention profile {name!r} has proprioception tokens in its text context")
+        raise NotOurs(f"attention profile {name!r} with proprioception tokens in its text context")
     names: tuple[str, ...] = _ATTRIBUTES
     if metadata.get("singleton_chunk_frame") is not None or metadata.get("conditional_history_policy") != "none":
         names = (*names, "frame_id")  # the two rules that look at single frames
