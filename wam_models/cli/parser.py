@@ -178,6 +178,19 @@ def _ablate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
 
 
+def _verify(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="ours, or weights in the package's keys")
+    parser.add_argument(
+        "--against", choices=("openwam", "diffusers"), required=True, help="the package to compare with"
+    )
+    parser.add_argument("--without", action="append", default=[], metavar="PART", help="of the weights; repeatable")
+    parser.add_argument("--head-dim", type=at_least(2), metavar="N", help="of weights that do not tell; default: 128")
+    parser.add_argument("--actions-per-frame", type=at_least(1), metavar="N", help="of the inputs; default: 1")
+    parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help="of a layer's size; %(default)s")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the inputs")
+
+
 def _mask(parser: argparse.ArgumentParser) -> None:
     # names and ranges are checked by wam_kernels.masks.visibility.Geometry, their one home; its errors list the choices
     parser.add_argument("--program", default="joint", help="interaction program; default: %(default)s")
@@ -205,6 +218,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None] | None,
     "record": ("wam_models.cli.record", _record, "record demonstrations of a simulator's scripted expert"),
     "eval": ("wam_models.cli.eval", _eval, "measure how often a policy succeeds in simulators"),
     "ablate": ("wam_models.cli.ablate", _ablate, "compare the interaction programs in simulators, with intervals"),
+    "verify": ("wam_models.cli.verify", _verify, "compare weights layer by layer with the package they are from"),
     "mask": ("wam_models.cli.mask", _mask, "show which tokens attend to which"),
     "bench": ("wam_models.cli.bench", None, "measure this machine: kernels, peers, training step, rollout"),
     "doctor": ("wam_models.doctor", lambda parser: None, "show what this machine offers and which op runs where"),

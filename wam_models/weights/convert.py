@@ -122,9 +122,12 @@ def weights_to(
         [key for name, key in given.items() if name not in expected],
         misfits,
     )
+    ours = {name for name in given if part_of(name) not in without}
+    if unplaced := sorted(name for name in ours if table.theirs(name) is None):
+        raise ValueError(f"weights_to: {table.system} has no place for {abridged(unplaced)}")
     theirs = {}
     for name, key in given.items():
-        if part_of(name) not in without:
+        if name in ours:
             value = state[key]
             shape = _their_shape(table, name, expected[name], config)
             theirs[str(table.theirs(name))] = value.reshape(shape)

@@ -175,7 +175,7 @@ LAYOUTS = {
         Layout(
             "openwam",
             "OpenWAM's dual expert",
-            {name: name for name in ("core", "packed_block_stack", "action_expert")},
+            {name: name for name in ("core", _VIDEO, _ACTION, "action_expert")},
             (
                 Absent(
                     "state",
