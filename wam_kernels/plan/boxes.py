@@ -109,7 +109,7 @@ def compile_boxes(rows: BatchRows) -> Boxes:
         )
     # both sides in one go: small plans cost the number of array operations
     both = concatenated([rows.queries, rows.keys])
-    tiles = cut(both, ROWS)
+    tiles = cut(both, ROWS, ROWS)
     steps = _steps(_distinct(both, tiles))
     n_queries = rows.queries.of_sample.size
     sides = [
@@ -130,11 +130,13 @@ class Distinct(NamedTuple):
 
 def _distinct(rows: SideRows, tiles: Tiles) -> Distinct:
     # what of each row is in each half
-    first_half = tiles.first // HALF
-    halves = (tiles.end - 1) // HALF - first_half + 1
+    begin = tiles.tile * ROWS
+    tile_first, tile_end = np.maximum(tiles.first, begin), np.minimum(tiles.end, begin + ROWS)
+    first_half = tile_first // HALF
+    halves = (tile_end - 1) // HALF - first_half + 1
     half = expand(first_half, halves)
-    first = np.maximum(tiles.first.repeat(halves), half * HALF)
-    end = np.minimum(tiles.end.repeat(halves), (half + 1) * HALF)
+    first = np.maximum(tile_first.repeat(halves), half * HALF)
+    end = np.minimum(tile_end.repeat(halves), (half + 1) * HALF)
     tile, of_tile = half // 2, np.add.reduceat(halves, tiles.starts)
 
     # rows of tiles that are none, and in turn those that are one of the different ones
@@ -331,7 +333,7 @@ def _side(
 
     return [
         np.array([batch, full_at, masked_at, n0, n_full, n_both, n1, batch]).T[heavy],
-        Unwritten((tile.size, ROWS), lambda out: moved(tiles.rows, tile[heavy], own[heavy], -1, out)),
+        Unwritten((tile.size, ROWS), lambda out: moved(tiles.rows.reshape(-1, ROWS), tile[heavy], own[heavy], -1, out)),
         Unwritten((int(n_full.sum()),), lambda out: full.write(tile, other, full_at, out)),
         Unwritten((step.size, PLACES), write_boxes),
         Unwritten((step.size, 2, THREADS), write_words),

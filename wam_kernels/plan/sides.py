@@ -11,6 +11,8 @@ Each visit of a tile is a *step*:
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -18,9 +20,9 @@ from torch import Tensor
 from ..runtime import index_buffer
 from ..runtime.arrays import expand, members, starts
 from ..runtime.host import plain
-from ..runtime.index_buffer import Layout, Packed, Unwritten
+from ..runtime.index_buffer import Entry, Layout, Packed, Together, Unwritten, aligned
 from .placement import Placement, moved
-from .side_rows import BatchRows, SideRows
+from .side_rows import BatchRows, SideRows, concatenated
 from .steps import visits
 from .tile_shape import STEP_PART, TileShape
 from .tiles import Tiles, cut
@@ -70,56 +72,113 @@ class Sides(Packed):
 
     def __init__(self, layout: Layout, buffer: Tensor, shapes: tuple[TileShape, TileShape]) -> None:
         super().__init__(layout, buffer, shapes)
-        views, n = index_buffer.views(layout, self.buffer), len(Side.FIELDS)
-        self.queries, self.keys = Side(shapes[0], views[:n]), Side(shapes[1], views[n:])
+        # each array of the queries lies beside that of the keys
+        views = index_buffer.views(layout, self.buffer)
+        self.queries, self.keys = Side(shapes[0], views[::2]), Side(shapes[1], views[1::2])
+
+
+class _BatchTiles(NamedTuple):
+    """Every tile of a batch, those of queries first; inside an element the padding's come before the samples'."""
+
+    n_queries: int
+    tile: np.ndarray  # int64 [T]: which one of Tiles
+    element: np.ndarray  # int64 [T]: batch element
+    own: np.ndarray  # int64 [T]: first token of its sample, on its side and on the other one
+    other: np.ndarray
+    first_row: np.ndarray  # int64 [T]: row of ``bounds`` that is its sample's first
+
+    @classmethod
+    def of(cls, both: SideRows, tiles: Tiles, placement: Placement) -> _BatchTiles:
+        which = np.concatenate([placement.which, placement.which + tiles.of_sample.size // 2]).reshape(2, -1)
+        order = np.lexsort((~placement.padding, placement.batch))
+        tile, counts = members(tiles.of_sample, which.take(order, axis=1).ravel())
+        n_rows = both.of_sample.take(which)
+        first_row = n_rows.cumsum(1) - n_rows
+        first = placement.first
+        places = np.array([[placement.batch, placement.batch], first, first[::-1], first_row]).take(order, axis=2)
+        rest = places.reshape(len(places), -1).repeat(counts, axis=1)
+        return cls(int(counts[: order.size].sum()), tile, *rest)
+
+
+class _Lists(NamedTuple):
+    """Where the list of each tile begins: in steps of its side, and in the memory of both sides."""
+
+    step: np.ndarray  # int64 [T]
+    entry: np.ndarray  # int64 [T]
+    lengths: tuple[int, int]  # steps of either side
+
+    @classmethod
+    def of(cls, counts: np.ndarray, n_queries: int, entries: int) -> _Lists:
+        """Lists of so many steps, each of so many ``entries``."""
+        step = starts(counts)
+        queries, both = int(step[n_queries]), int(step[-1] + counts[-1])
+        entry = step * entries
+        entry[n_queries:] += aligned(queries * entries) - queries * entries
+        step[n_queries:] -= queries
+        return cls(step, entry, (queries, both - queries))
 
 
 def compile_sides(rows: BatchRows, shapes: tuple[TileShape, TileShape]) -> Sides:
-    """Both sides of a batch, on the CPU, in tiles of ``shapes``."""
-    parts = [
-        array
-        for side, (of_side, shape) in enumerate(zip((rows.queries, rows.keys), shapes, strict=True))
-        for array in _side(of_side, cut(of_side, shape.rows), shape, rows.placement, side)
-    ]
-    return Sides(*index_buffer.pack(parts), shapes)
+    """Both sides of a batch, on the CPU, in tiles of ``shapes``, whose steps are alike."""
+    return Sides(*index_buffer.pack(_arrays(rows, shapes)), shapes)
 
 
-def _side(
-    rows: SideRows, tiles: Tiles, shape: TileShape, placement: Placement, side: int
-) -> list[np.ndarray | Unwritten]:
-    """The arrays of a :class:`Side` (0: queries, 1: keys): what the samples have, moved to where they lie."""
-    row, counts = members(rows.of_sample, placement.which)
-    first_of_row = placement.first[1 - side].repeat(counts)
+def _arrays(rows: BatchRows, shapes: tuple[TileShape, TileShape]) -> list[Entry]:
+    """Each of ``Side.FIELDS`` of the queries and of the keys.
 
-    # every tile of the batch: which one of its sample it is, and where that lies. Padding comes before the samples
-    order = np.lexsort((~placement.padding, placement.batch))
-    tile, counts = members(tiles.of_sample, placement.which[order])
-    first_row = starts(rows.of_sample[placement.which])
-    places = np.array([placement.batch, placement.first[side], placement.first[1 - side], first_row])
-    batch, own, other, first_row = places[:, order].repeat(counts, axis=1)
-
-    # steps are listed tile after tile, in this order; the tiles themselves go heaviest first
-    full, part = visits(rows.bounds, tiles, shape.step)
+    Queries and keys go through the array operations together: what small plans cost is the number of these.
+    """
+    both, step = concatenated([rows.queries, rows.keys]), shapes[0].step
+    tiles = cut(both, shapes[0].rows, shapes[1].rows)
+    full, part = visits(both.bounds, tiles, step)
+    n_queries, tile, element, own, other, first_row = _BatchTiles.of(both, tiles, rows.placement)
     n_full, left = full.total[tile], part.total[tile]
     n_part = -(-left // STEP_PART)
-    full_at, part_at = starts(n_full), starts(n_part)
-    steps = np.array([batch, full_at, full_at + n_full, part_at, part_at + n_part])
-    heavy = np.argsort(-(n_full * shape.step + n_part * STEP_PART), kind="stable")
-    heavy_tile, own, first_row = tile[heavy], own[heavy], first_row[heavy]
-
-    def write_bounds(out: np.ndarray) -> None:
-        moved(rows.bounds_by_row(), row, first_of_row, 0, out.reshape(row.size, -1))
+    full_at, part_at = _Lists.of(n_full, n_queries, 1), _Lists.of(n_part, n_queries, STEP_PART)
 
     def write_part(out: np.ndarray) -> None:
-        out = out.reshape(-1)
-        part.write(tile, other, part_at * STEP_PART, out)
-        out[expand(part_at * STEP_PART + left, n_part * STEP_PART - left)] = -1
+        part.write(tile, other, part_at.entry, out)
+        out[expand(part_at.entry + left, n_part * STEP_PART - left)] = -1
+
+    # steps are listed tile after tile, in this order; the tiles themselves go heaviest first
+    heavy = np.lexsort((-(n_full * step + n_part * STEP_PART), np.arange(tile.size) >= n_queries))
+    steps = np.array([element, full_at.step, full_at.step + n_full, part_at.step, part_at.step + n_part])
+    steps, sides = steps.take(heavy, axis=1).T, (slice(n_queries), slice(n_queries, None))
+    n_tiles = int(tiles.of_sample[: tiles.of_sample.size // 2].sum())  # of queries
+    heavy_tile = tile[heavy]
+    heavy_tile[n_queries:] -= n_tiles
+
+    def of_rows(places: np.ndarray, shift: np.ndarray, least: int) -> list[Entry]:
+        """``places`` of the tiles of each side, moved."""
+        n_places, shift = n_tiles * shapes[0].rows, shift[heavy]
+        templates = [
+            some.reshape(-1, shape.rows)
+            for some, shape in zip((places[:n_places], places[n_places:]), shapes, strict=True)
+        ]
+        return [
+            Unwritten(
+                (heavy_tile[side].size, template.shape[1]),
+                partial(moved, template, heavy_tile[side], shift[side], least),
+            )
+            for template, side in zip(templates, sides, strict=True)
+        ]
 
     return [
-        steps.take(heavy, axis=1).T,
-        Unwritten((tile.size, shape.rows), lambda out: moved(tiles.rows, heavy_tile, own, -1, out)),
-        Unwritten((tile.size, shape.rows), lambda out: moved(tiles.bounds_row, heavy_tile, first_row, 0, out)),
-        Unwritten((row.size, rows.bounds.shape[1], 2), write_bounds),
-        Unwritten((int(n_full.sum()),), lambda out: full.write(tile, other, full_at, out)),
-        Unwritten((int(n_part.sum()), STEP_PART), write_part),
+        *(steps[side] for side in sides),
+        *of_rows(tiles.rows, own, -1),
+        *of_rows(tiles.bounds_row, first_row, 0),
+        *(_bounds(of_side, rows.placement, i) for i, of_side in enumerate((rows.queries, rows.keys))),
+        Together(tuple((n,) for n in full_at.lengths), lambda out: full.write(tile, other, full_at.entry, out)),
+        Together(tuple((n, STEP_PART) for n in part_at.lengths), write_part),
     ]
+
+
+def _bounds(rows: SideRows, placement: Placement, side: int) -> Unwritten:
+    """What every row of a side (0: queries, 1: keys) attends to, in all samples of the batch."""
+    row, counts = members(rows.of_sample, placement.which)
+    shift = placement.first[1 - side].repeat(counts)
+
+    def write(out: np.ndarray) -> None:
+        moved(rows.bounds_by_row(), row, shift, 0, out.reshape(row.size, -1))
+
+    return Unwritten((row.size, rows.bounds.shape[1], 2), write)

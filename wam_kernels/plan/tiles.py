@@ -12,14 +12,18 @@ from .side_rows import SideRows
 
 
 class Tiles(NamedTuple):
-    """Tiles of one side of the distinct samples; tokens and rows count from the sample's first."""
+    """Tiles of the queries of the distinct samples, then of their keys; tokens and rows count from the sample's first.
+
+    Places are the rows of all tiles, tile after tile.
+    """
 
     of_sample: np.ndarray  # int64 [samples]: tiles of each
-    rows: np.ndarray  # int32 [T, tile]: token of each row; NOWHERE where a row set is padded
-    bounds_row: np.ndarray  # int32 [T, tile]: the SideRows row that each token is in; NOWHERE likewise
+    rows: np.ndarray  # int32 [places]: token of each row; NOWHERE where a row set is padded
+    bounds_row: np.ndarray  # int32 [places]: the SideRows row that each token is in; NOWHERE likewise
     side_rows: np.ndarray  # int64 [M]: the SideRows rows in each tile, tile after tile; counted over all samples
+    tile: np.ndarray  # int64 [M]: the tile of each
     starts: np.ndarray  # int64 [T]: where those of each tile begin
-    first: np.ndarray  # int64 [M]: where the tokens of each are, counted over the rows of all tiles
+    first: np.ndarray  # int64 [M]: the places of all tokens of each, in this tile and in its neighbours
     end: np.ndarray  # int64 [M]
 
 
@@ -29,8 +33,8 @@ def spans(bounds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.where(lo == NOWHERE, np.iinfo(np.int32).max, lo), hi
 
 
-def cut(rows: SideRows, tile_rows: int) -> Tiles:
-    """Cut rows into tiles; all in whole-array operations.
+def cut(rows: SideRows, of_queries: int, of_keys: int) -> Tiles:
+    """Cut both sides into tiles of so many rows each; all in whole-array operations. Queries come before keys.
 
     A row set's tile that is not full is the one with the least to do: of queries the first, which have the shortest
     history, of a program's keys the last, which have the fewest queries after them; of ranges the first.
@@ -43,6 +47,8 @@ def cut(rows: SideRows, tile_rows: int) -> Tiles:
     row_set = sample * (rows.row_set.max(initial=0) + 1) + rows.row_set
     order = np.lexsort((rows.order, row_set))  # stable: like rows stay in the order of their tokens
     row_set, start, count = row_set[order], rows.start[order], rows.tokens[order]
+    tile_rows = np.where(rows.is_key, of_keys, of_queries)[sample]
+    keys = int(np.count_nonzero(~rows.is_key[sample]))  # the first row of the keys
     new = np.ones(row_set.size, bool)
     new[1:] = row_set[1:] != row_set[:-1]
     some_ranges = not rows.is_program.all()
@@ -57,7 +63,7 @@ def cut(rows: SideRows, tile_rows: int) -> Tiles:
         new[1:] |= ~(np.maximum(lo[:, 1:], lo[:, :-1]) < np.minimum(hi[:, 1:], hi[:, :-1])).any(0)
     first_rows = np.flatnonzero(new)
     padding = np.zeros(count.size + 1, np.int64)  # before each row, and behind the last one
-    missing = -np.add.reduceat(count, first_rows) % tile_rows
+    missing = -np.add.reduceat(count, first_rows) % tile_rows[first_rows]
     # of a program's keys behind a row set, so before the next one; two may be added there
     behind_it = (rows.is_key & rows.is_program)[sample[first_rows]]
     np.add.at(padding, np.where(behind_it, np.append(first_rows[1:], count.size), first_rows), missing)
@@ -65,10 +71,15 @@ def cut(rows: SideRows, tile_rows: int) -> Tiles:
     while True:
         place = starts(count + padding) + padding
         # rows are in order of their places, so those of a tile follow each other
-        first, last = place // tile_rows, (place + count - 1) // tile_rows
+        of_side = place.copy()
+        of_side[keys:] -= place[keys] - padding[keys]
+        first, last = of_side // tile_rows, (of_side + count - 1) // tile_rows
         n_tiles = last - first + 1
+        first[keys:] += last[keys - 1] + 1
         tile, row = expand(first, n_tiles), np.arange(row_set.size).repeat(n_tiles)
-        begins = np.flatnonzero(np.concatenate([[True], tile[1:] != tile[:-1]]))
+        new = np.ones(tile.size, bool)
+        np.not_equal(tile[1:], tile[:-1], out=new[1:])
+        begins = new.nonzero()[0]
         if not some_ranges:
             break
         # neighbours overlap, but the ends of a chain need not: halve its tile until they do
@@ -77,7 +88,8 @@ def cut(rows: SideRows, tile_rows: int) -> Tiles:
         if not apart.size:
             break
         ends = np.append(begins[1:], row.size)[apart] - 1
-        padding[(row[begins[apart]] + row[ends] + 1) // 2] += tile_rows  # the first half keeps its places
+        middle = (row[begins[apart]] + row[ends] + 1) // 2
+        padding[middle] += tile_rows[middle]  # the first half keeps its places
 
     width = count + padding
     width[-1] += behind
@@ -90,10 +102,11 @@ def cut(rows: SideRows, tile_rows: int) -> Tiles:
         at[at.size - behind :] = NOWHERE
     return Tiles(
         of_sample=np.bincount(sample[row[begins]], minlength=rows.of_sample.size),
-        rows=token_at.reshape(-1, tile_rows),
-        bounds_row=row_at.reshape(-1, tile_rows),
+        rows=token_at,
+        bounds_row=row_at,
         side_rows=order[row],
+        tile=tile,
         starts=begins,
-        first=np.maximum(place[row], tile * tile_rows),
-        end=np.minimum((place + count)[row], (tile + 1) * tile_rows),
+        first=place[row],
+        end=(place + count)[row],
     )

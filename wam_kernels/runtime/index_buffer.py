@@ -15,7 +15,7 @@ from .host import host_side, plain
 Layout = tuple[tuple[int, ...], ...]
 
 
-def _aligned(n: int) -> int:
+def aligned(n: int) -> int:
     """Room for n ints: every view starts on 16 bytes, whatever the geometry, or Triton would compile anew."""
     return -(-n // 4) * 4
 
@@ -27,31 +27,48 @@ class Unwritten(NamedTuple):
     write: Callable[[np.ndarray], object]  # gets int32 memory of that shape, C-contiguous and not cleared
 
 
-def pack(arrays: Sequence[np.ndarray | Unwritten]) -> tuple[Layout, Tensor]:
+class Together(NamedTuple):
+    """Arrays that one call writes: it gets the int32 memory of all, end to end, each with ``aligned`` room."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    write: Callable[[np.ndarray], object]
+
+
+Entry = np.ndarray | Unwritten | Together
+
+
+def pack(arrays: Sequence[Entry]) -> tuple[Layout, Tensor]:
     """The shapes of the arrays, and a CPU buffer that holds them end to end."""
-    layout = tuple(a.shape for a in arrays)
-    buffer = np.empty(sum(_aligned(math.prod(shape)) for shape in layout), np.int32)
+    shapes_of = [a.shapes if isinstance(a, Together) else (a.shape,) for a in arrays]
+    layout = tuple(shape for shapes in shapes_of for shape in shapes)
+    buffer = np.empty(sum(aligned(math.prod(shape)) for shape in layout), np.int32)
     at = 0
-    for a in arrays:
-        size = math.prod(a.shape)
-        out = buffer[at : at + size].reshape(a.shape)
-        if isinstance(a, Unwritten):
-            a.write(out)
-        else:
+    for a, shapes in zip(arrays, shapes_of, strict=True):
+        sizes = [math.prod(shape) for shape in shapes]
+        end = at + sum(map(aligned, sizes))
+        out = buffer[at:end] if isinstance(a, Together) else buffer[at : at + sizes[0]].reshape(a.shape)
+        if isinstance(a, np.ndarray):
             out[...] = a
-        buffer[at + size : at + _aligned(size)] = 0
-        at += _aligned(size)
+        else:
+            a.write(out)
+        for size in sizes:
+            buffer[at + size : at + aligned(size)] = 0
+            at += aligned(size)
     return layout, torch.from_numpy(buffer)
 
 
 def views(layout: Layout, buffer: Tensor) -> list[Tensor]:
     """The packed arrays, as views of the buffer on whatever device it is."""
-    out, sizes = [], [math.prod(shape) for shape in layout]
-    for shape, n, part in zip(layout, sizes, buffer.split([_aligned(n) for n in sizes]), strict=True):
-        view = (part if part.numel() == n else part[:n]).view(shape)
+    out, at = [], buffer.storage_offset()
+    for shape in layout:
+        strides = [1]  # of a contiguous array
+        for n in shape[:0:-1]:
+            strides.insert(0, strides[0] * max(1, n))
+        view = buffer.as_strided(shape, strides, at)
         # lengths differ from batch to batch; a compiled graph must not specialise on them
         torch._dynamo.maybe_mark_dynamic(view, 0)
         out.append(view)
+        at += aligned(math.prod(shape))
     return out
 
 
