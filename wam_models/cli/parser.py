@@ -94,6 +94,12 @@ def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=at_least(1), metavar="N", help=limit)
     parser.add_argument("--seconds", type=positive_seconds, metavar="S", help=limit)
     parser.add_argument("--resume", type=Path, metavar="CKPT", help="checkpoint to go on from")
+    parser.add_argument("--init", type=Path, metavar="PATH", help="weights to start from: see docs/weights.md")
+    parser.add_argument("--init-layout", metavar="NAME", help="of --init: diffusers, openwam, ...; default: ours")
+    parser.add_argument("--init-without", action="append", default=[], metavar="PART", help="of --init; repeatable")
+    parser.add_argument(
+        "--init-action", choices=("copy", "interpolate"), help="of --init: make the action expert from the video's"
+    )
     parser.add_argument("--overwrite", action="store_true", help="lose the run that --out holds")
     parser.add_argument(
         "--eval-every", type=at_least(1), metavar="N", help="evaluate after every N steps; a resume keeps it"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from ..data import ClipDataset, LeRobotDataset
@@ -27,6 +28,7 @@ from ..train.config import TrainConfig
 from ..train.log import loss_ends
 from ..train.run_folder import RunFolder
 from ..train.trainer import train
+from ..weights.start import initial_weights
 from .estimate import check_estimate_flags, training_estimate
 from .train_evaluation import make_evaluation
 
@@ -65,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
         if steps_done >= config.steps:
             raise ValueError(f"--steps must be above {steps_done}, the steps done, got {config.steps}")
     RunFolder(args.out, resume, overwrite=args.overwrite)  # refuses before the data is read
+    init = _initial_weights(args, config)
     data = read_data(args.data, config, policy, camera=args.camera)
     short = sum(data.length(i) < config.frames for i in data.train)
     if short:
@@ -85,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
             print(f"threads: {threads}")
         done = train(
             config, data, seed=seed, device=device, seconds=args.seconds, out=args.out, resume=resume,
-            evaluation=evaluation, overwrite=args.overwrite, stop=stop,
+            init=init, evaluation=evaluation, overwrite=args.overwrite, stop=stop,
         )  # fmt: skip
     steps, losses = loss_ends(done.log)
     spans = [f"steps {rows[0]['step']} to {rows[-1]['step']}" for rows in (done.log[:steps], done.log[-steps:])]
@@ -96,6 +99,21 @@ def run(args: argparse.Namespace) -> int:
             print(f"{stream} loss {' -> '.join(means_of_spans)}")
     print(f"step {done.step} of {config.steps}; checkpoint: {args.out / 'checkpoint'}")
     return 0
+
+
+def _initial_weights(args: argparse.Namespace, config: TrainConfig) -> dict[str, Tensor] | None:
+    if args.init is None:
+        given = {"--init-layout": args.init_layout, "--init-action": args.init_action}
+        given["--init-without"] = args.init_without or None
+        for flag, value in given.items():
+            if value is not None:
+                raise ValueError(f"{flag} must be left out without --init")
+        return None
+    if args.resume is not None:
+        raise ValueError("--init cannot be given with --resume: the checkpoint has its weights; leave one out")
+    return initial_weights(
+        args.init, config.model, layout=args.init_layout, without=args.init_without, action=args.init_action
+    )
 
 
 @contextmanager

@@ -169,6 +169,16 @@ def saved_as(folder: Path) -> tuple[str | None, dict] | None:
     return _save_of(config, folder)[0], config.get("metadata", {})
 
 
+def holds_checkpoint(path: str | Path) -> bool:
+    """Whether a folder has the config.json of a checkpoint, not that of another system.
+
+    Raises:
+        ValueError: a config.json that cannot be read.
+    """
+    config = Path(path) / CONFIG
+    return config.is_file() and isinstance(found := _read_config(config), dict) and "model" in found
+
+
 def read_settings(folder: str | Path) -> dict[str, Any]:
     """What ``config.json`` holds: ``model``, and where they are there ``metadata`` and ``text_tokens``; no weights.
 

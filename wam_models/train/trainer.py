@@ -22,7 +22,7 @@ from ..data import ClipDataset
 from ..data.latents import codec_kind
 from ..model.checkpoint import Checkpoint
 from ..model.dual_expert import WorldActionModel
-from ..model.weights import load_weights
+from ..model.weights import abridged, check_finite, load_weights
 from ..rollout import RolloutConfig
 from ..rollout.policy import Policy
 from ..runtime.checks import instance, whole
@@ -61,6 +61,7 @@ def train(
     seconds: float | None = None,
     out: str | Path | None = None,
     resume: Checkpoint | None = None,
+    init: Mapping[str, Tensor] | None = None,
     rollout: RolloutConfig | None = None,
     evaluation: PeriodicEvaluation | None = None,
     overwrite: bool = False,
@@ -83,6 +84,8 @@ def train(
             and at the end. None writes nothing. A folder that holds a run is refused, unless it is the one that is
             resumed.
         resume: From ``load_checkpoint`` on a folder that this function wrote.
+        init: Weights of the model by name, in place of fresh ones, from ``wam_models.weights.start``; what it lacks
+            is fresh.
         rollout: Stored with the checkpoint as its default; default: chunks of the largest size trained on.
         evaluation: Measured after every so many steps; neither its random numbers nor its time are the training's, so
             the losses are those of a run without.
@@ -115,8 +118,9 @@ def train(
     if out is not None:
         codec_kind(data.codec)  # refuses before the run what could not be saved after it
     trainer = Trainer(
-        config, data, seed=seed, device=device, seconds=seconds, resume=resume, rollout=rollout, evaluation=evaluation
-    )
+        config, data, seed=seed, device=device, seconds=seconds, resume=resume, init=init, rollout=rollout,
+        evaluation=evaluation,
+    )  # fmt: skip
     return trainer.run(folder, stop=stop, progress=progress)
 
 
@@ -130,6 +134,7 @@ class Trainer:
         device: Where the model runs.
         seconds: The run's time; None for no limit.
         resume: The checkpoint to go on from.
+        init: Weights in place of fresh ones, by name.
         rollout: Stored with the checkpoint as its default.
         evaluation: Measured after every so many steps.
 
@@ -146,6 +151,7 @@ class Trainer:
         device: torch.device,
         seconds: float | None = None,
         resume: Checkpoint | None = None,
+        init: Mapping[str, Tensor] | None = None,
         rollout: RolloutConfig | None = None,
         evaluation: PeriodicEvaluation | None = None,
     ) -> None:
@@ -156,6 +162,7 @@ class Trainer:
         torch.manual_seed(seed)  # of the initial weights
         self.model = WorldActionModel(config.model)
         initialise(self.model)
+        _start_from(self.model, init, resume)
         self.text = WordEmbedding.from_instructions(data.tasks, config.model.text_dim)
         if resume is not None:
             words = check_resumable(config, data, resume)
@@ -309,6 +316,17 @@ class Trainer:
                 bar.set_postfix_str(", ".join([f"step {row['step']}", *means]), refresh=False)
 
             yield show
+
+
+def _start_from(model: WorldActionModel, init: Mapping[str, Tensor] | None, resume: Checkpoint | None) -> None:
+    if init is None:
+        return
+    if resume is not None:
+        raise ValueError("train: init must be left out with resume, whose weights the run goes on with")
+    unused = load_weights(model, model.state_dict() | dict(init))
+    if unused:
+        raise ValueError(f"train: init holds keys that the model does not have: {abridged(unused)}")
+    check_finite(init, "train: init: ")
 
 
 def _finite_or_none(value: Tensor) -> float | None:

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..model.checkpoint import CONFIG, load_checkpoint
+from ..model.checkpoint import holds_checkpoint, load_checkpoint
 from ..runtime.checks import choice, number, whole
-from ..runtime.json_fields import read_json
 from ..runtime.limits import LARGEST_INT64
 from .convert import sizes_from, weights_from, weights_to
 from .folders import read_folder
@@ -105,7 +104,7 @@ def _both(
     path: Path, against: str, without: tuple[str, ...], sizes: Mapping[str, Any]
 ) -> tuple[ModelConfig, dict[str, Tensor], dict[str, Tensor]]:
     """Sizes, and the weights under both names."""
-    if _is_ours(path):
+    if holds_checkpoint(path):
         model = load_checkpoint(path, training=False).model
         own = model.state_dict()
         left_out = ("action",) if against == "diffusers" else ()
@@ -115,10 +114,3 @@ def _both(
     found = weights_from(against, theirs, config, without=without)
     left = {key for keys in found.left_out.values() for key in keys}
     return config, found.state, {key: value for key, value in theirs.items() if key not in left}
-
-
-def _is_ours(path: Path) -> bool:
-    if not (path / CONFIG).is_file():
-        return False
-    settings = read_json(path / CONFIG)
-    return isinstance(settings, dict) and "model" in settings
