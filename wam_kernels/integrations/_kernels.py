@@ -52,8 +52,8 @@ class MaskPlans(Cache):
         return len(self._by_digest)
 
     def of(self, mask: Tensor, device: torch.device) -> Plan:
-        """The plan, on ``device``, of a boolean mask ``[Sq, Sk]`` or of an additive one ``[B, 1, Sq, Sk]``: 0 is
-        visible, -1e30 and less is not.
+        """The plan, on ``device``, of a boolean mask ``[Sq, Sk]`` or ``[B, Sq, Sk]``, or of an additive one
+        ``[B, 1, Sq, Sk]``: 0 is visible, -1e30 and less is not.
 
         Raises:
             Unsupported: another value in an additive mask (a bias, which a plan cannot express), or a mask that needs
@@ -152,15 +152,17 @@ def required_mask(mask: Any) -> Tensor:
     """``mask``, which a plan can be made of as far as its dtype and shape tell.
 
     Raises:
-        Unsupported: neither a boolean ``[Sq, Sk]`` nor an additive ``[B, 1, Sq, Sk]``.
+        Unsupported: neither a boolean ``[Sq, Sk]`` or ``[B, Sq, Sk]`` nor an additive ``[B, 1, Sq, Sk]``.
     """
     if isinstance(mask, Tensor):
-        if mask.dtype == torch.bool and mask.ndim == 2:
+        if mask.dtype == torch.bool and mask.ndim in (2, 3):
             return mask
         if mask.is_floating_point() and mask.ndim == 4 and mask.shape[1] == 1:
             return mask
     got = f"{mask.dtype} {list(mask.shape)}" if isinstance(mask, Tensor) else repr(mask)
-    raise Unsupported(f"patch: attention_mask must be torch.bool [Sq, Sk] or additive [B, 1, Sq, Sk], got {got}")
+    raise Unsupported(
+        f"patch: attention_mask must be torch.bool [Sq, Sk] or [B, Sq, Sk], or additive [B, 1, Sq, Sk], got {got}"
+    )
 
 
 # ---- attention ----
@@ -170,19 +172,11 @@ def required_mask(mask: Any) -> Tensor:
 DENSE_PAIRS = 2**18
 
 
-def attend(system: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None = None) -> Tensor:
-    """``block_attention`` ``[B, S, H, D]``, refused as Unsupported where it has no kernel or the plan does not fit."""
-    _require_qkv(system, q, k, v)
-    _require_lengths(system, q, k, plan.length, plan.key_length)
-    if plan.batch not in (1, q.shape[0]):
-        raise Unsupported(f"patch: {system}'s mask must have {q.shape[0]} samples like its tokens, got {plan.batch}")
-    return block_attention(q, k, v, plan.to(q.device), scale=scale)
-
-
 def attend_under_mask(
     system: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None = None
 ) -> Tensor:
-    """Attention ``[B, S, H, D]`` under a mask that the model passes, bool ``[Sq, Sk]`` or additive ``[B, 1, Sq, Sk]``.
+    """Attention ``[B, S, H, D]`` under a mask that the model passes, bool ``[Sq, Sk]`` or ``[B, Sq, Sk]``, or additive
+    ``[B, 1, Sq, Sk]``.
 
     Raises:
         Unsupported: no kernel, a mask of another kind or size, or one that no plan can express. Under
@@ -197,7 +191,7 @@ def attend_under_mask(
         return _dense(q, k, v, mask, scale)
     if compiling:
         return torch.ops.wam.mask_attention(q, k, v, mask, _scale(q, scale))[0]
-    return attend(system, q, k, v, PLANS.of(mask, q.device), scale)
+    return _attend(system, q, k, v, PLANS.of(mask, q.device), scale)
 
 
 def attend_under_program(
@@ -212,7 +206,15 @@ def attend_under_program(
     call = program.name, ",".join(sizes), list(sizes.values())
     if torch.compiler.is_compiling():
         return torch.ops.wam.program_attention(q, k, v, *call, _scale(q, None))[0]
-    return attend(system, q, k, v, plan_of_program(*call, q.device))
+    plan = plan_of_program(*call, q.device)
+    _require_lengths(system, q, k, plan.length, plan.key_length)
+    return _attend(system, q, k, v, plan, None)
+
+
+def _attend(system: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float | None) -> Tensor:
+    if plan.batch not in (1, q.shape[0]):
+        raise Unsupported(f"patch: {system}'s mask must have {q.shape[0]} samples like its tokens, got {plan.batch}")
+    return block_attention(q, k, v, plan.to(q.device), scale=scale)
 
 
 def plan_of_program(name: str, names: str, sizes: Sequence[int], device: torch.device) -> Plan:
@@ -227,6 +229,7 @@ def _scale(q: Tensor, scale: float | None) -> float:
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
     mask = mask.to(q.device) if mask.dtype == torch.bool else mask.to(q.device, q.dtype)
+    mask = mask[:, None] if mask.ndim == 3 else mask
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)

@@ -128,7 +128,8 @@ class Signature:
         what: The method's name, for messages.
         original: What is replaced. It takes all that ``new`` takes, in that order, and may take more, with defaults, or
             as ``*args`` and ``**kwargs``: calls that give none of this are served.
-        new: What stands there, behind its ``shared`` first arguments.
+        new: What stands there, behind its ``shared`` first arguments. What it takes by keyword alone and has a default
+            for is what some forks take, and may be missing in the original.
         skip: Arguments of both that may have any name.
 
     Raises:
@@ -137,6 +138,8 @@ class Signature:
 
     def __init__(self, what: str, original: Callable, new: Callable, shared: int, skip: int) -> None:
         own, theirs = _parameters(new, shared + skip), _parameters(original, skip)
+        taken = {p.name for p in theirs}
+        own = [p for p in own if p.kind is not p.KEYWORD_ONLY or p.default is p.empty or p.name in taken]
         takes_all = any(p.kind is p.VAR_KEYWORD for p in own)
         named = [p for p in own if p.kind is not p.VAR_KEYWORD]
         first = [p.name for p in named if p.kind is not p.KEYWORD_ONLY]
@@ -144,7 +147,7 @@ class Signature:
         more = [p for p in theirs if p.name not in names]
         required = [p for p in more if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         in_order = [p.name for p in theirs[: len(first)]] == first
-        if not in_order or not names <= {p.name for p in theirs} or required and not takes_all:
+        if not in_order or not names <= taken or required and not takes_all:
             raise Unsupported(f"patch: {what} must take {_written(own)}, but takes {_written(theirs)}")
         self.what, self.takes_more = what, bool(more) and not takes_all
         self.positional, self.names = skip + len(first), frozenset(names)

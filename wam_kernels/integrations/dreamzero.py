@@ -40,6 +40,11 @@ def apply(patch: Patch, attentions: list[Foreign]) -> None:
         require_class(SYSTEM, attn, "CausalWanSelfAttention")
         require_parts(SYSTEM, attn, _PARTS)
         require_kernel(SYSTEM, attn.q.weight.new_empty(attn.head_dim))
+        if getattr(attn, "_dreamzero_context_parallel_enabled", False):
+            raise Unsupported(
+                f"patch: {SYSTEM} as LoongForge has it must have context_parallel_size=1, where a rank's tokens are the "
+                "whole sequence"
+            )
         if not attn.qk_norm:
             raise Unsupported(f"patch: {SYSTEM}'s attention must have qk_norm=True, got {attn.qk_norm}")
         require_norms(SYSTEM, attn.norm_q, attn.norm_k, attn.num_heads * attn.head_dim)

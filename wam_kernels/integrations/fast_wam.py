@@ -2,8 +2,10 @@
 
 Replaced: ``_mixed_attention`` (all of training, prefill and the cached action steps end there) and
 ``_build_expert_attention_io`` (q/k norm and rope in one launch). Masks come dense, as the model builds them for
-``fast_wam_uncond``, ``fast_wam_joint``, ``fast_wam_idm`` and their slices. The original checkpoints its attention
-because a dense mask keeps S x S scores; here nothing of that size exists, so nothing is recomputed.
+``fast_wam_uncond``, ``fast_wam_joint``, ``fast_wam_idm`` and their slices. Forks with this class are served too: VPP 2
+(``num_heads`` in the call, fixed video layers, a mask for each sample) and LoongForge (rope as a pair of tables). The
+original checkpoints its attention because a dense mask keeps S x S scores; here nothing of that size exists, so nothing
+is recomputed.
 """
 
 from __future__ import annotations
@@ -33,28 +35,32 @@ def apply(patch: Patch, mots: list[Foreign]) -> None:
                 f"patch: {SYSTEM}'s MoT must have a video and an action expert, but has no {missing.pop()}"
             )
         for expert in mot.mixtures.values():
+            require_parts(SYSTEM, expert, ("num_heads",))
             for block in expert.blocks:
                 attn = block.self_attn
                 require_parts(SYSTEM, attn, ("q", "k", "v", "norm_q", "norm_k", "attn_head_dim"))
                 require_kernel(SYSTEM, attn.q.weight.new_empty(attn.attn_head_dim))
-                require_norms(SYSTEM, attn.norm_q, attn.norm_k, mot.num_heads * attn.attn_head_dim)
+                require_norms(SYSTEM, attn.norm_q, attn.norm_k, expert.num_heads * attn.attn_head_dim)
                 if hasattr(block, "cross_attn"):
                     patch.leave_alone(block.cross_attn, "attends to all of a short text: nothing to skip")
         patch.method(mot, "_mixed_attention", _mixed_attention)
         patch.method(mot, "_build_expert_attention_io", _build_io, tables)
 
 
-def _mixed_attention(mot: Foreign, q_cat: Tensor, k_cat: Tensor, v_cat: Tensor, attention_mask: Tensor) -> Tensor:
-    q, k, v = (t.unflatten(-1, (mot.num_heads, -1)) for t in (q_cat, k_cat, v_cat))
+def _mixed_attention(
+    mot: Foreign, q_cat: Tensor, k_cat: Tensor, v_cat: Tensor, attention_mask: Tensor, *, num_heads: int | None = None
+) -> Tensor:
+    heads = mot.num_heads if num_heads is None else num_heads  # VPP 2 gives those of the expert that attends
+    q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q_cat, k_cat, v_cat))
     return attend_under_mask(SYSTEM, q, k, v, attention_mask).flatten(2)
 
 
 def _build_io(
-    tables: Tables, mot: Foreign, expert: Foreign, block: Foreign, x: Tensor, freqs: Tensor, t_mod: Tensor
-) -> tuple:
+    tables: Tables, mot: Foreign, expert: Foreign, block: Foreign, x: Tensor, freqs: Tensor | tuple[Tensor, Tensor],
+    t_mod: Tensor,
+) -> tuple:  # fmt: skip
     attn = block.self_attn
-    require_complex(SYSTEM, freqs)
-    table = tables.of(freqs, _table)
+    table = _table(tables, freqs, x.device)
     shift, scale, gate, *mlp = mot._split_modulation(block, t_mod)
     h = block.norm1(x) * (1 + scale) + shift
     q, k = norm_rope(SYSTEM, attn.q(h), attn.k(h), attn.norm_q, attn.norm_k, table, head_dim=attn.attn_head_dim)
@@ -62,6 +68,9 @@ def _build_io(
     return q.flatten(2), k.flatten(2), attn.v(h), x, gate, *mlp, checkpointed
 
 
-def _table(freqs: Tensor) -> Tensor:
-    """``[S, 1, D / 2]`` complex to ``[S, D / 2, 2]``."""
-    return torch.view_as_real(freqs[:, 0])
+def _table(tables: Tables, freqs: Tensor | tuple[Tensor, Tensor], device: torch.device) -> Tensor:
+    """``[S, D / 2, 2]`` of complex ``[S, 1, D / 2]``, or of LoongForge's cosines and sines ``[S, D / 2]``."""
+    if isinstance(freqs, tuple):
+        return torch.stack(freqs, -1).float()
+    require_complex(SYSTEM, freqs)
+    return tables.of(freqs, lambda freqs: torch.view_as_real(freqs[:, 0]).to(device), (device,))

@@ -46,12 +46,12 @@ _PARTS = ("to_q", "to_k", "to_v", "to_out", "norm_q", "norm_k", "inner_dim", "he
 
 
 def find(model: nn.Module) -> list[nn.Module]:
-    """The transformers of a model; diffusers has a class of the same name, but without ``attn_caches``."""
-    return [
-        m
-        for m in of_class(model, "WanTransformer3DModel")
-        if all(hasattr(getattr(block, "attn1", None), "attn_caches") for block in getattr(m, "blocks", [None]))
-    ]
+    """The transformers of a model; diffusers has a class of the same name, with neither ``attn_caches`` nor flex."""
+    return [m for m in of_class(model, "WanTransformer3DModel") if _has_caches(m) or of_class(m, "FlexAttnFunc")]
+
+
+def _has_caches(model: Foreign) -> bool:
+    return all(hasattr(getattr(block, "attn1", None), "attn_caches") for block in getattr(model, "blocks", [None]))
 
 
 def apply(patch: Patch, models: list[Foreign]) -> None:
