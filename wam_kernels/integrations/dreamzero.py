@@ -42,8 +42,8 @@ def apply(patch: Patch, attentions: list[Foreign]) -> None:
         require_kernel(SYSTEM, attn.q.weight.new_empty(attn.head_dim))
         if getattr(attn, "_dreamzero_context_parallel_enabled", False):
             raise Unsupported(
-                f"patch: {SYSTEM} as LoongForge has it must have context_parallel_size=1, where a rank's tokens are the "
-                "whole sequence"
+                f"patch: {SYSTEM} as LoongForge has it must have context_parallel_size=1, where a rank has the "
+                "whole sequence of tokens"
             )
         if not attn.qk_norm:
             raise Unsupported(f"patch: {SYSTEM}'s attention must have qk_norm=True, got {attn.qk_norm}")
