@@ -81,6 +81,12 @@ class TrainConfig:
             holds; 0 for none. It always spans the last 1 / (ema + 1) or so of the run, so training may stop at any
             time, without a learning rate that has to know when.
         save_every: Steps between checkpoints.
+        frozen: Components that do not train: ``video``, ``video.blocks``, ``video.text``, ``action``,
+            ``action.blocks``, ``words``, or modules of the model by name.
+        lora: Components that train through LoRA adapters on their linear maps alone, by ``peft``; named as in
+            ``frozen``.
+        lora_rank: Of an adapter.
+        lora_scale: What an adapter's product is multiplied by: alpha / rank.
 
     Raises:
         ValueError: a value of the wrong type or outside its range; the message names the field.
@@ -110,6 +116,10 @@ class TrainConfig:
     clip_norm: float = 1.0
     ema: float = 7.0
     save_every: int = 500
+    frozen: tuple[str, ...] = ()
+    lora: tuple[str, ...] = ()
+    lora_rank: int = 16
+    lora_scale: float = 1.0
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, ModelConfig):
@@ -133,6 +143,10 @@ class TrainConfig:
             check_field(self, name, number, 0)
         check_field(self, "schedule", choice, SCHEDULES)
         check_field(self, "beta2", number, 0, 0.999999)
+        for name in ("frozen", "lora"):
+            check_field(self, name, _names)
+        check_field(self, "lora_rank", whole, 1, LARGEST_SIZE)
+        check_field(self, "lora_scale", number, SMALLEST_POSITIVE)
 
     def to_dict(self) -> dict[str, Any]:
         """A dict that ``json.dumps`` takes."""
@@ -217,6 +231,12 @@ def _programs(where: str, value: Any) -> tuple[str, ...]:
     listed = isinstance(value, list | tuple | Mapping) and value
     if not listed or not all(p in PROGRAMS for p in value) or len(set(value)) < len(value):
         raise ValueError(f"{where} must be some of {tuple(PROGRAMS)}, each once, got {value!r}")
+    return tuple(value)
+
+
+def _names(where: str, value: Any) -> tuple[str, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(v, str) and v for v in value):
+        raise ValueError(f"{where} must be a list of names of components, got {value!r}")
     return tuple(value)
 
 

@@ -15,6 +15,7 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
+from ..weights.parts import is_adapter
 from .config import TrainConfig
 
 # Quintic Newton-Schulz iteration of Jordan et al.: drives singular values between 0 and 1 to about 1 in a few rounds.
@@ -70,10 +71,13 @@ class Muon(torch.optim.Optimizer):
         return loss
 
 
-def make_optimizers(learner: nn.Module, config: TrainConfig) -> tuple[Muon, torch.optim.AdamW]:
-    """Muon for the matrices of the blocks; AdamW for the rest, of which only matrices decay."""
-    named = list(learner.named_parameters())
-    inner = [p for n, p in named if p.ndim == 2 and ".packed_blocks." in n]
+def make_optimizers(learner: nn.Module, config: TrainConfig) -> tuple[torch.optim.Optimizer, ...]:
+    """Muon for the matrices of the blocks; AdamW for the rest and for adapters, of which only matrices decay.
+
+    They hold what trains; one that has nothing to do is left out.
+    """
+    named = [(n, p) for n, p in learner.named_parameters() if p.requires_grad]
+    inner = [p for n, p in named if p.ndim == 2 and ".packed_blocks." in n and not is_adapter(n)]
     ids = {id(p) for p in inner}
     outer = [(n, p) for n, p in named if id(p) not in ids]
     decayed = [p.ndim == 2 and not n.startswith("text.") and "table" not in n for n, p in outer]
@@ -81,8 +85,12 @@ def make_optimizers(learner: nn.Module, config: TrainConfig) -> tuple[Muon, torc
         {"params": [p for (_, p), d in zip(outer, decayed, strict=True) if d], "weight_decay": config.weight_decay},
         {"params": [p for (_, p), d in zip(outer, decayed, strict=True) if not d], "weight_decay": 0.0},
     ]
-    adamw = torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True)
-    return Muon(inner, config.learning_rate, weight_decay=config.weight_decay), adamw
+    made: list[torch.optim.Optimizer] = []
+    if inner:
+        made.append(Muon(inner, config.learning_rate, weight_decay=config.weight_decay))
+    if outer:
+        made.append(torch.optim.AdamW(groups, lr=config.learning_rate, betas=(0.9, config.beta2), fused=True))
+    return tuple(made)
 
 
 def set_learning_rate(optimizers: Iterable[torch.optim.Optimizer], rate: float) -> None:

@@ -16,12 +16,14 @@ from ..model.checkpoint import CONFIG, TRAINING, Checkpoint
 from ..model.weights import abridged, check_finite, load_weights
 from ..runtime.checks import whole
 from ..text import WordEmbedding
+from ..weights.parts import adapters_of
 from .config import TrainConfig
 from .optimizers import STATE_NAMES
 
 Found = TypeVar("Found")
 
 ENTRIES = {"step", "planned", "generator", "weights", "optimizers"}  # of a training state
+ADAPTERS = "adapters"  # one more where there are any: their averages, which in the checkpoint's model are merged
 
 
 def check_resumable(config: TrainConfig, data: ClipDataset, resume: Checkpoint) -> WordEmbedding:
@@ -54,12 +56,15 @@ def check_resumable(config: TrainConfig, data: ClipDataset, resume: Checkpoint) 
     return resume.text
 
 
-def averaged_weights(resume: Checkpoint, device: torch.device) -> dict[str, Tensor]:
-    """The averaged weights of a checkpoint that :func:`check_resumable` took, by the learner's names, as copies."""
+def averaged_weights(resume: Checkpoint, learner: nn.Module, device: torch.device) -> dict[str, Tensor]:
+    """The averaged weights of a checkpoint that :func:`restore` put in place, by the learner's names, as copies."""
     average = {f"model.{k}": v for k, v in resume.model.state_dict().items()}
     if resume.text is not None:
         average |= {f"text.{k}": v for k, v in resume.text.state_dict().items()}
-    return {k: v.detach().to(device, copy=True) for k, v in average.items()}
+    average |= (resume.training_state or {}).get(ADAPTERS, {})
+    # what is under an adapter is frozen, so it is its own average
+    own = learner.state_dict()
+    return {k: average.get(k, v).detach().to(device, copy=True) for k, v in own.items()}
 
 
 def restore(
@@ -72,8 +77,9 @@ def restore(
     """
     file = (resume.folder or Path()) / TRAINING
     state = resume.training_state or {}
-    if not set(state) <= ENTRIES:
-        unknown = sorted(map(str, set(state) - ENTRIES))
+    adapters = adapters_of(learner.state_dict())
+    if not set(state) <= (entries := ENTRIES | {ADAPTERS} if adapters else ENTRIES):
+        unknown = sorted(map(str, set(state) - entries))
         raise ValueError(f"{file}: unknown entries {unknown}; resume with the version that wrote it")
     step = _use(file, state, "step", _step_number)
     planned_end = _use(file, state, "planned", lambda value: None if value is None else _step_number(value))
@@ -83,6 +89,8 @@ def restore(
     _use(file, state, "generator", generator.set_state)
     _use(file, state, "weights", partial(_load_weights, learner))
     _use(file, state, "optimizers", partial(_load_optimizers, optimizers, step))
+    if adapters:
+        _use(file, state, ADAPTERS, partial(_check_adapters, adapters))
     # else that run is over, and this one goes beyond
     return step, planned_end if planned_end is not None and step < planned_end else None
 
@@ -107,6 +115,12 @@ def _load_weights(learner: nn.Module, weights: Mapping[str, Tensor]) -> None:
     if unused:
         raise ValueError(f"keys that the model does not have: {abridged(unused)}")
     check_finite(learner.state_dict())
+
+
+def _check_adapters(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    if {k: list(v.shape) for k, v in saved.items()} != {k: list(v.shape) for k, v in own.items()}:
+        raise ValueError("must be the adapters of this config's lora and lora_rank, got others")
+    check_finite(saved)
 
 
 def _load_optimizers(optimizers: Sequence[torch.optim.Optimizer], step: int, states: Sequence[dict[str, Any]]) -> None:

@@ -28,13 +28,14 @@ from ..rollout.policy import Policy
 from ..runtime.checks import instance, whole
 from ..runtime.limits import LARGEST_INT64
 from ..text import WordEmbedding
+from ..weights.parts import adapters_of, choose_parts, merged
 from .config import DECAY_PART, TrainConfig, check_fit
 from .ema import update_average
 from .initialise import initialise
 from .log import STREAMS, recent
 from .optimizers import make_optimizers, set_learning_rate
 from .periodic import PeriodicEvaluation
-from .resume import averaged_weights, check_resumable, restore
+from .resume import ADAPTERS, averaged_weights, check_resumable, restore
 from .run_folder import RunFolder
 from .step import TrainingConfig, training_step
 
@@ -104,6 +105,7 @@ def train(
             checkpoint without a training state or with a damaged one, an ``out`` that holds another run or cannot be
             written.
         TypeError: a config, data or checkpoint of another class.
+        ModuleNotFoundError: ``config.lora`` without the package peft.
         OSError: no room for a row or a checkpoint; the message names the file.
         FloatingPointError: a loss or a gradient that is not finite.
     """
@@ -169,14 +171,19 @@ class Trainer:
             self.text = WordEmbedding(words.vocabulary, config.model.text_dim, tokens=words.tokens)
         with torch.no_grad():
             self.text(data.tasks)  # what it refuses could be drawn an hour later
-        self.learner = nn.ModuleDict({"model": self.model, "text": self.text}).to(device).train()
+        self.learner = nn.ModuleDict({"model": self.model, "text": self.text})
+        choose_parts(
+            self.learner, frozen=config.frozen, lora=config.lora, lora_rank=config.lora_rank,
+            lora_scale=config.lora_scale,
+        )  # fmt: skip
+        self.learner.to(device).train()
         self.optimizers = make_optimizers(self.learner, config)
         self.average = {k: v.detach().clone() for k, v in self.learner.state_dict().items()}
         self.step = 0
         self.planned_end: int | None = None  # the last step, once the clock has decided it
         if resume is not None:
-            self.average = averaged_weights(resume, device)
             self.step, self.planned_end = restore(resume, self.learner, self.optimizers, self.generator)
+            self.average = averaged_weights(resume, self.learner, device)
         probabilities, self.step_configs = zip(*config.draws(), strict=True)
         self.probabilities = torch.tensor(probabilities)
         self.log: list[dict[str, Any]] = []
@@ -266,12 +273,12 @@ class Trainer:
         return self.step == (self.config.steps if self.planned_end is None else self.planned_end)
 
     def policy(self) -> Policy:
-        """The averaged weights as they are now, as a policy of its own."""
+        """The averaged weights as they are now, adapters merged, as a policy of its own."""
         sizes = self.config.model
         model = WorldActionModel(sizes).to(self.device).requires_grad_(False)
         text = WordEmbedding(self.text.vocabulary, sizes.text_dim, tokens=self.text.tokens)
         text = text.to(self.device).requires_grad_(False)
-        load_weights(nn.ModuleDict({"model": model, "text": text}), self.average)
+        load_weights(nn.ModuleDict({"model": model, "text": text}), merged(self.average, self.config.lora_scale))
         return Policy.of(model, text, self.data, self.rollout)
 
     def save(self, checkpoint: Path) -> None:
@@ -288,17 +295,16 @@ class Trainer:
         }
         if self.evaluation is not None:
             training["evaluation"] = dict(self.evaluation.settings)
-        self.policy().save(
-            checkpoint,
-            training=training,
-            training_state={
-                "weights": self.learner.state_dict(),
-                "optimizers": [o.state_dict() for o in self.optimizers],
-                "generator": self.generator.get_state(),
-                "step": self.step,
-                "planned": self.planned_end,
-            },
-        )
+        state: dict[str, Any] = {
+            "weights": self.learner.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+            "generator": self.generator.get_state(),
+            "step": self.step,
+            "planned": self.planned_end,
+        }
+        if adapters := adapters_of(self.average):
+            state[ADAPTERS] = adapters
+        self.policy().save(checkpoint, training=training, training_state=state)
 
     @contextmanager
     def _progress_bar(self, shown: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:

@@ -1,0 +1,123 @@
+"""Frozen components and LoRA adapters: what trains, what the optimizers hold, what a checkpoint keeps."""
+
+import copy
+import json
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+from wam_models import cli
+from wam_models.data import ClipDataset
+from wam_models.rollout.policy import Policy
+from wam_models.train import TrainConfig, train
+from wam_models.train.trainer import Trainer
+from wam_models.weights.parts import COMPONENTS, adapters_of, merged, named_by
+
+CPU = torch.device("cpu")
+LORA = {"frozen": ("video",), "lora": ("video.blocks", "core.proj_out"), "lora_rank": 3, "lora_scale": 2.0}
+
+
+def needs_peft():
+    pytest.importorskip("peft", reason="peft is in requirements/test.txt")
+
+
+def held(trainer):
+    """Ids of the parameters that the optimizers step."""
+    return {id(p) for o in trainer.optimizers for group in o.param_groups for p in group["params"]}
+
+
+def run(trainer, steps=3):
+    counted = iter(range(1, 100))
+    return trainer.run(stop=lambda: next(counted) == steps, progress=False)
+
+
+@pytest.mark.parametrize("frozen", [*COMPONENTS, "packed_block_stack.packed_blocks.0.action_block.attn1"])
+def test_what_is_frozen_stays_and_the_rest_trains(frozen, config, data):
+    trainer = Trainer(replace(config, frozen=(frozen,)), data, seed=0, device=CPU)
+    before = copy.deepcopy(trainer.learner.state_dict())
+    still = named_by([frozen], before, "")
+    trains = {name: p for name, p in trainer.learner.named_parameters() if name not in still}
+    assert still and held(trainer) == {id(p) for p in trains.values()}
+    done = run(trainer)
+    after = trainer.learner.state_dict()
+    moved = {name for name in after if not torch.equal(after[name], before[name])}
+    assert not moved & still and len(moved) > 0.7 * len(trains)  # three steps do not draw every objective
+    assert all(torch.equal(trainer.average[name], before[name]) for name in still)
+    whole = run(Trainer(config, data, seed=0, device=CPU), 1)
+    assert done.log[0]["loss"] == whole.log[0]["loss"] and done.log[0]["gradient"] <= whole.log[0]["gradient"]
+
+
+def test_adapters_train_and_merge_as_peft_merges_them(config, data):
+    needs_peft()
+    trainer = Trainer(replace(config, **LORA), data, seed=0, device=CPU)
+    before = copy.deepcopy(trainer.learner.state_dict())
+    adapters = adapters_of(before)
+    block = "model.packed_block_stack.packed_blocks.0.video_block."
+    linears = [f"{block}{a}.{m}" for a in ("attn1", "attn2") for m in ("to_q", "to_k", "to_v", "to_out.0")]
+    linears += [f"{block}ffn.net.0.proj", f"{block}ffn.net.2", "model.core.proj_out"]
+    assert {name.partition(".lora_")[0] for name in adapters} == set(linears)
+    assert all(value.shape[0 if "lora_A" in name else 1] == 3 for name, value in adapters.items())
+    fresh = Trainer(config, data, seed=0, device=CPU).learner.state_dict()
+    assert all(torch.equal(value, merged(before, 2.0)[name]) for name, value in fresh.items())  # B begins as 0
+    done = run(trainer)
+    after = trainer.learner.state_dict()
+    video = named_by(["video"], fresh, "")
+    moved = {name for name, value in after.items() if not torch.equal(value, before[name])}
+    assert set(adapters) <= moved and not {name.replace(".base_layer.", ".") for name in moved} & video
+    policy = done.policy.model
+    assert set(policy.state_dict()) == {name[6:] for name in fresh if name.startswith("model.")}
+    # peft's own merge, of the averaged weights
+    trainer.learner.load_state_dict(trainer.average)
+    for module in trainer.learner.modules():
+        if hasattr(module, "merge"):
+            module.merge()
+    theirs = trainer.learner.state_dict()
+    for name, value in policy.state_dict().items():
+        adapted = f"model.{name}".removesuffix("weight") + "base_layer.weight"
+        key = adapted if adapted in theirs else f"model.{name}".replace(".bias", ".base_layer.bias")
+        torch.testing.assert_close(value, theirs.get(key, theirs.get(f"model.{name}")), rtol=1e-6, atol=1e-7)
+
+
+def test_a_resumed_run_with_adapters_goes_on_exactly(config, data, root, tmp_path):
+    needs_peft()
+    config = replace(config, **LORA)
+    whole = train(config, data, seed=3, progress=False)
+    rows = []
+    cut = train(config, data, seed=3, out=tmp_path, stop=lambda: rows.append(0) or len(rows) == 5, progress=False)
+    policy, found = Policy.load(tmp_path / "checkpoint")
+    assert TrainConfig.from_dict(found.metadata["training"]["config"]) == config
+    assert not adapters_of(policy.model.state_dict()) and adapters_of(found.training_state["weights"])
+    again = ClipDataset(root, policy.codec)
+    damaged = copy.deepcopy(found)
+    del damaged.training_state["adapters"]["model.core.proj_out.lora_A.default.weight"]
+    with pytest.raises(ValueError, match=r"training.pt: adapters: must be the adapters of this config's lora"):
+        train(config, again, resume=damaged, progress=False)
+    rest = train(config, again, seed=99, resume=found, progress=False)
+    for field in ("loss", "gradient"):
+        assert [row[field] for row in cut.log + rest.log] == [row[field] for row in whole.log]
+    for a, b in zip(whole.policy.model.parameters(), rest.policy.model.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_what_cannot_be_frozen_or_adapted_is_named(config, data, root, tmp_path, monkeypatch, capsys):
+    for field, value, message in (
+        ("frozen", ("vidoe",), "frozen must be some of .*, or modules of the model by name, got 'vidoe'"),
+        ("frozen", ("video", "action", "words"), "frozen leaves nothing to train"),
+        ("lora", ("core.scale_shift_table",), "lora must be of components with linear maps"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Trainer(replace(config, **{field: value}), data, seed=0, device=CPU)
+    for values in ({"frozen": "video"}, {"lora": [1]}, {"lora_rank": 0}, {"lora_scale": 0}):
+        with pytest.raises(ValueError, match=f"TrainConfig: {next(iter(values))}"):
+            TrainConfig(**values)
+    with pytest.raises(
+        ValueError, match=r"without their other half or their linear map: \['a.lora_A.default.weight'\]"
+    ):
+        merged({"a.lora_A.default.weight": torch.zeros(1, 1)}, 1.0)
+    monkeypatch.setitem(sys.modules, "peft", None)
+    settings = tmp_path / "config.json"
+    settings.write_text(json.dumps(replace(config, lora=("video",)).to_dict()))
+    assert cli.main(["train", "--data", str(root), "--config", str(settings), "--out", str(tmp_path / "run")]) == 2
+    assert "the Python package 'peft' is not installed" in capsys.readouterr().err
