@@ -167,15 +167,17 @@ def _pairs_of_plan(q: Tensor, runs: Tensor, shared: bool) -> int:
 
 @register_flop_formula(torch.ops.wam.block_attention, get_raw=True)
 def _block_attention_flops(q: Tensor, k: Tensor, v: Tensor, *args, out_val=None, **kwargs) -> int:
-    # the plan's tensors end with its runs; then shared, step, scale, impl
+    # the plan's tensors end with its runs with a gradient and its runs; then shared, step, scale, impl
     runs, shared = args[-5:-3]
     return 4 * q.shape[2] * q.shape[3] * _pairs_of_plan(q, runs, shared)
 
 
 @register_flop_formula(torch.ops.wam.block_attention_backward, get_raw=True)
 def _block_attention_backward_flops(dout: Tensor, dlse: Tensor, q: Tensor, *args, out_val=None, **kwargs) -> int:
-    runs, shared = args[-5:-3]
-    return 10 * q.shape[2] * q.shape[3] * _pairs_of_plan(q, runs, shared)
+    gradient, runs, shared = args[-6:-3]
+    pairs = _pairs_of_plan(q, runs, shared)
+    of_keys = _pairs_of_plan(q, gradient, shared) if gradient.shape[0] else pairs
+    return (6 * pairs + 4 * of_keys) * q.shape[2] * q.shape[3]
 
 
 @register_flop_formula(

@@ -55,6 +55,46 @@ def run(plan: Plan, inputs: list[torch.Tensor], impl: str | None, scale: float |
     return [out.detach(), lse.detach(), *grads]
 
 
+def run_detached(plan: Plan, inputs: list[torch.Tensor], scale: float | None = None) -> list[torch.Tensor]:
+    """As :func:`run`, by autograd of plain products: for pairs with a stop-gradient k and v are detached."""
+    q, k, v = (t.detach().requires_grad_() for t in inputs[:3])
+    out, lse = attend_detached(plan, q, k, v, scale)
+    dout, dlse = inputs[3], inputs[4].to(lse.dtype).masked_fill(torch.isinf(lse), 0.0)
+    return [out.detach(), lse.detach(), *torch.autograd.grad((out, lse), (q, k, v), (dout, dlse))]
+
+
+def attend_detached(plan: Plan, q, k, v, scale: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """out and lse. Fully masked rows have a score of 0 for the key that they do not attend to."""
+    mask, flow = plan.mask(), plan.mask(gradient=True)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+    scores = torch.where(flow, q @ k.mT, q @ k.detach().mT) * scale
+    blind = ~mask.any(-1)
+    scores = scores.masked_fill(~(mask | blind[..., None]), float("-inf")).masked_fill(blind[..., None], 0.0)
+    p = scores.softmax(-1).masked_fill(blind[..., None], 0.0)
+    lse = scores.logsumexp(-1).masked_fill(blind, float("-inf"))
+    return ((p * flow) @ v + (p * ~flow) @ v.detach()).transpose(1, 2), lse
+
+
+def stopped_plan() -> Plan:
+    """Two programs of uneven ends, padding, fully masked rows; video gets no gradients from actions."""
+    alone = small("decoupled_same_step", video_frames=0, action_frames=2, startup_action_frames=2)
+    short = {"video_frames": 3, "action_frames": 3, "history": "full"}
+    batch = [[alone, small("joint", video_tokens=7, **short)], [small("video_then_action", prefix_frames=1, **short)]]
+    plan = compile_plan(batch, length=75, stop_gradient=[("action", "video")])
+    assert 0 < plan.gradient_pairs < plan.visible_pairs and (plan.mask().sum(-1) == 0).any()
+    return plan
+
+
+def insulated_plan() -> Plan:
+    """Knowledge insulation of pi-0: the prefix gets no gradients from the state and the actions that attend to it."""
+    sample = RULE_PROGRAMS["prefix_suffix"](prefix=45, actions=9, states=1, padding=((20, 26),))
+    plan = compile_plan(sample, length=70, stop_gradient=[("action", "prefix"), ("state", "prefix")])
+    assert 0 < plan.gradient_pairs < plan.visible_pairs
+    return plan
+
+
 def check_against_reference(
     plan: Plan, inputs: list[torch.Tensor], impl: str | None, scale: float | None = None
 ) -> None:

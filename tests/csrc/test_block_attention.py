@@ -10,10 +10,12 @@ import torch
 from tests.block_attention.checks import (
     NAMES,
     blind_plan,
+    insulated_plan,
     make_inputs,
     ragged_plan,
     rectangular_plan,
     run,
+    stopped_plan,
 )
 from tests.budget import assert_within_budget
 from tests.geometries import libero, small
@@ -65,6 +67,8 @@ def test_every_program(machine, program, history):
         pytest.param(ragged_plan, 2, 2, 2, 64, FP16, id="ragged-batch"),
         pytest.param(blind_plan, 1, 1, 1, 128, BF16, id="fully-masked-rows"),
         pytest.param(rectangular_plan, 2, 3, 1, 64, BF16, id="rectangular-groups-of-three"),
+        pytest.param(stopped_plan, 2, 2, 1, 64, BF16, id="stop-gradient"),
+        pytest.param(insulated_plan, 1, 1, 1, 128, FP16, id="insulated-prefix"),
         pytest.param(lambda: compile_plan([small(), small(window=2)]), 2, 4, 2, 128, FP16, id="groups-of-two"),
         pytest.param(lambda: compile_plan(Ranges((), (), 70, 40)), 1, 1, 1, 64, BF16, id="no-pair"),
         pytest.param(lambda: compile_plan(small(video_tokens=13), length=203), 3, 1, 1, 64, BF16, id="shared-plan"),

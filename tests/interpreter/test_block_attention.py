@@ -11,10 +11,12 @@ from tests.block_attention.checks import (
     check_edge,
     check_infinite_scores,
     check_nan_stays,
+    insulated_plan,
     make_inputs,
     ragged_plan,
     rectangular_plan,
     run,
+    stopped_plan,
 )
 from tests.geometries import libero, small
 from tests.interpreter.bf16 import pack, unpack
@@ -73,6 +75,14 @@ def test_shapes_and_dtypes(plan, B, H, D, dtype):
 )
 def test_grouped_query_heads_and_rectangular_plans(plan, B, H, kv_heads, D, dtype):
     check_against_reference(plan, make_inputs(plan, B, H, D, dtype, kv_heads=kv_heads), "triton")
+
+
+@pytest.mark.parametrize(
+    "make_plan, B, H, dtype", [(stopped_plan, 2, 2, torch.float32), (insulated_plan, 1, 1, torch.bfloat16)]
+)
+def test_stop_gradient(make_plan, B, H, dtype):
+    plan = make_plan()
+    check_against_reference(plan, make_inputs(plan, B, H, 16, dtype, kv_heads=1), "triton")
 
 
 def test_pieces_of_tiles_and_sums_apart(monkeypatch):

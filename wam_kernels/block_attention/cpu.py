@@ -10,6 +10,8 @@ one chunk, or both where their keys agree. So a run needs no mask: lay its slice
 Nothing masked is multiplied, so a NaN stays with the rows that attend to it. A row whose scores are all -inf has out 0
 and lse -inf, like a fully masked one.
 
+A plan may stop gradients: then p and ds of a run go into dq whole, and into dk and dv with the keys that are left.
+
 Runs are visited in order, so dk and dv sum in the same order every time. Work is float32 (float64 for float64).
 Query heads that share a key head are laid under each other as more rows of one GEMM, which also sums their dk and dv.
 
@@ -22,15 +24,37 @@ from torch import Tensor
 _Slices = list[tuple[int, int]]
 
 
+def _ranges(bounds: list[int]) -> tuple[tuple[int, int], ...]:
+    return tuple((lo, hi) for lo, hi in zip(bounds[::2], bounds[1::2], strict=True) if lo < hi)
+
+
 def _runs(runs: Tensor) -> list[tuple[int, _Slices, _Slices]]:
     """(batch element, query slices, key slices) of every run; empty ranges dropped, blind queries left out."""
+    return [(b, queries, keys) for b, queries, keys, _ in _gradient_runs(runs, runs)]
+
+
+def _gradient_runs(runs: Tensor, gradient: Tensor) -> list[tuple[int, _Slices, _Slices, _Slices]]:
+    """As :func:`_runs`, and the slices of the keys that get gradients."""
     queries: dict[tuple, _Slices] = {}
-    for b, start, end, *bounds in runs.tolist():
-        keys = tuple((lo, hi) for lo, hi in zip(bounds[::2], bounds[1::2], strict=True) if lo < hi)
+    for (b, start, end, *bounds), (_, _, _, *kept) in zip(runs.tolist(), gradient.tolist(), strict=True):
+        keys = _ranges(bounds)
         if keys:
             # a 16-row action run is a poor GEMM; joined to its chunk's video run it is nearly free
-            queries.setdefault((b, keys), []).append((start, end))
-    return [(b, slices, list(keys)) for (b, keys), slices in queries.items()]
+            queries.setdefault((b, keys, _ranges(kept)), []).append((start, end))
+    return [(b, slices, list(keys), list(kept)) for (b, keys, kept), slices in queries.items()]
+
+
+def _inside(keys: _Slices, kept: _Slices) -> tuple[_Slices, _Slices]:
+    """``kept``, all of it in ``keys``, and its places where ``keys`` are laid end to end, slice by slice."""
+    tokens, places, at = [], [], 0
+    for begin, end in keys:
+        for lo, hi in kept:
+            lo, hi = max(lo, begin), min(hi, end)
+            if lo < hi:
+                tokens.append((lo, hi))
+                places.append((at + lo - begin, at + hi - begin))
+        at += end - begin
+    return tokens, places
 
 
 def _take(t: Tensor, slices: _Slices) -> Tensor:
@@ -92,14 +116,15 @@ def forward(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, shared: bool, scale: 
 @torch.autocast("cpu", enabled=False)
 def backward(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, runs: Tensor,
-    shared: bool, scale: float,
+    gradient: Tensor, shared: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """dq, dk, dv. ``gradient``: the runs, with the keys that get gradients; without rows where all do."""
     H, Hkv, acc = q.shape[2], k.shape[2], lse.dtype
     q_GSD, k_NTD, v_NTD, dout_GSD = (_heads(t, acc) for t in (q, k, v, dout))
     dq_GSD, dk_NTD, dv_NTD = (torch.zeros_like(t) for t in (q_GSD, k_NTD, v_NTD))
     lse_GS = _finite(lse).flatten(0, 1)
     delta_GS = (dout_GSD * _heads(out, acc)).sum(-1) - dlse.flatten(0, 1)
-    for b, queries, keys in _runs(runs):
+    for b, queries, keys, kept in _gradient_runs(runs, gradient if gradient.shape[0] else runs):
         g, n = (slice(None) if shared else slice(b * heads, (b + 1) * heads) for heads in (H, Hkv))
         q_heads, k_run, v_run = _take(q_GSD[g], queries), _take(k_NTD[n], keys), _take(v_NTD[n], keys)
         N = k_run.shape[0]
@@ -107,7 +132,12 @@ def backward(
         lse_run, delta_run = (_stack(_take(t[g], queries), N)[..., None] for t in (lse_GS, delta_GS))
         p = torch.baddbmm(lse_run, q_run, k_run.mT, beta=-1).exp_()
         ds = torch.baddbmm(delta_run, dout_run, v_run.mT, beta=-1).mul_(p)
-        _add(dv_NTD[n], keys, p.mT @ dout_run)
-        _add(dk_NTD[n], keys, ds.mT @ q_run)
+        p_keys, ds_keys = p.mT, ds.mT
+        if kept != keys:
+            kept, places = _inside(keys, kept)
+            p_keys, ds_keys = (_take(t, places) if kept else t for t in (p_keys, ds_keys))
+        if kept:
+            _add(dv_NTD[n], kept, p_keys @ dout_run)
+            _add(dk_NTD[n], kept, ds_keys @ q_run)
         _put(dq_GSD[g], queries, (ds @ k_run).mul_(scale).view(q_heads.shape))
     return _unheads(dq_GSD, q), _unheads(dk_NTD, k), _unheads(dv_NTD, v)

@@ -22,7 +22,8 @@ _ROW = OPS[_OP]
 _SIDE = len(Side.FIELDS)
 _BOX_SIDE = len(BoxSide.FIELDS)
 
-# ---- the registered forward and backward: after the tensors, those of a plan (query side, key side, runs) ----
+# ---- the registered forward and backward: after the tensors, those of a plan (query side, key side, runs with a
+# ---- gradient, runs) ----
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *args):
@@ -35,7 +36,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, *args):
 def _backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args):
     *plan, shared, step, scale, impl = args
     if impl == "cpu":
-        return cpu.backward(dout, dlse, q, k, v, out, lse, plan[-1], shared, scale)
+        return cpu.backward(dout, dlse, q, k, v, out, lse, plan[-1], plan[-2], shared, scale)
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
     sides = plan[:_SIDE], plan[_SIDE : 2 * _SIDE]
     grads = launchers(__package__, impl).backward
@@ -124,7 +125,7 @@ register_attention(
     "wam::block_attention",
     _forward,
     _backward,
-    [*(f"{side}_{name}" for side in ("query", "key") for name in Side.FIELDS), "runs"],
+    [*(f"{side}_{name}" for side in ("query", "key") for name in Side.FIELDS), "gradient_runs", "runs"],
     ["bool shared", "int step", "float scale", "str impl"],
 )
 register_attention(
@@ -193,6 +194,8 @@ def block_attention(
     their sample and in rows that share a tile with one that attends to them; what attends to nothing, or is attended
     to by nothing, gets gradient 0 whatever it holds.
 
+    Pairs with a stop-gradient in the plan are left out of dk and dv; out, lse and dq are as without.
+
     Args:
         q: ``[B, S, H, D]``, bf16, fp16 or float32; last dim stride 1, others free. D a multiple of 8 from 8 to 256.
         k: ``[B, T, Hkv, D]``, otherwise as ``q``; Hkv divides H, and query head h reads key head h // (H / Hkv).
@@ -244,7 +247,9 @@ def block_attention(
     impl = chosen_backend(q, impl)
     scale = dims["D"] ** -0.5 if scale is None else number(_OP, "scale", scale)
     if impl == "reference":
-        out, lse = reference.block_attention(q, k, v, plan.mask(), scale)
+        mask = plan.mask()
+        stopped = plan.gradient_pairs != plan.visible_pairs
+        out, lse = reference.block_attention(q, k, v, mask, plan.mask(gradient=True) if stopped else mask, scale)
         return (out, lse) if return_lse else out
     for name, t in (("q", q), ("k", k), ("v", v)):
         if t.stride(-1) != 1:

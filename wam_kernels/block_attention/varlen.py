@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..masks.ranges import IntPairs, Ranges
+from ..masks.ranges import Flags, IntPairs, Ranges
 from ..plan import Plan, compile_plan
 from ..runtime.checks import bind_dims, number
 from ..runtime.host import eager
@@ -19,6 +19,7 @@ from .op import block_attention
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, q_ranges: IntPairs, k_ranges: IntPairs, *,
     softmax_scale: float | None = None, return_lse: Literal[False] = False, impl: str | None = None,
+    stop_gradient: Flags | None = None,
 ) -> Tensor: ...  # fmt: skip
 
 
@@ -26,6 +27,7 @@ def varlen_attention(
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, q_ranges: IntPairs, k_ranges: IntPairs, *,
     softmax_scale: float | None = None, return_lse: Literal[True], impl: str | None = None,
+    stop_gradient: Flags | None = None,
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -33,6 +35,7 @@ def varlen_attention(
 def varlen_attention(
     q: Tensor, k: Tensor, v: Tensor, q_ranges: IntPairs, k_ranges: IntPairs, *,
     softmax_scale: float | None = None, return_lse: bool = False, impl: str | None = None,
+    stop_gradient: Flags | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
@@ -46,6 +49,7 @@ def varlen_attention(
     softmax_scale: float | None = None,
     return_lse: bool = False,
     impl: str | None = None,
+    stop_gradient: Flags | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over packed tokens in which the queries of ``q_ranges[i]`` attend to the keys of ``k_ranges[i]``, for
     every i.
@@ -65,6 +69,9 @@ def varlen_attention(
         softmax_scale: Factor on the scores; default ``D ** -0.5``.
         return_lse: Also return the log-sum-exp of every row's scores.
         impl: As in :func:`block_attention`.
+        stop_gradient: bool ``[R]``, on the host: keys and values of ``k_ranges[i]`` get no gradient from the queries of
+            ``q_ranges[i]``, as if they were detached for them. A pair that another i names without it keeps its
+            gradient.
 
     Returns:
         out ``[total_q, H, D]``; with ``return_lse`` also lse ``[H, total_q]``, float32 (float64 for float64 inputs).
@@ -78,7 +85,7 @@ def varlen_attention(
     queries, keys = dims["total_q"], dims["total_k"]
     if softmax_scale is not None:
         softmax_scale = number("varlen_attention", "softmax_scale", softmax_scale)
-    plan = _plan_of(q_ranges, k_ranges, queries, keys, q.device)
+    plan = _plan_of(q_ranges, k_ranges, stop_gradient, queries, keys, q.device)
     # a plan has tokens: where there are none, one that nothing attends to
     q, k, v = (t if t.shape[0] else F.pad(t, (0, 0, 0, 0, 0, 1)) for t in (q, k, v))
     out, lse = block_attention(q[None], k[None], v[None], plan, scale=softmax_scale, impl=impl, return_lse=True)
@@ -87,6 +94,13 @@ def varlen_attention(
 
 
 @eager
-def _plan_of(q_ranges: IntPairs, k_ranges: IntPairs, queries: int, keys: int, device: torch.device) -> Plan:
-    ranges = Ranges(q_ranges, k_ranges, queries, keys)
+def _plan_of(
+    q_ranges: IntPairs,
+    k_ranges: IntPairs,
+    stop_gradient: Flags | None,
+    queries: int,
+    keys: int,
+    device: torch.device,
+) -> Plan:
+    ranges = Ranges(q_ranges, k_ranges, queries, keys, stop_gradient)
     return compile_plan(ranges, length=max(queries, 1), key_length=max(keys, 1), device=device)

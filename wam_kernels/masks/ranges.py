@@ -15,7 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from ..runtime.arrays import expand
-from ..runtime.checks import int_pairs, integer
+from ..runtime.checks import flags, int_pairs, integer
 
 # Key columns of one side: a row tests a token against every column's range, and Triton unrolls that test.
 MAX_COLUMNS = 32
@@ -31,6 +31,7 @@ class RangeRows(NamedTuple):
 
 
 IntPairs = Sequence[tuple[int, int]] | np.ndarray | Tensor
+Flags = Sequence[bool] | np.ndarray | Tensor
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -45,10 +46,12 @@ class Ranges:
         k_ranges: int ``[R, 2]``, begin and end of key tokens.
         length: Query tokens.
         key_length: Key tokens; default ``length``. Another number makes a rectangular plan: queries over a cache.
+        stop_gradient: bool ``[R]``: the keys and values of ``k_ranges[i]`` get no gradient from the queries of
+            ``q_ranges[i]``, which get theirs. A pair that another i names without it keeps its gradient. Default: none.
 
     Raises:
-        ValueError: a shape, numbers that are no integers, a range that leaves the tokens or runs backwards, or lengths
-            below 0.
+        ValueError: a shape, numbers that are no integers, a range that leaves the tokens or runs backwards, flags that
+            are not bool, or lengths below 0.
 
     Source: the (q_ranges, k_ranges) lists of MagiAttention's flexible flash attention.
     """
@@ -57,8 +60,16 @@ class Ranges:
     k_ranges: np.ndarray
     length: int
     key_length: int
+    stop_gradient: np.ndarray
 
-    def __init__(self, q_ranges: IntPairs, k_ranges: IntPairs, length: int, key_length: int | None = None) -> None:
+    def __init__(
+        self,
+        q_ranges: IntPairs,
+        k_ranges: IntPairs,
+        length: int,
+        key_length: int | None = None,
+        stop_gradient: Flags | None = None,
+    ) -> None:
         for name, value in (("length", length), ("key_length", length if key_length is None else key_length)):
             object.__setattr__(self, name, integer("Ranges", name, value))
         for name, pairs, tokens in (("q_ranges", q_ranges, self.length), ("k_ranges", k_ranges, self.key_length)):
@@ -75,6 +86,7 @@ class Ranges:
             raise ValueError(
                 f"Ranges: k_ranges must have R={len(self.q_ranges)} rows like q_ranges, got {len(self.k_ranges)}"
             )
+        object.__setattr__(self, "stop_gradient", flags("Ranges", "stop_gradient", stop_gradient, len(self.q_ranges)))
 
     @classmethod
     def from_mask(cls, mask: np.ndarray) -> Ranges:
@@ -95,7 +107,8 @@ class Ranges:
 
     @cached_property
     def _content(self) -> tuple:
-        return self.length, self.key_length, self.q_ranges.tobytes(), self.k_ranges.tobytes()
+        arrays = self.q_ranges, self.k_ranges, self.stop_gradient
+        return self.length, self.key_length, *(a.tobytes() for a in arrays)
 
     def __hash__(self) -> int:
         return hash(self._content)
@@ -104,16 +117,21 @@ class Ranges:
         return isinstance(other, Ranges) and self._content == other._content
 
     def __reduce__(self) -> tuple:
-        return Ranges, (self.q_ranges, self.k_ranges, self.length, self.key_length)
+        return Ranges, (self.q_ranges, self.k_ranges, self.length, self.key_length, self.stop_gradient)
 
     def __repr__(self) -> str:
-        return f"Ranges({len(self.q_ranges)} pairs, length={self.length}, key_length={self.key_length})"
+        stopped = f", {self.stop_gradient.sum()} with stop-gradient" if self.stop_gradient.any() else ""
+        return f"Ranges({len(self.q_ranges)} pairs{stopped}, length={self.length}, key_length={self.key_length})"
 
-    def dense_mask(self) -> np.ndarray:
-        """bool ``[length, key_length]``: for tests, pictures and the reference backend."""
+    def dense_mask(self, gradient: bool = False) -> np.ndarray:
+        """bool ``[length, key_length]``: for tests, pictures and the reference backend.
+
+        With ``gradient`` only the pairs through which keys and values get gradients.
+        """
         mask = np.zeros((self.length, self.key_length), bool)
-        for (q_begin, q_end), (k_begin, k_end) in zip(self.q_ranges, self.k_ranges, strict=True):
-            mask[q_begin:q_end, k_begin:k_end] = True
+        for q_range, k_range, stopped in zip(self.q_ranges, self.k_ranges, self.stop_gradient, strict=True):
+            if not (gradient and stopped):
+                mask[slice(*q_range), slice(*k_range)] = True
         return mask
 
     @cached_property
@@ -122,20 +140,33 @@ class Ranges:
         return _rows(self.q_ranges, self.k_ranges, self.length, self.key_length)
 
     @cached_property
+    def gradient_rows(self) -> RangeRows:
+        """The runs of :attr:`rows` and the keys that get gradients from them."""
+        if not self.stop_gradient.any():
+            return self.rows
+        flow, edges = ~self.stop_gradient, np.append(self.rows.start, self.length)
+        return _rows(self.q_ranges[flow], self.k_ranges[flow], self.length, self.key_length, edges)
+
+    @cached_property
     def key_rows(self) -> RangeRows:
-        """Runs of keys and the queries that attend to them."""
-        return _rows(self.k_ranges, self.q_ranges, self.key_length, self.length)
+        """Runs of keys and the queries that they get gradients from."""
+        flow = ~self.stop_gradient
+        return _rows(self.k_ranges[flow], self.q_ranges[flow], self.key_length, self.length)
 
 
-def _rows(q_ranges: np.ndarray, k_ranges: np.ndarray, length: int, key_length: int) -> RangeRows:
-    """Cut the queries wherever a pair begins or ends, and give every piece its keys, sorted into columns."""
+def _rows(
+    q_ranges: np.ndarray, k_ranges: np.ndarray, length: int, key_length: int, edges: np.ndarray | None = None
+) -> RangeRows:
+    """Cut the queries wherever a pair begins or ends (or at ``edges``, all of these among them), and give every piece
+    its keys, sorted into columns.
+    """
     used = (q_ranges[:, 0] < q_ranges[:, 1]) & (k_ranges[:, 0] < k_ranges[:, 1])
-    if not used.any():  # padding, above all: one fully masked row, if there are queries
-        zero = np.zeros(min(1, length), np.int64)
-        return RangeRows(zero, zero + length, zero, np.zeros((zero.size, 1, 2), np.int64))
     q_ranges, k_ranges = q_ranges[used], k_ranges[used]
-    edges = np.unique(np.concatenate([[0, length], q_ranges.ravel()]))
+    if edges is None:
+        edges = np.unique(np.concatenate([[0, length], q_ranges.ravel()]))
     start, count = edges[:-1], np.diff(edges)
+    if not used.any():  # padding, above all: one fully masked row, if there are queries
+        return RangeRows(start, count, np.zeros_like(start), np.zeros((start.size, 1, 2), np.int64))
 
     # every pair on every piece that it covers, in order of (piece, begin)
     first, last = np.searchsorted(edges, q_ranges).T

@@ -7,7 +7,7 @@ runs x runs and a plan what its ranges cost. ``wam_kernels.masks.systems`` has t
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cached_property, lru_cache
 from inspect import signature
@@ -84,13 +84,23 @@ class RuleGeometry:
     @cached_property
     def ranges(self) -> Ranges:
         """The predicate on every pair of runs, as ranges."""
+        return self.stopped(())
+
+    def stopped(self, pairs: Collection[tuple[str, str]]) -> Ranges:
+        """As :attr:`ranges`, with a stop-gradient for the ``pairs`` (segment of the query, segment of the key)."""
         shape = (self.queries.count.size, self.keys.count.size)
         visible = np.broadcast_to(self.visible(self.queries[:, None], self.keys[None, :]), shape)
-        change = np.diff(np.pad(visible.astype(np.int8), ((0, 0), (1, 1))), axis=1)
-        (row, begin), (_, end) = np.nonzero(change == 1), np.nonzero(change == -1)
+        kind = visible.astype(np.int8)  # 2: with a stop-gradient
+        for query, key in pairs:
+            of_query, of_key = self.segments.index(query), self.segments.index(key)
+            kind[visible & (self.queries.segment == of_query)[:, None] & (self.keys.segment == of_key)] = 2
+        change = np.diff(np.pad(kind, ((0, 0), (1, 1))), axis=1) != 0
+        before, after = np.pad(kind, ((0, 0), (1, 0))), np.pad(kind, ((0, 0), (0, 1)))
+        row, begin = np.nonzero(change & (after > 0))
+        _, end = np.nonzero(change & (before > 0))
         q, k = (np.concatenate([[0], runs.count.cumsum()]) for runs in (self.queries, self.keys))
         q_ranges, k_ranges = np.stack([q[row], q[row + 1]], 1), np.stack([k[begin], k[end]], 1)
-        return Ranges(q_ranges, k_ranges, self.length, self.key_length)
+        return Ranges(q_ranges, k_ranges, self.length, self.key_length, after[row, begin] == 2)
 
     def __reduce__(self) -> tuple:
         if self.program is not None and self.sizes is not None:

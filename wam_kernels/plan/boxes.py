@@ -17,9 +17,9 @@ warpgroup hold the scores (``words``), so one coalesced 4-byte load a thread mas
 
 What the format carries beyond the programs of today, each without another field:
 
-- no gradient from a pair of streams: the sides are independent, so its pairs are left out of the key side alone, where
-  dk and dv come from, and stay on the query side (forward and dq). No gradient to the queries would need query sides of
-  their own for the forward and for dq.
+- a stop-gradient of a pair of streams: the sides are independent, so its pairs are left out of the key side alone,
+  where dk and dv come from, and stay on the query side (forward and dq). No gradient to the queries would need query
+  sides of their own for the forward and for dq.
 - any number of streams and query groups: they are nothing but row sets (``SideRows.row_set``), the order in which rows
   fill tiles.
 - many query batches on one row of a cache: a tile names the batch element of its rows and that of its steps. In the
@@ -82,6 +82,11 @@ class BoxSide:
         """(row, token) pairs that the two halves compute, masked ones too."""
         n0, n_full, n_both, n1 = self.tiles[:, 3:7].sum(0).tolist()
         return HALF * (2 * FULL * n_full + MASKED * (n0 + 2 * n_both + n1))
+
+    @property
+    def idle_tiles(self) -> int:
+        """Tiles without a step: their kernel only writes zeros."""
+        return int((self.tiles[:, 3:7] == 0).all(1).sum())
 
 
 class Boxes(Packed):

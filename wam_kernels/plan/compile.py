@@ -17,19 +17,20 @@ the form's one buffer: touching fresh memory costs more than computing what goes
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 
+from ..masks.programs import STREAMS
 from ..masks.ranges import Ranges
 from ..masks.rules import RuleGeometry
 from ..masks.visibility import Geometry
 from ..runtime.checks import MAX_INT, integer
 from ..runtime.host import device_of, eager, host_side
 from .plan import FORMS, Plan
-from .side_rows import batch_rows
+from .side_rows import StreamPairs, batch_rows
 from .tile_shape import LONG_WINDOW, TileShape, tile_shape
 
 # What a plan is made of: one sample, whose tokens attend to each other and nothing else.
@@ -45,6 +46,7 @@ def compile_plan(
     device: torch.device | str = "cpu",
     tile: TileShape | None = None,
     impl: str | None = None,
+    stop_gradient: Collection[tuple[str, str]] = (),
 ) -> Plan:
     """Compile geometries into a :class:`Plan`. Cached by geometry; never builds anything of size S x S.
 
@@ -59,22 +61,19 @@ def compile_plan(
         impl: The backend of ``block_attention`` whose index tensors are made now: ``"cpu"``, ``"triton"``, ``"cuda"``.
             Those of the others are made at their first use, which ``torch.compile`` cannot trace. Default: the one
             that tensors on ``device`` get.
+        stop_gradient: Pairs (query stream, key stream): keys and values of that stream get no gradient from those
+            queries, as if they were detached for them. The forward and the gradients of the queries are as without.
+            Streams of a Geometry are ``"video"`` and ``"action"``, those of a RuleGeometry are its ``segments``.
+            ``Ranges`` mark their own entries.
 
     Raises:
         ValueError: an empty batch, no queries or no keys at all, ``length`` or ``key_length`` that is no integer or
-            shorter than the samples, more tokens than int32 counts (than boxes can name, for ``impl="cuda"``), or
-            another ``impl``.
+            shorter than the samples, more tokens than int32 counts (than boxes can name, for ``impl="cuda"``),
+            another ``impl``, or a ``stop_gradient`` that is no such pairs or names no stream of some sample.
         TypeError: an entry that is none of the three.
     """
-    packed = tuple(_listed(entry) for entry in _listed(batch))
-    if not packed:
-        raise ValueError("compile_plan: batch must hold at least one geometry, got none; pass a Geometry")
-    for samples in packed:
-        for sample in samples:
-            if not isinstance(sample, Sample):
-                kind = type(sample).__name__
-                raise TypeError(f"compile_plan: batch must hold Geometry, RuleGeometry or Ranges objects, got {kind}")
-    packed = tuple(tuple(s.ranges if isinstance(s, RuleGeometry) else s for s in samples) for samples in packed)
+    stopped = _stream_pairs(stop_gradient)
+    packed = _packed(batch, stopped)
     square = all(s.length == s.key_length for samples in packed for s in samples)
     longest = max(sum(s.length for s in samples) for samples in packed)
     longest_keys = max(sum(s.key_length for s in samples) for samples in packed)
@@ -101,7 +100,7 @@ def compile_plan(
         raise ValueError(f"compile_plan: impl must be one of {', '.join(FORMS)} or None, got {impl!r}")
     # what is tuned for this GPU is known as soon as CUDA runs, so plans from before are others
     tuned_tiles = tile is None and torch.cuda.is_initialized()
-    plan = compiled(packed, (length, key_length), tile, tuned_tiles, device_of("compile_plan", device))
+    plan = compiled(packed, stopped, (length, key_length), tile, tuned_tiles, device_of("compile_plan", device))
     plan.compile_for(impl)
     return plan
 
@@ -114,6 +113,52 @@ def _listed(samples: Any) -> tuple:
         return (samples,)
 
 
+def _packed(batch: Any, stopped: StreamPairs) -> tuple[tuple[Geometry | Ranges, ...], ...]:
+    """The samples of each batch element, those of rules as ranges."""
+    packed = tuple(_listed(entry) for entry in _listed(batch))
+    if not packed:
+        raise ValueError("compile_plan: batch must hold at least one geometry, got none; pass a Geometry")
+    for samples in packed:
+        for sample in samples:
+            if not isinstance(sample, Sample):
+                kind = type(sample).__name__
+                raise TypeError(f"compile_plan: batch must hold Geometry, RuleGeometry or Ranges objects, got {kind}")
+            if stopped:
+                _require_streams(sample, stopped)
+    return tuple(tuple(_ranges(s, stopped) if isinstance(s, RuleGeometry) else s for s in each) for each in packed)
+
+
+def _stream_pairs(stop_gradient: Any) -> StreamPairs:
+    """The pairs, each once and sorted, so that equal ones make one plan."""
+    if not isinstance(stop_gradient, tuple | list | set | frozenset):
+        stop_gradient = (stop_gradient,)  # no pair: refused below
+    for pair in stop_gradient:
+        names = pair if isinstance(pair, tuple | list) else ()
+        if len(names) != 2 or not all(isinstance(name, str) for name in names):
+            raise ValueError(
+                "compile_plan: stop_gradient must hold pairs (query stream, key stream) of names, got "
+                f"{pair!r}; use as [('action', 'video')]"
+            )
+    return tuple(sorted({(query, key) for query, key in stop_gradient}))
+
+
+def _require_streams(sample: Sample, pairs: StreamPairs) -> None:
+    if isinstance(sample, Ranges):
+        raise ValueError(
+            "compile_plan: stop_gradient must come with samples that have streams, got Ranges; mark entries of theirs "
+            "instead: Ranges(..., stop_gradient=[True, ...])"
+        )
+    kind, known = (sample.name, sample.segments) if isinstance(sample, RuleGeometry) else (sample.program, STREAMS)
+    for name in {name: None for pair in pairs for name in pair}:
+        if name not in known:
+            raise ValueError(f"compile_plan: stop_gradient must name streams of {kind}, {known}, got {name!r}")
+
+
+@lru_cache(maxsize=64)
+def _ranges(sample: RuleGeometry, pairs: StreamPairs) -> Ranges:
+    return sample.stopped(pairs) if pairs else sample.ranges
+
+
 def forget_plans() -> None:
     """Drop the plans that are cached, so that the next call builds its plan: for measurements."""
     compiled.cache_clear()
@@ -122,11 +167,16 @@ def forget_plans() -> None:
 @lru_cache(maxsize=64)
 @host_side
 def compiled(
-    packed: tuple, lengths: tuple[int, int], tile: TileShape | None, tuned_tiles: bool, device: torch.device
+    packed: tuple,
+    stop_gradient: StreamPairs,
+    lengths: tuple[int, int],
+    tile: TileShape | None,
+    tuned_tiles: bool,
+    device: torch.device,
 ) -> Plan:
     """A plan without any form: what is visible, and which tiles it gets."""
-    rows = batch_rows(packed, lengths)
+    rows = batch_rows(packed, lengths, stop_gradient)
     visible = rows.visible_pairs
     tile = tile or tile_shape(visible >= LONG_WINDOW * len(packed) * lengths[0])
     shapes = tile, TileShape(tile.key_rows or tile.rows, tile.step)
-    return Plan(packed, lengths, visible, shapes, device, rows=rows)
+    return Plan(packed, stop_gradient, lengths, (visible, rows.gradient_pairs), shapes, device, rows=rows)

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from ..masks.ranges import Ranges
-from ..masks.visibility import Geometry, dense_mask
+from ..masks.visibility import Geometry, dense_mask, tokens
 from ..runtime.host import device_of, host_side
 from .boxes import Boxes, compile_boxes
 from .runs import Runs, compile_runs
-from .side_rows import BatchRows, batch_rows
+from .side_rows import BatchRows, StreamPairs, batch_rows, stopped_streams
 from .sides import Side, Sides, compile_sides
 from .tile_shape import TileShape
 
@@ -34,23 +34,26 @@ class Plan:
         key_length: Key tokens T of one batch element; S unless the plan was made from rectangular ``Ranges``.
         batch: Batch elements; 1 serves any batch size with the same visibility.
         visible_pairs: Pairs of a query and a key that it attends to, over the batch elements of the plan.
+        gradient_pairs: Those of them through which keys and values get gradients: without a stop-gradient, all.
+        stop_gradient: Pairs (query stream, key stream) whose keys and values get none, as ``compile_plan`` was told.
         device: Where the index tensors live; q, k, v must be there too.
     """
 
     def __init__(
         self,
         batch_geometries: tuple[tuple[Geometry | Ranges, ...], ...],
+        stop_gradient: StreamPairs,
         lengths: tuple[int, int],
-        visible_pairs: int,
+        pairs: tuple[int, int],
         shapes: tuple[TileShape, TileShape],
         device: torch.device,
         forms: tuple[Runs | None, Sides | None, Boxes | None] = (None, None, None),
         rows: BatchRows | None = None,
     ) -> None:
-        self.geometries = batch_geometries
+        self.geometries, self.stop_gradient = batch_geometries, stop_gradient
         self.batch = len(batch_geometries)
         self.length, self.key_length = lengths
-        self.visible_pairs = visible_pairs
+        self.visible_pairs, self.gradient_pairs = pairs
         self.device = device
         self._shapes, self._rows = shapes, rows
         self._runs, self._sides, self._boxes = forms
@@ -91,7 +94,7 @@ class Plan:
     def _compiled(self, impl: str) -> Any:
         """The form that a backend walks; torch.compile cannot trace it."""
         if self._rows is None:
-            self._rows = batch_rows(self.geometries, (self.length, self.key_length))
+            self._rows = batch_rows(self.geometries, (self.length, self.key_length), self.stop_gradient)
         form: Any
         if impl == "triton":
             form = compile_sides(self._rows, self._shapes)
@@ -120,18 +123,25 @@ class Plan:
         return self.visible_pairs / max(1, self.queries.computed_pairs)
 
     @property
+    def key_efficiency(self) -> float:
+        """Gradient pairs / computed pairs of dk and dv, with the tiles that the kernel uses."""
+        return self.gradient_pairs / max(1, self.keys.computed_pairs)
+
+    @property
     def density(self) -> float:
         """Visible pairs / all pairs."""
         return self.visible_pairs / max(1, self.batch * self.length * self.key_length)
 
     def tensors(self, impl: str = "triton") -> list[Tensor]:
-        """What the registered op reads with ``impl``, "triton" or "cpu": query side, key side, runs.
+        """What the registered op reads with ``impl``, "triton" or "cpu": query side, key side, runs with a gradient,
+        runs.
 
         Those that the backend does not walk are empty; runs are always there, to count FLOPs by.
         """
+        runs = self._of_runs()
         if impl == "triton":
-            return [*self.queries.tensors(), *self.keys.tensors(), self.runs]
-        return [*(self._of_runs().nothing,) * (2 * len(Side.FIELDS)), self.runs]
+            return [*self.queries.tensors(), *self.keys.tensors(), runs.gradient, runs.rows]
+        return [*(runs.nothing,) * (2 * len(Side.FIELDS)), runs.gradient, runs.rows]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Plan:
         """The same plan on another device, each of its forms in one copy; itself when it is there already."""
@@ -142,28 +152,37 @@ class Plan:
         device = device_of("Plan.to", device)
         if device == self.device:
             return self
-        geometries, lengths, visible_pairs, shapes, _, forms = self._parts()
+        geometries, stop_gradient, lengths, pairs, shapes, _, forms = self._parts()
         there: Any = tuple(form and form.to(device, non_blocking) for form in forms)
-        plan = Plan(geometries, lengths, visible_pairs, shapes, device, there, self._rows)
+        plan = Plan(geometries, stop_gradient, lengths, pairs, shapes, device, there, self._rows)
         plan.compile_for()
         return plan
 
     def _parts(self) -> tuple:
         """What it is made of."""
-        lengths, forms = (self.length, self.key_length), (self._runs, self._sides, self._boxes)
-        return self.geometries, lengths, self.visible_pairs, self._shapes, self.device, forms
+        lengths, pairs = (self.length, self.key_length), (self.visible_pairs, self.gradient_pairs)
+        forms = self._runs, self._sides, self._boxes
+        return self.geometries, self.stop_gradient, lengths, pairs, self._shapes, self.device, forms
 
     def __reduce__(self) -> tuple:
         return Plan, self._parts()
 
     @host_side
-    def mask(self) -> Tensor:
-        """Dense bool ``[batch, 1, S, T]`` straight from the predicate: for the reference backend and for tests."""
+    def mask(self, gradient: bool = False) -> Tensor:
+        """Dense bool ``[batch, 1, S, T]`` straight from the predicate: for the reference backend and for tests.
+
+        With ``gradient`` only the pairs through which keys and values get gradients.
+        """
         mask = torch.zeros(self.batch, 1, self.length, self.key_length, dtype=torch.bool, device="cpu")
         for b, samples in enumerate(self.geometries):
             q, k = 0, 0
             for sample in samples:
-                dense = sample.dense_mask() if isinstance(sample, Ranges) else dense_mask(sample)
+                if isinstance(sample, Ranges):
+                    dense = sample.dense_mask(gradient)
+                else:
+                    dense, stream = dense_mask(sample), tokens(sample).stream
+                    if gradient and self.stop_gradient:
+                        dense &= ~stopped_streams(self.stop_gradient)[stream[:, None], stream]
                 mask[b, 0, q : q + sample.length, k : k + sample.key_length] = torch.from_numpy(dense)
                 q, k = q + sample.length, k + sample.key_length
         return mask.to(self.device)

@@ -16,28 +16,33 @@ from .side_rows import BatchRows, SideRows
 class Runs(Packed):
     """``rows`` int32 ``[R, 3 + 2 * ranges]``: batch element, first token, end, lo, hi, lo, hi, ... of each run.
 
+    ``gradient``: the same runs, with the keys that get gradients from them; no rows at all where all do.
     ``nothing``: a tensor without entries, on the same device.
     """
 
     def __init__(self, layout: Layout, buffer: Tensor) -> None:
         super().__init__(layout, buffer)
-        self.rows, self.nothing = index_buffer.views(layout, self.buffer)
+        self.rows, self.gradient, self.nothing = index_buffer.views(layout, self.buffer)
 
 
 def compile_runs(rows: BatchRows) -> Runs:
     """The runs of a batch, on the CPU."""
-    return Runs(*index_buffer.pack([_runs(rows.queries, rows.placement), np.empty(0, np.int32)]))
+    sides = [rows.queries] if rows.gradient is rows.queries else [rows.queries, rows.gradient]
+    runs, *gradient = _runs(sides, rows.placement)
+    return Runs(*index_buffer.pack([runs, *(gradient or [runs[:0]]), np.empty(0, np.int32)]))
 
 
-def _runs(rows: SideRows, placement: Placement) -> np.ndarray:
-    """Runs of consecutive tokens that attend to exactly the same keys: ``[R, 3 + 2 * ranges]``.
+def _runs(sides: list[SideRows], placement: Placement) -> list[np.ndarray]:
+    """Runs of consecutive tokens that attend to exactly the same keys on all ``sides``: ``[R, 3 + 2 * ranges]`` each.
 
-    (batch element, first token, end, lo, hi, lo, hi, ...): what the CPU backend multiplies.
+    (batch element, first token, end, lo, hi, lo, hi, ...): what the CPU backend multiplies. The sides are alike up to
+    their bounds; the first has all pairs.
     """
     # rows follow each other without a gap; those of different samples are alike only if they are fully masked
+    rows = sides[0]
     masked = (rows.bounds == NOWHERE).all((0, 1))
     new = np.ones(masked.size, bool)
-    new[1:] = (rows.bounds[..., 1:] != rows.bounds[..., :-1]).any((0, 1))
+    new[1:] = np.logical_or.reduce([(s.bounds[..., 1:] != s.bounds[..., :-1]).any((0, 1)) for s in sides])
 
     row, counts = members(rows.of_sample, placement.which)
     batch, first_query, first_key = np.array([placement.batch, *placement.first]).repeat(counts, axis=1)
@@ -47,7 +52,10 @@ def _runs(rows: SideRows, placement: Placement) -> np.ndarray:
     new[0] = True
     run_starts = np.flatnonzero(new)
     last = np.append(run_starts[1:], new.size) - 1
-    runs = np.empty((run_starts.size, 3 + 2 * rows.bounds.shape[1]), np.int32)
-    runs[:, 0], runs[:, 1], runs[:, 2] = batch[run_starts], start[run_starts], start[last] + rows.tokens[row[last]]
-    runs[:, 3:] = moved(rows.bounds_by_row(), row[run_starts], first_key[run_starts], 0)
-    return runs
+    found = []
+    for side in sides:
+        runs = np.empty((run_starts.size, 3 + 2 * side.bounds.shape[1]), np.int32)
+        runs[:, 0], runs[:, 1], runs[:, 2] = batch[run_starts], start[run_starts], start[last] + rows.tokens[row[last]]
+        runs[:, 3:] = moved(side.bounds_by_row(), row[run_starts], first_key[run_starts], 0)
+        found.append(runs)
+    return found

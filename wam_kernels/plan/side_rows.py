@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..masks.programs import STREAMS, VIDEO
 from ..masks.ranges import RangeRows, Ranges
 from ..masks.visibility import Geometry
 from .intervals import NOWHERE, STREAM_OF_SEGMENT, intervals, token_rows
@@ -38,36 +39,64 @@ class BatchRows(NamedTuple):
 
     placement: Placement
     queries: SideRows
-    keys: SideRows
+    keys: SideRows  # without the pairs whose keys get no gradient: dk and dv are all that they are for
+    gradient: SideRows  # the queries without those pairs; the queries themselves where there are none
     lengths: tuple[int, int]
 
     @property
     def visible_pairs(self) -> int:
         """Of the whole batch."""
-        lo, hi = self.queries.bounds
-        times = np.bincount(self.placement.which).repeat(self.queries.of_sample)  # that each row occurs
-        return int((times * self.queries.tokens * (hi - lo).sum(0)).sum())
+        return self._pairs(self.queries)
+
+    @property
+    def gradient_pairs(self) -> int:
+        """Visible pairs of the whole batch through which keys and values get gradients."""
+        return self._pairs(self.gradient)
+
+    def _pairs(self, rows: SideRows) -> int:
+        lo, hi = rows.bounds
+        times = np.bincount(self.placement.which).repeat(rows.of_sample)  # that each row occurs
+        return int((times * rows.tokens * (hi - lo).sum(0)).sum())
 
 
-def batch_rows(packed: tuple[tuple[Geometry | Ranges, ...], ...], lengths: tuple[int, int]) -> BatchRows:
-    """The rows of a batch that is padded to ``lengths`` = (queries, keys)."""
+# (query stream, key stream), by name
+StreamPairs = tuple[tuple[str, str], ...]
+
+
+def batch_rows(
+    packed: tuple[tuple[Geometry | Ranges, ...], ...], lengths: tuple[int, int], stop_gradient: StreamPairs = ()
+) -> BatchRows:
+    """The rows of a batch that is padded to ``lengths`` = (queries, keys), with a stop-gradient for pairs of streams
+    of its geometries.
+    """
     placement = place(packed, lengths)
-    return BatchRows(placement, *side_rows(placement.samples), lengths)
+    return BatchRows(placement, *side_rows(placement.samples, stop_gradient), lengths)
 
 
-def side_rows(samples: Sequence[Geometry | Ranges]) -> tuple[SideRows, SideRows]:
-    """Query side and key side of samples, geometries before ranges."""
+def side_rows(
+    samples: Sequence[Geometry | Ranges], stop_gradient: StreamPairs = ()
+) -> tuple[SideRows, SideRows, SideRows]:
+    """Query side, key side and ``gradient`` (see :class:`BatchRows`) of samples, geometries before ranges."""
     geometries = [s for s in samples if isinstance(s, Geometry)]
-    pieces = [_geometry_sides(geometries)] if geometries else []
-    ranges = [s for s in samples if isinstance(s, Ranges)]
-    pieces += [(_range_side(s.rows, is_key=False), _range_side(s.key_rows, is_key=True)) for s in ranges]
+    pieces = [_geometry_sides(geometries, stop_gradient)] if geometries else []
+    pieces += [_range_sides(s) for s in samples if isinstance(s, Ranges)]
     if len(pieces) == 1:
         return pieces[0]
-    queries, keys = zip(*pieces, strict=True)
-    return concatenated(queries), concatenated(keys)
+    queries, keys, gradient = zip(*pieces, strict=True)
+    of_queries = concatenated(queries)
+    nothing_stopped = all(g is q for g, q in zip(gradient, queries, strict=True))
+    return of_queries, concatenated(keys), of_queries if nothing_stopped else concatenated(gradient)
 
 
-def _geometry_sides(geometries: Sequence[Geometry]) -> tuple[SideRows, SideRows]:
+def stopped_streams(stop_gradient: StreamPairs) -> np.ndarray:
+    """bool ``[query stream, key stream]`` of a geometry's streams."""
+    stopped = np.zeros((len(STREAMS),) * 2, bool)
+    for query, key in stop_gradient:
+        stopped[STREAMS.index(query), STREAMS.index(key)] = True
+    return stopped
+
+
+def _geometry_sides(geometries: Sequence[Geometry], stop_gradient: StreamPairs) -> tuple[SideRows, SideRows, SideRows]:
     """Both sides of programs: each token is a query and a key.
 
     Noisy and clean queries of a chunk attend to almost the same history. As keys they have next to nothing in common:
@@ -77,8 +106,23 @@ def _geometry_sides(geometries: Sequence[Geometry]) -> tuple[SideRows, SideRows]
     rows = token_rows(geometries)
     rest = rows.chunk, rows.start, rows.tokens
     yes, no = np.ones(len(geometries), bool), np.zeros(len(geometries), bool)
-    queries = SideRows(rows.of_geometry, yes, no, STREAM_OF_SEGMENT[rows.segment], *rest, intervals(rows))
-    return queries, SideRows(rows.of_geometry, yes, yes, rows.segment, *rest, intervals(rows, transposed=True))
+    stream = STREAM_OF_SEGMENT[rows.segment]
+    queries = SideRows(rows.of_geometry, yes, no, stream, *rest, intervals(rows))
+    keys = SideRows(rows.of_geometry, yes, yes, rows.segment, *rest, intervals(rows, transposed=True))
+    if not stop_gradient:
+        return queries, keys, queries
+    stopped, columns = stopped_streams(stop_gradient), np.append(STREAM_OF_SEGMENT, [VIDEO, VIDEO])
+    columns = columns[: queries.bounds.shape[1], None]  # those of a prefix come last
+    keys.bounds[:, stopped[columns, stream]] = NOWHERE
+    bounds = np.where(stopped[stream, columns], NOWHERE, queries.bounds)
+    return queries, keys, queries._replace(bounds=bounds)
+
+
+def _range_sides(sample: Ranges) -> tuple[SideRows, SideRows, SideRows]:
+    queries = _range_side(sample.rows, is_key=False)
+    stopped = sample.gradient_rows is not sample.rows
+    gradient = _range_side(sample.gradient_rows, is_key=False) if stopped else queries
+    return queries, _range_side(sample.key_rows, is_key=True), gradient
 
 
 def _range_side(rows: RangeRows, is_key: bool) -> SideRows:

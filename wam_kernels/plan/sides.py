@@ -62,6 +62,11 @@ class Side:
         steps = self.full.shape[0] * self.shape.step + self.part.shape[0] * STEP_PART
         return steps * self.shape.rows
 
+    @property
+    def idle_tiles(self) -> int:
+        """Tiles without a step: their kernel only writes zeros."""
+        return int((self.tiles[:, [1, 3]] == self.tiles[:, [2, 4]]).all(1).sum())
+
 
 def _unpickled_side(shape: TileShape, tensors: Sequence[Tensor]) -> Side:
     return Side(shape, [plain(t) for t in tensors])

@@ -234,3 +234,23 @@ def int_pairs(op: str, name: str, values: object) -> np.ndarray:
     if array.ndim != 2 or array.shape[1] != 2:
         raise ValueError(f"{op}: {name} must have shape [R, 2], got {list(array.shape)}")
     return array
+
+
+def flags(op: str, name: str, values: Any, length: int) -> np.ndarray:
+    """bool ``[length]`` of a sequence, a NumPy array or a CPU tensor, read-only; all False for None.
+
+    Raises:
+        ValueError: another length, numbers that are not bool, or that are not on the host; names the op and the
+            argument.
+    """
+    if isinstance(values, Tensor):
+        if values.device.type != "cpu":
+            raise ValueError(f"{op}: {name} must be on the host, got {values.device}; use .cpu()")
+        values = _numbers(op, name, values)
+    array = np.zeros(length, bool) if values is None else np.array(values)
+    if array.size == 0:
+        array = array.astype(bool)
+    if array.dtype != bool or array.shape != (length,):
+        raise ValueError(f"{op}: {name} must be R={length} bools, got {array.dtype} {list(array.shape)}")
+    array.setflags(write=False)
+    return array
