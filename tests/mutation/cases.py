@@ -6,6 +6,7 @@ What no pair holds is NaN, and so is everything around tensors and outputs.
 from __future__ import annotations
 
 import ctypes
+import os
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -180,8 +181,9 @@ def _cached(streamed: bool) -> list[Case]:
 
 def load(library: Path) -> ctypes.CDLL:
     """Make ``library`` the extension of this process."""
-    loader = machinery.ExtensionFileLoader("_C", str(library))
-    module = util.module_from_spec(util.spec_from_loader("_C", loader))
+    name = f"of_process_{os.getpid()}._C"  # pybind11 gives the first module of a name, also for a second library
+    loader = machinery.ExtensionFileLoader(name, str(library))
+    module = util.module_from_spec(util.spec_from_loader(name, loader))
     loader.exec_module(module)
     cuda.extension = lambda: module
     torch.cuda.current_stream = lambda: SimpleNamespace(cuda_stream=0)
