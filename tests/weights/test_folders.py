@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from wam_models import WorldActionModel, read_weights, weights_to
+from wam_models import WorldActionModel, read_weights, save_checkpoint, weights_to
+from wam_models.cli import main
 from wam_models.weights.convert import sizes_from, weights_from
 from wam_models.weights.folders import read_folder, write_folder
 
@@ -55,3 +56,16 @@ def test_pickles_are_refused_by_name(name, tmp_path):
     for path in (tmp_path, tmp_path / name):
         with pytest.raises(ValueError, match=rf"{name} is a torch pickle.*safetensors.torch.save_file"):
             read_weights(path)
+
+
+def test_wam_export(tmp_path, capsys):
+    config = sizes_from("openwam", weights("openwam"), head_dim=12)
+    save_checkpoint(tmp_path / "ours", model := WorldActionModel(config))
+    command = ["export", "--checkpoint", str(tmp_path / "ours"), "--layout"]
+    assert main([*command, "diffusers", "--out", str(tmp_path / "video")]) == 2
+    assert "no place for our action expert" in capsys.readouterr().err
+    assert main([*command, "diffusers", "--without", "action", "--out", str(tmp_path / "video")]) == 0
+    assert main([*command, "openwam", "--out", str(tmp_path / "both")]) == 0
+    state = read_folder(tmp_path / "both")[0]
+    assert len(state) == len(model.state_dict()) and f"{len(state)} tensors" in capsys.readouterr().out
+    assert read_folder(tmp_path / "video")[1]["head_dim"] == 12

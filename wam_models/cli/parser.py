@@ -184,6 +184,13 @@ def _ablate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
 
 
+def _export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--layout", required=True, metavar="NAME", help="diffusers, openwam, ...: see docs/weights.md")
+    parser.add_argument("--without", action="append", default=[], metavar="PART", help="to leave out; repeatable")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of what it writes, new or empty")
+
+
 def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="ours, or weights in the package's keys")
     parser.add_argument(
@@ -224,6 +231,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None] | None,
     "record": ("wam_models.cli.record", _record, "record demonstrations of a simulator's scripted expert"),
     "eval": ("wam_models.cli.eval", _eval, "measure how often a policy succeeds in simulators"),
     "ablate": ("wam_models.cli.ablate", _ablate, "compare the interaction programs in simulators, with intervals"),
+    "export": ("wam_models.cli.export", _export, "write a checkpoint's weights in another system's keys"),
     "verify": ("wam_models.cli.verify", _verify, "compare weights layer by layer with the package they are from"),
     "mask": ("wam_models.cli.mask", _mask, "show which tokens attend to which"),
     "bench": ("wam_models.cli.bench", None, "measure this machine: kernels, peers, training step, rollout"),
