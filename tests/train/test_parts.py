@@ -8,11 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from wam_models import cli
+from wam_models import TrainingConfig, WorldActionModel, cli, training_step
 from wam_models.data import ClipDataset
 from wam_models.rollout.policy import Policy
 from wam_models.train import TrainConfig, train
 from wam_models.train.trainer import Trainer
+from wam_models.weights.layouts import part_of
 from wam_models.weights.parts import COMPONENTS, adapters_of, merged, named_by
 
 CPU = torch.device("cpu")
@@ -121,3 +122,43 @@ def test_what_cannot_be_frozen_or_adapted_is_named(config, data, root, tmp_path,
     settings.write_text(json.dumps(replace(config, lora=("video",)).to_dict()))
     assert cli.main(["train", "--data", str(root), "--config", str(settings), "--out", str(tmp_path / "run")]) == 2
     assert "the Python package 'peft' is not installed" in capsys.readouterr().err
+
+
+def test_the_stop_gradient_follows_what_is_frozen(config, data):
+    def pairs(**changes):
+        trainer = Trainer(replace(config, **changes), data, seed=0, device=CPU)
+        (found,) = {step_config.stop_gradient for step_config in trainer.step_configs}
+        return found
+
+    assert pairs() == pairs(frozen=("video.blocks",)) == pairs(frozen=("video",), stop_gradient=()) == ()
+    assert pairs(frozen=("video",)) == (("action", "video"),)
+    assert pairs(frozen=("action",)) == (("video", "action"),)
+    assert pairs(stop_gradient=[["action", "video"]]) == (("action", "video"),)
+    for wrong in ("video", [["action"]], [["action", "text"]], ["av"]):
+        with pytest.raises(ValueError, match="TrainConfig: stop_gradient must be pairs"):
+            replace(config, stop_gradient=wrong)
+
+
+def test_the_video_gets_no_gradient_from_insulated_actions(config):
+    """Of the action loss alone, where actions attend to the video and not the other way."""
+    torch.manual_seed(0)
+    model = WorldActionModel(replace(config.model, action_dim=2))
+    for p in model.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    channels = config.model.latent_channels
+    batch = {"video": torch.randn(1, channels, 4, 4, 4), "text": torch.randn(1, 3, 8)}
+    batch["action"] = torch.randn(1, 4, config.model.actions_per_frame, 2)
+
+    def gradients(stop):
+        settings = TrainingConfig(program="video_then_action", video_weight=0, noised_history=0, stop_gradient=stop)
+        loss, _ = training_step(model, batch, torch.Generator().manual_seed(1), settings)
+        found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        named = zip(dict(model.named_parameters()), found, strict=True)
+        return loss, {name: 0.0 if g is None else float(g.abs().max()) for name, g in named}
+
+    (loss, free), (same, insulated) = gradients(()), gradients((("action", "video"),))
+    assert torch.equal(loss, same)
+    for name, largest in insulated.items():
+        if part_of(name) == "video":
+            assert largest == 0
+    assert free["core.patch_embedding_mlp.weight"] > 0 and insulated["action_expert.action_embedder.weight"] > 0

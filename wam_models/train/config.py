@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,10 +20,11 @@ from ..rollout.config import CONDITIONAL_CHUNK
 from ..runtime.checks import check_field, choice, number, whole, whole_range
 from ..runtime.json_fields import from_fields, read_json
 from ..runtime.limits import LARGEST_INT32, LARGEST_SIZE
-from .step import TrainingConfig
+from .step import TrainingConfig, stream_pairs
 
 SCHEDULES = ("constant", "cosine", "decay")
 DECAY_PART = 0.5  # part of a "decay" run, its end, over which the learning rate falls
+CROSS = (("action", "video"), ("video", "action"))  # (query stream, key stream)
 SMALLEST_POSITIVE = 1e-12  # of a learning rate or a gradient's length, which must be positive
 
 
@@ -87,6 +88,9 @@ class TrainConfig:
             ``frozen``.
         lora_rank: Of an adapter.
         lora_scale: What an adapter's product is multiplied by: alpha / rank.
+        stop_gradient: Pairs (query stream, key stream), ``("action", "video")``: keys and values of that stream get no
+            gradient from those queries. None follows what is frozen: the keys of a stream of which nothing trains get
+            none from the other stream's queries.
 
     Raises:
         ValueError: a value of the wrong type or outside its range; the message names the field.
@@ -120,6 +124,7 @@ class TrainConfig:
     lora: tuple[str, ...] = ()
     lora_rank: int = 16
     lora_scale: float = 1.0
+    stop_gradient: tuple[tuple[str, str], ...] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, ModelConfig):
@@ -147,6 +152,8 @@ class TrainConfig:
             check_field(self, name, _names)
         check_field(self, "lora_rank", whole, 1, LARGEST_SIZE)
         check_field(self, "lora_scale", number, SMALLEST_POSITIVE)
+        if self.stop_gradient is not None:
+            check_field(self, "stop_gradient", stream_pairs)
 
     def to_dict(self) -> dict[str, Any]:
         """A dict that ``json.dumps`` takes."""
@@ -187,11 +194,12 @@ class TrainConfig:
         }[self.schedule]
         return self.learning_rate * min(1.0, (step + 1) / (self.warmup + 1)) * decay
 
-    def draws(self) -> list[tuple[float, TrainingConfig]]:
+    def draws(self, frozen: Collection[str] = ()) -> list[tuple[float, TrainingConfig]]:
         """What a step may be trained on, with probabilities, such that the samples keep the mixture.
 
         A step has one program for all its samples. The conditional objectives share steps of their own, in which each
-        sample draws its objective; their chunks are of one frame, as in a rollout.
+        sample draws its objective; their chunks are of one frame, as in a rollout. ``frozen`` are the streams, of
+        ``video`` and ``action``, of which nothing trains.
         """
         total = sum(self.mixture.values())
         share = {name: self.mixture.get(name, 0.0) / total for name in OBJECTIVES}
@@ -203,6 +211,9 @@ class TrainConfig:
             noised_history=self.noised_history,
             video_weight=self.video_weight,
             action_weight=self.action_weight,
+            stop_gradient=tuple(p for p in CROSS if p[1] in frozen)
+            if self.stop_gradient is None
+            else self.stop_gradient,
         )
         joint = share.pop("joint")
         kinds = [(joint / len(self.programs), replace(common, program=p)) for p in self.programs]

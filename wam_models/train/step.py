@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ class TrainingConfig:
         noised_history: Probability that the clean video copy of a sample is itself noised.
         video_weight: Factor on the video loss.
         action_weight: Factor on the action loss.
+        stop_gradient: Pairs (query stream, key stream): keys and values of that stream get no gradient from those
+            queries; as ``compile_plan`` takes them.
 
     Raises:
         ValueError: an unknown name, a value of the wrong type or outside its range; the message names the field.
@@ -58,6 +61,7 @@ class TrainingConfig:
     noised_history: float = 0.5
     video_weight: float = 1.0
     action_weight: float = 1.0
+    stop_gradient: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         check_field(self, "program", choice, MODEL_PROGRAMS)
@@ -68,8 +72,25 @@ class TrainingConfig:
         check_field(self, "noised_history", number, 0, 1)
         check_field(self, "video_weight", number, 0)
         check_field(self, "action_weight", number, 0)
+        check_field(self, "stop_gradient", stream_pairs)
         if not isinstance(self.timesteps, TimestepDraw):
             raise ValueError(f"TrainingConfig: timesteps must be a TimestepDraw, got {self.timesteps!r}")
+
+
+def stream_pairs(where: str, value: Any) -> tuple[tuple[str, str], ...]:
+    """``value`` as pairs (query stream, key stream), of ``video`` and ``action``.
+
+    Raises:
+        ValueError: it is not that.
+    """
+    listed = value if isinstance(value, list | tuple) else (value,)
+    pairs = [tuple(pair) if isinstance(pair, list | tuple) else () for pair in listed]
+    if not all(len(pair) == 2 and set(pair) <= {"video", "action"} for pair in pairs):
+        raise ValueError(
+            f"{where} must be pairs (query stream, key stream) of 'video' and 'action', such as ('action', 'video'), "
+            f"got {value!r}"
+        )
+    return tuple((query, key) for query, key in pairs)
 
 
 def training_step(
@@ -151,7 +172,9 @@ def training_step(
         )
         for objective in objectives
     ]
-    plan = compile_plan(geometries if len(set(geometries)) > 1 else geometries[0], device=device)
+    plan = compile_plan(
+        geometries if len(set(geometries)) > 1 else geometries[0], device=device, stop_gradient=config.stop_gradient
+    )
     video_flow, action_flow = model(
         noised_video(video, video_noise, video_sigma),
         noised_video(video, history_noise, history_sigma),

@@ -28,7 +28,7 @@ from ..rollout.policy import Policy
 from ..runtime.checks import instance, whole
 from ..runtime.limits import LARGEST_INT64
 from ..text import WordEmbedding
-from ..weights.parts import adapters_of, choose_parts, merged
+from ..weights.parts import adapters_of, choose_parts, frozen_streams, merged
 from .config import DECAY_PART, TrainConfig, check_fit
 from .ema import update_average
 from .initialise import initialise
@@ -184,7 +184,7 @@ class Trainer:
         if resume is not None:
             self.step, self.planned_end = restore(resume, self.learner, self.optimizers, self.generator)
             self.average = averaged_weights(resume, self.learner, device)
-        probabilities, self.step_configs = zip(*config.draws(), strict=True)
+        probabilities, self.step_configs = zip(*config.draws(frozen_streams(self.learner)), strict=True)
         self.probabilities = torch.tensor(probabilities)
         self.log: list[dict[str, Any]] = []
 

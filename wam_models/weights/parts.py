@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..model.weights import abridged
+from .layouts import PARTS
 
 _BLOCKS = r"packed_block_stack\.packed_blocks\.\d+\."
 # by name: how parameters of it begin; the word embedding is no part of the model
@@ -79,6 +80,12 @@ def choose_parts(
         p.requires_grad_(is_adapter(name) or name.replace(_BASE, ".") not in still | adapted)
     if not any(p.requires_grad for p in learner.parameters()):
         raise ValueError(f"TrainConfig: frozen leaves nothing to train, got {list(frozen)}; leave a component out")
+
+
+def frozen_streams(learner: nn.Module) -> tuple[str, ...]:
+    """Streams, of ``video`` and ``action``, of which nothing trains, adapters included."""
+    trains = {name.removeprefix("model.") for name, p in learner.named_parameters() if p.requires_grad}
+    return tuple(stream for stream in PARTS if not any(re.match(COMPONENTS[stream], name) for name in trains))
 
 
 def _add_adapters(model: nn.Module, linears: list[str], rank: int, scale: float) -> None:
