@@ -128,18 +128,24 @@ def training_estimate(args: argparse.Namespace) -> str:
     """The page about one step of --preset or --config.
 
     Raises:
-        ValueError: both or --resume, or nothing that says how many tokens a frame has.
+        ValueError: both, --resume, --init, frozen parts, adapters, or nothing that says how many tokens a frame has.
     """
     if args.resume is not None:
         raise ValueError("--resume must be left out with --estimate; name its config by --config")
     if args.preset is not None and args.config is not None:
         raise ValueError("--estimate must have one of --preset and --config, got both")
+    if args.init is not None:
+        raise ValueError("--init must be left out with --estimate, which reads no weights")
     name, on = _device_model(args)
     if args.preset is not None:
         preset = _preset(args)
         sizes, config = _with_tokens(args, preset.sizes()), preset.train()
     else:
         config = TrainConfig() if args.config is None else TrainConfig.from_json(args.config)
+        if config.frozen or config.lora:
+            raise ValueError(
+                f"{args.config}: frozen and lora must be left out with --estimate, which counts all weights"
+            )
         sizes = _with_tokens(args, Sizes(config.model, _grid_of_data(args, config), DEFAULT_TEXT_TOKENS))
     parts = train_step(sizes, config)
     ms = sum(part.ms(on) for part in parts)
