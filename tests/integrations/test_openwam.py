@@ -128,6 +128,60 @@ def test_training_agrees_with_a_prefix_and_proprioception(architecture):
         step_both(build(architecture, program, policy={"sequence_contract": PREFIX}), extra=extra)
 
 
+TEXT_PROPRIO = {"proprio_context_mode": "text_context_token"}
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_training_agrees_with_proprioception_in_the_text(architecture, batch, attention_calls):
+    """A token of the text for every chunk, which that chunk alone attends to."""
+    states = torch.randn(batch, 3, cases.STATE_DIM, generator=torch.Generator().manual_seed(1))
+    pipeline = build(architecture, "joint", policy=TEXT_PROPRIO)
+    results = step_both(pipeline, batch=batch, extra={"proprio_context_state": states})
+    assert attention_calls["block_attention"] == 2
+    encoders = [value for name, value in results.items() if "proprio_context_encoder" in name]
+    assert encoders and all(value.any() for value in encoders), "the states must be read"
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_rollout_agrees_with_proprioception_in_the_text(architecture, attention_calls):
+    roll_both(lambda: build(architecture, "joint", policy=TEXT_PROPRIO), 3)
+    assert attention_calls["cached_attention"] > 0
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_packed_video_batches_agree(checkpointed, attention_calls):
+    """Videos alone, of different lengths, one after another in one sequence."""
+    pipeline = build("parallel_stream", "joint")
+    generator = torch.Generator().manual_seed(6)
+    latents, text = (
+        torch.randn(s, generator=generator) for s in ((3, cases.CHANNELS, 5, 4, 4), (3, 6, cases.TEXT_DIM))
+    )
+    times = torch.linspace(100, 900, 15).view(3, 5)
+
+    def run(lengths=(5, 2, 3)):
+        pipeline.zero_grad(set_to_none=True)
+        video = latents.clone().requires_grad_()
+        flow = pipeline.visual_tower.predict_video_flow(
+            noisy_latents=video, timesteps=times, text_context=text, sequence_lengths=lengths,
+            use_activation_checkpointing=checkpointed,
+        )  # fmt: skip
+        flow.square().sum().backward()
+        grads = {name: p.grad for name, p in pipeline.named_parameters() if p.grad is not None}
+        return {"flow": flow.detach(), "video": video.grad} | grads
+
+    theirs = run()
+    with installed() as done:
+        assert_agree(run(), theirs)
+        with torch.inference_mode():
+            alone = pipeline.visual_tower.predict_video_flow(
+                noisy_latents=latents[:1], timesteps=times[:1], text_context=text[:1], sequence_lengths=(5,)
+            )
+    assert_agree([alone], [theirs["flow"][:1]])
+    calls = 2 * (1 + checkpointed) + 2  # layers, those that run again in the backward, those of one sample alone
+    assert done.policy.left == {} and attention_calls["block_attention"] == calls
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_training_agrees_with_actions_that_are_no_keys(architecture):
     startup, holes = torch.ones(1, 12, cases.ACTION_DIM), torch.ones(1, 12, cases.ACTION_DIM)
@@ -156,6 +210,30 @@ def test_training_agrees_for_samples_of_different_lengths(mode, attention_calls)
     metadata = [{"sampled_chunk_size": n, "sampled_window_size": 8, "history_frames": 2} for n in (1, 2, 3)]
     step_both(build("dual_expert", "joint"), batch=3, extra=extra, metadata=tuple(metadata))
     assert attention_calls["block_attention"] == 2  # all samples in one call
+
+
+@pytest.mark.parametrize("heads", [4, 8])
+def test_training_agrees_for_texts_with_proprioception_of_different_lengths(heads, attention_calls):
+    """Each sample has a text mask of its own; heads of 6 channels are left to the package, under dense masks."""
+    lengths = (6, 4)
+    states = torch.randn(2, 3, cases.STATE_DIM, generator=torch.Generator().manual_seed(1))
+    extra = {
+        "batching_mode": "padded", "sequence_lengths": lengths, "proprio_context_state": states,
+        "tensor_lengths": {
+            "video_latents": lengths, "actions": (12, 8), "state": (1, 1), "text_context": (5, 4),
+            "proprio_context_state": (3, 2),
+        },
+    }  # fmt: skip
+    metadata = ({"sampled_chunk_size": 2, "sampled_window_size": 8, "history_frames": 2},) * 2
+    pipeline = build("dual_expert", "joint", hidden=heads * 8 if heads == 4 else 48, heads=heads, policy=TEXT_PROPRIO)
+    run = lambda p: train_step(p, batch=2, extra=extra, metadata=metadata)  # noqa: E731
+    if heads == 8:
+        assert_refused_or_original(pipeline, "8 heads of 6", run)
+        return
+    theirs = run(pipeline)
+    with installed() as done:
+        assert_agree(run(pipeline), theirs)
+    assert attention_calls["block_attention"] == 2 and done.policy.left == {}
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -536,6 +614,23 @@ def test_what_is_read_off_a_profile_is_the_package_s_dense_mask(program, changes
     assert torch.equal(torch.tensor(dense).repeat_interleave(torch.tensor(group_rows), 0), mask[q][:, k])
 
 
+@pytest.mark.parametrize("samples", [1, 2])
+def test_the_texts_of_a_profile_are_the_package_s_dense_mask(samples):
+    from open_wam.models.common.chunked_attention import build_chunked_temporal_exact_attention_profile as build_profile
+
+    profile = build_profile(
+        latent_shape=(samples, 4, 6, 2, 2), action_shape=(samples, 3, 6, 2, 1), padded_length=7, chunk_size=2,
+        window_size=4, patch_size=(1, 1, 1), text_token_count=9, base_text_token_count=5, proprio_context_token_count=3,
+        device=torch.device("cpu"), build_dense_masks=True, build_flex_masks=False,
+    )  # fmt: skip
+    visible = visibility_module.read_profile(profile)
+    mask = visible.text_mask(9 * samples, torch.device("cpu"))
+    assert torch.equal(mask, profile.cross_attention_mask)
+    assert 0 < mask[:, 5:8].sum() < mask[:, :3].sum() and not mask[:, 8].any(), "a state for a chunk, and no padding"
+    some = torch.arange(0, mask.shape[0], 3)
+    assert torch.equal(visible.select(some, None).text_mask(9 * samples, torch.device("cpu")), mask[some])
+
+
 def test_a_profile_compiles_to_its_geometry():
     """Of a profile that a geometry describes, that geometry is what is compiled; ranges would cost some tiles."""
     from open_wam.models.policy_variants.dual_expert.attention_packed import (
@@ -786,6 +881,36 @@ def assert_left_to_the_package(run, reason):
             warnings.simplefilter("error")
             assert_agree(run(), theirs, 1e-6)
             assert re.search(f"kept +{reason}.*, [0-9]+ calls ran the original", done.explain())
+
+
+@pytest.mark.parametrize("what", ["packed video", "proprioception in the text"])
+def test_a_head_size_that_attention_does_not_take_under_the_masks_of(what):
+    pipeline = build("parallel_stream", "joint", hidden=48, heads=4, policy=TEXT_PROPRIO)
+    states = torch.randn(1, 3, cases.STATE_DIM, generator=torch.Generator().manual_seed(1))
+    latents, text = torch.ones(2, cases.CHANNELS, 3, 4, 4), torch.ones(2, 6, cases.TEXT_DIM)
+    flow = {"noisy_latents": latents, "timesteps": torch.full((2, 3), 5.0), "text_context": text}
+
+    def run(pipeline):
+        if what == "packed video":
+            return [pipeline.visual_tower.predict_video_flow(**flow, sequence_lengths=(3, 1))]
+        return train_step(pipeline, extra={"proprio_context_state": states})
+
+    assert_refused_or_original(pipeline, "4 heads of 12", run)
+
+
+def test_video_under_a_dense_mask():
+    """As with a causal prefix and a suffix: the caller's own mask, and no profile."""
+    pipeline = build("parallel_stream", "joint")
+    latents, text = torch.ones(1, cases.CHANNELS, 3, 4, 4), torch.ones(1, 6, cases.TEXT_DIM)
+    mask = torch.ones(12, 12, dtype=torch.bool).tril()[None, None]
+    flow = {
+        "noisy_latents": latents,
+        "timesteps": torch.full((1, 3), 5.0),
+        "text_context": text,
+        "attention_mask": mask,
+    }
+    run = lambda: [pipeline.visual_tower.predict_video_flow(**flow)]  # noqa: E731
+    assert_left_to_the_package(run, "a block without an attention profile")
 
 
 def test_an_unknown_profile(monkeypatch):

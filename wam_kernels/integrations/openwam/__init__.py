@@ -133,6 +133,7 @@ def _switch_over(patch: Patch, reuse_history: bool) -> None:
         replica_core,
         runtime_tensor_transport,
         sequence_adapters,
+        sequence_batch,
         shared_transformer_embeddings,
         shared_transformer_support,
     )
@@ -153,6 +154,7 @@ def _switch_over(patch: Patch, reuse_history: bool) -> None:
     patch.process(dual_stream_execution, "select_attention_profile_mask", patches.select_profile_mask)
     patch.process(batch_execution, "build_sequence_batch_self_attention", patches.batch_attention)
     patch.process(batch_execution, "build_sequence_batch_cross_attention", patches.batch_text)
+    patch.process(sequence_batch, "build_sequence_id_attention", patches.sequence_ids)
     # blocks
     patch.process(packed_block.DualExpertPackedBlock, "forward", patches.packed_block)
     patch.process(shared_transformer_support.SharedTransformerBlock, "forward", patches.shared_block)

@@ -227,10 +227,12 @@ def shared_block_forward(
         x, temb, rotary_emb = (select(t) for t in (x, temb, rotary_emb))
     rows, index = frame_rows(temb)
     table = _dense(self.scale_shift_table, x)[0].float()
+    text_tokens = encoder_hidden_states.shape[1]
+    text_mask = None if visible.proprio is None else visible.text_mask(text_tokens, x.device)[None]
     stream = Stream(
         self, x, rows.float().expand(x.shape[0], -1, -1, -1), table, index, rotary_emb,
-        linear_with_materialized_params, rms_norm_with_materialized_weight, encoder_hidden_states,
-        text_batch=visible.text(encoder_hidden_states.shape[1]), cache=cache,
+        linear_with_materialized_params, rms_norm_with_materialized_weight, encoder_hidden_states, text_mask,
+        None if visible.proprio is not None else visible.text(text_tokens), cache,
     )  # fmt: skip
     (attention,) = _attend(visible, [stream])
     return stream.finish(attention)

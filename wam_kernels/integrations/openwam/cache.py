@@ -106,6 +106,8 @@ def dependency_closure(original, profile, queries: Tensor) -> Tensor:
 
 def select_mask(original, block_mask, query_indices: Tensor, key_indices: Tensor | None = None):
     """``select_block_mask`` for a visibility of ours."""
+    if block_mask is None:
+        return None
     if not isinstance(block_mask, Visibility):
         raise NotOurs("a part of a block mask of OpenWAM's own")
     return block_mask.select(query_indices, key_indices) if query_indices.numel() else None

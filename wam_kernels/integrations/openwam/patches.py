@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .._patching import NotOurs, Unsupported
 from . import blocks, modulation
-from .visibility import Batch, TextBatch, Visibility, read_profile
+from .visibility import Batch, TextBatch, Visibility, of_samples, read_profile
 
 # ---- attention profiles ----
 
@@ -48,9 +48,18 @@ def batch_attention(original, profiles, stream_lengths, stream_slots, *, device)
 
 def batch_text(original, query_lengths, query_slots, text_lengths, local_masks, *, device):
     """Cross-attention of one stream of several samples to their own texts."""
-    if any(mask is not None for mask in local_masks):
-        raise NotOurs("a batch with text masks of its samples' own")
-    return None, TextBatch(_slices([query_lengths], [query_slots]), tuple(text_lengths), sum(query_slots))
+    masks = [None if mask is None else mask.to(device) for mask in local_masks]
+    return None, TextBatch(_slices([query_lengths], [query_slots]), text_lengths, sum(query_slots), masks)
+
+
+def sequence_ids(original, query_ids: Tensor, key_ids: Tensor):
+    """(dense mask, block mask) of video-only samples packed one after another: of their tokens, then of their texts.
+
+    A block of ours reads the texts off the tokens' visibility.
+    """
+    if query_ids is not key_ids:
+        return None, None
+    return None, of_samples(query_ids.cpu().numpy())
 
 
 def _slices(lengths, slots) -> list[tuple[tuple[int, int], ...]]:
@@ -177,6 +186,7 @@ def _dense_profile(profile, visible: Visibility, device: torch.device, options: 
         self_attention_mask=visible.mask(device),
         cross_attention_mask=visible.text_mask(options["encoder_hidden_states"].shape[1], device),
         self_attention_block_mask=None,
+        cross_attention_block_mask=None,
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from ... import Geometry, block_attention, cached_attention, compile_plan
 from ...masks.ranges import Ranges
 from ...masks.visibility import ACTION, NOISY, VIDEO, tokens
 from ...masks.visibility import visible as table
+from ...runtime.host import host_side
 from .._patching import NotOurs
 
 Slices = tuple[tuple[int, int], ...]
@@ -38,8 +40,6 @@ def read_profile(profile) -> Visibility:
     layout, rule = profile.token_layout, profile.self_attention_visibility
     if family != "chunked_exact" or layout is None or rule is None:
         raise NotOurs(f"attention profile {name!r} of family {family!r}")
-    if metadata.get("proprio_context_token_count", 0):
-        raise NotOurs(f"attention profile {name!r} with proprioception tokens in its text context")
     names: tuple[str, ...] = _ATTRIBUTES
     if metadata.get("singleton_chunk_frame") is not None or metadata.get("conditional_history_policy") != "none":
         names = (*names, "frame_id")  # the two rules that look at single frames
@@ -50,6 +50,9 @@ def read_profile(profile) -> Visibility:
     attends = rule(first[:, None], first[None, :])
     run = np.cumsum(new.cpu().numpy()) - 1
     visible = Visibility(run, run, attends.cpu().numpy(), layout.seq_id[first].cpu().numpy())
+    if proprio := int(metadata.get("proprio_context_token_count", 0)):
+        base = int(metadata["base_text_token_count"])
+        visible.proprio = Proprio(layout.chunk_id[first].cpu().numpy(), base, base + proprio)
     visible.geometry = _geometry(profile, visible, first.cpu().numpy(), "frame_id" in names)
     return visible
 
@@ -99,6 +102,24 @@ def _geometry(profile, visible: Visibility, first: np.ndarray, by_frame: bool) -
     return geometry
 
 
+class Proprio(NamedTuple):
+    """Proprioception as tokens of the text context, each of which the queries of its own chunk attend to.
+
+    Of a sample's text, tokens ``[0, begin)`` are words, ``[begin, end)`` the states of chunks 0, 1 and so on, the rest
+    is padding.
+    """
+
+    chunk_of_run: np.ndarray  # int64 [runs]
+    begin: int
+    end: int
+
+
+def of_samples(sample_of_token: np.ndarray) -> Visibility:
+    """Independent sequences, one after another: a token attends to those of its own sample, int64 ``[S]``."""
+    samples = np.arange(sample_of_token.max() + 1)
+    return Visibility(sample_of_token, sample_of_token, np.eye(samples.size, dtype=bool), samples)
+
+
 class Visibility:
     """Query tokens, key tokens, and which runs of them attend to which. Immutable.
 
@@ -117,12 +138,16 @@ class Visibility:
         self.query_run, self.key_run = query_run, key_run
         self.attends, self.sample_of_run = attends, sample_of_run
         self.geometry: Geometry | None = None
+        self.proprio: Proprio | None = None
+        self._text_masks: dict[tuple[int, torch.device], Tensor] = {}
 
     def select(self, queries: Tensor, keys: Tensor | None) -> Visibility:
         """The same rule between some of the queries and some of the keys, None for all, given by index."""
         q_run = self.query_run[queries.cpu().numpy()]
         k_run = self.key_run if keys is None else self.key_run[keys.cpu().numpy()]
-        return Visibility(q_run, k_run, self.attends, self.sample_of_run)
+        part = Visibility(q_run, k_run, self.attends, self.sample_of_run)
+        part.proprio = self.proprio
+        return part
 
     def rule(self, queries: Tensor, keys: Tensor) -> Tensor:
         """The rule on token indices, as the package asks for it: a look-up in the table."""
@@ -134,11 +159,20 @@ class Visibility:
         """Dense bool ``[S, T]``, for what is left to the original code."""
         return torch.from_numpy(self.attends[self.query_run][:, self.key_run]).to(device)
 
+    @host_side
     def text_mask(self, text_tokens: int, device: torch.device) -> Tensor:
         """Dense bool ``[S, text_tokens]``: the texts of the samples, one after another in equal shares."""
-        sample = self.sample_of_run[self.query_run]
-        of_text = np.repeat(np.arange(sample.max() + 1), text_tokens // (sample.max() + 1))
-        return torch.from_numpy(sample[:, None] == of_text).to(device)
+        key = text_tokens, device
+        if key not in self._text_masks:
+            samples = self.sample_of_run.max() + 1
+            of_text = np.repeat(np.arange(samples), text_tokens // samples)
+            attends = self.sample_of_run[self.query_run][:, None] == of_text
+            if self.proprio is not None:
+                at = np.tile(np.arange(text_tokens // samples), samples)
+                own = at - self.proprio.begin == self.proprio.chunk_of_run[self.query_run][:, None]
+                attends &= (at < self.proprio.begin) | own & (at >= self.proprio.begin) & (at < self.proprio.end)
+            self._text_masks[key] = torch.from_numpy(attends).to(device)
+        return self._text_masks[key]
 
     def closure(self, tokens: Tensor) -> Tensor:
         """These tokens (bool ``[S]``) and all that they attend to, directly or through others."""
@@ -246,18 +280,38 @@ class Batch:
 
 
 class TextBatch:
-    """Cross-attention of samples that share one sequence to their own texts, which lie one after another."""
+    """Cross-attention of samples that share one sequence to their own texts, which lie one after another.
 
-    def __init__(self, slices: Sequence[Slices], text_lengths: Sequence[int], length: int) -> None:
+    Args:
+        slices: Of every sample: where its tokens are.
+        text_lengths: Of every sample.
+        length: S, of the sequence.
+        masks: Of every sample: bool, which of its tokens attends to which of its text's; None: all to all.
+    """
+
+    def __init__(
+        self,
+        slices: Sequence[Slices],
+        text_lengths: Sequence[int],
+        length: int,
+        masks: Sequence[Tensor | None] | None = None,
+    ) -> None:
         self.slices, self.text_lengths, self.length = tuple(slices), tuple(text_lengths), length
+        self.masks = [
+            None if mask is None else mask.reshape(-1, texts).bool()
+            for mask, texts in zip(masks or [None] * len(self.slices), self.text_lengths, strict=True)
+        ]
 
     def mask(self, device: torch.device) -> Tensor:
         """Dense bool ``[S, T]``, for what is left to the original code."""
         mask = torch.zeros(self.length, sum(self.text_lengths), dtype=torch.bool, device=device)
         at = 0
-        for slices, count in zip(self.slices, self.text_lengths, strict=True):
+        for slices, count, own in zip(self.slices, self.text_lengths, self.masks, strict=True):
+            row = 0
             for begin, end in slices:
-                mask[begin:end, at : at + count] = True
+                texts = True if own is None else own[row : row + end - begin].to(device)
+                mask[begin:end, at : at + count] = texts
+                row += end - begin
             at += count
         return mask
 
@@ -265,8 +319,8 @@ class TextBatch:
         """q ``[1, S, H, D]``; k, v ``[1, T, H, D]``; padding rows are 0."""
         keys, values = (t.split(self.text_lengths, 1) for t in (k, v))
         outputs = [
-            attend_all(torch.cat([q[:, begin:end] for begin, end in slices], 1), key, value)
-            for slices, key, value in zip(self.slices, keys, values, strict=True)
+            attend_all(torch.cat([q[:, begin:end] for begin, end in slices], 1), key, value, mask)
+            for slices, key, value, mask in zip(self.slices, keys, values, self.masks, strict=True)
         ]
         return scatter(torch.cat(outputs, 1), [piece for slices in self.slices for piece in slices], self.length)
 
