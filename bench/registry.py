@@ -166,6 +166,17 @@ SUITES = {
             devices=("cpu",),
             ceilings=False,
         ),
+        # counted, on any machine
+        Suite(
+            "stop_gradient",
+            Section(
+                "Stop-gradient: pairs of dk and dv",
+                ("workload", "history", "stopped", "provider", "visible_pairs", "skipped_pairs", "key_tiles",
+                 "idle_tiles", "computed_pairs", "useful"),
+            ),
+            devices=("cpu",),
+            ceilings=False,
+        ),
         Suite(
             "demo",
             Section(

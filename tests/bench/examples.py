@@ -155,5 +155,6 @@ EXAMPLES = {
     "openwam": Example(_small_openwam, _patched_openwam_is_off, needs="open_wam"),
     "rollout_openwam": Example(_small_openwam, _rollout_is_off, needs="open_wam"),
     "static": Example(_one_kernel_by_hand, None),
+    "stop_gradient": Example(_set("stop_gradient", FRAMES=9), None),
     "demo": Example(_demo_without_training, None),
 }

@@ -10,6 +10,7 @@ from tests.block_attention.checks import (
     ragged_plan,
     rectangular_plan,
     run,
+    stopped_plan,
 )
 from tests.geometries import libero, small
 from wam_kernels import HISTORIES, PROGRAMS, block_attention, compile_plan
@@ -48,6 +49,7 @@ def test_shapes_and_dtypes(make_plan, B, H, D, dtype):
         pytest.param(ragged_plan, 2, 6, 2, 64, torch.float32, id="groups-of-three-float32"),
         pytest.param(rectangular_plan, 2, 2, 2, 128, torch.bfloat16, id="rectangular"),
         pytest.param(rectangular_plan, 2, 8, 1, 256, torch.bfloat16, id="rectangular-pi-heads"),
+        pytest.param(stopped_plan, 2, 4, 2, 128, torch.bfloat16, id="stop-gradient"),
     ],
 )
 def test_grouped_query_heads_and_rectangular_plans(make_plan, B, H, kv_heads, D, dtype):

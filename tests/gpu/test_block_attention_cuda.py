@@ -10,6 +10,7 @@ from tests.block_attention.checks import (
     ragged_plan,
     rectangular_plan,
     run,
+    stopped_plan,
 )
 from tests.csrc.conftest import compiled_extension
 from tests.geometries import libero, small
@@ -72,6 +73,7 @@ def test_every_program(program, history):
         pytest.param(lambda: compile_plan(small()), 2, 2, 1, 80, torch.bfloat16, id="D-80"),
         pytest.param(lambda: compile_plan(small()), 2, 2, 1, 96, torch.float16, id="D-96"),
         pytest.param(rectangular_plan, 2, 8, 2, 128, torch.bfloat16, id="rectangular"),
+        pytest.param(stopped_plan, 2, 4, 2, 128, torch.bfloat16, id="stop-gradient"),
         pytest.param(lambda: compile_plan(libero(4, 64)), 1, 4, 2, 128, torch.bfloat16, id="libero-long-window"),
         pytest.param(lambda: compile_plan(libero(1, 8)), 1, 4, 4, 128, torch.bfloat16, id="libero-short-window"),
     ],
