@@ -4,6 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.train.conftest import no_trial_of_threads
+
+__all__ = ["no_trial_of_threads"]  # two runs that are compared bit for bit have the same number of threads
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 # simulators that go wrong, each in its own way, in the episode whose seed is 1

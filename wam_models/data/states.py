@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,9 @@ import torch
 from torch import Tensor
 
 LEAST = 0.01  # of the largest standard deviation: numbers that vary less count less than the others
+# Standard deviations. A number that hardly varies in training may leave its range by dozens of them, as the orientation
+# of an object does that falls over; a model that never saw such a latent imagines nonsense about everything else.
+LIMIT = 5.0
 
 
 class StateCodec:
@@ -19,15 +23,15 @@ class StateCodec:
     Args:
         mean: Float32 ``[S]``.
         std: Float32 ``[S]``, what each number is divided by; positive.
+        limit: Largest latent; a number further from its mean is encoded as if it were so far.
 
     Raises:
-        ValueError: shapes that do not fit, numbers that are not finite, or a std that is not positive.
+        ValueError: shapes that do not fit, numbers that are not finite, or a std or limit that is not positive.
     """
 
     temporal = spatial = 1
-    config: dict[str, Any] = {}
 
-    def __init__(self, mean: Tensor, std: Tensor) -> None:
+    def __init__(self, mean: Tensor, std: Tensor, limit: float = math.inf) -> None:
         if mean.ndim != 1 or not len(mean) or mean.shape != std.shape:
             raise ValueError(f"StateCodec: mean and std must be [S], got {list(mean.shape)} and {list(std.shape)}")
         for name, x in (("mean", mean), ("std", std)):
@@ -35,6 +39,9 @@ class StateCodec:
                 raise ValueError(f"StateCodec: {name} must be finite floats, got {x.dtype} {x.tolist()[:3]} ...")
         if not ((std > 1e-12) & (std < 1e12)).all():
             raise ValueError(f"StateCodec: std must be from 1e-12 to 1e12, got {std.min():g} to {std.max():g}")
+        if not limit > 0:
+            raise ValueError(f"StateCodec: limit must be positive, got {limit!r}")
+        self.limit = float(limit)
         self.mean, self.std = (x.cpu().to(torch.float32).contiguous() for x in (mean, std))
         self.channels = len(mean)
 
@@ -46,7 +53,13 @@ class StateCodec:
         if not std.max() > 0:
             raise ValueError("StateCodec.fit: all states are equal; give episodes in which something moves")
         std = np.maximum(std, LEAST * std.max())
-        return cls(torch.from_numpy(values.mean(0).astype(np.float32)), torch.from_numpy(std.astype(np.float32)))
+        mean, std = (torch.from_numpy(x.astype(np.float32)) for x in (values.mean(0), std))
+        return cls(mean, std, LIMIT)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """``{"limit": ...}``; nothing where there is none, as of checkpoints of before there was."""
+        return {} if math.isinf(self.limit) else {"limit": self.limit}
 
     def encode(self, frames: np.ndarray | Tensor) -> Tensor:
         """Float32 ``[T, S]`` -> float32 ``[S, T, 1, 1]``. Raises ValueError for another shape or dtype."""
@@ -56,7 +69,8 @@ class StateCodec:
                 f"StateCodec.encode: frames are {states.dtype} {tuple(states.shape)}, expected states as floats "
                 f"[T >= 1, {self.channels}]"
             )
-        return ((states.cpu().to(torch.float32) - self.mean) / self.std).T[:, :, None, None].contiguous()
+        latents = ((states.cpu().to(torch.float32) - self.mean) / self.std).clamp(-self.limit, self.limit)
+        return latents.T[:, :, None, None].contiguous()
 
     def decode(self, latents: Tensor) -> np.ndarray:
         """Float ``[S, T, 1, 1]`` -> float32 ``[T, S]``. Raises ValueError for another shape."""
@@ -78,4 +92,10 @@ class StateCodec:
         """
         if set(state) != {"mean", "std"}:
             raise ValueError(f"StateCodec.from_state_dict: keys are {sorted(state)[:5]}, expected mean and std")
-        return cls(**state)
+        options = dict(config or {})
+        limit = options.pop("limit", math.inf)
+        if options or isinstance(limit, bool) or not isinstance(limit, int | float):
+            raise ValueError(
+                f"StateCodec.from_state_dict: config must be empty or have limit, a number, got {config!r}"
+            )
+        return cls(**state, limit=limit)
