@@ -152,6 +152,21 @@ def test_an_initialised_model_passes_noise_through(config):
     assert (flow - x).norm() < 0.3 * x.norm()
 
 
+def test_a_narrow_patch_keeps_its_size(config):
+    """A state of 17 numbers, twice as far from the mean: LayerNorm alone would give the same flow."""
+    torch.manual_seed(0)
+    sizes = replace(config.model, hidden=96, heads=2, layers=1, latent_channels=17, patch=(1, 1, 1))
+    model = WorldActionModel(sizes)
+    initialise(model)
+    x = torch.randn(1, 17, 1, 1, 1)
+    norms = []
+    for scale in (0.5, 1.0):
+        stream, _ = model.embed((scale * x, torch.full((1, 1), 1000.0)), None)
+        flow, _ = model.flows((stream, None), 1, 1, 1)
+        norms.append(flow.norm().item())
+    assert 1.4 < norms[1] / norms[0] < 2.0
+
+
 def test_a_config_survives_json(config):
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 

@@ -42,6 +42,8 @@ class StateCodec:
         if not limit > 0:
             raise ValueError(f"StateCodec: limit must be positive, got {limit!r}")
         self.limit = float(limit)
+        # nothing where there is no limit, as in checkpoints from before there was one
+        self.config: dict[str, Any] = {} if math.isinf(self.limit) else {"limit": self.limit}
         self.mean, self.std = (x.cpu().to(torch.float32).contiguous() for x in (mean, std))
         self.channels = len(mean)
 
@@ -55,11 +57,6 @@ class StateCodec:
         std = np.maximum(std, LEAST * std.max())
         mean, std = (torch.from_numpy(x.astype(np.float32)) for x in (values.mean(0), std))
         return cls(mean, std, LIMIT)
-
-    @property
-    def config(self) -> dict[str, Any]:
-        """``{"limit": ...}``; nothing where there is none, as of checkpoints of before there was."""
-        return {} if math.isinf(self.limit) else {"limit": self.limit}
 
     def encode(self, frames: np.ndarray | Tensor) -> Tensor:
         """Float32 ``[T, S]`` -> float32 ``[S, T, 1, 1]``. Raises ValueError for another shape or dtype."""

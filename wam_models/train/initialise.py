@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import ModelConfig
-from ..model.dual_expert import ActionSide, PackedBlock, WorldActionModel
+from ..model.dual_expert import ActionSide, PackedBlock, VideoSide, WorldActionModel
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -45,15 +45,9 @@ def initialise(
         gate: Gates of the blocks.
     """
     config, core = model.config, model.core
-    patch, proj = core.patch_embedding_mlp.weight, core.proj_out.weight
-    nn.init.orthogonal_(patch)
-    per_patch = config.patch_width // config.latent_channels
     blocks = model.packed_block_stack.packed_blocks
     with torch.no_grad():
-        # the head's patches are ordered (place, channel), those of the embedding (channel, place)
-        undo = patch.T.unflatten(0, (config.latent_channels, per_patch)).transpose(0, 1).flatten(0, 1)
-        # LayerNorm scales the embedded patch, of width patch_width, to one number's size in each of hidden places
-        proj.copy_(undo * min(1.0, config.patch_width / config.hidden) ** 0.5)
+        scale = _pass_video_through(config, core)
         _pass_actions_through(model.action_expert)
         for side in (core, model.action_expert):
             side.time_conditioner.time_proj.weight.mul_(timestep_gain)
@@ -74,7 +68,11 @@ def initialise(
             block.action_block.attn1.to_q.bias.copy_(_place_bias(config, offsets))
         first = _of(PackedBlock, blocks[0]).video_block
         nn.init.orthogonal_(first.attn1.to_v.weight)
-        _of(nn.Linear, first.attn1.to_out[0]).weight.copy_(-first.attn1.to_v.weight.T)
+        passed_on = _of(nn.Linear, first.attn1.to_out[0]).weight
+        passed_on.copy_(-first.attn1.to_v.weight.T)
+        if scale is not None:  # the latents alone and at their size, without the constant part
+            patch = core.patch_embedding_mlp.weight
+            passed_on.copy_(scale * patch @ (patch.T @ passed_on))
         first.scale_shift_table[0, 2] = first_gate
 
 
@@ -85,12 +83,43 @@ def _of(kind: type[Kind], module: nn.Module) -> Kind:
     return module
 
 
+CONSTANT = 0.5  # of a narrow patch's token, in each place
+NARROW = 4  # times as wide is a token whose patch is narrow
+
+
+def _pass_video_through(config: ModelConfig, core: VideoSide) -> float | None:
+    """Embedding and head undo each other.
+
+    LayerNorm takes a token's size away. That of many latents is always about the same; a narrow patch, as a state is,
+    gets a constant part, as actions do. Returns by what LayerNorm then divides a token; None without a constant part.
+    """
+    patch, proj = core.patch_embedding_mlp.weight, core.proj_out.weight
+    width, hidden = config.patch_width, config.hidden
+    nn.init.orthogonal_(patch)
+    scale = None
+    shrink = min(1.0, width / hidden) ** 0.5  # a patch, of one number's size, is in hidden places
+    if NARROW * width < hidden:
+        columns = _columns(hidden, width + 1)
+        patch.copy_(columns[:, :width])
+        core.patch_embedding_mlp.bias.copy_(columns[:, width] * CONSTANT * hidden**0.5)
+        shrink = scale = (CONSTANT**2 + width / hidden) ** 0.5
+    per_patch = width // config.latent_channels
+    # the head's patches are ordered (place, channel), those of the embedding (channel, place)
+    undo = patch.T.unflatten(0, (config.latent_channels, per_patch)).transpose(0, 1).flatten(0, 1)
+    proj.copy_(undo * shrink)
+    return scale
+
+
+def _columns(width: int, count: int) -> Tensor:
+    """Orthonormal columns ``[width, count]`` without mean."""
+    return torch.linalg.qr(torch.cat([torch.ones(width, 1), torch.randn(width, count)], 1))[0][:, 1:]
+
+
 def _pass_actions_through(expert: ActionSide) -> None:
     """An action is far narrower than its token: a constant part keeps LayerNorm from taking its size away."""
     embedder = expert.action_embedder
     width, numbers = embedder.weight.shape
-    # orthonormal columns without mean; the last is the constant part, of one number's size in each place
-    columns = torch.linalg.qr(torch.cat([torch.ones(width, 1), torch.randn(width, numbers + 1)], 1))[0][:, 1:]
+    columns = _columns(width, numbers + 1)  # the last is the constant part, of one number's size in each place
     embedder.weight.copy_(columns[:, :numbers])
     embedder.bias.copy_(columns[:, numbers] * width**0.5)
     expert.action_proj_out.weight.copy_(columns[:, :numbers].T)
