@@ -1,14 +1,16 @@
 """Every block-attention kernel compiled for sm_90: tensor cores, nothing computed twice, no spills, shared memory."""
 
 from functools import cache
+from itertools import product
 
 import pytest
 
 from bench.static.launches import BLOCK_ATTENTION, LONG, SHORT, block_attention
 from tests.aot.compile import Compiled, compile_sm90, repeated_products, shared_bytes
 from wam_kernels.block_attention import config
+from wam_kernels.runtime.shared_memory import BLOCK_BYTES, compiling_for
 
-H100_SHARED = 232_448  # bytes that one block may use
+H100_SHARED = BLOCK_BYTES[90]
 
 
 @cache
@@ -100,3 +102,26 @@ def test_largest_float32_fits_in_shared_memory(name, rows):
     # the edge of what config.fits_triton promises, with 256 bf16 channels; it spills, which costs speed only
     assert config.fits_triton(128, 4) and config.fits_triton(256, 2) and not config.fits_triton(136, 4)
     assert all(shared_bytes(launch) <= H100_SHARED for launch in block_attention(name, 128, rows, "fp32"))
+
+
+@pytest.mark.parametrize(
+    "capability, D, dtype",
+    [
+        (89, 128, "bf16"),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in product((80, 86, 89, 100, 120), (64, 128, 256), ("bf16", "fp32"))
+            if case[1:] != (256, "fp32") and case != (89, 128, "bf16")
+        ),
+    ],
+)
+def test_launches_fit_the_shared_memory_of_every_gpu(capability, D, dtype):
+    with compiling_for(capability):
+        launches = [launch for name, rows in LONG.items() for launch in block_attention(name, D, rows, dtype)]
+    assert max(shared_bytes(launch, capability) for launch in launches) <= BLOCK_BYTES[capability]
+
+
+def test_launches_of_an_h100_would_be_refused_elsewhere():
+    # what compiling_for changes is needed: 129 KB where a block has 99
+    (launch,) = block_attention("dkdv", 128, LONG["dkdv"], "bf16")
+    assert BLOCK_BYTES[89] < shared_bytes(launch, 89) < H100_SHARED

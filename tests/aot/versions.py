@@ -26,18 +26,23 @@ def compile_here(version: str, capability: int, only: str) -> Iterator[Row]:
     """In the process of one version. A kernel of several launches counts with its largest numbers."""
     from bench.static.launches import EVERY
     from tests.aot.compile import resources
+    from wam_kernels.runtime.shared_memory import BLOCK_BYTES, compiling_for
 
     for kernel, launches in EVERY.items():
         if only not in kernel:
             continue
         row: Row = {"version": version, "capability": capability, "kernel": kernel}
         try:
-            found = [resources(launch, capability) for launch in launches()]
+            with compiling_for(capability):
+                found = [resources(launch, capability) for launch in launches()]
         except Exception as error:  # whatever a version raises is what the table is for
             yield row | {"error": f"{type(error).__name__}: {error}"}
             continue
         numbers = {"registers": "registers", "stack": "stack_bytes", "shared": "shared_bytes"}
-        yield row | {key: max(getattr(r, name) for r in found) for key, name in numbers.items()}
+        row |= {key: max(getattr(r, name) for r in found) for key, name in numbers.items()}
+        if row["shared"] > BLOCK_BYTES[capability]:
+            row["error"] = f"{row['shared']} bytes of shared memory, where a block has {BLOCK_BYTES[capability]}"
+        yield row
 
 
 def installed(version: str, folder: Path) -> Path:
