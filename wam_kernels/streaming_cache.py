@@ -3,13 +3,13 @@
 A rollout denoises one chunk of frames after the other. The clean tokens of earlier chunks never attend to a noisy
 token, so their keys and values are computed once and stay. Every layer has the same slots, allocated once:
 
-    [ video ring | action ring | clean chunk | noisy chunk ]
+    [ video ring | action ring | clean chunk | noisy chunk | context ]
 
-Frame f lies in place ``f % frames`` of each ring. The last two hold the chunk at work: its noisy tokens are
+Frame f lies in place ``f % frames`` of each ring. The next two hold the chunk at work: its noisy tokens are
 overwritten at every denoising step, its clean copies are copied into the rings when the chunk is accepted
-(:meth:`store_chunk`), so a chunk that is not accepted leaves no trace. What a query attends to is a handful of slot
-ranges (:meth:`ranges`), which change from chunk to chunk but not from step to step; ``cached_attention`` reads them
-from device memory.
+(:meth:`store_chunk`), so a chunk that is not accepted leaves no trace. Every query attends to the context, if there is
+any. What a query attends to is a handful of slot ranges (:meth:`ranges`), which change from chunk to chunk but not from
+step to step; ``cached_attention`` reads them from device memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from .masks.visibility import ACTION, CLEAN, NOISY, SEGMENTS, VIDEO, Geometry, t
 from .runtime.checks import integer, integers
 from .runtime.host import device_of, eager, host_side, plain
 
-# Both rings may wrap around and the chunk adds its clean and its noisy copies of both streams; two of these touch.
+# Both rings may wrap around and the chunk adds its clean and its noisy copies of both streams. In a program that has a
+# rollout two of these four are not attended to, which leaves room for the context.
 MAX_RANGES = 8
 
 # One stream's visible copies: (stream, noise, first frame, end), frames counted from the first of the geometry.
@@ -72,15 +73,17 @@ class StreamingCache:
         heads: Attention heads H.
         head_dim: Width D of a head.
         video_tokens: Tokens of one video frame.
-        action_tokens: Action tokens of one frame.
+        action_tokens: Action tokens of one frame; 0 where there are no actions.
         chunk_size: Frames of a chunk, at most.
         frames: Frames that each ring holds.
+        context_tokens: Tokens that every query attends to.
         dtype: Of keys and values.
         device: Where they are.
 
     Attributes:
         buffer: ``[layers, 2, B, N, H, D]``, keys and values; not initialised.
         length: N slots.
+        context_slots: Those of the context, which the caller writes.
 
     Raises:
         ValueError: a size that is no integer or below 1, a dtype that is none of floats, rings that do not hold one
@@ -99,6 +102,7 @@ class StreamingCache:
         action_tokens: int,
         chunk_size: int,
         frames: int,
+        context_tokens: int = 0,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
@@ -106,8 +110,9 @@ class StreamingCache:
         sizes = {"layers": layers, "batch": batch, "heads": heads, "head_dim": head_dim, "video_tokens": video_tokens}
         sizes |= {"action_tokens": action_tokens, "chunk_size": chunk_size, "frames": frames}
         layers, batch, heads, head_dim, video_tokens, action_tokens, chunk_size, frames = (
-            integer(op, name, value, 1) for name, value in sizes.items()
+            integer(op, name, value, int(name != "action_tokens")) for name, value in sizes.items()
         )
+        context_tokens = integer(op, "context_tokens", context_tokens)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"{op}: dtype must be a torch.dtype of floats, got {dtype!r}")
         if frames < chunk_size:
@@ -120,8 +125,9 @@ class StreamingCache:
             (stream, noise): rings + (chunk if noise == NOISY else 0) + (chunk_size * video_tokens) * (stream == ACTION)
             for stream, noise in SEGMENTS
         }
+        self.context_slots = slice(rings + 2 * chunk, rings + 2 * chunk + context_tokens)
         # ranges are int32
-        self.length = integer(op, "its slots (of frames and chunk_size)", rings + 2 * chunk)
+        self.length = integer(op, "its slots (of frames and chunk_size)", self.context_slots.stop)
         shape = layers, 2, batch, self.length, heads, head_dim
         # written to as long as it lives, in whatever mode: an inference tensor could not be
         with torch.inference_mode(False):
@@ -198,6 +204,8 @@ class StreamingCache:
                     own_first, own_end = max(first - before, 0), min(end - before, count)
                     if own_first < own_end:
                         slots.append((own + own_first * per, own + own_end * per))
+                if self.context_slots.start < self.length:
+                    slots.append((self.context_slots.start, self.length))
                 table[b, g, : len(slots)] = np.reshape(slots, (-1, 2))
         return torch.from_numpy(table)
 

@@ -1,23 +1,74 @@
-"""Model sizes: one frozen dataclass, one function per size, JSON in and out."""
+"""Model sizes: frozen dataclasses, one function per size, JSON in and out.
+
+A model is a list of streams around one attention (``ModelConfig.streams``): video, action where there is one, and
+whatever further ones give context. Everything that depends on how many there are is a loop over that list: blocks
+(``model/blocks.py``), embeddings and text (``model/streams.py``), the packed forward, plans, rollouts.
+"""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from functools import cached_property
 from typing import Any
 
 from wam_kernels.qk_norm_rope.table import default_split
+from wam_kernels.runtime.checks import identifier
 
-from .runtime.checks import check_field, number, whole, wholes
+from .runtime.checks import check_field, choice, number, whole, wholes
 from .runtime.json_fields import from_fields
 from .runtime.limits import LARGEST_SIZE
+
+TOPOLOGIES = ("dual_expert", "parallel_stream", "video_only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stream:
+    """One kind of tokens of a model, and the expert that they run through.
+
+    Args:
+        name: An identifier.
+        width: Of its tokens between the blocks.
+        ffn: Feed-forward width of its expert.
+        features: Numbers that a token is made of, by one linear map; 0 for learned tokens.
+        tokens: How many learned tokens there are, such as registers or queries; 0 where they are made of features.
+        expert: Name of the stream whose expert the tokens run through; default its own.
+
+    Raises:
+        ValueError: a value of the wrong type or outside its range; the message names the field.
+    """
+
+    name: str
+    width: int
+    ffn: int
+    features: int = 0
+    tokens: int = 0
+    expert: str = ""
+
+    def __post_init__(self) -> None:
+        identifier("Stream", self.name)
+        if self.name in ("text", "state", "task", "episode"):
+            raise ValueError(f"Stream: name must not be one of a batch's other entries, got {self.name!r}")
+        for name, low in (("width", 1), ("ffn", 1), ("features", 0), ("tokens", 0)):
+            check_field(self, name, whole, low, LARGEST_SIZE)
+        if bool(self.features) == bool(self.tokens):
+            raise ValueError(
+                f"Stream: {self.name} must have either features or tokens above 0, got features={self.features} and "
+                f"tokens={self.tokens}"
+            )
+        object.__setattr__(self, "expert", self.expert or self.name)
+
+    @property
+    def owns_expert(self) -> bool:
+        """Whether it has one of its own."""
+        return self.expert == self.name
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """Sizes of a dual-expert world-action model.
+    """Sizes of a world-action model.
 
-    Both experts project into the same ``heads * head_dim`` wide attention, whatever their own width, so that
-    video and action tokens attend to each other.
+    All experts project into the same ``heads * head_dim`` wide attention, whatever their own width, so that the tokens
+    of all streams attend to each other.
 
     Args:
         hidden: Width of the video expert.
@@ -35,6 +86,11 @@ class ModelConfig:
         freq_dim: Width of the sinusoidal timestep embedding; even.
         rope_theta: Base of the rope frequencies.
         eps: Added to the variance in every norm.
+        topology: ``"dual_expert"``; ``"parallel_stream"``, in which video and action share one expert, text and head
+            (``action_hidden`` and ``action_ffn`` are then those of the video); or ``"video_only"``, without actions
+            (the four sizes of actions then say nothing).
+        context: Further streams, which are given and not denoised, such as a third expert's tokens or registers. One
+            that shares an expert has its width and ffn.
 
     Raises:
         ValueError: a value of the wrong type or outside its range; the message names the field.
@@ -55,6 +111,8 @@ class ModelConfig:
     freq_dim: int = 256
     rope_theta: float = 10000.0
     eps: float = 1e-6
+    topology: str = "dual_expert"
+    context: tuple[Stream, ...] = ()
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -66,6 +124,38 @@ class ModelConfig:
         check_field(self, "patch", _patch)
         check_field(self, "rope_theta", number, 1, 1e12)
         check_field(self, "eps", number, 1e-12, 1)
+        check_field(self, "topology", choice, TOPOLOGIES)
+        check_field(self, "context", _context)
+        experts: dict[str, Stream] = {}
+        for stream in self.streams:
+            if [*(s.name for s in self.context), "video", "action"].count(stream.name) > 1:
+                raise ValueError(f"ModelConfig: streams must have different names, got {stream.name!r} twice")
+            own = experts.setdefault(stream.name, stream) if stream.owns_expert else experts.get(stream.expert)
+            if own is None:
+                raise ValueError(
+                    f"ModelConfig: expert of stream {stream.name} must be its own or one of {tuple(experts)}, got "
+                    f"{stream.expert!r}"
+                )
+            if (own.width, own.ffn) != (stream.width, stream.ffn):
+                raise ValueError(
+                    f"ModelConfig: stream {stream.name} must have the width and ffn of the expert {own.name}, "
+                    f"{(own.width, own.ffn)}, got {(stream.width, stream.ffn)}"
+                )
+
+    @cached_property
+    def streams(self) -> tuple[Stream, ...]:
+        """Video, then action where there is one, then those of ``context``: in the order of their packed tokens."""
+        shared = "video" if self.topology == "parallel_stream" else "action"
+        video = Stream(name="video", width=self.hidden, ffn=self.ffn, features=self.patch_width)
+        action = Stream(
+            name="action", width=self.action_hidden, ffn=self.action_ffn, features=self.action_dim, expert=shared
+        )
+        return (video, *([] if self.topology == "video_only" else [action]), *self.context)
+
+    @property
+    def has_actions(self) -> bool:
+        """Whether there is an action stream, the second one."""
+        return self.topology != "video_only"
 
     @property
     def inner(self) -> int:
@@ -80,9 +170,9 @@ class ModelConfig:
     @property
     def matrices(self) -> int:
         """Numbers in the large matrices: of the blocks, of timesteps and text. Nearly all that the model has."""
-        experts = (self.hidden, self.ffn), (self.action_hidden, self.action_ffn)
-        blocks = sum(8 * width * self.inner + 2 * width * ffn for width, ffn in experts)
-        return self.layers * blocks + sum((7 * width + self.text_dim) * width for width, _ in experts)
+        experts = [stream for stream in self.streams if stream.owns_expert]
+        blocks = sum(8 * s.width * self.inner + 2 * s.width * s.ffn for s in experts)
+        return self.layers * blocks + sum((7 * s.width + self.text_dim) * s.width for s in experts)
 
     @property
     def rope_split(self) -> tuple[int, int, int]:
@@ -90,8 +180,9 @@ class ModelConfig:
         return default_split(self.head_dim)
 
     def to_dict(self) -> dict:
-        """A dict that ``json.dumps`` takes."""
-        return asdict(self) | {"patch": list(self.patch)}
+        """A dict that ``json.dumps`` takes; fields that later versions added are in it where they say something."""
+        held = asdict(self) | {"patch": list(self.patch), "context": [asdict(stream) for stream in self.context]}
+        return {name: value for name, value in held.items() if name not in _ADDED or value != _ADDED[name]}
 
     @classmethod
     def from_dict(cls, values: Any, source: str = "ModelConfig") -> ModelConfig:
@@ -100,7 +191,25 @@ class ModelConfig:
         Raises:
             ValueError: unknown or missing fields, by name, or a value that the class refuses.
         """
+        if isinstance(values, dict):
+            values = _ADDED | values
+            if isinstance(values["context"], list):
+                made = (
+                    s if isinstance(s, Stream) else from_fields(Stream, s, f"{source}: context", defaults=True)
+                    for s in values["context"]
+                )
+                values |= {"context": tuple(made)}
         return from_fields(cls, values, source)
+
+
+# fields that older checkpoints lack, and what they mean there
+_ADDED: dict[str, Any] = {"topology": "dual_expert", "context": []}
+
+
+def _context(where: str, value: Any) -> tuple[Stream, ...]:
+    if not isinstance(value, list | tuple) or not all(isinstance(stream, Stream) for stream in value):
+        raise ValueError(f"{where} must be a list of Stream, got {value!r}")
+    return tuple(value)
 
 
 def _patch(where: str, value: Any) -> tuple[int, ...]:

@@ -101,19 +101,21 @@ def geometry_for(
 
     Frame 0 of an episode is observed before anything is done: a chunk of its own, and no action leads to it.
     ``chunk_origin`` is an episode's frame with which some chunk begins; default 1, the first after the observed one.
+    Without ``action_tokens`` there are no actions.
     """
     choice("geometry_for: program", program, MODEL_PROGRAMS)
+    action_frames = frames if action_tokens else 0
     return Geometry(
         program=MODEL_PROGRAMS[program].name,
         video_frames=frames,
         video_tokens=video_tokens,
-        action_frames=frames,
-        action_tokens=action_tokens,
+        action_frames=action_frames,
+        action_tokens=max(action_tokens, 1),
         chunk_size=chunk_size,
         window=window,
         history=history,
         chunk_origin=(1 if chunk_origin is None else chunk_origin) - start,
         singleton_frame=0 if objective.conditional and start == 0 else None,
         conditional_history="previous_boundary_video_only" if objective.conditional else None,
-        startup_action_frames=min(frames, 1) if start == 0 else 0,
+        startup_action_frames=min(action_frames, 1) if start == 0 else 0,
     )

@@ -32,6 +32,7 @@ from bench.harness import Options
 from bench.peers.plain import rotate
 from bench.rows import Row
 from wam_kernels import Geometry, Plan, block_attention, compile_plan, rope_table
+from wam_kernels.masks.visibility import ACTION, VIDEO
 from wam_models.config import ModelConfig
 from wam_models.model.blocks import ExpertBlock, PackedBlock, Uncast, at_least_float32, stream_inputs
 from wam_models.model.positions import action_positions, video_positions
@@ -69,7 +70,7 @@ def plain_cross_attention(expert: ExpertBlock, x: Tensor, text: Tensor, config: 
 def plain_block(
     block: PackedBlock, config: ModelConfig, xs: list[Tensor], t_projs: list[Tensor], texts: list[Tensor], rope, plan
 ) -> list[Tensor]:
-    experts = block.video_block, block.action_block
+    experts = block.expert(VIDEO), block.expert(ACTION)
     modulations = [(e.scale_shift_table + t).unbind(2) for e, t in zip(experts, t_projs, strict=True)]
     parts = []
     for expert, x, (shift, scale, *_) in zip(experts, xs, modulations, strict=True):

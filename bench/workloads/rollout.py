@@ -101,6 +101,7 @@ def packed_chunk(
 def accepted_history(episode: Episode) -> tuple[Tensor, Tensor]:
     """The accepted frames that the next chunk of a rollout attends to, as a batch of one."""
     video, action = episode.accepted(0)
+    assert action is not None
     return video[None], action[None]
 
 

@@ -56,6 +56,14 @@ class Sizes:
     text_tokens: int
     itemsize: int = BF16
 
+    def __post_init__(self) -> None:
+        if self.model.topology != "dual_expert" or self.model.context:
+            names = [stream.name for stream in self.model.context]
+            raise ValueError(
+                "--estimate must be of a dual-expert model without context, got "
+                f"topology={self.model.topology!r} and context {names}"
+            )
+
     def tokens(self, stream: int) -> int:
         """Of one frame."""
         return self.grid[0] * self.grid[1] if stream == VIDEO else self.model.actions_per_frame

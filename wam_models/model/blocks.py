@@ -1,6 +1,8 @@
-"""The transformer blocks of a dual-expert model: two experts around one attention.
+"""The transformer blocks: the experts of all streams around one attention.
 
-A stream's tokens come in runs that share one timestep (the tokens of a frame). Everything that depends on the timestep
+A model is a list of streams, ``config.streams``, and what it computes is a list with an entry for each, in that order:
+None where a stream is absent. A stream's tokens run through its expert; streams that share one run through the same.
+The tokens come in runs that share one timestep (the tokens of a frame). Everything that depends on the timestep
 stays at ``[B, T, D]``; a ``FrameIndex`` tells the fused ops which row a token reads, so nothing is ever expanded to
 one row per token. Attention, norms, modulation, gates, residuals and rope are ``wam_kernels`` ops; matrix products are
 PyTorch's. Letters of shapes as in ``dual_expert``.
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +24,7 @@ from wam_kernels import FrameIndex, ada_layer_norm, gate_residual_ada_layer_norm
 from ..config import ModelConfig
 
 T = TypeVar("T")
-Pair = tuple[T, T]  # (video, action); None in it for a stream that is absent
+PerStream = tuple[T, ...]  # one of each stream of ``config.streams``; None in it for a stream that is absent
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # attend(block, q, k, v), all [B, S, H, h]
 # Text as one block's cross-attention takes it: projected embeddings [B, L, D], or their keys and values.
 Text = Tensor | tuple[Tensor, Tensor]
@@ -68,7 +70,7 @@ class Uncast(Generic[T]):
 
 
 class StreamInputs(NamedTuple):
-    """What one stream (video or action) brings to the blocks; row t of the modulation serves timestep t's tokens."""
+    """What one stream brings to the blocks; row t of the modulation serves timestep t's tokens."""
 
     x: Tensor  # [B, S, D]
     modulation: Uncast[Tensor]  # shift1, scale1, gate1, shift2, scale2, gate2 of the blocks: [B, T, D] float32 each
@@ -215,40 +217,45 @@ class ExpertBlock(nn.Module):
 
 
 class PackedBlock(nn.Module):
-    """Both experts' halves around one attention over ``[video tokens | action tokens]``."""
+    """The experts of all streams around one attention over their tokens, stream after stream."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.video_block = ExpertBlock(config, config.hidden, config.ffn)
-        self.action_block = ExpertBlock(config, config.action_hidden, config.action_ffn)
+        self.names = [f"{stream.expert}_block" for stream in config.streams]
+        for stream in config.streams:
+            if stream.owns_expert:
+                self.add_module(f"{stream.name}_block", ExpertBlock(config, stream.width, stream.ffn))
+
+    def expert(self, stream: int) -> ExpertBlock:
+        """That which the tokens of a stream run through."""
+        return cast(ExpertBlock, getattr(self, self.names[stream]))
 
     def forward(
         self,
-        streams: Pair[StreamInputs | None],
+        streams: PerStream[StreamInputs | None],
         rope: Uncast[Tensor | None],
-        text: Pair[Text],
+        text: PerStream[Text],
         attend: Callable[[Tensor, Tensor, Tensor], Tensor],
         out: QKVBuffers | None,
-        wanted: Pair[bool],
-    ) -> Pair[StreamInputs | None]:
+        wanted: PerStream[bool],
+    ) -> PerStream[StreamInputs | None]:
         """As :class:`PackedBlockStack`, of one block; ``wanted`` says of each stream whether its result is needed."""
-        experts = (self.video_block, self.action_block)
-        both = enumerate(zip(streams, rope.tensors, strict=True))
-        present = [(i, x, table) for i, (x, table) in both if x is not None and table is not None]
+        every = enumerate(zip(streams, rope.tensors, strict=True))
+        present = [(i, x, table) for i, (x, table) in every if x is not None and table is not None]
         lengths = [stream.x.shape[1] for _, stream, _ in present]
         firsts = accumulate(lengths, initial=0)
         parts = [
-            experts[i].before(stream, table, out, first)
+            self.expert(i).before(stream, table, out, first)
             for (i, stream, table), first in zip(present, firsts, strict=False)
         ]
-        done: list[StreamInputs | None] = [None, None]
+        done: list[StreamInputs | None] = [None] * len(streams)
         if not any(wanted[i] for i, _, _ in present):
-            return done[0], done[1]
+            return tuple(done)
         q, k, v = (torch.cat(part, 1) for part in zip(*parts, strict=True)) if out is None else out[:3]
         for (i, stream, _), attended in zip(present, attend(q, k, v).split(lengths, 1), strict=True):
             if wanted[i]:
-                done[i] = experts[i].after(stream, attended, text[i])
-        return done[0], done[1]
+                done[i] = self.expert(i).after(stream, attended, text[i])
+        return tuple(done)
 
 
 class PackedBlockStack(nn.Module):
@@ -259,34 +266,35 @@ class PackedBlockStack(nn.Module):
 
     def forward(
         self,
-        streams: Pair[StreamInputs | None],
+        streams: PerStream[StreamInputs | None],
         rope: Uncast[Tensor | None],
-        text: Sequence[Pair[Text]],
+        text: Sequence[PerStream[Text]],
         attend: Attend,
         out: Sequence[QKVBuffers] | None = None,
-        wanted: Sequence[int] = (0, 1),
-    ) -> Pair[StreamInputs | None]:
-        """The (video, action) streams after the last block; None for a stream that is absent or not wanted.
+        wanted: Sequence[int] | None = None,
+    ) -> PerStream[StreamInputs | None]:
+        """The streams after the last block; None for a stream that is absent or not wanted.
 
         Args:
             streams: What goes in; None leaves a stream out.
-            rope: Rope table of each stream, (video, action).
-            text: ``text[i]`` is the (video, action) text of block i.
-            attend: ``attend(i, q, k, v)`` is the attention of block i over ``[video tokens | action tokens]``; with
+            rope: Rope table of each stream.
+            text: ``text[i]`` is the text of block i, of each stream.
+            attend: ``attend(i, q, k, v)`` is the attention of block i over the tokens, stream after stream; with
                 ``out``, k and v are the caches of block i.
             out: ``out[i]`` is where block i writes q, k and v; default new tensors. Inference only.
-            wanted: Streams whose result the caller needs: the last block computes nothing else but keys and values.
+            wanted: Streams whose result the caller needs, default all: the last block computes nothing else but keys
+                and values.
         """
-        last = len(self.packed_blocks) - 1
-        # not `i in wanted`: with dynamic=True Dynamo makes the ints symbolic, and finds none of them
-        wanted_at_last = any(i == 0 for i in wanted), any(i == 1 for i in wanted)
+        last, every = len(self.packed_blocks) - 1, (True,) * len(streams)
+        # not `s in wanted`: with dynamic=True Dynamo makes the ints symbolic, and finds none of them
+        at_last = every if wanted is None else tuple([any(i == s for i in wanted) for s in range(len(streams))])
         for i, block in enumerate(self.packed_blocks):
 
             def attend_in_block(q: Tensor, k: Tensor, v: Tensor, i: int = i) -> Tensor:
                 return attend(i, q, k, v)
 
             buffers = None if out is None else out[i]
-            inputs = streams, rope, text[i], attend_in_block, buffers, wanted_at_last if i == last else (True, True)
+            inputs = streams, rope, text[i], attend_in_block, buffers, at_last if i == last else every
             if self.checkpoint_activations and torch.is_grad_enabled():
                 streams = checkpoint(block, *inputs, use_reentrant=False)
             else:

@@ -1,159 +1,32 @@
-"""The dual-expert world-action model: a video expert and an action expert that share every attention.
+"""The world-action model: a list of streams around one attention in every block.
 
-The blocks are in ``blocks``; here is what is around them: what makes tokens of latents and actions, what makes flows
-of tokens, and the model. Letters of shapes: B samples, S tokens, F frames, n action tokens of a frame, A numbers of an
-action, C latent channels, D width of an expert, T timesteps of a stream, H heads, h head width, L text tokens. Names of
-attributes are keys of the state dict, see ``weights``.
+The blocks are in ``blocks``; what makes tokens of a stream's data, and flows of tokens, is in ``streams``.
+Letters of shapes: B samples, S tokens, F frames, n action tokens of a frame, A numbers of an action, C latent channels,
+D width of an expert, T timesteps of a stream, H heads, h head width, L text tokens, N context tokens, E features of
+one. Names of attributes are keys of the state dict, see ``weights``.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable
-from typing import cast
+from collections.abc import Iterable, Mapping
+from typing import NamedTuple, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wam_kernels import FrameIndex, Plan, ada_layer_norm, block_attention, rope_table
+from wam_kernels import FrameIndex, Plan, block_attention, rope_table
+from wam_kernels.masks.visibility import ACTION, VIDEO
 from wam_kernels.runtime.checks import integer
 
 from ..config import ModelConfig
 from ..runtime.checks import memory
-from .blocks import (
-    Attend,
-    PackedBlock,
-    PackedBlockStack,
-    Pair,
-    StreamInputs,
-    Text,
-    Uncast,
-    at_least_float32,
-    draw_table,
-    dtype_of,
-    stream_inputs,
-)
+from .blocks import Attend, PackedBlock, PackedBlockStack, PerStream, StreamInputs, Text, Uncast, dtype_of
 from .positions import action_positions, video_positions
-
-
-class TwoLinears(nn.Module):
-    def __init__(self, width_in: int, width: int, activation: Callable) -> None:
-        super().__init__()
-        self.activation = activation
-        self.linear_1 = nn.Linear(width_in, width)
-        self.linear_2 = nn.Linear(width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.linear_2(self.activation(self.linear_1(x)))
-
-
-def gelu_tanh(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
-def sinusoid(timesteps_BT: Tensor, width: int) -> Tensor:
-    """``[B, T, width]``: cosines, then sines, of ``t * 10000^(-i / (width / 2))``; float32 at least."""
-    half = width // 2
-    t = at_least_float32(timesteps_BT)
-    power = torch.arange(half, dtype=t.dtype, device=t.device) / half
-    angle = t[..., None] * torch.exp(-math.log(10000.0) * power)
-    return torch.cat([angle.cos(), angle.sin()], -1)
-
-
-class TimeConditioner(nn.Module):
-    def __init__(self, config: ModelConfig, width: int) -> None:
-        super().__init__()
-        self.freq_dim = config.freq_dim
-        self.time_embedder = TwoLinears(config.freq_dim, width, F.silu)
-        self.time_proj = nn.Linear(width, 6 * width)
-
-    def forward(self, timesteps_BT: Uncast[Tensor], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """temb ``[B, T, D]`` and t_proj ``[B, T, 6, D]``, float32; ``dtype`` as in :func:`dtype_of`."""
-        waves = sinusoid(timesteps_BT.tensors[0], self.freq_dim)
-        temb = self.time_embedder(waves.to(dtype_of(self.time_embedder.linear_1, dtype)))
-        t_proj = self.time_proj(F.silu(temb).to(dtype_of(self.time_proj, dtype)))
-        return at_least_float32(temb), at_least_float32(t_proj).unflatten(-1, (6, -1))
-
-
-class VideoSide(nn.Module):
-    """The video expert outside the blocks (``core`` in the state dict)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.patch_embedding_mlp = nn.Linear(config.patch_width, config.hidden)
-        self.text_proj = TwoLinears(config.text_dim, config.hidden, gelu_tanh)
-        self.time_conditioner = TimeConditioner(config, config.hidden)
-        self.scale_shift_table = nn.Parameter(torch.empty(1, 2, config.hidden))
-        self.reset_parameters()
-        self.proj_out = nn.Linear(config.hidden, config.patch_width)
-
-    def reset_parameters(self) -> None:
-        draw_table(self.scale_shift_table)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.scale_shift_table.dtype
-
-    def embed(self, video_BCFyx: Tensor, timesteps_BF: Tensor) -> StreamInputs:
-        B, C, frames, y, x = video_BCFyx.shape
-        _, py, px = self.config.patch
-        patches = video_BCFyx.reshape(B, C, frames, y // py, py, x // px, px).permute(0, 2, 3, 5, 1, 4, 6)
-        temb, t_proj = self.time_conditioner(Uncast(timesteps_BF), self.dtype)
-        patches = patches.flatten(4).flatten(1, 3).to(dtype_of(self.patch_embedding_mlp, self.dtype))
-        return stream_inputs(self.patch_embedding_mlp(patches), t_proj, (temb, temb))
-
-    def flow(self, stream: StreamInputs, frames: int, rows: int, columns: int) -> Tensor:
-        _, py, px = self.config.patch
-        out = head_norm(stream, self.scale_shift_table, self.config.eps)
-        out = self.proj_out(out.to(dtype_of(self.proj_out, self.dtype)))
-        out = out.unflatten(-1, (py, px, -1)).unflatten(1, (frames, rows, columns))
-        return out.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
-
-
-class ActionSide(nn.Module):
-    """The action expert outside the blocks (``action_expert`` in the state dict)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-        width = config.action_hidden
-        self.action_embedder = nn.Linear(config.action_dim, width)
-        self.context_proj = nn.Linear(config.text_dim, width)
-        self.time_conditioner = TimeConditioner(config, width)
-        self.scale_shift_table = nn.Parameter(torch.empty(1, 2, width))
-        self.reset_parameters()
-        self.action_proj_out = nn.Linear(width, config.action_dim)
-
-    def reset_parameters(self) -> None:
-        draw_table(self.scale_shift_table)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.scale_shift_table.dtype
-
-    def embed(self, action_BFnA: Tensor, timesteps_BT: Tensor) -> StreamInputs:
-        _, t_proj = self.time_conditioner(Uncast(timesteps_BT), self.dtype)
-        actions = action_BFnA.flatten(1, 2).to(dtype_of(self.action_embedder, self.dtype))
-        return stream_inputs(self.action_embedder(actions), t_proj, (t_proj[:, :, 0], t_proj[:, :, 1]))
-
-    def flow(self, stream: StreamInputs, frames: int) -> Tensor:
-        out = head_norm(stream, self.scale_shift_table, self.config.eps)
-        out = self.action_proj_out(out.to(dtype_of(self.action_proj_out, self.dtype)))
-        return out.unflatten(1, (frames, -1))
-
-
-def head_norm(stream: StreamInputs, table_12D: Tensor, eps: float) -> Tensor:
-    shift_table, scale_table = at_least_float32(table_12D)[0].unbind(0)
-    shift, scale = stream.head.tensors
-    return ada_layer_norm(
-        stream.x, shift, scale, stream.frame_index, shift_table=shift_table, scale_table=scale_table, eps=eps
-    )
+from .streams import ActionSide, ContextSide, VideoSide
 
 
 class WorldActionModel(nn.Module):
-    """Predicts the flow of video latents and of actions, both from the same packed sequence.
+    """Predicts the flow of video latents and, where there are any, of actions, from one packed sequence.
 
     :meth:`forward` is the packed forward of training. A rollout uses the parts it is made of (:meth:`embed_text`,
     :meth:`embed`, :meth:`rope`, ``packed_block_stack``, :meth:`flows`) with an ``attend`` of its own.
@@ -174,7 +47,10 @@ class WorldActionModel(nn.Module):
         self.config = config
         self.core = VideoSide(config)
         self.packed_block_stack = PackedBlockStack(config)
-        self.action_expert = ActionSide(config)
+        if config.has_actions:
+            self.action_expert = ActionSide(config, config.streams[ACTION])
+        if config.context:
+            self.context = nn.ModuleDict({stream.name: ContextSide(config, stream) for stream in config.context})
         self._draw_linears()
 
     def reset_parameters(self) -> None:
@@ -192,7 +68,8 @@ class WorldActionModel(nn.Module):
                 nn.init.zeros_(module.bias)
         # A flow of zero is the best guess that knows nothing, and it leaves the first steps to the last layer.
         nn.init.zeros_(self.core.proj_out.weight)
-        nn.init.zeros_(self.action_expert.action_proj_out.weight)
+        if self.config.has_actions:
+            nn.init.zeros_(self.action_expert.action_proj_out.weight)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -206,53 +83,96 @@ class WorldActionModel(nn.Module):
         """Recompute each block in the backward instead of keeping its activations."""
         self.packed_block_stack.checkpoint_activations = on
 
-    def embed_text(self, text_BLE: Tensor, keys_values: bool = False) -> list[Pair[Text]]:
-        """The (video, action) text of every block, from raw embeddings ``[B, L, text_dim]``.
+    def side(self, name: str) -> VideoSide | ActionSide | ContextSide:
+        """What is outside the blocks of a stream."""
+        if name == "video":
+            return self.core
+        return self.action_expert if name == "action" else cast(ContextSide, self.context[name])
+
+    def embed_text(self, text_BLE: Tensor, keys_values: bool = False) -> list[PerStream[Text]]:
+        """The text of every block, of each stream, from raw embeddings ``[B, L, text_dim]``.
 
         With ``keys_values`` the cross-attention keys and values are computed here, once, for the many forwards of a
         rollout; without, each block computes its own, which keeps them out of a training step's memory.
         """
         if text_BLE.ndim != 3 or text_BLE.shape[-1] != self.config.text_dim:
             raise ValueError(f"text must be [B, L, text_dim={self.config.text_dim}], got {list(text_BLE.shape)}")
-        core, expert = self.core, self.action_expert
-        video = core.text_proj(text_BLE.to(dtype_of(core.text_proj.linear_1, core.dtype)))
-        action = expert.context_proj(text_BLE.to(dtype_of(expert.context_proj, expert.dtype)))
+        streams = self.config.streams
+        of_expert = {s.name: self.side(s.name).text(text_BLE) for s in streams if s.owns_expert}
+        texts = tuple(of_expert[s.expert] for s in streams)
         blocks = cast(Iterable[PackedBlock], self.packed_block_stack.packed_blocks)
         if not keys_values:
-            return [(video, action) for _ in blocks]
-        return [(b.video_block.attn2.key_value(video), b.action_block.attn2.key_value(action)) for b in blocks]
+            return [texts for _ in blocks]
+        found: list[PerStream[Text]] = []
+        for block in blocks:
+            of_block = {
+                s.name: block.expert(i).attn2.key_value(texts[i]) for i, s in enumerate(streams) if s.owns_expert
+            }
+            found.append(tuple(of_block[s.expert] for s in streams))
+        return found
 
-    def embed(self, video: Pair[Tensor] | None, action: Pair[Tensor] | None) -> Pair[StreamInputs | None]:
+    def embed(
+        self,
+        video: tuple[Tensor, Tensor] | None,
+        action: tuple[Tensor, Tensor] | None,
+        context: PerStream[StreamInputs | None] | None = None,
+    ) -> PerStream[StreamInputs | None]:
         """What the streams bring to the blocks, each made of its data and timesteps; None leaves a stream out.
 
         Video latents are ``[B, C, F, y, x]``, actions ``[B, F, n, A]``. Timesteps run from 0 (clean) to 1000:
-        ``[B, F]``, for actions also ``[B, F, n]``.
+        ``[B, F]``, for actions also ``[B, F, n]``. ``context`` is from :meth:`embed_context`; default: left out.
         """
-        return (
-            None if video is None else self.core.embed(*video),
-            None if action is None else self.action_expert.embed(action[0], action[1].flatten(1)),
-        )
+        denoised: list[StreamInputs | None] = [None if video is None else self.core.embed(*video)]
+        if self.config.has_actions:
+            denoised.append(None if action is None else self.action_expert.embed(action[0], action[1].flatten(1)))
+        return *denoised, *((None,) * len(self.config.context) if context is None else context)
+
+    def embed_context(self, context: Mapping[str, Tensor] | None, batch: int) -> PerStream[StreamInputs | None]:
+        """The given streams: of features ``[B, N, E]`` by name; learned tokens need none.
+
+        Raises:
+            ValueError: features that are missing, of another shape or of no stream.
+        """
+        context = context or {}
+        unknown = sorted(set(context) - {stream.name for stream in self.config.context})
+        if unknown:
+            raise ValueError(f"context must hold streams of the model's config.context, got {unknown}")
+        sides = (cast(ContextSide, self.side(stream.name)) for stream in self.config.context)
+        return tuple(side.embed(context.get(side.stream.name), batch) for side in sides)
 
     def rope(
-        self, video_frames: Tensor | None, rows: int, columns: int, action_frames: Tensor | None
-    ) -> Pair[Tensor | None]:
+        self,
+        video_frames: Tensor | None,
+        rows: int,
+        columns: int,
+        action_frames: Tensor | None,
+        context: PerStream[StreamInputs | None] | None = None,
+    ) -> PerStream[Tensor | None]:
         """Rope tables of the tokens of absolute frames ``[F]``, or ``[B, F]`` where samples differ; None: no stream."""
 
         def table(positions: Tensor) -> Tensor:
             c, dtype = self.config, torch.promote_types(self.dtype, torch.float32)
             return rope_table(positions, c.head_dim, theta=c.rope_theta, dtype=dtype)
 
-        return (
-            None if video_frames is None else table(video_positions(video_frames, rows, columns)),
-            None if action_frames is None else table(action_positions(action_frames, self.config.actions_per_frame)),
-        )
+        tables = [None if video_frames is None else table(video_positions(video_frames, rows, columns))]
+        if self.config.has_actions:
+            per_frame = self.config.actions_per_frame
+            tables.append(None if action_frames is None else table(action_positions(action_frames, per_frame)))
+        for stream in (None,) * len(self.config.context) if context is None else context:
+            # not turned: at place 0
+            nowhere = None if stream is None else torch.zeros(stream.x.shape[1], 3, device=self.device)
+            tables.append(None if nowhere is None else table(nowhere.double()))
+        return tuple(tables)
 
-    def flows(self, streams: Pair[StreamInputs | None], frames: int, rows: int, columns: int) -> Pair[Tensor | None]:
-        """Flow of video ``[B, C, F, y, x]`` and of actions ``[B, F, n, A]``; None where the stream is None."""
-        video, action = streams
+    def flows(
+        self, streams: PerStream[StreamInputs | None], frames: int, rows: int, columns: int
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Flow of video ``[B, C, F, y, x]`` and of actions ``[B, F, n, A]``; None where the stream is absent."""
+        video = streams[VIDEO]
+        action = streams[ACTION] if self.config.has_actions else None
         return (
             None if video is None else self.core.flow(video, frames, rows, columns),
-            None if action is None else self.action_expert.flow(action, frames),
+            None if action is None else self.action_expert.flow(action, frames, self.core.scale_shift_table),
         )
 
     def token_grid(self, latent_y: int, latent_x: int) -> tuple[int, int]:
@@ -267,31 +187,35 @@ class WorldActionModel(nn.Module):
     def forward(
         self,
         noisy_video: Tensor,
-        clean_video: Tensor,
-        noisy_action: Tensor,
-        clean_action: Tensor,
+        clean_video: Tensor | None,
+        noisy_action: Tensor | None,
+        clean_action: Tensor | None,
         video_timesteps: Tensor | Uncast[Tensor],
-        action_timesteps: Tensor | Uncast[Tensor],
+        action_timesteps: Tensor | Uncast[Tensor] | None,
         text: Tensor,
         plan: Plan | None = None,
         *,
         clean_video_timesteps: Tensor | Uncast[Tensor] | None = None,
+        context: Mapping[str, Tensor] | None = None,
         frame_start: int = 0,
         attend: Attend | None = None,
         impl: str | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """One packed forward over ``[V_noisy | V_clean | A_noisy | A_clean]``.
+    ) -> tuple[Tensor, Tensor | None]:
+        """One packed forward over ``[V_noisy | V_clean | A_noisy | A_clean | context]``.
 
         Args:
             noisy_video: ``[B, C, F, y, x]`` latents of the noisy copy.
-            clean_video: As ``noisy_video``: the clean copy that later chunks attend to.
-            noisy_action: ``[B, F, n, A]``; the actions of frame f lead from frame f - 1 to frame f.
+            clean_video: As ``noisy_video``: the clean copy that later chunks attend to. None, and None for
+                ``clean_action``, for plans over one copy of each stream.
+            noisy_action: ``[B, F, n, A]``; the actions of frame f lead from frame f - 1 to frame f. None, as all else
+                of actions, for a model that has none.
             clean_action: As ``noisy_action``.
             video_timesteps: ``[B, F]`` of the noisy copy, from 0 (clean) to 1000 (noise); not narrower than float32.
             action_timesteps: ``[B, F]``, or ``[B, F, n]`` where those of a frame differ.
             text: ``[B, L, text_dim]`` raw text embeddings.
             plan: From ``wam_kernels.compile_plan`` for the packed sequence, on the model's device.
             clean_video_timesteps: ``[B, F]`` where the clean copy is noised; default all 0.
+            context: Features ``[B, N, E]`` of each stream of ``config.context`` that is made of features.
             frame_start: Absolute frame of the first frame: moves the rope positions, nothing else.
             attend: Instead of a plan: the attention, ``attend(layer, q, k, v)`` with ``[B, S, H, h]`` tensors.
             impl: Backend of ``block_attention``.
@@ -302,14 +226,10 @@ class WorldActionModel(nn.Module):
         Raises:
             ValueError: shapes or dtypes that do not fit, or not exactly one of ``plan`` and ``attend``.
         """
-        video_t, action_t = plain_tensor(video_timesteps), plain_tensor(action_timesteps)
-        clean_video_t = torch.zeros_like(video_t)
-        if clean_video_timesteps is not None:
-            clean_video_t = plain_tensor(clean_video_timesteps)
+        video = Copies(noisy_video, clean_video, plain_tensor(video_timesteps), plain_tensor(clean_video_timesteps))
+        action = Copies(noisy_action, clean_action, plain_tensor(action_timesteps), None)
         frame_start = integer("WorldActionModel", "frame_start", frame_start)
-        frames = self._check(
-            noisy_video, clean_video, noisy_action, clean_action, video_t, action_t, clean_video_t, text
-        )
+        frames = self._check(video, action, text)
         rows, columns = self.token_grid(*noisy_video.shape[-2:])
         if (plan is None) == (attend is None):
             raise ValueError(
@@ -320,42 +240,55 @@ class WorldActionModel(nn.Module):
             def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 return block_attention(q, k, v, cast(Plan, plan), impl=impl)
 
-        streams = self.embed(
-            (torch.cat([noisy_video, clean_video], 2), torch.cat([video_t, clean_video_t], 1)),
-            (torch.cat([noisy_action, clean_action], 1), torch.cat([action_t, torch.zeros_like(action_t)], 1)),
-        )
+        given = self.embed_context(context, noisy_video.shape[0])
+        streams = self.embed(video.packed(2), action.packed(1) if self.config.has_actions else None, given)
         # noisy and clean copies share positions
-        positions = torch.arange(frame_start, frame_start + frames, device=self.device).repeat(2)
-        rope = self.rope(positions, rows, columns, positions)
-        video, action = self.packed_block_stack(streams, Uncast(*rope), self.embed_text(text), attend)
-        return (
-            self.core.flow(noisy_half(video), frames, rows, columns),
-            self.action_expert.flow(noisy_half(action), frames),
-        )
+        copies = 1 if clean_video is None else 2
+        positions = torch.arange(frame_start, frame_start + frames, device=self.device).repeat(copies)
+        rope = self.rope(positions, rows, columns, positions if self.config.has_actions else None, given)
+        denoised = range(len(streams) - len(given))
+        after = self.packed_block_stack(streams, Uncast(*rope), self.embed_text(text), attend, None, denoised)
+        noisy = tuple(noisy_tokens(stream, copies) for stream in after if stream is not None)
+        return cast(tuple[Tensor, Tensor | None], self.flows(noisy, frames, rows, columns))
 
-    def _check(
-        self, noisy_video: Tensor, clean_video: Tensor, noisy_action: Tensor, clean_action: Tensor,
-        video_timesteps: Tensor, action_timesteps: Tensor, clean_video_timesteps: Tensor, text: Tensor,
-    ) -> int:  # fmt: skip
+    def _check(self, video: Copies, action: Copies, text: Tensor) -> int:
         """Shapes and dtypes; returns the number of frames."""
-        c = self.config
-        if noisy_video.ndim != 5 or noisy_video.shape[1] != c.latent_channels or not noisy_video.shape[2]:
-            raise ValueError(
-                f"noisy_video must be [B, {c.latent_channels}, F >= 1, y, x], got {list(noisy_video.shape)}"
-            )
-        B, frames = noisy_video.shape[0], noisy_video.shape[2]
-        expected = {
-            "clean_video": (clean_video, tuple(noisy_video.shape)),
-            "noisy_action": (noisy_action, (B, frames, c.actions_per_frame, c.action_dim)),
-            "clean_action": (clean_action, (B, frames, c.actions_per_frame, c.action_dim)),
-            "video_timesteps": (video_timesteps, (B, frames)),
-            "action_timesteps": (action_timesteps, (B, frames, c.actions_per_frame)[: max(action_timesteps.ndim, 2)]),
-            "clean_video_timesteps": (clean_video_timesteps, (B, frames)),
+        c, noisy = self.config, cast(Tensor, video.noisy)
+        if noisy.ndim != 5 or noisy.shape[1] != c.latent_channels or not noisy.shape[2]:
+            raise ValueError(f"noisy_video must be [B, {c.latent_channels}, F >= 1, y, x], got {list(noisy.shape)}")
+        B, frames = noisy.shape[0], noisy.shape[2]
+        expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+            "clean_video": (video.clean, tuple(noisy.shape)),
+            "video_timesteps": (video.timesteps, (B, frames)),
+            "clean_video_timesteps": (video.clean_timesteps, (B, frames)),
             "text": (text, (B, *text.shape[1:2], c.text_dim)),
         }
-        for name, (tensor, shape) in expected.items():
-            if tuple(tensor.shape) != shape:
-                raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
+        per_slot = B, frames, c.actions_per_frame
+        dims = 2 if action.timesteps is None else max(action.timesteps.ndim, 2)
+        of_actions: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
+            "noisy_action": (action.noisy, (*per_slot, c.action_dim)),
+            "clean_action": (action.clean, (*per_slot, c.action_dim)),
+            "action_timesteps": (action.timesteps, per_slot[:dims]),
+        }
+        optional = {"clean_video_timesteps"}
+        if video.clean is None:
+            optional |= {"clean_video", "clean_action"}
+            forbidden = {"clean_action": action.clean, "clean_video_timesteps": video.clean_timesteps}
+        else:
+            forbidden = {}
+        if not c.has_actions:
+            forbidden |= {name: tensor for name, (tensor, _) in of_actions.items()}
+        for name, given in forbidden.items():
+            if given is not None:
+                why = "clean_video" if c.has_actions else "the model's action stream"
+                raise ValueError(f"{name} must be None without {why}, got {list(given.shape)}")
+        for name, (tensor, shape) in (expected | (of_actions if c.has_actions else {})).items():
+            if tensor is None and name in optional:
+                continue
+            if tensor is None or tuple(tensor.shape) != shape:
+                raise ValueError(
+                    f"{name} must have shape {list(shape)}, got {None if tensor is None else list(tensor.shape)}"
+                )
             if "timesteps" in name and tensor.dtype in (torch.bfloat16, torch.float16):
                 raise ValueError(
                     f"{name} must be float32 or float64, got {tensor.dtype}, which does not tell neighbours apart; "
@@ -365,13 +298,30 @@ class WorldActionModel(nn.Module):
         return frames
 
 
-def plain_tensor(t: Tensor | Uncast[Tensor]) -> Tensor:
+class Copies(NamedTuple):
+    """A denoised stream as the packed forward is given it."""
+
+    noisy: Tensor | None
+    clean: Tensor | None
+    timesteps: Tensor | None
+    clean_timesteps: Tensor | None  # default all 0
+
+    def packed(self, frame_dim: int) -> tuple[Tensor, Tensor]:
+        """Data and timesteps of ``[noisy | clean]``, or of the noisy copy where it is alone."""
+        noisy, timesteps = cast(Tensor, self.noisy), cast(Tensor, self.timesteps)
+        if self.clean is None:
+            return noisy, timesteps
+        clean = torch.zeros_like(timesteps) if self.clean_timesteps is None else self.clean_timesteps
+        return torch.cat([noisy, self.clean], frame_dim), torch.cat([timesteps, clean], 1)
+
+
+def plain_tensor(t: Tensor | Uncast[Tensor] | None) -> Tensor | None:
     return t.tensors[0] if isinstance(t, Uncast) else t
 
 
-def noisy_half(stream: StreamInputs) -> StreamInputs:
-    """The noisy half of a packed stream, as far as a head needs it."""
+def noisy_tokens(stream: StreamInputs, copies: int) -> StreamInputs:
+    """The first of ``copies`` parts of a packed stream, as far as a head needs it."""
     shift, scale = stream.head.tensors
-    S, T = stream.x.shape[1] // 2, shift.shape[1] // 2
+    S, T = stream.x.shape[1] // copies, shift.shape[1] // copies
     index = FrameIndex.from_runs([S // max(T, 1)] * T, device=stream.x.device)
     return StreamInputs(stream.x[:, :S], Uncast(), Uncast(shift[:, :T], scale[:, :T]), index)

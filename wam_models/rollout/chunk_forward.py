@@ -13,7 +13,7 @@ from wam_kernels.masks.visibility import ACTION, CLEAN, NOISY, VIDEO
 from wam_kernels.streaming_cache import MAX_RANGES
 
 from ..flow import timesteps
-from ..model.blocks import Pair, QKVBuffers, StreamInputs, Text, Uncast
+from ..model.blocks import PerStream, QKVBuffers, StreamInputs, Text, Uncast
 from ..model.dual_expert import WorldActionModel
 from .frames import FRAME_DIM, to_device
 from .layout import ChunkLayout
@@ -45,6 +45,7 @@ class ChunkForward:
 
     Attributes:
         text: Keys and values of the text in every block; see :meth:`set_text`.
+        context: Features ``[B, N, E]`` of the given streams, by name; see :meth:`set_context`.
         buffers: Of each (streams, ``NOISY`` or ``CLEAN``) that was run so far.
     """
 
@@ -52,7 +53,8 @@ class ChunkForward:
         self, model: WorldActionModel, layout: ChunkLayout, cache: StreamingCache, latents: dict[int, Tensor]
     ) -> None:
         self.model, self.layout, self.cache, self.latents = model, layout, cache, latents
-        self.text: list[Pair[Text]] = []
+        self.text: list[PerStream[Text]] = []
+        self.context: dict[str, Tensor] = {}
         self._clean_sigma = latents[VIDEO].new_zeros(1)
         self._frames = torch.arange(layout.chunk_size, device=model.device)
         self.buffers: dict[tuple[tuple[int, ...], int], Buffers] = {}
@@ -76,6 +78,35 @@ class ChunkForward:
                         old_tensor[b].copy_(new_tensor[i])
                         if self.layout.guided:
                             old_tensor[self.layout.batch + b].copy_(new_tensor[len(rollouts) + i])
+
+    def set_context(self, rollouts: Sequence[int], context: Mapping[str, Tensor]) -> None:
+        """Compute the keys and values of the given streams, after the text; ``context`` is that of some rollouts."""
+        model, layout, cache = self.model, self.layout, self.cache
+        if not layout.context_tokens:
+            return
+        for name, features in context.items():
+            if name not in self.context:
+                self.context[name] = features.new_zeros(layout.batch, *features.shape[1:], device=model.device)
+            for b, new in zip(rollouts, to_device(features, model.device), strict=True):
+                self.context[name][b].copy_(new)
+        repeat = layout.samples // layout.batch
+        given = model.embed_context({n: torch.cat([t] * repeat) for n, t in self.context.items()}, layout.samples)
+        slots, c = cache.context_slots, model.config
+        ranges = torch.tensor([slots.start, slots.stop], dtype=torch.int32, device=model.device)
+        ranges = ranges.expand(layout.samples, 1, 1, 2).contiguous()
+        queries = self._empty(layout.context_tokens)
+
+        def attend(layer: int, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            return cached_attention(q, keys, values, ranges, group_rows=(layout.context_tokens,))
+
+        written = [QKVBuffers(queries, cache.keys(i), cache.values(i), slots.start) for i in range(c.layers)]
+        streams, rope = model.embed(None, None, given), model.rope(None, *layout.grid, None, given)
+        model.packed_block_stack(streams, Uncast(*rope), self.text, attend, written, ())
+
+    def _empty(self, rows: int) -> Tensor:
+        """Room for so many queries of each sample."""
+        model, c = self.model, self.model.config
+        return torch.empty(self.cache.batch, rows, c.heads, c.head_dim, dtype=model.dtype, device=model.device)
 
     def set_frames(
         self, streams: Sequence[int], noise: int, firsts: Sequence[int], counts: Sequence[int] | None = None,
@@ -143,10 +174,10 @@ class ChunkForward:
         self.compute_clean(self.layout.history_streams, firsts, counts, visible_from)
         self.cache.store_chunk(self.layout.history_streams, firsts, counts)
 
-    def _blocks(self, buffers: Buffers, sigma: Mapping[int, Tensor]) -> Pair[StreamInputs | None]:
+    def _blocks(self, buffers: Buffers, sigma: Mapping[int, Tensor]) -> PerStream[StreamInputs | None]:
         """The streams after the last block, of those in ``sigma``; all keys and values go to the chunk's slots."""
         model, layout = self.model, self.layout
-        inputs: list[Pair[Tensor] | None] = [None, None]
+        inputs: list[tuple[Tensor, Tensor] | None] = [None, None]
         for s in buffers.streams:
             latents = torch.cat([self.latents[s]] * 2) if layout.guided else self.latents[s]
             level = sigma.get(s, self._clean_sigma)
@@ -157,15 +188,14 @@ class ChunkForward:
 
         embedded = model.embed(inputs[VIDEO], inputs[ACTION])
         buffers.indices = [stream.frame_index for stream in embedded if stream is not None]
-        rope = Uncast(*(buffers.rope.get(s) for s in (VIDEO, ACTION)))
+        rope = Uncast(*(buffers.rope.get(s) for s in range(len(embedded))))
         return model.packed_block_stack(embedded, rope, self.text, attend, buffers.written, tuple(sigma))
 
     def _new_buffers(self, streams: tuple[int, ...], noise: int) -> Buffers:
         cache, model, c = self.cache, self.model, self.model.config
         rows, slots = cache.rows(streams), cache.chunk_slots(streams, noise)
         # one for all blocks: each has read its queries when the next writes
-        shape = cache.batch, sum(rows), c.heads, c.head_dim
-        queries = torch.empty(shape, dtype=model.dtype, device=model.device)
+        queries = self._empty(sum(rows))
         layers = range(c.layers)
         dtype = torch.promote_types(model.dtype, torch.float32)
         return Buffers(

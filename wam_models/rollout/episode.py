@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import copy
 import uuid
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -94,7 +94,14 @@ class RolloutEngine:
         self.model, self.config = model, config
 
     @_in_plain_mode
-    def start(self, observation: Tensor, text: Tensor, *, objective: str = "joint") -> Episode:
+    def start(
+        self,
+        observation: Tensor,
+        text: Tensor,
+        *,
+        objective: str = "joint",
+        context: Mapping[str, Tensor] | None = None,
+    ) -> Episode:
         """A batch of episodes after one observed frame each.
 
         Args:
@@ -102,6 +109,7 @@ class RolloutEngine:
             text: ``[B, L, text_dim]`` raw embeddings.
             objective: ``"joint"``, or with GJD also ``"forward_dynamics"`` and ``"inverse_dynamics"``: one frame a
                 chunk, text zeroed.
+            context: Features ``[B, N, E]`` of each given stream that is made of features, by name.
 
         Raises:
             TypeError: an observation or text that is no tensor.
@@ -112,7 +120,7 @@ class RolloutEngine:
         choice(
             f"start with program {self.config.program}: objective",
             objective,
-            tuple(OBJECTIVES) if self.config.program == GJD else ("joint",),
+            tuple(OBJECTIVES) if self.config.program == GJD and c.has_actions else ("joint",),
         )
         instance("start: observation", observation, Tensor)
         instance("start: text", text, Tensor)
@@ -121,8 +129,8 @@ class RolloutEngine:
                 f"start: observation must be [B >= 1, {c.latent_channels}, 1, y, x], got {list(observation.shape)}"
             )
         self.model.token_grid(*observation.shape[-2:])
-        episode = Episode(self.model, self.config, OBJECTIVES[objective], observation, text)
-        episode.restart(range(observation.shape[0]), observation, text)
+        episode = Episode(self.model, self.config, OBJECTIVES[objective], observation, text, context or {})
+        episode.restart(range(observation.shape[0]), observation, text, context)
         return episode
 
 
@@ -161,16 +169,22 @@ class Episode:
     """
 
     def __init__(
-        self, model: WorldActionModel, config: RolloutConfig, objective: Objective, observation: Tensor, text: Tensor
-    ) -> None:
+        self, model: WorldActionModel, config: RolloutConfig, objective: Objective, observation: Tensor, text: Tensor,
+        context: Mapping[str, Tensor],
+    ) -> None:  # fmt: skip
         c, batch = model.config, observation.shape[0]
         self.model, self.config, self.objective = model, config, objective
         grid = model.token_grid(*observation.shape[-2:])
-        self.layout = ChunkLayout(config, objective, batch, grid, c.actions_per_frame)
+        given = model.embed_context(context, batch)
+        context_tokens = sum(stream.x.shape[1] for stream in given if stream is not None)
+        actions = c.actions_per_frame if c.has_actions else 0
+        self.layout = ChunkLayout(config, objective, batch, grid, actions, context_tokens)
         self.chunk_size = self.layout.chunk_size
         self.cache = self.layout.new_cache(model)
         dtype = at_least_float32(observation).dtype
-        shapes = {VIDEO: observation.shape, ACTION: (batch, 1, c.actions_per_frame, c.action_dim)}
+        shapes = {VIDEO: observation.shape}
+        if c.has_actions:
+            shapes[ACTION] = torch.Size((batch, 1, c.actions_per_frame, c.action_dim))
         self.chunk = {
             s: torch.zeros(with_frames(s, shape, self.chunk_size), dtype=dtype, device=model.device)
             for s, shape in shapes.items()
@@ -244,13 +258,15 @@ class Episode:
         """
         self._check_model("propose")
         self._check_request(want, clean_video, clean_action)
+        if ACTION not in self.layout.streams and (want == "action" or action_noise is not None):
+            raise ValueError("propose: want and action_noise must not ask for actions of a model that has none")
         if generator is not None:
             instance("propose: generator", generator, torch.Generator)
-        loops = stages(self.config.program, self.objective, want)
+        loops = stages(self.config.program, self.objective, want, self.layout.streams)
         denoised = {stream for stage in loops for stream in stage.denoised}
+        noise, clean = (video_noise, action_noise), (clean_video, clean_action)
         starts = {
-            VIDEO: self._initial_latents(VIDEO, VIDEO in denoised, video_noise, clean_video, generator),
-            ACTION: self._initial_latents(ACTION, ACTION in denoised, action_noise, clean_action, generator),
+            s: self._initial_latents(s, s in denoised, noise[s], clean[s], generator) for s in self.layout.streams
         }
         if self._stale:
             self._recompute_history()
@@ -282,12 +298,14 @@ class Episode:
                 "accept: candidate must continue the episode as it is now, got one of an earlier moment or of another "
                 "episode; propose again"
             )
-        if candidate.video is None or candidate.action is None:
-            lacks = "video" if candidate.video is None else "action"
+        held = {s: (candidate.video, candidate.action)[s] for s in self.layout.streams}
+        frames = {s: t for s, t in held.items() if t is not None}
+        if len(frames) < len(held):
+            lacks = next(STREAMS[s] for s in held if s not in frames)
             raise ValueError(
-                f"accept: candidate must have video and action, got no {lacks}; propose with want='both', or observe"
+                f"accept: candidate must have {' and '.join(STREAMS[s] for s in held)}, got no {lacks}; propose with "
+                "want='both', or observe"
             )
-        frames = {VIDEO: candidate.video, ACTION: candidate.action}
         for s, t in frames.items():
             check_frames(f"accept: candidate.{STREAMS[s]}", t, s, self.chunk_size, self.chunk[s])
             check_finite(f"accept: candidate.{STREAMS[s]}", t)
@@ -297,7 +315,7 @@ class Episode:
     def observe(
         self,
         video: Tensor,
-        action: Tensor,
+        action: Tensor | None,
         *,
         frames: int | Sequence[int] | None = None,
         first_frame: int | Sequence[int] | None = None,
@@ -310,7 +328,7 @@ class Episode:
 
         Args:
             video: ``[B, C, K, y, x]`` latents of the frames ``observed`` and following.
-            action: ``[B, K, n, A]``, the actions that led to each.
+            action: ``[B, K, n, A]``, the actions that led to each; None for a model that has none.
             frames: How many of the K frames each rollout brings, or all of them; 0 leaves that rollout alone,
                 predictions included. Default K for all.
             first_frame: The frame, of each rollout or of all, that the caller takes the first one for. Give it where
@@ -322,24 +340,34 @@ class Episode:
         """
         self._check_model("observe")
         K = video.shape[2] if getattr(video, "ndim", 0) == 5 else -1
-        check_frames("observe: video", video, VIDEO, K, self.chunk[VIDEO])
-        check_frames("observe: action", action, ACTION, K, self.chunk[ACTION])
+        if ACTION not in self.layout.streams and action is not None:
+            raise ValueError("observe: action must be None for a model without actions, got a tensor")
+        observed = {s: cast(Tensor, (video, action)[s]) for s in self.layout.streams}
+        for s, t in observed.items():
+            check_frames(f"observe: {STREAMS[s]}", t, s, K, self.chunk[s])
         counts = self._one_per_rollout("observe: frames", K if frames is None else frames)
         if max(counts) > K or not max(counts):
             raise ValueError(f"observe: frames must be numbers from 0 to K={K}, not all 0, got {counts}")
-        for s, t in ((VIDEO, video), (ACTION, action)):
+        for s, t in observed.items():
             check_finite(f"observe: {STREAMS[s]}", t, s, counts)
         self._check_continues(counts, first_frame)
-        self._append_observed({VIDEO: video, ACTION: action}, counts)
+        self._append_observed(observed, counts)
 
     @_in_plain_mode
-    def restart(self, rollouts: Sequence[int], observation: Tensor, text: Tensor) -> None:
+    def restart(
+        self,
+        rollouts: Sequence[int],
+        observation: Tensor,
+        text: Tensor,
+        context: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Begin anew with some rollouts of the batch; the others go on.
 
         Args:
             rollouts: Which, from 0 to B - 1; the tensors are in this order.
             observation: ``[len(rollouts), C, 1, y, x]``.
             text: ``[len(rollouts), L, text_dim]``; L as at the start.
+            context: Features ``[len(rollouts), N, E]`` of each given stream that has any; N as at the start.
 
         Raises:
             ValueError: rollouts that do not exist or repeat, shapes that do not fit, or numbers on the CPU that are not
@@ -360,7 +388,10 @@ class Episode:
             raise ValueError(f"text must have shape [B, L, text_dim] = {want}, got {list(text.shape)}")
         check_finite("observation", observation)
         check_finite("text", text)
+        context = dict(context or {})
+        self._check_context(context, len(rollouts))
         self.forward.set_text(rollouts, text)
+        self.forward.set_context(rollouts, context)
         # no action leads to frame 0: its slots are never a key
         frames = {s: torch.zeros_like(t.narrow(FRAME_DIM[s], 0, 1)) for s, t in self.chunk.items()}
         for b, frame in zip(rollouts, to_device(observation, self.model.device), strict=True):
@@ -369,13 +400,14 @@ class Episode:
         self._append_observed(frames, [int(b in rollouts) for b in range(batch)])
 
     @_in_plain_mode
-    def accepted(self, rollout: int = 0) -> tuple[Tensor, Tensor]:
-        """Copies of the accepted frames that are still held: video ``[C, T, y, x]`` and actions ``[T, n, A]``.
+    def accepted(self, rollout: int = 0) -> tuple[Tensor, Tensor | None]:
+        """Copies of the accepted frames that are still held: video ``[C, T, y, x]`` and actions ``[T, n, A]``, if any.
 
         They are the T frames before ``next_frame``, which are all that the next chunk can attend to.
         """
         rollout = whole("accepted: rollout", rollout, 0, self.layout.batch - 1)
-        return self.ring.last(rollout, self.layout.first_visible(self.next_frame[rollout]))
+        held = self.ring.last(rollout, self.layout.first_visible(self.next_frame[rollout]))
+        return held[VIDEO], held.get(ACTION)
 
     # ---- history ----
 
@@ -421,6 +453,16 @@ class Episode:
         if len(numbers) != self.layout.batch:
             raise ValueError(f"{name} must be a number or {self.layout.batch} of them, got {len(numbers)}")
         return numbers
+
+    def _check_context(self, context: Mapping[str, Tensor], rollouts: int) -> None:
+        """Features fit the model's streams, and the cache's room for them."""
+        for name, features in context.items():
+            instance(f"context[{name!r}]", features, Tensor)
+            check_finite(f"context[{name!r}]", features[:, None])
+        given = self.model.embed_context(context, rollouts)
+        tokens = sum(stream.x.shape[1] for stream in given if stream is not None)
+        if tokens != self.layout.context_tokens:
+            raise ValueError(f"context must have {self.layout.context_tokens} tokens as at the start, got {tokens}")
 
     def _check_request(self, want: str, clean_video: Tensor | None, clean_action: Tensor | None) -> None:
         objective = self.objective

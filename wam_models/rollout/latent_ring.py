@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from wam_kernels.masks.visibility import ACTION, VIDEO
+from wam_kernels.masks.visibility import VIDEO
 
 from .frames import FRAME_DIM, with_frames
 
@@ -57,11 +57,11 @@ class LatentRing:
                     latents[b].select(FRAME_DIM[stream] - 1, i).copy_(self.frame(stream, b, first + i))
         return chunk
 
-    def last(self, rollout: int, first: int) -> tuple[Tensor, Tensor]:
+    def last(self, rollout: int, first: int) -> dict[int, Tensor]:
         """Copies of a rollout's accepted frames from ``first``: ``[C, T, y, x]`` and ``[T, n, A]``."""
-        video, action = (self.latents[s][rollout] for s in (VIDEO, ACTION))
-        places = torch.arange(first, self.next_frame[rollout], device=video.device) % self.frames
-        return video[:, places], action[places]
+        device = self.latents[VIDEO].device
+        places = torch.arange(first, self.next_frame[rollout], device=device) % self.frames
+        return {s: t[rollout].index_select(FRAME_DIM[s] - 1, places) for s, t in self.latents.items()}
 
     def restart(self, rollouts: Sequence[int]) -> None:
         """No frame of these rollouts is accepted any more."""

@@ -20,9 +20,11 @@ class ChunkLayout:
         objective: Which streams are denoised and which are given.
         batch: Rollouts.
         grid: Rows and columns of a frame's video tokens.
-        action_tokens: Of a frame.
+        action_tokens: Of a frame; 0 where the model has no actions.
+        context_tokens: Those that every token attends to.
 
     Attributes:
+        streams: Those that there are.
         chunk_size: Frames of a chunk.
         window: In order blocks.
         reach: Frames of history that a chunk attends to, at most.
@@ -32,11 +34,13 @@ class ChunkLayout:
     """
 
     def __init__(
-        self, config: RolloutConfig, objective: Objective, batch: int, grid: tuple[int, int], action_tokens: int
-    ) -> None:
+        self, config: RolloutConfig, objective: Objective, batch: int, grid: tuple[int, int], action_tokens: int,
+        context_tokens: int = 0,
+    ) -> None:  # fmt: skip
         conditional = objective.conditional
         self.config, self.objective = config, objective
-        self.batch, self.grid, self.action_tokens = batch, grid, action_tokens
+        self.batch, self.grid, self.action_tokens, self.context_tokens = batch, grid, action_tokens, context_tokens
+        self.streams = (VIDEO, ACTION) if action_tokens else (VIDEO,)
         self.chunk_size = CONDITIONAL_CHUNK if conditional else config.chunk_size
         self.window = CONDITIONAL_WINDOW if conditional else config.window
         self.guided = config.guidance != 1 and not conditional
@@ -49,7 +53,7 @@ class ChunkLayout:
         # programs in which that attends to them.
         video_only = conditional or config.history == "video_only"
         through_video = Attends.VIDEO_TO_ACTION in MODEL_PROGRAMS[config.program].clean_to_clean
-        self.history_streams = (VIDEO,) if video_only and not through_video else (VIDEO, ACTION)
+        self.history_streams = (VIDEO,) if video_only and not through_video else self.streams
 
     def first_visible(self, frame: int) -> int:
         """First frame that a chunk beginning with ``frame`` may attend to."""
@@ -78,7 +82,8 @@ class ChunkLayout:
     def cache_bytes(self, c: ModelConfig, itemsize: int) -> int:
         """Of the keys and values that :meth:`new_cache` allocates for a model of ``c``."""
         token = 2 * c.layers * c.inner * itemsize
-        return self.cached_frames * (self.grid[0] * self.grid[1] + self.action_tokens) * token * self.samples
+        tokens = self.cached_frames * (self.grid[0] * self.grid[1] + self.action_tokens) + self.context_tokens
+        return tokens * token * self.samples
 
     def new_cache(self, model: WorldActionModel) -> StreamingCache:
         """Keys and values of the window and of what may be taken back, in the model's dtype, on its device.
@@ -104,6 +109,7 @@ class ChunkLayout:
             action_tokens=self.action_tokens,
             chunk_size=self.chunk_size,
             frames=self.reach + config.lookahead * self.chunk_size,
+            context_tokens=self.context_tokens,
             dtype=model.dtype,
             device=model.device,
         )

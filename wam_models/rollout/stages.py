@@ -22,19 +22,22 @@ class Stage:
     promoted: int | None = None  # whose clean tokens a later stage attends to
 
 
-def stages(program: str, objective: Objective, want: str) -> tuple[Stage, ...]:
+def stages(
+    program: str, objective: Objective, want: str, streams: tuple[int, ...] = WANTS["both"]
+) -> tuple[Stage, ...]:
     """The loops that a request needs, in order; what nothing needs is left out.
 
     Args:
         program: One of ``MODEL_PROGRAMS``.
         objective: Says which streams are denoised and which are given.
         want: One of ``WANTS``, what the caller needs.
+        streams: Those that the model has.
 
     Raises:
         ValueError: an unknown program, or one that has no rollout; the message says why.
     """
     row = MODEL_PROGRAMS[choice("stages: program", program, MODEL_PROGRAMS)]
-    needed = row.needed(WANTS[want])
+    needed = row.needed(WANTS[want]) & set(streams)
     loops: list[Stage] = []
     # from the last one back: a stream becomes clean if a later stage attends to its clean copy
     for resolved in reversed(row.stages):

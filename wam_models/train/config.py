@@ -129,6 +129,13 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.model, ModelConfig):
             raise ValueError(f"TrainConfig: model must be a ModelConfig, got {self.model!r}")
+        features = [stream.name for stream in self.model.context if stream.features]
+        if features or not self.model.has_actions:
+            got = f"context features {features}" if features else f"topology={self.model.topology!r}"
+            raise ValueError(
+                f"TrainConfig: model must have actions and be given nothing but pictures and text, got {got}; for "
+                "others call training_step"
+            )
         check_field(self, "actions_per_token", whole, 1, LARGEST_SIZE)
         check_field(self, "cell", whole, 1, LARGEST_SIZE)
         check_field(self, "programs", _programs)

@@ -9,8 +9,12 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from wam_kernels.masks.visibility import VIDEO
+
 from ..config import ModelConfig
-from ..model.dual_expert import ActionSide, PackedBlock, VideoSide, WorldActionModel
+from ..model.blocks import ExpertBlock, PackedBlock
+from ..model.dual_expert import WorldActionModel
+from ..model.streams import ActionSide, VideoSide
 
 Kind = TypeVar("Kind", bound=nn.Module)
 
@@ -48,13 +52,15 @@ def initialise(
     blocks = model.packed_block_stack.packed_blocks
     with torch.no_grad():
         scale = _pass_video_through(config, core)
-        _pass_actions_through(model.action_expert)
-        for side in (core, model.action_expert):
+        if config.has_actions:
+            _pass_actions_through(model.action_expert)
+        for side in (core, model.action_expert) if config.has_actions else (core,):
             side.time_conditioner.time_proj.weight.mul_(timestep_gain)
             side.time_conditioner.time_embedder.linear_2.weight.mul_(timestep_gain)
         for i, block in enumerate(blocks):
             block = _of(PackedBlock, block)
-            for expert, scale in ((block.video_block, video_logit_scale), (block.action_block, action_logit_scale)):
+            for stream, expert in own_experts(config, block):
+                scale = video_logit_scale if stream == "video" else action_logit_scale
                 attention = expert.attn1
                 for layer in (attention.to_q, attention.to_k):
                     layer.weight.mul_(content_gain)
@@ -65,8 +71,10 @@ def initialise(
                     _of(nn.Linear, last).weight.zero_()
                 expert.scale_shift_table[0, (2, 5), :] = gate
             offsets = [_head_offset(i * config.heads + h, len(blocks) * config.heads) for h in range(config.heads)]
-            block.action_block.attn1.to_q.bias.copy_(_place_bias(config, offsets))
-        first = _of(PackedBlock, blocks[0]).video_block
+            for stream, expert in own_experts(config, block):
+                if stream == "action":
+                    expert.attn1.to_q.bias.copy_(_place_bias(config, offsets))
+        first = _of(PackedBlock, blocks[0]).expert(VIDEO)
         nn.init.orthogonal_(first.attn1.to_v.weight)
         passed_on = _of(nn.Linear, first.attn1.to_out[0]).weight
         passed_on.copy_(-first.attn1.to_v.weight.T)
@@ -74,6 +82,11 @@ def initialise(
             patch = core.patch_embedding_mlp.weight
             passed_on.copy_(scale * patch @ (patch.T @ passed_on))
         first.scale_shift_table[0, 2] = first_gate
+
+
+def own_experts(config: ModelConfig, block: PackedBlock) -> list[tuple[str, ExpertBlock]]:
+    """The experts of a block, each with the name of the stream that owns it."""
+    return [(s.name, block.expert(i)) for i, s in enumerate(config.streams) if s.owns_expert]
 
 
 def _of(kind: type[Kind], module: nn.Module) -> Kind:

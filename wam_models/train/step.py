@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from wam_kernels import HISTORIES, compile_plan
+from wam_kernels.masks.context import with_context
 
 from ..flow import TimestepDraw, add_noise, target, timesteps
 from ..model.blocks import Uncast, at_least_float32
@@ -115,8 +116,9 @@ def training_step(
         model: The model, sharded, compiled or in DistributedDataParallel or not; its parameters' device is where the
             step runs.
         batch: ``video`` ``[B, C, F, y, x]`` clean latents; ``action`` ``[B, F, n, A]`` normalised, those of frame 0 are
-            ignored, whatever they hold; ``text`` ``[B, L, text_dim]`` raw embeddings, through which the loss
-            differentiates, ignored likewise where an objective has none. F at least 2.
+            ignored, whatever they hold, and all of a model without actions; ``text`` ``[B, L, text_dim]`` raw
+            embeddings, through which the loss differentiates, ignored likewise where an objective has none; and under
+            its name each stream of ``model.config.context`` that is made of features ``[B, N, E]``. F at least 2.
         generator: Source of every random number; its device may differ from the model's.
         config: What is drawn and how it is weighed.
         impl: Backend of ``block_attention``.
@@ -134,6 +136,7 @@ def training_step(
     instance("training_step: config", config, TrainingConfig)
     inside = getattr(model, "module", model)  # of DistributedDataParallel
     video, action, text = _checked(inside, batch)
+    has_actions = inside.config.has_actions
     B, _, frames, y, x = video.shape
     device, draws = inside.device, generator.device
 
@@ -142,6 +145,10 @@ def training_step(
         for low, high in (config.chunk_sizes, config.windows)
     )
     objectives = draw_objectives(config.program, B, generator, config.mixture)
+    if not has_actions and any(o.conditional for o in objectives):
+        raise ValueError(
+            f"training_step: config.mixture must be {{'joint': 1}} for a model without actions, got {config.mixture}"
+        )
     video_sigma, action_sigma = config.timesteps.sigmas(B, frames, generator)
     history_sigma = config.timesteps.history_sigmas(B, frames, config.noised_history, generator)
     video_noise, history_noise, action_noise = (
@@ -159,38 +166,34 @@ def training_step(
     history_sigma = history_sigma.to(device)
 
     rows, columns = inside.token_grid(y, x)
-    geometries = [
-        geometry_for(
-            config.program,
-            objective,
-            frames=frames,
-            video_tokens=rows * columns,
-            action_tokens=action.shape[2],
-            chunk_size=chunk_size,
-            window=window,
-            history=config.history,
-        )
-        for objective in objectives
-    ]
-    plan = compile_plan(
-        geometries if len(set(geometries)) > 1 else geometries[0], device=device, stop_gradient=config.stop_gradient
-    )
+    sizes = {"frames": frames, "video_tokens": rows * columns, "action_tokens": action.shape[2]}
+    sizes |= {"chunk_size": chunk_size, "window": window}
+    geometries = [geometry_for(config.program, o, history=config.history, **sizes) for o in objectives]
+    context = {s.name: batch[s.name].to(device) for s in inside.config.context if s.features}
+    given = sum(s.tokens or context[s.name].shape[1] for s in inside.config.context)
+    samples = [with_context(g, given) for g in geometries] if given else geometries
+    one = len(set(samples)) == 1
+    plan = compile_plan(samples[0] if one else samples, device=device, stop_gradient=config.stop_gradient)
     video_flow, action_flow = model(
         noised_video(video, video_noise, video_sigma),
         noised_video(video, history_noise, history_sigma),
-        add_noise(action, action_noise, action_sigma),
-        action,
+        add_noise(action, action_noise, action_sigma) if has_actions else None,
+        action if has_actions else None,
         Uncast(timesteps(video_sigma)),
-        Uncast(timesteps(action_sigma)),
+        Uncast(timesteps(action_sigma)) if has_actions else None,
         torch.where(keeps_text[:, :, None] > 0, text, 0),
         plan,
         clean_video_timesteps=Uncast(timesteps(history_sigma)),
+        context=context,
         impl=impl,
     )
     # [B] each, over the frames that a rollout generates
     video_error = (at_least_float32(video_flow) - target(video, video_noise))[:, :, 1:].square().flatten(1).mean(1)
-    action_error = (at_least_float32(action_flow) - target(action, action_noise))[:, 1:].square().flatten(1).mean(1)
-    counts_video, counts_action = denoises_video[:, 0], denoises_action[:, 0]
+    action_error = torch.zeros_like(video_error)
+    if action_flow is not None:
+        wrong = at_least_float32(action_flow) - target(action, action_noise)
+        action_error = wrong[:, 1:].square().flatten(1).mean(1)
+    counts_video, counts_action = denoises_video[:, 0], denoises_action[:, 0] * has_actions
     loss = config.video_weight * video_error * counts_video + config.action_weight * action_error * counts_action
     metrics: dict[str, float | int | Tensor] = {
         "video_loss": (video_error.detach() * counts_video).sum() / counts_video.sum(),
@@ -212,19 +215,22 @@ def _counted(objectives: list[Objective]) -> dict[str, int]:
 
 
 def _checked(model: WorldActionModel, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Video, actions (none of each frame for a model without) and text, on the model's device."""
     c = model.config
-    missing = sorted({"video", "action", "text"} - set(batch))
+    names = ["video", *(["action"] if c.has_actions else []), "text", *(s.name for s in c.context if s.features)]
+    missing = sorted(set(names) - set(batch))
     if missing:
-        raise ValueError(f"training_step: batch lacks {missing}; expected video, action, text")
-    for name in ("video", "action", "text"):
+        raise ValueError(f"training_step: batch lacks {missing}; expected {', '.join(names)}")
+    for name in names:
         instance(f"training_step: {name}", batch[name], Tensor)
-    video, action, text = (batch[name].to(model.device) for name in ("video", "action", "text"))
+    video, text = (batch[name].to(model.device) for name in ("video", "text"))
     if video.ndim != 5 or video.shape[1] != c.latent_channels or video.shape[2] < 2 or not video.shape[0]:
         raise ValueError(
             f"training_step: video must be [B >= 1, {c.latent_channels}, F >= 2, y, x], got {list(video.shape)}"
         )
     B, F = video.shape[0], video.shape[2]
-    if tuple(action.shape) != (B, F, c.actions_per_frame, c.action_dim):
+    action = batch["action"].to(model.device) if c.has_actions else video.new_zeros(B, F, 0, c.action_dim)
+    if tuple(action.shape) != (B, F, c.actions_per_frame * c.has_actions, c.action_dim):
         raise ValueError(
             f"training_step: action must be {[B, F, c.actions_per_frame, c.action_dim]}, got {list(action.shape)}"
         )

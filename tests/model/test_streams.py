@@ -1,0 +1,283 @@
+"""Models of other streams than two experts: one expert for all, three, or no actions; registers; numbers of OpenWAM."""
+
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._pytree import tree_map_only
+
+from wam_kernels import Geometry, compile_plan, dense_mask
+from wam_kernels.masks import RULE_PROGRAMS
+from wam_kernels.masks.context import with_context
+from wam_models import RolloutConfig, RolloutEngine, WorldActionModel, golden_config
+from wam_models.config import ModelConfig, Stream
+from wam_models.objectives import OBJECTIVES, geometry_for
+from wam_models.train.step import TrainingConfig, training_step
+
+from .cases import error
+
+SMALL = replace(golden_config(), text_dim=8, freq_dim=16)
+PARALLEL = replace(SMALL, topology="parallel_stream", action_hidden=64, action_ffn=128)
+VIDEO_ONLY = replace(SMALL, topology="video_only")
+UNDERSTANDING = Stream(name="understanding", width=24, ffn=32, features=10)
+REGISTERS = Stream(name="registers", width=64, ffn=128, tokens=3, expert="video")
+TRI_TOWER = replace(SMALL, context=(UNDERSTANDING,))
+CONTEXT = replace(SMALL, context=(UNDERSTANDING, REGISTERS))
+MODELS = {"parallel_stream": PARALLEL, "video_only": VIDEO_ONLY, "tri_tower": TRI_TOWER, "context": CONTEXT}
+B, C, GRID, TOKENS = 2, 48, (2, 4), 2
+
+
+def made(config: ModelConfig, dtype=torch.float64) -> WorldActionModel:
+    """Random weights, heads and biases included."""
+    torch.manual_seed(0)
+    model = WorldActionModel(config).to(dtype).eval()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "proj_out" in name or "bias" in name or "scale_shift_table" in name:
+                p.normal_(std=0.3)
+    return model
+
+
+def randn(*shape, seed=0):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def features(config: ModelConfig) -> dict[str, torch.Tensor]:
+    return {stream.name: randn(B, 4, stream.features, seed=3) for stream in config.context if stream.features}
+
+
+def context_tokens(config: ModelConfig) -> int:
+    return sum(stream.tokens or 4 for stream in config.context)
+
+
+# ---- one packed forward and the rollout, for every list of streams ----
+
+
+@pytest.mark.parametrize(
+    "program,cache", [("video_then_action", "persistent"), ("joint", "persistent"), ("joint", "recomputed")]
+)
+@pytest.mark.parametrize("name", MODELS)
+def test_streaming_equals_one_packed_forward(name, program, cache):
+    config, size, window, chunks = MODELS[name], 2, 8, 3
+    model = made(config).requires_grad_(False)
+    engine = RolloutEngine(model, RolloutConfig(program=program, chunk_size=size, window=window, steps=1, cache=cache))
+    first, text = randn(B, C, 1, *GRID), randn(B, 3, 8, seed=1)
+    episode = engine.start(first, text, context=features(config))
+    noisy, clean = {"video": [first]}, {"video": [first]}
+    if config.has_actions:
+        noisy["action"], clean["action"] = [randn(B, 1, 2, 7, seed=5)], [randn(B, 1, 2, 7, seed=5)]
+    for i in range(chunks):
+        noise = {"video": randn(B, C, size, *GRID, seed=10 + i)}
+        if config.has_actions:
+            noise["action"] = randn(B, size, 2, 7, seed=20 + i)
+        candidate = episode.propose(**{f"{stream}_noise": t for stream, t in noise.items()})
+        episode.accept(candidate)
+        for stream, t in noise.items():
+            noisy[stream].append(t)
+            clean[stream].append(getattr(candidate, stream))
+    frames = 1 + size * chunks
+    geometry = geometry_for(
+        program, OBJECTIVES["joint"], frames=frames, video_tokens=TOKENS,
+        action_tokens=2 * config.has_actions, chunk_size=size, window=window,
+    )  # fmt: skip
+    given = context_tokens(config)
+    plan = compile_plan(with_context(geometry, given) if given else geometry)
+    dim = {"video": 2, "action": 1}
+    noisy, clean = ({stream: torch.cat(t, dim[stream]) for stream, t in of.items()} for of in (noisy, clean))
+    level = torch.full((B, frames), 1000.0, dtype=torch.float64)
+    actions = (noisy["action"], clean["action"], level) if config.has_actions else (None, None, None)
+    video_flow, action_flow = model(
+        noisy["video"], clean["video"], *actions[:2], level, actions[2], text, plan, context=features(config)
+    )
+    moved = noisy["video"][:, :, 1:] - video_flow[:, :, 1:]
+    torch.testing.assert_close(moved, clean["video"][:, :, 1:], rtol=1e-10, atol=1e-10)
+    if config.has_actions:
+        moved = noisy["action"][:, 1:] - action_flow[:, 1:]
+        torch.testing.assert_close(moved, clean["action"][:, 1:], rtol=1e-10, atol=1e-10)
+    else:
+        assert action_flow is None and candidate.action is None
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_training_step_reaches_every_weight(name):
+    config = MODELS[name]
+    model, generator = made(config, torch.float32), torch.Generator().manual_seed(0)
+    batch = {"video": randn(B, C, 5, *GRID), "text": randn(B, 3, 8, seed=1), **features(config)}
+    if config.has_actions:
+        batch["action"] = randn(B, 5, 2, 7, seed=2)
+    batch = {k: v.float() for k, v in batch.items()}
+    loss, metrics = training_step(model, batch, generator, TrainingConfig(mixture={"joint": 1}))
+    loss.backward()
+    idle = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    # of a stream that has no flow, the last block computes keys and values alone; softmax ignores a key's bias
+    last = f"packed_block_stack.packed_blocks.{config.layers - 1}.understanding_block"
+    assert {n for n in idle if not n.startswith(last) and not n.endswith("to_k.bias")} == set()
+    assert metrics["action_loss"].isfinite() == config.has_actions
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_config_survives_json(name):
+    config = MODELS[name]
+    assert ModelConfig.from_dict(config.to_dict()) == config
+    assert set(SMALL.to_dict()) == set(config.to_dict()) - {"topology", "context"}
+
+
+def test_context_in_a_plan_is_the_mask_by_hand():
+    geometry = Geometry(
+        program="joint", video_frames=5, video_tokens=3, action_frames=5, action_tokens=2, chunk_size=2, window=4
+    )
+    mask = with_context(geometry, 4).dense_mask()
+    n = geometry.length
+    assert (mask[:n, :n] == dense_mask(geometry)).all() and mask[:, n:].all() and not mask[n:, :n].any()
+
+
+def test_a_tri_tower_under_the_mask_of_motus():
+    """One copy of each stream, all to all: equal to the three experts with a dense attention, and no token is idle."""
+    model = made(TRI_TOWER)
+    plan = compile_plan(RULE_PROGRAMS["tri_tower"](video=3 * TOKENS, actions=3 * 2, understanding=4))
+    video, action = randn(B, C, 3, *GRID), randn(B, 3, 2, 7, seed=2)
+    given = features(TRI_TOWER)["understanding"].requires_grad_()
+    level = torch.full((B, 3), 500.0, dtype=torch.float64)
+    inputs = video, None, action, None, level, level, randn(B, 3, 8, seed=1)
+    flows = model(*inputs, plan, context={"understanding": given})
+    lengths = []
+
+    def densely(layer, q, k, v):
+        lengths.append(q.shape[1])
+        out = torch.nn.functional.scaled_dot_product_attention(*(t.transpose(1, 2) for t in (q, k, v)))
+        return out.transpose(1, 2)
+
+    dense = model(*inputs, attend=densely, context={"understanding": given})
+    for a, b in zip(flows, dense, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+    assert set(lengths) == {3 * TOKENS + 3 * 2 + 4}
+    flows[1].square().sum().backward()
+    assert given.grad.abs().sum(-1).all()
+
+
+def test_refusals_name_what_is_wrong():
+    with pytest.raises(ValueError, match="expert of stream a must be its own or one of .*'video', 'action'.* 'none'"):
+        replace(SMALL, context=(Stream(name="a", width=4, ffn=4, tokens=1, expert="none"),))
+    with pytest.raises(ValueError, match="stream registers must have the width and ffn of the expert video, .64, 128."):
+        replace(SMALL, context=(replace(REGISTERS, width=32),))
+    with pytest.raises(ValueError, match="'understanding' twice"):
+        replace(SMALL, context=(UNDERSTANDING, UNDERSTANDING))
+    with pytest.raises(ValueError, match="action must have the width and ffn of the expert video"):
+        replace(SMALL, topology="parallel_stream")
+    with pytest.raises(ValueError, match="either features or tokens"):
+        Stream(name="a", width=4, ffn=4)
+    engine = RolloutEngine(made(CONTEXT).requires_grad_(False), RolloutConfig(chunk_size=2, steps=1))
+    first, text = randn(B, C, 1, *GRID), randn(B, 3, 8)
+    with pytest.raises(ValueError, match=r"context\['understanding'\] must be a tensor, got None"):
+        engine.start(first, text)
+    with pytest.raises(ValueError, match="context must hold streams of .* got .'other'."):
+        engine.start(first, text, context={"other": first})
+    engine = RolloutEngine(made(VIDEO_ONLY).requires_grad_(False), RolloutConfig(chunk_size=2, steps=1))
+    with pytest.raises(ValueError, match="objective"):
+        engine.start(first, text, objective="inverse_dynamics")
+    with pytest.raises(ValueError, match="actions of a model that has none"):
+        engine.start(first, text).propose(want="action", generator=torch.Generator())
+
+
+# ---- parallel_stream against OpenWAM ----
+
+RENAMED = (
+    (r"^blocks\.(\d+)\.", r"packed_block_stack.packed_blocks.\1.video_block."),
+    (r"^action_time_conditioner\.", "action_expert.time_conditioner."),
+    (r"^(action_embedder|action_proj_out)\.", r"action_expert.\1."),
+)
+
+
+def our_name(name: str) -> str:
+    for pattern, ours in RENAMED:
+        name, found = re.subn(pattern, ours, name)
+        if found:
+            return name
+    return f"core.{name}"
+
+
+def parallel_pair(program: str, **options):
+    """OpenWAM's pipeline with weights whose attention and heads matter, and our model with the same."""
+    openwam_models = pytest.importorskip("bench.workloads.openwam_models", reason="openwam is in requirements/test.txt")
+    pipeline = openwam_models.build("parallel_stream", program, **options)
+    generator = torch.Generator().manual_seed(3)
+    core = pipeline.visual_tower.core
+    with torch.no_grad():
+        for p in core.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+    ours = WorldActionModel(
+        ModelConfig(
+            hidden=32, heads=4, head_dim=8, layers=2, ffn=64, action_hidden=32, action_ffn=64,
+            action_dim=openwam_models.ACTION_DIM, actions_per_frame=2, topology="parallel_stream",
+        )
+    )  # fmt: skip
+    state = {our_name(name): value for name, value in core.state_dict().items()}
+    ours.load_state_dict({name: state[name] for name in ours.state_dict()})
+    return openwam_models, pipeline, ours
+
+
+@pytest.mark.parametrize("program", ["video_then_action", "joint"])
+def test_parallel_stream_forward_and_gradients_are_those_of_openwam(program, monkeypatch):
+    openwam_models, pipeline, ours = parallel_pair(program)
+    core, steps = pipeline.visual_tower.core, []
+    execute = core.execute_runtime_step
+    monkeypatch.setattr(core, "execute_runtime_step", lambda step: steps.append((step, execute(step))) or steps[-1][1])
+    metadata = ({"sampled_chunk_size": 2, "sampled_window_size": 4, "history_frames": 1},)
+    openwam_models.train_step(pipeline, metadata=metadata)
+    payload, theirs = steps[0][0].payload, steps[0][1].projected_outputs
+    video, action = payload["latent_dict"], payload["action_dict"]
+    text = video["text_emb"].detach()
+    frames = video["noisy_latents"].shape[2]
+    geometry = Geometry(
+        program=program, video_frames=frames, video_tokens=4, action_frames=frames, action_tokens=2,
+        chunk_size=payload["chunk_size"], window=payload["window_size"],
+        history=str(getattr(payload["history_stream_visibility"], "value", payload["history_stream_visibility"])),
+        chunk_origin=payload.get("chunk_origin_frame") or 0,
+    )  # fmt: skip
+    by_frame = [action[name].detach().permute(0, 2, 3, 1, 4).flatten(3) for name in ("noisy_latents", "latent")]
+    flows = ours(
+        video["noisy_latents"].detach(), video["latent"].detach(), *by_frame, video["timesteps"].float(),
+        action["timesteps"].float(), text, compile_plan(geometry),
+        clean_video_timesteps=video["cond_timesteps"].float(), frame_start=int(video["grid_id"][0, 0].min()),
+    )  # fmt: skip
+    rows = theirs["video_prediction"].unflatten(1, (frames, 2, 2, 2, 2))  # of tokens, of the pixels of one
+    their_video = rows.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+    assert error(flows[0].detach(), their_video.detach()) < 1e-5
+    assert error(flows[1].detach().flatten(1, 2), theirs["action_prediction"].detach()) < 1e-5
+    pipeline.zero_grad()
+    again = execute(replace(steps[0][0], payload=tree_map_only(torch.Tensor, torch.detach, payload))).projected_outputs
+    (again["video_prediction"].square().mean() + again["action_prediction"].square().mean()).backward()
+    (flows[0].square().mean() + flows[1].square().mean()).backward()
+    theirs = {our_name(name): p.grad for name, p in core.named_parameters() if p.grad is not None}
+    largest = max(float(g.abs().max()) for g in theirs.values())
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, theirs[name], rtol=0, atol=1e-5 * largest, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("program", ["action_then_video", "joint"])
+def test_parallel_stream_rollouts_are_those_of_openwam(program):
+    openwam_models, pipeline, ours = parallel_pair(program)
+    generator = torch.Generator().manual_seed(7)
+    noise = [
+        (torch.randn(1, 48, 2, 4, 4, generator=generator), torch.randn(1, 2 * 2, 4, generator=generator))
+        for _ in range(3)
+    ]
+
+    def given(i):
+        return {"initial_video_noise": noise[i][0], "initial_action_noise": noise[i][1]}
+
+    theirs = openwam_models.rollout(pipeline, 3, context=given)
+    generator = torch.Generator().manual_seed(0)  # as the rollout draws them
+    text = torch.randn(1, 5, openwam_models.TEXT_DIM, generator=generator)
+    frame = torch.randn(1, 48, 1, 4, 4, generator=generator)
+    engine = RolloutEngine(
+        ours.eval().requires_grad_(False),
+        RolloutConfig(program=program, chunk_size=2, window=8, steps=3, cache="recomputed", history="video_only"),
+    )
+    episode = engine.start(frame, text)
+    for i in range(3):
+        candidate = episode.propose(video_noise=noise[i][0], action_noise=noise[i][1].unflatten(1, (2, 2)))
+        episode.accept(candidate)
+        assert error(candidate.action.flatten(1, 2), theirs[3 * i]) < 1e-5
+        assert error(candidate.video, theirs[3 * i + 1][:, :, -2:]) < 1e-5
