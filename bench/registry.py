@@ -137,6 +137,17 @@ SUITES = {
             gpu_seconds=90,
             threads=1,
         ),
+        Suite(
+            "short_calls",
+            Section(
+                "Short calls under a mask: a plan against the dense mask",
+                ("program", "tokens", "density", "provider", "ms", "ms_min", "ratio_min"),
+            ),
+            group="attention",
+            gpu_seconds=30,
+            threads=1,
+            ceilings=False,
+        ),
         # These two need openwam, which is no requirement; the last takes minutes of training.
         Suite(
             "openwam",

@@ -152,6 +152,9 @@ EXAMPLES = {
     "cached_attention": Example(_set("cached_attention", CACHED=(64,)), _off("cached_attention", "cached_attention")),
     "streaming": Example(_set("streaming", demo_config=lambda: SMALL, GRID=GRID), _rollout_is_off),
     "plan": Example(_set("plan", LENGTHS=(1000,)), _plan_is_off),
+    "short_calls": Example(
+        _set("short_calls", CASES=[("fast_wam_joint", 2, 4, 3)]), _off("short_calls", "block_attention")
+    ),
     "openwam": Example(_small_openwam, _patched_openwam_is_off, needs="open_wam"),
     "rollout_openwam": Example(_small_openwam, _rollout_is_off, needs="open_wam"),
     "static": Example(_one_kernel_by_hand, None),

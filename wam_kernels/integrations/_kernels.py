@@ -167,8 +167,8 @@ def required_mask(mask: Any) -> Tensor:
 
 # ---- attention ----
 
-# Up to so many pairs of a query and a key a dense call is no slower: the mask is not read, no plan is looked for, and
-# PyTorch's fused kernel takes the mask as it is. On a CPU 326 x 326 pairs of Fast-WAM took as long dense as by a plan.
+# Up to so many pairs of a query and a key a call is dense: the mask is not read, no plan is looked for, and PyTorch's
+# fused kernel takes the mask as it is. Where a plan begins to gain is measured: bench/results/short_calls.jsonl.
 DENSE_PAIRS = 2**18
 
 
