@@ -33,6 +33,9 @@ def test_one_key_for_all_geometries():
     plans += [compile_plan(libero(c, 64, frames=f), tile=libero_tile()) for c in (2, 4) for f in (17, 40, 68)]
     packed = [[libero(4, 64, frames=9), small()]]
     plans += [compile_plan(packed, length=n, tile=libero_tile()) for n in (800, 801, 1024)]
+    # dk and dv with a stop-gradient are the same kernel, also where all tiles of a stream are idle
+    frozen = [("action", "video"), ("video", "video")]
+    plans += [compile_plan(packed, tile=libero_tile(), stop_gradient=frozen[:n]) for n in (1, 2)]
     lengths = {p.length for p in plans}
     assert len(lengths) > 6 and any(n % 16 for n in lengths) and any(n % 16 == 0 for n in lengths)
     keys = {launch_key(plan, 1, 8, 64, side) for plan in plans for side in (plan.queries, plan.keys)}

@@ -112,7 +112,8 @@ def test_cached_by_the_pairs_in_any_order_and_pickled():
             assert torch.equal(other.boxes.keys.words, plan.boxes.keys.words)
     marked, plain = (Ranges([(0, 4)], [(0, 4)], 4, stop_gradient=flags) for flags in ([True], [False]))
     assert marked != plain == Ranges([(0, 4)], [(0, 4)], 4) and pickle.loads(pickle.dumps(marked)) == marked
-    assert "1 with stop-gradient" in repr(marked)
+    assert "1 with stop-gradient" in repr(marked) and "stopped_pairs=16," in repr(compile_plan(marked))
+    assert "stopped" not in repr(compile_plan(plain))
 
 
 @pytest.mark.parametrize("chunk_size, window", [(4, 64), (1, 8)])

@@ -188,7 +188,10 @@ class Plan:
         return mask.to(self.device)
 
     def __repr__(self) -> str:
+        stopped = self.visible_pairs - self.gradient_pairs
         return (
             f"Plan(batch={self.batch}, length={self.length}, density={self.density:.3f}, "
-            f"efficiency={self.efficiency:.3f}, device={self.device})"
+            f"efficiency={self.efficiency:.3f}, "
+            + (f"stopped_pairs={stopped}, " if stopped else "")
+            + f"device={self.device})"
         )
