@@ -63,7 +63,7 @@ def test_wam_export(tmp_path, capsys):
     save_checkpoint(tmp_path / "ours", model := WorldActionModel(config))
     command = ["export", "--checkpoint", str(tmp_path / "ours"), "--layout"]
     assert main([*command, "diffusers", "--out", str(tmp_path / "video")]) == 2
-    assert "no place for our action expert" in capsys.readouterr().err
+    assert "no place for our stream action" in capsys.readouterr().err
     assert main([*command, "diffusers", "--without", "action", "--out", str(tmp_path / "video")]) == 0
     assert main([*command, "openwam", "--out", str(tmp_path / "both")]) == 0
     state = read_folder(tmp_path / "both")[0]

@@ -5,12 +5,14 @@ keys.json holds names and shapes of one-block models of the real classes: diffus
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from wam_models import WorldActionModel, from_diffusers, load_weights
+from wam_models.config import Stream
 from wam_models.weights.convert import shapes_of, sizes_from, weights_from, weights_to
 from wam_models.weights.layouts import LAYOUTS, part_of
 
@@ -19,8 +21,9 @@ KEYS = json.loads((Path(__file__).parent / "keys.json").read_text())
 WITHOUT = {
     "diffusers": (),
     "openwam": ("state",),
+    "openwam_parallel": (),
     "fast_wam": ("action",),
-    "lingbot_va": ("action",),
+    "lingbot_va": (),
     "dreamzero": ("image", "action", "state"),
 }
 
@@ -49,7 +52,10 @@ def test_sizes_are_those_of_the_weights(layout):
     assert (c.hidden, c.heads, c.head_dim, c.layers, c.ffn, c.patch) == (24, 2, 12, 1, 32, (1, 2, 2))
     if layout == "openwam":
         assert (c.action_hidden, c.action_ffn, c.action_dim, c.latent_channels) == (12, 24, 4, 48)
+    elif layout == "openwam_parallel":
+        assert (c.topology, c.action_hidden, c.action_dim, c.latent_channels) == ("parallel_stream", 24, 4, 48)
     else:
+        assert c.topology == ("parallel_stream" if layout == "lingbot_va" else "video_only")
         assert (c.latent_channels, c.text_dim, c.freq_dim) == (4, 8, 16)
     with pytest.raises(ValueError, match="head_dim must divide 24"):
         sizes_from(layout, weights(layout))
@@ -61,8 +67,7 @@ def test_a_round_trip_gives_the_same_tensors(layout):
     assert set(found.state) == {name for name in shapes_of(sizes(layout)) if part_of(name) in found.parts}
     model = WorldActionModel(sizes(layout))
     assert not load_weights(model, model.state_dict() | found.state)
-    without = () if layout == "openwam" else ("action",)
-    back = weights_to(layout, model.state_dict(), sizes(layout), without=without)
+    back = weights_to(layout, model.state_dict(), sizes(layout))
     assert len(back) == len(found.state) and all(torch.equal(value, theirs[key]) for key, value in back.items())
     left = {key for keys in found.left_out.values() for key in keys}
     assert left | set(back) == set(theirs) and not left & set(back)
@@ -112,10 +117,31 @@ def test_openwam_without_its_prefixes_or_actions():
     assert video.parts == ("video",) and set(map(part_of, video.state)) == {"video"}
 
 
+def test_actions_go_into_a_model_of_the_layout_s_topology():
+    dual = sizes("diffusers", action_hidden=12, action_ffn=16, action_dim=5)
+    with pytest.raises(ValueError, match="part 'action', actions, which models of topology parallel_stream have"):
+        weights_from("lingbot_va", weights("lingbot_va"), dual)
+    found = weights_from("lingbot_va", weights("lingbot_va"), dual, without=["action"])
+    assert found.parts == ("video",) and set(found.left_out) == {"action", "action text"}
+    shared = sizes("lingbot_va")
+    with pytest.raises(ValueError, match="no place for our stream action of topology parallel_stream"):
+        weights_to("openwam", WorldActionModel(shared).state_dict(), shared)
+    registers = replace(dual, context=(Stream(name="registers", width=8, ffn=8, tokens=2),))
+    state = WorldActionModel(registers).state_dict()
+    assert {part_of(name) for name in state} == {"video", "action", "registers"}
+    with pytest.raises(ValueError, match=r"no place for our stream registers .* without=\['registers'\]"):
+        weights_to("openwam", state, registers)
+    back = weights_to("openwam", state, registers, without=["registers"])
+    assert len(back) == sum(part_of(name) != "registers" for name in state)
+    assert len(weights_from("openwam", back, registers, without=["registers"]).state) == len(back)
+
+
 def test_what_a_layout_has_no_place_for_is_refused_on_the_way_out():
-    config = sizes("diffusers")
+    config = sizes("diffusers", action_hidden=12, action_ffn=16, action_dim=5)
     state = WorldActionModel(config).state_dict()
-    with pytest.raises(ValueError, match=r"no place for our action expert; leave it out with without=\['action'\]"):
+    with pytest.raises(
+        ValueError, match=r"no place for our stream action of .*; leave it out with without=\['action'\]"
+    ):
         weights_to("diffusers", state, config)
     with pytest.raises(ValueError, match=r"missing keys \['core.proj_out.bias'\]"):
         weights_to("openwam", {k: v for k, v in state.items() if k != "core.proj_out.bias"}, config)
@@ -143,5 +169,6 @@ def test_openwam_keys_are_the_recorded_ones():
     pytest.importorskip("open_wam", reason="openwam is in requirements/test.txt")
     from bench.workloads.openwam_models import build
 
-    model = build("dual_expert", "joint", hidden=24, heads=2, action_hidden=12, layers=1, ffn=32)
-    assert {key: list(value.shape) for key, value in model.state_dict().items()} == KEYS["openwam"]
+    for name, architecture in (("openwam", "dual_expert"), ("openwam_parallel", "parallel_stream")):
+        model = build(architecture, "joint", hidden=24, heads=2, action_hidden=12, layers=1, ffn=32)
+        assert {key: list(value.shape) for key, value in model.state_dict().items()} == KEYS[name]

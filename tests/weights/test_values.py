@@ -34,16 +34,25 @@ def inputs():
 
 
 @pytest.mark.parametrize("layout", ["fast_wam", "lingbot_va"])
-def test_the_video_expert_gives_what_the_real_class_gave(layout):
+def test_the_model_gives_what_the_real_class_gave(layout):
     state = seeded(layout)
-    config = sizes_from(layout, state, head_dim=8)
+    config = sizes_from(layout, state, head_dim=8, actions_per_frame=2)
     model = WorldActionModel(config).requires_grad_(False)
-    model.load_state_dict(weights_from(layout, state, config, without=WITHOUT[layout]).state, strict=False)
-    video, times, text, _ = inputs()
-    streams = model.embed((video, times), None)
-    rope = model.rope(torch.arange(3), 2, 4, None)
-    projected = model.core.text_proj(text)
-    out = model.packed_block_stack(
-        streams, Uncast(*rope), [(projected, projected)], lambda _, q, k, v: attend_to_all(q, k, v), wanted=(0,)
-    )
-    torch.testing.assert_close(model.flows(out, 3, 2, 4)[0], load_file(VALUES)[layout], rtol=1e-4, atol=1e-5)
+    model.load_state_dict(weights_from(layout, state, config, without=WITHOUT[layout]).state)
+    video, times, text, action = inputs()
+    frames = torch.arange(3)
+
+    def flow(stream):
+        given = (video, times), None
+        if stream == "action":
+            given = None, (action, times)
+        streams = model.embed(*given)
+        rope = model.rope(None if given[0] is None else frames, 2, 4, None if given[1] is None else frames)
+        out = model.packed_block_stack(
+            streams, Uncast(*rope), model.embed_text(text), lambda _, q, k, v: attend_to_all(q, k, v)
+        )
+        return model.flows(out, 3, 2, 4)[stream == "action"]
+
+    torch.testing.assert_close(flow("video"), load_file(VALUES)[layout], rtol=1e-4, atol=1e-5)
+    if layout == "lingbot_va":
+        torch.testing.assert_close(flow("action"), load_file(VALUES)["lingbot_va.action"], rtol=1e-4, atol=1e-5)

@@ -13,6 +13,7 @@ from ..config import ModelConfig
 from ..model.dual_expert import WorldActionModel
 from ..model.weights import abridged, bare_names, not_here
 from ..runtime.checks import choice
+from ..runtime.json_fields import from_fields
 from .layouts import LAYOUTS, PARTS, PATCHES, Layout, part_of
 
 
@@ -21,8 +22,8 @@ class Converted:
     """Weights under our names.
 
     Args:
-        state: All parameters of the experts in ``parts``.
-        parts: Experts of ours that are in it, of ``video`` and ``action``.
+        state: All parameters of the streams in ``parts``.
+        parts: Streams of ours that are in it, of ``video`` and ``action``.
         left_out: By part of theirs: the keys that are not in it, since our model has no place for them.
     """
 
@@ -45,19 +46,21 @@ def weights_from(
     Args:
         layout: Whose keys they are, one of ``LAYOUTS``.
         state: Their tensors by name, of any floating dtype, which stays.
-        config: Sizes of our model; those of the experts that the layout holds must be theirs.
+        config: Sizes of our model; those of the streams that the layout holds must be theirs. Actions have a place in
+            models of the layout's topology alone: ``openwam`` in ``dual_expert``, ``lingbot_va`` and
+            ``openwam_parallel`` in ``parallel_stream``.
         without: Parts to leave out: of theirs those that our model has no place for (``image``, ``state``, ...), and
             ``action`` where only the video expert is wanted.
 
     Returns:
-        Our tensors, of whole experts. Those of a linear patch embedding share memory with the convolution.
+        Our tensors, of whole streams. Those of a linear patch embedding share memory with the convolution.
 
     Raises:
         ValueError: an unknown layout or part; keys that are missing, unexpected, of another shape or of a part that
             our model has no place for, by their names.
     """
-    table = _layout(layout, without, "weights_from")
-    parts = tuple(part for part in table.parts if part not in without)
+    table = _layout(layout, without, config, "weights_from")
+    parts = tuple(part for part in _places(table, config) if part not in without)
     expected = {name: shape for name, shape in shapes_of(config).items() if part_of(name) in parts}
     own: dict[str, Tensor] = {}
     unexpected, misfits = [], []
@@ -73,7 +76,8 @@ def weights_from(
             taken = left_out if absent.part in without or not absent.runs else refused
             taken.setdefault(absent.part, []).append(key)
         elif name is not None and part_of(name) not in parts:
-            left_out.setdefault(part_of(name), []).append(key)
+            taken = left_out if part_of(name) in without else refused
+            taken.setdefault(part_of(name), []).append(key)
         else:
             unexpected.append(key)
     missing = [str(table.theirs(name)) for name in expected if name not in own]
@@ -92,7 +96,7 @@ def weights_to(
         layout: Whose keys to use, one of ``LAYOUTS``.
         state: The state dict of a ``WorldActionModel``, with or without what wrappers add to the names.
         config: Its sizes.
-        without: Experts to leave out: ``action`` for a layout that has no place for it.
+        without: Streams to leave out: ``action`` for a layout that has no place for it.
 
     Returns:
         Their tensors by name, in the order of ``state``; memory is shared.
@@ -101,12 +105,13 @@ def weights_to(
         ValueError: an unknown layout or part, an expert that the layout has no place for, keys that are missing,
             unexpected or of another shape.
     """
-    table = _layout(layout, without, "weights_to")
-    homeless = [part for part in PARTS if part not in table.parts and part not in without]
+    table = _layout(layout, without, config, "weights_to")
+    places = _places(table, config)
+    homeless = [s.name for s in config.streams if s.name not in places and s.name not in without]
     if homeless:
         raise ValueError(
-            f"weights_to: {table.system} has no place for our {', '.join(homeless)} expert; leave it out with "
-            f"without={homeless}"
+            f"weights_to: {table.system} has no place for our stream {', '.join(homeless)} of topology "
+            f"{config.topology}; leave it out with without={homeless}"
         )
     expected, given = shapes_of(config), bare_names(state)
     misfits = [
@@ -154,13 +159,13 @@ def sizes_from(layout: str, state: Mapping[str, Tensor], **given: Any) -> ModelC
         layout: Whose keys they are.
         state: Their tensors by name; only shapes are read.
         **given: Fields of ``ModelConfig`` that weights do not tell: ``actions_per_frame``, ``head_dim`` (default 128,
-            as all Wan models have), ``patch`` of a linear patch embedding (default 1, 2, 2), and the action expert's
-            sizes where the layout has none (default: a quarter of the video expert's, of one number an action).
+            as all Wan models have), ``patch`` of a linear patch embedding (default 1, 2, 2), and of a layout without
+            actions ``action_hidden``, ``action_ffn`` and ``action_dim`` (else the model is ``video_only``).
 
     Raises:
         ValueError: an unknown layout, or weights without the keys that tell the sizes.
     """
-    table = _layout(layout, (), "sizes_from")
+    table = LAYOUTS[choice("sizes_from: layout", layout, LAYOUTS)]
     shapes = {name: list(state[key].shape) for bare, key in bare_names(state).items() if (name := table.ours(bare))}
     block = "packed_block_stack.packed_blocks.0."
 
@@ -189,19 +194,26 @@ def sizes_from(layout: str, state: Mapping[str, Tensor], **given: Any) -> ModelC
         "patch": patch,
     }
     if "action" in table.parts:
-        found["action_hidden"] = size(block + "action_block.attn1.to_q.weight", 1)
-        found["action_ffn"] = size(block + "action_block.ffn.net.0.proj.weight", 0)
+        shared = table.topology == "parallel_stream"
+        found["topology"] = table.topology
+        found["action_hidden"] = hidden if shared else size(block + "action_block.attn1.to_q.weight", 1)
+        found["action_ffn"] = ffn if shared else size(block + "action_block.ffn.net.0.proj.weight", 0)
         found["action_dim"] = size("action_expert.action_embedder.weight", 1)
-    else:
-        found |= {"action_hidden": max(hidden // 4, 1), "action_ffn": max(ffn // 4, 1), "action_dim": 1}
-    return ModelConfig.from_dict(
-        {"actions_per_frame": 1, "rope_theta": 10000.0, "eps": 1e-6} | found | given, "sizes_from"
-    )
+    elif "action_hidden" not in given:
+        found |= {"topology": "video_only", "action_hidden": hidden, "action_ffn": ffn, "action_dim": 1}
+    return from_fields(ModelConfig, {"actions_per_frame": 1} | found | given, "sizes_from", defaults=True)
 
 
-def _layout(name: str, without: Collection[str], caller: str) -> Layout:
+def _places(table: Layout, config: ModelConfig) -> tuple[str, ...]:
+    """Streams of a model of this config that the layout holds."""
+    names = {stream.name for stream in config.streams}
+    fits = config.topology == table.topology
+    return tuple(part for part in table.parts if part in names and (part == "video" or fits))
+
+
+def _layout(name: str, without: Collection[str], config: ModelConfig, caller: str) -> Layout:
     table = LAYOUTS[choice(f"{caller}: layout", name, LAYOUTS)]
-    known = {*PARTS, *(absent.part for absent in table.absent)}
+    known = {*PARTS, *(stream.name for stream in config.streams), *(absent.part for absent in table.absent)}
     if not set(without) <= known or "video" in without:
         raise ValueError(
             f"{caller}: without must be some of {sorted(known - {'video'})} for {name}, got {sorted(without)}"
@@ -239,7 +251,8 @@ def _refuse(
         if names
     ]
     if table is not None:
-        reasons = {absent.part: absent.why for absent in table.absent}
+        reasons = {"action": f"actions, which models of topology {table.topology} have a place for"}
+        reasons |= {absent.part: absent.why for absent in table.absent}
         wrong += [
             f"no place in our model for part {part!r}, {reasons[part]}: {abridged(keys)}"
             for part, keys in refused.items()

@@ -46,6 +46,7 @@ class Layout:
         absent: What our model has no place for.
         prefixes: ``{"core.": "visual_tower."}``: names of ours that begin so are written behind that; read with or
             without it.
+        topology: Of our models that have a place for its actions.
         convolution: Whether the patch embedding is a convolution, whose stride is its kernel, in place of a linear map.
         file: How its file of weights is called, without ``.safetensors``.
     """
@@ -55,12 +56,13 @@ class Layout:
     rows: Mapping[str, str]
     absent: tuple[Absent, ...] = ()
     prefixes: Mapping[str, str] | None = None
+    topology: str = "dual_expert"
     convolution: bool = True
     file: str = "model"
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Experts of ours that it holds: ``video``, ``action``."""
+        """Streams of ours that it holds: ``video``, ``action``."""
         held = {part_of(f"{ours}.") for ours in self.rows.values()}
         return tuple(part for part in PARTS if part in held)
 
@@ -90,9 +92,16 @@ class Layout:
 PARTS = ("video", "action")
 
 
+_BLOCK_OF = re.compile(r"packed_block_stack\.packed_blocks\.\d+\.(\w+)_block\.")
+_CONTEXT_OF = re.compile(r"context\.(\w+)\.")
+
+
 def part_of(name: str) -> str:
-    """Which expert of ours a key is of: ``video`` or ``action``."""
-    return "action" if name.startswith("action_expert.") or ".action_block." in name else "video"
+    """Which stream of ours a key is of: ``video``, ``action``, or one of ``ModelConfig.context``."""
+    if name.startswith("action_expert."):
+        return "action"
+    found = _BLOCK_OF.match(name.replace("#", "0")) or _CONTEXT_OF.match(name)
+    return found[1] if found else "video"
 
 
 def _renamed(key: str, rows: Mapping[str, str]) -> str | None:
@@ -162,6 +171,11 @@ _WAN_IMAGE = Absent(
     "cross-attention to an image's CLIP tokens",
 )
 
+_OPENWAM_OPTIONAL = (
+    Absent("state", ("action_expert.hidden_context_proj", "core.proprio_"), "proprioception, of runs that have it"),
+    Absent("mode", ("core.generalist_mode_context_encoder",), "the mode token of GJD"),
+)
+
 LAYOUTS = {
     layout.name: layout
     for layout in (
@@ -177,12 +191,7 @@ LAYOUTS = {
             "OpenWAM's dual expert",
             {name: name for name in ("core", _VIDEO, _ACTION, "action_expert")},
             (
-                Absent(
-                    "state",
-                    ("action_expert.hidden_context_proj", "core.proprio_"),
-                    "proprioception, of runs that have it",
-                ),
-                Absent("mode", ("core.generalist_mode_context_encoder",), "the mode token of GJD"),
+                *_OPENWAM_OPTIONAL,
                 Absent(
                     "shared stream",
                     ("core.action_", "core.runtime_stream_adapters", "frontend."),
@@ -191,6 +200,29 @@ LAYOUTS = {
                 ),
             ),
             {"core.": "visual_tower.", "packed_block_stack.": "policy_variant.", "action_expert.": "policy_variant."},
+            convolution=False,
+        ),
+        Layout(
+            "openwam_parallel",
+            "OpenWAM's parallel stream",
+            {
+                "core": "core",
+                "core.blocks.#": _VIDEO,
+                "core.action_embedder": "action_expert.action_embedder",
+                "core.action_time_conditioner": "action_expert.time_conditioner",
+                "core.action_proj_out": "action_expert.action_proj_out",
+            },
+            (
+                *_OPENWAM_OPTIONAL,
+                Absent(
+                    "adapters",
+                    ("core.action_text_proj", "core.runtime_stream_adapters", "frontend."),
+                    "what only other rollouts and pixels run",
+                    runs=False,
+                ),
+            ),
+            {"core.": "visual_tower."},
+            topology="parallel_stream",
             convolution=False,
         ),
         Layout(
@@ -209,14 +241,24 @@ LAYOUTS = {
         Layout(
             "lingbot_va",
             "LingBot-VA's WanTransformer3DModel",
-            _DIFFUSERS_BLOCKS | _DIFFUSERS_VIDEO | {"patch_embedding_mlp": "core.patch_embedding_mlp"},
+            _DIFFUSERS_BLOCKS
+            | _DIFFUSERS_VIDEO
+            | {
+                "patch_embedding_mlp": "core.patch_embedding_mlp",
+                "action_embedder": "action_expert.action_embedder",
+                "condition_embedder_action.time_embedder": "action_expert.time_conditioner.time_embedder",
+                "condition_embedder_action.time_proj": "action_expert.time_conditioner.time_proj",
+                "action_proj_out": "action_expert.action_proj_out",
+            },
             (
                 Absent(
-                    "action",
-                    ("action_embedder", "action_proj_out", "condition_embedder_action"),
-                    "actions in the blocks of the video, not in an expert of their own",
+                    "action text",
+                    ("condition_embedder_action.text_embedder",),
+                    "a text embedder that no forward runs",
+                    runs=False,
                 ),
             ),
+            topology="parallel_stream",
             convolution=False,
             file="diffusion_pytorch_model",
         ),

@@ -84,8 +84,14 @@ def choose_parts(
 
 def frozen_streams(learner: nn.Module) -> tuple[str, ...]:
     """Streams, of ``video`` and ``action``, of which nothing trains, adapters included."""
-    trains = {name.removeprefix("model.") for name, p in learner.named_parameters() if p.requires_grad}
-    return tuple(stream for stream in PARTS if not any(re.match(COMPONENTS[stream], name) for name in trains))
+    trains = {stream: False for stream in PARTS}
+    present = set()
+    for name, p in learner.named_parameters():
+        for stream in PARTS:
+            if re.match(COMPONENTS[stream], name.removeprefix("model.")):
+                present.add(stream)
+                trains[stream] |= p.requires_grad
+    return tuple(stream for stream in PARTS if stream in present and not trains[stream])
 
 
 def _add_adapters(model: nn.Module, linears: list[str], rank: int, scale: float) -> None:

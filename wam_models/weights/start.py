@@ -95,6 +95,8 @@ def action_from_video(state: Mapping[str, Tensor], config: ModelConfig, how: str
                 "experts of other sizes are made with 'interpolate'"
             )
         made[name] = _resized(state[twin], shape, scaled=name != _HEAD_TABLE)
+    if not made:
+        raise ValueError(f"action_from_video: a model of topology {config.topology} has no actions; leave it out")
     return made
 
 
