@@ -179,4 +179,5 @@ def compiled(
     visible = rows.visible_pairs
     tile = tile or tile_shape(visible >= LONG_WINDOW * len(packed) * lengths[0])
     shapes = tile, TileShape(tile.key_rows or tile.rows, tile.step)
-    return Plan(packed, stop_gradient, lengths, (visible, rows.gradient_pairs), shapes, device, rows=rows)
+    gradient = visible if rows.gradient is rows.queries else rows.gradient_pairs
+    return Plan(packed, stop_gradient, lengths, (visible, gradient), shapes, device, rows=rows)
