@@ -91,6 +91,9 @@ class ModelConfig:
             (the four sizes of actions then say nothing).
         context: Further streams, which are given and not denoised, such as a third expert's tokens or registers. One
             that shares an expert has its width and ffn.
+        state_dim: Numbers of the robot's state that the action tokens of a chunk are told, that of the frame before the
+            chunk: one linear map to ``hidden``, one from there to ``action_hidden`` where that differs, added to the
+            tokens. 0 for none. States as tokens of their own are a stream of ``context``.
 
     Raises:
         ValueError: a value of the wrong type or outside its range; the message names the field.
@@ -113,10 +116,11 @@ class ModelConfig:
     eps: float = 1e-6
     topology: str = "dual_expert"
     context: tuple[Stream, ...] = ()
+    state_dim: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if field.type == "int":
+            if field.type == "int" and field.name != "state_dim":
                 check_field(self, field.name, whole, 1, 1000 if field.name == "layers" else LARGEST_SIZE)
         for name in ("head_dim", "freq_dim"):
             if getattr(self, name) % 2:
@@ -125,6 +129,9 @@ class ModelConfig:
         check_field(self, "rope_theta", number, 1, 1e12)
         check_field(self, "eps", number, 1e-12, 1)
         check_field(self, "topology", choice, TOPOLOGIES)
+        check_field(self, "state_dim", whole, 0, LARGEST_SIZE)
+        if self.state_dim and not self.has_actions:
+            raise ValueError(f"ModelConfig: state_dim must be 0 without actions to tell it, got {self.state_dim}")
         check_field(self, "context", _context)
         experts: dict[str, Stream] = {}
         for stream in self.streams:
@@ -203,7 +210,7 @@ class ModelConfig:
 
 
 # fields that older checkpoints lack, and what they mean there
-_ADDED: dict[str, Any] = {"topology": "dual_expert", "context": []}
+_ADDED: dict[str, Any] = {"topology": "dual_expert", "context": [], "state_dim": 0}
 
 
 def _context(where: str, value: Any) -> tuple[Stream, ...]:

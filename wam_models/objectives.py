@@ -84,6 +84,14 @@ def draw_objectives(
     return [tuple(OBJECTIVES.values())[i] for i in drawn.tolist()]
 
 
+def frames_before_chunks(frames: int, chunk_size: int) -> list[int]:
+    """Of each frame of an episode's beginning, the last frame before its chunk; of the observed frame 0 itself.
+
+    That is the frame whose state the action tokens of a chunk are told.
+    """
+    return [max(frame - 1, 0) // chunk_size * chunk_size for frame in range(frames)]
+
+
 def geometry_for(
     program: str,
     objective: Objective,

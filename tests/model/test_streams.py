@@ -11,8 +11,8 @@ from wam_kernels import Geometry, compile_plan, dense_mask
 from wam_kernels.masks import RULE_PROGRAMS
 from wam_kernels.masks.context import with_context
 from wam_models import RolloutConfig, RolloutEngine, WorldActionModel, golden_config
-from wam_models.config import ModelConfig, Stream
-from wam_models.objectives import OBJECTIVES, geometry_for
+from wam_models.config import ModelConfig, Stream, wan_5b_config, wan_5b_small_action_config
+from wam_models.objectives import OBJECTIVES, frames_before_chunks, geometry_for
 from wam_models.train.step import TrainingConfig, training_step
 
 from .cases import error
@@ -24,7 +24,14 @@ UNDERSTANDING = Stream(name="understanding", width=24, ffn=32, features=10)
 REGISTERS = Stream(name="registers", width=64, ffn=128, tokens=3, expert="video")
 TRI_TOWER = replace(SMALL, context=(UNDERSTANDING,))
 CONTEXT = replace(SMALL, context=(UNDERSTANDING, REGISTERS))
-MODELS = {"parallel_stream": PARALLEL, "video_only": VIDEO_ONLY, "tri_tower": TRI_TOWER, "context": CONTEXT}
+STATES = replace(SMALL, state_dim=5)
+MODELS = {
+    "parallel_stream": PARALLEL,
+    "video_only": VIDEO_ONLY,
+    "tri_tower": TRI_TOWER,
+    "context": CONTEXT,
+    "states": STATES,
+}
 B, C, GRID, TOKENS = 2, 48, (2, 4), 2
 
 
@@ -34,7 +41,7 @@ def made(config: ModelConfig, dtype=torch.float64) -> WorldActionModel:
     model = WorldActionModel(config).to(dtype).eval()
     with torch.no_grad():
         for name, p in model.named_parameters():
-            if "proj_out" in name or "bias" in name or "scale_shift_table" in name:
+            if "proj_out" in name or "proprio" in name or "bias" in name or "scale_shift_table" in name:
                 p.normal_(std=0.3)
     return model
 
@@ -63,7 +70,9 @@ def test_streaming_equals_one_packed_forward(name, program, cache):
     model = made(config).requires_grad_(False)
     engine = RolloutEngine(model, RolloutConfig(program=program, chunk_size=size, window=window, steps=1, cache=cache))
     first, text = randn(B, C, 1, *GRID), randn(B, 3, 8, seed=1)
-    episode = engine.start(first, text, context=features(config))
+    frames = 1 + size * chunks
+    states = randn(B, frames, config.state_dim, seed=4) if config.state_dim else None
+    episode = engine.start(first, text, context=features(config), state=None if states is None else states[:, :1])
     noisy, clean = {"video": [first]}, {"video": [first]}
     if config.has_actions:
         noisy["action"], clean["action"] = [randn(B, 1, 2, 7, seed=5)], [randn(B, 1, 2, 7, seed=5)]
@@ -72,11 +81,14 @@ def test_streaming_equals_one_packed_forward(name, program, cache):
         if config.has_actions:
             noise["action"] = randn(B, size, 2, 7, seed=20 + i)
         candidate = episode.propose(**{f"{stream}_noise": t for stream, t in noise.items()})
-        episode.accept(candidate)
+        if states is None:
+            episode.accept(candidate)
+        else:
+            reached = states[:, 1 + i * size : 1 + (i + 1) * size]
+            episode.observe(candidate.video, candidate.action, state=reached)
         for stream, t in noise.items():
             noisy[stream].append(t)
             clean[stream].append(getattr(candidate, stream))
-    frames = 1 + size * chunks
     geometry = geometry_for(
         program, OBJECTIVES["joint"], frames=frames, video_tokens=TOKENS,
         action_tokens=2 * config.has_actions, chunk_size=size, window=window,
@@ -87,8 +99,17 @@ def test_streaming_equals_one_packed_forward(name, program, cache):
     noisy, clean = ({stream: torch.cat(t, dim[stream]) for stream, t in of.items()} for of in (noisy, clean))
     level = torch.full((B, frames), 1000.0, dtype=torch.float64)
     actions = (noisy["action"], clean["action"], level) if config.has_actions else (None, None, None)
+    told = None if states is None else states[:, frames_before_chunks(frames, size)]
     video_flow, action_flow = model(
-        noisy["video"], clean["video"], *actions[:2], level, actions[2], text, plan, context=features(config)
+        noisy["video"],
+        clean["video"],
+        *actions[:2],
+        level,
+        actions[2],
+        text,
+        plan,
+        context=features(config),
+        state=told,
     )
     moved = noisy["video"][:, :, 1:] - video_flow[:, :, 1:]
     torch.testing.assert_close(moved, clean["video"][:, :, 1:], rtol=1e-10, atol=1e-10)
@@ -106,6 +127,8 @@ def test_a_training_step_reaches_every_weight(name):
     batch = {"video": randn(B, C, 5, *GRID), "text": randn(B, 3, 8, seed=1), **features(config)}
     if config.has_actions:
         batch["action"] = randn(B, 5, 2, 7, seed=2)
+    if config.state_dim:
+        batch["state"] = randn(B, 5, config.state_dim, seed=4)
     batch = {k: v.float() for k, v in batch.items()}
     loss, metrics = training_step(model, batch, generator, TrainingConfig(mixture={"joint": 1}))
     loss.backward()
@@ -120,7 +143,21 @@ def test_a_training_step_reaches_every_weight(name):
 def test_a_config_survives_json(name):
     config = MODELS[name]
     assert ModelConfig.from_dict(config.to_dict()) == config
-    assert set(SMALL.to_dict()) == set(config.to_dict()) - {"topology", "context"}
+    assert set(SMALL.to_dict()) == set(config.to_dict()) - {"topology", "context", "state_dim"}
+
+
+@pytest.mark.parametrize(
+    "config,parameters", [(wan_5b_config, 2_563_098_644), (wan_5b_small_action_config, 503_254_484)]
+)
+def test_the_action_experts_of_openwam_s_recipes_have_their_sizes(config, parameters):
+    with torch.device("meta"):
+        model = WorldActionModel(replace(config(), action_dim=20, state_dim=8))
+    of_actions = (p for n, p in model.named_parameters() if n.startswith("action_expert.") or ".action_block." in n)
+    assert sum(p.numel() for p in of_actions) == parameters
+
+
+def test_the_frame_before_a_chunk_by_hand():
+    assert frames_before_chunks(8, 3) == [0, 0, 0, 0, 3, 3, 3, 6]
 
 
 def test_context_in_a_plan_is_the_mask_by_hand():
@@ -173,6 +210,14 @@ def test_refusals_name_what_is_wrong():
         engine.start(first, text)
     with pytest.raises(ValueError, match="context must hold streams of .* got .'other'."):
         engine.start(first, text, context={"other": first})
+    for config, state, message in (
+        (STATES, None, r"state must be \[B, frames, 5\], got None"),
+        (STATES, randn(B, 1, 4), r"state must have shape \[2, 1, 5\]"),
+        (SMALL, randn(B, 1, 5), "state must be None for a model without state_dim"),
+    ):
+        engine = RolloutEngine(made(config).requires_grad_(False), RolloutConfig(chunk_size=2, steps=1))
+        with pytest.raises(ValueError, match=message):
+            engine.start(first, text, state=state)
     engine = RolloutEngine(made(VIDEO_ONLY).requires_grad_(False), RolloutConfig(chunk_size=2, steps=1))
     with pytest.raises(ValueError, match="objective"):
         engine.start(first, text, objective="inverse_dynamics")

@@ -57,11 +57,12 @@ class Sizes:
     itemsize: int = BF16
 
     def __post_init__(self) -> None:
-        if self.model.topology != "dual_expert" or self.model.context:
-            names = [stream.name for stream in self.model.context]
+        m = self.model
+        if m.topology != "dual_expert" or m.context or m.state_dim:
+            names = [stream.name for stream in m.context]
             raise ValueError(
-                "--estimate must be of a dual-expert model without context, got "
-                f"topology={self.model.topology!r} and context {names}"
+                "--estimate must be of a dual-expert model without context and states, got "
+                f"topology={m.topology!r}, context {names} and state_dim={m.state_dim}"
             )
 
     def tokens(self, stream: int) -> int:

@@ -66,6 +66,8 @@ class WorldActionModel(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
+        if self.config.state_dim:
+            nn.init.zeros_(self.core.proprio_hidden_context_encoder.proj.weight)
         # A flow of zero is the best guess that knows nothing, and it leaves the first steps to the last layer.
         nn.init.zeros_(self.core.proj_out.weight)
         if self.config.has_actions:
@@ -116,15 +118,19 @@ class WorldActionModel(nn.Module):
         video: tuple[Tensor, Tensor] | None,
         action: tuple[Tensor, Tensor] | None,
         context: PerStream[StreamInputs | None] | None = None,
+        state: Tensor | None = None,
     ) -> PerStream[StreamInputs | None]:
         """What the streams bring to the blocks, each made of its data and timesteps; None leaves a stream out.
 
         Video latents are ``[B, C, F, y, x]``, actions ``[B, F, n, A]``. Timesteps run from 0 (clean) to 1000:
         ``[B, F]``, for actions also ``[B, F, n]``. ``context`` is from :meth:`embed_context`; default: left out.
+        ``state`` ``[B, F, S]`` is what the action tokens of a frame are told, in a model with ``config.state_dim``.
         """
         denoised: list[StreamInputs | None] = [None if video is None else self.core.embed(*video)]
         if self.config.has_actions:
-            denoised.append(None if action is None else self.action_expert.embed(action[0], action[1].flatten(1)))
+            hidden = None if state is None else self.core.proprio_hidden_context_encoder(state)
+            embed = self.action_expert.embed
+            denoised.append(None if action is None else embed(action[0], action[1].flatten(1), hidden))
         return *denoised, *((None,) * len(self.config.context) if context is None else context)
 
     def embed_context(self, context: Mapping[str, Tensor] | None, batch: int) -> PerStream[StreamInputs | None]:
@@ -197,6 +203,7 @@ class WorldActionModel(nn.Module):
         *,
         clean_video_timesteps: Tensor | Uncast[Tensor] | None = None,
         context: Mapping[str, Tensor] | None = None,
+        state: Tensor | None = None,
         frame_start: int = 0,
         attend: Attend | None = None,
         impl: str | None = None,
@@ -216,6 +223,8 @@ class WorldActionModel(nn.Module):
             plan: From ``wam_kernels.compile_plan`` for the packed sequence, on the model's device.
             clean_video_timesteps: ``[B, F]`` where the clean copy is noised; default all 0.
             context: Features ``[B, N, E]`` of each stream of ``config.context`` that is made of features.
+            state: ``[B, F, S]``, what the action tokens of a frame are told, noisy and clean: the state of the last
+                frame before its chunk. For a model with ``config.state_dim``, and for no other.
             frame_start: Absolute frame of the first frame: moves the rope positions, nothing else.
             attend: Instead of a plan: the attention, ``attend(layer, q, k, v)`` with ``[B, S, H, h]`` tensors.
             impl: Backend of ``block_attention``.
@@ -240,16 +249,24 @@ class WorldActionModel(nn.Module):
             def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 return block_attention(q, k, v, cast(Plan, plan), impl=impl)
 
-        given = self.embed_context(context, noisy_video.shape[0])
-        streams = self.embed(video.packed(2), action.packed(1) if self.config.has_actions else None, given)
-        # noisy and clean copies share positions
+        # noisy and clean copies share positions and states
         copies = 1 if clean_video is None else 2
+        self._check_state(state, (noisy_video.shape[0], frames))
+        state = None if state is None else torch.cat([state] * copies, 1)
+        given = self.embed_context(context, noisy_video.shape[0])
+        streams = self.embed(video.packed(2), action.packed(1) if self.config.has_actions else None, given, state)
         positions = torch.arange(frame_start, frame_start + frames, device=self.device).repeat(copies)
         rope = self.rope(positions, rows, columns, positions if self.config.has_actions else None, given)
         denoised = range(len(streams) - len(given))
         after = self.packed_block_stack(streams, Uncast(*rope), self.embed_text(text), attend, None, denoised)
         noisy = tuple(noisy_tokens(stream, copies) for stream in after if stream is not None)
         return cast(tuple[Tensor, Tensor | None], self.flows(noisy, frames, rows, columns))
+
+    def _check_state(self, state: Tensor | None, frames: tuple[int, ...]) -> None:
+        expected = (*frames, self.config.state_dim) if self.config.state_dim else None
+        if (None if state is None else tuple(state.shape)) != expected:
+            what = "None for a model without state_dim" if expected is None else f"of shape {list(expected)}"
+            raise ValueError(f"state must be {what}, got {None if state is None else list(state.shape)}")
 
     def _check(self, video: Copies, action: Copies, text: Tensor) -> int:
         """Shapes and dtypes; returns the number of frames."""

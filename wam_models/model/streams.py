@@ -58,6 +58,17 @@ class TimeConditioner(nn.Module):
         return at_least_float32(temb), at_least_float32(t_proj).unflatten(-1, (6, -1))
 
 
+class StateEncoder(nn.Module):
+    """A state at the width of the video expert; 0 in a new model, so that it begins as one without states."""
+
+    def __init__(self, state_dim: int, width: int) -> None:
+        super().__init__()
+        self.proj = nn.Linear(state_dim, width)
+
+    def forward(self, state_BFS: Tensor) -> Tensor:
+        return self.proj(state_BFS.to(dtype_of(self.proj, state_BFS.dtype)))
+
+
 class VideoSide(nn.Module):
     """The video expert outside the blocks (``core`` in the state dict)."""
 
@@ -70,6 +81,8 @@ class VideoSide(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, config.hidden))
         self.reset_parameters()
         self.proj_out = nn.Linear(config.hidden, config.patch_width)
+        if config.state_dim:
+            self.proprio_hidden_context_encoder = StateEncoder(config.state_dim, config.hidden)
 
     def reset_parameters(self) -> None:
         draw_table(self.scale_shift_table)
@@ -112,6 +125,9 @@ class ActionSide(nn.Module):
         self.action_embedder = nn.Linear(stream.features, stream.width)
         if self.owns_expert:
             self.context_proj = nn.Linear(config.text_dim, stream.width)
+        self.projects_state = bool(config.state_dim) and config.hidden != stream.width
+        if self.projects_state:
+            self.hidden_context_proj = nn.Linear(config.hidden, stream.width)
         self.time_conditioner = TimeConditioner(config, stream.width)
         if self.owns_expert:
             self.scale_shift_table = nn.Parameter(torch.empty(1, 2, stream.width))
@@ -129,11 +145,18 @@ class ActionSide(nn.Module):
     def text(self, text_BLE: Tensor) -> Tensor:
         return self.context_proj(text_BLE.to(dtype_of(self.context_proj, self.dtype)))
 
-    def embed(self, action_BFnA: Tensor, timesteps_BT: Tensor) -> StreamInputs:
+    def embed(self, action_BFnA: Tensor, timesteps_BT: Tensor, state_BFD: Tensor | None = None) -> StreamInputs:
+        """``state_BFD``, at the width of the video expert, is added to all tokens of its frame."""
         temb, t_proj = self.time_conditioner(Uncast(timesteps_BT), self.dtype)
         actions = action_BFnA.flatten(1, 2).to(dtype_of(self.action_embedder, self.dtype))
         head = (t_proj[:, :, 0], t_proj[:, :, 1]) if self.owns_expert else (temb, temb)
-        return stream_inputs(self.action_embedder(actions), t_proj, head)
+        x = self.action_embedder(actions)
+        if state_BFD is not None:
+            state = state_BFD
+            if self.projects_state:
+                state = self.hidden_context_proj(state.to(dtype_of(self.hidden_context_proj, self.dtype)))
+            x = x + state.repeat_interleave(action_BFnA.shape[2], 1).to(x.dtype)
+        return stream_inputs(x, t_proj, head)
 
     def flow(self, stream: StreamInputs, frames: int, video_table: Tensor) -> Tensor:
         """``video_table`` is that of the video's head, for actions that share it."""

@@ -45,6 +45,7 @@ class ChunkForward:
 
     Attributes:
         text: Keys and values of the text in every block; see :meth:`set_text`.
+        state: ``[B, S]`` that the chunk's action tokens are told, or None.
         context: Features ``[B, N, E]`` of the given streams, by name; see :meth:`set_context`.
         buffers: Of each (streams, ``NOISY`` or ``CLEAN``) that was run so far.
     """
@@ -55,6 +56,8 @@ class ChunkForward:
         self.model, self.layout, self.cache, self.latents = model, layout, cache, latents
         self.text: list[PerStream[Text]] = []
         self.context: dict[str, Tensor] = {}
+        width = model.config.state_dim
+        self.state = latents[VIDEO].new_zeros(layout.batch, width) if width else None
         self._clean_sigma = latents[VIDEO].new_zeros(1)
         self._frames = torch.arange(layout.chunk_size, device=model.device)
         self.buffers: dict[tuple[tuple[int, ...], int], Buffers] = {}
@@ -169,8 +172,8 @@ class ChunkForward:
         visible_from: Sequence[int] | None = None,
     ) -> None:  # fmt: skip
         """Keys and values of clean frames, those of :meth:`set_frames`, into the rings."""
-        for s, latents in chunk.items():
-            self.latents[s].narrow(FRAME_DIM[s], 0, latents.shape[FRAME_DIM[s]]).copy_(latents)
+        for s, held in self.latents.items():
+            held.narrow(FRAME_DIM[s], 0, chunk[s].shape[FRAME_DIM[s]]).copy_(chunk[s])
         self.compute_clean(self.layout.history_streams, firsts, counts, visible_from)
         self.cache.store_chunk(self.layout.history_streams, firsts, counts)
 
@@ -186,7 +189,11 @@ class ChunkForward:
         def attend(layer: int, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             return cached_attention(q, keys, values, buffers.ranges, group_rows=buffers.rows)
 
-        embedded = model.embed(inputs[VIDEO], inputs[ACTION])
+        state = None
+        if self.state is not None:
+            state = torch.cat([self.state] * (layout.samples // layout.batch))[:, None]
+            state = state.expand(-1, layout.chunk_size, -1)
+        embedded = model.embed(inputs[VIDEO], inputs[ACTION], state=state)
         buffers.indices = [stream.frame_index for stream in embedded if stream is not None]
         rope = Uncast(*(buffers.rope.get(s) for s in range(len(embedded))))
         return model.packed_block_stack(embedded, rope, self.text, attend, buffers.written, tuple(sigma))

@@ -34,7 +34,7 @@ from ..objectives import GJD, OBJECTIVES, Objective
 from ..runtime.checks import choice, instance, whole, wholes
 from .chunk_forward import ChunkForward
 from .config import RolloutConfig
-from .frames import FRAME_DIM, check_finite, check_frames, to_device, with_frames
+from .frames import FRAME_DIM, STATE, check_finite, check_frames, to_device, with_frames
 from .latent_ring import LatentRing
 from .layout import ChunkLayout
 from .solver import Solver
@@ -101,6 +101,7 @@ class RolloutEngine:
         *,
         objective: str = "joint",
         context: Mapping[str, Tensor] | None = None,
+        state: Tensor | None = None,
     ) -> Episode:
         """A batch of episodes after one observed frame each.
 
@@ -110,6 +111,7 @@ class RolloutEngine:
             objective: ``"joint"``, or with GJD also ``"forward_dynamics"`` and ``"inverse_dynamics"``: one frame a
                 chunk, text zeroed.
             context: Features ``[B, N, E]`` of each given stream that is made of features, by name.
+            state: ``[B, 1, S]``, the robot's state at frame 0, for a model with ``state_dim``.
 
         Raises:
             TypeError: an observation or text that is no tensor.
@@ -130,7 +132,7 @@ class RolloutEngine:
             )
         self.model.token_grid(*observation.shape[-2:])
         episode = Episode(self.model, self.config, OBJECTIVES[objective], observation, text, context or {})
-        episode.restart(range(observation.shape[0]), observation, text, context)
+        episode.restart(range(observation.shape[0]), observation, text, context, state)
         return episode
 
 
@@ -189,7 +191,8 @@ class Episode:
             s: torch.zeros(with_frames(s, shape, self.chunk_size), dtype=dtype, device=model.device)
             for s, shape in shapes.items()
         }
-        self.ring = LatentRing(self.chunk, self.cache.frames)  # the same places as their keys
+        states = {STATE: torch.zeros(batch, 1, c.state_dim, dtype=dtype, device=model.device)} if c.state_dim else {}
+        self.ring = LatentRing(self.chunk | states, self.cache.frames)  # the same places as their keys
         self.forward = ChunkForward(model, self.layout, self.cache, self.chunk)
         self.solver = Solver(self.forward, config)
         self._step = self.solver.step_number  # of a copy its own, as all that a copy writes to
@@ -273,6 +276,7 @@ class Episode:
         for stream, start in starts.items():
             if start is not None:
                 self.chunk[stream].copy_(to_device(start, self.model.device))
+        self._tell_state(self.next_frame)
         for stage in loops:
             self.solver.denoise(stage, self.next_frame)
             if stage.promoted is not None:
@@ -309,6 +313,9 @@ class Episode:
         for s, t in frames.items():
             check_frames(f"accept: candidate.{STREAMS[s]}", t, s, self.chunk_size, self.chunk[s])
             check_finite(f"accept: candidate.{STREAMS[s]}", t)
+        if STATE in self.ring.latents:  # the last one that is known
+            states = [self.ring.frame(STATE, b, f - 1) for b, f in enumerate(self.next_frame)]
+            frames[STATE] = torch.stack(states)[:, None].expand(-1, self.chunk_size, -1)
         self._append(frames, [self.chunk_size] * self.layout.batch, self.next_frame)
 
     @_in_plain_mode
@@ -319,6 +326,7 @@ class Episode:
         *,
         frames: int | Sequence[int] | None = None,
         first_frame: int | Sequence[int] | None = None,
+        state: Tensor | None = None,
     ) -> None:
         """What was really executed and observed becomes history.
 
@@ -333,6 +341,7 @@ class Episode:
                 predictions included. Default K for all.
             first_frame: The frame, of each rollout or of all, that the caller takes the first one for. Give it where
                 observations can come late, twice or not at all.
+            state: ``[B, K, S]``, the robot's state at each frame, for a model with ``state_dim``.
 
         Raises:
             ValueError: shapes that do not fit; frames on the CPU that are not finite; an observation that was there
@@ -345,11 +354,12 @@ class Episode:
         observed = {s: cast(Tensor, (video, action)[s]) for s in self.layout.streams}
         for s, t in observed.items():
             check_frames(f"observe: {STREAMS[s]}", t, s, K, self.chunk[s])
+        observed |= self._checked_state("observe", state, self.layout.batch, K)
         counts = self._one_per_rollout("observe: frames", K if frames is None else frames)
         if max(counts) > K or not max(counts):
             raise ValueError(f"observe: frames must be numbers from 0 to K={K}, not all 0, got {counts}")
         for s, t in observed.items():
-            check_finite(f"observe: {STREAMS[s]}", t, s, counts)
+            check_finite(f"observe: {(*STREAMS, 'state')[s]}", t, s, counts)
         self._check_continues(counts, first_frame)
         self._append_observed(observed, counts)
 
@@ -360,6 +370,7 @@ class Episode:
         observation: Tensor,
         text: Tensor,
         context: Mapping[str, Tensor] | None = None,
+        state: Tensor | None = None,
     ) -> None:
         """Begin anew with some rollouts of the batch; the others go on.
 
@@ -368,6 +379,7 @@ class Episode:
             observation: ``[len(rollouts), C, 1, y, x]``.
             text: ``[len(rollouts), L, text_dim]``; L as at the start.
             context: Features ``[len(rollouts), N, E]`` of each given stream that has any; N as at the start.
+            state: ``[len(rollouts), 1, S]``, for a model with ``state_dim``.
 
         Raises:
             ValueError: rollouts that do not exist or repeat, shapes that do not fit, or numbers on the CPU that are not
@@ -390,12 +402,16 @@ class Episode:
         check_finite("text", text)
         context = dict(context or {})
         self._check_context(context, len(rollouts))
+        states = self._checked_state("restart", state, len(rollouts), 1)
         self.forward.set_text(rollouts, text)
         self.forward.set_context(rollouts, context)
         # no action leads to frame 0: its slots are never a key
         frames = {s: torch.zeros_like(t.narrow(FRAME_DIM[s], 0, 1)) for s, t in self.chunk.items()}
         for b, frame in zip(rollouts, to_device(observation, self.model.device), strict=True):
             frames[VIDEO][b].copy_(frame)
+        for s, given in states.items():
+            frames[s] = torch.zeros_like(self.ring.latents[s][:, :1])
+            frames[s][list(rollouts)] = to_device(given, self.model.device).to(frames[s].dtype)
         self.ring.restart(rollouts)
         self._append_observed(frames, [int(b in rollouts) for b in range(batch)])
 
@@ -419,6 +435,7 @@ class Episode:
             now = [min(max(n - first, 0), self.chunk_size) for n in counts]
             chunk = {s: t.narrow(FRAME_DIM[s], first, size) for s, t in frames.items()}
             if self.config.cache == "persistent":
+                self._tell_state(starts)
                 self.forward.write_history(chunk, starts, now)
             starts = self.ring.write(chunk, starts, now)
             self._moment = uuid.uuid4()
@@ -438,12 +455,33 @@ class Episode:
             ends = [max(f - back + self.chunk_size, low) for f, low in zip(self.next_frame, lows, strict=True)]
             counts = [end - first for first, end in zip(firsts, ends, strict=True)]
             if max(counts):
+                self._tell_state(firsts)
                 self.forward.write_history(
                     self.ring.read(firsts, counts, self.chunk_size), firsts, counts, visible_from=lows
                 )
         self._stale = False
 
+    def _tell_state(self, firsts: Sequence[int]) -> None:
+        """The next chunk to run begins with these frames: its actions are told the state of the frame before."""
+        if self.forward.state is not None:
+            for b, first in enumerate(firsts):
+                self.forward.state[b].copy_(self.ring.frame(STATE, b, max(first - 1, 0)))
+
     # ---- checks ----
+
+    def _checked_state(self, call: str, state: Tensor | None, batch: int, frames: int) -> dict[int, Tensor]:
+        """States that fit the model, as :meth:`_append` takes them: none for a model that is told none."""
+        width = self.model.config.state_dim
+        if (state is None) != (width == 0):
+            raise ValueError(
+                f"{call}: state must be {f'[B, frames, {width}]' if width else 'None for a model without state_dim'}, "
+                f"got {None if state is None else list(state.shape)}"
+            )
+        if state is None:
+            return {}
+        check_frames(f"{call}: state", state, STATE, frames, torch.empty(batch, frames, width, device="meta"))
+        check_finite(f"{call}: state", state, STATE)
+        return {STATE: state}
 
     def _one_per_rollout(self, name: str, given: int | Sequence[int]) -> list[int]:
         """A number of each rollout; one number stands for all."""

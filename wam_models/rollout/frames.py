@@ -11,7 +11,8 @@ from wam_kernels.masks.visibility import ACTION, VIDEO
 
 from ..runtime.checks import instance
 
-FRAME_DIM = {VIDEO: 2, ACTION: 1}  # of [B, C, F, y, x] and [B, F, n, A]
+STATE = 2  # beside the streams VIDEO and ACTION: the robot's states, which are told and not denoised
+FRAME_DIM = {VIDEO: 2, ACTION: 1, STATE: 1}  # of [B, C, F, y, x], [B, F, n, A] and [B, F, S]
 
 
 def with_frames(stream: int, shape: Sequence[int], frames: int) -> list[int]:

@@ -22,7 +22,7 @@ class LatentRing:
     Attributes:
         next_frame: For each rollout, how many frames were accepted.
         observed: For each rollout, how many of them were observed; the rest is predicted.
-        latents: Of each stream, ``[B, C, frames, y, x]`` and ``[B, frames, n, A]``.
+        latents: Of each stream, ``[B, C, frames, y, x]`` and ``[B, frames, n, A]``; and states ``[B, frames, S]``.
     """
 
     def __init__(self, like: Mapping[int, Tensor], frames: int) -> None:

@@ -130,8 +130,8 @@ class TrainConfig:
         if not isinstance(self.model, ModelConfig):
             raise ValueError(f"TrainConfig: model must be a ModelConfig, got {self.model!r}")
         features = [stream.name for stream in self.model.context if stream.features]
-        if features or not self.model.has_actions:
-            got = f"context features {features}" if features else f"topology={self.model.topology!r}"
+        if features or self.model.state_dim or not self.model.has_actions:
+            got = f"context features {features}, topology={self.model.topology!r}, state_dim={self.model.state_dim}"
             raise ValueError(
                 f"TrainConfig: model must have actions and be given nothing but pictures and text, got {got}; for "
                 "others call training_step"

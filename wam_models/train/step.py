@@ -26,6 +26,7 @@ from ..objectives import (
     Objective,
     checked_mixture,
     draw_objectives,
+    frames_before_chunks,
     geometry_for,
 )
 from ..runtime.checks import check_field, choice, instance, number, whole_range
@@ -118,7 +119,8 @@ def training_step(
         batch: ``video`` ``[B, C, F, y, x]`` clean latents; ``action`` ``[B, F, n, A]`` normalised, those of frame 0 are
             ignored, whatever they hold, and all of a model without actions; ``text`` ``[B, L, text_dim]`` raw
             embeddings, through which the loss differentiates, ignored likewise where an objective has none; and under
-            its name each stream of ``model.config.context`` that is made of features ``[B, N, E]``. F at least 2.
+            its name each stream of ``model.config.context`` that is made of features ``[B, N, E]``; ``state``
+            ``[B, F, S]`` of each frame for a model with ``state_dim``. F at least 2.
         generator: Source of every random number; its device may differ from the model's.
         config: What is drawn and how it is weighed.
         impl: Backend of ``block_attention``.
@@ -170,6 +172,8 @@ def training_step(
     sizes |= {"chunk_size": chunk_size, "window": window}
     geometries = [geometry_for(config.program, o, history=config.history, **sizes) for o in objectives]
     context = {s.name: batch[s.name].to(device) for s in inside.config.context if s.features}
+    told = frames_before_chunks(frames, chunk_size)
+    state = batch["state"].to(device)[:, told] if inside.config.state_dim else None
     given = sum(s.tokens or context[s.name].shape[1] for s in inside.config.context)
     samples = [with_context(g, given) for g in geometries] if given else geometries
     one = len(set(samples)) == 1
@@ -185,6 +189,7 @@ def training_step(
         plan,
         clean_video_timesteps=Uncast(timesteps(history_sigma)),
         context=context,
+        state=state,
         impl=impl,
     )
     # [B] each, over the frames that a rollout generates
@@ -218,6 +223,7 @@ def _checked(model: WorldActionModel, batch: Mapping[str, Tensor]) -> tuple[Tens
     """Video, actions (none of each frame for a model without) and text, on the model's device."""
     c = model.config
     names = ["video", *(["action"] if c.has_actions else []), "text", *(s.name for s in c.context if s.features)]
+    names += ["state"] if c.state_dim else []
     missing = sorted(set(names) - set(batch))
     if missing:
         raise ValueError(f"training_step: batch lacks {missing}; expected {', '.join(names)}")
@@ -236,6 +242,8 @@ def _checked(model: WorldActionModel, batch: Mapping[str, Tensor]) -> tuple[Tens
         )
     if text.ndim != 3 or text.shape[0] != B or text.shape[2] != c.text_dim:
         raise ValueError(f"training_step: text must be [{B}, L, {c.text_dim}], got {list(text.shape)}")
+    if c.state_dim and tuple(batch["state"].shape) != (B, F, c.state_dim):
+        raise ValueError(f"training_step: state must be {[B, F, c.state_dim]}, got {list(batch['state'].shape)}")
     # losses and noise levels are float32 whatever the data was stored in; no action leads to frame 0
     action = torch.cat([torch.zeros_like(action[:, :1]), action[:, 1:]], 1)
     return at_least_float32(video), at_least_float32(action), text
