@@ -69,5 +69,6 @@ def bench(program: str, frames: int, tokens: int, actions: int, options: Options
 
 
 def rows(options: Options) -> Iterable[Row]:
-    for case in tqdm(CASES[:1] if options.quick else CASES, desc="short_calls", unit="mask"):
-        yield from bench(*case, options)
+    cases = CASES[:1] if options.quick else CASES
+    for program, frames, tokens, actions in tqdm(cases, desc="short_calls", unit="mask"):
+        yield from bench(program, frames, tokens, actions, options)
