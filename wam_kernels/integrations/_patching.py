@@ -17,7 +17,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 from weakref import WeakSet
 
@@ -473,8 +473,9 @@ class Patch:
 def replacement_at(owner: Foreign, name: str) -> Replacement | None:
     """What stands in the place of this method of a module or class, or of this function of a Python module."""
     value = vars(owner).get(name)
-    replacement = getattr(value, "replacement", value)
-    return replacement if isinstance(replacement, Replacement) else None
+    if isinstance(value, FunctionType):
+        value = vars(value).get("replacement")
+    return value if isinstance(value, Replacement) else None
 
 
 def calls_at(owner: Foreign, name: str) -> int:
