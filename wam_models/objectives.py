@@ -5,6 +5,9 @@
 | joint            | noisy video, noisy action                | both    | kept   |
 | forward_dynamics | noisy video, clean action at timestep 0  | video   | zeroed |
 | inverse_dynamics | clean video at timestep 0, noisy action  | action  | zeroed |
+
+OpenWAM's GJD also trains on counterfactual samples: recorded dynamics whose actions did not come from a demonstration,
+so they say what actions do and not what to do. Such rows of a batch draw a conditional objective.
 """
 
 from __future__ import annotations
@@ -51,6 +54,22 @@ OBJECTIVES = {
     )
 }
 GJD_MIXTURE: Mapping[str, float] = {"joint": 0.6, "forward_dynamics": 0.2, "inverse_dynamics": 0.2}
+
+# The same beside counterfactual samples, and of those; as many rows of each as its weights sum to.
+GJD_DEMONSTRATIONS: Mapping[str, float] = {"joint": 0.6, "forward_dynamics": 0.1, "inverse_dynamics": 0.1}
+GJD_COUNTERFACTUAL: Mapping[str, float] = {"forward_dynamics": 0.1, "inverse_dynamics": 0.1}
+
+
+def checked_conditional(where: str, mixture: object) -> dict[str, float]:
+    """As :func:`checked_mixture`, of counterfactual samples.
+
+    Raises:
+        ValueError: as there, or weight on ``joint``, which would train the policy on their actions.
+    """
+    weights = checked_mixture(where, mixture)
+    if weights.get("joint", 0.0):
+        raise ValueError(f"{where} must have no weight on joint, whose actions the policy would learn, got {mixture!r}")
+    return weights
 
 
 def checked_mixture(where: str, mixture: object) -> dict[str, float]:

@@ -6,14 +6,14 @@ numbers it would have had.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wam_kernels import HISTORIES, compile_plan
+from wam_kernels import HISTORIES, Geometry, RuleGeometry, compile_plan
 from wam_kernels.masks.context import with_context
 
 from ..flow import TimestepDraw, add_noise, target, timesteps
@@ -21,9 +21,12 @@ from ..model.blocks import Uncast, at_least_float32
 from ..model.dual_expert import WorldActionModel
 from ..objectives import (
     GJD,
+    GJD_COUNTERFACTUAL,
     GJD_MIXTURE,
     MODEL_PROGRAMS,
+    OBJECTIVES,
     Objective,
+    checked_conditional,
     checked_mixture,
     draw_objectives,
     frames_before_chunks,
@@ -43,6 +46,11 @@ class TrainingConfig:
         chunk_sizes: Smallest and largest chunk, in frames; drawn for every step.
         windows: Smallest and largest window, in order blocks; drawn for every step.
         mixture: Weights of the GJD objectives, drawn for every sample.
+        counterfactual: The same of the batch's counterfactual samples, without ``joint``.
+        video_marginal: Probability that the video of a ``joint`` sample is noise at t = 1000 in all frames, without
+            loss: the actions are then learned without the video, as a policy (UWM).
+        action_marginal: The same of its actions: the video is learned without them.
+        text_dropout: Probability that a sample's text is zeroed, for classifier-free guidance.
         timesteps: How noise levels are drawn.
         noised_history: Probability that the clean video copy of a sample is itself noised.
         video_weight: Factor on the video loss.
@@ -59,6 +67,10 @@ class TrainingConfig:
     chunk_sizes: tuple[int, int] = (1, 4)
     windows: tuple[int, int] = (4, 64)
     mixture: Mapping[str, float] = field(default_factory=lambda: dict(GJD_MIXTURE))
+    counterfactual: Mapping[str, float] = field(default_factory=lambda: dict(GJD_COUNTERFACTUAL))
+    video_marginal: float = 0.0
+    action_marginal: float = 0.0
+    text_dropout: float = 0.0
     timesteps: TimestepDraw = TimestepDraw()
     noised_history: float = 0.5
     video_weight: float = 1.0
@@ -71,6 +83,14 @@ class TrainingConfig:
         check_field(self, "chunk_sizes", whole_range, 1, LARGEST_INT32)
         check_field(self, "windows", whole_range, 1, LARGEST_INT32)
         check_field(self, "mixture", checked_mixture)
+        check_field(self, "counterfactual", checked_conditional)
+        for name in ("video_marginal", "action_marginal", "text_dropout"):
+            check_field(self, name, number, 0, 1)
+        if self.video_marginal + self.action_marginal > 1:
+            raise ValueError(
+                "TrainingConfig: video_marginal and action_marginal must sum to at most 1, got "
+                f"{self.video_marginal} and {self.action_marginal}"
+            )
         check_field(self, "noised_history", number, 0, 1)
         check_field(self, "video_weight", number, 0)
         check_field(self, "action_weight", number, 0)
@@ -120,7 +140,9 @@ def training_step(
             ignored, whatever they hold, and all of a model without actions; ``text`` ``[B, L, text_dim]`` raw
             embeddings, through which the loss differentiates, ignored likewise where an objective has none; and under
             its name each stream of ``model.config.context`` that is made of features ``[B, N, E]``; ``state``
-            ``[B, F, S]`` of each frame for a model with ``state_dim``. F at least 2.
+            ``[B, F, S]`` of each frame for a model with ``state_dim``. F at least 2. Optional, bool ``[B]``:
+            ``counterfactual``, the samples whose actions did not come from a demonstration; ``action_free``, those of a
+            video without actions: whatever ``action`` holds of them is neither learned nor attended to.
         generator: Source of every random number; its device may differ from the model's.
         config: What is drawn and how it is weighed.
         impl: Backend of ``block_attention``.
@@ -146,7 +168,8 @@ def training_step(
         int(torch.randint(low, high + 1, (), generator=generator, device=draws))
         for low, high in (config.chunk_sizes, config.windows)
     )
-    objectives = draw_objectives(config.program, B, generator, config.mixture)
+    counterfactual, action_free = (_marked(batch, name, B) for name in ("counterfactual", "action_free"))
+    objectives = draw_sample_objectives(config, generator, counterfactual, action_free)
     if not has_actions and any(o.conditional for o in objectives):
         raise ValueError(
             f"training_step: config.mixture must be {{'joint': 1}} for a model without actions, got {config.mixture}"
@@ -163,19 +186,24 @@ def training_step(
         torch.tensor([flag(o) for o in objectives], dtype=torch.float32, device=device)[:, None]
         for flag in (lambda o: o.video, lambda o: o.action, lambda o: not o.conditional)
     )
-    video_sigma = video_sigma.to(device) * denoises_video
-    action_sigma = action_sigma.to(device) * denoises_action
+    # True where it is noise alone, and carries no loss
+    video_marginal, action_marginal = (
+        torch.tensor(marked, device=device)[:, None]
+        for marked in draw_marginals(config, generator, objectives, action_free)
+    )
+    keeps_text = keeps_text * draw_kept_text(config.text_dropout, B, generator).to(device)
+    video_sigma = video_sigma.to(device).masked_fill(video_marginal, 1.0) * denoises_video
+    action_sigma = action_sigma.to(device).masked_fill(action_marginal, 1.0) * denoises_action
     history_sigma = history_sigma.to(device)
 
     rows, columns = inside.token_grid(y, x)
     sizes = {"frames": frames, "video_tokens": rows * columns, "action_tokens": action.shape[2]}
     sizes |= {"chunk_size": chunk_size, "window": window}
-    geometries = [geometry_for(config.program, o, history=config.history, **sizes) for o in objectives]
     context = {s.name: batch[s.name].to(device) for s in inside.config.context if s.features}
     told = frames_before_chunks(frames, chunk_size)
     state = batch["state"].to(device)[:, told] if inside.config.state_dim else None
     given = sum(s.tokens or context[s.name].shape[1] for s in inside.config.context)
-    samples = [with_context(g, given) for g in geometries] if given else geometries
+    samples = _visibility(config, objectives, action_free, given, sizes)
     one = len(set(samples)) == 1
     plan = compile_plan(samples[0] if one else samples, device=device, stop_gradient=config.stop_gradient)
     video_flow, action_flow = model(
@@ -198,7 +226,8 @@ def training_step(
     if action_flow is not None:
         wrong = at_least_float32(action_flow) - target(action, action_noise)
         action_error = wrong[:, 1:].square().flatten(1).mean(1)
-    counts_video, counts_action = denoises_video[:, 0], denoises_action[:, 0] * has_actions
+    counts_video = denoises_video[:, 0] * ~video_marginal[:, 0]
+    counts_action = denoises_action[:, 0] * ~action_marginal[:, 0] * has_actions
     loss = config.video_weight * video_error * counts_video + config.action_weight * action_error * counts_action
     metrics: dict[str, float | int | Tensor] = {
         "video_loss": (video_error.detach() * counts_video).sum() / counts_video.sum(),
@@ -207,6 +236,67 @@ def training_step(
         "window": window,
     }
     return loss.mean(), metrics | _counted(objectives)
+
+
+def _marked(batch: Mapping[str, Tensor], name: str, samples: int) -> list[bool]:
+    """Which samples of the batch are of a kind, none where it does not say."""
+    if name not in batch:
+        return [False] * samples
+    marked = batch[name]
+    instance(f"training_step: {name}", marked, Tensor)
+    if marked.dtype != torch.bool or list(marked.shape) != [samples]:
+        raise ValueError(f"training_step: {name} must be bool [{samples}], got {marked.dtype} {list(marked.shape)}")
+    return marked.tolist()
+
+
+def draw_sample_objectives(
+    config: TrainingConfig, generator: torch.Generator, counterfactual: list[bool], action_free: list[bool]
+) -> list[Objective]:
+    """Of each sample: of counterfactual ones conditional, of those without actions ``joint``."""
+    drawn = draw_objectives(config.program, len(counterfactual), generator, config.mixture)
+    if any(counterfactual):
+        if config.program != GJD:
+            raise ValueError(
+                f"training_step: counterfactual samples must come with program {GJD!r}, got {config.program!r}"
+            )
+        others = draw_objectives(config.program, len(counterfactual), generator, config.counterfactual)
+        drawn = [b if marked else a for a, b, marked in zip(drawn, others, counterfactual, strict=True)]
+    if any(c and free for c, free in zip(counterfactual, action_free, strict=True)):
+        raise ValueError("training_step: a sample must not be both counterfactual and action_free; got one that is")
+    return [OBJECTIVES["joint"] if free else o for o, free in zip(drawn, action_free, strict=True)]
+
+
+def _visibility(
+    config: TrainingConfig, objectives: list[Objective], action_free: list[bool], context: int, sizes: dict[str, int]
+) -> Sequence[Geometry | RuleGeometry]:
+    """Who attends to whom in each sample; to the actions of one that has none, nothing does."""
+    geometries = [geometry_for(config.program, o, history=config.history, **sizes) for o in objectives]
+    geometries = [
+        replace(g, startup_action_frames=g.action_frames) if free else g
+        for g, free in zip(geometries, action_free, strict=True)
+    ]
+    return [with_context(g, context) for g in geometries] if context else geometries
+
+
+def draw_marginals(
+    config: TrainingConfig, generator: torch.Generator, objectives: list[Objective], action_free: list[bool]
+) -> tuple[list[bool], list[bool]]:
+    """Of each sample whether its video, and whether its actions, are noise alone."""
+    video, action = [False] * len(objectives), list(action_free)
+    both = config.video_marginal + config.action_marginal
+    if both:  # else nothing is drawn, and every run goes on with the numbers that it had
+        drawn = torch.rand(len(objectives), generator=generator, device=generator.device).tolist()
+        for i, (u, o) in enumerate(zip(drawn, objectives, strict=True)):
+            if not o.conditional and not action_free[i]:
+                video[i], action[i] = u < config.video_marginal, config.video_marginal <= u < both
+    return video, action
+
+
+def draw_kept_text(dropout: float, samples: int, generator: torch.Generator) -> Tensor:
+    """float32 ``[samples, 1]``, 0 where the text is dropped."""
+    if not dropout:
+        return torch.ones(samples, 1)
+    return (torch.rand(samples, 1, generator=generator, device=generator.device) >= dropout).float()
 
 
 def noised_video(video_BCFyx: Tensor, noise_BCFyx: Tensor, sigma_BF: Tensor) -> Tensor:
