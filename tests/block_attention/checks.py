@@ -55,6 +55,35 @@ def run(plan: Plan, inputs: list[torch.Tensor], impl: str | None, scale: float |
     return [out.detach(), lse.detach(), *grads]
 
 
+def run_rounded(plan: Plan, inputs: list[torch.Tensor], scale: float | None = None) -> list[torch.Tensor]:
+    """As :func:`run`, exact but for the roundings that tensor cores make necessary: what a kernel may err by.
+
+    In float64, with these rounded to the dtype of the inputs: exp(s - max s) and p before they are multiplied by v and
+    dout, ds before it is multiplied by k and q, delta from the stored out; and what is stored.
+    """
+    dtype = inputs[0].dtype
+    q, k, v, dout = (t.double().transpose(1, 2) for t in inputs[:4])
+    scale, group = q.shape[-1] ** -0.5 if scale is None else scale, q.shape[1] // k.shape[1]
+    k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+
+    def rounded(x: torch.Tensor) -> torch.Tensor:
+        return x.to(dtype).double()
+
+    scores = (q @ k.mT * scale).masked_fill(~plan.mask(), float("-inf"))
+    lse = scores.logsumexp(-1)
+    blind = torch.isinf(lse)
+    weights = (scores - scores.amax(-1, keepdim=True).masked_fill(blind[..., None], 0.0)).exp()
+    out = rounded((rounded(weights) @ v) / weights.sum(-1, keepdim=True).masked_fill(blind[..., None], 1.0))
+    p = (scores - lse.masked_fill(blind, 0.0)[..., None]).exp()
+    delta = (dout * out).sum(-1) - inputs[4].double().masked_fill(blind, 0.0)
+    ds = rounded(p * (dout @ v.mT - delta[..., None]))
+    flow = plan.mask(gradient=True)
+    dk, dv = (ds * flow).mT @ q * scale, (rounded(p) * flow).mT @ dout
+    dk, dv = (t.unflatten(1, (-1, group)).sum(2) for t in (dk, dv))
+    out, dq, dk, dv = (t.transpose(1, 2).to(dtype) for t in (out, ds @ k * scale, dk, dv))
+    return [out, lse.float(), dq, dk, dv]
+
+
 def run_detached(plan: Plan, inputs: list[torch.Tensor], scale: float | None = None) -> list[torch.Tensor]:
     """As :func:`run`, by autograd of plain products: for pairs with a stop-gradient k and v are detached."""
     q, k, v = (t.detach().requires_grad_() for t in inputs[:3])
