@@ -1,7 +1,10 @@
 """What ptxas made of the kernels for Hopper: nothing spilled, nothing serialised, and the overlap that they are for."""
 
+import subprocess
+
 import pytest
 
+from bench.static.sass import Body, disassemble, tool
 from tests.csrc.sass import Step, registers_of, steps
 
 # of one dtype: kernel, head dim, step -> the most instructions, clocks of tensor cores, products by their columns
@@ -67,3 +70,60 @@ def test_tensor_cores_are_the_limit_where_heads_have_128_channels(kernels):
     for (kernel, D, kind, _dtype), step in kernels.items():
         if D == 128 and kind != "masked":
             assert max(step.instructions, step.mufu_clocks) < step.tensor_clocks, (kernel, kind)
+
+
+# Groups of products that the source commits, unrolled or not: serialised (C7510 to C7512 of ptxas), or with a wait that
+# ptxas put in (C7517), there would be more of them
+GROUPS = {"forward": 16, "dq": 3, "dkdv": 4, "streamed_part": 5}
+
+
+def groups_of(body: Body) -> tuple[int, int]:
+    """Products, and groups of them: the last product of each closes it."""
+    products = [i for i in body if i.name.startswith("HGMMA")]
+    return len(products), sum("gsb0" in i.operands for i in products)
+
+
+def test_no_product_is_serialised(machine_code):
+    found = 0
+    for name, body in machine_code.items():
+        products, groups = groups_of(body)
+        if products:
+            (kernel,) = (kernel for kernel in KERNELS if f"{kernel}_kernelI" in name)
+            assert groups == GROUPS[kernel] <= products // 3, name
+            found += 1
+    assert found == 4 * len(KERNELS)
+
+
+PTX = """
+.version 8.0
+.target sm_90a
+.address_size 64
+.visible .entry two_products(.param .u64 out, .param .u64 a, .param .u64 b) {{
+  .reg .f32 %f<4>;
+  .reg .b64 %rd<4>;
+  ld.param.u64 %rd1, [a];
+  ld.param.u64 %rd2, [b];
+  ld.param.u64 %rd3, [out];
+  mov.f32 %f0, 0f00000000; mov.f32 %f1, %f0; mov.f32 %f2, %f0; mov.f32 %f3, %f0;
+  wgmma.fence.sync.aligned;
+  {product}
+  {between}
+  {product}
+  wgmma.commit_group.sync.aligned;
+  wgmma.wait_group.sync.aligned 0;
+  st.global.v4.f32 [%rd3], {{%f0, %f1, %f2, %f3}};
+  ret;
+}}
+"""
+PRODUCT = "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%f0, %f1, %f2, %f3}, %rd1, %rd2, 1, 1, 1, 0, 0;"
+
+
+@pytest.mark.parametrize("between, groups", [("", 1), ("add.f32 %f0, %f0, %f0;", 2)])
+def test_products_that_ptxas_takes_apart_are_seen(between, groups, tmp_path):
+    """A sum that is touched while products are under way: one group in the source, two in the machine code."""
+    pytest.importorskip("triton")
+    source, cubin = tmp_path / "two.ptx", tmp_path / "two.cubin"
+    source.write_text(PTX.format(product=PRODUCT, between=between))
+    subprocess.run([tool("ptxas"), "-arch=sm_90a", source, "-o", cubin], check=True, capture_output=True)
+    (body,) = disassemble(cubin).values()
+    assert groups_of(body) == (2, groups)
