@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -34,8 +35,13 @@ class Converted:
 
 def shapes_of(config: ModelConfig) -> dict[str, list[int]]:
     """Names and shapes of a model's parameters."""
+    return {name: list(shape) for name, shape in _shapes(config)}
+
+
+@lru_cache(maxsize=8)  # a model at full size takes seconds, on the meta device as well
+def _shapes(config: ModelConfig) -> tuple[tuple[str, torch.Size], ...]:
     with torch.device("meta"):
-        return {name: list(value.shape) for name, value in WorldActionModel(config).state_dict().items()}
+        return tuple((name, value.shape) for name, value in WorldActionModel(config).state_dict().items())
 
 
 def weights_from(
