@@ -20,7 +20,7 @@ KEYS = json.loads((Path(__file__).parent / "keys.json").read_text())
 # what each system has and our model has not, as its users must name it
 WITHOUT = {
     "diffusers": (),
-    "openwam": ("state",),
+    "openwam": (),
     "openwam_parallel": (),
     "fast_wam": ("action",),
     "lingbot_va": (),
@@ -113,7 +113,7 @@ def test_openwam_without_its_prefixes_or_actions():
     theirs = weights("openwam")
     bare = {key.removeprefix("visual_tower.").removeprefix("policy_variant."): value for key, value in theirs.items()}
     assert convert("openwam", bare).state.keys() == convert("openwam").state.keys()
-    video = convert("openwam", without=("state", "action"))
+    video = convert("openwam", without=("action",))
     assert video.parts == ("video",) and set(map(part_of, video.state)) == {"video"}
 
 
@@ -153,6 +153,22 @@ def test_what_a_layout_has_no_place_for_is_refused_on_the_way_out():
 
 def test_from_diffusers_uses_the_same_rows():
     assert from_diffusers(weights("diffusers")).keys() == convert("diffusers").state.keys()
+
+
+@pytest.mark.parametrize("architecture, layout", [("dual_expert", "openwam"), ("parallel_stream", "openwam_parallel")])
+def test_openwam_s_proprioception(architecture, layout):
+    pytest.importorskip("open_wam", reason="openwam is in requirements/test.txt")
+    from bench.workloads.openwam_models import PREFIX, build
+
+    policy = {"sequence_contract": PREFIX}
+    theirs = build(architecture, "joint", hidden=24, heads=3, action_hidden=16, policy=policy).state_dict()
+    config = sizes_from(layout, theirs, head_dim=8)
+    assert config.state_dim == 3
+    found = weights_from(layout, theirs, config)
+    assert set(found.state) == set(shapes_of(config)) and "state" not in found.left_out
+    with pytest.raises(ValueError, match="part 'state', proprioception that the config's state_dim does not ask for"):
+        weights_from(layout, theirs, replace(config, state_dim=0))
+    assert weights_from(layout, theirs, replace(config, state_dim=0), without=["state"]).left_out["state"]
 
 
 def test_diffusers_keys_are_the_recorded_ones():

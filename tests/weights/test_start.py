@@ -38,7 +38,7 @@ def test_an_action_expert_of_the_video_s_weights_is_openwam_s(how, action_hidden
     policy["action_ffn_dim"] = 2 * action_hidden
     theirs = build("dual_expert", "joint", hidden=32, heads=4, layers=2, ffn=64, policy=policy).state_dict()
     config = sizes_from("openwam", theirs, head_dim=8, actions_per_frame=2)
-    state = weights_from("openwam", theirs, config, without=["state"]).state
+    state = weights_from("openwam", theirs, config).state
     made = action_from_video({name: value for name, value in state.items() if "action" not in name}, config, how)
     assert len(made) == 2 * 27 + 7
     for name, value in made.items():

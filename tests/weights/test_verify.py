@@ -43,12 +43,32 @@ def test_our_checkpoint_is_the_package_s_model(against, model, tmp_path, capsys)
     assert [row.layer for row in rows][:3] == ["video text", "video timesteps", "video tokens"]
 
 
+def test_a_model_that_is_told_the_robot_s_state_is_openwam_s(tmp_path):
+    needs("openwam")
+    torch.manual_seed(0)
+    told = WorldActionModel(dataclasses.replace(SMALL, state_dim=3))
+    for value in told.parameters():
+        torch.nn.init.normal_(value, std=0.2)
+    save_checkpoint(tmp_path, told)
+    rows = verify.verify(tmp_path, "openwam")
+    assert max(row.difference for row in rows) < 5e-6
+    state = weights_to("openwam", told.state_dict(), told.config)
+    assert {key for key in state if "proprio" in key or "hidden_context" in key} == {
+        f"{module}.{p}"
+        for module in (
+            "visual_tower.core.proprio_hidden_context_encoder.proj",
+            "policy_variant.action_expert.hidden_context_proj",
+        )
+        for p in ("weight", "bias")
+    }
+
+
 @pytest.mark.parametrize("against", ["diffusers", "openwam"])
 def test_the_package_s_own_weights(against, model, tmp_path, capsys):
     needs(against)
     state = weights_to(against, model.state_dict(), SMALL, without=["action"] if against == "diffusers" else [])
     part = "image" if against == "diffusers" else "state"
-    key = {"image": "blocks.0.attn2.norm_added_k.weight", "state": "action_expert.hidden_context_proj.bias"}[part]
+    key = {"image": "blocks.0.attn2.norm_added_k.weight", "state": "core.proprio_context_encoder.proj.bias"}[part]
     save_file(state | {key: torch.zeros(3)}, tmp_path / "weights.safetensors")
     command = ["verify", str(tmp_path / "weights.safetensors"), "--against", against]
     command += ["--head-dim", "32", "--actions-per-frame", "2"]

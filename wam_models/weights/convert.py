@@ -15,7 +15,7 @@ from ..model.dual_expert import WorldActionModel
 from ..model.weights import abridged, bare_names, not_here
 from ..runtime.checks import choice
 from ..runtime.json_fields import from_fields
-from .layouts import LAYOUTS, PARTS, PATCHES, Layout, part_of
+from .layouts import LAYOUTS, PARTS, PATCHES, STATE, Layout, part_of
 
 
 @dataclass(frozen=True)
@@ -205,6 +205,7 @@ def sizes_from(layout: str, state: Mapping[str, Tensor], **given: Any) -> ModelC
         found["action_hidden"] = hidden if shared else size(block + "action_block.attn1.to_q.weight", 1)
         found["action_ffn"] = ffn if shared else size(block + "action_block.ffn.net.0.proj.weight", 0)
         found["action_dim"] = size("action_expert.action_embedder.weight", 1)
+        found["state_dim"] = shapes.get(STATE, [0, 0])[1]
     elif "action_hidden" not in given:
         found |= {"topology": "video_only", "action_hidden": hidden, "action_ffn": ffn, "action_dim": 1}
     return from_fields(ModelConfig, {"actions_per_frame": 1} | found | given, "sizes_from", defaults=True)

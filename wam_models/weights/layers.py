@@ -30,6 +30,7 @@ class Inputs:
     action: Tensor  # [1, F, n, A]
     action_timesteps: Tensor  # [1, F]
     text: Tensor  # [1, L, text_dim]
+    state: Tensor | None  # [1, F, S], of a model that is told one
 
     @classmethod
     def drawn(cls, config: ModelConfig, seed: int, device: torch.device) -> Inputs:
@@ -40,7 +41,9 @@ class Inputs:
         action = torch.randn(1, FRAMES, config.actions_per_frame, config.action_dim, generator=generator)
         text = torch.randn(1, TEXT_TOKENS, config.text_dim, generator=generator)
         times = torch.rand(2, 1, FRAMES, generator=generator) * 1000
-        return cls(*(t.to(device) for t in (video, times[0], action, times[1], text)))
+        state = torch.randn(1, FRAMES, config.state_dim, generator=generator).to(device) if config.state_dim else None
+        video, action, text, times = (t.to(device) for t in (video, action, text, times))
+        return cls(video, times[0], action, times[1], text, state)
 
 
 def attend_to_all(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -60,7 +63,9 @@ def our_model(config: ModelConfig, state: Mapping[str, Tensor]) -> WorldActionMo
 def our_layers(model: WorldActionModel, inputs: Inputs, *, actions: bool) -> Layers:
     """Text, timesteps, tokens, each block and the flows; without ``actions`` those of the video alone."""
     streams = model.embed(
-        (inputs.video, inputs.video_timesteps), (inputs.action, inputs.action_timesteps) if actions else None
+        (inputs.video, inputs.video_timesteps),
+        (inputs.action, inputs.action_timesteps) if actions else None,
+        state=inputs.state if actions else None,
     )
     frames = torch.arange(FRAMES, device=inputs.video.device)
     rope = model.rope(frames, CELLS, CELLS, frames if actions else None)
@@ -160,10 +165,14 @@ def openwam_layers(config: ModelConfig, state: Mapping[str, Tensor], inputs: Inp
         },
         action_mode=False,
     )
+    told = None
+    if inputs.state is not None:  # the state of a frame, for all its actions
+        told = core.proprio_hidden_context_encoder(inputs.state[0])[None].repeat_interleave(per_frame, 1)
     action = expert.pre_dit(
         action_tokens=inputs.action.flatten(1, 2),
         timestep=inputs.action_timesteps.repeat_interleave(per_frame, 1),
         context=inputs.text,
+        hidden_context=told,
         action_grid_ids=build_action_grid_ids(num_frames=FRAMES, action_per_frame=per_frame, device=device)[None],
     )
     found |= {"video text": video["text_hidden_states"], "video timesteps": _of_frames(video["timestep_proj"])}
@@ -209,7 +218,9 @@ def _openwam_modules(config: ModelConfig, state: Mapping[str, Tensor], device: t
         patch_size_w=patch_w, latent_norm_eps=config.eps, **sizes,
     )  # fmt: skip
     with torch.device("meta"):
-        core = SharedVideoTransformerCore(backbone, action_dim=config.action_dim)
+        core = SharedVideoTransformerCore(backbone, action_dim=config.action_dim, state_dim=config.state_dim)
+        if config.state_dim:
+            core.configure_proprio_hidden_context_encoder(enabled=True)
         expert = DualExpertActionExpert(
             hidden_size=config.action_hidden, action_dim=config.action_dim, ffn_dim=config.action_ffn,
             hidden_context_dim=config.hidden, eps=config.eps, **sizes,

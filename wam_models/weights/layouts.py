@@ -14,6 +14,7 @@ from dataclasses import dataclass
 _BLOCKS = "packed_block_stack.packed_blocks.#."
 _VIDEO, _ACTION = _BLOCKS + "video_block", _BLOCKS + "action_block"
 PATCHES = "core.patch_embedding_mlp.weight"
+STATE = "core.proprio_hidden_context_encoder.proj.weight"
 
 _NUMBER = re.compile(r"(?<=blocks\.)\d+(?=\.)")
 
@@ -98,7 +99,7 @@ _CONTEXT_OF = re.compile(r"context\.(\w+)\.")
 
 def part_of(name: str) -> str:
     """Which stream of ours a key is of: ``video``, ``action``, or one of ``ModelConfig.context``."""
-    if name.startswith("action_expert."):
+    if name.startswith(("action_expert.", "core.proprio_hidden_context_encoder.")):  # what actions are told
         return "action"
     found = _BLOCK_OF.match(name.replace("#", "0")) or _CONTEXT_OF.match(name)
     return found[1] if found else "video"
@@ -172,7 +173,8 @@ _WAN_IMAGE = Absent(
 )
 
 _OPENWAM_OPTIONAL = (
-    Absent("state", ("action_expert.hidden_context_proj", "core.proprio_"), "proprioception, of runs that have it"),
+    Absent("state", ("core.proprio_",), "proprioception that the config's state_dim does not ask for, or as text"),
+    Absent("unused projection", ("action_expert.hidden_context_proj",), "run with proprioception alone", runs=False),
     Absent("mode", ("core.generalist_mode_context_encoder",), "the mode token of GJD"),
 )
 

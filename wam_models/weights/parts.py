@@ -18,10 +18,10 @@ from .layouts import PARTS
 _BLOCKS = r"packed_block_stack\.packed_blocks\.\d+\."
 # by name: how parameters of it begin; the word embedding is no part of the model
 COMPONENTS = {
-    "video": rf"core\.|{_BLOCKS}video_block\.",
+    "video": rf"core\.(?!proprio_)|{_BLOCKS}video_block\.",
     "video.blocks": rf"{_BLOCKS}video_block\.",
     "video.text": r"core\.text_proj\.",
-    "action": rf"action_expert\.|{_BLOCKS}action_block\.",
+    "action": rf"action_expert\.|core\.proprio_|{_BLOCKS}action_block\.",
     "action.blocks": rf"{_BLOCKS}action_block\.",
     "words": r"text\.",
 }
