@@ -73,4 +73,9 @@ def _table(tables: Tables, freqs: Tensor | tuple[Tensor, Tensor], device: torch.
     if isinstance(freqs, tuple):
         return torch.stack(freqs, -1).float()
     require_complex(SYSTEM, freqs)
-    return tables.of(freqs, lambda freqs: torch.view_as_real(freqs[:, 0]).to(device), (device,))
+    return tables.of(freqs, lambda freqs: _angles(freqs, device), (device,))
+
+
+def _angles(freqs: Tensor, device: torch.device) -> Tensor:
+    table = torch.view_as_real(freqs[:, 0])
+    return table if table.device == device else table.to(device)  # VPP 2's are on the CPU
