@@ -146,7 +146,7 @@ def test_refusals():
     slope = bias(visible(0)).masked_fill(visible(0)[:, None], -0.5)
     for mask, message in (
         (slope, "must hold 0 and at most -1e30"),
-        (visible(0), r"or additive \[B, 1, Sq, Sk\], got torch.bool \[2, 13, 13\]"),
+        (visible(0), r"must be additive \[B, 1, Sq, Sk\], got torch.bool \[2, 13, 13\]"),
         (None, "or additive .*, got None"),
         (bias(visible(0)[:, :9]), "has 13 queries and 13 keys, but its mask is for 9 and 13"),
     ):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import sys
 
+import torch
 from torch import Tensor, nn
 
 from ._kernels import attend_under_mask, require_kernel
@@ -59,5 +60,8 @@ def _attention(
 ) -> tuple[Tensor, None]:  # fmt: skip
     if dropout and module.training:
         raise Unsupported(f"patch: {SYSTEM}'s attention must have no dropout, got {dropout}")
+    if isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool:  # the original would add it
+        got = list(attention_mask.shape)
+        raise Unsupported(f"patch: {SYSTEM}'s attention_mask must be additive [B, 1, Sq, Sk], got torch.bool {got}")
     q, k, v = (t.transpose(1, 2) for t in (query, key, value))
     return attend_under_mask(SYSTEM, q, k, v, attention_mask, scale=scaling), None
