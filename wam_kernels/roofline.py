@@ -54,7 +54,7 @@ DEVICE_MODELS: Mapping[str, DeviceModel] = MappingProxyType(
             "NVIDIA H100 PCIe", 756e12, 51e12, 2.0e12, 80e9, 50e6, 114, "NVIDIA H100 PCIe data sheet"
         ),
         "a100": DeviceModel(
-            "NVIDIA A100-SXM4-80GB", 312e12, 19.5e12, 2.04e12, 80e9, 40e6, 108, "NVIDIA A100 80GB SXM data sheet"
+            "NVIDIA A100-SXM4-80GB", 312e12, 19.5e12, 2.039e12, 80e9, 40e6, 108, "NVIDIA A100 80GB SXM data sheet"
         ),
         "l40s": DeviceModel("NVIDIA L40S", 362e12, 91.6e12, 0.864e12, 48e9, 96e6, 142, "NVIDIA L40S data sheet"),
         "rtx4090": DeviceModel(
