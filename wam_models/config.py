@@ -14,7 +14,7 @@ from typing import Any
 from wam_kernels.qk_norm_rope.table import default_split
 from wam_kernels.runtime.checks import identifier
 
-from .runtime.checks import check_field, choice, number, whole, wholes
+from .runtime.checks import check_field, choice, number, switch, whole, wholes
 from .runtime.json_fields import from_fields
 from .runtime.limits import LARGEST_SIZE
 
@@ -94,6 +94,9 @@ class ModelConfig:
         state_dim: Numbers of the robot's state that the action tokens of a chunk are told, that of the frame before the
             chunk: one linear map to ``hidden``, one from there to ``action_hidden`` where that differs, added to the
             tokens. 0 for none. States as tokens of their own are a stream of ``context``.
+        mode_token: Whether a learned token behind the text says which objective a sample has.
+        bridge_dim: Numbers of one feature of another network, or of a layer of this one's video expert, that the action
+            tokens cross-attend to beside the text; 0 for none. For ``"dual_expert"``.
 
     Raises:
         ValueError: a value of the wrong type or outside its range; the message names the field.
@@ -117,10 +120,12 @@ class ModelConfig:
     topology: str = "dual_expert"
     context: tuple[Stream, ...] = ()
     state_dim: int = 0
+    mode_token: bool = False
+    bridge_dim: int = 0
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if field.type == "int" and field.name != "state_dim":
+            if field.type == "int" and field.name not in _ADDED:
                 check_field(self, field.name, whole, 1, 1000 if field.name == "layers" else LARGEST_SIZE)
         for name in ("head_dim", "freq_dim"):
             if getattr(self, name) % 2:
@@ -130,6 +135,13 @@ class ModelConfig:
         check_field(self, "eps", number, 1e-12, 1)
         check_field(self, "topology", choice, TOPOLOGIES)
         check_field(self, "state_dim", whole, 0, LARGEST_SIZE)
+        check_field(self, "bridge_dim", whole, 0, LARGEST_SIZE)
+        check_field(self, "mode_token", switch)
+        if self.bridge_dim and self.topology != "dual_expert":
+            raise ValueError(
+                f"ModelConfig: bridge_dim must be 0 without an action expert of its own, got {self.bridge_dim} with "
+                f"topology={self.topology!r}"
+            )
         if self.state_dim and not self.has_actions:
             raise ValueError(f"ModelConfig: state_dim must be 0 without actions to tell it, got {self.state_dim}")
         check_field(self, "context", _context)
@@ -210,7 +222,13 @@ class ModelConfig:
 
 
 # fields that older checkpoints lack, and what they mean there
-_ADDED: dict[str, Any] = {"topology": "dual_expert", "context": [], "state_dim": 0}
+_ADDED: dict[str, Any] = {
+    "topology": "dual_expert",
+    "context": [],
+    "state_dim": 0,
+    "mode_token": False,
+    "bridge_dim": 0,
+}
 
 
 def _context(where: str, value: Any) -> tuple[Stream, ...]:

@@ -25,13 +25,16 @@ REGISTERS = Stream(name="registers", width=64, ffn=128, tokens=3, expert="video"
 TRI_TOWER = replace(SMALL, context=(UNDERSTANDING,))
 CONTEXT = replace(SMALL, context=(UNDERSTANDING, REGISTERS))
 STATES = replace(SMALL, state_dim=5)
+BRIDGED = replace(SMALL, bridge_dim=64, mode_token=True)
 MODELS = {
     "parallel_stream": PARALLEL,
     "video_only": VIDEO_ONLY,
     "tri_tower": TRI_TOWER,
     "context": CONTEXT,
     "states": STATES,
+    "bridged": BRIDGED,
 }
+BEYOND = ("topology", "context", "state_dim", "mode_token", "bridge_dim")  # what two experts do without
 B, C, GRID, TOKENS = 2, 48, (2, 4), 2
 
 
@@ -72,7 +75,10 @@ def test_streaming_equals_one_packed_forward(name, program, cache):
     first, text = randn(B, C, 1, *GRID), randn(B, 3, 8, seed=1)
     frames = 1 + size * chunks
     states = randn(B, frames, config.state_dim, seed=4) if config.state_dim else None
-    episode = engine.start(first, text, context=features(config), state=None if states is None else states[:, :1])
+    bridge = randn(B, 6, config.bridge_dim, seed=6) if config.bridge_dim else None
+    modes = torch.zeros(B, dtype=torch.int64) if config.mode_token else None
+    began = None if states is None else states[:, :1]
+    episode = engine.start(first, text, context=features(config), state=began, bridge=bridge)
     noisy, clean = {"video": [first]}, {"video": [first]}
     if config.has_actions:
         noisy["action"], clean["action"] = [randn(B, 1, 2, 7, seed=5)], [randn(B, 1, 2, 7, seed=5)]
@@ -110,6 +116,8 @@ def test_streaming_equals_one_packed_forward(name, program, cache):
         plan,
         context=features(config),
         state=told,
+        modes=modes,
+        bridge=bridge,
     )
     moved = noisy["video"][:, :, 1:] - video_flow[:, :, 1:]
     torch.testing.assert_close(moved, clean["video"][:, :, 1:], rtol=1e-10, atol=1e-10)
@@ -129,6 +137,8 @@ def test_a_training_step_reaches_every_weight(name):
         batch["action"] = randn(B, 5, 2, 7, seed=2)
     if config.state_dim:
         batch["state"] = randn(B, 5, config.state_dim, seed=4)
+    if config.bridge_dim:
+        batch["bridge"] = randn(B, 6, config.bridge_dim, seed=6)
     batch = {k: v.float() for k, v in batch.items()}
     loss, metrics = training_step(model, batch, generator, TrainingConfig(mixture={"joint": 1}))
     loss.backward()
@@ -143,7 +153,7 @@ def test_a_training_step_reaches_every_weight(name):
 def test_a_config_survives_json(name):
     config = MODELS[name]
     assert ModelConfig.from_dict(config.to_dict()) == config
-    assert set(SMALL.to_dict()) == set(config.to_dict()) - {"topology", "context", "state_dim"}
+    assert set(SMALL.to_dict()) == set(config.to_dict()) - set(BEYOND)
 
 
 @pytest.mark.parametrize(
@@ -154,6 +164,59 @@ def test_the_action_experts_of_openwam_s_recipes_have_their_sizes(config, parame
         model = WorldActionModel(replace(config(), action_dim=20, state_dim=8))
     of_actions = (p for n, p in model.named_parameters() if n.startswith("action_expert.") or ".action_block." in n)
     assert sum(p.numel() for p in of_actions) == parameters
+
+
+def test_a_bridge_takes_the_video_after_a_block_at_a_noise_level():
+    """They are the tokens of the packed forward's video; the actions depend on them, the video does not."""
+    model, text = made(BRIDGED).requires_grad_(False), randn(B, 3, 8, seed=1)
+    modes = torch.zeros(B, dtype=torch.int64)
+    video, action, level = randn(B, C, 3, *GRID), randn(B, 3, 2, 7, seed=2), torch.full((B, 3), 700.0).double()
+    features, kept = [model.video_features(video, level, text, layer=i, modes=modes) for i in (0, 1)], []
+    hook = model.packed_block_stack.packed_blocks[0].register_forward_hook(lambda m, i, out: kept.append(out[0].x))
+    apart = Geometry(  # one chunk, the video of which attends to no action
+        program="video_noisy_to_action", video_frames=3, video_tokens=TOKENS, action_frames=3, action_tokens=2,
+        chunk_size=3, window=2,
+    )  # fmt: skip
+
+    def run(bridge):
+        return model(video, video, action, action, level, level, text, compile_plan(apart), modes=modes, bridge=bridge)
+
+    flows = [run(f) for f in features]
+    hook.remove()
+    torch.testing.assert_close(kept[0][:, : 3 * TOKENS], features[0], rtol=1e-10, atol=1e-10)
+    assert torch.equal(flows[0][0], flows[1][0]) and error(flows[0][1], flows[1][1]) > 1e-4
+
+
+def test_the_keys_of_a_bridge_are_computed_once_and_can_be_replaced():
+    model = made(BRIDGED).requires_grad_(False)
+    first, text, bridges = randn(B, C, 1, *GRID), randn(B, 3, 8, seed=1), [randn(B, 6, 64, seed=i) for i in (6, 7)]
+    engine = RolloutEngine(model, RolloutConfig(program="joint", chunk_size=2, steps=3))
+    episode, calls = engine.start(first, text, bridge=bridges[0]), []
+    hook = model.action_expert.bridge_proj.register_forward_hook(lambda *a: calls.append(1))
+    noise = {"video_noise": randn(B, C, 2, *GRID, seed=8), "action_noise": randn(B, 2, 2, 7, seed=9)}
+    with_first = episode.propose(**noise)
+    assert not calls
+    episode.set_bridge(bridges[1])
+    with_second = episode.propose(**noise)
+    assert len(calls) == 1
+    hook.remove()
+    again = engine.start(first, text, bridge=bridges[1]).propose(**noise)
+    assert torch.equal(with_second.action, again.action) and not torch.equal(with_first.action, again.action)
+
+
+def test_the_mode_token_says_which_objective_a_rollout_has():
+    model = made(replace(SMALL, mode_token=True)).requires_grad_(False)
+    engine = RolloutEngine(model, RolloutConfig(chunk_size=1, steps=1))
+    given, seen = {"clean_video": randn(B, C, 1, *GRID, seed=8), "action_noise": randn(B, 1, 2, 7, seed=9)}, []
+    encoder = model.core.generalist_mode_context_encoder
+    hook = encoder.register_forward_hook(lambda module, args, out: seen.append(args[0].tolist()))
+    episode = engine.start(randn(B, C, 1, *GRID), randn(B, 3, 8), objective="inverse_dynamics")
+    before = episode.propose(**given).action
+    assert seen == [[2, 2]]
+    hook.remove()
+    encoder.embedding.weight[2] += 1
+    after = engine.start(randn(B, C, 1, *GRID), randn(B, 3, 8), objective="inverse_dynamics").propose(**given).action
+    assert not torch.equal(before, after)
 
 
 def test_the_frame_before_a_chunk_by_hand():

@@ -58,11 +58,12 @@ class Sizes:
 
     def __post_init__(self) -> None:
         m = self.model
-        if m.topology != "dual_expert" or m.context or m.state_dim:
+        if m.topology != "dual_expert" or m.context or m.state_dim or m.mode_token or m.bridge_dim:
             names = [stream.name for stream in m.context]
             raise ValueError(
-                "--estimate must be of a dual-expert model without context and states, got "
-                f"topology={m.topology!r}, context {names} and state_dim={m.state_dim}"
+                "--estimate must be of a dual-expert model that is given pictures and text alone, got "
+                f"topology={m.topology!r}, context {names}, state_dim={m.state_dim}, mode_token={m.mode_token} and "
+                f"bridge_dim={m.bridge_dim}"
             )
 
     def tokens(self, stream: int) -> int:

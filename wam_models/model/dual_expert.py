@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from typing import NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wam_kernels import FrameIndex, Plan, block_attention, rope_table
@@ -91,16 +92,38 @@ class WorldActionModel(nn.Module):
             return self.core
         return self.action_expert if name == "action" else cast(ContextSide, self.context[name])
 
-    def embed_text(self, text_BLE: Tensor, keys_values: bool = False) -> list[PerStream[Text]]:
+    def embed_text(
+        self,
+        text_BLE: Tensor,
+        keys_values: bool = False,
+        *,
+        modes: Tensor | None = None,
+        bridge: Tensor | None = None,
+    ) -> list[PerStream[Text]]:
         """The text of every block, of each stream, from raw embeddings ``[B, L, text_dim]``.
 
         With ``keys_values`` the cross-attention keys and values are computed here, once, for the many forwards of a
-        rollout; without, each block computes its own, which keeps them out of a training step's memory.
+        rollout; without, each block computes its own, which keeps them out of a training step's memory. ``modes`` and
+        ``bridge`` as in :meth:`forward`.
         """
         if text_BLE.ndim != 3 or text_BLE.shape[-1] != self.config.text_dim:
             raise ValueError(f"text must be [B, L, text_dim={self.config.text_dim}], got {list(text_BLE.shape)}")
-        streams = self.config.streams
+        c, streams, batch = self.config, self.config.streams, text_BLE.shape[0]
+        of_bridge = bridge is not None and bridge.ndim == 3 and (bridge.shape[0], bridge.shape[2])
+        if (modes is None) == c.mode_token or (modes is not None and list(modes.shape) != [batch]):
+            expected, got = f"int64 [{batch}]" if c.mode_token else None, None if modes is None else list(modes.shape)
+            raise ValueError(f"modes must be {expected} for mode_token={c.mode_token}, got {got}")
+        if (bridge is None) == bool(c.bridge_dim) or (bridge is not None and of_bridge != (batch, c.bridge_dim)):
+            expected = f"[{batch}, N, {c.bridge_dim}]" if c.bridge_dim else "None"
+            got = None if bridge is None else list(bridge.shape)
+            raise ValueError(f"bridge must be {expected} for bridge_dim={c.bridge_dim}, got {got}")
+        if modes is not None:
+            mode = self.core.generalist_mode_context_encoder(modes)
+            text_BLE = torch.cat([text_BLE, mode[:, None].to(text_BLE.dtype)], 1)
         of_expert = {s.name: self.side(s.name).text(text_BLE) for s in streams if s.owns_expert}
+        if bridge is not None:
+            features = self.action_expert.bridge_proj(bridge.to(dtype_of(self.action_expert.bridge_proj, self.dtype)))
+            of_expert["action"] = torch.cat([of_expert["action"], features], 1)
         texts = tuple(of_expert[s.expert] for s in streams)
         blocks = cast(Iterable[PackedBlock], self.packed_block_stack.packed_blocks)
         if not keys_values:
@@ -181,6 +204,42 @@ class WorldActionModel(nn.Module):
             None if action is None else self.action_expert.flow(action, frames, self.core.scale_shift_table),
         )
 
+    def video_features(
+        self, video: Tensor, timesteps: Tensor, text: Tensor, *, layer: int, modes: Tensor | None = None
+    ) -> Tensor:
+        """The video tokens after a block, ``[B, F * rows * columns, hidden]``, at any noise level: what a bridge takes.
+
+        The video alone, one copy whose frames all attend to each other; later blocks do not run. For a frozen video
+        expert call it under ``torch.no_grad``.
+
+        Args:
+            video: ``[B, C, F, y, x]`` latents, noised to ``timesteps``.
+            timesteps: ``[B, F]``, from 0 (clean) to 1000 (noise).
+            text: ``[B, L, text_dim]`` raw text embeddings.
+            layer: Number of the block, from 0.
+            modes: As in :meth:`forward`.
+
+        Raises:
+            ValueError: a block that does not exist, or shapes that do not fit.
+        """
+        layer = integer("video_features", "layer", layer, 0, self.config.layers - 1)
+        rows, columns = self.token_grid(*video.shape[-2:])
+        frames = torch.arange(video.shape[2], device=self.device)
+        streams, rope = self.embed((video, timesteps), None), self.rope(frames, rows, columns, None)
+        c = self.config
+        unread = text.new_zeros(len(text), 1, c.bridge_dim) if c.bridge_dim else None
+        texts = self.embed_text(text, modes=modes, bridge=unread)
+
+        def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+            return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+        every = (True,) * len(streams)
+        for i in range(layer + 1):
+            block = self.packed_block_stack.packed_blocks[i]
+            streams = block(streams, Uncast(*rope), texts[i], attend, None, every)
+        return cast(StreamInputs, streams[VIDEO]).x
+
     def token_grid(self, latent_y: int, latent_x: int) -> tuple[int, int]:
         """Rows and columns of video tokens of a latent frame."""
         _, py, px = self.config.patch
@@ -204,6 +263,8 @@ class WorldActionModel(nn.Module):
         clean_video_timesteps: Tensor | Uncast[Tensor] | None = None,
         context: Mapping[str, Tensor] | None = None,
         state: Tensor | None = None,
+        modes: Tensor | None = None,
+        bridge: Tensor | None = None,
         frame_start: int = 0,
         attend: Attend | None = None,
         impl: str | None = None,
@@ -225,6 +286,10 @@ class WorldActionModel(nn.Module):
             context: Features ``[B, N, E]`` of each stream of ``config.context`` that is made of features.
             state: ``[B, F, S]``, what the action tokens of a frame are told, noisy and clean: the state of the last
                 frame before its chunk. For a model with ``config.state_dim``, and for no other.
+            modes: int64 ``[B]`` for a model with ``config.mode_token``, of each sample its objective's place in
+                ``OBJECTIVES``.
+            bridge: ``[B, N, bridge_dim]`` features that the action tokens cross-attend to, such as those of
+                :meth:`video_features`, for a model with ``config.bridge_dim``.
             frame_start: Absolute frame of the first frame: moves the rope positions, nothing else.
             attend: Instead of a plan: the attention, ``attend(layer, q, k, v)`` with ``[B, S, H, h]`` tensors.
             impl: Backend of ``block_attention``.
@@ -258,7 +323,8 @@ class WorldActionModel(nn.Module):
         positions = torch.arange(frame_start, frame_start + frames, device=self.device).repeat(copies)
         rope = self.rope(positions, rows, columns, positions if self.config.has_actions else None, given)
         denoised = range(len(streams) - len(given))
-        after = self.packed_block_stack(streams, Uncast(*rope), self.embed_text(text), attend, None, denoised)
+        texts = self.embed_text(text, modes=modes, bridge=bridge)
+        after = self.packed_block_stack(streams, Uncast(*rope), texts, attend, None, denoised)
         noisy = tuple(noisy_tokens(stream, copies) for stream in after if stream is not None)
         return cast(tuple[Tensor, Tensor | None], self.flows(noisy, frames, rows, columns))
 

@@ -18,6 +18,8 @@ from wam_kernels import ada_layer_norm
 from ..config import ModelConfig, Stream
 from .blocks import StreamInputs, Uncast, at_least_float32, draw_table, dtype_of, stream_inputs
 
+MODES = 3  # objectives: joint, forward dynamics, inverse dynamics
+
 
 class TwoLinears(nn.Module):
     def __init__(self, width_in: int, width: int, activation: Callable) -> None:
@@ -69,6 +71,21 @@ class StateEncoder(nn.Module):
         return self.proj(state_BFS.to(dtype_of(self.proj, state_BFS.dtype)))
 
 
+class ModeEncoder(nn.Module):
+    """A token of raw text for each objective."""
+
+    def __init__(self, modes: int, text_dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(modes, text_dim)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    def forward(self, modes_B: Tensor) -> Tensor:
+        return self.embedding(modes_B)
+
+
 class VideoSide(nn.Module):
     """The video expert outside the blocks (``core`` in the state dict)."""
 
@@ -83,6 +100,8 @@ class VideoSide(nn.Module):
         self.proj_out = nn.Linear(config.hidden, config.patch_width)
         if config.state_dim:
             self.proprio_hidden_context_encoder = StateEncoder(config.state_dim, config.hidden)
+        if config.mode_token:
+            self.generalist_mode_context_encoder = ModeEncoder(MODES, config.text_dim)
 
     def reset_parameters(self) -> None:
         draw_table(self.scale_shift_table)
@@ -125,6 +144,8 @@ class ActionSide(nn.Module):
         self.action_embedder = nn.Linear(stream.features, stream.width)
         if self.owns_expert:
             self.context_proj = nn.Linear(config.text_dim, stream.width)
+        if config.bridge_dim:
+            self.bridge_proj = nn.Linear(config.bridge_dim, stream.width)
         self.projects_state = bool(config.state_dim) and config.hidden != stream.width
         if self.projects_state:
             self.hidden_context_proj = nn.Linear(config.hidden, stream.width)

@@ -102,6 +102,7 @@ class RolloutEngine:
         objective: str = "joint",
         context: Mapping[str, Tensor] | None = None,
         state: Tensor | None = None,
+        bridge: Tensor | None = None,
     ) -> Episode:
         """A batch of episodes after one observed frame each.
 
@@ -112,6 +113,7 @@ class RolloutEngine:
                 chunk, text zeroed.
             context: Features ``[B, N, E]`` of each given stream that is made of features, by name.
             state: ``[B, 1, S]``, the robot's state at frame 0, for a model with ``state_dim``.
+            bridge: ``[B, N, bridge_dim]``, for a model that has one; see :meth:`Episode.set_bridge`.
 
         Raises:
             TypeError: an observation or text that is no tensor.
@@ -132,7 +134,7 @@ class RolloutEngine:
             )
         self.model.token_grid(*observation.shape[-2:])
         episode = Episode(self.model, self.config, OBJECTIVES[objective], observation, text, context or {})
-        episode.restart(range(observation.shape[0]), observation, text, context, state)
+        episode.restart(range(observation.shape[0]), observation, text, context, state, bridge)
         return episode
 
 
@@ -196,6 +198,7 @@ class Episode:
         self.forward = ChunkForward(model, self.layout, self.cache, self.chunk)
         self.solver = Solver(self.forward, config)
         self._step = self.solver.step_number  # of a copy its own, as all that a copy writes to
+        self._text, self._bridge_length = text.clone(), cast(int | None, None)
         self._text_length = text.shape[1] if text.ndim == 3 else "L"
         self._moment = uuid.uuid4()
         self._stale = False  # the keys and values must be computed anew before they are read
@@ -371,6 +374,7 @@ class Episode:
         text: Tensor,
         context: Mapping[str, Tensor] | None = None,
         state: Tensor | None = None,
+        bridge: Tensor | None = None,
     ) -> None:
         """Begin anew with some rollouts of the batch; the others go on.
 
@@ -380,6 +384,7 @@ class Episode:
             text: ``[len(rollouts), L, text_dim]``; L as at the start.
             context: Features ``[len(rollouts), N, E]`` of each given stream that has any; N as at the start.
             state: ``[len(rollouts), 1, S]``, for a model with ``state_dim``.
+            bridge: ``[len(rollouts), N, bridge_dim]``, for a model that has one; N as at the start.
 
         Raises:
             ValueError: rollouts that do not exist or repeat, shapes that do not fit, or numbers on the CPU that are not
@@ -403,7 +408,7 @@ class Episode:
         context = dict(context or {})
         self._check_context(context, len(rollouts))
         states = self._checked_state("restart", state, len(rollouts), 1)
-        self.forward.set_text(rollouts, text)
+        self._set_text(rollouts, text, bridge)
         self.forward.set_context(rollouts, context)
         # no action leads to frame 0: its slots are never a key
         frames = {s: torch.zeros_like(t.narrow(FRAME_DIM[s], 0, 1)) for s, t in self.chunk.items()}
@@ -414,6 +419,31 @@ class Episode:
             frames[s][list(rollouts)] = to_device(given, self.model.device).to(frames[s].dtype)
         self.ring.restart(rollouts)
         self._append_observed(frames, [int(b in rollouts) for b in range(batch)])
+
+    @_in_plain_mode
+    def set_bridge(self, bridge: Tensor) -> None:
+        """What the action tokens of all rollouts cross-attend to from now on, beside the text.
+
+        Its keys and values are computed here, once for all denoising steps. Those of accepted chunks stay as they are.
+
+        Args:
+            bridge: ``[B, N, bridge_dim]``; N as at the start.
+        """
+        self._check_model("set_bridge")
+        instance("set_bridge: bridge", bridge, Tensor)
+        self._set_text(range(self.layout.batch), self._text, bridge)
+
+    def _set_text(self, rollouts: Sequence[int], text: Tensor, bridge: Tensor | None) -> None:
+        if bridge is not None:
+            check_finite("bridge", bridge[:, None])
+            if self._bridge_length not in (None, bridge.shape[1]):
+                raise ValueError(
+                    f"bridge must have {self._bridge_length} features as at the start, got {bridge.shape[1]}"
+                )
+        self.forward.set_text(rollouts, text, bridge)
+        self._bridge_length = None if bridge is None else bridge.shape[1]
+        for b, new in zip(rollouts, text, strict=True):
+            self._text[b].copy_(new)
 
     @_in_plain_mode
     def accepted(self, rollout: int = 0) -> tuple[Tensor, Tensor | None]:

@@ -130,8 +130,10 @@ class TrainConfig:
         if not isinstance(self.model, ModelConfig):
             raise ValueError(f"TrainConfig: model must be a ModelConfig, got {self.model!r}")
         features = [stream.name for stream in self.model.context if stream.features]
-        if features or self.model.state_dim or not self.model.has_actions:
-            got = f"context features {features}, topology={self.model.topology!r}, state_dim={self.model.state_dim}"
+        m = self.model
+        if features or m.state_dim or m.bridge_dim or not m.has_actions:
+            got = f"context features {features}, topology={m.topology!r}, state_dim={m.state_dim} and "
+            got += f"bridge_dim={m.bridge_dim}"
             raise ValueError(
                 f"TrainConfig: model must have actions and be given nothing but pictures and text, got {got}; for "
                 "others call training_step"

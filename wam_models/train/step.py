@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from wam_kernels import HISTORIES, Geometry, RuleGeometry, compile_plan
 from wam_kernels.masks.context import with_context
@@ -140,7 +141,8 @@ def training_step(
             ignored, whatever they hold, and all of a model without actions; ``text`` ``[B, L, text_dim]`` raw
             embeddings, through which the loss differentiates, ignored likewise where an objective has none; and under
             its name each stream of ``model.config.context`` that is made of features ``[B, N, E]``; ``state``
-            ``[B, F, S]`` of each frame for a model with ``state_dim``. F at least 2. Optional, bool ``[B]``:
+            ``[B, F, S]`` of each frame for a model with ``state_dim``; ``bridge`` ``[B, N, bridge_dim]`` for one
+            that has it. F at least 2. Optional, bool ``[B]``:
             ``counterfactual``, the samples whose actions did not come from a demonstration; ``action_free``, those of a
             video without actions: whatever ``action`` holds of them is neither learned nor attended to.
         generator: Source of every random number; its device may differ from the model's.
@@ -199,10 +201,8 @@ def training_step(
     rows, columns = inside.token_grid(y, x)
     sizes = {"frames": frames, "video_tokens": rows * columns, "action_tokens": action.shape[2]}
     sizes |= {"chunk_size": chunk_size, "window": window}
-    context = {s.name: batch[s.name].to(device) for s in inside.config.context if s.features}
-    told = frames_before_chunks(frames, chunk_size)
-    state = batch["state"].to(device)[:, told] if inside.config.state_dim else None
-    given = sum(s.tokens or context[s.name].shape[1] for s in inside.config.context)
+    told = _told(inside, batch, objectives, chunk_size)
+    given = sum(s.tokens or batch[s.name].shape[1] for s in inside.config.context)
     samples = _visibility(config, objectives, action_free, given, sizes)
     one = len(set(samples)) == 1
     plan = compile_plan(samples[0] if one else samples, device=device, stop_gradient=config.stop_gradient)
@@ -216,9 +216,8 @@ def training_step(
         torch.where(keeps_text[:, :, None] > 0, text, 0),
         plan,
         clean_video_timesteps=Uncast(timesteps(history_sigma)),
-        context=context,
-        state=state,
         impl=impl,
+        **told,
     )
     # [B] each, over the frames that a rollout generates
     video_error = (at_least_float32(video_flow) - target(video, video_noise))[:, :, 1:].square().flatten(1).mean(1)
@@ -304,6 +303,21 @@ def noised_video(video_BCFyx: Tensor, noise_BCFyx: Tensor, sigma_BF: Tensor) -> 
     return add_noise(video_BCFyx.transpose(1, 2), noise_BCFyx.transpose(1, 2), sigma_BF).transpose(1, 2)
 
 
+def _told(
+    model: WorldActionModel, batch: Mapping[str, Tensor], objectives: Sequence[Objective], chunk_size: int
+) -> dict[str, Any]:
+    """What the forward is given besides video, actions and text."""
+    c, device = model.config, model.device
+    told: dict[str, Any] = {"context": {s.name: batch[s.name] for s in c.context if s.features}}
+    if c.state_dim:
+        told["state"] = batch["state"][:, frames_before_chunks(batch["state"].shape[1], chunk_size)]
+    if c.mode_token:
+        told["modes"] = torch.tensor([list(OBJECTIVES).index(o.name) for o in objectives])
+    if c.bridge_dim:
+        told["bridge"] = batch["bridge"]
+    return tree_map_only(Tensor, lambda t: t.to(device), told)
+
+
 def _counted(objectives: list[Objective]) -> dict[str, int]:
     names = [o.name for o in objectives]
     return {f"samples/{name}": names.count(name) for name in sorted(set(names))}
@@ -313,7 +327,7 @@ def _checked(model: WorldActionModel, batch: Mapping[str, Tensor]) -> tuple[Tens
     """Video, actions (none of each frame for a model without) and text, on the model's device."""
     c = model.config
     names = ["video", *(["action"] if c.has_actions else []), "text", *(s.name for s in c.context if s.features)]
-    names += ["state"] if c.state_dim else []
+    names += [name for name, there in (("state", c.state_dim), ("bridge", c.bridge_dim)) if there]
     missing = sorted(set(names) - set(batch))
     if missing:
         raise ValueError(f"training_step: batch lacks {missing}; expected {', '.join(names)}")
