@@ -94,6 +94,16 @@ class FrameIndex:
         return cls.from_runs([1] * integer("FrameIndex.per_token", "length", length), device=device)
 
     @classmethod
+    def uniform(cls, length: int, frames: int, *, device: torch.device | str = "cpu") -> FrameIndex:
+        """Token s reads row ``s // n`` of ``frames``, n the least number that gives every token a row. Cached.
+
+        One row for a sample, a block, a frame or a token: whatever divides the tokens. The last rows may have fewer.
+        """
+        op = "FrameIndex.uniform"
+        length, frames = integer(op, "length", length), integer(op, "frames", frames, least=1)
+        return _uniform(length, frames, device_of(op, device))
+
+    @classmethod
     @eager
     def from_tensor(
         cls, index: Tensor | np.ndarray, frames: int | None = None, *, device: torch.device | str = "cpu"
@@ -142,6 +152,13 @@ def _frames(op: str, rows: tuple[int, ...], frames: int | None) -> int:
     if frames < needed:
         raise ValueError(f"{op}: frames must be at least {needed} (the highest row + 1), got {frames}")
     return frames
+
+
+@lru_cache(maxsize=256)
+def _uniform(length: int, frames: int, device: torch.device) -> FrameIndex:
+    run = -(-length // frames)
+    lengths = [max(0, min(run, length - i * run)) for i in range(frames)]
+    return FrameIndex.from_runs(lengths, device=device)
 
 
 def _run(row_of_token: np.ndarray, frames: int) -> int:

@@ -164,7 +164,9 @@ def test_a_patch_counts_its_calls():
     done = patch(mot)
     assert "MoT._mixed_attention 0 calls so far" in repr(done)
     fast_wam.train(mot, "fast_wam_uncond")
-    assert done.calls == {"MoT._mixed_attention": 2, "MoT._build_expert_attention_io": 4}  # 2 layers, 2 experts
+    # 2 layers, 2 experts
+    of_block = {"MoT._build_expert_attention_io": 4, "MoT._apply_expert_post_block": 4}
+    assert done.calls == {"MoT._mixed_attention": 2, **of_block}
     assert "MoT._mixed_attention 2 calls so far" in repr(done)
 
 

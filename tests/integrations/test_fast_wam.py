@@ -1,6 +1,7 @@
 """Fast-WAM: training under its three masks, prefill and cached action steps, refusals."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -14,7 +15,7 @@ from wam_kernels.integrations._kernels import MaskPlans
 
 FRAMES, TOKENS, ACTIONS, HEADS, D = 3, 5, 4, 2, 16
 VIDEO = FRAMES * TOKENS
-REPLACED = {"MoT._mixed_attention", "MoT._build_expert_attention_io"}
+REPLACED = {"MoT._mixed_attention", "MoT._build_expert_attention_io", "MoT._apply_expert_post_block"}
 
 
 def mask(program: str) -> torch.Tensor:
@@ -35,13 +36,13 @@ def mask(program: str) -> torch.Tensor:
 def model(head_dim: int = D) -> MoT:
     torch.manual_seed(0)
     sizes = {"num_layers": 2, "attn_head_dim": head_dim, "num_heads": HEADS}
-    return MoT({"video": Expert(24, 40, **sizes), "action": Expert(12, 20, **sizes)}).train()
+    return MoT({"video": Expert(24, 40, **sizes), "action": Expert(16, 20, **sizes)}).train()
 
 
 def inputs(video: int, head_dim: int = D) -> dict[str, dict]:
     g = torch.Generator().manual_seed(2)
     one = {}
-    for name, tokens, dim in (("video", video, 24), ("action", ACTIONS, 12)):
+    for name, tokens, dim in (("video", video, 24), ("action", ACTIONS, 16)):
         angle = torch.randn(tokens, 1, head_dim // 2, generator=g, dtype=torch.float64)
         text_mask = torch.ones(2, tokens, 6, dtype=torch.bool)
         text_mask[1, :, 4:] = False
@@ -79,6 +80,53 @@ PROGRAMS = ["fast_wam_uncond", "fast_wam_joint", "fast_wam_idm"]
 def test_training(program):
     mot = model()
     check_patch(mot, lambda: train(mot, program), REPLACED)
+
+
+def test_checkpointed_blocks():
+    mot = model()
+    for expert in mot.mixtures.values():
+        expert.use_gradient_checkpointing = True
+    check_patch(mot, lambda: train(mot, "fast_wam_uncond"), REPLACED)
+
+
+def test_explain_lists_the_glue():
+    mot = model()
+    done = patch(mot)
+    train(mot, "fast_wam_uncond")
+    assert "_apply_expert_post_block, 1x, 4 calls so far: gate + residual + norm, residual + norm" in done.explain()
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        (lambda block: setattr(block, "norm1", torch.nn.LayerNorm(24)), "weight and bias .True, True."),
+        (lambda block: setattr(block, "norm2", torch.nn.RMSNorm(24)), "its norm is RMSNorm"),
+        (lambda block: setattr(block, "gate", torch.nn.Identity()), "gate is no GateModule"),
+    ],
+)
+def test_glue_that_is_not_known_is_kept(change, reason):
+    mot = model()
+    change(mot.mixtures["video"].blocks[1])
+    done = patch(mot)
+    assert re.search(f"kept .*gates, residual sums and norms: .*{reason}", done.explain())
+    assert "_apply_expert_post_block" not in vars(mot) and "_build_expert_attention_io" in vars(mot)
+
+
+def test_rows_in_bfloat16():
+    """The error against float32 is the original's at most; no table is added to the modulation of every token."""
+    truth = train(model(), "fast_wam_uncond")
+    mot = model().bfloat16()
+    half = lambda t: t.bfloat16() if t.is_floating_point() and t.dtype == torch.float32 else t  # noqa: E731
+    data = inputs(VIDEO)
+    by = lambda field: {name: one[field] for name, one in data.items()}  # noqa: E731
+    context = {name: {k: half(t) for k, t in one.items()} for name, one in by("context").items()}
+    x, t_mod = ({name: half(t) for name, t in by(field).items()} for field in ("x", "t_mod"))
+    call = lambda: mot(x, mask("fast_wam_uncond"), by("freqs"), context, t_mod)  # noqa: E731
+    error = lambda out: {name: (out[name].float() - truth[name]).abs().mean().item() for name in truth}  # noqa: E731
+    before = error(call())
+    patch(mot)
+    after = error(call())
+    assert all(after[name] <= 1.05 * before[name] for name in truth), (before, after)
 
 
 @pytest.mark.parametrize("program", PROGRAMS[:2])

@@ -20,7 +20,7 @@ def vpp2_model(**options) -> vpp2.MoT:
     sizes = {"num_layers": 2, "attn_head_dim": fast_wam.D}
     own = {"video_dim": 24, "num_heads": 3} if options.get("use_video_tokens") else {"num_heads": fast_wam.HEADS}
     video = vpp2.fast_wam.Expert(24, 40, num_heads=fast_wam.HEADS, **sizes)
-    return vpp2.MoT({"video": video, "action": vpp2.ActionExpert(12, 20, **sizes, **own)}, **options).train()
+    return vpp2.MoT({"video": video, "action": vpp2.ActionExpert(16, 20, **sizes, **own)}, **options).train()
 
 
 def vpp2_train(mot: vpp2.MoT, gated: bool):

@@ -20,7 +20,7 @@ def model(**options) -> MoT:
     torch.manual_seed(0)
     checkpointed = options.pop("mot_checkpoint_mixed_attn", False)
     sizes = {"num_layers": 2, "head_dim": D, "num_heads": HEADS} | options
-    return MoT({"video": Expert(24, 40, **sizes), "action": Expert(12, 20, **sizes)}, checkpointed).train()
+    return MoT({"video": Expert(24, 40, **sizes), "action": Expert(16, 20, **sizes)}, checkpointed).train()
 
 
 def batch(program: str = "fast_wam_uncond") -> dict:

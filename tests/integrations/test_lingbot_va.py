@@ -10,7 +10,7 @@ from wam_kernels.integrations import Unsupported, patch, unpatch
 from wam_kernels.integrations.lingbot_va import SlotMirror, stretches
 
 ATTENTION = {f"WanAttention.{name}" for name in ("forward", "update_cache", "restore_cache", "clear_pred_cache")}
-INFERENCE = ATTENTION
+INFERENCE = ATTENTION | {"WanTransformerBlock.forward"}
 TRAINING = INFERENCE | {"FlexAttnFunc.forward", "WanTransformer3DModel.forward_train"}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -88,9 +89,13 @@ def _backward_fake(
     dr, dh, r, y, gate, scale, gate_table, scale_table, weight,
     row_of_token, segments, row_begin, row_segments, run, token_rows, eps, impl,
 ):  # fmt: skip
+    return _empty_gradients(dr, dh, gate, scale, row_begin.shape[0] - 1, token_rows)
+
+
+def _empty_gradients(dr, dh, gate, scale, rows: int, token_rows: bool) -> tuple[Tensor, ...]:
     like = dr if dh is None else dh
     B, _, D = like.shape
-    row, sums, channels = like.shape, (B, row_begin.shape[0] - 1, D), (D,)
+    row, sums, channels = like.shape, (B, rows, D), (D,)
     shapes = (row, row, sums, sums, sums, channels, channels)
     acc = accumulator(like)
     of_rows = [acc if t is None else t.dtype for t in (gate, scale, scale)]
@@ -104,27 +109,65 @@ def _backward_fake(
 
 # one argument for each tensor of the index: a list would cost PyTorch's autograd 150 us a call
 _OPTIONS = f"{', '.join(f'Tensor {name}' for name in FrameIndex.FIELDS)}, bool token_rows, float eps, str impl"
-torch.library.define(
-    "wam::gate_residual_norm",
-    f"(Tensor x, {', '.join(f'Tensor? {name}' for name in _Inputs._fields[1:])}, {_OPTIONS}) -> (Tensor, Tensor)",
-)
-torch.library.define(
-    "wam::gate_residual_norm_backward",
-    "(Tensor? dr, Tensor? dh, Tensor? r, Tensor? y, Tensor? gate, Tensor? scale, Tensor? gate_table, "
-    f"Tensor? scale_table, Tensor? weight, {_OPTIONS}) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-torch.library.impl("wam::gate_residual_norm", ["CPU", "CUDA"], _forward)
-torch.library.impl("wam::gate_residual_norm_backward", ["CPU", "CUDA"], _backward)
-torch.library.register_fake("wam::gate_residual_norm", _forward_fake)
-torch.library.register_fake("wam::gate_residual_norm_backward", _backward_fake)
+
+
+def _define(name: str, options: str, forward, backward, backward_fake) -> None:
+    tensors = ", ".join(f"Tensor? {field}" for field in _Inputs._fields[1:])
+    torch.library.define(name, f"(Tensor x, {tensors}, {options}) -> (Tensor, Tensor)")
+    torch.library.define(
+        f"{name}_backward",
+        "(Tensor? dr, Tensor? dh, Tensor? r, Tensor? y, Tensor? gate, Tensor? scale, Tensor? gate_table, "
+        f"Tensor? scale_table, Tensor? weight, {options}) "
+        "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    )
+    torch.library.impl(name, ["CPU", "CUDA"], forward)
+    torch.library.impl(f"{name}_backward", ["CPU", "CUDA"], backward)
+    torch.library.register_fake(name, _forward_fake)
+    torch.library.register_fake(f"{name}_backward", backward_fake)
+
+
+_define("wam::gate_residual_norm", _OPTIONS, _forward, _backward, _backward_fake)
+
+
+# ---- the same for rows of equally many tokens each, whose index is found where the op runs ----
+
+
+@lru_cache(maxsize=256)
+def _uniform(tokens: int, rows: int, device: torch.device) -> tuple:
+    index = FrameIndex.uniform(tokens, rows, device=device)
+    return (*index.tensors(), index.token_rows)
+
+
+def _uniform_forward(x, *args):
+    *others, rows, eps, impl = args
+    return _forward(x, *others, *_uniform(x.shape[1], rows, x.device), eps, impl)
+
+
+def _uniform_backward(dr, dh, *args):
+    *others, rows, eps, impl = args
+    like = dr if dh is None else dh
+    return _backward(dr, dh, *others, *_uniform(like.shape[1], rows, like.device), eps, impl)
+
+
+def _uniform_backward_fake(dr, dh, r, y, gate, scale, gate_table, scale_table, weight, rows, eps, impl):
+    like = dr if dh is None else dh
+    return _empty_gradients(dr, dh, gate, scale, rows, rows == like.shape[1])
+
+
+_define(
+    "wam::uniform_gate_residual_norm", "SymInt rows, float eps, str impl",
+    _uniform_forward, _uniform_backward, _uniform_backward_fake,
+)  # fmt: skip
 
 
 def _save(ctx, inputs, output) -> None:
     # a gradient that nobody asked for stays None and costs nothing
     ctx.set_materialize_grads(False)
     count = len(_Inputs._fields)
-    t, (*index, ctx.token_rows, ctx.eps, ctx.impl) = _Inputs(*inputs[:count]), inputs[count:]
+    t, rest = _Inputs(*inputs[:count]), inputs[count:]
+    index, ctx.options = rest[:-3], rest[-3:]
+    # of the uniform op the first option is the number of rows
+    ctx.token_rows = ctx.options[0] if index else ctx.options[0] == t.x.shape[1]
     has_norm = t.scale is not None or t.weight is not None
     ctx.has_y = t.y is not None
     row = (output[0] if ctx.has_y else t.x) if has_norm else None
@@ -145,8 +188,10 @@ def _gradients(ctx, dr, dh):
     elif dh is None and gate is None:
         grads = _Inputs(x=dr, y=dr)
     else:
-        dx, dy, dgate, dshift, dscale, dweight, dbias = torch.ops.wam.gate_residual_norm_backward(
-            dr, dh, row, y, gate, scale, gate_table, scale_table, weight, *index, ctx.token_rows, ctx.eps, ctx.impl
+        ops = torch.ops.wam
+        backward = ops.gate_residual_norm_backward if index else ops.uniform_gate_residual_norm_backward
+        dx, dy, dgate, dshift, dscale, dweight, dbias = backward(
+            dr, dh, row, y, gate, scale, gate_table, scale_table, weight, *index, *ctx.options
         )
         _, _, has_gate, _, has_scale, has_weight, _ = _present(dh, gate, scale, ctx.token_rows)
         dx = dr if dh is None else dx
@@ -167,7 +212,7 @@ def _gradients(ctx, dr, dh):
             *dtables,
             *(dparameters if has_weight else (None, None)),
         )
-    return (*grads, *(None for _ in index), None, None, None)
+    return (*grads, *(None for _ in index), *(None for _ in ctx.options))
 
 
 def _backward_samples(inputs: tuple, mapped: Collection[int]) -> range:
@@ -175,10 +220,11 @@ def _backward_samples(inputs: tuple, mapped: Collection[int]) -> range:
     return range(6 if inputs[8] is None else 0)
 
 
-autograd.register(
-    "ada_layer_norm (or gate_residual_ada_layer_norm)", "wam::gate_residual_norm", _save, _gradients,
-    samples=lambda inputs, mapped: range(5), backward_samples=_backward_samples,
-)  # fmt: skip
+for _op in ("wam::gate_residual_norm", "wam::uniform_gate_residual_norm"):
+    autograd.register(
+        "ada_layer_norm (or gate_residual_ada_layer_norm)", _op, _save, _gradients,
+        samples=lambda inputs, mapped: range(5), backward_samples=_backward_samples,
+    )  # fmt: skip
 
 
 # ---- checks ----
@@ -226,6 +272,20 @@ def _check(op: str, t: _Inputs, index: FrameIndex) -> None:
         raise ValueError(
             f"{op}: shift must be {t.scale.dtype} like scale, got {t.shift.dtype}; use .to({t.scale.dtype})"
         )
+
+
+def uniform_gate_residual_norm(t: dict[str, Tensor | None], rows: int, eps: float) -> tuple[Tensor, Tensor]:
+    """r and h, each empty where there is none, for ``rows`` rows of equally many tokens, as :meth:`FrameIndex.uniform`.
+
+    For graphs that are traced: the index of a length is found where the op runs. Nothing is checked.
+    """
+    inputs = _Inputs(**t)  # type: ignore[arg-type]
+    impl = select_backend("gate_residual_ada_layer_norm", _ROW, None, x=inputs.x)
+    if impl == "reference":
+        row_of_token = torch.arange(inputs.x.shape[1], device=inputs.x.device) // -(-inputs.x.shape[1] // rows)
+        r, h = reference.gate_residual_norm(*inputs, row_of_token, eps)
+        return r, r if h is None else h
+    return autograd.call(torch.ops.wam.uniform_gate_residual_norm.default, *inputs, rows, eps, impl)
 
 
 def _call(op: str, t: _Inputs, index: FrameIndex, eps: float, impl: str | None) -> tuple[Tensor, Any]:

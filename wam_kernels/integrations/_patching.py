@@ -244,6 +244,11 @@ class Replacement:
     def __call__(self, *args, **kwargs):
         return self._run(self.owner, *args, **kwargs)
 
+    @property
+    def about(self) -> str:
+        """What runs there instead, in a line."""
+        return (self.new.__doc__ or "").partition("\n")[0].rstrip(".")
+
     def __getstate__(self) -> dict:
         return {name: value for name, value in vars(self).items() if name not in ("_count", "_calls")}
 
@@ -258,6 +263,13 @@ class Replacement:
 
     def removed(self) -> None:
         """It stands for nothing any more."""
+
+
+class StaticReplacement(Replacement):
+    """Stands for a static method: the module is no argument of it."""
+
+    def __call__(self, *args, **kwargs):
+        return self._run(*args, **kwargs)
 
 
 class FunctionReplacement(Replacement):
@@ -375,8 +387,9 @@ class Patch:
 
         Args:
             owner: A module.
-            name: A method of its class.
-            new: A function of a module, so that copies and pickles of the model find it.
+            name: A method of its class; a static one gets no owner.
+            new: A function of a module, so that copies and pickles of the model find it. ``explain()`` prints the first
+                line of its docstring.
             shared: What several methods of a model share, caches above all.
             replacement: What stands there.
 
@@ -388,7 +401,10 @@ class Patch:
             raise Unsupported(
                 f"patch: {self.system}'s {type(owner).__name__} must have the method {name}, but has none"
             )
-        signature = Signature(what, original, new, len(shared), 1)
+        static = isinstance(inspect.getattr_static(type(owner), name), staticmethod)
+        if static:
+            replacement = StaticReplacement
+        signature = Signature(what, original, new, len(shared), 0 if static else 1)
         self._put(owner, name, lambda: replacement(self.policy, owner, name, new, shared, signature))
 
     def function(self, module_name: str, name: str, key: nn.Module, new: Callable, *shared: Any) -> None:
@@ -452,13 +468,16 @@ class Patch:
             return re.sub(r"\b\d+\b", "*", names.get(id(owner), "")) or written(owner)
 
         lines: dict[str, dict[str, list[int]]] = {"replaced": {}, "kept": {}}
+        about: dict[str, str] = {}
         for owner, name in self.replaced:
-            lines["replaced"].setdefault(f"{path(owner)}.{name}", []).append(calls_at(owner, name))
+            line, replacement = f"{path(owner)}.{name}", replacement_at(owner, name)
+            lines["replaced"].setdefault(line, []).append(calls_at(owner, name))
+            about[line] = f": {replacement.about}" if replacement is not None and replacement.about else ""
         for module, reason in self.kept:
             lines["kept"].setdefault(f"{path(module)} ({type(module).__name__}): {reason}", []).append(0)
         text = [f"{self.system}: {len(self.replaced)} replaced, {len(self.kept)} kept"]
         for line, each in lines["replaced"].items():
-            text.append(f"  replaced {line}, {len(each)}x, {sum(each)} calls so far")
+            text.append(f"  replaced {line}, {len(each)}x, {sum(each)} calls so far{about[line]}")
         text += [f"  kept     {line}, {len(each)}x" for line, each in lines["kept"].items()]
         for verdict, calls in (("refused ", self.policy.refused), ("kept    ", self.policy.left)):
             text += [f"  {verdict} {reason}, {count} calls ran the original" for reason, count in calls.items()]

@@ -1,18 +1,24 @@
 """Fast-WAM: ``MoT``, the mixture of a video and an action expert with one attention over both.
 
 Replaced: ``_mixed_attention`` (all of training, prefill and the cached action steps end there) and
-``_build_expert_attention_io`` (q/k norm and rope in one launch). Masks come dense, as the model builds them for
-``fast_wam_uncond``, ``fast_wam_joint``, ``fast_wam_idm`` and their slices. Forks with this class are served too: VPP 2
-(``num_heads`` in the call, fixed video layers, a mask for each sample) and LoongForge (rope as a pair of tables). The
-original checkpoints its attention because a dense mask keeps S x S scores; here nothing of that size exists, so nothing
-is recomputed.
+``_build_expert_attention_io`` (norm + modulation in one launch, q/k norm and rope in another) and
+``_apply_expert_post_block`` (gates, residual sums and the norms behind them). The modulation stays ``[B, S, 6, D]`` or
+``[B, 6, D]`` in the model's dtype; the sum with a block's own table is never made. Masks come dense, as the model
+builds them for ``fast_wam_uncond``, ``fast_wam_joint``, ``fast_wam_idm`` and their slices.
+
+Forks with this class are served too: VPP 2 (``num_heads`` in the call, fixed video layers, a mask for each sample) and
+LoongForge (rope as a pair of tables). The original checkpoints its attention because a dense mask keeps S x S scores;
+here nothing of that size exists, so nothing is recomputed.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from . import _glue
 from ._kernels import Tables, attend_under_mask, norm_rope, require_complex, require_kernel
 from ._patching import Foreign, Patch, Unsupported, of_class, require_class, require_norms, require_parts
 
@@ -44,28 +50,96 @@ def apply(patch: Patch, mots: list[Foreign]) -> None:
                 if hasattr(block, "cross_attn"):
                     patch.leave_alone(block.cross_attn, "attends to all of a short text: nothing to skip")
         patch.method(mot, "_mixed_attention", _mixed_attention)
-        patch.method(mot, "_build_expert_attention_io", _build_io, tables)
+        reason = _why_no_glue(mot)
+        if reason is None:
+            patch.method(mot, "_build_expert_attention_io", _build_io_of_rows, tables)
+            patch.method(mot, "_apply_expert_post_block", _post_block)
+        else:
+            patch.method(mot, "_build_expert_attention_io", _build_io, tables)
+            patch.leave_alone(mot, f"gates, residual sums and norms: {reason}")
+
+
+def _why_no_glue(mot: Foreign) -> str | None:
+    if not callable(getattr(type(mot), "_apply_expert_post_block", None)):
+        return "it has no _apply_expert_post_block"
+    for expert in mot.mixtures.values():
+        for block in expert.blocks:
+            table = getattr(block, "modulation", None)
+            if not isinstance(table, Tensor) or table.ndim != 3 or tuple(table.shape[:2]) != (1, 6):
+                return "its block's modulation is not [1, 6, D]"
+            if not of_class(getattr(block, "gate", nn.Identity()), "GateModule"):
+                return "its block's gate is no GateModule"
+            affine = [block.norm3] if hasattr(block, "norm3") else []
+            reason = _glue.why_not(table.shape[-1], (block.norm1, block.norm2), affine)
+            if reason is not None:
+                return reason
+    return None
 
 
 def _mixed_attention(
     mot: Foreign, q_cat: Tensor, k_cat: Tensor, v_cat: Tensor, attention_mask: Tensor, *, num_heads: int | None = None
 ) -> Tensor:
+    """attention of both experts under one mask."""
     heads = mot.num_heads if num_heads is None else num_heads  # VPP 2 gives those of the expert that attends
     q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q_cat, k_cat, v_cat))
     return attend_under_mask(SYSTEM, q, k, v, attention_mask).flatten(2)
+
+
+def _build_io_of_rows(
+    tables: Tables, mot: Foreign, expert: Foreign, block: Foreign, x: Tensor, freqs: Tensor | tuple[Tensor, Tensor],
+    t_mod: Tensor,
+) -> tuple:  # fmt: skip
+    """norm + modulation, then q/k norm + rope; the gate and the feed-forward's modulation go on as rows and table."""
+    table = _table(tables, freqs, x.device)
+    rows = t_mod if t_mod.ndim == 4 else t_mod[:, None]
+    shift, scale, gate, *mlp = _glue.split_rows(rows, block.modulation[0], t_mod.dtype)
+    _glue.require_rows(SYSTEM, x, shift)
+    h = _glue.modulated(block.norm1, x, shift, scale, _glue.promoted(x, shift))
+    return *_projected(block.self_attn, h, table), x, gate, *mlp, _is_checkpointed(expert)
+
+
+def _post_block(
+    block: Foreign, residual_x: Tensor, mixed_attn_out: Tensor, gate_msa: Any, shift_mlp: Any, scale_mlp: Any,
+    gate_mlp: Any, context_payload: dict | None,
+) -> Tensor:  # fmt: skip
+    """gate + residual + norm, residual + norm + modulation, gate + residual."""
+    if not isinstance(gate_msa, _glue.Rows):
+        raise Unsupported(f"patch: {SYSTEM}'s gates must be those of a patched _build_expert_attention_io")
+    x, y = residual_x, block.self_attn.o(mixed_attn_out)
+    modulation = block.norm2, shift_mlp, scale_mlp
+    dtype = _glue.promoted(x, y, gate_msa)
+    context = None if context_payload is None else context_payload.get("context")
+    if context is None:
+        x, h = _glue.added_and_modulated(x, y, gate_msa, *modulation, dtype)
+    else:
+        mask = context_payload.get("mask") if context_payload else None
+        if mask is not None and mask.dim() == 3:
+            mask = mask.unsqueeze(1)
+        x, h = _glue.added_and_normed(x, y, gate_msa, block.norm3, dtype)
+        y = block.cross_attn(h, context, ctx_mask=mask)
+        x, h = _glue.added_and_modulated(x, y, None, *modulation, _glue.promoted(x, y))
+    y = block.ffn(h)
+    return _glue.added(x, y, gate_mlp, _glue.promoted(x, y, gate_mlp))
 
 
 def _build_io(
     tables: Tables, mot: Foreign, expert: Foreign, block: Foreign, x: Tensor, freqs: Tensor | tuple[Tensor, Tensor],
     t_mod: Tensor,
 ) -> tuple:  # fmt: skip
-    attn = block.self_attn
+    """q/k norm + rope."""
     table = _table(tables, freqs, x.device)
     shift, scale, gate, *mlp = mot._split_modulation(block, t_mod)
     h = block.norm1(x) * (1 + scale) + shift
+    return *_projected(block.self_attn, h, table), x, gate, *mlp, _is_checkpointed(expert)
+
+
+def _projected(attn: Foreign, h: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     q, k = norm_rope(SYSTEM, attn.q(h), attn.k(h), attn.norm_q, attn.norm_k, table, head_dim=attn.attn_head_dim)
-    checkpointed = bool(getattr(expert, "use_gradient_checkpointing", False))
-    return q.flatten(2), k.flatten(2), attn.v(h), x, gate, *mlp, checkpointed
+    return q.flatten(2), k.flatten(2), attn.v(h)
+
+
+def _is_checkpointed(expert: Foreign) -> bool:
+    return bool(getattr(expert, "use_gradient_checkpointing", False))
 
 
 def _table(tables: Tables, freqs: Tensor | tuple[Tensor, Tensor], device: torch.device) -> Tensor:

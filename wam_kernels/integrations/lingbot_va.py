@@ -9,7 +9,9 @@ Inference. ``WanAttention`` writes the chunk's keys into free slots of a pool, g
 takes the chunk out again; finding slots costs four stops for the device in every layer. Here a mirror on the host keeps
 the slots' ids and flags by the same rules, the pool is read in place (``cached_attention``), and nothing stops.
 
-In both, ``WanAttention.forward`` runs q/k norm and rope in one launch.
+In both, ``WanAttention.forward`` runs q/k norm and rope in one launch, and ``WanTransformerBlock.forward`` its norms
+with their modulation, gates and residual sums in one launch each. The modulation stays ``[B, L, 6, D]`` in the dtype of
+``temb``; the original makes a float32 sum of it and the block's table, a token each.
 """
 
 from __future__ import annotations
@@ -26,6 +28,7 @@ from ..cached_attention import cached_attention
 from ..masks import RuleProgram
 from ..masks.systems import lingbot_va_text, lingbot_va_train
 from ..runtime.host import eager
+from . import _glue
 from ._kernels import Tables, attend_under_program, device_ranges, norm_rope, require_complex, require_kernel
 from ._patching import (
     Cache,
@@ -69,12 +72,46 @@ def apply(patch: Patch, models: list[Foreign]) -> None:
                 patch.method(block.attn1, new.__name__[1:], new, mirrors)
             if not _is_flex(block.attn2):
                 patch.leave_alone(block.attn2, "attends to all of a short text: nothing to skip")
+            _apply_glue(patch, block)
             for attn in (block.attn1, block.attn2):
                 if _is_flex(attn):
                     require_class(SYSTEM, attn.attn_op, "FlexAttnFunc")
                     patch.method(attn.attn_op, "forward", _flex_forward, step)
         if any(_is_flex(block.attn1) for block in model.blocks):
             patch.method(model, "forward_train", _forward_train, patch.policy, step, replacement=_TrainingStep)
+
+
+def _apply_glue(patch: Patch, wrapped: Foreign) -> None:
+    block: Foreign = next(iter(of_class(wrapped, "WanTransformerBlock")), None)
+    table = getattr(block, "scale_shift_table", None)
+    if block is None or not isinstance(table, Tensor) or table.ndim != 3 or tuple(table.shape[:2]) != (1, 6):
+        patch.leave_alone(wrapped, "gates, residual sums and norms: no WanTransformerBlock with a [1, 6, D] table")
+        return
+    require_class(SYSTEM, block, "WanTransformerBlock")
+    reason = _glue.why_not(table.shape[-1], (block.norm1, block.norm3), (block.norm2,))
+    if reason is not None:
+        patch.leave_alone(block, f"gates, residual sums and norms: {reason}")
+        return
+    patch.method(block, "forward", _block_forward)
+
+
+def _block_forward(
+    block: Foreign, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: Tensor,
+    update_cache: int = 0, cache_name: str = "pos",
+) -> Tensor:  # fmt: skip
+    """norm + modulation, gate + residual + norm, residual + norm + modulation, gate + residual."""
+    x, text = hidden_states, encoder_hidden_states
+    if temb.ndim != 4 or temb.shape[2] != 6:
+        raise Unsupported(f"patch: {SYSTEM}'s temb must be [B, L, 6, D], got {list(temb.shape)}")
+    shift, scale, gate, *mlp = _glue.split_rows(temb, block.scale_shift_table[0], torch.float32)
+    _glue.require_rows(SYSTEM, x, shift)
+    c_shift, c_scale, c_gate = mlp
+    h = _glue.modulated(block.norm1, x, shift, scale)
+    y = block.attn1(h, h, h, rotary_emb, update_cache=update_cache, cache_name=cache_name)
+    x, h = _glue.added_and_normed(x, y, gate, block.norm2)
+    y = block.attn2(h, text, text, None, update_cache=0, cache_name=cache_name)
+    x, h = _glue.added_and_modulated(x, y, None, block.norm3, c_shift, c_scale, _glue.promoted(x, y))
+    return _glue.added(x, block.ffn(h), c_gate)
 
 
 def _is_flex(attn: Foreign) -> bool:

@@ -42,7 +42,7 @@ class CrossAttention(SelfAttention):
         return self.o(flash_attention(q, k, self.v(ctx), self.num_heads, ctx_mask))
 
 
-class Gate(nn.Module):
+class GateModule(nn.Module):
     def forward(self, x, gate, residual):
         return x + gate * residual
 
@@ -58,7 +58,7 @@ class DiTBlock(nn.Module):
         self.norm3 = nn.LayerNorm(hidden_dim, eps=1e-6)
         self.ffn = nn.Sequential(nn.Linear(hidden_dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, hidden_dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, hidden_dim) / hidden_dim**0.5)
-        self.gate = Gate()
+        self.gate = GateModule()
 
 
 class Expert(nn.Module):
@@ -110,13 +110,30 @@ class MoT(nn.Module):
         h = block.norm1(x) * (1 + scale) + shift
         q = rope_apply(block.self_attn.norm_q(block.self_attn.q(h)), freqs, block.num_heads)
         k = rope_apply(block.self_attn.norm_k(block.self_attn.k(h)), freqs, block.num_heads)
-        return q, k, block.self_attn.v(h), x, gate, *mlp, False
+        checkpointed = getattr(expert, "use_gradient_checkpointing", False)
+        return q, k, block.self_attn.v(h), x, gate, *mlp, checkpointed
+
+    @staticmethod
+    def _apply_expert_post_block(
+        block, residual_x, mixed_attn_out, gate_msa, shift_mlp, scale_mlp, gate_mlp, context_payload
+    ):
+        x = block.gate(residual_x, gate_msa, block.self_attn.o(mixed_attn_out))
+        if context_payload is not None:
+            mask = context_payload["mask"]
+            mask = mask.unsqueeze(1) if mask is not None and mask.dim() == 3 else mask
+            x = x + block.cross_attn(block.norm3(x), context_payload["context"], ctx_mask=mask)
+        return block.gate(x, gate_mlp, block.ffn(block.norm2(x) * (1 + scale_mlp) + shift_mlp))
 
     def _post(self, block, mixed, io, payload):
-        x, gate, shift_mlp, scale_mlp, gate_mlp = io[3:8]
-        x = block.gate(x, gate, block.self_attn.o(mixed))
-        x = x + block.cross_attn(block.norm3(x), payload["context"], payload["mask"][:, None])
-        return block.gate(x, gate_mlp, block.ffn(block.norm2(x) * (1 + scale_mlp) + shift_mlp))
+        names = ("residual_x", "gate_msa", "shift_mlp", "scale_mlp", "gate_mlp")
+
+        def post(mixed, *parts):
+            named = dict(zip(names, parts, strict=True))
+            return self._apply_expert_post_block(block=block, mixed_attn_out=mixed, context_payload=payload, **named)
+
+        if io[8] and self.training:
+            return torch.utils.checkpoint.checkpoint(post, mixed, *io[3:8], use_reentrant=False)
+        return post(mixed, *io[3:8])
 
     def prefill_video_cache(self, video_tokens, video_freqs, video_t_mod, video_context_payload, video_attention_mask):
         expert, x, cache = self.mixtures["video"], video_tokens, []

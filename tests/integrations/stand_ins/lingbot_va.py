@@ -139,7 +139,8 @@ class WanTransformerBlock(nn.Module):
         self.norm3 = nn.LayerNorm(dim, eps, elementwise_affine=False)
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def forward(self, x, text, temb, rotary_emb, update_cache=0, cache_name="pos"):
+    def forward(self, hidden_states, encoder_hidden_states, temb, rotary_emb, update_cache=0, cache_name="pos"):
+        x, text = hidden_states, encoder_hidden_states
         shift, scale, gate, c_shift, c_scale, c_gate = (self.scale_shift_table[None] + temb).unbind(2)
         h = self.norm1(x) * (1 + scale) + shift
         x = x + gate * self.attn1(h, h, h, rotary_emb, update_cache=update_cache, cache_name=cache_name)

@@ -1,0 +1,148 @@
+"""What lies between the products of a transformer block, on this library's fused ops.
+
+Adaptive norms, gates, residual sums and the norms that follow them. The rows of the modulation stay as the model made
+them: in its dtype, one for a sample, a frame, a block of frames or a token, with the block's own table beside them
+instead of a sum of the two. Results have the dtype that the model's own promotions give.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..adaln import ada_layer_norm, gate_residual_ada_layer_norm
+from ..adaln.config import MAX_D
+from ..adaln.op import uniform_gate_residual_norm
+from ..frame_index import FrameIndex
+from ._patching import Foreign, Unsupported
+
+
+class Rows(NamedTuple):
+    """A shift, scale or gate of a block: a row for every run of tokens, and what is added to all of them."""
+
+    rows: Tensor  # [B, F, D]
+    table: Tensor | None  # [D]
+    dtype: torch.dtype  # of the model's own sum of the two
+
+
+def split_rows(rows: Tensor, table: Tensor | None, dtype: torch.dtype) -> list[Rows]:
+    """``[B, F, n, D]`` and ``[n, D]``, one by one; ``dtype`` is that of their sum in the model."""
+    tables = [None] * rows.shape[2] if table is None else table.unbind(0)
+    return [Rows(row, of_row, dtype) for row, of_row in zip(rows.unbind(2), tables, strict=True)]
+
+
+def why_not(width: int, norms: Sequence[nn.Module], affine: Sequence[nn.Module] = ()) -> str | None:
+    """Why the fused ops cannot take a block's glue, or None.
+
+    Args:
+        width: Channels of the residual stream.
+        norms: Those that are modulated: LayerNorm without weight and bias.
+        affine: The others: LayerNorm with both, or nothing.
+    """
+    if width % 8 or not 8 <= width <= MAX_D:
+        return f"a width of {width}: the fused norms take multiples of 8 up to {MAX_D}"
+    for norm in (*norms, *affine):
+        if isinstance(norm, nn.Identity) and norm in affine:
+            continue
+        if not isinstance(norm, nn.LayerNorm) or tuple(norm.normalized_shape) != (width,):
+            return f"its norm is {norm}, not a LayerNorm of {width} channels"
+        weights = norm.weight is not None, norm.bias is not None
+        if weights != ((norm in affine),) * 2:
+            return f"its norm has weight and bias {weights}, where {norm in affine} was expected of both"
+    return None
+
+
+def require_rows(system: str, x: Tensor, *rows: Rows) -> None:
+    """The fused ops take these rows with the tokens ``x``.
+
+    Raises:
+        Unsupported: tokens that are no ``[B, S, D]``, or a mixture of float64 and other dtypes.
+    """
+    dtypes = {x.dtype, *(r.rows.dtype for r in rows), *(r.table.dtype for r in rows if r.table is not None)}
+    if x.ndim != 3 or torch.float64 in dtypes and len(dtypes) > 1 or not all(d.is_floating_point for d in dtypes):
+        names = ", ".join(sorted(map(str, dtypes)))
+        raise Unsupported(
+            f"patch: {system}'s modulation must be of tokens [B, S, D] in floats of at most 32 bits, or float64 alone, "
+            f"got {list(x.shape)} and {names}"
+        )
+
+
+def promoted(x: Tensor, *others: Tensor | Rows | None) -> torch.dtype:
+    dtype = x.dtype
+    for other in others:
+        dtype = dtype if other is None else torch.promote_types(dtype, other.dtype)
+    return dtype
+
+
+def modulated(norm: Foreign, x: Tensor, shift: Rows, scale: Rows, dtype: torch.dtype | None = None) -> Tensor:
+    """``LN(x) (1 + scale) + shift`` ``[B, S, D]`` of ``dtype``, that of ``x`` unless it is given."""
+    return _fused(_tokens(x, dtype or x.dtype), shift=shift, scale=scale, eps=norm.eps)[1]
+
+
+def added(x: Tensor, y: Tensor, gate: Rows | None, dtype: torch.dtype | None = None) -> Tensor:
+    """``x + gate y`` ``[B, S, D]`` of ``dtype``, that of ``x`` unless it is given."""
+    x = _tokens(x, dtype or x.dtype)
+    y = _tokens(y, x.dtype)
+    return x + y if gate is None else _fused(x, y, gate)[0]
+
+
+def added_and_modulated(
+    x: Tensor, y: Tensor, gate: Rows | None, norm: Foreign, shift: Rows, scale: Rows, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """``r = x + gate y`` and ``LN(r) (1 + scale) + shift``, in one pass where their rows are laid out alike."""
+    if gate is not None and gate.rows.shape[1] != shift.rows.shape[1]:
+        r = added(x, y, gate, dtype)
+        return r, modulated(norm, r, shift, scale)
+    x = _tokens(x, dtype or x.dtype)
+    return _fused(x, _tokens(y, x.dtype), gate, shift, scale, eps=norm.eps)
+
+
+def added_and_normed(
+    x: Tensor, y: Tensor, gate: Rows | None, norm: Foreign, dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor]:
+    """``r = x + gate y`` and the affine norm of it, by the module itself where that costs less or is no LayerNorm.
+
+    The sums over all tokens of weight and bias want long segments, which a row for every token does not have.
+    """
+    x = _tokens(x, dtype or x.dtype)
+    y = _tokens(y, x.dtype)
+    token_rows = gate is not None and gate.rows.shape[1] == x.shape[1]
+    weight = getattr(norm, "weight", None)
+    if token_rows or weight is None or weight.dtype not in (x.dtype, torch.float32):
+        r = added(x, y, gate)
+        return r, norm(r)
+    return _fused(x, y, gate, affine=norm, eps=norm.eps)
+
+
+def _fused(
+    x: Tensor, y: Tensor | None = None, gate: Rows | None = None, shift: Rows | None = None, scale: Rows | None = None,
+    affine: Foreign = None, eps: float = 1e-6,
+) -> tuple[Tensor, Any]:  # fmt: skip
+    """r and h of ``gate_residual_ada_layer_norm``; h alone without ``y``."""
+    rows = {"gate": gate, "shift": shift, "scale": scale}
+    inputs: dict[str, Any] = {name: None if r is None else _of_batch(r, x) for name, r in rows.items()}
+    inputs |= {f"{name}_table": None if r is None else r.table for name, r in rows.items()}
+    count = next((t.shape[1] for t in inputs.values() if t is not None), 1)
+    inputs |= {"weight": None, "bias": None} if affine is None else {"weight": affine.weight, "bias": affine.bias}
+    if torch.compiler.is_compiling():
+        return uniform_gate_residual_norm({"x": x, "y": y, **inputs}, count, eps)
+    index = FrameIndex.uniform(x.shape[1], count, device=x.device)
+    if y is None:
+        norm_alone = {name: inputs[name] for name in ("shift", "scale", "shift_table", "scale_table")}
+        return x, ada_layer_norm(x, index=index, eps=eps, **norm_alone)
+    return gate_residual_ada_layer_norm(x, y, index=index, eps=eps, **inputs)
+
+
+def _tokens(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[B, S, D]`` of a dtype, channels side by side."""
+    t = t.to(dtype)
+    return t if t.stride(-1) == 1 else t.contiguous()
+
+
+def _of_batch(rows: Rows, x: Tensor) -> Tensor:
+    t = rows.rows
+    t = t if t.stride(-1) == 1 else t.contiguous()
+    return t if t.shape[0] == x.shape[0] else t.expand(x.shape[0], -1, -1)
