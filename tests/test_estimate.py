@@ -233,7 +233,7 @@ def test_train_estimate_reads_the_sizes_of_a_data_set(capsys):
 
 
 def test_rollout_estimate_reads_a_checkpoint_without_its_weights(capsys, tmp_path):
-    from wam_models.model.checkpoint import save_checkpoint
+    from wam_models.checkpoint import save_checkpoint
 
     save_checkpoint(tmp_path, made(SMALL))
     (tmp_path / "model.safetensors").unlink()

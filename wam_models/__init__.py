@@ -4,6 +4,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
+    from .checkpoint import Checkpoint as Checkpoint
+    from .checkpoint import load_checkpoint as load_checkpoint
+    from .checkpoint import save_checkpoint as save_checkpoint
     from .config import ModelConfig as ModelConfig
     from .config import demo_config as demo_config
     from .config import golden_config as golden_config
@@ -12,9 +15,6 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .data import ClipDataset as ClipDataset
     from .data import LeRobotDataset as LeRobotDataset
     from .flow import TimestepDraw as TimestepDraw
-    from .model.checkpoint import Checkpoint as Checkpoint
-    from .model.checkpoint import load_checkpoint as load_checkpoint
-    from .model.checkpoint import save_checkpoint as save_checkpoint
     from .model.dual_expert import WorldActionModel as WorldActionModel
     from .model.weights import load_weights as load_weights
     from .model.weights import read_weights as read_weights
@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
 # Names load on first use, so that ``wam --help`` and the data tools do not pay for torch.
 HOME_OF = {
     "Candidate": "rollout.episode",
-    "Checkpoint": "model.checkpoint",
+    "Checkpoint": "checkpoint",
     "ClipDataset": "data",
     "Converted": "weights.convert",
     "Episode": "rollout.episode",
@@ -60,10 +60,10 @@ HOME_OF = {
     "demo_config": "config",
     "from_diffusers": "weights.convert",
     "golden_config": "config",
-    "load_checkpoint": "model.checkpoint",
+    "load_checkpoint": "checkpoint",
     "load_weights": "model.weights",
     "read_weights": "model.weights",
-    "save_checkpoint": "model.checkpoint",
+    "save_checkpoint": "checkpoint",
     "sizes_from": "weights.convert",
     "training_step": "train.step",
     "umt5_encoder": "text",

@@ -31,8 +31,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..checkpoint import locked_folder
 from ..data import ClipDataset, LeRobotDataset
-from ..model.checkpoint import locked_folder
 from ..rollout import RolloutConfig, RolloutEngine
 from ..rollout.policy import PICTURES, Policy
 from ..runtime.files import new_file

@@ -10,6 +10,7 @@ import torch
 
 from wam_kernels.roofline import DEFAULT_DEVICE_MODEL, DEVICE_MODELS, DeviceModel, device_model_of
 
+from ..checkpoint import CONFIG, EXTRA, read_settings, tensor_shape
 from ..config import ModelConfig
 from ..data import LeRobotDataset
 from ..data.latents import PATCH
@@ -24,7 +25,6 @@ from ..estimate import (
     train_step,
 )
 from ..estimate.presets import Preset
-from ..model.checkpoint import CONFIG, EXTRA, read_settings, tensor_shape
 from ..rollout import RolloutConfig
 from ..rollout.policy import Camera
 from ..runtime.checks import choice

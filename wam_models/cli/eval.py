@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from ..model.checkpoint import saved_as
+from ..checkpoint import saved_as
 from ..objectives import MODEL_PROGRAMS
 from ..rollout.policy import Policy
 from ..runtime.checks import check_device, choice, writable_folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ..model.checkpoint import load_checkpoint
+from ..checkpoint import load_checkpoint
 from ..weights.convert import weights_to
 from ..weights.folders import write_folder
 

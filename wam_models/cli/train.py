@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from ..checkpoint import CONFIG, TRAINING
 from ..data import ClipDataset, LeRobotDataset
-from ..model.checkpoint import CONFIG, TRAINING
 from ..rollout.policy import Policy
 from ..runtime.checks import check_device, whole
 from ..runtime.limits import LARGEST_INT64

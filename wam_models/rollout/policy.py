@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..checkpoint import CONFIG, EXTRA, Checkpoint, load_checkpoint, save_checkpoint
 from ..data import ClipDataset, LeRobotDataset, StateCodec
 from ..data.clips import LEAST_STD, STRIDE, episode_frames, reaching_actions
 from ..data.codec import Codec, SavedCodec
 from ..data.latents import CODECS, codec_kind
 from ..data.lerobot import Episode
-from ..model.checkpoint import CONFIG, EXTRA, Checkpoint, load_checkpoint, save_checkpoint
 from ..model.dual_expert import WorldActionModel
 from ..runtime.checks import check_field, instance, whole
 from ..runtime.json_fields import from_fields

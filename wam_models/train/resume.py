@@ -10,9 +10,9 @@ from typing import Any, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import CONFIG, TRAINING, Checkpoint
 from ..data import ClipDataset
 from ..data.codec import SavedCodec
-from ..model.checkpoint import CONFIG, TRAINING, Checkpoint
 from ..model.weights import abridged, check_finite, load_weights
 from ..runtime.checks import whole
 from ..text import WordEmbedding

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
-from ..model.checkpoint import Checkpoint, locked_folder, remove_checkpoint, saved_as
+from ..checkpoint import Checkpoint, locked_folder, remove_checkpoint, saved_as
 from ..runtime.checks import writable_folder
 
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..checkpoint import Checkpoint
 from ..data import ClipDataset
 from ..data.latents import codec_kind
-from ..model.checkpoint import Checkpoint
 from ..model.dual_expert import WorldActionModel
 from ..model.weights import abridged, check_finite, load_weights
 from ..rollout import RolloutConfig

@@ -8,8 +8,8 @@ from pathlib import Path
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..checkpoint import holds_checkpoint, load_checkpoint
 from ..config import ModelConfig
-from ..model.checkpoint import holds_checkpoint, load_checkpoint
 from ..runtime.checks import choice
 from .convert import shapes_of, weights_from
 from .folders import read_folder

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..checkpoint import holds_checkpoint, load_checkpoint
 from ..config import ModelConfig
-from ..model.checkpoint import holds_checkpoint, load_checkpoint
 from ..runtime.checks import choice, number, whole
 from ..runtime.limits import LARGEST_INT64
 from .convert import sizes_from, weights_from, weights_to

@@ -21,11 +21,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..config import ModelConfig
-from ..runtime.json_fields import read_json
-from ..text import WordEmbedding
-from .dual_expert import WorldActionModel
-from .weights import INDEX, SAVE_ID, abridged, bare_names, check_finite, load_weights, not_here, read_tensors, stamp
+from .config import ModelConfig
+from .model.dual_expert import WorldActionModel
+from .model.weights import (
+    INDEX,
+    SAVE_ID,
+    abridged,
+    bare_names,
+    check_finite,
+    load_weights,
+    not_here,
+    read_tensors,
+    stamp,
+)
+from .runtime.json_fields import read_json
+from .text import WordEmbedding
 
 MODEL, CONFIG, EXTRA, TRAINING = "model.safetensors", "config.json", "extra.safetensors", "training.pt"
 _TEXT_KEY = "text."  # prefix of the word embedding's tensors among the extra tensors
