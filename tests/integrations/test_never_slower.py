@@ -89,7 +89,7 @@ def test_a_short_call_is_a_dense_one(system, short, monkeypatch):
     assert sum(done.calls.values()) > 0
 
 
-@pytest.mark.parametrize("system", ["Fast-WAM uncond", "LingBot-VA"])
+@pytest.mark.parametrize("system", ["Fast-WAM uncond", "LingBot-VA", "DreamZero"])
 def test_operators_of_a_training_step_with_fused_glue(system):
     """The README's rows, for the PyTorch that they were made with."""
     call = TRAINING[system]()

@@ -140,13 +140,15 @@ def _uniform(tokens: int, rows: int, device: torch.device) -> tuple:
 
 def _uniform_forward(x, *args):
     *others, rows, eps, impl = args
-    return _forward(x, *others, *_uniform(x.shape[1], rows, x.device), eps, impl)
+    arguments = [x, *others, *_uniform(x.shape[1], rows, x.device), eps, impl]
+    return _forward(*arguments)
 
 
 def _uniform_backward(dr, dh, *args):
     *others, rows, eps, impl = args
     like = dr if dh is None else dh
-    return _backward(dr, dh, *others, *_uniform(like.shape[1], rows, like.device), eps, impl)
+    arguments = [dr, dh, *others, *_uniform(like.shape[1], rows, like.device), eps, impl]
+    return _backward(*arguments)
 
 
 def _uniform_backward_fake(dr, dh, r, y, gate, scale, gate_table, scale_table, weight, rows, eps, impl):

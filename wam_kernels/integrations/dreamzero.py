@@ -8,7 +8,9 @@ Inference. Everything attends to the cache and itself, so the model's own dense 
 the keys of a chunk are normed, rotated and written behind a copy of the cache in one launch, and the updated cache is a
 view of that buffer, where the original concatenates keys and values twice and stacks them.
 
-In both, q/k norm and rope are one launch.
+In both, q/k norm and rope are one launch, and so is each norm of a block with its modulation, gate and residual. The
+modulation ``[B, F, 6, D]`` has a row for a block, a frame or a token, in its own dtype; the original adds the block's
+table and repeats it to the tokens.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..masks.systems import dreamzero_train
+from . import _glue
 from ._kernels import Tables, attend_under_program, norm_rope, require_complex, require_kernel
 from ._patching import Foreign, Patch, Unsupported, of_class, require_class, require_norms, require_parts
 
@@ -50,6 +53,48 @@ def apply(patch: Patch, attentions: list[Foreign]) -> None:
         require_norms(SYSTEM, attn.norm_q, attn.norm_k, attn.num_heads * attn.head_dim)
         patch.method(attn, "forward", _forward, tables)
         patch.leave_alone(attn.attn, "in cached inference, attends to all of the cache: nothing to skip")
+    for block in of_class(patch.model, "CausalWanAttentionBlock") if patch.model is not None else ():
+        try:
+            reason: object = _why_no_glue(block)
+            if reason is None:
+                patch.method(block, "forward", _block_forward)
+        except Unsupported as refused:  # a fork's block; its attention is served all the same
+            reason = refused
+        if reason is not None:
+            patch.leave_alone(block, f"gates, residual sums and norms: {reason}")
+
+
+def _why_no_glue(block: Foreign) -> str | None:
+    require_class(SYSTEM, block, "CausalWanAttentionBlock")
+    table = getattr(block, "modulation", None)
+    if not isinstance(table, Tensor) or table.ndim != 3 or tuple(table.shape[:2]) != (1, 6):
+        return "its modulation is not [1, 6, D]"
+    return _glue.why_not(table.shape[-1], (block.norm1, block.norm2), (block.norm3,))
+
+
+def _block_forward(
+    block: Foreign, x: Tensor, e: Tensor, freqs: Tensor, freqs_action: Tensor, freqs_state: Tensor,
+    action_register_length: int | None, context: Tensor, kv_cache: Tensor | None = None,
+    crossattn_cache: Tensor | None = None, current_start_frame: int = 0, is_tf: bool = True,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """norm + modulation, gate + residual + norm, residual + norm + modulation, gate + residual."""
+    rows = e[:, : x.shape[1]]  # a longer modulation is cut, a shorter one repeated
+    shift, scale, gate, *mlp = _glue.split_rows(
+        rows, block.modulation[0], torch.promote_types(e.dtype, block.modulation.dtype)
+    )
+    _glue.require_rows(SYSTEM, x, shift)
+    c_shift, c_scale, c_gate = mlp
+    h = _glue.modulated(block.norm1, x, shift, scale, _glue.promoted(x, shift))
+    y, updated = block.self_attn(
+        x=h, freqs=freqs, freqs_action=freqs_action, freqs_state=freqs_state,
+        action_register_length=action_register_length, kv_cache=kv_cache, is_tf=is_tf,
+        current_start_frame=current_start_frame,
+    )  # fmt: skip
+    x, h = _glue.added_and_normed(x, y, gate, block.norm3, _glue.promoted(x, y, gate))
+    y = block.cross_attn(h, context)
+    x, h = _glue.added_and_modulated(x, y, None, block.norm2, c_shift, c_scale, _glue.promoted(x, y, c_shift))
+    y = block.ffn(h)
+    return _glue.added(x, y, c_gate, _glue.promoted(x, y, c_gate)), updated
 
 
 def _forward(

@@ -52,8 +52,12 @@ def apply(patch: Patch, mots: list[Foreign]) -> None:
         patch.method(mot, "_mixed_attention", _mixed_attention)
         reason = _why_no_glue(mot)
         if reason is None:
+            try:
+                patch.method(mot, "_apply_expert_post_block", _post_block)
+            except Unsupported as refused:  # a fork's; its attention is served all the same
+                reason = str(refused)
+        if reason is None:
             patch.method(mot, "_build_expert_attention_io", _build_io_of_rows, tables)
-            patch.method(mot, "_apply_expert_post_block", _post_block)
         else:
             patch.method(mot, "_build_expert_attention_io", _build_io, tables)
             patch.leave_alone(mot, f"gates, residual sums and norms: {reason}")

@@ -87,12 +87,15 @@ def _apply_glue(patch: Patch, wrapped: Foreign) -> None:
     if block is None or not isinstance(table, Tensor) or table.ndim != 3 or tuple(table.shape[:2]) != (1, 6):
         patch.leave_alone(wrapped, "gates, residual sums and norms: no WanTransformerBlock with a [1, 6, D] table")
         return
-    require_class(SYSTEM, block, "WanTransformerBlock")
-    reason = _glue.why_not(table.shape[-1], (block.norm1, block.norm3), (block.norm2,))
+    try:
+        require_class(SYSTEM, block, "WanTransformerBlock")
+        reason: object = _glue.why_not(table.shape[-1], (block.norm1, block.norm3), (block.norm2,))
+        if reason is None:
+            patch.method(block, "forward", _block_forward)
+    except Unsupported as refused:  # a fork's block; its attention is served all the same
+        reason = refused
     if reason is not None:
         patch.leave_alone(block, f"gates, residual sums and norms: {reason}")
-        return
-    patch.method(block, "forward", _block_forward)
 
 
 def _block_forward(

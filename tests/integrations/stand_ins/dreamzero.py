@@ -105,15 +105,42 @@ class CausalWanSelfAttention(nn.Module):
         return self.o(self.attn(q, *seen).flatten(2)), torch.stack([new_k, new_v])
 
 
+class CrossAttention(nn.Module):
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads, self.attn = num_heads, AttentionModule()
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+
+    def forward(self, x, context):
+        q, k, v = (t.unflatten(2, (self.num_heads, -1)) for t in (self.q(x), self.k(context), self.v(context)))
+        return self.o(self.attn(q, k, v).flatten(2))
+
+
 class CausalWanAttentionBlock(nn.Module):
     def __init__(self, dim, **sizes):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, 1e-6, elementwise_affine=False)
+        self.norm1, self.norm2 = (nn.LayerNorm(dim, 1e-6, elementwise_affine=False) for _ in range(2))
+        self.norm3 = nn.LayerNorm(dim, 1e-6)
         self.self_attn = CausalWanSelfAttention(dim, **sizes)
+        self.cross_attn = CrossAttention(dim, sizes["num_heads"])
+        self.ffn = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU("tanh"), nn.Linear(2 * dim, dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
-    def forward(self, x, **arguments):
-        y, cache = self.self_attn(self.norm1(x), **arguments)
-        return x + y, cache
+    def forward(
+        self, x, e, freqs, freqs_action, freqs_state, action_register_length, context, kv_cache=None,
+        crossattn_cache=None, current_start_frame=0, is_tf=True,
+    ):  # fmt: skip
+        tokens, rows = x.shape[1], (self.modulation.unsqueeze(1) + e).chunk(6, dim=2)
+        each = -(-tokens // e.shape[1])  # rows of blocks or frames are repeated, and too many are cut
+        rows = [part.squeeze(2).repeat_interleave(each, dim=1)[:, :tokens] for part in rows]
+        y, cache = self.self_attn(
+            x=self.norm1(x) * (1 + rows[1]) + rows[0], freqs=freqs, freqs_action=freqs_action, freqs_state=freqs_state,
+            action_register_length=action_register_length, kv_cache=kv_cache, is_tf=is_tf,
+            current_start_frame=current_start_frame,
+        )  # fmt: skip
+        x = x + y * rows[2]
+        x = x + self.cross_attn(self.norm3(x), context)
+        return x + self.ffn(self.norm2(x) * (1 + rows[4]) + rows[3]) * rows[5], cache
 
 
 class CausalWanModel(nn.Module):
@@ -127,6 +154,9 @@ class CausalWanModel(nn.Module):
         half = dim // num_heads // 2
         angle = torch.arange(400)[:, None].double() * 50.0 ** (-torch.arange(half) / half)
         freqs = torch.polar(torch.ones_like(angle), angle)
+        self.context = nn.Parameter(torch.randn(1, 3, dim))
+        self.time_projection = nn.Linear(1, 6 * dim)
+        self.modulation_rows = None  # as many as there are tokens
         self.freqs, self.freqs_action, self.freqs_state = freqs[:, None], freqs[:300], freqs[:50]
 
     def _create_freqs(self, first_position, video):
@@ -138,9 +168,11 @@ class CausalWanModel(nn.Module):
     def forward(self, x, first_position, video, caches=None, **arguments):
         """``video`` tokens are at consecutive positions from ``first_position`` on."""
         freqs, new = self._create_freqs(first_position, video), []
+        timestep = torch.arange(self.modulation_rows or x.shape[1])[None, :, None].sin().expand(x.shape[0], -1, -1)
+        e, context = self.time_projection(timestep.to(x)).unflatten(2, (6, -1)), self.context.expand(x.shape[0], -1, -1)
         for i, block in enumerate(self.blocks):
             x, cache = block(
-                x, freqs=freqs, freqs_action=self.freqs_action, freqs_state=self.freqs_state,
+                x, e=e, context=context, freqs=freqs, freqs_action=self.freqs_action, freqs_state=self.freqs_state,
                 kv_cache=None if caches is None else caches[i], **arguments,
             )  # fmt: skip
             new.append(cache)
