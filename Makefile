@@ -2,7 +2,10 @@
 # The CUDA extension is built where nvcc is found; WAM_CUDA=0 leaves it out, WAM_CUDA=1 insists (see setup.py).
 
 PYTHON ?= python3
+PYTHON312 ?= python3.12
 VENV := .venv
+LEROBOT := .venv-lerobot
+TORCH27 := .venv-torch27
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -10,7 +13,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PACKAGE := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lint test test-slow test-triton mutation bench clean
+.PHONY: help demo lint test test-slow test-triton test-lerobot test-torch27 mutation bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -19,9 +22,11 @@ help:
 	@echo "make test       set up .venv and run the whole test suite"
 	@echo "make test-slow  set up .venv and run the tests that take long, which make test leaves out"
 	@echo "make test-triton  compile every Triton kernel under Triton 3.3 to 3.7 for five GPUs (downloads 0.7 GB) and print a table"
+	@echo "make test-lerobot  patch the policies of lerobot 0.6.1 in .venv-lerobot (Python 3.12, downloads 4 GB)"
+	@echo "make test-torch27  run the integrations' tests under PyTorch 2.7.1 in .venv-torch27 (downloads 3 GB)"
 	@echo "make mutation   set up .venv and plant bugs in the CUDA kernels, of which each must be found"
 	@echo "make bench      set up .venv and time every op on one CPU thread beside the saved baseline"
-	@echo "make clean      remove .venv and what was built"
+	@echo "make clean      remove the environments and what was built"
 
 demo: $(VENV)/installed
 	$(BIN)/wam demo
@@ -44,6 +49,20 @@ test: $(VENV)/installed-test
 # every version in a folder of its own below .venv/triton; no GPU
 test-triton: $(VENV)/installed-test
 	$(BIN)/python -m tests.aot.versions
+
+# environments of their own, which no other target touches
+test-lerobot: $(LEROBOT)/installed
+	PYTHONPATH=. $(LEROBOT)/bin/python -m pytest tests/integrations/with_lerobot.py
+
+test-torch27: $(TORCH27)/installed
+	env -u TRITON_INTERPRET PYTHONPATH=. $(TORCH27)/bin/python -m pytest tests/integrations \
+	  --ignore=tests/integrations/test_openwam.py -m "not slow"
+
+$(LEROBOT)/installed: PYTHON := $(PYTHON312)
+$(LEROBOT)/installed $(TORCH27)/installed: .venv-%/installed: requirements/%.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet -r $<
+	touch $@
 
 test-slow: $(VENV)/installed-test
 	env -u TRITON_INTERPRET $(BIN)/python -m pytest tests --ignore=tests/interpreter -m slow
@@ -76,4 +95,4 @@ $(VENV)/installed-test: $(VENV)/installed requirements/test.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info wam_kernels/_C*.so
+	rm -rf $(VENV) $(LEROBOT) $(TORCH27) build *.egg-info wam_kernels/_C*.so

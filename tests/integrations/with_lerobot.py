@@ -1,7 +1,7 @@
 """The policies of lerobot 0.6.1 themselves, tiny and with random weights, patched: `make test-lerobot`.
 
-Not collected by `make test`, whose environment cannot have lerobot. Policies come from its ``make_policy``. What would be
-downloaded is made small here: Wan's VAE and the text encoder are the real classes, the tokenizer is a stub, and pi-0
+Not collected by `make test`, whose environment cannot have lerobot. Policies come from its ``make_policy``. What would
+be downloaded is made small here: Wan's VAE and the text encoder are the real classes, the tokenizer is a stub, and pi-0
 gets small Gemmas and a small SigLIP. LingBot-VA trains with flex attention, which has no backward on a CPU and rounds
 to bfloat16: here it is a dense softmax in float32 under the block mask that the model makes.
 """

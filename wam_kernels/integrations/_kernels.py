@@ -231,6 +231,8 @@ def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -
     mask = mask.to(q.device) if mask.dtype == torch.bool else mask.to(q.device, q.dtype)
     mask = mask[:, None] if mask.ndim == 3 else mask
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    if k.shape[1] == 1:  # PyTorch 2.7 has no fused kernel for groups, but for keys that several heads share in memory
+        k, v = (t.expand(-1, q.shape[1], -1, -1) for t in (k, v))
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
 

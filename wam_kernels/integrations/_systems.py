@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from types import ModuleType
 
+import torch
 from torch import Tensor, nn
 
 from . import cosmos_policy, dreamzero, fast_wam, lerobot, lingbot_va, openpi, openwam
@@ -82,6 +84,7 @@ def patch(model: nn.Module, on_unsupported: str = "error") -> Patch | None:
         if found:
             if not process_patches(model):  # such a patch is known by the classes that it changed
                 object.__setattr__(model, _ATTRIBUTE, done)
+            _trace_anew()
             return done
     names = ", ".join(system.SYSTEM for system in SYSTEMS)
     reason = Unsupported(f"patch: model must be one of {names}, got {type(model).__name__}")
@@ -202,3 +205,14 @@ def unpatch(model: nn.Module) -> None:
         object.__delattr__(m, _ATTRIBUTE)
     for done in shared:
         done.undo()
+    _trace_anew()
+
+
+def _trace_anew() -> None:
+    """A model that was compiled and run before goes through its methods as they are now.
+
+    PyTorch 2.7 does not look whether a module has another method than its class, 2.11 does: without this, what was
+    compiled before ``patch`` would go on as it was.
+    """
+    if "torch._dynamo" in sys.modules and torch.__version__ < "2.11":
+        torch._dynamo.reset()

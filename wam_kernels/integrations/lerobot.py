@@ -90,11 +90,14 @@ def grid_table(sizes: Tensor, freqs: Tensor, tokens: int) -> Tensor:
         freqs: complex ``[positions, D / 2]``: the first channels are for frames, a third each for rows and columns.
         tokens: S; those beyond the grid are not rotated.
     """
-    third = freqs.shape[1] // 3
-    frames, rows, columns = sizes[:, :, None].unbind(1)
-    at = torch.arange(tokens, device=sizes.device)
-    inside = at < frames * rows * columns
-    places = at // (rows * columns), at // columns % rows, at % columns
-    axes = freqs.split((freqs.shape[1] - 2 * third, third, third), 1)
-    angles = torch.cat([axis[place * inside] for axis, place in zip(axes, places, strict=True)], -1)
-    return torch.view_as_real(torch.where(inside[..., None], angles, torch.ones_like(angles)))
+    half = freqs.shape[1]
+    third, channel = half // 3, torch.arange(half, device=sizes.device)
+    axis = (channel >= half - 2 * third).long() + (channel >= half - third)
+    at = torch.arange(tokens, device=sizes.device)[:, None]
+    # tokens of one row, of one frame, of the grid
+    counts = sizes.flip(1).cumprod(1)[:, None]
+    strides = torch.cat([counts[..., :2].flip(2), torch.ones_like(counts[..., :1])], 2)
+    places = at // strides % sizes[:, None]
+    angles = freqs[places[..., axis], channel]
+    inside = at < counts[..., 2:]
+    return torch.view_as_real(torch.where(inside, angles, torch.ones_like(angles)))

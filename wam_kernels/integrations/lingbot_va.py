@@ -78,7 +78,8 @@ def apply(patch: Patch, models: list[Foreign]) -> None:
                     require_class(SYSTEM, attn.attn_op, "FlexAttnFunc")
                     patch.method(attn.attn_op, "forward", _flex_forward, step)
         if any(_is_flex(block.attn1) for block in model.blocks):
-            patch.method(model, "forward_train", _forward_train, patch.policy, step, replacement=_TrainingStep)
+            shared = patch.policy, step, _flex_class(model)
+            patch.method(model, "forward_train", _forward_train, *shared, replacement=_TrainingStep)
 
 
 def _apply_glue(patch: Patch, wrapped: Foreign) -> None:
@@ -190,8 +191,8 @@ def _init_mask_of(flex: Any) -> Any:
     return vars(flex)["init_mask"].__func__
 
 
-def _forward_train(policy: Policy, programs: _StepPrograms, model: Foreign, input_dict: dict):
-    shared = _flex_class(model).init_mask
+def _forward_train(policy: Policy, programs: _StepPrograms, flex: Any, model: Foreign, input_dict: dict):
+    shared = flex.init_mask
     shared.step = (policy, programs)
     try:
         return type(model).forward_train(model, input_dict)

@@ -190,7 +190,8 @@ class WanTransformer3DModel(nn.Module):
     def forward_train(self, input_dict):
         d = input_dict
         latent, action = d["latent_dict"], d["action_dict"]
-        parts = [self.embed(part[name], part is action).flatten(0, 1) for part in (latent, action)
+        streams = (latent, False), (action, True)
+        parts = [self.embed(part[name], is_action).flatten(0, 1) for part, is_action in streams
                  for name in ("noisy_latents", "latent")]  # fmt: skip
         x = torch.cat(parts)[None]
         padding = -x.shape[1] % 128
