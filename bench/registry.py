@@ -209,10 +209,15 @@ for _suite in SUITES.values():
 
 # rows of `wam bench --base REF --record`, which is no suite
 COMPARE = Section("This tree against another commit", ("base", "case", "instruction_ratio", "time_ratio", "spread"))
+# rows of `python -m tests.integrations.counts`: its models are the tests', so it is no suite either
+INTEGRATIONS = Section(
+    "Steps of patched models, counted on small ones", ("case", "what", "provider", "operators", "bytes", "peak_bytes")
+)
+OTHERS = {"compare": COMPARE, "integrations": INTEGRATIONS}
 
 
 def sections() -> dict[str, Section]:
-    return {name: suite.report for name, suite in SUITES.items()} | {"compare": COMPARE}
+    return {name: suite.report for name, suite in SUITES.items()} | OTHERS
 
 
 if __name__ == "__main__":

@@ -1,42 +1,18 @@
 """A patched model launches no more than the original, and does not wait for the device in a denoising step."""
 
 import sys
-from collections import Counter
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.integrations import counts
 from tests.integrations.checks import CLOSE, numbers, outputs_and_gradients
-from tests.integrations.test_compile import DENOISING, README, TRAINING, gradients
+from tests.integrations.counts import launches
+from tests.integrations.test_compile import DENOISING, TRAINING, gradients
 from wam_kernels.integrations import _kernels, cosmos_policy, patch
 
-# views and bookkeeping: nothing is launched for them
-FREE = {
-    "view", "_unsafe_view", "reshape", "transpose", "t", "permute", "expand", "slice", "select", "split", "unsqueeze",
-    "squeeze", "chunk", "detach", "alias", "as_strided", "unbind", "split_with_sizes", "view_as_real",
-    "view_as_complex", "empty", "new_empty", "empty_like", "lift_fresh", "diagonal", "_reshape_alias", "unfold",
-}  # fmt: skip
 # a value goes to the host
 STOPS = {"_local_scalar_dense", "equal", "is_nonzero", "nonzero", "masked_select", "item", "unique_dim", "_unique2"}
-
-
-class Launches(TorchDispatchMode):
-    def __init__(self) -> None:
-        super().__init__()
-        self.of: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        name = func.overloadpacket.__name__
-        if name not in FREE:
-            self.of[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
-def launches(call) -> Counter:
-    with Launches() as mode:
-        call()
-    return mode.of
 
 
 @pytest.fixture
@@ -90,8 +66,7 @@ def test_a_short_call_is_a_dense_one(system, short, monkeypatch):
 
 
 @pytest.mark.parametrize("system", ["Fast-WAM uncond", "LingBot-VA", "DreamZero"])
-def test_operators_of_a_training_step_with_fused_glue(system):
-    """The README's rows, for the PyTorch that they were made with."""
+def test_a_training_step_with_fused_glue(system):
     call = TRAINING[system]()
     run = lambda: gradients(call, call.step)  # noqa: E731
     before = launches(run).total()
@@ -100,5 +75,36 @@ def test_operators_of_a_training_step_with_fused_glue(system):
     after = launches(run)
     assert after["gate_residual_norm"] > 0 and after["gate_residual_norm_backward"] > 0
     assert after.total() < 0.7 * before
-    if torch.__version__.startswith("2.13."):
-        assert f"| {system} | {before} to {after.total()} |" in README.read_text()
+
+
+def test_the_page_has_the_recorded_counts():
+    assert counts.Page.read().table == counts.table(), "python -m tests.integrations.counts writes it"
+
+
+@pytest.mark.parametrize(
+    "step, system", [("training", "DreamZero"), ("denoising", "Fast-WAM"), ("denoising", "LingBot-VA")]
+)
+def test_recorded_counts(step, system):
+    """Rows are what a count gives now; with another PyTorch, whose operators may be others, only less than before."""
+    (before, after), recorded = counts.rows(step, system), counts.recorded(step, system)
+    for key in ("operators", "bytes", "peak_bytes"):
+        if torch.__version__ == recorded[0]["torch"]:
+            assert [before[key], after[key]] == [row[key] for row in recorded], "python -m tests.integrations.counts"
+        assert after[key] < before[key]
+
+
+def test_bytes_and_peak_of_a_known_step():
+    """Two products of 4 kB matrices; the first result is dropped before the third is there."""
+    a = torch.ones(32, 32)
+
+    def step():
+        b = a @ a.T
+        c = b + torch.ones(1, device=a.device).expand(32, 32)
+        del b
+        return c * 2
+
+    with counts.Launches() as mode:
+        step()
+    assert mode.of == {"mm": 1, "ones": 1, "add": 1, "mul": 1}
+    assert mode.bytes == 3 * 4096 + 4 + (2 * 4096 + 4) + 2 * 4096
+    assert counts.peak_bytes(step) == 2 * 4096 + 4

@@ -1,6 +1,7 @@
 """LingBot-VA: ``WanTransformer3DModel`` of ``WanAttention`` blocks with a flex training mask and a slot-pool cache.
 
-The flex kernel is a dense masked softmax here, in the dtype that comes in; everything else keeps the public interface.
+The flex kernel is PyTorch's fused call under a dense mask here, in the dtype that comes in; everything else keeps the
+public interface.
 """
 
 import torch
@@ -24,9 +25,7 @@ class FlexAttnFunc(nn.Module):
     def forward(self, query, key, value, dtype=torch.bfloat16):
         mask = FlexAttnFunc.cross_attention_mask if self.is_cross else FlexAttnFunc.attention_mask
         q, k, v = (t[:1].transpose(1, 2) for t in (query, key, value))
-        scores = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~mask, float("-inf"))
-        p = torch.where(mask.any(-1, keepdim=True), scores, 0.0).softmax(-1) * mask
-        return (p @ v).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2)
 
     @staticmethod
     def init_mask(latent_shape, action_shape, padded_length, chunk_size, window_size, patch_size, device):
