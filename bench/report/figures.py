@@ -87,7 +87,7 @@ def roofline_figure(rows: Sequence[Row], where: str):
 
 
 def norms_figure(rows: Sequence[Row], where: str):
-    """Compulsory traffic of the norm ops as a share of the machine's copy, largest size of each op; measured rows alone."""
+    """Compulsory traffic of the norm ops as a share of the machine's copy, largest size of each op, measured."""
     shown = [r for r in rows if r.get("%_of_copy") is not None and r["file"] != "static"]
     if not shown:
         return None

@@ -67,6 +67,11 @@ def test_figures(results, tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
 
 
+def test_predicted_rows_are_in_no_figure_of_measurements():
+    predicted = {"file": "static", "op": "adaln", "what": "forward", "provider": "cuda", "%_of_copy": 80.0}
+    assert all(figure([predicted], "here") is None for figure in SECTIONS["norm_peers"].figures.values())
+
+
 def test_the_committed_rows_render(tmp_path):
     rows = report.load(RESULTS)
     text = page.tables(rows, SECTIONS)
