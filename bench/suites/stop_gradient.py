@@ -42,6 +42,7 @@ def rows(options: Options) -> Iterable[Row]:
                 _require_pairs(geometry, plan, pairs)
                 for provider, keys in (("triton", plan.keys), ("cuda", plan.boxes.keys)):
                     yield {
+                        "counted": True,
                         "workload": f"libero c{chunk} w{window}",
                         "history": history,
                         "tokens": plan.length,

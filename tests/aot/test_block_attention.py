@@ -1,7 +1,6 @@
 """Every block-attention kernel compiled for sm_90: tensor cores, nothing computed twice, no spills, shared memory."""
 
 from functools import cache
-from itertools import product
 
 import pytest
 
@@ -105,17 +104,18 @@ def test_largest_float32_fits_in_shared_memory(name, rows):
 
 
 @pytest.mark.parametrize(
-    "capability, D, dtype",
+    "D, dtype",
     [
-        (89, 128, "bf16"),
+        (128, "bf16"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
-            for case in product((80, 86, 89, 100, 120), (64, 128, 256), ("bf16", "fp32"))
-            if case[1:] != (256, "fp32") and case != (89, 128, "bf16")
+            for case in ((64, "bf16"), (64, "fp32"), (128, "fp32"), (256, "bf16"))
         ),
     ],
 )
-def test_launches_fit_the_shared_memory_of_every_gpu(capability, D, dtype):
+def test_launches_fit_the_least_shared_memory(D, dtype):
+    """99 KB, as on 8.6, 8.9 and 12.0; ``test_versions.py`` has the other GPUs."""
+    capability = 89
     with compiling_for(capability):
         launches = [launch for name, rows in LONG.items() for launch in block_attention(name, D, rows, dtype)]
     assert max(shared_bytes(launch, capability) for launch in launches) <= BLOCK_BYTES[capability]

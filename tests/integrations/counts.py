@@ -131,7 +131,7 @@ def counted(run: Callable[[], object]) -> Row:
     run()
     with Launches() as mode:
         run()
-    return {"operators": mode.of.total(), "bytes": mode.bytes, "peak_bytes": peak_bytes(run)}
+    return {"counted": True, "operators": mode.of.total(), "bytes": mode.bytes, "peak_bytes": peak_bytes(run)}
 
 
 def rows(step: str, system: str) -> list[Row]:

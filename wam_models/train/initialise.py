@@ -60,13 +60,13 @@ def initialise(
         for i, block in enumerate(blocks):
             block = _of(PackedBlock, block)
             for stream, expert in own_experts(config, block):
-                scale = video_logit_scale if stream == "video" else action_logit_scale
+                logit_scale = video_logit_scale if stream == "video" else action_logit_scale
                 attention = expert.attn1
                 for layer in (attention.to_q, attention.to_k):
                     layer.weight.mul_(content_gain)
                     frame = None if layer is attention.to_q else 0
                     layer.bias.copy_(_place_bias(config, [(frame, 0, 0)] * config.heads))
-                attention.norm_q.weight.fill_(scale)
+                attention.norm_q.weight.fill_(logit_scale)
                 for last in (attention.to_out[0], expert.attn2.to_out[0], expert.ffn.net[2]):
                     _of(nn.Linear, last).weight.zero_()
                 expert.scale_shift_table[0, (2, 5), :] = gate
