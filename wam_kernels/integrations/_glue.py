@@ -124,9 +124,11 @@ def _fused(
     """r and h of ``gate_residual_ada_layer_norm``; h alone without ``y``."""
     rows = {"gate": gate, "shift": shift, "scale": scale}
     inputs: dict[str, Any] = {name: None if r is None else _of_batch(r, x) for name, r in rows.items()}
-    inputs |= {f"{name}_table": None if r is None else r.table for name, r in rows.items()}
-    count = next((t.shape[1] for t in inputs.values() if t is not None), 1)
-    inputs |= {"weight": None, "bias": None} if affine is None else {"weight": affine.weight, "bias": affine.bias}
+    # PyTorch 2.7 traces neither |= of dicts nor next with a default
+    inputs.update({f"{name}_table": None if r is None else r.table for name, r in rows.items()})
+    counts = [r.rows.shape[1] for r in rows.values() if r is not None]
+    count = counts[0] if counts else 1
+    inputs.update(weight=getattr(affine, "weight", None), bias=getattr(affine, "bias", None))
     if torch.compiler.is_compiling():
         return uniform_gate_residual_norm({"x": x, "y": y, **inputs}, count, eps)
     index = FrameIndex.uniform(x.shape[1], count, device=x.device)
