@@ -23,12 +23,14 @@ BAD = {
     "tuple[int, int]": [(4, 1), (0, 4), (1,), (1, 2, 3), 4, "14", (1.0, 4), (True, 4), (1, sys.maxsize), None],
     "Mapping[str, float]": [None, {}, {"dream": 1.0}, {"joint": 0.0}, {"joint": math.nan}, {"joint": "1"}, ["joint"]],
     "TimestepDraw": [None, {}, "independent"],
+    "tuple[tuple[str, str], ...]": [None, "video", 3, ["video"], [("video",)], [("action", "words")], [("action", 1)]],
 }
 GOOD = {
     "int": [np.int64(3), np.uint8(3), torch.tensor(3)],
     "float": [1, np.float32(0.5), np.float64(0.5), np.int16(1)],
     "bool": [np.bool_(False)],
     "tuple[int, int]": [[2, 3], np.array([2, 3]), torch.tensor([2, 3])],
+    "tuple[tuple[str, str], ...]": [[], [["action", "video"]], [("action", "video"), ("video", "action")]],
 }
 FIELDS = [(config, f.name, f.type) for config in (RolloutConfig, TrainingConfig, TimestepDraw) for f in fields(config)]
 
