@@ -7,7 +7,7 @@ instead of a sum of the two. Results have the dtype that the model's own promoti
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ from ..adaln import ada_layer_norm, gate_residual_ada_layer_norm
 from ..adaln.config import MAX_D
 from ..adaln.op import uniform_gate_residual_norm
 from ..frame_index import FrameIndex
-from ._patching import Foreign, Unsupported
+from ._patching import Foreign, Patch, Unsupported
 
 
 class Rows(NamedTuple):
@@ -53,6 +53,27 @@ def why_not(width: int, norms: Sequence[nn.Module], affine: Sequence[nn.Module] 
         if weights != ((norm in affine),) * 2:
             return f"its norm has weight and bias {weights}, where {norm in affine} was expected of both"
     return None
+
+
+def replace(patch: Patch, owner: Foreign, name: str, new: Callable, why_not: Callable[[], str | None]) -> bool:
+    """Replace the method that holds the glue of ``owner``, or leave it and say why; returns whether it was replaced.
+
+    Args:
+        patch: Of the model.
+        owner: A module. Its attention is served in either case.
+        name: Of the method.
+        new: What stands there.
+        why_not: Why the fused ops cannot take the glue, or None; may raise Unsupported, as for a fork's block.
+    """
+    try:
+        reason = why_not()
+        if reason is None:
+            patch.method(owner, name, new)
+    except Unsupported as refused:
+        reason = str(refused)
+    if reason is not None:
+        patch.leave_alone(owner, f"gates, residual sums and norms: {reason}")
+    return reason is None
 
 
 def require_rows(system: str, x: Tensor, *rows: Rows) -> None:

@@ -15,6 +15,8 @@ table and repeats it to the tokens.
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -54,14 +56,7 @@ def apply(patch: Patch, attentions: list[Foreign]) -> None:
         patch.method(attn, "forward", _forward, tables)
         patch.leave_alone(attn.attn, "in cached inference, attends to all of the cache: nothing to skip")
     for block in of_class(patch.model, "CausalWanAttentionBlock") if patch.model is not None else ():
-        try:
-            reason: object = _why_no_glue(block)
-            if reason is None:
-                patch.method(block, "forward", _block_forward)
-        except Unsupported as refused:  # a fork's block; its attention is served all the same
-            reason = refused
-        if reason is not None:
-            patch.leave_alone(block, f"gates, residual sums and norms: {reason}")
+        _glue.replace(patch, block, "forward", _block_forward, partial(_why_no_glue, block))
 
 
 def _why_no_glue(block: Foreign) -> str | None:

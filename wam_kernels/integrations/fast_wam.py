@@ -13,6 +13,7 @@ here nothing of that size exists, so nothing is recomputed.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,17 +51,8 @@ def apply(patch: Patch, mots: list[Foreign]) -> None:
                 if hasattr(block, "cross_attn"):
                     patch.leave_alone(block.cross_attn, "attends to all of a short text: nothing to skip")
         patch.method(mot, "_mixed_attention", _mixed_attention)
-        reason = _why_no_glue(mot)
-        if reason is None:
-            try:
-                patch.method(mot, "_apply_expert_post_block", _post_block)
-            except Unsupported as refused:  # a fork's; its attention is served all the same
-                reason = str(refused)
-        if reason is None:
-            patch.method(mot, "_build_expert_attention_io", _build_io_of_rows, tables)
-        else:
-            patch.method(mot, "_build_expert_attention_io", _build_io, tables)
-            patch.leave_alone(mot, f"gates, residual sums and norms: {reason}")
+        fused = _glue.replace(patch, mot, "_apply_expert_post_block", _post_block, partial(_why_no_glue, mot))
+        patch.method(mot, "_build_expert_attention_io", _build_io_of_rows if fused else _build_io, tables)
 
 
 def _why_no_glue(mot: Foreign) -> str | None:

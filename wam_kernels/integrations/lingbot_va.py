@@ -17,6 +17,7 @@ with their modulation, gates and residual sums in one launch each. The modulatio
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
@@ -88,15 +89,12 @@ def _apply_glue(patch: Patch, wrapped: Foreign) -> None:
     if block is None or not isinstance(table, Tensor) or table.ndim != 3 or tuple(table.shape[:2]) != (1, 6):
         patch.leave_alone(wrapped, "gates, residual sums and norms: no WanTransformerBlock with a [1, 6, D] table")
         return
-    try:
-        require_class(SYSTEM, block, "WanTransformerBlock")
-        reason: object = _glue.why_not(table.shape[-1], (block.norm1, block.norm3), (block.norm2,))
-        if reason is None:
-            patch.method(block, "forward", _block_forward)
-    except Unsupported as refused:  # a fork's block; its attention is served all the same
-        reason = refused
-    if reason is not None:
-        patch.leave_alone(block, f"gates, residual sums and norms: {reason}")
+    _glue.replace(patch, block, "forward", _block_forward, partial(_why_no_glue, block))
+
+
+def _why_no_glue(block: Foreign) -> str | None:
+    require_class(SYSTEM, block, "WanTransformerBlock")
+    return _glue.why_not(block.scale_shift_table.shape[-1], (block.norm1, block.norm3), (block.norm2,))
 
 
 def _block_forward(
