@@ -38,12 +38,14 @@ lint: $(VENV)/installed-test
 	$(BIN)/python -m tools.lint
 	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*/*.c* csrc/*/*.h tests/csrc/*.c*)
 
-# Two processes: Triton's interpreter, switched on at import by TRITON_INTERPRET=1, and its compiler do not share one.
-# Both run whatever the first says; either failing fails make.
+# Two suites: Triton's interpreter, switched on at import by TRITON_INTERPRET=1, and its compiler do not share a process.
+# Both run whatever the first says; either failing fails make. A file's tests run in one of two workers, each on one
+# thread: most of a test is Python, and two OpenMP threads collapse when anything else runs.
+WORKERS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 test: $(VENV)/installed-test
 	@status=0; \
-	env -u TRITON_INTERPRET $(BIN)/python -m pytest tests --ignore=tests/interpreter -m "not slow" || status=1; \
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest tests/interpreter || status=1; \
+	env -u TRITON_INTERPRET $(WORKERS) tests --ignore=tests/interpreter -m "not slow" || status=1; \
+	TRITON_INTERPRET=1 $(WORKERS) tests/interpreter || status=1; \
 	exit $$status
 
 # every version in a folder of its own below .venv/triton; no GPU
