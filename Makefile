@@ -40,7 +40,7 @@ lint: $(VENV)/installed-test
 
 # Two suites: Triton's interpreter, switched on at import by TRITON_INTERPRET=1, and its compiler do not share a process.
 # Both run whatever the first says; either failing fails make. A file's tests run in one of two workers, each on one
-# thread: most of a test is Python, and two OpenMP threads collapse when anything else runs.
+# thread: most of a test is Python, and OpenMP threads collapse when anything else runs.
 WORKERS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 test: $(VENV)/installed-test
 	@status=0; \
@@ -67,7 +67,7 @@ $(LEROBOT)/installed $(TORCH27)/installed: .venv-%/installed: requirements/%.txt
 	touch $@
 
 test-slow: $(VENV)/installed-test
-	env -u TRITON_INTERPRET $(BIN)/python -m pytest tests --ignore=tests/interpreter -m slow
+	env -u TRITON_INTERPRET $(WORKERS) tests --ignore=tests/interpreter -m slow
 
 # Twelve minutes on one idle core; less where only some sources have changed. The table is tests/mutation/README.md.
 mutation: $(VENV)/installed-test

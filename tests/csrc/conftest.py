@@ -3,6 +3,7 @@
 import ctypes
 import importlib.machinery
 import importlib.util
+import os
 import shutil
 import subprocess
 import sysconfig
@@ -16,6 +17,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 
 from bench.static.sass import Instruction, disassemble
 from wam_kernels.runtime import cuda
@@ -34,10 +36,12 @@ GUARD = 64  # poisoned elements on both sides of an output: a store outside it l
 
 @pytest.fixture(scope="session")
 def compile_emulated(tmp_path_factory):
-    """Compiles CUDA sources with g++ into a shared library; returns its path."""
+    """Compiles CUDA sources with g++ into a shared library, once for all workers of pytest-xdist; returns its path."""
     if shutil.which("g++") is None:
         pytest.skip("the host emulation is compiled with g++")
-    folder = tmp_path_factory.mktemp("emulated")
+    workers = "PYTEST_XDIST_WORKER" in os.environ  # each has a folder in the run's own
+    folder = (tmp_path_factory.getbasetemp().parent if workers else tmp_path_factory.getbasetemp()) / "emulated"
+    folder.mkdir(exist_ok=True)
 
     def object_of(source: Path) -> Path:
         out = folder / f"{source.parent.name}_{source.name}.o"
@@ -53,17 +57,23 @@ def compile_emulated(tmp_path_factory):
 
         return ["-isystem", pybind11.get_include(), "-isystem", sysconfig.get_path("include")]
 
-    def compile_all(name: str, sources: list[Path]) -> Path:
+    def compile_once(name: str, sources: list[Path]) -> Path:
+        library = folder / name
+        with FileLock(folder / f"{name}.lock"):
+            if not library.exists():
+                compile_all(library, sources)
+        return library
+
+    def compile_all(library: Path, sources: list[Path]):
         # one unit of all kernels, because most of the time goes to the headers that they share
-        kernels = folder / f"{name}.cu"
+        kernels = library.with_suffix(".cu")
         kernels.write_text("".join(f'#include "{source}"\n' for source in sources if source.suffix == ".cu"))
         with ThreadPoolExecutor(2) as two:
             objects = list(two.map(object_of, [kernels, *(source for source in sources if source.suffix != ".cu")]))
-        library = folder / name
-        subprocess.run([*EMULATED, "-shared", *objects, "-o", library], check=True)
-        return library
+        subprocess.run([*EMULATED, "-shared", *objects, "-o", library.with_suffix(".part")], check=True)
+        library.with_suffix(".part").rename(library)
 
-    return compile_all
+    return compile_once
 
 
 @dataclass(frozen=True)
