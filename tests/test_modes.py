@@ -29,7 +29,7 @@ from wam_kernels import (
     varlen_attention,
 )
 from wam_kernels.masks.visibility import ACTION, CLEAN, VIDEO
-from wam_models import RolloutConfig, RolloutEngine, TrainingConfig, WorldActionModel, golden_config, training_step
+from wam_models import RolloutConfig, RolloutEngine, StepConfig, WorldActionModel, golden_config, training_step
 
 CONFIG = replace(golden_config(), layers=1, text_dim=8)
 MODES = {"grad": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
@@ -108,7 +108,7 @@ def forwards(model: Callable | None = None):
 
 
 def trains():
-    c, config = CONFIG, TrainingConfig(program="joint", chunk_sizes=(1, 1), windows=(4, 4))
+    c, config = CONFIG, StepConfig(program="joint", chunk_sizes=(1, 1), windows=(4, 4))
     batch = {
         "video": randn(1, c.latent_channels, 2, 2, 2),
         "action": randn(1, 2, c.actions_per_frame, c.action_dim),

@@ -17,7 +17,6 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .flow import TimestepDraw as TimestepDraw
     from .model.dual_expert import WorldActionModel as WorldActionModel
     from .model.weights import load_weights as load_weights
-    from .model.weights import read_weights as read_weights
     from .objectives import GJD as GJD
     from .objectives import GJD_MIXTURE as GJD_MIXTURE
     from .objectives import MODEL_PROGRAMS as MODEL_PROGRAMS
@@ -29,13 +28,14 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .rollout.policy import Policy as Policy
     from .text import WordEmbedding as WordEmbedding
     from .text import umt5_encoder as umt5_encoder
-    from .train.step import TrainingConfig as TrainingConfig
+    from .train.samples import StepConfig as StepConfig
     from .train.step import training_step as training_step
     from .weights.convert import Converted as Converted
     from .weights.convert import from_diffusers as from_diffusers
     from .weights.convert import sizes_from as sizes_from
     from .weights.convert import weights_from as weights_from
     from .weights.convert import weights_to as weights_to
+    from .weights.files import read_weights as read_weights
 
 # Names load on first use, so that ``wam --help`` and the data tools do not pay for torch.
 HOME_OF = {
@@ -54,7 +54,7 @@ HOME_OF = {
     "RolloutConfig": "rollout.config",
     "RolloutEngine": "rollout.episode",
     "TimestepDraw": "flow",
-    "TrainingConfig": "train.step",
+    "StepConfig": "train.samples",
     "WordEmbedding": "text",
     "WorldActionModel": "model.dual_expert",
     "demo_config": "config",
@@ -62,7 +62,7 @@ HOME_OF = {
     "golden_config": "config",
     "load_checkpoint": "checkpoint",
     "load_weights": "model.weights",
-    "read_weights": "model.weights",
+    "read_weights": "weights.files",
     "save_checkpoint": "checkpoint",
     "sizes_from": "weights.convert",
     "training_step": "train.step",

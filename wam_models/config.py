@@ -97,6 +97,11 @@ class ModelConfig:
         mode_token: Whether a learned token behind the text says which objective a sample has.
         bridge_dim: Numbers of one feature of another network, or of a layer of this one's video expert, that the action
             tokens cross-attend to beside the text; 0 for none. For ``"dual_expert"``.
+        bridge_layer: Number of the block, from 0, after which this model's own video gives those features; None where
+            the caller gives them. They are of the frame before a chunk, clean, and the chunk's frames, noised to
+            ``bridge_sigma``, which attend to each other and to nothing else; ``bridge_dim`` is then ``hidden``.
+        bridge_sigma: Noise level of these frames: at 1 they are the noise that a rollout begins with; below, a program
+            must resolve the video before the actions.
 
     Raises:
         ValueError: a value of the wrong type or outside its range; the message names the field.
@@ -122,6 +127,8 @@ class ModelConfig:
     state_dim: int = 0
     mode_token: bool = False
     bridge_dim: int = 0
+    bridge_layer: int | None = None
+    bridge_sigma: float = 1.0
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -142,6 +149,13 @@ class ModelConfig:
                 f"ModelConfig: bridge_dim must be 0 without an action expert of its own, got {self.bridge_dim} with "
                 f"topology={self.topology!r}"
             )
+        if self.bridge_layer is not None:
+            check_field(self, "bridge_layer", whole, 0, self.layers - 1)
+            if self.bridge_dim != self.hidden:
+                raise ValueError(
+                    f"ModelConfig: bridge_dim must be hidden, {self.hidden}, with bridge_layer, got {self.bridge_dim}"
+                )
+        check_field(self, "bridge_sigma", number, 0, 1)
         if self.state_dim and not self.has_actions:
             raise ValueError(f"ModelConfig: state_dim must be 0 without actions to tell it, got {self.state_dim}")
         check_field(self, "context", _context)
@@ -228,6 +242,8 @@ _ADDED: dict[str, Any] = {
     "state_dim": 0,
     "mode_token": False,
     "bridge_dim": 0,
+    "bridge_layer": None,
+    "bridge_sigma": 1.0,
 }
 
 

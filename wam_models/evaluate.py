@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from wam_kernels import PROGRAMS
 
+from .bridge import rolls_out
 from .data import psnr
 from .data.latents import pictures_of
 from .objectives import GJD, OBJECTIVES
@@ -53,6 +54,7 @@ def stream(
     *,
     objective: str,
     generator: torch.Generator,
+    state: Tensor | None = None,
     begin: int = 1,
     end: int | None = None,
     closed_loop: bool = True,
@@ -62,10 +64,11 @@ def stream(
     Args:
         engine: Decides program, chunk size and steps.
         video: ``[B, C, F, y, x]`` recorded latents.
-        action: ``[B, F, n, A]`` recorded actions, normalised.
+        action: ``[B, F, n, A]`` recorded actions, normalised; not read for a model without.
         text: ``[B, L, text_dim]`` raw embeddings.
         objective: One of ``wam_models.OBJECTIVES``. What is given to a conditional objective is the recorded stream.
         generator: Draws the noise.
+        state: ``[B, F, S]`` recorded states, normalised, for a model that is told them.
         begin: First frame to predict; the frames before it are observed.
         end: One past the last frame; default F.
         closed_loop: After a chunk the recording becomes history; else the prediction does.
@@ -75,12 +78,20 @@ def stream(
     """
     denoises = OBJECTIVES[objective]
     end = video.shape[2] if end is None else end
-    episode = engine.start(video[:, :, :1], text, objective=objective)
+    acts = engine.model.config.has_actions
+
+    def recorded(first: int, last: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        of_state = None if state is None else state[:, first:last]
+        return video[:, :, first:last], action[:, first:last] if acts else None, of_state
+
+    first_frame, _, first_state = recorded(0, 1)
+    episode = engine.start(first_frame, text, objective=objective, state=first_state)
     if begin > 1:
-        episode.observe(video[:, :, 1:begin], action[:, 1:begin])
+        before, actions_before, states_before = recorded(1, begin)
+        episode.observe(before, actions_before, state=states_before)
     size = episode.chunk_size
     for frame in range(begin, end - size + 1, size):
-        real_video, real_action = video[:, :, frame : frame + size], action[:, frame : frame + size]
+        real_video, real_action, real_state = recorded(frame, frame + size)
         start = _now(engine)
         candidate = episode.propose(
             clean_video=None if denoises.video else real_video,
@@ -88,7 +99,7 @@ def stream(
             generator=generator,
         )
         if closed_loop:
-            episode.observe(real_video, real_action)
+            episode.observe(real_video, real_action, state=real_state)
         else:
             episode.accept(candidate)
         seconds = _now(engine) - start
@@ -186,7 +197,7 @@ def evaluate(
         steps: Denoising steps; default ``policy.rollout.steps``.
         samples: Predictions, each from its own noise, whose mean is compared: squared errors are least at the mean.
         seed: Of the noise; the same for every case.
-        cases: Pairs of objective and program; default :func:`all_cases`.
+        cases: Pairs of objective and program; default those of :func:`all_cases` that the model can roll out.
         timed: Chunks to time, of the first episode alone.
         progress: Show a progress bar.
 
@@ -206,28 +217,33 @@ def evaluate(
     video = torch.cat([c["video"][:, :, :end] for c in clips])
     action = torch.cat([c["action"][:, :end] for c in clips])
     text = policy.text([c["text"] for c in clips])
+    state = torch.cat([c["state"][:, :end] for c in clips]) if policy.state_units is not None else None
     pictures = np.stack([c["frames"][:end] for c in clips])
 
     rows = []
-    cases = all_cases() if cases is None else cases
+    c = policy.model.config
+    if cases is None:
+        cases = [case for case in all_cases() if rolls_out(c, case[1], OBJECTIVES[case[0]])]
     for objective, program in tqdm(cases, desc="evaluate", unit="case", disable=not progress, dynamic_ncols=True):
         denoises = OBJECTIVES[objective]
         engine = RolloutEngine(policy.model, replace(config, program=program))
         rng = torch.Generator().manual_seed(seed)
         repeated = (t.repeat_interleave(samples, 0) for t in (video, action, text))
-        done = list(stream(engine, *repeated, objective=objective, generator=rng, begin=begin))
+        states = None if state is None else state.repeat_interleave(samples, 0)
+        done = list(stream(engine, *repeated, objective=objective, generator=rng, begin=begin, state=states))
         step = CONDITIONAL_CHUNK if denoises.conditional else size
         before = np.repeat(np.arange(begin, end, step) - 1, step)  # the last frame before each frame's chunk
         timed_end = min(end, begin + timed * step)
         timed_chunks = stream(
-            engine, video[:1], action[:1], text[:1], objective=objective, generator=rng, begin=begin, end=timed_end
-        )
+            engine, video[:1], action[:1], text[:1], objective=objective, generator=rng, begin=begin, end=timed_end,
+            state=None if state is None else state[:1],
+        )  # fmt: skip
         seconds = statistics.median(c.seconds for c in timed_chunks)
         errors: dict[str, float | None] = dict.fromkeys(
             ("action_rmse", "repeat_action_rmse", "mean_action_rmse")
             + ("psnr", "repeat_frame_psnr", "repeat_picture_psnr", "ceiling_psnr")
         )
-        if denoises.action:
+        if denoises.action and c.has_actions:
             real = action[:, begin:end]
             guess = join((c.action for c in done), 1).unflatten(0, (-1, samples)).mean(1)
             last = action[:, before, -1:, -len(policy.varying) :].repeat(1, 1, 1, policy.actions_per_token)
@@ -330,7 +346,7 @@ def imagine(
         text = policy.text([clip["text"]])
     done = stream(
         RolloutEngine(policy.model, config), clip["video"], clip["action"], text,
-        objective=objective, generator=rng, end=end, closed_loop=False,
+        objective=objective, generator=rng, end=end, closed_loop=False, state=clip["state"],
     )  # fmt: skip
     frames = join((clip["video"][:, :, :1], *(c.video for c in done)), 2)
     return pictures_of(policy.codec, frames[0])

@@ -61,11 +61,13 @@ GJD_COUNTERFACTUAL: Mapping[str, float] = {"forward_dynamics": 0.1, "inverse_dyn
 
 
 def checked_conditional(where: str, mixture: object) -> dict[str, float]:
-    """As :func:`checked_mixture`, of counterfactual samples.
+    """As :func:`checked_mixture`, of counterfactual samples; empty where there are none.
 
     Raises:
         ValueError: as there, or weight on ``joint``, which would train the policy on their actions.
     """
+    if isinstance(mixture, Mapping) and not mixture:
+        return {}
     weights = checked_mixture(where, mixture)
     if weights.get("joint", 0.0):
         raise ValueError(f"{where} must have no weight on joint, whose actions the policy would learn, got {mixture!r}")

@@ -23,7 +23,7 @@ from wam_kernels import (
 )
 from wam_kernels.cached_attention import cached_attention
 from wam_kernels.frame_index import forget_frame_indices
-from wam_models import RolloutConfig, RolloutEngine, TrainingConfig, WorldActionModel, demo_config, training_step
+from wam_models import RolloutConfig, RolloutEngine, StepConfig, WorldActionModel, demo_config, training_step
 
 WORK = workloads.packed(1000, heads=4, head_dim=64)
 TOKENS, WIDTH, HEADS = 288, 768, 6
@@ -132,7 +132,7 @@ def test_training_step(benchmark):
         "action": randn(1, 5, c.actions_per_frame, c.action_dim),
         "text": randn(1, 8, c.text_dim),
     }
-    config = TrainingConfig(program="joint", chunk_sizes=(2, 2), windows=(8, 8))
+    config = StepConfig(program="joint", chunk_sizes=(2, 2), windows=(8, 8))
 
     def call():
         loss, _ = training_step(model, batch, torch.Generator().manual_seed(0), config)

@@ -31,11 +31,12 @@ from wam_kernels import compile_plan
 from wam_models import WorldActionModel
 from wam_models.config import ModelConfig, demo_config, wan_5b_config
 from wam_models.objectives import OBJECTIVES, geometry_for
-from wam_models.train.step import TrainingConfig, training_step
+from wam_models.train.samples import StepConfig
+from wam_models.train.step import training_step
 
 ROWS, COLUMNS = 8, 16  # latent pixels of a LIBERO frame: 32 tokens after 2 x 2 patches
 CHUNK, WINDOW = 4, 64
-CONFIG = TrainingConfig(
+CONFIG = StepConfig(
     program="joint", history="video_only", chunk_sizes=(CHUNK, CHUNK), windows=(WINDOW, WINDOW), noised_history=0.0
 )
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from wam_models import ModelConfig, TrainingConfig, WorldActionModel, training_step
+from wam_models import ModelConfig, StepConfig, WorldActionModel, training_step
 
 CONFIG = ModelConfig(
     hidden=256, heads=4, head_dim=64, layers=2, ffn=512, action_hidden=128, action_ffn=256, action_dim=7,
@@ -26,7 +26,7 @@ def loss_and_gradients(made: WorldActionModel, dtype: torch.dtype | None = None)
     batch = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
     made.zero_grad()
     with torch.autocast(made.device.type, dtype, enabled=dtype is not None):
-        loss, _ = training_step(made, batch, g, TrainingConfig())
+        loss, _ = training_step(made, batch, g, StepConfig())
     loss.backward()
     return [loss.detach(), *(p.grad for p in made.parameters() if p.grad is not None)]
 

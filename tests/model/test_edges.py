@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from wam_models import RolloutConfig, TrainingConfig, WorldActionModel, golden_config, training_step
+from wam_models import RolloutConfig, StepConfig, WorldActionModel, golden_config, training_step
 from wam_models.flow import TimestepDraw
 from wam_models.rollout import RolloutEngine
 
@@ -32,7 +32,7 @@ GOOD = {
     "tuple[int, int]": [[2, 3], np.array([2, 3]), torch.tensor([2, 3])],
     "tuple[tuple[str, str], ...]": [[], [["action", "video"]], [("action", "video"), ("video", "action")]],
 }
-FIELDS = [(config, f.name, f.type) for config in (RolloutConfig, TrainingConfig, TimestepDraw) for f in fields(config)]
+FIELDS = [(config, f.name, f.type) for config in (RolloutConfig, StepConfig, TimestepDraw) for f in fields(config)]
 
 
 @pytest.mark.parametrize("config,name,kind", FIELDS, ids=lambda x: x if isinstance(x, str) else x.__name__)
@@ -64,7 +64,7 @@ def test_no_text_is_text_that_says_nothing():
     for name, p in silent.named_parameters():
         if "attn2.to_v" in name:
             torch.nn.init.zeros_(p)
-    config, data = TrainingConfig(program="joint"), batch()
+    config, data = StepConfig(program="joint"), batch()
     want, _ = training_step(silent, data, generator(), config)
     model = small_model()
     loss, _ = training_step(model, data | {"text": torch.zeros(2, 0, 8)}, generator(), config)
@@ -109,7 +109,7 @@ def test_calls_that_mean_nothing_are_refused_by_name():
         (TypeError, "action must be a Tensor, got ndarray; torch.from_numpy", lambda: training_step(
             model, data | {"action": action.numpy()}, g)),
         (TypeError, "generator must be a Generator, got int", lambda: training_step(model, data, 0)),
-        (TypeError, "config must be a TrainingConfig, got dict", lambda: training_step(model, data, g, {})),
+        (TypeError, "config must be a StepConfig, got dict", lambda: training_step(model, data, g, {})),
         (ValueError, "noisy_video must be", lambda: model(**forward | {"noisy_video": video[0, 0]})),
         (ValueError, "F >= 1, y, x", lambda: model(**forward | {"noisy_video": video[:, :, :0]})),
         (ValueError, "text must have shape", lambda: model(**forward | {"text": text[:1]})),

@@ -5,7 +5,7 @@ import torch
 
 from tests.programs import HANDED_OVER, JOINT_BOTH_WAYS, JOINT_THEN_ACTION, NEW, RECALL, registered
 from wam_kernels import HISTORIES
-from wam_models import RolloutConfig, TrainingConfig, training_step
+from wam_models import RolloutConfig, StepConfig, training_step
 from wam_models.evaluate import all_cases
 
 from .test_rollout import check_against_one_packed_forward, noises, poisoned, started  # noqa: F401
@@ -15,7 +15,7 @@ from .test_training import batch, generator, small_model
 @pytest.mark.parametrize("row", NEW, ids=lambda row: row.name)
 def test_a_training_step(row):
     with registered(row):
-        config, steps = TrainingConfig(program=row.name, chunk_sizes=(2, 2), windows=(3, 3)), []
+        config, steps = StepConfig(program=row.name, chunk_sizes=(2, 2), windows=(3, 3)), []
         for impl in ("cpu", "reference"):
             model = small_model()
             loss, _ = training_step(model, batch(), generator(), config, impl=impl)

@@ -13,7 +13,8 @@ from wam_kernels.masks.context import with_context
 from wam_models import RolloutConfig, RolloutEngine, WorldActionModel, golden_config
 from wam_models.config import ModelConfig, Stream, wan_5b_config, wan_5b_small_action_config
 from wam_models.objectives import OBJECTIVES, frames_before_chunks, geometry_for
-from wam_models.train.step import TrainingConfig, training_step
+from wam_models.train.samples import StepConfig
+from wam_models.train.step import training_step
 
 from .cases import error
 
@@ -140,7 +141,7 @@ def test_a_training_step_reaches_every_weight(name):
     if config.bridge_dim:
         batch["bridge"] = randn(B, 6, config.bridge_dim, seed=6)
     batch = {k: v.float() for k, v in batch.items()}
-    loss, metrics = training_step(model, batch, generator, TrainingConfig(mixture={"joint": 1}))
+    loss, metrics = training_step(model, batch, generator, StepConfig(mixture={"joint": 1}))
     loss.backward()
     idle = {n for n, p in model.named_parameters() if p.grad is None or not p.grad.any()}
     # of a stream that has no flow, the last block computes keys and values alone; softmax ignores a key's bias

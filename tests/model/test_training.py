@@ -9,7 +9,7 @@ from wam_kernels import PROGRAMS
 from wam_models import (
     GJD,
     OBJECTIVES,
-    TrainingConfig,
+    StepConfig,
     WordEmbedding,
     WorldActionModel,
     golden_config,
@@ -91,7 +91,7 @@ def recorded_call(config, monkeypatch, data=None):
 def test_what_the_slots_hold(monkeypatch):
     data = batch()
     for name, objective in OBJECTIVES.items():
-        given, loss, metrics = recorded_call(TrainingConfig(mixture=ONLY[name], noised_history=0.0), monkeypatch)
+        given, loss, metrics = recorded_call(StepConfig(mixture=ONLY[name], noised_history=0.0), monkeypatch)
         assert torch.equal(given["clean_video"], data["video"])
         assert (
             torch.equal(given["clean_action"][:, 1:], data["action"][:, 1:]) and not given["clean_action"][:, 0].any()
@@ -108,7 +108,7 @@ def test_what_the_slots_hold(monkeypatch):
 
 def test_noised_history_modulates_itself(monkeypatch):
     data = batch()
-    given, _, _ = recorded_call(TrainingConfig(noised_history=1.0), monkeypatch)
+    given, _, _ = recorded_call(StepConfig(noised_history=1.0), monkeypatch)
     assert (given["clean_video_timesteps"] > 0).all() and given["clean_video_timesteps"].shape == (2, 5)
     assert not torch.equal(given["clean_video"], data["video"])
     assert torch.equal(given["clean_action"][:, 1:], data["action"][:, 1:])
@@ -125,7 +125,7 @@ def test_what_carries_no_loss_may_hold_anything(objective):
     losses, grads = [], []
     for b in (data, other):
         model = small_model()
-        loss, _ = training_step(model, b, generator(), TrainingConfig(mixture=ONLY[objective]))
+        loss, _ = training_step(model, b, generator(), StepConfig(mixture=ONLY[objective]))
         loss.backward()
         losses.append(loss.detach())
         grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
@@ -134,7 +134,7 @@ def test_what_carries_no_loss_may_hold_anything(objective):
 
 @pytest.mark.parametrize("program", [GJD, *PROGRAMS])
 def test_a_step_is_a_function_of_the_generator(program):
-    config = TrainingConfig(program=program)
+    config = StepConfig(program=program)
     state = generator(3).get_state()
     runs = []
     for _ in range(2):
@@ -148,7 +148,7 @@ def test_a_step_is_a_function_of_the_generator(program):
 
 def test_chunk_and_window_are_drawn_from_their_ranges():
     model, g, data = small_model().requires_grad_(False), generator(), batch(1, 2)
-    drawn = [training_step(model, data, g, TrainingConfig())[1] for _ in range(60)]
+    drawn = [training_step(model, data, g, StepConfig())[1] for _ in range(60)]
     assert {m["chunk_size"] for m in drawn} == {1, 2, 3, 4}
     windows = {m["window"] for m in drawn}
     assert min(windows) >= 4 and max(windows) <= 64 and len(windows) > 25
@@ -168,7 +168,7 @@ def test_a_sample_weighs_the_same_in_any_company(monkeypatch):
 
 @pytest.mark.parametrize("program", [GJD, "video_then_action"])
 def test_a_gradient_step_reduces_the_loss(program):
-    model, data, config = small_model(), batch(), TrainingConfig(program=program)
+    model, data, config = small_model(), batch(), StepConfig(program=program)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     losses = []
     for _ in range(4):  # the same draws each time
@@ -183,7 +183,7 @@ def test_a_gradient_step_reduces_the_loss(program):
 def test_every_parameter_and_the_text_get_gradients():
     model, data = small_model(), batch()
     data["text"].requires_grad_()
-    training_step(model, data, generator(), TrainingConfig(mixture=ONLY["joint"]))[0].backward()
+    training_step(model, data, generator(), StepConfig(mixture=ONLY["joint"]))[0].backward()
     dead = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert dead == [] and data["text"].grad.abs().sum() > 0
 
@@ -200,9 +200,9 @@ def test_bad_batches_are_refused_by_name():
     with pytest.raises(ValueError, match=r"lacks \['text'\]"):
         training_step(model, {k: v for k, v in batch().items() if k != "text"}, generator())
     with pytest.raises(ValueError, match="chunk_sizes must be"):
-        TrainingConfig(chunk_sizes=(4, 1))
+        StepConfig(chunk_sizes=(4, 1))
     with pytest.raises(ValueError, match="noised_history must be"):
-        TrainingConfig(noised_history=2)
+        StepConfig(noised_history=2)
 
 
 def test_autocast_stays_close_and_keeps_float32_gradients():
@@ -210,7 +210,7 @@ def test_autocast_stays_close_and_keeps_float32_gradients():
     for on in (False, True):
         model = small_model()
         with torch.autocast("cpu", torch.bfloat16, enabled=on):
-            loss, _ = training_step(model, batch(), generator(), TrainingConfig(mixture=ONLY["joint"]))
+            loss, _ = training_step(model, batch(), generator(), StepConfig(mixture=ONLY["joint"]))
         loss.backward()
         assert loss.dtype == torch.float32
         assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())

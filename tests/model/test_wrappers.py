@@ -15,7 +15,7 @@ from wam_models import (
     OBJECTIVES,
     RolloutConfig,
     RolloutEngine,
-    TrainingConfig,
+    StepConfig,
     WordEmbedding,
     WorldActionModel,
     training_step,
@@ -24,7 +24,7 @@ from wam_models.flow import TimestepDraw
 
 from .test_training import ONLY, SMALL, batch, generator, small_model
 
-CONFIG = TrainingConfig(program="joint", chunk_sizes=(2, 2), windows=(4, 4))
+CONFIG = StepConfig(program="joint", chunk_sizes=(2, 2), windows=(4, 4))
 PARTS = {
     "model": lambda model: [],
     "blocks": lambda model: model.packed_block_stack.packed_blocks,
@@ -126,7 +126,7 @@ def test_rounded_timesteps_are_refused_with_the_flag(mesh):
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_data_parallel_uses_every_parameter_in_every_step(objective, mesh):
-    config = TrainingConfig(mixture=ONLY[objective])
+    config = StepConfig(mixture=ONLY[objective])
     model = DistributedDataParallel(small_model())
     assert_same_step(step(model, config), step(small_model(), config))
     training_step(model, batch(), generator(), config)[0].backward()  # raises, had the step before left one out

@@ -5,13 +5,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from wam_models import GJD, TrainingConfig, WorldActionModel, golden_config, training_step
+from wam_models import GJD, StepConfig, WorldActionModel, golden_config, training_step
 from wam_models.model.dual_expert import plain_tensor
 from wam_models.objectives import GJD_COUNTERFACTUAL, GJD_DEMONSTRATIONS
 from wam_models.train import step as step_module
 
 SMALL = replace(golden_config(), text_dim=8, freq_dim=16)
-JOINT = TrainingConfig(program="joint", chunk_sizes=(2, 2), windows=(8, 8))
+JOINT = StepConfig(program="joint", chunk_sizes=(2, 2), windows=(8, 8))
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,7 @@ def test_the_actions_of_a_video_without_actions_change_nothing(model):
 
 def test_counterfactual_samples_train_the_conditional_objectives_alone(model):
     marked = torch.tensor([True, True, True, False])
-    config = TrainingConfig(program=GJD, mixture={"joint": 1.0}, chunk_sizes=(1, 1))
+    config = StepConfig(program=GJD, mixture={"joint": 1.0}, chunk_sizes=(1, 1))
     for seed in range(4):
         _, metrics, inputs = stepped(model, batch(counterfactual=marked), config, seed)
         assert metrics["samples/joint"] == 1
@@ -100,7 +100,7 @@ def test_the_routes_of_openwam_weight_by_weight():
     assert sum(GJD_DEMONSTRATIONS.values()) + sum(GJD_COUNTERFACTUAL.values()) == pytest.approx(1.0)
     generator, n = torch.Generator().manual_seed(0), 20_000
     marked = [i % 5 == 0 for i in range(n)]  # 0.2 of the rows, as the sums say
-    config = TrainingConfig(program=GJD, mixture=GJD_DEMONSTRATIONS, counterfactual=GJD_COUNTERFACTUAL)
+    config = StepConfig(program=GJD, mixture=GJD_DEMONSTRATIONS, counterfactual=GJD_COUNTERFACTUAL)
     drawn = step_module.draw_sample_objectives(config, generator, marked, [False] * n)
     routes = [(o.name, m) for o, m in zip(drawn, marked, strict=True)]
     want = {(name, False): w for name, w in GJD_DEMONSTRATIONS.items()}
@@ -126,12 +126,12 @@ def test_refusals_name_the_entry(model):
         (batch(counterfactual=torch.ones(4, dtype=torch.bool)), JOINT, "must come with program 'generalist"),
         (
             batch(counterfactual=torch.ones(4, dtype=torch.bool), action_free=torch.ones(4, dtype=torch.bool)),
-            TrainingConfig(), "both counterfactual and action_free",
+            StepConfig(), "both counterfactual and action_free",
         ),
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             stepped(model, given, config)
     with pytest.raises(ValueError, match="counterfactual must have no weight on joint"):
-        TrainingConfig(counterfactual={"joint": 0.5, "inverse_dynamics": 0.5})
+        StepConfig(counterfactual={"joint": 0.5, "inverse_dynamics": 0.5})
     with pytest.raises(ValueError, match="sum to at most 1"):
-        TrainingConfig(video_marginal=0.7, action_marginal=0.7)
+        StepConfig(video_marginal=0.7, action_marginal=0.7)

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from wam_models import TrainingConfig, WorldActionModel, cli, training_step
+from wam_models import StepConfig, WorldActionModel, cli, training_step
 from wam_models.data import ClipDataset
 from wam_models.rollout.policy import Policy
 from wam_models.train import TrainConfig, train
@@ -152,7 +152,7 @@ def test_the_video_gets_no_gradient_from_insulated_actions(config):
     batch["action"] = torch.randn(1, 4, config.model.actions_per_frame, 2)
 
     def gradients(stop):
-        settings = TrainingConfig(program="video_then_action", video_weight=0, noised_history=0, stop_gradient=stop)
+        settings = StepConfig(program="video_then_action", video_weight=0, noised_history=0, stop_gradient=stop)
         loss, _ = training_step(model, batch, torch.Generator().manual_seed(1), settings)
         found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
         named = zip(dict(model.named_parameters()), found, strict=True)

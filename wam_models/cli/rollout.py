@@ -93,7 +93,7 @@ def _recorded(args: argparse.Namespace, policy: Policy, config: RolloutConfig, o
     def predict(chunks: int) -> Iterator[Chunk]:
         return stream(
             engine, clip["video"], clip["action"], text, objective=objective, end=1 + chunks * size,
-            generator=torch.Generator().manual_seed(args.seed), closed_loop=not args.open_loop,
+            generator=torch.Generator().manual_seed(args.seed), closed_loop=not args.open_loop, state=clip["state"],
         )  # fmt: skip
 
     if policy.model.device.type == "cpu":
@@ -110,7 +110,7 @@ def _recorded(args: argparse.Namespace, policy: Policy, config: RolloutConfig, o
     _print_speed([c.seconds for c in done], size, f"the recording runs at {dataset.fps:g}", policy)
 
     frames, name, arrays = np.arange(1, 1 + len(done) * size), f"episode{number:03d}_{name}_seed{args.seed}", {}
-    if denoised.action:
+    if denoised.action and policy.model.config.has_actions:
         guess, real = join((c.action for c in done), 1), clip["action"][:, frames]
         if policy.varying.any():
             print(f"action error   {rmse(guess, real, policy.varying):.3f} (units of the training split's std)")
@@ -144,7 +144,8 @@ def roll_out_in_simulator(args: argparse.Namespace, policy: Policy, config: Roll
         first = np.zeros((1, policy.codec.channels), np.float32) if policy.frames_are_states else black
         with torch.no_grad():
             text = policy.text([""])
-        trial = RolloutEngine(policy.model, config).start(policy.codec.encode(first)[None], text)
+        state = policy.state(np.zeros((1, 1, policy.model.config.state_dim), np.float32))
+        trial = RolloutEngine(policy.model, config).start(policy.codec.encode(first)[None], text, state=state)
         pick_threads(lambda: trial.propose(generator=torch.Generator().manual_seed(0)))
     draw, frames_a_second = drawing(policy, simulator), freq / policy.actions_per_frame
     with window(draw, f"wam rollout: {args.simulator}", 1 / frames_a_second) as watch:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from ..checkpoint import CONFIG, TRAINING
 from ..data import ClipDataset, LeRobotDataset
+from ..data.clips import TRAINED
 from ..rollout.policy import Policy
 from ..runtime.checks import check_device, whole
 from ..runtime.limits import LARGEST_INT64
@@ -74,6 +75,8 @@ def run(args: argparse.Namespace) -> int:
         print(
             f"{short} of {len(data.train)} training episodes are shorter than a clip of {config.frames} frames: unused"
         )
+    for split in unused_splits(config, data):
+        print(f"{len(data.episodes_of(split))} episodes of split {split!r} unused: the config has no {split} samples")
     if policy is not None:
         for line in differences(policy, data):
             print(line)
@@ -145,6 +148,12 @@ def _stop_asked() -> Iterator[Callable[[], bool]]:
         restore()
 
 
+def unused_splits(config: TrainConfig, data: ClipDataset) -> list[str]:
+    """Splits with episodes to train on that the config draws nothing from."""
+    drawn = {split for kind in config.draws() for split, share in kind.splits.items() if share}
+    return [split for split in TRAINED if data.episodes_of(split) and split not in drawn]
+
+
 def differences(policy: Policy, data: ClipDataset) -> Iterator[str]:
     """What is another in this data than in that which the policy was trained on, and what becomes of it."""
     (mean, std, varying), (own_mean, own_std, own_varying) = policy.units, data.own_units
@@ -181,6 +190,7 @@ def read_data(
         None if policy is None else policy.codec,
         progress=lambda e: tqdm(e, desc="read", unit="episode", disable=not progress, dynamic_ncols=True),
         units=None if policy is None else policy.units,
+        states=bool(config.model.state_dim) if policy is None else policy.state_units or False,
         actions_per_frame=config.actions_per_frame,
         actions_per_token=config.actions_per_token,
         channels=config.model.latent_channels,

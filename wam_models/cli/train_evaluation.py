@@ -70,8 +70,7 @@ def make_evaluation(
     tasks = [Task(name, i, i) for name in settings.simulators for i in range(settings.episodes)]
 
     def measure(policy: Policy, step: int) -> dict[str, Any]:
-        program = policy.rollout.program if "joint" in config.programs else config.programs[0]
-        policy = replace(policy, rollout=replace(policy.rollout, program=program, chunk_size=settings.chunk))
+        policy = replace(policy, rollout=replace(policy.rollout, chunk_size=settings.chunk))
         try:
             found = (_recorded(policy, clips) if clips else {}) | (_played(policy, tasks) if tasks else {})
         except Exception as error:  # PeriodicEvaluation stores it, and the training goes on
@@ -122,7 +121,13 @@ def _clip(data: ClipDataset, index: int) -> dict[str, Any]:
     held = data.episode(index)
     frames = pictures_of(data.codec, held["video"][0])
     text = data.tasks[int(held["task"][0])]
-    return {"video": held["video"], "action": held["action"], "frames": frames, "text": text}
+    return {
+        "video": held["video"],
+        "action": held["action"],
+        "frames": frames,
+        "text": text,
+        "state": held.get("state"),
+    }
 
 
 def _recorded(policy: Policy, clips: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,9 @@ Units = tuple[Tensor, Tensor, Tensor]
 
 LEAST_STD = 1e-6  # an action dimension below this is constant
 STRIDE = 4  # video frames, and so actions, per latent frame, unless told otherwise
+# Splits of info.json that clips to train on are drawn from; every other is held out. Actions of the second kind did not
+# come from a demonstration, those of the third say nothing.
+TRAIN, COUNTERFACTUAL, ACTION_FREE = TRAINED = ("train", "counterfactual", "action_free")
 FIT_FRAMES = 256  # 32,768 patches of 128 x 256 pictures: plenty for 768 dimensions, fitted in a second or two
 
 
@@ -74,11 +77,13 @@ class ClipDataset:
 
     Attributes:
         tasks: list of instructions; `task` in a clip indexes it.
-        train, held_out: lists of episode numbers. Any split but "train" counts as held out.
+        train, held_out: lists of episode numbers. Splits "counterfactual" and "action_free" are neither; any other but
+            "train" counts as held out.
         codec: see Codec of wam_models.data.codec.
         action_mean, action_std: float32 [A]; std below LEAST_STD is replaced by 1.
         constant_actions: bool [A], dimensions that never vary in the training split; leave them out of error averages.
         own_units: mean, std and which dimensions vary, of this training split even where `units` are others.
+        state_units: mean and std of the states, float32 [S] each, as `units` of actions; None without `states`.
         latent_shape: (channels, rows, columns) of one latent frame.
         camera, picture_size: as of LeRobotDataset.
         actions_per_frame, actions_per_token: as given.
@@ -92,6 +97,8 @@ class ClipDataset:
         actions_per_frame: video frames, and so actions, from one latent frame to the next.
         actions_per_token: actions that one action token holds, a divisor of that.
         channels, cell: of the PatchPCA that is fitted where `codec` is None: numbers and pixels of a latent cell.
+        states: whether clips have the robot's state at each frame, `observation.state`; or the units of it, such as
+            `Policy.state_units`.
 
     Raises:
         ValueError: no training episode, pictures that the codec's cells do not divide, episodes whose actions differ in
@@ -109,6 +116,7 @@ class ClipDataset:
         actions_per_token: int = 1,
         channels: int = 48,
         cell: int = PATCH,
+        states: bool | tuple[Tensor, Tensor] = False,
     ) -> None:
         self.actions_per_frame = whole("ClipDataset: actions_per_frame", actions_per_frame, 1)
         self.actions_per_token = whole("ClipDataset: actions_per_token", actions_per_token, 1)
@@ -121,8 +129,9 @@ class ClipDataset:
             dataset = LeRobotDataset(dataset)
         episodes = dataset.episodes
         self.fps = dataset.fps
-        self.train = [e.index for e in episodes if e.split == "train"]
-        self.held_out = [e.index for e in episodes if e.split and e.split != "train"]
+        self._splits = {name: [e.index for e in episodes if e.split == name] for name in TRAINED}
+        self.train = self._splits[TRAIN]
+        self.held_out = self._splits["held_out"] = [e.index for e in episodes if e.split and e.split not in TRAINED]
         if not self.train:
             raise ValueError(f'{dataset.root / "meta/info.json"}: splits has no episode in "train"')
         self.tasks = list(dict.fromkeys(e.task for e in episodes))
@@ -181,6 +190,33 @@ class ClipDataset:
             ).numpy()
             for video, action in zip(self._video, actions, strict=True)
         ]
+        self.state_units: tuple[Tensor, Tensor] | None = None
+        self._state: list[np.ndarray] = []
+        if states is not False:
+            self._read_states([dataset.state(e) for e in episodes], None if states is True else states)
+
+    def _read_states(self, states: list[np.ndarray], units: tuple[Tensor, Tensor] | None) -> None:
+        widths = sorted({state.shape[1] for state in states} | ({len(units[0])} if units else set()))
+        if len(widths) != 1:
+            raise ValueError(f"ClipDataset: states must be of one width, that of the units, got {widths}")
+        if units is None:
+            known = torch.from_numpy(np.concatenate([states[i] for i in self.train])).double()
+            std = known.std(0, correction=0)
+            units = known.mean(0).float(), torch.where(std >= LEAST_STD, std, 1.0).float()
+        self.state_units = units
+        mean, std = (unit.numpy() for unit in units)
+        # frames of the latents: a last one may be cut off
+        for state, video in zip(states, self._video, strict=True):
+            self._state.append((state[:: self.actions_per_frame][: video.shape[1]] - mean) / std)
+
+    def episodes_of(self, split: str) -> list[int]:
+        """Numbers of the episodes of "train", "counterfactual", "action_free" or "held_out".
+
+        Raises ValueError for another name.
+        """
+        if split not in self._splits:
+            raise ValueError(f"ClipDataset: split must be one of {tuple(self._splits)}, got {split!r}")
+        return self._splits[split]
 
     def normalize_action(self, action: Tensor) -> Tensor:
         """float [..., A] in the data set's units -> the same shape in units of the training split's std."""
@@ -194,36 +230,48 @@ class ClipDataset:
         """Latent frames of episode `index`."""
         return self._video[index].shape[1]
 
-    def sample(self, batch: int, frames: int, generator: torch.Generator, split: str = "train") -> dict[str, Tensor]:
+    def sample(
+        self, batch: int, frames: int, generator: torch.Generator, split: str | Mapping[str, float] = TRAIN
+    ) -> dict[str, Tensor]:
         """Draws clips, uniformly over all clips of `frames` latent frames in the split.
 
         Args:
             batch: number of clips. frames: latent frames in each. generator: a CPU torch.Generator.
-            split: "train" or "held_out".
+            split: as of `episodes_of`, or several of them with weights, drawn for each clip.
 
         Returns a dict of
             video: float32 [batch, C, frames, h, w]; action: float32 [batch, frames, n, k A], n tokens of k
             actions, normalised, frame 0 zeros;
-            task: int64 [batch]; episode: int64 [batch]; start: int64 [batch], the latent frame that the clip starts at.
+            task: int64 [batch]; episode: int64 [batch]; start: int64 [batch], the latent frame that the clip starts at;
+            counterfactual, action_free: bool [batch], whether the clip is of that split;
+            state: float32 [batch, frames, S], normalised, where the data set was made with `states`.
 
         Raises ValueError if no episode of the split has so many frames.
         """
-        if split not in ("train", "held_out"):
-            raise ValueError(f'ClipDataset.sample: split is {split!r}, expected "train" or "held_out"')
         batch, frames = (whole(f"ClipDataset.sample: {n}", v, 1) for n, v in (("batch", batch), ("frames", frames)))
-        numbers = getattr(self, split)
+        weights = {split: 1.0} if isinstance(split, str) else {name: w for name, w in split.items() if w}
+        names = list(weights)
+        of_clip = [0] * batch
+        if len(names) > 1:
+            shares = torch.tensor(list(weights.values()))
+            of_clip = torch.multinomial(shares, batch, replacement=True, generator=generator).tolist()
+        drawn = {name: self._drawn(name, of_clip.count(i), frames, generator) for i, name in enumerate(names)}
+        places = [drawn[names[i]].pop() for i in of_clip]
+        clips = [self._clip(episode, start, frames) for episode, start in places]
+        return {key: torch.from_numpy(np.stack([clip[key] for clip in clips])) for key in clips[0]}
+
+    def _drawn(self, split: str, count: int, frames: int, generator: torch.Generator) -> list[tuple[int, int]]:
+        """Episode and start of so many clips, the first one last."""
+        numbers = self.episodes_of(split)
         starts = torch.tensor([max(0, self.length(i) - frames + 1) for i in numbers], dtype=torch.int64)
         ends = starts.cumsum(0)
         if not numbers or ends[-1] == 0:
             longest = max((self.length(i) for i in numbers), default=0)
             raise ValueError(f"ClipDataset.sample: frames is {frames}, but the longest {split} episode has {longest}")
-        drawn = torch.randint(int(ends[-1]), (batch,), generator=generator)
+        drawn = torch.randint(int(ends[-1]), (count,), generator=generator)
         rows = torch.searchsorted(ends, drawn, right=True)
         offsets = drawn - (ends - starts)[rows]
-        clips = [
-            self._clip(numbers[row], start, frames) for row, start in zip(rows.tolist(), offsets.tolist(), strict=True)
-        ]
-        return {key: torch.from_numpy(np.stack([clip[key] for clip in clips])) for key in clips[0]}
+        return [(numbers[row], start) for row, start in zip(rows.tolist(), offsets.tolist(), strict=True)][::-1]
 
     def episode(self, index: int) -> dict[str, Tensor]:
         """Episode number `index` (see `held_out`) as a batch of one clip, from its first latent frame to its last.
@@ -239,10 +287,12 @@ class ClipDataset:
     def _clip(self, index: int, start: int, frames: int) -> dict[str, np.ndarray | np.int64]:
         action = self._action[index][start : start + frames].copy()
         action[0] = 0
-        return {
+        state = {"state": self._state[index][start : start + frames]} if self._state else {}
+        return state | {
             "video": self._video[index][:, start : start + frames],
             "action": action,
             "task": np.int64(self._task[index]),
             "episode": np.int64(index),
             "start": np.int64(start),
+            **{name: np.bool_(index in self._splits[name]) for name in (COUNTERFACTUAL, ACTION_FREE)},
         }

@@ -78,6 +78,14 @@ class StreamInputs(NamedTuple):
     frame_index: FrameIndex  # the row of every token
 
 
+class BridgeVideo(NamedTuple):
+    """The video of whose features a bridge is made, where the model has a ``config.bridge_layer``."""
+
+    video: Tensor  # [B, C, F, y, x]: the frame before a chunk, and the chunk's
+    timesteps: Uncast[Tensor]  # [B, F]
+    trains: bool  # whether the actions' loss reaches the video expert through it
+
+
 class QKVBuffers(NamedTuple):
     """Where a block writes its normed and rotated q and k, and its v.
 

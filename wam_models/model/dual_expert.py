@@ -21,7 +21,7 @@ from wam_kernels.runtime.checks import integer
 
 from ..config import ModelConfig
 from ..runtime.checks import memory
-from .blocks import Attend, PackedBlock, PackedBlockStack, PerStream, StreamInputs, Text, Uncast, dtype_of
+from .blocks import Attend, BridgeVideo, PackedBlock, PackedBlockStack, PerStream, StreamInputs, Text, Uncast, dtype_of
 from .positions import action_positions, video_positions
 from .streams import ActionSide, ContextSide, VideoSide
 
@@ -98,7 +98,7 @@ class WorldActionModel(nn.Module):
         keys_values: bool = False,
         *,
         modes: Tensor | None = None,
-        bridge: Tensor | None = None,
+        bridge: Tensor | BridgeVideo | None = None,
     ) -> list[PerStream[Text]]:
         """The text of every block, of each stream, from raw embeddings ``[B, L, text_dim]``.
 
@@ -109,6 +109,9 @@ class WorldActionModel(nn.Module):
         if text_BLE.ndim != 3 or text_BLE.shape[-1] != self.config.text_dim:
             raise ValueError(f"text must be [B, L, text_dim={self.config.text_dim}], got {list(text_BLE.shape)}")
         c, streams, batch = self.config, self.config.streams, text_BLE.shape[0]
+        if isinstance(bridge, BridgeVideo):
+            with torch.set_grad_enabled(bridge.trains and torch.is_grad_enabled()):
+                bridge = self.video_features(bridge.video, bridge.timesteps.tensors[0], text_BLE, modes=modes)
         of_bridge = bridge is not None and bridge.ndim == 3 and (bridge.shape[0], bridge.shape[2])
         if (modes is None) == c.mode_token or (modes is not None and list(modes.shape) != [batch]):
             expected, got = f"int64 [{batch}]" if c.mode_token else None, None if modes is None else list(modes.shape)
@@ -205,7 +208,7 @@ class WorldActionModel(nn.Module):
         )
 
     def video_features(
-        self, video: Tensor, timesteps: Tensor, text: Tensor, *, layer: int, modes: Tensor | None = None
+        self, video: Tensor, timesteps: Tensor, text: Tensor, *, layer: int | None = None, modes: Tensor | None = None
     ) -> Tensor:
         """The video tokens after a block, ``[B, F * rows * columns, hidden]``, at any noise level: what a bridge takes.
 
@@ -216,12 +219,13 @@ class WorldActionModel(nn.Module):
             video: ``[B, C, F, y, x]`` latents, noised to ``timesteps``.
             timesteps: ``[B, F]``, from 0 (clean) to 1000 (noise).
             text: ``[B, L, text_dim]`` raw text embeddings.
-            layer: Number of the block, from 0.
+            layer: Number of the block, from 0; default ``config.bridge_layer``.
             modes: As in :meth:`forward`.
 
         Raises:
             ValueError: a block that does not exist, or shapes that do not fit.
         """
+        layer = self.config.bridge_layer if layer is None else layer
         layer = integer("video_features", "layer", layer, 0, self.config.layers - 1)
         rows, columns = self.token_grid(*video.shape[-2:])
         frames = torch.arange(video.shape[2], device=self.device)
@@ -264,7 +268,7 @@ class WorldActionModel(nn.Module):
         context: Mapping[str, Tensor] | None = None,
         state: Tensor | None = None,
         modes: Tensor | None = None,
-        bridge: Tensor | None = None,
+        bridge: Tensor | BridgeVideo | None = None,
         frame_start: int = 0,
         attend: Attend | None = None,
         impl: str | None = None,
@@ -289,7 +293,7 @@ class WorldActionModel(nn.Module):
             modes: int64 ``[B]`` for a model with ``config.mode_token``, of each sample its objective's place in
                 ``OBJECTIVES``.
             bridge: ``[B, N, bridge_dim]`` features that the action tokens cross-attend to, such as those of
-                :meth:`video_features`, for a model with ``config.bridge_dim``.
+                :meth:`video_features`, for a model with ``config.bridge_dim``; or the video of which to compute them.
             frame_start: Absolute frame of the first frame: moves the rope positions, nothing else.
             attend: Instead of a plan: the attention, ``attend(layer, q, k, v)`` with ``[B, S, H, h]`` tensors.
             impl: Backend of ``block_attention``.

@@ -13,7 +13,7 @@ from wam_kernels.masks.visibility import ACTION, CLEAN, NOISY, VIDEO
 from wam_kernels.streaming_cache import MAX_RANGES
 
 from ..flow import timesteps
-from ..model.blocks import PerStream, QKVBuffers, StreamInputs, Text, Uncast
+from ..model.blocks import BridgeVideo, PerStream, QKVBuffers, StreamInputs, Text, Uncast
 from ..model.dual_expert import WorldActionModel
 from ..objectives import OBJECTIVES
 from .frames import FRAME_DIM, to_device
@@ -67,15 +67,19 @@ class ChunkForward:
         # buffers are made anew where they are needed
         return vars(self) | {"buffers": {}}
 
-    def set_text(self, rollouts: Sequence[int], text: Tensor, bridge: Tensor | None = None) -> None:
+    def set_text(self, rollouts: Sequence[int], text: Tensor, bridge: Tensor | BridgeVideo | None = None) -> None:
         """Compute the keys and values of text and bridge of some rollouts; at first of all of them, in order."""
         text = torch.zeros_like(text) if self.layout.objective.conditional else text
         text = torch.cat([text, torch.zeros_like(text)]) if self.layout.guided else text
         device, modes = self.model.device, None
         if self.model.config.mode_token:
             modes = torch.full((len(text),), list(OBJECTIVES).index(self.layout.objective.name), device=device)
-        if bridge is not None:
-            bridge = torch.cat([to_device(bridge, device)] * (len(text) // len(rollouts)))
+        repeat = len(text) // len(rollouts)
+        if isinstance(bridge, BridgeVideo):
+            levels = Uncast(torch.cat([*bridge.timesteps.tensors] * repeat))
+            bridge = bridge._replace(video=torch.cat([bridge.video] * repeat), timesteps=levels)
+        elif bridge is not None:
+            bridge = torch.cat([to_device(bridge, device)] * repeat)
         fresh = self.model.embed_text(to_device(text, device), True, modes=modes, bridge=bridge)
         if not self.text:
             self.text = fresh

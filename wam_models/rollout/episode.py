@@ -27,6 +27,7 @@ from torch import Tensor
 from wam_kernels.masks.programs import STREAMS
 from wam_kernels.masks.visibility import ACTION, VIDEO
 
+from ..bridge import bridge_video, rolls_out
 from ..config import ModelConfig
 from ..model.blocks import at_least_float32
 from ..model.dual_expert import WorldActionModel
@@ -113,19 +114,22 @@ class RolloutEngine:
                 chunk, text zeroed.
             context: Features ``[B, N, E]`` of each given stream that is made of features, by name.
             state: ``[B, 1, S]``, the robot's state at frame 0, for a model with ``state_dim``.
-            bridge: ``[B, N, bridge_dim]``, for a model that has one; see :meth:`Episode.set_bridge`.
+            bridge: ``[B, N, bridge_dim]``, for a model that has one and no ``bridge_layer``; see
+                :meth:`Episode.set_bridge`.
 
         Raises:
             TypeError: an observation or text that is no tensor.
             ValueError: shapes that do not fit the model or each other, numbers on the CPU that are not finite, an
                 objective that the program lacks, or a window whose keys and values exceed the device's memory.
         """
-        c = self.model.config
-        choice(
-            f"start with program {self.config.program}: objective",
-            objective,
-            tuple(OBJECTIVES) if self.config.program == GJD and c.has_actions else ("joint",),
-        )
+        c, program = self.model.config, self.config.program
+        possible = [name for name, o in OBJECTIVES.items() if rolls_out(c, program, o)]
+        if not possible:
+            raise ValueError(
+                f"start: RolloutConfig.program must resolve the video before the actions for bridge_sigma="
+                f"{c.bridge_sigma}, as video_then_action does, got {program!r}"
+            )
+        choice(f"start with program {program}: objective", objective, possible if program == GJD else ("joint",))
         instance("start: observation", observation, Tensor)
         instance("start: text", text, Tensor)
         if observation.ndim != 5 or observation.shape[1:3] != (c.latent_channels, 1) or not observation.shape[0]:
@@ -268,12 +272,17 @@ class Episode:
             raise ValueError("propose: want and action_noise must not ask for actions of a model that has none")
         if generator is not None:
             instance("propose: generator", generator, torch.Generator)
-        loops = stages(self.config.program, self.objective, want, self.layout.streams)
-        denoised = {stream for stage in loops for stream in stage.denoised}
+        own = self.model.config.bridge_layer is not None and want != "video"
+        early = self.model.config.bridge_sigma == 1
+        needed = "both" if own and not early else want
+        loops = stages(self.config.program, self.objective, needed, self.layout.streams)
+        denoised = {stream for stage in loops for stream in stage.denoised} | ({VIDEO} if own else set())
         noise, clean = (video_noise, action_noise), (clean_video, clean_action)
         starts = {
             s: self._initial_latents(s, s in denoised, noise[s], clean[s], generator) for s in self.layout.streams
         }
+        if own and early:
+            self._set_own_bridge(starts[VIDEO])
         if self._stale:
             self._recompute_history()
         for stream, start in starts.items():
@@ -284,6 +293,8 @@ class Episode:
             self.solver.denoise(stage, self.next_frame)
             if stage.promoted is not None:
                 self.forward.compute_clean((stage.promoted,), self.next_frame)
+            if own and not early and stage.streams == (VIDEO,):
+                self._set_own_bridge(starts[VIDEO])
         found = {s: self.chunk[s].clone() for stage in loops for s in stage.streams}
         for s, latents in found.items():
             where = f"propose: {STREAMS[s]} of the chunk at frames {self.next_frame}"
@@ -408,7 +419,7 @@ class Episode:
         context = dict(context or {})
         self._check_context(context, len(rollouts))
         states = self._checked_state("restart", state, len(rollouts), 1)
-        self._set_text(rollouts, text, bridge)
+        self._set_text(rollouts, text, self._first_bridge(bridge, len(rollouts)))
         self.forward.set_context(rollouts, context)
         # no action leads to frame 0: its slots are never a key
         frames = {s: torch.zeros_like(t.narrow(FRAME_DIM[s], 0, 1)) for s, t in self.chunk.items()}
@@ -431,7 +442,27 @@ class Episode:
         """
         self._check_model("set_bridge")
         instance("set_bridge: bridge", bridge, Tensor)
+        self._first_bridge(bridge, self.layout.batch)
         self._set_text(range(self.layout.batch), self._text, bridge)
+
+    def _first_bridge(self, given: Tensor | None, rollouts: int) -> Tensor | None:
+        """That of a new rollout: of a model that makes its own, room for it."""
+        c, (rows, columns) = self.model.config, self.layout.grid
+        if c.bridge_layer is None:
+            return given
+        if given is not None:
+            raise ValueError(f"bridge must be None for a model with bridge_layer={c.bridge_layer}, which makes its own")
+        return torch.zeros(rollouts, (1 + self.chunk_size) * rows * columns, c.bridge_dim)
+
+    def _set_own_bridge(self, noise: Tensor | None) -> None:
+        """Of the last frame and the chunk's, which are ``noise`` or, below the first level, what was denoised."""
+        c, device = self.model.config, self.model.device
+        started = to_device(cast(Tensor, noise), device).to(self.chunk[VIDEO].dtype)
+        last = torch.stack([self.ring.frame(VIDEO, b, f - 1) for b, f in enumerate(self.next_frame)])[:, :, None]
+        chunk = started if c.bridge_sigma == 1 else self.chunk[VIDEO]
+        video = bridge_video(c, torch.cat([last, chunk], 2), torch.cat([last, started], 2))
+        self.forward.set_text(range(self.layout.batch), self._text, video)
+        self._stale |= self.config.cache == "recomputed"
 
     def _set_text(self, rollouts: Sequence[int], text: Tensor, bridge: Tensor | None) -> None:
         if bridge is not None:

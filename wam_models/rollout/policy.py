@@ -24,6 +24,7 @@ from ..text import WordEmbedding
 from .config import RolloutConfig
 
 PICTURES = "observation.images."  # how the features of cameras begin
+_STATE_UNITS = ("state_mean", "state_std")  # of the extra tensors of a checkpoint
 _CODEC = "codec."  # prefix of the codec's tensors in a checkpoint
 
 
@@ -73,6 +74,8 @@ class Policy:
         rollout: How to roll it out unless told otherwise.
         camera: Of the training pictures, or ``observation.state``; None for a checkpoint that does not say.
         actions_per_token: Actions that one action token holds: the model's ``action_dim`` is so many times A.
+        state_units: Mean and std of the states that a model with ``state_dim`` is told, float32 ``[S]`` each, in the
+            units of the data set.
 
     Raises:
         ValueError: parts that do not fit together, or action statistics that turn actions into no numbers.
@@ -87,12 +90,13 @@ class Policy:
     rollout: RolloutConfig
     camera: Camera | None = None
     actions_per_token: int = 1
+    state_units: tuple[Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         c = self.model.config
         check_field(self, "actions_per_token", whole, 1)
-        width = c.action_dim // self.actions_per_token
-        if width * self.actions_per_token != c.action_dim:
+        width = c.action_dim // self.actions_per_token if c.has_actions else len(self.action_mean)
+        if c.has_actions and width * self.actions_per_token != c.action_dim:
             raise ValueError(
                 f"Policy: actions_per_token must divide the model's action_dim, {c.action_dim}, got "
                 f"{self.actions_per_token}"
@@ -109,6 +113,7 @@ class Policy:
         ):
             if not fits.all():
                 raise ValueError(f"Policy: {name} must be {expected}, got {getattr(self, name).tolist()}")
+        self._check_state_units(c.state_dim)
         for name, has, wants in (
             ("codec.channels", self.codec.channels, c.latent_channels),
             ("text.text_dim", self.text.words.embedding_dim, c.text_dim),
@@ -116,12 +121,25 @@ class Policy:
             if has != wants:
                 raise ValueError(f"Policy: {name} must be {wants} for this model, got {has}")
 
+    def _check_state_units(self, width: int) -> None:
+        shapes = None if self.state_units is None else [list(units.shape) for units in self.state_units]
+        if shapes != ([[width], [width]] if width else None):
+            expected = f"two tensors [{width}]" if width else "None without the model's state_dim"
+            raise ValueError(f"Policy: state_units must be {expected}, got {shapes}")
+        if self.state_units is not None:
+            mean, std = self.state_units
+            if not (mean.isfinite() & std.isfinite() & (std >= LEAST_STD)).all():
+                raise ValueError(
+                    f"Policy: state_units must be finite, the std at least {LEAST_STD:g}, got {self.state_units}"
+                )
+
     @classmethod
     def of(cls, model: WorldActionModel, text: WordEmbedding, data: ClipDataset, rollout: RolloutConfig) -> Policy:
         """With the codec, the action statistics and the camera of the data that the model was trained on."""
         units = data.action_mean.clone(), data.action_std.clone(), ~data.constant_actions
         camera = Camera(name=data.camera, height=data.picture_size[0], width=data.picture_size[1])
-        return cls(model.eval(), text.eval(), data.codec, *units, rollout, camera, data.actions_per_token)
+        states = data.state_units if model.config.state_dim else None
+        return cls(model.eval(), text.eval(), data.codec, *units, rollout, camera, data.actions_per_token, states)
 
     @property
     def actions_per_frame(self) -> int:
@@ -161,6 +179,19 @@ class Policy:
         """Those of its actions, as ClipDataset takes them."""
         return self.action_mean, self.action_std, self.varying
 
+    def state(self, states: np.ndarray) -> Tensor | None:
+        """States ``[..., S]`` of a data set or a simulator as the model is told them; None for one that is told none.
+
+        Raises:
+            ValueError: states of another width.
+        """
+        if self.state_units is None:
+            return None
+        mean, std = self.state_units
+        if states.shape[-1:] != mean.shape:
+            raise ValueError(f"Policy.state: states must have {len(mean)} numbers for this model, got {states.shape}")
+        return (torch.as_tensor(states, dtype=torch.float32) - mean) / std
+
     def save(self, folder: str | Path, *, training: Mapping | None = None, training_state: dict | None = None) -> None:
         """Write a checkpoint folder; ``training`` (anything for JSON) and ``training_state`` serve a resume.
 
@@ -170,6 +201,7 @@ class Policy:
         kind, codec = codec_kind(self.codec), cast(SavedCodec, self.codec)
         extra = {_CODEC + k: v for k, v in codec.state_dict().items()}
         extra |= {"action_mean": self.action_mean, "action_std": self.action_std, "varying": self.varying}
+        extra |= zip(_STATE_UNITS, self.state_units or (), strict=False)
         metadata: dict[str, Any] = {"rollout": asdict(self.rollout), "training": dict(training or {})}
         metadata["codec"] = {"kind": kind, "config": codec.config}
         if (self.actions_per_frame, self.actions_per_token) != (STRIDE, 1):
@@ -213,15 +245,16 @@ class Policy:
             tokens = found.model.config.actions_per_frame
             expected = trained if packed == 1 else f"{trained} / {packed}"
             raise ValueError(f"{config}: model: actions_per_frame must be {expected} for this policy, got {tokens}")
-        units = ("action_mean", "action_std", "varying")
+        units = ("action_mean", "action_std", "varying", *(_STATE_UNITS if found.model.config.state_dim else ()))
         missing = [name for name in units if name not in found.extra]
         if missing:
             raise ValueError(f"{extra}: no checkpoint of wam train, {missing} are missing; train again")
         try:
             state = {k.removeprefix(_CODEC): v for k, v in found.extra.items() if k.startswith(_CODEC)}
             codec = CODECS[kind["kind"]].from_state_dict(state, kind["config"])
-            mean, std, varying = (found.extra[name].cpu() for name in units)
-            policy = cls(found.model, found.text, codec, mean, std, varying, rollout, camera, packed)
+            mean, std, varying, *states = (found.extra[name].cpu() for name in units)
+            of_states = (states[0], states[1]) if states else None
+            policy = cls(found.model, found.text, codec, mean, std, varying, rollout, camera, packed, of_states)
         except ValueError as error:
             raise ValueError(f"{extra}: {error}; train again") from error
         return policy, found
@@ -261,7 +294,8 @@ class Policy:
         Returns:
             ``frames`` uint8 ``[F, H, W, 3]``, the pictures, or float32 ``[F, S]``, the states;
             ``video`` float32 ``[1, C, F, y, x]``, their latents;
-            ``action`` float32 ``[1, F, n, k A]`` normalised, frame 0 zeros; ``text``, the instruction.
+            ``action`` float32 ``[1, F, n, k A]`` normalised, frame 0 zeros; ``text``, the instruction;
+            ``state`` float32 ``[1, F, S]`` normalised, None for a model that is told none.
 
         Raises:
             ValueError: an episode that does not exist, actions of another width, or pictures of another size.
@@ -289,4 +323,7 @@ class Policy:
         )
         pictures = frames[:: self.codec.temporal]
         task = dataset.episodes[episode].task
-        return {"frames": pictures, "video": video[None], "action": slots[None], "text": task}
+        state = None
+        if self.state_units is not None:
+            state = self.state(dataset.state(episode)[:: self.actions_per_frame][None, : video.shape[1]])
+        return {"frames": pictures, "video": video[None], "action": slots[None], "text": task, "state": state}

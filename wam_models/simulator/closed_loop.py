@@ -52,10 +52,12 @@ class _Adapted:
         self.name = type(simulator).__name__
         self.failure: str | None = None
         self.actions = 0
+        self.states = np.empty((0,))  # of what was observed in the last call, [frames, S]
 
     def reset(self) -> tuple[np.ndarray, str]:
         self.simulator.reset(self.simulator.initial_state(self.seed))
         first = checked_observation(f"{self.name}.observe", self.simulator.observe(), len(self.simulator.state_names))
+        self.states = first.state[None]
         return self.policy.frame(first.state, first.pictures), self.simulator.instruction
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, bool]:
@@ -67,6 +69,7 @@ class _Adapted:
         if not done.outcome.success and self.failure is None and self.actions >= self.simulator.horizon:
             self.failure = f"not done after {self.actions} actions"
         frames = [self.policy.frame(o.state, o.pictures) for o in done.observations]
+        self.states = np.stack([o.state for o in done.observations]) if frames else self.states[:0]
         return (np.stack(frames) if frames else np.empty((0,))), done.outcome.success
 
 
@@ -121,7 +124,8 @@ def play(
         watch: Called after every chunk with all frames that were observed, and with what was expected of each.
 
     Raises:
-        ValueError: a codec that needs more pictures than a simulator gives; actions that are not finite, before they
+        ValueError: a policy without actions, one that is told states of an adapter, which has none, or a codec that
+            needs more pictures than a simulator gives; actions that are not finite, before they
             are executed; whatever the simulator raises, as the cause; no pair where one is due, pictures of another
             size or dtype than the policy's, or more of them than actions allow. The message names the chunk, from 1.
     """
@@ -130,6 +134,14 @@ def play(
         raise ValueError(
             f"play: policy.codec must encode pictures one by one, but a {type(policy.codec).__name__} takes "
             f"{policy.codec.temporal} for each latent frame, and a simulator gives one"
+        )
+    if not policy.model.config.has_actions:
+        raise ValueError("play: policy must have actions, got one of a video-only model; wam rollout imagines with it")
+    told = policy.state_units is not None and not policy.frames_are_states
+    if told and is_adapter(simulator):
+        raise ValueError(
+            f"play: policy is told {policy.model.config.state_dim} numbers of the robot's state, which an adapter of "
+            "two methods does not give; give a Simulator, whose observe() does"
         )
     adapter: Any = simulator if is_adapter(simulator) else _Adapted(cast(Simulator, simulator), policy, seed)
     per_frame, look = policy.actions_per_frame, _states if policy.frames_are_states else _pictures
@@ -141,7 +153,9 @@ def play(
     frames: list[int] = []
     with torch.no_grad():
         text = policy.text([instruction])
-    episode = RolloutEngine(policy.model, config).start(policy.codec.encode(picture[None])[None], text)
+    first_state = policy.state(adapter.states[None] if told else picture[None, None])
+    first = policy.codec.encode(picture[None])[None]
+    episode = RolloutEngine(policy.model, config).start(first, text, state=first_state)
     done, failure = False, None
     for chunk in tqdm(range(1, chunks + 1), desc="play", unit="chunk", disable=not progress, dynamic_ncols=True):
         began = time.perf_counter()
@@ -169,7 +183,8 @@ def play(
             seconds.append(predicted)
             break
         began = time.perf_counter()
-        episode.observe(policy.codec.encode(observed)[None], action[:, : len(observed)])
+        state = policy.state((adapter.states if told else observed)[None])
+        episode.observe(policy.codec.encode(observed)[None], action[:, : len(observed)], state=state)
         seconds.append(predicted + time.perf_counter() - began)
     films = np.concatenate(pictures), np.concatenate(imagined)
     return Played(instruction, done, *films, np.concatenate(actions), np.array(frames), seconds, failure)

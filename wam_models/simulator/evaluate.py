@@ -172,6 +172,8 @@ def describe(policy: Policy, names: Iterable[str], process: SimulatorProcess | S
         ValueError: a simulator that does not fit the policy, or a codec that needs more than one frame each.
         SimulatorFailure: a simulator that cannot be made at all.
     """
+    if not policy.model.config.has_actions:
+        raise ValueError("evaluate: policy must have actions, got one of a video-only model")
     if policy.codec.temporal != 1:
         raise ValueError(f"evaluate: policy.codec must encode frames one by one, got {type(policy.codec).__name__}")
     return {name: _fitting(policy, name, process.describe(name)) for name in dict.fromkeys(names)}
@@ -183,10 +185,10 @@ def _fitting(policy: Policy, name: str, described: Description) -> Description:
         raise ValueError(
             f"--simulator {name}: its actions have {len(described.action_names)} numbers, those of the policy {width}"
         )
-    if policy.frames_are_states and len(described.state_names) != policy.codec.channels:
+    told = policy.codec.channels if policy.frames_are_states else policy.model.config.state_dim
+    if told and len(described.state_names) != told:
         raise ValueError(
-            f"--simulator {name}: its states have {len(described.state_names)} numbers, those of the policy "
-            f"{policy.codec.channels}"
+            f"--simulator {name}: its states have {len(described.state_names)} numbers, those of the policy {told}"
         )
     return described
 
@@ -199,6 +201,7 @@ class _Playing:
         self.horizon, self.process = horizon, process
         self.noise = torch.Generator().manual_seed(task.seed)
         self.latent = torch.empty(0)  # of the last observed frame, [C, 1, y, x]
+        self.states = torch.empty(0)  # [frames, S] of what was observed last, for a policy that is told them
         self.errors: list[tuple[np.ndarray, np.ndarray]] = []
 
     @property
@@ -216,6 +219,7 @@ class _Playing:
             begun = self.process.receive()
             frame = policy.frame(begun.observation.state, begun.observation.pictures)
             self.latent = policy.codec.encode(frame[None])
+            self._take_states(policy, [begun.observation.state])
         except (SimulatorFailure, ValueError) as error:
             self._broke(error)
             return
@@ -244,6 +248,7 @@ class _Playing:
             frames = [policy.frame(o.state, o.pictures) for o in done.observations]
             if frames:
                 latents = policy.codec.encode(np.stack(frames))
+                self._take_states(policy, [o.state for o in done.observations])
         except (SimulatorFailure, ValueError) as error:
             self._broke(error)
             return latents
@@ -271,6 +276,10 @@ class _Playing:
             self.result.imagined_mse.append(float(imagined))
             self.result.still_mse.append(float(still))
         return self.result
+
+    def _take_states(self, policy: Policy, states: list[np.ndarray]) -> None:
+        told = policy.state(np.stack(states))
+        self.states = self.states if told is None else told
 
     def _broke(self, error: Exception) -> None:
         self.result.failure, self.result.broken = str(error), True
@@ -318,7 +327,7 @@ class _Batch:
         any_row = next(iter(self.playing.values()))  # stands in for rows without an episode
         beginning = [self.playing.get(b, any_row) for b in rows]
         first, text = torch.stack([p.latent for p in beginning]), self._text(beginning)
-        episode = RolloutEngine(self.policy.model, self.config).start(first, text)
+        episode = RolloutEngine(self.policy.model, self.config).start(first, text, state=self._states(beginning))
         while self.playing:
             yield from self._chunk(episode)
 
@@ -334,17 +343,19 @@ class _Batch:
         took = time.perf_counter() - began
         for b, playing in self.playing.items():
             playing.send(self.policy, action[b])
-        observed = torch.zeros_like(video_noise)
+        observed, states = torch.zeros_like(video_noise), self._no_states(episode)
         for b, playing in self.playing.items():
             if not playing.ended:
                 latents = playing.receive(self.policy, None if video is None else video[b])
                 if not playing.ended:  # so all of the chunk was executed
                     observed[b] = latents
+                    if states is not None:
+                        states[b] = playing.states
         ended = [b for b, playing in self.playing.items() if playing.ended]
         counts = [episode.chunk_size * (b in self.playing and b not in ended) for b in range(len(self.processes))]
         began = time.perf_counter()
         if any(counts):
-            episode.observe(observed, action, frames=counts)
+            episode.observe(observed, action, frames=counts, state=states)
             self.seconds.append(took + time.perf_counter() - began)
         for b in ended:
             yield self.playing.pop(b).finished()
@@ -352,7 +363,8 @@ class _Batch:
         started = [b for b in ended if b in self.playing]
         if started:
             playings = [self.playing[b] for b in started]
-            episode.restart(started, torch.stack([p.latent for p in playings]), self._text(playings))
+            first = torch.stack([p.latent for p in playings])
+            episode.restart(started, first, self._text(playings), state=self._states(playings))
 
     def _begin(self, rows: Iterable[int]) -> Iterator[EpisodeResult]:
         """Begin an episode in each of these rows, as long as there are any; the results of those that cannot begin."""
@@ -384,6 +396,15 @@ class _Batch:
 
     def _text(self, playings: Sequence[_Playing]) -> Tensor:
         return self.policy.text([self.described[p.result.simulator].instruction for p in playings])
+
+    def _states(self, playings: Sequence[_Playing]) -> Tensor | None:
+        """``[rows, 1, S]`` of episodes that begin."""
+        return torch.stack([p.states for p in playings]) if self.policy.state_units is not None else None
+
+    def _no_states(self, episode: Episode) -> Tensor | None:
+        """Room for those of a chunk."""
+        width = self.policy.model.config.state_dim
+        return torch.zeros(len(self.processes), episode.chunk_size, width) if width else None
 
     def _noise(self, episode: Episode) -> tuple[Tensor, Tensor]:
         """Of video and actions, each row from its own generator: what the other rows do makes no difference."""

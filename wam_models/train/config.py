@@ -4,23 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from wam_kernels import HISTORIES, PROGRAMS
+from wam_kernels import PROGRAMS
 
 from ..config import ModelConfig
 from ..data import ClipDataset
+from ..data.clips import ACTION_FREE, COUNTERFACTUAL, TRAIN
 from ..data.latents import PATCH
 from ..flow import SHIFTS, TimestepDraw
-from ..objectives import GJD, GJD_MIXTURE, OBJECTIVES, checked_mixture
+from ..objectives import GJD, GJD_MIXTURE, OBJECTIVES
 from ..rollout import RolloutConfig
 from ..rollout.config import CONDITIONAL_CHUNK
-from ..runtime.checks import check_field, choice, number, whole, whole_range
+from ..runtime.checks import check_field, choice, number, whole
 from ..runtime.json_fields import from_fields, read_json
-from ..runtime.limits import LARGEST_INT32, LARGEST_SIZE
-from .step import TrainingConfig, stream_pairs
+from ..runtime.limits import LARGEST_SIZE
+from .samples import SampleConfig, StepConfig, stream_pairs
 
 SCHEDULES = ("constant", "cosine", "decay")
 DECAY_PART = 0.5  # part of a "decay" run, its end, over which the learning rate falls
@@ -45,11 +46,20 @@ def small_model() -> ModelConfig:
     )
 
 
+class StepKind(NamedTuple):
+    """Steps of one kind: how often they come, what they are, and the split that each of their clips is drawn from."""
+
+    share: float
+    config: StepConfig
+    splits: Mapping[str, float]
+
+
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(SampleConfig):
     """All that a training run depends on, beside the data and the seed. JSON in and out.
 
-    The defaults are the demo's, for three minutes on two CPU cores; NOTES.md beside this file says what else was tried.
+    The fields of :class:`SampleConfig` are its own too. The defaults are the demo's, for three minutes on two CPU
+    cores; NOTES.md beside this file says what else was tried.
 
     Args:
         model: Sizes of the model.
@@ -59,15 +69,14 @@ class TrainConfig:
             are ``model.latent_channels``. Of no meaning where frames are states, or latents come with a policy.
         programs: Interaction programs of the ``joint`` objective's samples, equally often. Default: all of
             ``wam_kernels.PROGRAMS``, so that one checkpoint serves every rollout program.
-        mixture: Share of each objective among the samples.
-        history: Which earlier clean tokens a query attends to, one of ``wam_kernels.HISTORIES``.
-        chunk_sizes: Smallest and largest chunk, in frames; drawn for every step.
-        windows: Smallest and largest window, in order blocks; drawn for every step.
-        noised_history: Probability that the clean video copy of a sample is itself noised.
+        mixture: Weight of each objective among the samples of demonstrations. Default: GJD's; ``joint`` alone for a
+            model without actions or with a bridge of its own.
+        counterfactual: The same among samples of the split ``counterfactual``, recorded dynamics whose actions did not
+            come from a demonstration: as many samples of each as its weight beside those of ``mixture`` says. Default:
+            no such samples. OpenWAM's GJD has 0.6 ``joint``, 0.1 of both others, and 0.1 of both here.
+        action_free: Share, among the ``joint`` samples, of those of the split ``action_free``, videos without actions.
         video_shift: Shift of the video's noise levels.
         action_shift: Shift of the actions' noise levels.
-        video_weight: Factor on the video loss.
-        action_weight: Factor on the action loss.
         batch: Clips of a step.
         frames: Latent frames of a clip.
         steps: Steps of the run, and the end of the schedule unless time ends the run before.
@@ -100,15 +109,13 @@ class TrainConfig:
     actions_per_token: int = 1
     cell: int = PATCH
     programs: tuple[str, ...] = field(default_factory=lambda: tuple(PROGRAMS))
-    mixture: Mapping[str, float] = field(default_factory=lambda: dict(GJD_MIXTURE))
-    history: str = "full"
-    chunk_sizes: tuple[int, int] = (1, 4)
+    mixture: Mapping[str, float] = field(default_factory=dict)
+    counterfactual: Mapping[str, float] = field(default_factory=dict)
     windows: tuple[int, int] = (4, 16)
     noised_history: float = 0.0
+    action_free: float = 0.0
     video_shift: float = 20.0
     action_shift: float = 15.0
-    video_weight: float = 1.0
-    action_weight: float = 1.0
     batch: int = 2
     frames: int = 9
     steps: int = 2000
@@ -129,23 +136,16 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if not isinstance(self.model, ModelConfig):
             raise ValueError(f"TrainConfig: model must be a ModelConfig, got {self.model!r}")
-        features = [stream.name for stream in self.model.context if stream.features]
-        m = self.model
-        if features or m.state_dim or m.bridge_dim or not m.has_actions:
-            got = f"context features {features}, topology={m.topology!r}, state_dim={m.state_dim} and "
-            got += f"bridge_dim={m.bridge_dim}"
-            raise ValueError(
-                f"TrainConfig: model must have actions and be given nothing but pictures and text, got {got}; for "
-                "others call training_step"
-            )
+        if not self.mixture:
+            only_joint = not self.model.has_actions or self.model.bridge_layer is not None
+            object.__setattr__(self, "mixture", {"joint": 1.0} if only_joint else dict(GJD_MIXTURE))
+        super().__post_init__()
+        _check_data_gives(self.model)
+        _check_objectives(self)
         check_field(self, "actions_per_token", whole, 1, LARGEST_SIZE)
         check_field(self, "cell", whole, 1, LARGEST_SIZE)
         check_field(self, "programs", _programs)
-        check_field(self, "mixture", checked_mixture)
-        check_field(self, "history", choice, HISTORIES)
-        for name in ("chunk_sizes", "windows"):
-            check_field(self, name, whole_range, 1, LARGEST_INT32)
-        check_field(self, "noised_history", number, 0, 1)
+        check_field(self, "action_free", number, 0, 1)
         for name in ("video_shift", "action_shift"):
             check_field(self, name, number, *SHIFTS)
         check_field(self, "batch", whole, 1, LARGEST_SIZE)
@@ -153,7 +153,7 @@ class TrainConfig:
             check_field(self, name, whole, low)
         check_field(self, "learning_rate", number, SMALLEST_POSITIVE, 100)
         check_field(self, "clip_norm", number, SMALLEST_POSITIVE)
-        for name in ("weight_decay", "ema", "video_weight", "action_weight"):
+        for name in ("weight_decay", "ema"):
             check_field(self, name, number, 0)
         check_field(self, "schedule", choice, SCHEDULES)
         check_field(self, "beta2", number, 0, 0.999999)
@@ -166,7 +166,8 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """A dict that ``json.dumps`` takes."""
-        return asdict(self) | {"model": self.model.to_dict(), "mixture": dict(self.mixture)}
+        objectives = {"mixture": dict(self.mixture), "counterfactual": dict(self.counterfactual)}
+        return asdict(self) | {"model": self.model.to_dict()} | objectives
 
     @classmethod
     def from_dict(cls, values: Any, source: str = "TrainConfig") -> TrainConfig:
@@ -203,47 +204,76 @@ class TrainConfig:
         }[self.schedule]
         return self.learning_rate * min(1.0, (step + 1) / (self.warmup + 1)) * decay
 
-    def draws(self, frozen: Collection[str] = ()) -> list[tuple[float, TrainingConfig]]:
-        """What a step may be trained on, with probabilities, such that the samples keep the mixture.
+    def draws(self, frozen: Collection[str] = ()) -> list[StepKind]:
+        """What a step may be trained on, such that the samples keep the weights of ``mixture`` and ``counterfactual``.
 
         A step has one program for all its samples. The conditional objectives share steps of their own, in which each
         sample draws its objective; their chunks are of one frame, as in a rollout. ``frozen`` are the streams, of
         ``video`` and ``action``, of which nothing trains.
         """
-        total = sum(self.mixture.values())
-        share = {name: self.mixture.get(name, 0.0) / total for name in OBJECTIVES}
-        common = TrainingConfig(
-            history=self.history,
-            chunk_sizes=self.chunk_sizes,
-            windows=self.windows,
+        common = StepConfig(
+            **{f.name: getattr(self, f.name) for f in fields(SampleConfig)},
             timesteps=TimestepDraw(video_shift=self.video_shift, action_shift=self.action_shift),
-            noised_history=self.noised_history,
-            video_weight=self.video_weight,
-            action_weight=self.action_weight,
             stop_gradient=tuple(p for p in CROSS if p[1] in frozen)
             if self.stop_gradient is None
             else self.stop_gradient,
         )
+        total = sum(self.mixture.values()) + sum(self.counterfactual.values())
+        share = {name: self.mixture.get(name, 0.0) / total for name in OBJECTIVES}
         joint = share.pop("joint")
-        kinds = [(joint / len(self.programs), replace(common, program=p)) for p in self.programs]
-        conditional = sum(share.values())
-        if conditional > 0:
+        splits = {TRAIN: 1 - self.action_free, ACTION_FREE: self.action_free}
+        kinds = [StepKind(joint / len(self.programs), replace(common, program=p), splits) for p in self.programs]
+        shares = {TRAIN: sum(share.values()), COUNTERFACTUAL: sum(self.counterfactual.values()) / total}
+        if conditional := sum(shares.values()):
             one = (CONDITIONAL_CHUNK, CONDITIONAL_CHUNK)
-            kinds.append((conditional, replace(common, program=GJD, mixture=share, chunk_sizes=one)))
+            of_train = share if shares[TRAIN] else self.counterfactual  # of no sample then
+            step = replace(common, program=GJD, mixture=of_train, chunk_sizes=one)
+            kinds.append(StepKind(conditional, step, {name: part / conditional for name, part in shares.items()}))
         return kinds
 
     def default_rollout(self) -> RolloutConfig:
         """How a policy is rolled out unless told otherwise.
 
-        In one step: from noise it gives the mean of what may follow, the best guess that an error can ask for.
+        In one step: from noise it gives the mean of what may follow, the best guess that an error can ask for. A bridge
+        of the model's own is another for every chunk, and so are then the keys and values of the history.
         """
+        possible = [p for p in self.programs if PROGRAMS[p].has_rollout]
+        joint = "joint" in possible or not possible or not self.mixture.get("joint")
         return RolloutConfig(
+            program=GJD if joint else possible[0],
+            cache="persistent" if self.model.bridge_layer is None else "recomputed",
             chunk_size=self.chunk_sizes[1],
             window=4,
             history=self.history,
             steps=1,
             video_shift=self.video_shift,
             action_shift=self.action_shift,
+        )
+
+
+def _check_data_gives(model: ModelConfig) -> None:
+    """A data set gives pictures, text, actions and states."""
+    features = [stream.name for stream in model.context if stream.features]
+    if features or (model.bridge_dim and model.bridge_layer is None):
+        raise ValueError(
+            f"TrainConfig: model must not be given features of another network, got context features {features} and "
+            f"bridge_dim={model.bridge_dim} without bridge_layer; call training_step with them"
+        )
+
+
+def _check_objectives(config: TrainConfig) -> None:
+    """What a model without actions, or with a bridge of its own, can learn."""
+    conditional = [name for name, weight in config.mixture.items() if name != "joint" and weight]
+    conditional += [name for name, weight in config.counterfactual.items() if weight]
+    if conditional and (not config.model.has_actions or config.model.bridge_layer is not None):
+        raise ValueError(
+            f"TrainConfig: mixture and counterfactual must have weight on joint alone for topology "
+            f"{config.model.topology!r} and bridge_layer={config.model.bridge_layer}, got {conditional}"
+        )
+    of_actions = {name: getattr(config, name) for name in ("video_marginal", "action_marginal", "action_free")}
+    if not config.model.has_actions and any(of_actions.values()):
+        raise ValueError(
+            f"TrainConfig: {', '.join(of_actions)} must be 0 for a model without actions, got {of_actions}"
         )
 
 
@@ -268,14 +298,26 @@ def check_fit(config: TrainConfig, data: ClipDataset) -> None:
     """
     channels, rows, columns = data.latent_shape
     model = config.model
-    for name, wants, has in (
+    sizes = [
         ("latent_channels", model.latent_channels, channels),
-        ("action_dim", model.action_dim, data.action_mean.numel() * data.actions_per_token),
         ("actions_per_frame", model.actions_per_frame, data.actions_per_frame // data.actions_per_token),
-    ):
+    ]
+    if model.has_actions:
+        sizes.append(("action_dim", model.action_dim, data.action_mean.numel() * data.actions_per_token))
+    if model.state_dim:
+        sizes.append(("state_dim", model.state_dim, 0 if data.state_units is None else len(data.state_units[0])))
+    for name, wants, has in sizes:
         if wants != has:
             raise ValueError(f"TrainConfig: model.{name} must be {has} for this data set, got {wants}")
-    if model.action_hidden < model.action_dim + 2:  # initialise() passes actions through, beside a mean and a constant
+    for name, split in (("counterfactual", COUNTERFACTUAL), ("action_free", ACTION_FREE)):
+        if getattr(config, name) and not data.episodes_of(split):
+            raise ValueError(
+                f"TrainConfig: {name} must be {'0' if name == 'action_free' else 'empty'} for a data set without "
+                f"episodes in split {split!r}, got {getattr(config, name)}"
+            )
+    if (
+        model.has_actions and model.action_hidden < model.action_dim + 2
+    ):  # initialise() passes actions through, beside a mean and a constant
         raise ValueError(
             f"TrainConfig: model.action_hidden must be at least {model.action_dim + 2}, two more than action_dim, got "
             f"{model.action_hidden}"
@@ -284,6 +326,7 @@ def check_fit(config: TrainConfig, data: ClipDataset) -> None:
         raise ValueError(
             f"TrainConfig: model.patch must divide the latent rows and columns {(rows, columns)}, got {model.patch}"
         )
-    longest = max(data.length(i) for i in data.train)
+    splits = [split for kind in config.draws() for split, share in kind.splits.items() if share]
+    longest = min(max(map(data.length, data.episodes_of(split))) for split in splits)
     if config.frames > longest:
         raise ValueError(f"TrainConfig: frames must be at most {longest}, the longest episode, got {config.frames}")

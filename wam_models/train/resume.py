@@ -41,6 +41,8 @@ def check_resumable(config: TrainConfig, data: ClipDataset, resume: Checkpoint) 
         raise ValueError(f"train: config.model must be that of the checkpoint to resume, which has {', '.join(other)}")
     codec = cast(SavedCodec, data.codec)  # the first save of the run has refused any other
     units = {"action_mean": data.action_mean, "action_std": data.action_std, "varying": ~data.constant_actions}
+    if data.state_units is not None:
+        units |= zip(("state_mean", "state_std"), data.state_units, strict=True)
     for name, value in (units | {f"codec.{k}": v for k, v in codec.state_dict().items()}).items():
         saved = resume.extra.get(name)
         # on another machine the same data gives a mean with other last digits

@@ -7,120 +7,40 @@ numbers it would have had.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from wam_kernels import HISTORIES, Geometry, RuleGeometry, compile_plan
+from wam_kernels import Geometry, RuleGeometry, compile_plan
 from wam_kernels.masks.context import with_context
 
-from ..flow import TimestepDraw, add_noise, target, timesteps
+from ..bridge import bridge_video
+from ..flow import add_noise, target, timesteps
 from ..model.blocks import Uncast, at_least_float32
 from ..model.dual_expert import WorldActionModel
 from ..objectives import (
     GJD,
-    GJD_COUNTERFACTUAL,
-    GJD_MIXTURE,
-    MODEL_PROGRAMS,
     OBJECTIVES,
     Objective,
-    checked_conditional,
-    checked_mixture,
     draw_objectives,
     frames_before_chunks,
     geometry_for,
 )
-from ..runtime.checks import check_field, choice, instance, number, whole_range
-from ..runtime.limits import LARGEST_INT32
+from ..runtime.checks import instance
+from .samples import StepConfig
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingConfig:
-    """What a training step draws from, and how it weighs the losses.
-
-    Args:
-        program: ``"generalist_joint_denoising"`` or one of ``wam_kernels.PROGRAMS``.
-        history: Which earlier clean tokens a query attends to, one of ``wam_kernels.HISTORIES``.
-        chunk_sizes: Smallest and largest chunk, in frames; drawn for every step.
-        windows: Smallest and largest window, in order blocks; drawn for every step.
-        mixture: Weights of the GJD objectives, drawn for every sample.
-        counterfactual: The same of the batch's counterfactual samples, without ``joint``.
-        video_marginal: Probability that the video of a ``joint`` sample is noise at t = 1000 in all frames, without
-            loss: the actions are then learned without the video, as a policy (UWM).
-        action_marginal: The same of its actions: the video is learned without them.
-        text_dropout: Probability that a sample's text is zeroed, for classifier-free guidance.
-        timesteps: How noise levels are drawn.
-        noised_history: Probability that the clean video copy of a sample is itself noised.
-        video_weight: Factor on the video loss.
-        action_weight: Factor on the action loss.
-        stop_gradient: Pairs (query stream, key stream): keys and values of that stream get no gradient from those
-            queries; as ``compile_plan`` takes them.
-
-    Raises:
-        ValueError: an unknown name, a value of the wrong type or outside its range; the message names the field.
-    """
-
-    program: str = GJD
-    history: str = "full"
-    chunk_sizes: tuple[int, int] = (1, 4)
-    windows: tuple[int, int] = (4, 64)
-    mixture: Mapping[str, float] = field(default_factory=lambda: dict(GJD_MIXTURE))
-    counterfactual: Mapping[str, float] = field(default_factory=lambda: dict(GJD_COUNTERFACTUAL))
-    video_marginal: float = 0.0
-    action_marginal: float = 0.0
-    text_dropout: float = 0.0
-    timesteps: TimestepDraw = TimestepDraw()
-    noised_history: float = 0.5
-    video_weight: float = 1.0
-    action_weight: float = 1.0
-    stop_gradient: tuple[tuple[str, str], ...] = ()
-
-    def __post_init__(self) -> None:
-        check_field(self, "program", choice, MODEL_PROGRAMS)
-        check_field(self, "history", choice, HISTORIES)
-        check_field(self, "chunk_sizes", whole_range, 1, LARGEST_INT32)
-        check_field(self, "windows", whole_range, 1, LARGEST_INT32)
-        check_field(self, "mixture", checked_mixture)
-        check_field(self, "counterfactual", checked_conditional)
-        for name in ("video_marginal", "action_marginal", "text_dropout"):
-            check_field(self, name, number, 0, 1)
-        if self.video_marginal + self.action_marginal > 1:
-            raise ValueError(
-                "TrainingConfig: video_marginal and action_marginal must sum to at most 1, got "
-                f"{self.video_marginal} and {self.action_marginal}"
-            )
-        check_field(self, "noised_history", number, 0, 1)
-        check_field(self, "video_weight", number, 0)
-        check_field(self, "action_weight", number, 0)
-        check_field(self, "stop_gradient", stream_pairs)
-        if not isinstance(self.timesteps, TimestepDraw):
-            raise ValueError(f"TrainingConfig: timesteps must be a TimestepDraw, got {self.timesteps!r}")
-
-
-def stream_pairs(where: str, value: Any) -> tuple[tuple[str, str], ...]:
-    """``value`` as pairs (query stream, key stream), of ``video`` and ``action``.
-
-    Raises:
-        ValueError: it is not that.
-    """
-    listed = value if isinstance(value, list | tuple) else (value,)
-    pairs = [tuple(pair) if isinstance(pair, list | tuple) else () for pair in listed]
-    if not all(len(pair) == 2 and set(pair) <= {"video", "action"} for pair in pairs):
-        raise ValueError(
-            f"{where} must be pairs (query stream, key stream) of 'video' and 'action', such as ('action', 'video'), "
-            f"got {value!r}"
-        )
-    return tuple((query, key) for query, key in pairs)
+DEFAULT = StepConfig()
 
 
 def training_step(
     model: WorldActionModel,
     batch: Mapping[str, Tensor],
     generator: torch.Generator,
-    config: TrainingConfig = TrainingConfig(),
+    config: StepConfig = DEFAULT,
     *,
     impl: str | None = None,
 ) -> tuple[Tensor, dict[str, float | int | Tensor]]:
@@ -142,7 +62,7 @@ def training_step(
             embeddings, through which the loss differentiates, ignored likewise where an objective has none; and under
             its name each stream of ``model.config.context`` that is made of features ``[B, N, E]``; ``state``
             ``[B, F, S]`` of each frame for a model with ``state_dim``; ``bridge`` ``[B, N, bridge_dim]`` for one
-            that has it. F at least 2. Optional, bool ``[B]``:
+            that has it and no ``bridge_layer``. F at least 2. Optional, bool ``[B]``:
             ``counterfactual``, the samples whose actions did not come from a demonstration; ``action_free``, those of a
             video without actions: whatever ``action`` holds of them is neither learned nor attended to.
         generator: Source of every random number; its device may differ from the model's.
@@ -159,7 +79,7 @@ def training_step(
         ValueError: a batch entry that is missing or has a shape that does not fit.
     """
     instance("training_step: generator", generator, torch.Generator)
-    instance("training_step: config", config, TrainingConfig)
+    instance("training_step: config", config, StepConfig)
     inside = getattr(model, "module", model)  # of DistributedDataParallel
     video, action, text = _checked(inside, batch)
     has_actions = inside.config.has_actions
@@ -172,9 +92,10 @@ def training_step(
     )
     counterfactual, action_free = (_marked(batch, name, B) for name in ("counterfactual", "action_free"))
     objectives = draw_sample_objectives(config, generator, counterfactual, action_free)
-    if not has_actions and any(o.conditional for o in objectives):
+    if any(o.conditional for o in objectives) and (not has_actions or inside.config.bridge_layer is not None):
         raise ValueError(
-            f"training_step: config.mixture must be {{'joint': 1}} for a model without actions, got {config.mixture}"
+            "training_step: config.mixture must be {'joint': 1} for a model without actions or with bridge_layer, got "
+            f"{config.mixture}"
         )
     video_sigma, action_sigma = config.timesteps.sigmas(B, frames, generator)
     history_sigma = config.timesteps.history_sigmas(B, frames, config.noised_history, generator)
@@ -202,6 +123,12 @@ def training_step(
     sizes = {"frames": frames, "video_tokens": rows * columns, "action_tokens": action.shape[2]}
     sizes |= {"chunk_size": chunk_size, "window": window}
     told = _told(inside, batch, objectives, chunk_size)
+    counted = slice(1, frames)  # frames whose actions are learned: those that a rollout generates
+    if inside.config.bridge_layer is not None:
+        last = frames_before_chunks(frames, chunk_size)[-1]
+        trains = ("action", "video") not in config.stop_gradient
+        told["bridge"] = bridge_video(inside.config, video[:, :, last:], video_noise[:, :, last:], trains)
+        counted = slice(last + 1, frames)
     given = sum(s.tokens or batch[s.name].shape[1] for s in inside.config.context)
     samples = _visibility(config, objectives, action_free, given, sizes)
     one = len(set(samples)) == 1
@@ -219,12 +146,12 @@ def training_step(
         impl=impl,
         **told,
     )
-    # [B] each, over the frames that a rollout generates
+    # [B] each
     video_error = (at_least_float32(video_flow) - target(video, video_noise))[:, :, 1:].square().flatten(1).mean(1)
     action_error = torch.zeros_like(video_error)
     if action_flow is not None:
         wrong = at_least_float32(action_flow) - target(action, action_noise)
-        action_error = wrong[:, 1:].square().flatten(1).mean(1)
+        action_error = wrong[:, counted].square().flatten(1).mean(1)
     counts_video = denoises_video[:, 0] * ~video_marginal[:, 0]
     counts_action = denoises_action[:, 0] * ~action_marginal[:, 0] * has_actions
     loss = config.video_weight * video_error * counts_video + config.action_weight * action_error * counts_action
@@ -249,7 +176,7 @@ def _marked(batch: Mapping[str, Tensor], name: str, samples: int) -> list[bool]:
 
 
 def draw_sample_objectives(
-    config: TrainingConfig, generator: torch.Generator, counterfactual: list[bool], action_free: list[bool]
+    config: StepConfig, generator: torch.Generator, counterfactual: list[bool], action_free: list[bool]
 ) -> list[Objective]:
     """Of each sample: of counterfactual ones conditional, of those without actions ``joint``."""
     drawn = draw_objectives(config.program, len(counterfactual), generator, config.mixture)
@@ -266,7 +193,7 @@ def draw_sample_objectives(
 
 
 def _visibility(
-    config: TrainingConfig, objectives: list[Objective], action_free: list[bool], context: int, sizes: dict[str, int]
+    config: StepConfig, objectives: list[Objective], action_free: list[bool], context: int, sizes: dict[str, int]
 ) -> Sequence[Geometry | RuleGeometry]:
     """Who attends to whom in each sample; to the actions of one that has none, nothing does."""
     geometries = [geometry_for(config.program, o, history=config.history, **sizes) for o in objectives]
@@ -278,7 +205,7 @@ def _visibility(
 
 
 def draw_marginals(
-    config: TrainingConfig, generator: torch.Generator, objectives: list[Objective], action_free: list[bool]
+    config: StepConfig, generator: torch.Generator, objectives: list[Objective], action_free: list[bool]
 ) -> tuple[list[bool], list[bool]]:
     """Of each sample whether its video, and whether its actions, are noise alone."""
     video, action = [False] * len(objectives), list(action_free)
@@ -313,7 +240,7 @@ def _told(
         told["state"] = batch["state"][:, frames_before_chunks(batch["state"].shape[1], chunk_size)]
     if c.mode_token:
         told["modes"] = torch.tensor([list(OBJECTIVES).index(o.name) for o in objectives])
-    if c.bridge_dim:
+    if c.bridge_dim and c.bridge_layer is None:
         told["bridge"] = batch["bridge"]
     return tree_map_only(Tensor, lambda t: t.to(device), told)
 
@@ -327,7 +254,8 @@ def _checked(model: WorldActionModel, batch: Mapping[str, Tensor]) -> tuple[Tens
     """Video, actions (none of each frame for a model without) and text, on the model's device."""
     c = model.config
     names = ["video", *(["action"] if c.has_actions else []), "text", *(s.name for s in c.context if s.features)]
-    names += [name for name, there in (("state", c.state_dim), ("bridge", c.bridge_dim)) if there]
+    given = ("state", c.state_dim), ("bridge", c.bridge_dim and c.bridge_layer is None)
+    names += [name for name, there in given if there]
     missing = sorted(set(names) - set(batch))
     if missing:
         raise ValueError(f"training_step: batch lacks {missing}; expected {', '.join(names)}")

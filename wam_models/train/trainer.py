@@ -37,7 +37,8 @@ from .optimizers import make_optimizers, set_learning_rate
 from .periodic import PeriodicEvaluation
 from .resume import ADAPTERS, averaged_weights, check_resumable, restore
 from .run_folder import RunFolder
-from .step import TrainingConfig, training_step
+from .samples import StepConfig
+from .step import training_step
 
 TIME_RESERVE = 0.03  # part of a run's time that its planned end leaves, so that a slow moment does not cut it off
 
@@ -184,8 +185,8 @@ class Trainer:
         if resume is not None:
             self.step, self.planned_end = restore(resume, self.learner, self.optimizers, self.generator)
             self.average = averaged_weights(resume, self.learner, device)
-        probabilities, self.step_configs = zip(*config.draws(frozen_streams(self.learner)), strict=True)
-        self.probabilities = torch.tensor(probabilities)
+        self.kinds = config.draws(frozen_streams(self.learner))
+        self.shares = torch.tensor([kind.share for kind in self.kinds])
         self.log: list[dict[str, Any]] = []
 
     def run(self, folder: RunFolder | None = None, *, stop: Callable[[], bool], progress: bool = True) -> Trained:
@@ -239,12 +240,12 @@ class Trainer:
         self.began += time.perf_counter() - began  # else it would cost a run of limited time its steps
         return found
 
-    def _draw(self) -> tuple[TrainingConfig, dict[str, Tensor]]:
+    def _draw(self) -> tuple[StepConfig, dict[str, Tensor]]:
         """What the samples of the next step are, and clips for them."""
-        step_config = self.step_configs[int(torch.multinomial(self.probabilities, 1, generator=self.generator))]
-        return step_config, self.data.sample(self.config.batch, self.config.frames, self.generator)
+        kind = self.kinds[int(torch.multinomial(self.shares, 1, generator=self.generator))]
+        return kind.config, self.data.sample(self.config.batch, self.config.frames, self.generator, kind.splits)
 
-    def _forward(self, step_config: TrainingConfig, clips: dict[str, Tensor]) -> tuple[Tensor, Mapping[str, Any]]:
+    def _forward(self, step_config: StepConfig, clips: dict[str, Tensor]) -> tuple[Tensor, Mapping[str, Any]]:
         words = self.text([self.data.tasks[i] for i in clips["task"].tolist()])
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
             return training_step(self.model, {**clips, "text": words}, self.generator, step_config)

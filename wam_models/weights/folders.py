@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ..config import ModelConfig
-from ..model.weights import INDEX, read_weights
 from ..runtime.checks import choice, whole, writable_folder
 from ..runtime.json_fields import read_json
+from .files import INDEX, read_weights
 from .layouts import LAYOUTS
 
 CONFIG = "config.json"
