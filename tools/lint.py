@@ -48,6 +48,7 @@ LEVELS = (
     ("wam_models.config", "wam_models.flow", "wam_models.objectives", "wam_models.data", "wam_models.draw"),
     ("wam_models.text",),
     ("wam_models.model",),
+    ("wam_models.weight_files", "wam_models.bridge"),
     ("wam_models.checkpoint",),
     ("wam_models.rollout", "wam_models.weights"),
     ("wam_models.train", "wam_models.evaluate", "wam_models.simulator"),

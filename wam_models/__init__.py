@@ -30,12 +30,12 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .text import umt5_encoder as umt5_encoder
     from .train.samples import StepConfig as StepConfig
     from .train.step import training_step as training_step
+    from .weight_files import read_weights as read_weights
     from .weights.convert import Converted as Converted
     from .weights.convert import from_diffusers as from_diffusers
     from .weights.convert import sizes_from as sizes_from
     from .weights.convert import weights_from as weights_from
     from .weights.convert import weights_to as weights_to
-    from .weights.files import read_weights as read_weights
 
 # Names load on first use, so that ``wam --help`` and the data tools do not pay for torch.
 HOME_OF = {
@@ -62,7 +62,7 @@ HOME_OF = {
     "golden_config": "config",
     "load_checkpoint": "checkpoint",
     "load_weights": "model.weights",
-    "read_weights": "weights.files",
+    "read_weights": "weight_files",
     "save_checkpoint": "checkpoint",
     "sizes_from": "weights.convert",
     "training_step": "train.step",

@@ -26,7 +26,7 @@ from .model.dual_expert import WorldActionModel
 from .model.weights import abridged, bare_names, check_finite, load_weights, not_here
 from .runtime.json_fields import read_json
 from .text import WordEmbedding
-from .weights.files import INDEX, SAVE_ID, read_tensors, stamp
+from .weight_files import INDEX, SAVE_ID, read_tensors, stamp
 
 MODEL, CONFIG, EXTRA, TRAINING = "model.safetensors", "config.json", "extra.safetensors", "training.pt"
 _TEXT_KEY = "text."  # prefix of the word embedding's tensors among the extra tensors

@@ -83,7 +83,7 @@ def test_a_run_leaves_a_policy_that_acts(kind, root, tmp_path):
         encoder.register_forward_pre_hook(lambda module, args: told.append(args[0].clone()))
     played = play(policy, config, room, chunks=2, generator=generator, progress=False)
     assert played.actions.shape == (4, 4, 7) and np.isfinite(played.actions).all()
-    if policy.state_units is not None:  # of the frame before each chunk; told[0] is of frame 0, to which no action leads
+    if policy.state_units is not None:  # told[0] is of frame 0, to which no action leads
         mean, std = policy.state_units
         now = [(torch.full((8,), float(value)) - mean) / std for value in (50.0, played.actions[1, -1, 0])]
         assert torch.equal(told[1][0, 0], now[0]) and torch.equal(told[-1][0, 0], now[1])

@@ -204,10 +204,10 @@ class ClipDataset:
             std = known.std(0, correction=0)
             units = known.mean(0).float(), torch.where(std >= LEAST_STD, std, 1.0).float()
         self.state_units = units
-        mean, std = (unit.numpy() for unit in units)
+        of_all = [unit.numpy() for unit in units]
         # frames of the latents: a last one may be cut off
         for state, video in zip(states, self._video, strict=True):
-            self._state.append((state[:: self.actions_per_frame][: video.shape[1]] - mean) / std)
+            self._state.append((state[:: self.actions_per_frame][: video.shape[1]] - of_all[0]) / of_all[1])
 
     def episodes_of(self, split: str) -> list[int]:
         """Numbers of the episodes of "train", "counterfactual", "action_free" or "held_out".
@@ -284,15 +284,15 @@ class ClipDataset:
         clip = self._clip(index, 0, self.length(index))
         return {key: torch.from_numpy(np.stack([value])) for key, value in clip.items()}
 
-    def _clip(self, index: int, start: int, frames: int) -> dict[str, np.ndarray | np.int64]:
+    def _clip(self, index: int, start: int, frames: int) -> dict[str, np.ndarray | np.int64 | np.bool_]:
         action = self._action[index][start : start + frames].copy()
         action[0] = 0
-        state = {"state": self._state[index][start : start + frames]} if self._state else {}
-        return state | {
+        clip: dict[str, np.ndarray | np.int64 | np.bool_] = {
             "video": self._video[index][:, start : start + frames],
             "action": action,
             "task": np.int64(self._task[index]),
             "episode": np.int64(index),
             "start": np.int64(start),
-            **{name: np.bool_(index in self._splits[name]) for name in (COUNTERFACTUAL, ACTION_FREE)},
         }
+        clip |= {name: np.bool_(index in self._splits[name]) for name in (COUNTERFACTUAL, ACTION_FREE)}
+        return clip | ({"state": self._state[index][start : start + frames]} if self._state else {})

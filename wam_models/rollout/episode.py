@@ -114,8 +114,8 @@ class RolloutEngine:
                 chunk, text zeroed.
             context: Features ``[B, N, E]`` of each given stream that is made of features, by name.
             state: ``[B, 1, S]``, the robot's state at frame 0, for a model with ``state_dim``.
-            bridge: ``[B, N, bridge_dim]``, for a model that has one and no ``bridge_layer``; see
-                :meth:`Episode.set_bridge`.
+            bridge: ``[B, N, bridge_dim]``, for a model that has one and no ``bridge_layer``, until
+                :meth:`Episode.set_bridge` gives another.
 
         Raises:
             TypeError: an observation or text that is no tensor.

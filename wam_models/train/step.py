@@ -32,7 +32,6 @@ from ..objectives import (
 from ..runtime.checks import instance
 from .samples import StepConfig
 
-
 DEFAULT = StepConfig()
 
 
@@ -98,7 +97,7 @@ def training_step(
             f"{config.mixture}"
         )
     video_sigma, action_sigma = config.timesteps.sigmas(B, frames, generator)
-    history_sigma = config.timesteps.history_sigmas(B, frames, config.noised_history, generator)
+    history_sigma = config.timesteps.history_sigmas(B, frames, config.noised_history, generator).to(device)
     video_noise, history_noise, action_noise = (
         torch.randn(t.shape, generator=generator, dtype=torch.float32, device=draws).to(device)
         for t in (video, video, action)
@@ -117,18 +116,16 @@ def training_step(
     keeps_text = keeps_text * draw_kept_text(config.text_dropout, B, generator).to(device)
     video_sigma = video_sigma.to(device).masked_fill(video_marginal, 1.0) * denoises_video
     action_sigma = action_sigma.to(device).masked_fill(action_marginal, 1.0) * denoises_action
-    history_sigma = history_sigma.to(device)
 
     rows, columns = inside.token_grid(y, x)
     sizes = {"frames": frames, "video_tokens": rows * columns, "action_tokens": action.shape[2]}
     sizes |= {"chunk_size": chunk_size, "window": window}
     told = _told(inside, batch, objectives, chunk_size)
-    counted = slice(1, frames)  # frames whose actions are learned: those that a rollout generates
+    first_learned = 1  # of the frames whose actions are: those that a rollout generates
     if inside.config.bridge_layer is not None:
-        last = frames_before_chunks(frames, chunk_size)[-1]
-        trains = ("action", "video") not in config.stop_gradient
-        told["bridge"] = bridge_video(inside.config, video[:, :, last:], video_noise[:, :, last:], trains)
-        counted = slice(last + 1, frames)
+        first_learned = 1 + frames_before_chunks(frames, chunk_size)[-1]
+        of_last = (t[:, :, first_learned - 1 :] for t in (video, video_noise))
+        told["bridge"] = bridge_video(inside.config, *of_last, ("action", "video") not in config.stop_gradient)
     given = sum(s.tokens or batch[s.name].shape[1] for s in inside.config.context)
     samples = _visibility(config, objectives, action_free, given, sizes)
     one = len(set(samples)) == 1
@@ -151,7 +148,7 @@ def training_step(
     action_error = torch.zeros_like(video_error)
     if action_flow is not None:
         wrong = at_least_float32(action_flow) - target(action, action_noise)
-        action_error = wrong[:, counted].square().flatten(1).mean(1)
+        action_error = wrong[:, first_learned:].square().flatten(1).mean(1)
     counts_video = denoises_video[:, 0] * ~video_marginal[:, 0]
     counts_action = denoises_action[:, 0] * ~action_marginal[:, 0] * has_actions
     loss = config.video_weight * video_error * counts_video + config.action_weight * action_error * counts_action

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config import ModelConfig
 from ..runtime.checks import choice, whole, writable_folder
 from ..runtime.json_fields import read_json
-from .files import INDEX, read_weights
+from ..weight_files import INDEX, read_weights
 from .layouts import LAYOUTS
 
 CONFIG = "config.json"
