@@ -129,7 +129,7 @@ def test_what_cannot_be_frozen_or_adapted_is_named(config, data, root, tmp_path,
 def test_the_stop_gradient_follows_what_is_frozen(config, data):
     def pairs(**changes):
         trainer = Trainer(replace(config, **changes), data, seed=0, device=CPU)
-        (found,) = {step_config.stop_gradient for step_config in trainer.step_configs}
+        (found,) = {kind.config.stop_gradient for kind in trainer.kinds}
         return found
 
     assert pairs() == pairs(frozen=("video.blocks",)) == pairs(frozen=("video",), stop_gradient=()) == ()

@@ -126,7 +126,7 @@ def test_steps_keep_the_mixture(programs):
     config = TrainConfig(programs=programs)
     share = dict.fromkeys([*programs, "forward_dynamics", "inverse_dynamics"], 0.0)
     total = 0.0
-    for probability, kind in config.draws():
+    for probability, kind, _ in config.draws():
         total += probability
         if kind.program == GJD:
             weight = sum(kind.mixture.values())

@@ -19,7 +19,7 @@ from wam_kernels.masks.context import with_context
 
 from ..bridge import bridge_video
 from ..flow import add_noise, target, timesteps
-from ..model.blocks import Uncast, at_least_float32
+from ..model.blocks import BridgeVideo, Uncast, at_least_float32
 from ..model.dual_expert import WorldActionModel
 from ..objectives import (
     GJD,
@@ -121,11 +121,9 @@ def training_step(
     sizes = {"frames": frames, "video_tokens": rows * columns, "action_tokens": action.shape[2]}
     sizes |= {"chunk_size": chunk_size, "window": window}
     told = _told(inside, batch, objectives, chunk_size)
-    first_learned = 1  # of the frames whose actions are: those that a rollout generates
+    learned = 1  # first frame whose actions are
     if inside.config.bridge_layer is not None:
-        first_learned = 1 + frames_before_chunks(frames, chunk_size)[-1]
-        of_last = (t[:, :, first_learned - 1 :] for t in (video, video_noise))
-        told["bridge"] = bridge_video(inside.config, *of_last, ("action", "video") not in config.stop_gradient)
+        learned, told["bridge"] = _own_bridge(inside, config, video, video_noise, chunk_size)
     given = sum(s.tokens or batch[s.name].shape[1] for s in inside.config.context)
     samples = _visibility(config, objectives, action_free, given, sizes)
     one = len(set(samples)) == 1
@@ -148,7 +146,7 @@ def training_step(
     action_error = torch.zeros_like(video_error)
     if action_flow is not None:
         wrong = at_least_float32(action_flow) - target(action, action_noise)
-        action_error = wrong[:, first_learned:].square().flatten(1).mean(1)
+        action_error = wrong[:, learned:].square().flatten(1).mean(1)
     counts_video = denoises_video[:, 0] * ~video_marginal[:, 0]
     counts_action = denoises_action[:, 0] * ~action_marginal[:, 0] * has_actions
     loss = config.video_weight * video_error * counts_video + config.action_weight * action_error * counts_action
@@ -240,6 +238,15 @@ def _told(
     if c.bridge_dim and c.bridge_layer is None:
         told["bridge"] = batch["bridge"]
     return tree_map_only(Tensor, lambda t: t.to(device), told)
+
+
+def _own_bridge(
+    model: WorldActionModel, config: StepConfig, video: Tensor, noise: Tensor, chunk_size: int
+) -> tuple[int, BridgeVideo]:
+    """First frame of the last chunk, whose actions alone know the bridge that a rollout would give them; and that."""
+    before = frames_before_chunks(video.shape[2], chunk_size)[-1]
+    trains = ("action", "video") not in config.stop_gradient
+    return before + 1, bridge_video(model.config, video[:, :, before:], noise[:, :, before:], trains)
 
 
 def _counted(objectives: list[Objective]) -> dict[str, int]:
