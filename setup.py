@@ -7,11 +7,15 @@ WAM_CUDA=0               leave it out
 WAM_CUDA_ARCHITECTURES   what to compile for, instead of the list in CMakeLists.txt: "89" for an L40S alone. The
                          kernels for Hopper (wgmma, TMA) are compiled for sm_90a whatever it says.
 
+WAM_HOME_URL             where the files of this version can be read, as https://HOST/OWNER/wam-kernels/blob/TAG: on a
+                         package index the links of the README lead there. Without it they are plain text.
+
 nvcc is looked for in CUDACXX, CUDA_HOME/bin and PATH. A build that has started and fails is an error in every mode:
 a package that quietly lacks its kernels is worse than none. Neither a GPU nor torch is needed.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -82,8 +86,23 @@ class CMakeBuild(build_ext):
             ) from None
 
 
+def index_page() -> str:
+    """The README without relative links, which lead nowhere on a package index: absolute, or their text alone."""
+    home = os.environ.get("WAM_HOME_URL", "").rstrip("/")
+
+    def link(match: re.Match) -> str:
+        mark, text, target = match.groups()
+        if "://" in target:
+            return match[0]
+        return f"{mark}[{text}]({home}/{target}{'?raw=true' if mark else ''})" if home else text
+
+    return re.sub(r"(!?)\[([^\]]*)\]\(([^)]+)\)", link, (ROOT / "README.md").read_text())
+
+
 NVCC = nvcc_to_use()
 setup(
+    long_description=index_page(),
+    long_description_content_type="text/markdown",
     # without an extension the wheel is a pure Python one
     ext_modules=[Extension("wam_kernels._C", sources=[])] if NVCC else [],
     cmdclass={"build_py": BuildPy, "build_ext": CMakeBuild},

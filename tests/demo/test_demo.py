@@ -387,12 +387,3 @@ def test_the_readme_picture_is_current(tmp_path):
     # another FreeType may draw letters a little differently
     assert new.shape == old.shape and np.abs(new - old).mean() < 2
     assert stored.stat().st_size < 200_000
-
-
-def test_the_rollout_of_the_usage_page_runs(demo, root):
-    text = (Path(__file__).parents[2] / "docs/usage.md").read_text()
-    (block,) = (part for part in text.split("```python\n")[1:] if "RolloutEngine(" in part)
-    code = block.split("```")[0].replace("runs/libero/checkpoint", str(demo[0] / "checkpoint"))
-    names: dict = {}
-    exec(code.replace("data/libero_demo", str(root)), names)
-    assert names["episode"].next_frame == [5] and names["candidate"].action.shape == (1, 4, 4, 7)
