@@ -119,7 +119,7 @@ def test_python_runs_as_it_stands(page, failed):
     assert page not in failed, failed[page]
 
 
-def test_the_blocks_that_a_reader_meets_first_are_among_them():
+def test_the_blocks_that_come_first_are_among_them():
     count = {page: len(blocks) - 1 for page, blocks in python_pages().items()}
     assert count["README.md"] + (find_spec("open_wam") is None) == 3
     assert count["docs/usage.md"] == 2 and count["docs/weights.md"] == 1
@@ -191,15 +191,15 @@ def wam_error(arguments: list[str]) -> str:
     from bench.cli import make_parser as bench_parser
     from wam_models.cli import make_parser
 
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said):
+    printed = io.StringIO()
+    with contextlib.redirect_stderr(printed):
         try:
             if arguments[0] == "bench":
                 bench_parser().parse_args(arguments[1:])
             else:
                 make_parser().parse_args(arguments)
         except SystemExit:
-            return said.getvalue()
+            return printed.getvalue()
     return ""
 
 
@@ -234,7 +234,7 @@ def test_flags_in_the_text_are_flags_of_their_commands():
     ],
 )
 def test_the_check_of_commands_notices(text, wrong):
-    (words,) = commands(f"\n{text}  # said so\n")
+    (words,) = commands(f"\n{text}  # a comment\n")
     assert wrong in what_is_wrong(words)
 
 
