@@ -78,9 +78,7 @@ def dreamzero_denoise() -> Call:
 
 
 def cosmos_call() -> Call:
-    g = torch.Generator().manual_seed(2)
-    inputs = torch.randn(2, 3, 2, 2, 24, generator=g), torch.randn(2, 5, 10, generator=g)
-    return Call(cosmos.model(), lambda m, *a: m(*a), inputs)
+    return Call(cosmos.model(), lambda m, *a: m(*a), tuple(cosmos.inputs()))
 
 
 def openpi_train() -> Call:

@@ -99,7 +99,8 @@ def test_explain_lists_the_glue():
 @pytest.mark.parametrize(
     "change, reason",
     [
-        (lambda block: setattr(block, "norm1", torch.nn.LayerNorm(24)), "weight and bias .True, True."),
+        (lambda block: setattr(block, "norm1", torch.nn.LayerNorm(24)), "that it modulates has weights"),
+        (lambda block: setattr(block, "norm3", torch.nn.LayerNorm(24, bias=False)), "only one of weight and bias"),
         (lambda block: setattr(block, "norm2", torch.nn.RMSNorm(24)), "its norm is RMSNorm"),
         (lambda block: setattr(block, "gate", torch.nn.Identity()), "gate is no GateModule"),
     ],

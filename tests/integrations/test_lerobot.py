@@ -12,7 +12,9 @@ from tests.integrations.stand_ins.lerobot import Expert, FastWAMPolicy, MoT
 from tests.integrations.test_fast_wam import ACTIONS, FRAMES, HEADS, TOKENS, VIDEO, D, mask
 from wam_kernels.integrations import Unsupported, accelerate, lerobot, patch, unpatch
 
-REPLACED = {"MoTLayer._mixed_attention", "MoTLayer._build_expert_attention_io"}
+REPLACED = {
+    "MoTLayer._mixed_attention", "MoTLayer._build_expert_attention_io", "MoTLayer._apply_expert_post_block",
+}  # fmt: skip
 GRID = (FRAMES, 1, TOKENS)
 
 
@@ -110,6 +112,16 @@ def test_the_policy_that_its_scripts_hold(mode):
     assert "replaced model.mot.layers.*._mixed_attention, 2x" in done.explain()
     unpatch(policy)
     assert torch.equal(policy(batch())[0], loss)
+
+
+def test_a_block_that_is_not_as_known_keeps_its_glue():
+    mot = model()
+    mot.layers[1].blocks["action"].norm2 = torch.nn.RMSNorm(16)
+    expected, done = numbers(train(mot)), patch(mot)
+    for a, b in zip(numbers(train(mot)), expected, strict=True):
+        torch.testing.assert_close(a, b, **CLOSE)
+    assert done.calls["MoTLayer._apply_expert_post_block"] == 2 and all(done.calls.values())
+    assert "norms: its norm is RMSNorm((16,), eps=None, elementwise_affine=True), not a LayerNorm" in done.explain()
 
 
 def test_a_table_is_made_once_for_a_step(monkeypatch):

@@ -65,7 +65,7 @@ def test_a_short_call_is_a_dense_one(system, short, monkeypatch):
     assert sum(done.calls.values()) > 0
 
 
-@pytest.mark.parametrize("system", ["Fast-WAM uncond", "LingBot-VA", "DreamZero"])
+@pytest.mark.parametrize("system", ["Fast-WAM uncond", "lerobot Fast-WAM", "LingBot-VA", "DreamZero", "Cosmos Policy"])
 def test_a_training_step_with_fused_glue(system):
     call = TRAINING[system]()
     run = lambda: gradients(call, call.step)  # noqa: E731

@@ -40,7 +40,7 @@ def why_not(width: int, norms: Sequence[nn.Module], affine: Sequence[nn.Module] 
     Args:
         width: Channels of the residual stream.
         norms: Those that are modulated: LayerNorm without weight and bias.
-        affine: The others: LayerNorm with both, or nothing.
+        affine: The others: LayerNorm with both or neither, or nothing.
     """
     if width % 8 or not 8 <= width <= MAX_D:
         return f"a width of {width}: the fused norms take multiples of 8 up to {MAX_D}"
@@ -49,9 +49,11 @@ def why_not(width: int, norms: Sequence[nn.Module], affine: Sequence[nn.Module] 
             continue
         if not isinstance(norm, nn.LayerNorm) or tuple(norm.normalized_shape) != (width,):
             return f"its norm is {norm}, not a LayerNorm of {width} channels"
-        weights = norm.weight is not None, norm.bias is not None
-        if weights != ((norm in affine),) * 2:
-            return f"its norm has weight and bias {weights}, where {norm in affine} was expected of both"
+        has_weight, has_bias = norm.weight is not None, norm.bias is not None
+        if norm not in affine and (has_weight or has_bias):
+            return "a norm that it modulates has weights of its own"
+        if has_weight != has_bias:
+            return "its norm has only one of weight and bias"
     return None
 
 
@@ -136,6 +138,65 @@ def added_and_normed(
         r = added(x, y, gate)
         return r, norm(r)
     return _fused(x, y, gate, affine=norm, eps=norm.eps)
+
+
+def rows_of_mixture(t_mod: Tensor, block: Foreign) -> list[Rows]:
+    """The six of a Fast-WAM block: of its table and ``t_mod`` ``[B, 6, D]``, or ``[B, S, 6, D]``."""
+    rows = t_mod if t_mod.ndim == 4 else t_mod[:, None]
+    return split_rows(rows, block.modulation[0], t_mod.dtype)
+
+
+def why_not_mixture(block: Foreign) -> str | None:
+    """Why :func:`rest_of_mixture` cannot take a Fast-WAM block, or None."""
+    table = getattr(block, "modulation", None)
+    if not isinstance(table, Tensor) or table.ndim != 3 or tuple(table.shape[:2]) != (1, 6):
+        return "its block's modulation is not [1, 6, D]"
+    return why_not(table.shape[-1], (block.norm1, block.norm2), [block.norm3] if hasattr(block, "norm3") else [])
+
+
+def over_context(
+    attend: Callable[[Tensor, Tensor, Tensor | None], Tensor], payload: dict | None
+) -> Callable[[Tensor], Tensor] | None:
+    """The cross-attention of Fast-WAM's ``{"context": [B, L, D], "mask": [B, S, L], [B, 1, S, L] or none}``, or None.
+
+    ``attend`` takes tokens, context and mask.
+    """
+    payload = payload or {}
+    context, mask = payload.get("context"), payload.get("mask")
+    if context is None:
+        return None
+    mask = mask.unsqueeze(1) if mask is not None and mask.dim() == 3 else mask
+    return lambda h: attend(h, context, mask)
+
+
+def rest_of_mixture(
+    system: str, block: Foreign, x: Tensor, y: Tensor, rows: Sequence[Any], cross: Callable[[Tensor], Tensor] | None
+) -> Tensor:
+    """A Fast-WAM block behind its self-attention.
+
+    Args:
+        system: For messages.
+        block: With ``norm2``, ``norm3`` where there is ``cross``, and ``ffn``.
+        x: Tokens ``[B, S, D]``.
+        y: The attention's projected output.
+        rows: gate of the attention; shift, scale and gate of the feed-forward.
+        cross: The cross-attention of normed tokens, or None.
+
+    Raises:
+        Unsupported: rows that a replaced method did not make.
+    """
+    gate, shift, scale, gate_mlp = rows
+    if not isinstance(gate, Rows):
+        raise Unsupported(f"patch: {system}'s gates must be those of a patched _build_expert_attention_io")
+    modulation, dtype = (block.norm2, shift, scale), promoted(x, y, gate)
+    if cross is None:
+        x, h = added_and_modulated(x, y, gate, *modulation, dtype)
+    else:
+        x, h = added_and_normed(x, y, gate, block.norm3, dtype)
+        y = cross(h)
+        x, h = added_and_modulated(x, y, None, *modulation, promoted(x, y))
+    y = block.ffn(h)
+    return added(x, y, gate_mlp, promoted(x, y, gate_mlp))
 
 
 def _fused(

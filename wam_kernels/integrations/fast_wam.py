@@ -60,13 +60,9 @@ def _why_no_glue(mot: Foreign) -> str | None:
         return "it has no _apply_expert_post_block"
     for expert in mot.mixtures.values():
         for block in expert.blocks:
-            table = getattr(block, "modulation", None)
-            if not isinstance(table, Tensor) or table.ndim != 3 or tuple(table.shape[:2]) != (1, 6):
-                return "its block's modulation is not [1, 6, D]"
             if not of_class(getattr(block, "gate", nn.Identity()), "GateModule"):
                 return "its block's gate is no GateModule"
-            affine = [block.norm3] if hasattr(block, "norm3") else []
-            reason = _glue.why_not(table.shape[-1], (block.norm1, block.norm2), affine)
+            reason = _glue.why_not_mixture(block)
             if reason is not None:
                 return reason
     return None
@@ -87,8 +83,7 @@ def _build_io_of_rows(
 ) -> tuple:  # fmt: skip
     """norm + modulation, then q/k norm + rope; the gate and the feed-forward's modulation go on as rows and table."""
     table = _table(tables, freqs, x.device)
-    rows = t_mod if t_mod.ndim == 4 else t_mod[:, None]
-    shift, scale, gate, *mlp = _glue.split_rows(rows, block.modulation[0], t_mod.dtype)
+    shift, scale, gate, *mlp = _glue.rows_of_mixture(t_mod, block)
     _glue.require_rows(SYSTEM, x, shift)
     h = _glue.modulated(block.norm1, x, shift, scale, _glue.promoted(x, shift))
     return *_projected(block.self_attn, h, table), x, gate, *mlp, _is_checkpointed(expert)
@@ -99,23 +94,9 @@ def _post_block(
     gate_mlp: Any, context_payload: dict | None,
 ) -> Tensor:  # fmt: skip
     """gate + residual + norm, residual + norm + modulation, gate + residual."""
-    if not isinstance(gate_msa, _glue.Rows):
-        raise Unsupported(f"patch: {SYSTEM}'s gates must be those of a patched _build_expert_attention_io")
-    x, y = residual_x, block.self_attn.o(mixed_attn_out)
-    modulation = block.norm2, shift_mlp, scale_mlp
-    dtype = _glue.promoted(x, y, gate_msa)
-    context = None if context_payload is None else context_payload.get("context")
-    if context is None:
-        x, h = _glue.added_and_modulated(x, y, gate_msa, *modulation, dtype)
-    else:
-        mask = context_payload.get("mask") if context_payload else None
-        if mask is not None and mask.dim() == 3:
-            mask = mask.unsqueeze(1)
-        x, h = _glue.added_and_normed(x, y, gate_msa, block.norm3, dtype)
-        y = block.cross_attn(h, context, ctx_mask=mask)
-        x, h = _glue.added_and_modulated(x, y, None, *modulation, _glue.promoted(x, y))
-    y = block.ffn(h)
-    return _glue.added(x, y, gate_mlp, _glue.promoted(x, y, gate_mlp))
+    y, rows = block.self_attn.o(mixed_attn_out), (gate_msa, shift_mlp, scale_mlp, gate_mlp)
+    attend = lambda h, context, mask: block.cross_attn(h, context, ctx_mask=mask)  # noqa: E731
+    return _glue.rest_of_mixture(SYSTEM, block, residual_x, y, rows, _glue.over_context(attend, context_payload))
 
 
 def _build_io(

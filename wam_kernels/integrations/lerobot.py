@@ -2,18 +2,23 @@
 
 Its LingBot-VA, pi-0 and pi-0.5 have the classes of LingBot-VA and openpi and are found as those.
 
-Replaced, in every layer: ``_mixed_attention`` (training, prefill and the cached action steps end there) and
-``_build_expert_attention_io`` (q/k norm and rope in one launch). The video expert gives its rope as the sizes of the
-token grid and the frequencies of one axis, and the original reads the sizes on the host twice a layer; here its table
-is computed where they are, once for a step. Attention is float32 where the model's ``fp32_attention``, its default,
-says so, outside autocast.
+Replaced, in every layer: ``_mixed_attention`` (training, prefill and the cached action steps end there),
+``_build_expert_attention_io`` (norm + modulation in one launch, q/k norm and rope in another) and
+``_apply_expert_post_block`` (gates, residual sums and the norms behind them), as in Fast-WAM. The video expert gives
+its rope as the sizes of the token grid and the frequencies of one axis, and the original reads the sizes on the host
+twice a layer; here its table is computed where they are, once for a step. Attention is float32 where the model's
+``fp32_attention``, its default, says so, outside autocast.
 """
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from . import _glue
 from ._kernels import Tables, attend_under_mask, norm_rope, require_complex, require_kernel
 from ._patching import Foreign, Patch, Unsupported, of_class, require_class, require_norms, require_parts
 
@@ -33,7 +38,19 @@ def apply(patch: Patch, mots: list[Foreign]) -> None:
         for block in layer.blocks.values():
             patch.leave_alone(block.cross_attn, "attends to all of a short text: nothing to skip")
         patch.method(layer, "_mixed_attention", _mixed_attention)
-        patch.method(layer, "_build_expert_attention_io", _build_io, tables)
+        fused = _glue.replace(patch, layer, "_apply_expert_post_block", _post_block, partial(_why_no_glue, layer))
+        patch.method(layer, "_build_expert_attention_io", _build_io_of_rows if fused else _build_io, tables)
+
+
+def _why_no_glue(layer: Foreign) -> str | None:
+    if not callable(getattr(type(layer), "_apply_expert_post_block", None)):
+        return "it has no _apply_expert_post_block"
+    for block in layer.blocks.values():
+        require_parts(SYSTEM, block, ("project_self_attention_output", "apply_cross_attention", "ffn"))
+        reason = _glue.why_not_mixture(block)
+        if reason is not None:
+            return reason
+    return None
 
 
 def _require_layer(layer: Foreign) -> None:
@@ -54,23 +71,52 @@ def _require_layer(layer: Foreign) -> None:
 
 
 def _mixed_attention(layer: Foreign, q_cat: Tensor, k_cat: Tensor, v_cat: Tensor, attention_mask: Tensor) -> Tensor:
+    """attention of both experts under one mask."""
     full = layer.fp32_attention and not torch.is_autocast_enabled(q_cat.device.type)
     dtype = torch.float32 if full else v_cat.dtype
     q, k, v = (t.to(dtype).unflatten(-1, (layer.num_heads, -1)) for t in (q_cat, k_cat, v_cat))
     return attend_under_mask(SYSTEM, q, k, v, attention_mask).flatten(2)
 
 
+def _build_io_of_rows(
+    tables: Tables, layer: Foreign, name: str, x: Tensor, freqs: Tensor | dict[str, Tensor], t_mod: Tensor
+) -> tuple:
+    """norm + modulation, then q/k norm + rope; the gate and the feed-forward's modulation go on as rows and table."""
+    block, table = layer.blocks[name], _table(tables, freqs, x.shape[1])
+    shift, scale, gate, *mlp = _glue.rows_of_mixture(t_mod, block)
+    _glue.require_rows(SYSTEM, x, shift)
+    h = _glue.modulated(block.norm1, x, shift, scale, _glue.promoted(x, shift))
+    return *_projected(layer, block, h, table), x, gate, *mlp, _is_checkpointed(layer, name)
+
+
+def _post_block(
+    block: Foreign, residual_x: Tensor, mixed_attn_out: Tensor, gate_msa: Any, shift_mlp: Any, scale_mlp: Any,
+    gate_mlp: Any, context_payload: dict | None,
+) -> Tensor:  # fmt: skip
+    """gate + residual + norm, residual + norm + modulation, gate + residual."""
+    y, rows = block.project_self_attention_output(mixed_attn_out), (gate_msa, shift_mlp, scale_mlp, gate_mlp)
+    attend = lambda h, context, mask: block.apply_cross_attention(h, context, context_mask=mask)  # noqa: E731
+    return _glue.rest_of_mixture(SYSTEM, block, residual_x, y, rows, _glue.over_context(attend, context_payload))
+
+
 def _build_io(
     tables: Tables, layer: Foreign, name: str, x: Tensor, freqs: Tensor | dict[str, Tensor], t_mod: Tensor
 ) -> tuple:
-    block = layer.blocks[name]
-    attn = block.self_attn
-    table = _table(tables, freqs, x.shape[1])
+    """q/k norm + rope."""
+    block, table = layer.blocks[name], _table(tables, freqs, x.shape[1])
     shift, scale, gate, *mlp = layer._split_modulation(block, t_mod)
     h = block.apply_norm1(x) * (1 + scale) + shift
+    return *_projected(layer, block, h, table), x, gate, *mlp, _is_checkpointed(layer, name)
+
+
+def _projected(layer: Foreign, block: Foreign, h: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    attn = block.self_attn
     q, k = norm_rope(SYSTEM, attn.q(h), attn.k(h), attn.norm_q, attn.norm_k, table, head_dim=layer.attn_head_dim)
-    checkpointed = bool(getattr(layer._experts[name], "use_gradient_checkpointing", False))
-    return q.flatten(2), k.flatten(2), attn.v(h), x, gate, *mlp, checkpointed
+    return q.flatten(2), k.flatten(2), attn.v(h)
+
+
+def _is_checkpointed(layer: Foreign, name: str) -> bool:
+    return bool(getattr(layer._experts[name], "use_gradient_checkpointing", False))
 
 
 def _table(tables: Tables, freqs: Tensor | dict[str, Tensor], tokens: int) -> Tensor:

@@ -50,6 +50,14 @@ class WanRMSNorm(nn.Module):
         return normed.type_as(x) * self.weight
 
 
+class WanLayerNorm(nn.LayerNorm):
+    """In float32, its weights too."""
+
+    def forward(self, x):
+        weights = [None if p is None else p.float() for p in (self.weight, self.bias)]
+        return F.layer_norm(x.float(), self.normalized_shape, *weights, self.eps).type_as(x)
+
+
 class WanSelfAttention(nn.Module):
     """Projections and norms; nothing calls it."""
 
@@ -67,13 +75,19 @@ class FastWAMAttentionBlock(nn.Module):
         super().__init__()
         self.num_heads, self.attn_head_dim, self.fp32_attention = num_heads, head_dim, fp32_attention
         self.self_attn, self.cross_attn = (WanSelfAttention(dim, head_dim, num_heads) for _ in range(2))
-        self.norm1, self.norm2 = (nn.LayerNorm(dim, eps=1e-6, elementwise_affine=False) for _ in range(2))
-        self.norm3 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1, self.norm2 = (WanLayerNorm(dim, eps=1e-6, elementwise_affine=False) for _ in range(2))
+        self.norm3 = WanLayerNorm(dim, eps=1e-6)
         self.ffn = nn.Sequential(nn.Linear(dim, ffn_dim), nn.GELU("tanh"), nn.Linear(ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def apply_norm1(self, x):
         return self.norm1(x)
+
+    def apply_norm2(self, x):
+        return self.norm2(x)
+
+    def apply_norm3(self, x):
+        return self.norm3(x)
 
     def project_self_attention(self, x, freqs):
         attn = self.self_attn
@@ -132,15 +146,29 @@ class MoTLayer(nn.Module):
         q, k, v = block.project_self_attention(block.apply_norm1(x) * (1 + scale) + shift, freqs)
         return q, k, v, x, gate, *mlp, self._experts[name].use_gradient_checkpointing
 
+    @staticmethod
+    def _apply_expert_post_block(
+        block, residual_x, mixed_attn_out, gate_msa, shift_mlp, scale_mlp, gate_mlp, context_payload
+    ):
+        x = residual_x + gate_msa * block.project_self_attention_output(mixed_attn_out)
+        if context_payload is not None and context_payload.get("context") is not None:
+            mask = context_payload.get("mask")
+            mask = mask[:, None] if mask is not None and mask.ndim == 3 else mask
+            x = x + block.apply_cross_attention(block.apply_norm3(x), context_payload["context"], context_mask=mask)
+        return x + gate_mlp * block.ffn(block.apply_norm2(x) * (1 + scale_mlp) + shift_mlp)
+
     def _post(self, name, mixed, io, payload):
-        block, (x, gate, shift, scale, gate_mlp, checkpointed) = self.blocks[name], io[3:]
+        *rows, checkpointed = io[4:]
 
-        def post(mixed, x):
-            x = x + gate * block.project_self_attention_output(mixed)
-            x = x + block.apply_cross_attention(block.norm3(x), payload["context"], payload["mask"][:, None])
-            return x + gate_mlp * block.ffn(block.norm2(x) * (1 + scale) + shift)
+        def post(mixed, x, *rows):
+            names = dict(zip(("gate_msa", "shift_mlp", "scale_mlp", "gate_mlp"), rows, strict=True))
+            return self._apply_expert_post_block(
+                block=self.blocks[name], residual_x=x, mixed_attn_out=mixed, **names, context_payload=payload
+            )
 
-        return checkpoint(post, mixed, x, use_reentrant=False) if checkpointed and self.training else post(mixed, x)
+        if checkpointed and self.training:
+            return checkpoint(post, mixed, io[3], *rows, use_reentrant=False)
+        return post(mixed, io[3], *rows)
 
     def forward(self, mode, **kwargs):
         return {"joint": self._joint, "video_prefill": self._prefill, "action_cached": self._cached}[mode](**kwargs)

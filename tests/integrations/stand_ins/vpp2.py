@@ -21,6 +21,8 @@ class ActionExpert(fast_wam.Expert):
 
     def __init__(self, hidden_dim, ffn_dim, num_layers, attn_head_dim, num_heads, video_dim=None):
         super().__init__(hidden_dim, ffn_dim, num_layers, attn_head_dim, num_heads)
+        for block in self.blocks:  # that of the video's blocks has weights
+            block.norm3 = nn.LayerNorm(hidden_dim, eps=1e-6, elementwise_affine=False)
         if video_dim is not None:
             inner = num_heads * attn_head_dim
             self.video_k, self.video_v = (
