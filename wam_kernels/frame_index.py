@@ -35,6 +35,7 @@ class FrameIndex:
         row_begin: int32 ``[F + 1]``: the segments of row f are ``row_segments[row_begin[f] : row_begin[f + 1]]``.
         row_segments: int32 ``[N]``: the segments of each row, in token order.
         run: int32 ``[1]``: tokens of every row, if rows 0, 1, ... F - 1 follow one another with equally many; else 0.
+        tokens_a_row: The value of ``run``, for the host.
         token_rows: Whether token s reads row s: there is a row for every token.
         device: Where these tensors are; those of an op must be there too.
     """
@@ -46,8 +47,9 @@ class FrameIndex:
     row_segments: Tensor
     run: Tensor
 
-    def __init__(self, layout: tuple[tuple[int, ...], ...], buffer: Tensor, token_rows: bool = False) -> None:
-        self._layout, self.buffer, self.token_rows = layout, plain(buffer), token_rows
+    def __init__(self, layout: tuple[tuple[int, ...], ...], buffer: Tensor, tokens_a_row: int) -> None:
+        self._layout, self.buffer = layout, plain(buffer)
+        self.tokens_a_row, self.token_rows = tokens_a_row, tokens_a_row == 1
         self.length, self.frames = layout[0][0], layout[2][0] - 1
         for name, view in zip(self.FIELDS, index_buffer.views(layout, self.buffer), strict=True):
             setattr(self, name, view)
@@ -134,10 +136,10 @@ class FrameIndex:
         device = device_of("FrameIndex.to", device)
         if device == self.device:
             return self
-        return FrameIndex(self._layout, self.buffer.to(device, non_blocking=non_blocking), self.token_rows)
+        return FrameIndex(self._layout, self.buffer.to(device, non_blocking=non_blocking), self.tokens_a_row)
 
     def __reduce__(self) -> tuple:
-        return FrameIndex, (self._layout, self.buffer, self.token_rows)
+        return FrameIndex, (self._layout, self.buffer, self.tokens_a_row)
 
     def __repr__(self) -> str:
         return (
@@ -193,4 +195,4 @@ def compiled(lengths: tuple[int, ...], rows: tuple[int, ...], frames: int, devic
         np.argsort(row, kind="stable"),
         np.array([run]),
     ]
-    return FrameIndex(*index_buffer.pack(arrays), run == 1)
+    return FrameIndex(*index_buffer.pack(arrays), run)

@@ -54,6 +54,9 @@ class Op:
     # public functions that take impl, all with these backends
     functions: tuple[str, ...]
     default: Mapping[str, str] = field(default_factory=lambda: {"cpu": "cpu", "cuda": "triton"})
+    # elements up to which a call on a CPU, outside a graph, takes "reference" instead of "cpu": there the calls cost
+    # more than the arithmetic, and PyTorch's own cost least
+    small: int = 0
 
     @property
     def gpu_backends(self) -> tuple[str, ...]:
@@ -98,6 +101,7 @@ OPS = {
                 "cuda": Backend("CUDA tensors", HALF_AND_FLOAT, CUDA),
             },
             ("ada_layer_norm", "gate_residual_ada_layer_norm"),
+            small=2**19,
         ),
         Op(
             "qk_norm_rope",

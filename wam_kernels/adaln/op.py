@@ -296,7 +296,9 @@ def _call(op: str, t: _Inputs, index: FrameIndex, eps: float, impl: str | None) 
     eps = number(op, "eps", eps, least=0.0)
     impl = select_backend(op, _ROW, impl, x=t.x)
     if impl == "reference":
-        return reference.gate_residual_norm(*t, index.row_of_token, eps)
+        # a graph is for all lengths
+        tokens_a_row = 0 if torch.compiler.is_compiling() else index.tokens_a_row
+        return reference.gate_residual_norm(*t, index.row_of_token, eps, tokens_a_row)
     op_call = torch.ops.wam.gate_residual_norm.default
     return autograd.call(op_call, *t, *index.tensors(), index.token_rows, eps, impl)
 
@@ -335,8 +337,9 @@ def ada_layer_norm(
         scale_table: As ``shift_table``, for ``scale``.
         eps: Added to the variance.
         impl: ``"reference"`` (plain PyTorch, any device, also float64), ``"cpu"`` (also float64), ``"triton"`` or
-            ``"cuda"`` (CUDA tensors), or ``None``: ``"cpu"`` for CPU tensors; for CUDA tensors ``"triton"``, or
-            ``"reference"`` for float64; ``"reference"`` on other devices.
+            ``"cuda"`` (CUDA tensors), or ``None``: ``"cpu"`` for CPU tensors, or ``"reference"`` up to 2**19 elements of
+            x outside a graph; for CUDA tensors ``"triton"``, or ``"reference"`` for float64; ``"reference"`` on other
+            devices.
 
     Returns:
         ``[B, S, D]``, dtype of ``x``, contiguous.

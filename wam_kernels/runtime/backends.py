@@ -33,8 +33,9 @@ def select_backend(
 
     Args:
         op: The public function.
-        row: Its op. Where the default backend cannot take the call, ``impl=None`` is ``"reference"``. The meta device
-            is like the CPU: nothing runs there, every backend gives the same shapes.
+        row: Its op. Where the default backend cannot take the call, ``impl=None`` is ``"reference"``, and on a CPU also
+            where the call is small. The meta device is like the CPU: nothing runs there, every backend gives the same
+            shapes.
         impl: What the caller asked for.
         beyond: By GPU backend: what came, if it is beyond its limit.
         like: The tensor whose dtype and device count, by its name.
@@ -47,6 +48,9 @@ def select_backend(
     if impl is None:
         impl = row.default.get("cpu" if device == "meta" else device, "reference")
         if x.dtype not in backends[impl].dtypes or beyond.get(impl):
+            impl = "reference"
+        # a graph is for all sizes
+        if impl == "cpu" and row.small and not torch.compiler.is_compiling() and x.numel() <= row.small:
             impl = "reference"
     if not isinstance(impl, str) or impl not in backends:
         raise ValueError(f"{op}: impl must be None or one of {tuple(backends)}, got {impl!r}")
