@@ -54,8 +54,8 @@ class Op:
     # public functions that take impl, all with these backends
     functions: tuple[str, ...]
     default: Mapping[str, str] = field(default_factory=lambda: {"cpu": "cpu", "cuda": "triton"})
-    # elements up to which a call on a CPU, outside a graph, takes "reference" instead of "cpu": there the calls cost
-    # more than the arithmetic, and PyTorch's own cost least
+    # elements of a sample up to which a call on a CPU, outside a graph, takes "reference" instead of "cpu": there calls
+    # cost more than arithmetic, and PyTorch's own cost least; of a sample, so that no number depends on the batch
     small: int = 0
 
     @property
@@ -101,7 +101,7 @@ OPS = {
                 "cuda": Backend("CUDA tensors", HALF_AND_FLOAT, CUDA),
             },
             ("ada_layer_norm", "gate_residual_ada_layer_norm"),
-            small=2**19,
+            small=2**17,
         ),
         Op(
             "qk_norm_rope",

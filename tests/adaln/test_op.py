@@ -1,7 +1,11 @@
 """The adaLN ops on the CPU: the cpu backend against the reference, registration, refusals."""
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 
 from tests.adaln.checks import (
@@ -24,6 +28,7 @@ from tests.adaln.checks import (
 )
 from wam_kernels.adaln import ada_layer_norm, config, gate_residual_ada_layer_norm
 from wam_kernels.frame_index import FrameIndex
+from wam_kernels.ops import OPS
 
 each_variant = pytest.mark.parametrize("variant", VARIANTS.values(), ids=VARIANTS)
 
@@ -117,9 +122,27 @@ def test_nothing_of_the_size_of_the_tokens_is_saved():
     shift, scale, gate, *_ = inputs["t_proj"].unbind(2)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        r, _ = gate_residual_ada_layer_norm(x, y, gate, shift, scale, index)
+        r, _ = gate_residual_ada_layer_norm(x, y, gate, shift, scale, index, impl="cpu")
     large = {t.data_ptr() for t in saved if t.numel() >= x.numel()}
     assert large == {r.data_ptr(), y.data_ptr()}
+
+
+@each_variant
+def test_small_calls_take_pytorchs_own_ops(variant, monkeypatch):
+    inputs = make_inputs(UNEVEN, 2, 16, torch.float32)
+
+    def ops_of_a_run(impl):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            outputs = run(variant, UNEVEN, inputs, impl)
+        return {event.key for event in profile.key_averages() if event.key.startswith("wam::")}, outputs
+
+    names, small = ops_of_a_run(None)
+    expected, fused = ops_of_a_run("cpu")
+    assert not names and expected
+    for name, value in fused.items():
+        torch.testing.assert_close(small[name], value, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr("wam_kernels.adaln.op._ROW", replace(OPS["ada_layer_norm"], small=inputs["x"][0].numel() - 1))
+    assert ops_of_a_run(None)[0] == expected
 
 
 @each_variant
@@ -146,12 +169,13 @@ def test_registration(variant):
 
 def test_compiles_whole_and_only_once_for_all_lengths():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
 
-    def step(x, y, t_proj, table, index):
+    def step(x, y, t_proj, table, index, impl=None):
         rows, tables = t_proj.unbind(2), table.unbind(0)
-        h = ada_layer_norm(x * 2, rows[0], rows[1], index, shift_table=tables[0], scale_table=tables[1])
-        return gate_residual_ada_layer_norm(h, y, rows[2], rows[3], rows[4], index, gate_table=tables[2])
+        of_norm = {"shift_table": tables[0], "scale_table": tables[1]}
+        h = ada_layer_norm(x * 2, rows[0], rows[1], index, **of_norm, impl=impl)
+        return gate_residual_ada_layer_norm(h, y, rows[2], rows[3], rows[4], index, gate_table=tables[2], impl=impl)
 
     compilations = []
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
@@ -160,7 +184,7 @@ def test_compiles_whole_and_only_once_for_all_lengths():
         inputs = make_inputs(index, 2, 64, torch.float32)
         leaves = [inputs[n].requires_grad_() for n in ("x", "y", "t_proj", "table")]
         results = []
-        for f in (compiled, step):
+        for f in (compiled, partial(step, impl="cpu")):
             outputs = f(*leaves, index)
             results.append([*outputs, *torch.autograd.grad(outputs, leaves, (inputs["dr"], inputs["dh"]))])
         for a, b in zip(*results, strict=True):

@@ -180,7 +180,10 @@ def test_compiled_blocks_roll_out_as_they_are(program):
         block.compile(backend="aot_eager", fullgraph=True)
     for i in range(2):
         candidates = [e.propose(**noises(2, i, torch.float32)) for e in (plain, compiled)]
-        assert equal(*candidates)
+        # in a graph small norms are not PyTorch's own ops
+        for stream in ("video", "action"):
+            a, b = (getattr(candidate, stream) for candidate in candidates)
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
         for e, candidate in zip((plain, compiled), candidates, strict=True):
             e.accept(candidate)
 

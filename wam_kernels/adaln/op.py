@@ -337,9 +337,9 @@ def ada_layer_norm(
         scale_table: As ``shift_table``, for ``scale``.
         eps: Added to the variance.
         impl: ``"reference"`` (plain PyTorch, any device, also float64), ``"cpu"`` (also float64), ``"triton"`` or
-            ``"cuda"`` (CUDA tensors), or ``None``: ``"cpu"`` for CPU tensors, or ``"reference"`` up to 2**19 elements of
-            x outside a graph; for CUDA tensors ``"triton"``, or ``"reference"`` for float64; ``"reference"`` on other
-            devices.
+            ``"cuda"`` (CUDA tensors), or ``None``: ``"cpu"`` for CPU tensors, but ``"reference"`` up to 2**17 elements
+            of a sample outside a graph; for CUDA tensors ``"triton"``, or ``"reference"`` for float64;
+            ``"reference"`` on other devices.
 
     Returns:
         ``[B, S, D]``, dtype of ``x``, contiguous.

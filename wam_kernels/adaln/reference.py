@@ -12,7 +12,7 @@ def gate_residual_norm(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """r (x itself where y is None) and h (None without a norm). Any device.
 
-    Rows of ``tokens_a_row`` tokens each, in order, are broadcast over them; others (0) are gathered, one for every token.
+    Rows of ``tokens_a_row`` tokens each, in order, are broadcast over them; others (0) are gathered, one for a token.
     """
     acc = torch.promote_types(x.dtype, torch.float32)
     B, S, D = x.shape

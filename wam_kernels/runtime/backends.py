@@ -50,7 +50,7 @@ def select_backend(
         if x.dtype not in backends[impl].dtypes or beyond.get(impl):
             impl = "reference"
         # a graph is for all sizes
-        if impl == "cpu" and row.small and not torch.compiler.is_compiling() and x.numel() <= row.small:
+        if impl == "cpu" and row.small and not torch.compiler.is_compiling() and x.shape[1:].numel() <= row.small:
             impl = "reference"
     if not isinstance(impl, str) or impl not in backends:
         raise ValueError(f"{op}: impl must be None or one of {tuple(backends)}, got {impl!r}")
