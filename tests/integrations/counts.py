@@ -7,7 +7,8 @@ appends the rows to ``bench/results/integrations.jsonl`` and writes the table of
 A training step is forward and backward, with attention through a plan as at released sizes; a denoising step runs as it
 is under ``no_grad``, where calls of these sizes are dense. In both, norms are the fused ops, as at released sizes. Each
 is counted from the second on: what is found once for each mask or table (plans, rope tables) is found. A
-``TorchDispatchMode`` gets every operator, one that this library has registered as one. What passes inside of an operator, attention's scores above all, is in no row.
+``TorchDispatchMode`` gets every operator, one that this library has registered as one. What passes inside of an
+operator, attention's scores above all, is in no row.
 
 - operators: those that launch a kernel on a GPU; views and bookkeeping do not count.
 - bytes: elements of their tensor arguments and results, an expanded element once. A lookup counts its whole table.
