@@ -145,6 +145,21 @@ def test_small_calls_take_pytorchs_own_ops(variant, monkeypatch):
     assert ops_of_a_run(None)[0] == expected
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("rows", [torch.float32, torch.bfloat16])
+def test_one_row_a_sample_is_pytorchs_layer_norm(batch, rows, monkeypatch):
+    monkeypatch.setattr("wam_kernels.adaln.op._ROW", replace(OPS["ada_layer_norm"], small=0))
+    index = FrameIndex.per_sample(40)
+    inputs = make_inputs(index, batch, 72, torch.float32, rows=rows)
+    plain, fused = (run(VARIANTS["norm"], index, inputs, impl) for impl in (None, "cpu"))
+    for name, value in fused.items():
+        close = {"rtol": 1e-5, "atol": 1e-4} if value.dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-2}
+        torch.testing.assert_close(plain[name], value, **close)
+    shift, scale, *_ = inputs["t_proj"].unbind(2)
+    leaves = [t.detach().requires_grad_() for t in (inputs["x"], shift, scale)]
+    assert "NativeLayerNorm" in type(ada_layer_norm(*leaves, index).grad_fn).__name__ or batch > 1
+
+
 @each_variant
 def test_registration(variant):
     calls = []

@@ -290,11 +290,20 @@ def uniform_gate_residual_norm(t: dict[str, Tensor | None], rows: int, eps: floa
     return autograd.call(torch.ops.wam.uniform_gate_residual_norm.default, *inputs, rows, eps, impl)
 
 
+def _is_plain(t: _Inputs, index: FrameIndex) -> bool:
+    """No more than a LayerNorm, in a call outside of a graph."""
+    one_row = t.y is None and index.frames == 1 and t.x.shape[0] > 0
+    return one_row and t.x.dtype == accumulator(t.x) and not torch.compiler.is_compiling()
+
+
 def _call(op: str, t: _Inputs, index: FrameIndex, eps: float, impl: str | None) -> tuple[Tensor, Any]:
     """r and h; a variant without a norm has no use for h."""
     _check(op, t, index)
     eps = number(op, "eps", eps, least=0.0)
-    impl = select_backend(op, _ROW, impl, x=t.x)
+    chosen, impl = impl, select_backend(op, _ROW, impl, x=t.x)
+    if chosen is None and impl == "cpu" and _is_plain(t, index):
+        assert t.shift is not None and t.scale is not None
+        return t.x, reference.plain_norm(t.x, t.shift, t.scale, t.shift_table, t.scale_table, eps)
     if impl == "reference":
         # a graph is for all lengths
         tokens_a_row = 0 if torch.compiler.is_compiling() else index.tokens_a_row
@@ -337,9 +346,9 @@ def ada_layer_norm(
         scale_table: As ``shift_table``, for ``scale``.
         eps: Added to the variance.
         impl: ``"reference"`` (plain PyTorch, any device, also float64), ``"cpu"`` (also float64), ``"triton"`` or
-            ``"cuda"`` (CUDA tensors), or ``None``: ``"cpu"`` for CPU tensors, but ``"reference"`` up to 2**17 elements
-            of a sample outside a graph; for CUDA tensors ``"triton"``, or ``"reference"`` for float64;
-            ``"reference"`` on other devices.
+            ``"cuda"`` (CUDA tensors), or ``None``: ``"cpu"`` for CPU tensors, but PyTorch's own ops up to 2**17
+            elements of a sample and where a sample has one row and no ``y``, outside a graph; for CUDA tensors
+            ``"triton"``, or ``"reference"`` for float64; ``"reference"`` on other devices.
 
     Returns:
         ``[B, S, D]``, dtype of ``x``, contiguous.
