@@ -2,7 +2,7 @@
 
     cd examples
     wam record --simulator point_simulator:Point --episodes 40 --out point_data
-    wam train --data point_data --config point_train.json --seconds 30 --out point_run
+    wam train point_train.json --data point_data --seconds 30 --out point_run
     wam eval --checkpoint point_run/checkpoint --simulator point_simulator:Point --episodes 20
 
 The four methods and five attributes of ``wam_models.simulator.Simulator`` are all that ``wam rollout`` and ``wam eval``

@@ -45,7 +45,7 @@ def test_training_beside_a_busy_process(tmp_path, monkeypatch):
     config.write_text(json.dumps({"frames": 5, "steps": 21, "warmup": 2, "model": model}))
 
     def median(name: str) -> float:
-        command = [sys.executable, "-m", "wam_models", "train", "--data", root, "--config", config, "--out"]
+        command = [sys.executable, "-m", "wam_models", "train", "--data", root, config, "--out"]
         subprocess.run([*command, tmp_path / name], check=True, capture_output=True)
         at = [json.loads(line)["seconds"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         return statistics.median(b - a for a, b in pairwise(at))

@@ -19,7 +19,7 @@ from tests.data import tiny
 from tests.train.conftest import TINY
 from wam_models import cli
 
-CONFIG = TINY | {"chunk_sizes": [1, 1], "batch": 1}
+CONFIG = TINY | {"chunk_sizes": [1, 1], "batch": 1, "initialisation": "by_hand"}
 EPISODE = 3  # the one that is rolled out
 INFO, EPISODES = "data/meta/info.json", "data/meta/episodes/chunk-000/file-000.parquet"
 ROWS = "data/data/chunk-000/file-001.parquet"  # episodes 2 and 3
@@ -31,7 +31,7 @@ ROLLOUT = f"rollout --checkpoint {{0}}/run/checkpoint --data {{0}}/data --episod
 ROLLOUT += " --objective inverse_dynamics"
 RESUME = "train --data {0}/data --out {0}/more --resume {0}/run/checkpoint --steps 2"
 RESUME_HERE = "train --data {0}/data --out {0}/run --resume {0}/run/checkpoint --steps 2"
-TRAIN = "train --data {0}/data --out {0}/more --config {0}/config.json --steps 1"
+TRAIN = "train --data {0}/data --out {0}/more {0}/config.json --steps 1"
 GONE = object()  # in place of a value: take the entry away
 
 

@@ -17,7 +17,7 @@ def sound(tmp_path_factory):
     root = tmp_path_factory.mktemp("sound")
     tiny.write(root / "data")
     (root / "config.json").write_text(json.dumps(CONFIG))
-    made = ("--data", root / "data", "--config", root / "config.json", "--out", root / "run")
+    made = ("--data", root / "data", root / "config.json", "--out", root / "run")
     assert cli.main(["train", "--steps", "1", *map(str, made)]) == 0
     return root
 

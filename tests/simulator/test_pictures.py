@@ -66,7 +66,7 @@ def point_training(folder, **changes):
 
 def train(folder, **changes):
     point_training(folder, **changes)
-    flags = ["--data", "data", "--config", "config.json", "--out", "run", "--overwrite"]
+    flags = ["--data", "data", "config.json", "--out", "run", "--overwrite"]
     return cli.main(["train", *flags, "--camera", "observation.images.top"])
 
 

@@ -38,7 +38,7 @@ def flags(folder):
     record(folder / "data", [POINT], RecordConfig(episodes=4, held_out=2, interrupted=0.0), jobs=1)
     (folder / "short.py").write_text(SHORT)
     (folder / "config.json").write_text(json.dumps(SMALL))
-    return ["train", "--data", "data", "--config", "config.json"]
+    return ["train", "--data", "data", "config.json"]
 
 
 def rows(out):

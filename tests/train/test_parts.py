@@ -120,9 +120,9 @@ def test_what_cannot_be_frozen_or_adapted_is_named(config, data, root, tmp_path,
     monkeypatch.setitem(sys.modules, "peft", None)
     settings = tmp_path / "config.json"
     settings.write_text(json.dumps(replace(config, lora=("video",)).to_dict()))
-    assert cli.main(["train", "--data", str(root), "--config", str(settings), "--out", str(tmp_path / "run")]) == 2
+    assert cli.main(["train", "--data", str(root), str(settings), "--out", str(tmp_path / "run")]) == 2
     assert "the Python package 'peft' is not installed" in capsys.readouterr().err
-    assert cli.main(["train", "--config", str(settings), "--estimate"]) == 2
+    assert cli.main(["train", str(settings), "--estimate"]) == 2
     assert "frozen and lora must be left out with --estimate" in capsys.readouterr().err
 
 

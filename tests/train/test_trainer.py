@@ -185,7 +185,7 @@ def test_the_command_trains_and_resumes(root, tmp_path, capsys):
     path, out = tmp_path / "config.json", tmp_path / "run"
     path.write_text(json.dumps(TINY | {"frames": 6}))
     base = ["train", "--data", str(root), "--out", str(out)]
-    assert cli.main([*base, "--config", str(path), "--steps", "2"]) == 0
+    assert cli.main([*base, str(path), "--steps", "2"]) == 0
     printed = capsys.readouterr().out
     assert (
         "step 2 of 2; checkpoint:" in printed
@@ -302,7 +302,7 @@ def flags(root, tmp_path, usual_signals):
     """Of a run of a hundred steps."""
     path = tmp_path / "config.json"
     path.write_text(json.dumps(TINY | {"steps": 100}))
-    return ["train", "--data", str(root), "--out", str(tmp_path / "run"), "--config", str(path)]
+    return ["train", "--data", str(root), "--out", str(tmp_path / "run"), str(path)]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -419,9 +419,9 @@ def test_a_link_to_nothing_and_a_file_are_no_folders(name, tmp_path):
 @pytest.mark.parametrize(
     "flags, message",
     [
-        ("--config {tmp}/none.json", "none.json: No such file or directory"),
-        ("--config {tmp}/bad.json", "bad.json: not valid JSON"),
-        ("--config {tmp}/field.json", "field.json: unknown fields ['stepz']"),
+        ("{tmp}/none.json", "none.json: No such file or directory"),
+        ("{tmp}/bad.json", "bad.json: not valid JSON"),
+        ("{tmp}/field.json", "field.json: unknown fields ['stepz']"),
         ("--resume {tmp}/none", "cannot read"),
         ("--resume {tmp}/old", "old/config.json: No such file or directory; there is one in {tmp}/old/checkpoint"),
         ("--device toaster", "--device must be cpu, cuda or cuda:N, got 'toaster'"),

@@ -103,7 +103,7 @@ def test_wam_train_init(root, tmp_path, capsys, monkeypatch):
     theirs = weights_to("openwam", model_like(CONFIG.model).state_dict(), CONFIG.model)
     save_file(theirs, tmp_path / "w.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(TINY | {"steps": 1}))
-    command = ["train", "--data", str(root), "--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]
+    command = ["train", "--data", str(root), str(tmp_path / "config.json"), "--out", str(tmp_path / "run")]
     init = ["--init", str(tmp_path / "w.safetensors"), "--init-layout", "openwam"]
     assert main([*command, *init]) == 0
     assert main([*command, "--overwrite", "--init-layout", "openwam"]) == 2

@@ -60,7 +60,8 @@ class Track:
         camera: The camera whose pictures are frames; None where frames are states.
         size: Height and width of its pictures.
         record: Of the demonstrations, as :class:`~wam_models.simulator.record.RecordConfig`.
-        training: As :class:`~wam_models.train.TrainConfig`; program, mixture and video weight are the arm's.
+        training: As :class:`~wam_models.train.TrainConfig`, from weights by hand unless it says another
+            initialisation; program, mixture and video weight are the arm's.
         seeds: Of the weights and of everything that training draws.
         settings: (chunk, denoising steps) of each evaluation of one training.
         early: Of the settings, so many are evaluated right after a training, the others once every seed is trained.
@@ -115,7 +116,8 @@ class Track:
 
     def train_config(self, arm: Arm) -> TrainConfig:
         """The training of an arm."""
-        base = TrainConfig.from_dict(dict(self.training), f"Track {self.name}: training")
+        training = {"initialisation": "by_hand"} | dict(self.training)
+        base = TrainConfig.from_dict(training, f"Track {self.name}: training")
         program = "joint" if arm.program == GJD else arm.program
         steps = round(base.steps * arm.steps_factor)
         return replace(base, programs=(program,), mixture=dict(arm.mixture), video_weight=arm.video_weight, steps=steps)

@@ -47,7 +47,7 @@ def demo_training() -> TrainConfig:
             "model": model, "actions_per_token": 4, "programs": ["joint"],
             "mixture": {"joint": 0.6, "forward_dynamics": 0.2, "inverse_dynamics": 0.2}, "history": "video_only",
             "chunk_sizes": [1, CHUNK], "windows": [2, 8], "video_shift": 20.0, "action_shift": 15.0, "batch": 64,
-            "frames": 6, "steps": 200, "learning_rate": 6e-3, "warmup": 30,
+            "frames": 6, "steps": 200, "learning_rate": 6e-3, "warmup": 30, "initialisation": "by_hand",
         }
     )  # fmt: skip
 

@@ -42,7 +42,7 @@ MIXTURE = {"joint": 0.25, "forward_dynamics": 0.1, "inverse_dynamics": 0.65}
 
 def demo_training() -> TrainConfig:
     """The demo's run: the defaults, which are tuned for it, more inverse dynamics, and no step limit."""
-    return TrainConfig(mixture=MIXTURE, steps=UNLIMITED, save_every=UNLIMITED)
+    return TrainConfig(mixture=MIXTURE, initialisation="by_hand", steps=UNLIMITED, save_every=UNLIMITED)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -13,7 +13,6 @@ from wam_kernels.roofline import DEFAULT_DEVICE_MODEL, DEVICE_MODELS, DeviceMode
 from ..checkpoint import CONFIG, EXTRA, read_settings, tensor_shape
 from ..config import ModelConfig
 from ..data import LeRobotDataset
-from ..data.latents import PATCH
 from ..estimate import (
     PRESETS,
     Sizes,
@@ -103,10 +102,11 @@ def _grid(folder: Path, model: ModelConfig, metadata: dict) -> tuple[int, int]:
             cell = round((numbers / 3) ** 0.5)
         case kind:
             raise ValueError(f"--video-tokens must be given: the cells of codec {kind!r} are not in {where}")
-    return _tokens_of(camera.height, camera.width, cell, model)
+    return tokens_of(camera.height, camera.width, cell, model)
 
 
-def _tokens_of(height: int, width: int, cell: int, model: ModelConfig) -> tuple[int, int]:
+def tokens_of(height: int, width: int, cell: int, model: ModelConfig) -> tuple[int, int]:
+    """Rows and columns of the video tokens of a picture."""
     return height // (cell * model.patch[1]), width // (cell * model.patch[2])
 
 
@@ -124,16 +124,16 @@ def rollout_estimate(args: argparse.Namespace, s: Sizes, config: RolloutConfig, 
 # ---- training ----
 
 
-def training_estimate(args: argparse.Namespace) -> str:
-    """The page about one step of --preset or --config.
+def training_estimate(args: argparse.Namespace, config: TrainConfig) -> str:
+    """The page about one step of --preset, or of a config.
 
     Raises:
         ValueError: both, --resume, --init, frozen parts, adapters, or nothing that says how many tokens a frame has.
     """
     if args.resume is not None:
-        raise ValueError("--resume must be left out with --estimate; name its config by --config")
-    if args.preset is not None and args.config is not None:
-        raise ValueError("--estimate must have one of --preset and --config, got both")
+        raise ValueError("--resume must be left out with --estimate; name its config")
+    if args.preset is not None and (args.config is not None or args.set):
+        raise ValueError("--estimate must have one of --preset and CONFIG, got both")
     if args.init is not None:
         raise ValueError("--init must be left out with --estimate, which reads no weights")
     name, on = _device_model(args)
@@ -141,10 +141,9 @@ def training_estimate(args: argparse.Namespace) -> str:
         preset = _preset(args)
         sizes, config = _with_tokens(args, preset.sizes()), preset.train()
     else:
-        config = TrainConfig() if args.config is None else TrainConfig.from_json(args.config)
         if config.frozen or config.lora:
             raise ValueError(
-                f"{args.config}: frozen and lora must be left out with --estimate, which counts all weights"
+                f"{args.config or '--set'}: frozen and lora must be left out with --estimate, which counts all weights"
             )
         sizes = _with_tokens(args, Sizes(config.model, _grid_of_data(args, config), DEFAULT_TEXT_TOKENS))
     parts = train_step(sizes, config)
@@ -166,5 +165,5 @@ def _grid_of_data(args: argparse.Namespace, config: TrainConfig) -> tuple[int, i
     if args.data is None:
         raise ValueError("--estimate must have one of --preset, --data and --video-tokens: how large is a frame?")
     dataset = LeRobotDataset(args.data, args.camera)
-    cell = 1 if dataset.has_states_as_frames else PATCH
-    return _tokens_of(*dataset.picture_size, cell, config.model)
+    cell = 1 if dataset.has_states_as_frames else config.cell
+    return tokens_of(*dataset.picture_size, cell, config.model)

@@ -84,12 +84,25 @@ def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=at_least(0), default=0)
 
 
+def _recipe(parser: argparse.ArgumentParser) -> None:
+    """The config of a training, and the flags that are put in place of what it has."""
+    parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="TOML or JSON, such as one of recipes/")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="as model.layers=4, in CONFIG's place"
+    )
+    parser.add_argument("--data", type=Path, metavar="DIR", help="data set in LeRobot layout; default: CONFIG's")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of checkpoints and log; default: CONFIG's")
+    parser.add_argument("--device", help="cpu, cuda or cuda:N; default: CONFIG's, or cpu")
+
+
+def _validate(parser: argparse.ArgumentParser) -> None:
+    _recipe(parser)
+
+
 def _train(parser: argparse.ArgumentParser) -> None:
-    data = parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data set in LeRobot layout")
+    _recipe(parser)
     parser.add_argument("--camera", metavar="FEATURE", help="of --data; needed only where it has several")
-    out = parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of checkpoints and log")
-    _estimate(parser, data, out)
-    parser.add_argument("--config", type=Path, metavar="FILE.json", help="model and training config")
+    _estimate(parser)
     limit = "training ends at whichever of --steps and --seconds comes first"
     parser.add_argument("--steps", type=at_least(1), metavar="N", help=limit)
     parser.add_argument("--seconds", type=positive_seconds, metavar="S", help=limit)
@@ -107,8 +120,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--simulator", metavar="NAME", action="append", help=f"then also act in it: {SIMULATOR}")
     parser.add_argument("--eval-episodes", type=at_least(1), metavar="K", help="of each simulator; default: 10")
     parser.add_argument("--eval-chunk", type=at_least(1), metavar="N", help="frames of a chunk; default: the largest")
-    parser.add_argument("--seed", type=at_least(0), default=0)
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
+    parser.add_argument("--seed", type=at_least(0), help="default: CONFIG's, or 0")
 
 
 def _rollout(parser: argparse.ArgumentParser) -> None:
@@ -227,6 +239,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None] | None,
         "train a small model, act with it in simulated tasks and compare what it imagines",
     ),
     "train": ("wam_models.cli.train", _train, "train a model"),
+    "validate": ("wam_models.cli.validate", _validate, "list all that is wrong with a config, before a training"),
     "rollout": ("wam_models.cli.rollout", _rollout, "denoise video and actions of one episode from a checkpoint"),
     "record": ("wam_models.cli.record", _record, "record demonstrations of a simulator's scripted expert"),
     "eval": ("wam_models.cli.eval", _eval, "measure how often a policy succeeds in simulators"),

@@ -42,7 +42,7 @@ def pictures_training() -> TrainConfig:
         {
             "model": model, "actions_per_token": 4, "cell": 8, "programs": ["joint"], "mixture": {"joint": 1.0},
             "history": "video_only", "chunk_sizes": [1, 4], "windows": [2, 8], "video_shift": 5.0, "action_shift": 5.0,
-            "batch": 16, "frames": 6, "steps": 500, "warmup": 100,
+            "batch": 16, "frames": 6, "steps": 500, "warmup": 100, "initialisation": "by_hand",
         }
     )  # fmt: skip
 

@@ -27,6 +27,7 @@ from ..runtime.threads import pick_threads, restores_threads, set_threads
 from ..text import words_of
 from ..train.config import TrainConfig
 from ..train.log import loss_ends
+from ..train.recipe import Recipe
 from ..train.run_folder import RunFolder
 from ..train.trainer import train
 from ..weights.start import initial_weights
@@ -40,15 +41,17 @@ MOMENT = 0.2  # seconds within which signals are one: timeout(1) sends it to the
 def run(args: argparse.Namespace) -> int:
     """``wam train``."""
     check_estimate_flags(args)
+    recipe = with_flags(args)
     if args.estimate:
-        print(training_estimate(args))
+        print(training_estimate(args, recipe.train))
         return 0
     device = check_device(args.device)
     policy, resume, seed = None, None, args.seed
     training: dict[str, Any] = {}
     if args.resume is not None:
-        if args.config is not None:
-            raise ValueError("--config cannot be given with --resume: the checkpoint has its config; leave one out")
+        for flag, given in (("CONFIG", args.config), ("--set", args.set)):
+            if given:
+                raise ValueError(f"{flag} cannot be given with --resume: the checkpoint has its config; leave one out")
         policy, resume = Policy.load(args.resume)
         if resume.training_state is None or not resume.metadata.get("training"):
             raise ValueError(f"--resume: {args.resume} has no training state; name a checkpoint that wam train wrote")
@@ -60,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
         config = TrainConfig.from_dict(training["config"], f"{where}.config")
         seed = whole(f"{where}.seed", training["seed"], 0, LARGEST_INT64)
     else:
-        config = TrainConfig() if args.config is None else TrainConfig.from_json(args.config)
+        config = recipe.train
     if args.steps is not None:
         config = replace(config, steps=args.steps)
     if resume is not None:
@@ -102,6 +105,33 @@ def run(args: argparse.Namespace) -> int:
             print(f"{stream} loss {' -> '.join(means_of_spans)}")
     print(f"step {done.step} of {config.steps}; checkpoint: {args.out / 'checkpoint'}")
     return 0
+
+
+def with_flags(args: argparse.Namespace) -> Recipe:
+    """The recipe of CONFIG and --set; what it has and no flag says is put into ``args``.
+
+    Raises:
+        ValueError: a recipe that is refused, or neither it nor a flag names the data and the run's folder.
+    """
+    recipe = Recipe.read(args.config, args.set)
+    if len(recipe.data) > 1:
+        raise ValueError(f"{args.config}: data must be one data set, got {len(recipe.data)}")
+    if args.data is None and recipe.data:
+        args.data = Path(recipe.data[0].path)
+        args.camera = args.camera or recipe.data[0].camera
+    for name, default in (("out", None), ("seed", 0), ("device", "cpu"), ("init", None)):
+        if getattr(args, name) is None:
+            setattr(args, name, default if getattr(recipe, name) is None else getattr(recipe, name))
+    if recipe.init is not None and args.init == recipe.init:
+        args.init_layout = args.init_layout or recipe.init_layout
+        args.init_without = args.init_without or list(recipe.init_without)
+        args.init_action = args.init_action or recipe.init_action
+    for name in ("data", "out", "init"):
+        value = getattr(args, name)
+        if value is None and name != "init" and not args.estimate:
+            raise ValueError(f"--{name} must be given, or {name} in CONFIG")
+        setattr(args, name, None if value is None else Path(value))
+    return recipe
 
 
 def _initial_weights(args: argparse.Namespace, config: TrainConfig) -> dict[str, Tensor] | None:

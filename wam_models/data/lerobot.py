@@ -238,7 +238,7 @@ class LeRobotDataset:
 
     def _numbers(self, episode: Episode | int, name: str) -> np.ndarray:
         number = self._number(episode)
-        path, width = self._places[number].data, self._width(name)
+        path, width = self._places[number].data, self.width(name)
         if (path, name) not in self._tables:
             self._tables[path, name] = _read_table(path, ["episode_index", name])
         column, rows = self._column(number, name, self._tables[path, name])
@@ -265,8 +265,8 @@ class LeRobotDataset:
             )
         return out
 
-    def _width(self, name: str) -> int | None:
-        """Numbers of a feature; None where info.json does not say."""
+    def width(self, name: str) -> int | None:
+        """Numbers of a feature; None where info.json does not say. Raises ValueError for a shape that is none."""
         feature = self.features.get(name)
         if not isinstance(feature, dict) or "shape" not in feature:
             return None

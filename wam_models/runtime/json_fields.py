@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import json
+from collections.abc import Collection, Iterable
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, TypeVar
@@ -48,11 +50,18 @@ def from_fields(cls: type[Config], values: Any, source: str, *, defaults: bool =
     unknown, missing = sorted(set(values) - known), sorted(known - may_lack - set(values))
     if unknown or missing:
         wrong = [f"{what} fields {names}" for what, names in (("unknown", unknown), ("missing", missing)) if names]
-        raise ValueError(f"{source}: {', '.join(wrong)}; expected {sorted(known)}")
+        raise ValueError(f"{source}: {', '.join(wrong)}{nearest(unknown, known)}; expected {sorted(known)}")
     try:
         return cls(**values)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from error
+
+
+def nearest(unknown: Iterable[str], known: Collection[str]) -> str:
+    """What the names may have been meant to be, as a part of a message; empty where nothing is near."""
+    found = {name: difflib.get_close_matches(name, known, 1) for name in map(str, unknown)}
+    meant = [f"{name} {match[0]}" for name, match in found.items() if match]
+    return f" (for {', '.join(meant)}?)" if len(meant) > 1 else f" (is {meant[0].split()[-1]} meant?)" if meant else ""
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from wam_kernels import PROGRAMS
@@ -19,10 +18,11 @@ from ..objectives import GJD, GJD_MIXTURE, OBJECTIVES
 from ..rollout import RolloutConfig
 from ..rollout.config import CONDITIONAL_CHUNK
 from ..runtime.checks import check_field, choice, number, whole
-from ..runtime.json_fields import from_fields, read_json
+from ..runtime.json_fields import from_fields
 from ..runtime.limits import LARGEST_SIZE
 from .samples import SampleConfig, StepConfig, stream_pairs
 
+INITIALISATIONS = ("random", "by_hand")
 SCHEDULES = ("constant", "cosine", "decay")
 DECAY_PART = 0.5  # part of a "decay" run, its end, over which the learning rate falls
 CROSS = (("action", "video"), ("video", "action"))  # (query stream, key stream)
@@ -58,7 +58,7 @@ class StepKind(NamedTuple):
 class TrainConfig(SampleConfig):
     """All that a training run depends on, beside the data and the seed. JSON in and out.
 
-    The fields of :class:`SampleConfig` are its own too. The defaults are the demo's, for three minutes on two CPU
+    The fields of :class:`SampleConfig` are its own too. The sizes are the demo's, for three minutes on two CPU
     cores; NOTES.md beside this file says what else was tried.
 
     Args:
@@ -81,6 +81,8 @@ class TrainConfig(SampleConfig):
         frames: Latent frames of a clip.
         steps: Steps of the run, and the end of the schedule unless time ends the run before.
         learning_rate: After the warm-up.
+        initialisation: Weights of a fresh model: ``"random"``, or ``"by_hand"``, near what any trained model of the
+            demo's size does, which saves a short run its first steps (``initialise``).
         warmup: Steps of linear warm-up.
         schedule: ``"constant"``; ``"cosine"``, down to 0 at ``steps``; or ``"decay"``, constant for the first half and
             then linearly down to 0. Of a run whose time is limited, :func:`train` finds the end of ``"decay"``.
@@ -120,6 +122,7 @@ class TrainConfig(SampleConfig):
     frames: int = 9
     steps: int = 2000
     learning_rate: float = 1.5e-3
+    initialisation: str = "random"
     warmup: int = 20
     schedule: str = "decay"
     beta2: float = 0.99
@@ -155,6 +158,7 @@ class TrainConfig(SampleConfig):
         check_field(self, "clip_norm", number, SMALLEST_POSITIVE)
         for name in ("weight_decay", "ema"):
             check_field(self, name, number, 0)
+        check_field(self, "initialisation", choice, INITIALISATIONS)
         check_field(self, "schedule", choice, SCHEDULES)
         check_field(self, "beta2", number, 0, 0.999999)
         for name in ("frozen", "lora"):
@@ -182,11 +186,6 @@ class TrainConfig(SampleConfig):
                 model = small_model().to_dict() | model
             values = values | {"model": ModelConfig.from_dict(model, f"{source}: model")}
         return from_fields(cls, values, source, defaults=True)
-
-    @classmethod
-    def from_json(cls, path: str | Path) -> TrainConfig:
-        """From a file. Raises ValueError, naming file and field, or OSError where it cannot be read."""
-        return cls.from_dict(read_json(Path(path)), str(path))
 
     @property
     def actions_per_frame(self) -> int:
@@ -315,12 +314,11 @@ def check_fit(config: TrainConfig, data: ClipDataset) -> None:
                 f"TrainConfig: {name} must be {'0' if name == 'action_free' else 'empty'} for a data set without "
                 f"episodes in split {split!r}, got {getattr(config, name)}"
             )
-    if (
-        model.has_actions and model.action_hidden < model.action_dim + 2
-    ):  # initialise() passes actions through, beside a mean and a constant
+    # initialise() passes actions through, beside a mean and a constant
+    if config.initialisation == "by_hand" and model.has_actions and model.action_hidden < model.action_dim + 2:
         raise ValueError(
-            f"TrainConfig: model.action_hidden must be at least {model.action_dim + 2}, two more than action_dim, got "
-            f"{model.action_hidden}"
+            f"TrainConfig: model.action_hidden must be at least {model.action_dim + 2}, two more than action_dim, for "
+            f"initialisation by_hand, got {model.action_hidden}"
         )
     if rows % model.patch[1] or columns % model.patch[2]:
         raise ValueError(

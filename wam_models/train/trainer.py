@@ -164,7 +164,8 @@ class Trainer:
         self.generator = torch.Generator().manual_seed(seed)
         torch.manual_seed(seed)  # of the initial weights
         self.model = WorldActionModel(config.model)
-        initialise(self.model)
+        if config.initialisation == "by_hand":
+            initialise(self.model)
         _start_from(self.model, init, resume)
         self.text = WordEmbedding.from_instructions(data.tasks, config.model.text_dim)
         if resume is not None:
