@@ -35,7 +35,7 @@ from tests.train.conftest import TINY
 from wam_models.cli import main
 tiny.write(Path("data/libero_demo"))
 Path("tiny.json").write_text(json.dumps(TINY))
-assert main("train --data data/libero_demo --config tiny.json --steps 1 --out runs/libero".split()) == 0
+assert main("train --data data/libero_demo tiny.json --steps 1 --out runs/libero".split()) == 0
 """,
     "docs/weights.md": """
 from tests.train.conftest import TINY
@@ -230,7 +230,7 @@ def test_flags_in_the_text_are_flags_of_their_commands():
         ("make tea", "target"),
         (".venv/bin/python -m tests.none", "module"),
         ("pip install '.[model]'", "extras"),
-        ("libero-venv/bin/wam train --data x --out y --config examples/none.json", "none.json"),
+        ("libero-venv/bin/wam train --data x --out y examples/none.json", "none.json"),
     ],
 )
 def test_the_check_of_commands_notices(text, wrong):

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from ..data import LeRobotDataset
+from ..data.clips import TRAIN
 from ..data.config import DataConfig
+from ..data.lerobot import STATE
 from ..estimate import Sizes, parameters, train_memory
 from ..runtime.checks import check_device, memory
 from ..train.config import TrainConfig
@@ -97,6 +99,8 @@ def data_faults(config: TrainConfig, one: DataConfig, dataset: LeRobotDataset) -
         width = dataset.width("action")
         if width is not None and width * config.actions_per_token != model.action_dim:
             yield f"{where}: model.action_dim must be {width * config.actions_per_token}, got {model.action_dim}"
+    if model.state_dim and (states := dataset.width(STATE)) != model.state_dim:
+        yield f"{where}: model.state_dim must be {states}, the numbers of {STATE}, got {model.state_dim}"
     cell = 1 if dataset.has_states_as_frames else config.cell
     height, columns = dataset.picture_size
     for name, pixels, patch in (("rows", height, model.patch[1]), ("columns", columns, model.patch[2])):
@@ -107,8 +111,10 @@ def data_faults(config: TrainConfig, one: DataConfig, dataset: LeRobotDataset) -
     if not dataset.has_states_as_frames and config.actions_per_frame % dataset.picture_every:
         expected = f"a multiple of {dataset.picture_every}"
         yield f"{where}: actions of a frame must be {expected}, as its pictures are, got {config.actions_per_frame}"
-    lengths = [1 + (e.length - 1) // config.actions_per_frame for e in dataset.episodes if e.split == "train"]
-    if not lengths:
-        yield f"{where}: splits has no episode in train"
-    elif config.frames > max(lengths):
-        yield f"{where}: frames must be at most {max(lengths)}, those of the longest episode, got {config.frames}"
+    drawn = {TRAIN} | {split for kind in config.draws() for split, share in kind.splits.items() if share}
+    for split in sorted(drawn):
+        lengths = [1 + (e.length - 1) // config.actions_per_frame for e in dataset.episodes if e.split == split]
+        if not lengths:
+            yield f"{where}: splits must have an episode in {split!r}, got none"
+        elif config.frames > max(lengths):
+            yield f"{where}: frames must be at most {max(lengths)}, the longest episode's, got {config.frames}"
