@@ -109,6 +109,36 @@ def prefix_suffix(prefix, actions, states, padding) -> np.ndarray:
     return mask
 
 
+def giga_world_policy(states, actions, reference, future) -> np.ndarray:
+    state = slice(0, states)
+    action = slice(states, states + actions)
+    ref = slice(states + actions, states + actions + reference)
+    n = ref.stop + future
+    mask = np.zeros((n, n), bool)
+    for query, keys in ((state, (state, ref)), (ref, (state, ref)), (action, (state, ref, action))):
+        for key in keys:
+            mask[query, key] = True
+    mask[ref.stop :] = True
+    return mask
+
+
+def read_out(steps, context, kinds, own, actions) -> np.ndarray:
+    """``kinds`` of queries after the context of every step, then action queries."""
+    each = context + sum(kinds) + actions
+    mask = np.zeros((steps * each,) * 2, bool)
+    for q in range(steps):
+        for k in range(q + 1):
+            mask[q * each : (q + 1) * each, k * each : k * each + context] = True
+        at = q * each + context
+        queries_end = at + sum(kinds)
+        mask[queries_end : (q + 1) * each, at:queries_end] = True
+        for count, attends in zip(kinds, own, strict=True):
+            if attends:
+                mask[at : at + count, at : at + count] = True
+            at += count
+    return mask
+
+
 fast_wam_sizes = st.fixed_dictionaries(
     {"video_frames": few, "video_tokens": some, "actions": few, "video_mode": st.sampled_from(VIDEO_MODES)}
 )
@@ -153,6 +183,23 @@ RULES = {
     "tri_tower": (
         st.fixed_dictionaries({"video": few, "actions": few, "understanding": few}),
         lambda video, actions, understanding: np.ones((video + actions + understanding,) * 2, bool),
+    ),
+    "giga_world_policy": (
+        st.fixed_dictionaries({"states": few, "actions": few, "reference": few, "future": few}),
+        giga_world_policy,
+    ),
+    "seer": (
+        st.fixed_dictionaries({"steps": few, "context": few, "foresight": few, "actions": few}),
+        lambda steps, context, foresight, actions: read_out(steps, context, [foresight], [False], actions),
+    ),
+    "dream_vla": (
+        st.fixed_dictionaries(
+            {"steps": st.integers(0, 3), "context": few, "frames": few}
+            | {"depth": few, "trajectories": few, "actions": few}
+        ),
+        lambda steps, context, frames, depth, trajectories, actions: read_out(
+            steps, context, [frames, depth, trajectories], [False, True, True], actions
+        ),
     ),
 }
 
@@ -214,6 +261,8 @@ TYPICAL = [
     ("cosmos_policy", dict(frames=9, tokens=196), 0.96),
     ("prefix_suffix", dict(prefix=968, actions=50), 0.94),
     ("tri_tower", dict(video=1200, actions=50, understanding=100), 0.94),
+    ("giga_world_policy", dict(states=1, actions=48, reference=880, future=1760), 0.9),
+    ("seer", dict(steps=10, context=22, foresight=20, actions=3), 0.3),
 ]
 
 

@@ -6,6 +6,8 @@ Each function is one rule in words, then in code; a :class:`wam_kernels.masks.ru
     lingbot_va_train, lingbot_va_text                 LingBot-VA
     dreamzero_train, dreamzero_cached                 DreamZero
     cosmos_policy, prefix_suffix, tri_tower           Cosmos Policy; pi-0 and pi-0.5; Motus
+    giga_world_policy                                 GigaWorld-Policy
+    seer, dream_vla                                   read-out tokens: Seer, DreamVLA
 """
 
 from __future__ import annotations
@@ -272,3 +274,66 @@ def tri_tower(*, video: int, actions: int, understanding: int) -> RuleGeometry:
     _require("tri_tower", video=video, actions=actions, understanding=understanding)
     parts = [_segment(index, 1, n) for index, n in enumerate((video, actions, understanding))]
     return _square("tri_tower", ("video", "action", "understanding"), parts, _all)
+
+
+# --- GigaWorld-Policy: [state | action | reference video | future video] ---------------------------------------------
+
+
+@register_program
+def giga_world_policy(*, states: int, actions: int, reference: int, future: int) -> RuleGeometry:
+    """State and reference video attend to each other, actions to these and themselves, the future video to everything.
+
+    Actions never attend to the future, so a policy runs without it, and what comes before the actions is cached.
+    """
+    name = "giga_world_policy"
+    _require(name, states=states, actions=actions, reference=reference, future=future)
+
+    def visible(q: Runs, k: Runs) -> np.ndarray:
+        known = (k.segment == 0) | (k.segment == 2)
+        return known | ((q.segment == 1) & (k.segment == 1)) | (q.segment == 3)
+
+    parts = [_segment(index, 1, n) for index, n in enumerate((states, actions, reference, future))]
+    return _square(name, ("state", "action", "reference video", "future video"), parts, visible)
+
+
+# --- Read-out tokens: every time step is [context | queries of what is to come | action queries] ---------------------
+
+
+def _read_out(name: str, steps: int, context: int, foresight: Sequence[int], own: Sequence[bool], actions: int, names):
+    """Queries of a kind attend to each other where ``own`` says so; a step's action queries to its other queries."""
+
+    def visible(q: Runs, k: Runs) -> np.ndarray:
+        seen = (k.segment == 0) & (k.frame <= q.frame)
+        same_step = k.frame == q.frame
+        itself = (k.segment == q.segment) & np.isin(q.segment, 1 + np.flatnonzero(own))
+        by_action = (q.segment == last) & (k.segment > 0) & (k.segment < last)
+        return seen | (same_step & (itself | by_action))
+
+    sizes, last = (context, *foresight, actions), 1 + len(foresight)
+    parts = [_segment(index, 1, n, step) for step in range(steps) for index, n in enumerate(sizes)]
+    return _square(name, names, parts or [_segment(0, 0, 0)], visible)
+
+
+@register_program
+def seer(*, steps: int, context: int, foresight: int, actions: int) -> RuleGeometry:
+    """Of each of ``steps`` time steps: text, state and image tokens, foresight queries, action queries.
+
+    Everything attends to the context of its own step and before. No query is attended to, not even by itself, but for
+    the foresight queries of a step by its action queries: inverse dynamics of the predicted frame.
+    """
+    _require("seer", steps=steps, context=context, foresight=foresight, actions=actions)
+    names = "context", "foresight", "action"
+    return _read_out("seer", steps, context, [foresight], [False], actions, names)
+
+
+@register_program
+def dream_vla(*, steps: int, context: int, frames: int, depth: int, trajectories: int, actions: int) -> RuleGeometry:
+    """As :func:`seer` with three kinds of queries, blind to each other: of frames, of depth, of trajectories.
+
+    Those of depth and of trajectories attend to their own kind; action queries to all three.
+    """
+    name = "dream_vla"
+    kinds = {"frames": frames, "depth": depth, "trajectories": trajectories}
+    _require(name, steps=steps, context=context, actions=actions, **kinds)
+    names = "context", *kinds, "action"
+    return _read_out(name, steps, context, list(kinds.values()), [False, True, True], actions, names)

@@ -43,6 +43,9 @@ EXAMPLE_SIZES: dict[str, dict[str, Any]] = {
     "cosmos_policy": {"frames": 9, "tokens": 4},
     "prefix_suffix": {"prefix": 24, "states": 2, "actions": 10, "padding": ((18, 24),)},
     "tri_tower": {"video": 20, "actions": 8, "understanding": 8},
+    "giga_world_policy": {"states": 2, "actions": 8, "reference": 8, "future": 18},
+    "seer": {"steps": 3, "context": 6, "foresight": 4, "actions": 2},
+    "dream_vla": {"steps": 2, "context": 6, "frames": 4, "depth": 3, "trajectories": 3, "actions": 2},
 }
 
 
@@ -227,8 +230,8 @@ def draw_systems(pixels: int = 250) -> Image.Image:
     heights = [max(m.height for m in row) + head + legend for row in rows]
     image = Image.new("RGB", (3 * pixels + 4 * gap, 44 + sum(heights) + 8), PAPER)
     draw = ImageDraw.Draw(image)
-    draw.text((gap, 14), "Which token attends to which in other systems", font=font(20), fill=INK)
-    note = "queries go down, keys go right; coloured by the segment of the key"
+    draw.text((gap, 14), "Who attends to whom in other systems", font=font(20), fill=INK)
+    note = "queries go down, keys go right; colour: the segment of the key"
     draw.text((image.width - gap, 26), note, font=font(13), fill=FAINT, anchor="rm")
     for i, (program, mask) in enumerate(zip(programs, masks, strict=True)):
         x, y = gap + i % 3 * (pixels + gap), 44 + sum(heights[: i // 3])
