@@ -303,11 +303,11 @@ def _read_out(name: str, steps: int, context: int, foresight: Sequence[int], own
     """Queries of a kind attend to each other where ``own`` says so; a step's action queries to its other queries."""
 
     def visible(q: Runs, k: Runs) -> np.ndarray:
-        seen = (k.segment == 0) & (k.frame <= q.frame)
+        history = (k.segment == 0) & (k.frame <= q.frame)
         same_step = k.frame == q.frame
         itself = (k.segment == q.segment) & np.isin(q.segment, 1 + np.flatnonzero(own))
         by_action = (q.segment == last) & (k.segment > 0) & (k.segment < last)
-        return seen | (same_step & (itself | by_action))
+        return history | (same_step & (itself | by_action))
 
     sizes, last = (context, *foresight, actions), 1 + len(foresight)
     parts = [_segment(index, 1, n, step) for step in range(steps) for index, n in enumerate(sizes)]
