@@ -31,6 +31,8 @@ class Stream:
         ffn: Feed-forward width of its expert.
         features: Numbers that a token is made of, by one linear map; 0 for learned tokens.
         tokens: How many learned tokens there are, such as registers or queries; 0 where they are made of features.
+        aligned: Numbers of an embedding that each token is read out to behind the last block, to be trained towards
+            one that is known later, such as of a future frame; 0 for none.
         expert: Name of the stream whose expert the tokens run through; default its own.
 
     Raises:
@@ -42,13 +44,14 @@ class Stream:
     ffn: int
     features: int = 0
     tokens: int = 0
+    aligned: int = 0
     expert: str = ""
 
     def __post_init__(self) -> None:
         identifier("Stream", self.name)
         if self.name in ("text", "state", "task", "episode"):
             raise ValueError(f"Stream: name must not be one of a batch's other entries, got {self.name!r}")
-        for name, low in (("width", 1), ("ffn", 1), ("features", 0), ("tokens", 0)):
+        for name, low in (("width", 1), ("ffn", 1), ("features", 0), ("tokens", 0), ("aligned", 0)):
             check_field(self, name, whole, low, LARGEST_SIZE)
         if bool(self.features) == bool(self.tokens):
             raise ValueError(

@@ -224,6 +224,68 @@ def test_the_frame_before_a_chunk_by_hand():
     assert frames_before_chunks(8, 3) == [0, 0, 0, 0, 3, 3, 3, 6]
 
 
+def test_queries_read_out_are_aligned_to_what_they_will_know():
+    """Learned queries attend to given features; actions attend to them; a cosine draws them towards embeddings."""
+    queries = Stream(name="queries", width=24, ffn=32, tokens=3, expert="understanding", aligned=6)
+    config = replace(SMALL, context=(UNDERSTANDING, queries))
+    model = made(config, torch.float32)
+    batch = {"video": randn(B, C, 5, *GRID), "action": randn(B, 5, 2, 7, seed=2), "text": randn(B, 3, 8, seed=1)}
+    batch |= {"understanding": randn(B, 4, 10, seed=3), "queries_target": randn(B, 3, 6, seed=4)}
+    batch = {k: v.float() for k, v in batch.items()}
+
+    def stepped(weight, given=batch):
+        settings = StepConfig(mixture={"joint": 1}, alignment_weight=weight)
+        return training_step(model, given, torch.Generator().manual_seed(0), settings)
+
+    found = []
+    side = model.side("queries")
+    hook = side.readout.register_forward_hook(lambda module, args, out: found.append(out))
+    plain, _ = stepped(0.0)
+    loss, metrics = stepped(2.0)
+    hook.remove()
+    cosine = torch.nn.functional.cosine_similarity(found[-1], batch["queries_target"], dim=-1).mean()
+    torch.testing.assert_close(loss, plain + 2 * (1 - cosine))
+    torch.testing.assert_close(metrics["alignment_loss"], 1 - cosine.detach())
+    loss.backward()
+    assert (
+        side.readout.weight.grad.any()
+        and side.tokens.grad.any()
+        and model.side("understanding").embedder.weight.grad.any()
+    )
+    other, _ = stepped(2.0, batch | {"understanding": batch["understanding"].flip(1) + 1})
+    assert other != loss
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss, metrics = stepped(1.0)
+        loss.backward()
+        optimizer.step()
+    assert metrics["alignment_loss"] < 0.1 < 1 - cosine
+    with pytest.raises(ValueError, match=r"batch lacks .'queries_target'."):
+        stepped(1.0, {k: v for k, v in batch.items() if k != "queries_target"})
+    with pytest.raises(ValueError, match=r"queries_target must be .2, 3, 6., got .2, 3, 5."):
+        stepped(1.0, batch | {"queries_target": batch["queries_target"][..., :5]})
+
+
+def test_features_can_be_replaced_while_an_episode_goes_on():
+    model, size = made(CONTEXT).requires_grad_(False), 2
+    engine = RolloutEngine(model, RolloutConfig(program="joint", chunk_size=size, steps=1, cache="recomputed"))
+    first, text, noise = randn(B, C, 1, *GRID), randn(B, 3, 8, seed=1), []
+    for i in range(2):
+        noise.append(
+            {"video_noise": randn(B, C, size, *GRID, seed=8 + i), "action_noise": randn(B, size, 2, 7, seed=i)}
+        )
+    episodes = [engine.start(first, text, context={"understanding": randn(B, 4, 10, seed=s)}) for s in (3, 4)]
+    taken = episodes[1].propose(**noise[0])
+    for episode in episodes:
+        episode.observe(taken.video, taken.action)
+    before = episodes[0].propose(**noise[1])
+    episodes[0].set_context({"understanding": randn(B, 4, 10, seed=4)})
+    after, whole = (episode.propose(**noise[1]) for episode in episodes)
+    torch.testing.assert_close(after.action, whole.action, rtol=1e-10, atol=1e-10)
+    assert error(before.action, whole.action) > 1e-4
+
+
 def test_context_in_a_plan_is_the_mask_by_hand():
     geometry = Geometry(
         program="joint", video_frames=5, video_tokens=3, action_frames=5, action_tokens=2, chunk_size=2, window=4

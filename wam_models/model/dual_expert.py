@@ -272,7 +272,7 @@ class WorldActionModel(nn.Module):
         frame_start: int = 0,
         attend: Attend | None = None,
         impl: str | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, dict[str, Tensor]]:
         """One packed forward over ``[V_noisy | V_clean | A_noisy | A_clean | context]``.
 
         Args:
@@ -299,7 +299,8 @@ class WorldActionModel(nn.Module):
             impl: Backend of ``block_attention``.
 
         Returns:
-            The predicted flows of the noisy copies: ``[B, C, F, y, x]`` and ``[B, F, n, A]``, dtype of the model.
+            The predicted flows of the noisy copies: ``[B, C, F, y, x]`` and ``[B, F, n, A]``, dtype of the model. Of a
+            model with aligned streams also what their tokens are read out to, ``[B, N, aligned]`` by name.
 
         Raises:
             ValueError: shapes or dtypes that do not fit, or not exactly one of ``plan`` and ``attend``.
@@ -326,11 +327,13 @@ class WorldActionModel(nn.Module):
         streams = self.embed(video.packed(2), action.packed(1) if self.config.has_actions else None, given, state)
         positions = torch.arange(frame_start, frame_start + frames, device=self.device).repeat(copies)
         rope = self.rope(positions, rows, columns, positions if self.config.has_actions else None, given)
-        denoised = range(len(streams) - len(given))
-        texts = self.embed_text(text, modes=modes, bridge=bridge)
-        after = self.packed_block_stack(streams, Uncast(*rope), texts, attend, None, denoised)
-        noisy = tuple(noisy_tokens(stream, copies) for stream in after if stream is not None)
-        return cast(tuple[Tensor, Tensor | None], self.flows(noisy, frames, rows, columns))
+        denoised = len(streams) - len(given)
+        aligned = {s.name: i for i, s in enumerate(self.config.streams) if s.aligned}
+        texts, wanted = self.embed_text(text, modes=modes, bridge=bridge), (*range(denoised), *aligned.values())
+        after = self.packed_block_stack(streams, Uncast(*rope), texts, attend, None, wanted)
+        noisy = tuple(noisy_tokens(stream, copies) for stream in after[:denoised])
+        flows = cast(tuple[Tensor, Tensor | None], self.flows(noisy, frames, rows, columns))
+        return (*flows, {n: self.side(n).read_out(after[i]) for n, i in aligned.items()}) if aligned else flows
 
     def _check_state(self, state: Tensor | None, frames: tuple[int, ...]) -> None:
         expected = (*frames, self.config.state_dim) if self.config.state_dim else None

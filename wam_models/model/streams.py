@@ -202,6 +202,8 @@ class ContextSide(nn.Module):
             self.reset_parameters()
         if stream.owns_expert:
             self.context_proj = nn.Linear(config.text_dim, stream.width)
+        if stream.aligned:
+            self.readout = nn.Linear(stream.width, stream.aligned)
 
     def reset_parameters(self) -> None:
         if self.stream.tokens:
@@ -228,6 +230,11 @@ class ContextSide(nn.Module):
             x = self.embedder(features_BNE.to(dtype_of(self.embedder, features_BNE.dtype)))
         still = at_least_float32(x.new_zeros(batch, 1, 6, x.shape[2]))
         return stream_inputs(x, still, (still[:, :, 0], still[:, :, 0]))
+
+    def read_out(self, stream: StreamInputs) -> Tensor:
+        """``[B, N, aligned]`` of the tokens behind the last block."""
+        x = F.layer_norm(at_least_float32(stream.x), stream.x.shape[-1:])
+        return self.readout(x.to(dtype_of(self.readout, stream.x.dtype)))
 
 
 def head_norm(stream: StreamInputs, table_12D: Tensor, eps: float) -> Tensor:

@@ -445,6 +445,23 @@ class Episode:
         self._first_bridge(bridge, self.layout.batch)
         self._set_text(range(self.layout.batch), self._text, bridge)
 
+    @_in_plain_mode
+    def set_context(self, context: Mapping[str, Tensor]) -> None:
+        """Features of the given streams of all rollouts from now on, such as those of the frame that is observed now.
+
+        Keys and values of accepted chunks stay as they are, but for ``cache="recomputed"``.
+
+        Args:
+            context: ``[B, N, E]`` of each given stream that is made of features, by name; N as at the start.
+
+        Raises:
+            ValueError: streams that the model does not have, other shapes, or numbers on the CPU that are not finite.
+        """
+        self._check_model("set_context")
+        self._check_context(context, self.layout.batch)
+        self.forward.set_context(range(self.layout.batch), context)
+        self._stale |= self.config.cache == "recomputed"
+
     def _first_bridge(self, given: Tensor | None, rollouts: int) -> Tensor | None:
         """That of a new rollout: of a model that makes its own, room for it."""
         c, (rows, columns) = self.model.config, self.layout.grid

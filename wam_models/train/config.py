@@ -252,10 +252,10 @@ class TrainConfig(SampleConfig):
 
 def _check_data_gives(model: ModelConfig) -> None:
     """A data set gives pictures, text, actions and states."""
-    features = [stream.name for stream in model.context if stream.features]
+    features = [stream.name for stream in model.context if stream.features or stream.aligned]
     if features or (model.bridge_dim and model.bridge_layer is None):
         raise ValueError(
-            f"TrainConfig: model must not be given features of another network, got context features {features} and "
+            f"TrainConfig: model must not be given features of another network, got context streams {features} and "
             f"bridge_dim={model.bridge_dim} without bridge_layer; call training_step with them"
         )
 

@@ -31,6 +31,8 @@ class SampleConfig:
         noised_history: Probability that the clean video copy of a sample is itself noised.
         video_weight: Factor on the video loss.
         action_weight: Factor on the action loss.
+        alignment_weight: Factor on the alignment loss of a model with aligned streams: 1 - the cosine of the angle
+            between what a token is read out to and its target, mean over tokens and streams.
 
     Raises:
         ValueError: an unknown name, a value of the wrong type or outside its range; the message names the field.
@@ -47,6 +49,7 @@ class SampleConfig:
     noised_history: float = 0.5
     video_weight: float = 1.0
     action_weight: float = 1.0
+    alignment_weight: float = 1.0
 
     def __post_init__(self) -> None:
         check_field(self, "history", choice, HISTORIES)
@@ -61,7 +64,7 @@ class SampleConfig:
                 f"{type(self).__name__}: video_marginal and action_marginal must sum to at most 1, got "
                 f"{self.video_marginal} and {self.action_marginal}"
             )
-        for name in ("video_weight", "action_weight"):
+        for name in ("video_weight", "action_weight", "alignment_weight"):
             check_field(self, name, number, 0)
 
 

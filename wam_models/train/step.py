@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
@@ -61,7 +62,8 @@ def training_step(
             embeddings, through which the loss differentiates, ignored likewise where an objective has none; and under
             its name each stream of ``model.config.context`` that is made of features ``[B, N, E]``; ``state``
             ``[B, F, S]`` of each frame for a model with ``state_dim``; ``bridge`` ``[B, N, bridge_dim]`` for one
-            that has it and no ``bridge_layer``. F at least 2. Optional, bool ``[B]``:
+            that has it and no ``bridge_layer``; ``<stream>_target`` ``[B, N, aligned]`` of each aligned one, the
+            embeddings that its tokens are trained towards. F at least 2. Optional, bool ``[B]``:
             ``counterfactual``, the samples whose actions did not come from a demonstration; ``action_free``, those of a
             video without actions: whatever ``action`` holds of them is neither learned nor attended to.
         generator: Source of every random number; its device may differ from the model's.
@@ -70,7 +72,8 @@ def training_step(
 
     Returns:
         The loss, a float32 scalar, and metrics without gradient: ``video_loss``, ``action_loss`` (scalar tensors: means
-        over the samples that count; nan when none does), ``chunk_size``, ``window``, and the number of samples of each
+        over the samples that count; nan when none does), ``alignment_loss`` of a model with aligned streams,
+        ``chunk_size``, ``window``, and the number of samples of each
         objective as ``samples/<name>``.
 
     Raises:
@@ -128,7 +131,7 @@ def training_step(
     samples = _visibility(config, objectives, action_free, given, sizes)
     one = len(set(samples)) == 1
     plan = compile_plan(samples[0] if one else samples, device=device, stop_gradient=config.stop_gradient)
-    video_flow, action_flow = model(
+    video_flow, action_flow, *read_out = model(
         noised_video(video, video_noise, video_sigma),
         noised_video(video, history_noise, history_sigma),
         add_noise(action, action_noise, action_sigma) if has_actions else None,
@@ -156,6 +159,10 @@ def training_step(
         "chunk_size": chunk_size,
         "window": window,
     }
+    for found in read_out:
+        alignment = _alignment(batch, found)
+        loss = loss + config.alignment_weight * alignment
+        metrics["alignment_loss"] = alignment.detach()
     return loss.mean(), metrics | _counted(objectives)
 
 
@@ -249,6 +256,17 @@ def _own_bridge(
     return before + 1, bridge_video(model.config, video[:, :, before:], noise[:, :, before:], trains)
 
 
+def _alignment(batch: Mapping[str, Tensor], read_out: Mapping[str, Tensor]) -> Tensor:
+    """1 - cosine of what tokens are read out to and their targets, mean over samples, tokens and streams."""
+    apart = []
+    for name, found in read_out.items():
+        wanted = batch[f"{name}_target"].to(found.device)
+        if wanted.shape != found.shape:
+            raise ValueError(f"training_step: {name}_target must be {list(found.shape)}, got {list(wanted.shape)}")
+        apart.append(1 - F.cosine_similarity(at_least_float32(found), at_least_float32(wanted), dim=-1).mean())
+    return torch.stack(apart).mean()
+
+
 def _counted(objectives: list[Objective]) -> dict[str, int]:
     names = [o.name for o in objectives]
     return {f"samples/{name}": names.count(name) for name in sorted(set(names))}
@@ -260,6 +278,7 @@ def _checked(model: WorldActionModel, batch: Mapping[str, Tensor]) -> tuple[Tens
     names = ["video", *(["action"] if c.has_actions else []), "text", *(s.name for s in c.context if s.features)]
     given = ("state", c.state_dim), ("bridge", c.bridge_dim and c.bridge_layer is None)
     names += [name for name, there in given if there]
+    names += [f"{s.name}_target" for s in c.context if s.aligned]
     missing = sorted(set(names) - set(batch))
     if missing:
         raise ValueError(f"training_step: batch lacks {missing}; expected {', '.join(names)}")
