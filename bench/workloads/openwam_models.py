@@ -145,11 +145,13 @@ def rollout(
     negative_text: bool = False,
     context: Callable[[int], dict] | None = None,
     after: Callable[[int, object], object] | None = None,
+    states: Tensor | None = None,
     seed: int = 0,
 ) -> list[Tensor]:
     """Roll out from one observed frame; every chunk's actions, and the clean video and actions that become history.
 
-    ``context(i)`` gives more fields of the i-th PolicyInferContext; ``after(i, session)`` may change the session.
+    ``context(i)`` gives more fields of the i-th PolicyInferContext; ``after(i, session)`` may change the session;
+    ``states`` ``[batch, chunks, STATE_DIM]`` come with the requests in place of drawn ones.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -167,7 +169,8 @@ def rollout(
     with torch.no_grad():
         for i in range(chunks):
             fields = {} if context is None else context(i)
-            request = PolicyInferContext(state=normal(batch, 1, STATE_DIM), **fields)
+            drawn = normal(batch, 1, STATE_DIM)
+            request = PolicyInferContext(state=drawn if states is None else states[:, i : i + 1], **fields)
             output = runner.infer_step(session=session, context=request, video_latents=frame)
             session = output.session
             state = session.policy_state.variant_state

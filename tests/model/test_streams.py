@@ -1,6 +1,5 @@
 """Models of other streams than two experts: one expert for all, three, or no actions; registers; numbers of OpenWAM."""
 
-import re
 from dataclasses import replace
 
 import pytest
@@ -15,6 +14,7 @@ from wam_models.config import ModelConfig, Stream, wan_5b_config, wan_5b_small_a
 from wam_models.objectives import OBJECTIVES, frames_before_chunks, geometry_for
 from wam_models.train.samples import StepConfig
 from wam_models.train.step import training_step
+from wam_models.weights.layouts import LAYOUTS
 
 from .cases import error
 
@@ -351,67 +351,73 @@ def test_refusals_name_what_is_wrong():
         engine.start(first, text).propose(want="action", generator=torch.Generator())
 
 
-# ---- parallel_stream against OpenWAM ----
-
-RENAMED = (
-    (r"^blocks\.(\d+)\.", r"packed_block_stack.packed_blocks.\1.video_block."),
-    (r"^action_time_conditioner\.", "action_expert.time_conditioner."),
-    (r"^(action_embedder|action_proj_out)\.", r"action_expert.\1."),
-)
+# ---- against OpenWAM: one expert for all, and states in both topologies ----
 
 
-def our_name(name: str) -> str:
-    for pattern, ours in RENAMED:
-        name, found = re.subn(pattern, ours, name)
-        if found:
-            return name
-    return f"core.{name}"
-
-
-def parallel_pair(program: str, **options):
-    """OpenWAM's pipeline with weights whose attention and heads matter, and our model with the same."""
+def openwam_pair(topology: str, program: str, states: bool):
+    """A pipeline with weights whose attention and heads matter, our model with the same; theirs by our names."""
     openwam_models = pytest.importorskip("bench.workloads.openwam_models", reason="openwam is in requirements/test.txt")
-    pipeline = openwam_models.build("parallel_stream", program, **options)
-    generator = torch.Generator().manual_seed(3)
-    core = pipeline.visual_tower.core
-    with torch.no_grad():
-        for p in core.parameters():
-            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+    policy = {"sequence_contract": openwam_models.PREFIX} if states else None
+    pipeline = openwam_models.build(topology, program, policy=policy)
+    parallel, generator = topology == "parallel_stream", torch.Generator().manual_seed(3)
     ours = WorldActionModel(
         ModelConfig(
-            hidden=32, heads=4, head_dim=8, layers=2, ffn=64, action_hidden=32, action_ffn=64,
-            action_dim=openwam_models.ACTION_DIM, actions_per_frame=2, topology="parallel_stream",
+            hidden=32, heads=4, head_dim=8, layers=2, ffn=64, action_hidden=32 if parallel else 16,
+            action_ffn=64 if parallel else 32, action_dim=openwam_models.ACTION_DIM, actions_per_frame=2,
+            topology=topology, state_dim=openwam_models.STATE_DIM * states,
         )
     )  # fmt: skip
-    state = {our_name(name): value for name, value in core.state_dict().items()}
-    ours.load_state_dict({name: state[name] for name in ours.state_dict()})
-    return openwam_models, pipeline, ours
+    layout, own = LAYOUTS["openwam_parallel" if parallel else "openwam"], ours.state_dict()
+    theirs = {layout.ours(name): p for name, p in pipeline.named_parameters() if layout.ours(name) in own}
+    with torch.no_grad():
+        for p in theirs.values():
+            p.add_(torch.randn(p.shape, generator=generator) * 0.1)
+    ours.load_state_dict(dict(theirs))
+    return openwam_models, pipeline, ours, theirs
 
 
-@pytest.mark.parametrize("program", ["video_then_action", "joint"])
-def test_parallel_stream_forward_and_gradients_are_those_of_openwam(program, monkeypatch):
-    openwam_models, pipeline, ours = parallel_pair(program)
-    core, steps = pipeline.visual_tower.core, []
+@pytest.mark.parametrize("program,states", [("video_then_action", False), ("joint", True)])
+def test_forward_and_gradients_are_those_of_openwam(program, states, monkeypatch):
+    """With states: behind an external frame, which has no actions; ours of it are attended to by nothing."""
+    openwam_models, pipeline, ours, weights = openwam_pair("parallel_stream", program, states)
+    core, steps, generator = pipeline.visual_tower.core, [], torch.Generator().manual_seed(1)
     execute = core.execute_runtime_step
     monkeypatch.setattr(core, "execute_runtime_step", lambda step: steps.append((step, execute(step))) or steps[-1][1])
-    metadata = ({"sampled_chunk_size": 2, "sampled_window_size": 4, "history_frames": 1},)
-    openwam_models.train_step(pipeline, metadata=metadata)
+    metadata, extra = ({"sampled_chunk_size": 2, "sampled_window_size": 4, "history_frames": 1},), {}
+    if states:
+        extra["condition_latents"] = torch.randn(1, 48, 6, 4, 4, generator=generator)
+        extra["proprio_context_frames"] = torch.randn(1, 6, openwam_models.STATE_DIM, generator=generator)
+    openwam_models.train_step(pipeline, metadata=metadata, extra=extra)
     payload, theirs = steps[0][0].payload, steps[0][1].projected_outputs
     video, action = payload["latent_dict"], payload["action_dict"]
-    text = video["text_emb"].detach()
-    frames = video["noisy_latents"].shape[2]
+    frames, prefix = video["noisy_latents"].shape[2], int(states)
     geometry = Geometry(
-        program=program, video_frames=frames, video_tokens=4, action_frames=frames, action_tokens=2,
-        chunk_size=payload["chunk_size"], window=payload["window_size"],
+        program=program, video_frames=frames, video_tokens=4, action_frames=frames - prefix, action_tokens=2,
+        chunk_size=payload["chunk_size"], window=payload["window_size"], prefix_frames=prefix,
         history=str(getattr(payload["history_stream_visibility"], "value", payload["history_stream_visibility"])),
         chunk_origin=payload.get("chunk_origin_frame") or 0,
     )  # fmt: skip
+    mask = torch.as_tensor(dense_mask(geometry))
+
+    def attend(layer, q, k, v):  # of the packed sequence, without the actions of the external frame
+        places = torch.arange(q.shape[1])
+        for segment in (0, 1):
+            begin = 2 * frames * 4 + segment * (frames - prefix) * 2
+            places = torch.cat([places[:begin], places[begin + 2 * prefix :]])
+        out = torch.nn.functional.scaled_dot_product_attention(
+            *(t[:, places].transpose(1, 2) for t in (q, k, v)), attn_mask=mask
+        )
+        return torch.zeros_like(q).index_copy(1, places, out.transpose(1, 2))
+
     by_frame = [action[name].detach().permute(0, 2, 3, 1, 4).flatten(3) for name in ("noisy_latents", "latent")]
+    by_frame = [torch.nn.functional.pad(t, (0, 0, 0, 0, prefix, 0)) for t in by_frame]
+    told = payload["per_chunk_proprio_state"][:, frames_before_chunks(frames, 2)] if states else None
     flows = ours(
         video["noisy_latents"].detach(), video["latent"].detach(), *by_frame, video["timesteps"].float(),
-        action["timesteps"].float(), text, compile_plan(geometry),
-        clean_video_timesteps=video["cond_timesteps"].float(), frame_start=int(video["grid_id"][0, 0].min()),
+        torch.nn.functional.pad(action["timesteps"].float(), (prefix, 0)), video["text_emb"].detach(),
+        attend=attend, clean_video_timesteps=video["cond_timesteps"].float(), state=told,
     )  # fmt: skip
+    flows = flows[0], flows[1][:, prefix:]
     rows = theirs["video_prediction"].unflatten(1, (frames, 2, 2, 2, 2))  # of tokens, of the pixels of one
     their_video = rows.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
     assert error(flows[0].detach(), their_video.detach()) < 1e-5
@@ -420,25 +426,35 @@ def test_parallel_stream_forward_and_gradients_are_those_of_openwam(program, mon
     again = execute(replace(steps[0][0], payload=tree_map_only(torch.Tensor, torch.detach, payload))).projected_outputs
     (again["video_prediction"].square().mean() + again["action_prediction"].square().mean()).backward()
     (flows[0].square().mean() + flows[1].square().mean()).backward()
-    theirs = {our_name(name): p.grad for name, p in core.named_parameters() if p.grad is not None}
-    largest = max(float(g.abs().max()) for g in theirs.values())
+    largest = max(float(p.grad.abs().max()) for p in weights.values())
     for name, p in ours.named_parameters():
-        torch.testing.assert_close(p.grad, theirs[name], rtol=0, atol=1e-5 * largest, msg=lambda m, n=name: f"{n}: {m}")
+        wanted = weights[name].grad
+        torch.testing.assert_close(p.grad, wanted, rtol=0, atol=1e-5 * largest, msg=lambda m, n=name: f"{n}: {m}")
 
 
-@pytest.mark.parametrize("program", ["action_then_video", "joint"])
-def test_parallel_stream_rollouts_are_those_of_openwam(program):
-    openwam_models, pipeline, ours = parallel_pair(program)
+@pytest.mark.parametrize(
+    "topology,program,states",
+    [
+        ("parallel_stream", "action_then_video", False),
+        ("parallel_stream", "joint", True),
+        ("dual_expert", "joint", True),
+        ("dual_expert", "decoupled_same_step", True),
+    ],
+)
+def test_rollouts_are_those_of_openwam(topology, program, states):
+    openwam_models, pipeline, ours, _ = openwam_pair(topology, program, states)
     generator = torch.Generator().manual_seed(7)
     noise = [
         (torch.randn(1, 48, 2, 4, 4, generator=generator), torch.randn(1, 2 * 2, 4, generator=generator))
         for _ in range(3)
     ]
 
+    told = torch.randn(1, 3, openwam_models.STATE_DIM, generator=generator)
+
     def given(i):
         return {"initial_video_noise": noise[i][0], "initial_action_noise": noise[i][1]}
 
-    theirs = openwam_models.rollout(pipeline, 3, context=given)
+    theirs = openwam_models.rollout(pipeline, 3, context=given, states=told if states else None)
     generator = torch.Generator().manual_seed(0)  # as the rollout draws them
     text = torch.randn(1, 5, openwam_models.TEXT_DIM, generator=generator)
     frame = torch.randn(1, 48, 1, 4, 4, generator=generator)
@@ -446,9 +462,14 @@ def test_parallel_stream_rollouts_are_those_of_openwam(program):
         ours.eval().requires_grad_(False),
         RolloutConfig(program=program, chunk_size=2, window=8, steps=3, cache="recomputed", history="video_only"),
     )
-    episode = engine.start(frame, text)
+    episode = engine.start(frame, text, state=told[:, :1] if states else None)
     for i in range(3):
         candidate = episode.propose(video_noise=noise[i][0], action_noise=noise[i][1].unflatten(1, (2, 2)))
-        episode.accept(candidate)
         assert error(candidate.action.flatten(1, 2), theirs[3 * i]) < 1e-5
         assert error(candidate.video, theirs[3 * i + 1][:, :, -2:]) < 1e-5
+        if states and i < 2:
+            # the package's parallel_stream keeps, as that of a chunk's frames, the state that the chunk was told
+            reached = told[:, i : i + 1] if topology == "parallel_stream" else told[:, i + 1 : i + 2]
+            episode.observe(candidate.video, candidate.action, state=reached.expand(1, 2, -1))
+        elif not states:
+            episode.accept(candidate)
