@@ -333,7 +333,10 @@ class WorldActionModel(nn.Module):
         after = self.packed_block_stack(streams, Uncast(*rope), texts, attend, None, wanted)
         noisy = tuple(noisy_tokens(stream, copies) for stream in after[:denoised])
         flows = cast(tuple[Tensor, Tensor | None], self.flows(noisy, frames, rows, columns))
-        return (*flows, {n: self.side(n).read_out(after[i]) for n, i in aligned.items()}) if aligned else flows
+        read_out = {
+            n: cast(ContextSide, self.side(n)).read_out(cast(StreamInputs, after[i])) for n, i in aligned.items()
+        }
+        return (*flows, read_out) if aligned else flows
 
     def _check_state(self, state: Tensor | None, frames: tuple[int, ...]) -> None:
         expected = (*frames, self.config.state_dim) if self.config.state_dim else None

@@ -106,11 +106,7 @@ def training_step(
         for t in (video, video, action)
     )
 
-    # 1 where the sample denoises the stream, 0 where the noisy copy holds the clean stream at timestep 0
-    denoises_video, denoises_action, keeps_text = (
-        torch.tensor([flag(o) for o in objectives], dtype=torch.float32, device=device)[:, None]
-        for flag in (lambda o: o.video, lambda o: o.action, lambda o: not o.conditional)
-    )
+    denoises_video, denoises_action, keeps_text = _flags(objectives, device)
     # True where it is noise alone, and carries no loss
     video_marginal, action_marginal = (
         torch.tensor(marked, device=device)[:, None]
@@ -153,17 +149,24 @@ def training_step(
     counts_video = denoises_video[:, 0] * ~video_marginal[:, 0]
     counts_action = denoises_action[:, 0] * ~action_marginal[:, 0] * has_actions
     loss = config.video_weight * video_error * counts_video + config.action_weight * action_error * counts_action
+    alignment = _alignment(batch, read_out[0]) if read_out else None
     metrics: dict[str, float | int | Tensor] = {
         "video_loss": (video_error.detach() * counts_video).sum() / counts_video.sum(),
         "action_loss": (action_error.detach() * counts_action).sum() / counts_action.sum(),
-        "chunk_size": chunk_size,
-        "window": window,
+        **({} if alignment is None else {"alignment_loss": alignment.detach()}),
+        **{"chunk_size": chunk_size, "window": window},
     }
-    for found in read_out:
-        alignment = _alignment(batch, found)
-        loss = loss + config.alignment_weight * alignment
-        metrics["alignment_loss"] = alignment.detach()
+    loss = loss if alignment is None else loss + config.alignment_weight * alignment
     return loss.mean(), metrics | _counted(objectives)
+
+
+def _flags(objectives: list[Objective], device: torch.device) -> list[Tensor]:
+    """float32 ``[B, 1]``: 1 where the sample denoises the video, the actions, and where it keeps its text.
+
+    Where it does not denoise a stream, the noisy copy holds the clean stream at timestep 0.
+    """
+    of_samples = zip(*((o.video, o.action, not o.conditional) for o in objectives), strict=True)
+    return [torch.tensor(flags, dtype=torch.float32, device=device)[:, None] for flags in of_samples]
 
 
 def _marked(batch: Mapping[str, Tensor], name: str, samples: int) -> list[bool]:
