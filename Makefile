@@ -60,9 +60,10 @@ test-torch27: $(TORCH27)/installed
 	env -u TRITON_INTERPRET PYTHONPATH=. $(TORCH27)/bin/python -m pytest tests/integrations \
 	  --ignore=tests/integrations/test_openwam.py -m "not slow"
 
-$(LEROBOT)/installed: PYTHON := $(PYTHON312)
+$(LEROBOT)/installed: OWN_PYTHON = $(PYTHON312)
+$(TORCH27)/installed: OWN_PYTHON = $(PYTHON)
 $(LEROBOT)/installed $(TORCH27)/installed: .venv-%/installed: requirements/%.txt
-	$(PYTHON) -m venv --clear $(@D)
+	$(OWN_PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet -r $<
 	touch $@
 

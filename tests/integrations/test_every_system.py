@@ -4,13 +4,15 @@ import copy
 import pickle
 import re
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
+from torch.distributed.fsdp.wrap import lambda_auto_wrap_policy
 from torch.nn.parallel import DistributedDataParallel
 
 from tests.integrations import test_cosmos_policy as cosmos
@@ -102,6 +104,26 @@ def test_a_class_that_fsdp_renamed(system):
     done = patch(model)
     assert_close(run(model, *calls, "no_grad"), expected)
     assert all(done.calls.values()) or system.startswith("LingBot-VA")  # it does not call all that is replaced
+
+
+@pytest.mark.filterwarnings("ignore:.*FSDP")
+@pytest.mark.filterwarnings("ignore:.*FullyShardedDataParallel")
+def test_lingbot_sharded_as_its_first_release_shards_it(process_group):
+    """``FullyShardedDataParallel`` around the model and its blocks: parameters are views of one flat tensor."""
+    make, _, infer = SYSTEMS["LingBot-VA inference"]
+    wan = make().requires_grad_(False)
+    expected = [t.clone() for t in numbers(infer(wan))]
+    blocks = list(wan.blocks)
+    sharded = FullyShardedDataParallel(
+        wan,
+        device_id=torch.device("cpu"),
+        auto_wrap_policy=partial(lambda_auto_wrap_policy, lambda_fn=blocks.__contains__),
+    )
+    done = accelerate(lingbot_server(sharded))
+    with torch.inference_mode():
+        assert_close(numbers(infer(sharded)), expected)
+    assert done.calls["WanTransformerBlock.forward"] > 0
+    unpatch(sharded)
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
@@ -202,32 +224,84 @@ class Script:
         vars(self).update(parts)
 
 
-HOLDERS = {
-    "the model": lambda m: m,
-    "a trainer, before and after it prepares": lambda m: Script(model=m, prepared=nn.Sequential(m), steps=3, log=None),
-    "a server with what it was given": lambda m: Script(config={"path": "x"}, transformer=m, vae=nn.Conv2d(1, 1, 1)),
-    "a policy of a policy": lambda m: Script(policy=Script(trained_model=nn.ModuleDict({"head": m}))),
-    "a list of stages": lambda m: Script(stages=[nn.Linear(1, 1), {"wam": (m,)}]),
-}
+class Holds(nn.Module):
+    """A module that holds others under the names of a system's package."""
+
+    def __init__(self, **parts):
+        super().__init__()
+        for name, part in parts.items():
+            setattr(self, name, part)
 
 
-@pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
-def test_accelerate_finds_the_model(hold):
-    mot = fast_wam.model()
-    held = hold(mot)
+def fast_wam_trainer(mot):
+    """``Wan22Trainer`` behind its ``prepare``: the model, wrapped, twice; a long index of clips."""
+    model = Holds(video_expert=mot.mixtures["video"], mot=mot, dit=mot, vae=nn.Conv2d(1, 1, 1))
+    engine = Holds(module=model)
+    clips = [{"path": str(i)} for i in range(1001)]
+    return Script(
+        model=engine, accelerator=Script(_models=[engine], state=Script()), train_dataset=Script(index=clips),
+        optimizer=torch.optim.AdamW(model.dit.parameters()), cfg={"resume": None}, global_step=0,
+    )  # fmt: skip
+
+
+def lingbot_server(wan):
+    vae = nn.Conv3d(1, 1, 1)
+    return Script(
+        transformer=wan, vae=vae, streaming_vae=Script(vae=vae), text_encoder=nn.Embedding(2, 2), device="cpu"
+    )
+
+
+def cosmos_pair(dit):
+    """``get_model`` returns the model, which keeps its average beside it, and the configuration."""
+    model = Holds(net=dit, net_ema=copy.deepcopy(dit), tokenizer=nn.Conv3d(1, 1, 1))
+    return model, Script(model={"config": {"ema": True}})
+
+
+def openpi_policy(gemmas):
+    """``create_trained_policy``'s: the method that it calls is compiled."""
+    model = Holds(paligemma_with_expert=gemmas)
+    steps = Script(transforms=[Script(prompt="pick"), Script(stats={"mean": 0.0})])
+    return Script(_model=model, _sample_actions=torch.compile(gemmas.forward, backend="eager"), _input_transform=steps)
+
+
+# what the script of a system holds: its object, of which stand-in's model, how often that is in it
+ENTRIES = {
+    "Fast-WAM's trainer": ("Fast-WAM", fast_wam_trainer, 1),
+    "Fast-WAM's evaluation": ("Fast-WAM", lambda mot: Holds(mot=mot, dit=mot), 1),
+    "LingBot-VA's server": ("LingBot-VA inference", lingbot_server, 1),
+    # tianshou's policies are modules
+    "DreamZero's GrootSimPolicy": (
+        "DreamZero", lambda wan: Holds(trained_model=Holds(backbone=nn.Identity(), action_head=Holds(model=wan))), 1,
+    ),
+    "Cosmos Policy's get_model": ("Cosmos Policy", cosmos_pair, 2),
+    "openpi's policy": ("openpi", openpi_policy, 1),
+    "a policy of a policy": ("Fast-WAM", lambda mot: Script(policy=Script(model=nn.ModuleDict({"head": mot}))), 1),
+    "a list of stages": ("Fast-WAM", lambda mot: Script(stages=[nn.Linear(1, 1), {"wam": (mot,)}]), 1),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("system, hold, times", ENTRIES.values(), ids=ENTRIES)
+def test_accelerate_finds_the_model(system, hold, times):
+    make, *calls = SYSTEMS[system]
+    model = make()
+    held = hold(model)
     if isinstance(held, Script):
         held.me = held  # a circle
     done = accelerate(held)
-    fast_wam.train(mot, "fast_wam_uncond")
-    assert done.calls["MoT._mixed_attention"] == 2
+    owners = [owner for owner, _ in done.replaced]
+    assert len(owners) == times * len([m for m in owners if m in set(model.modules())])
+    run(model, *calls, "no_grad")
+    assert sum(done.calls.values()) > 0
     unpatch(done.model)
-    assert "_mixed_attention" not in vars(mot)
+    assert not any(name in vars(owner) for owner in owners for name in ("forward", "_mixed_attention", "compute_qkv"))
 
 
 def test_accelerate_refuses_by_name():
     nothing = Script(model=nn.Linear(2, 2), config={"a": Script(net=nn.Conv2d(1, 1, 1))})
     with pytest.raises(Unsupported, match=r"searched .model \(Linear\), .config\['a'\].net \(Conv2d\)"):
         accelerate(nothing)
+    with pytest.raises(Unsupported, match="searched nothing, and no list or dict of more than 1000"):
+        accelerate(Script(index=[fast_wam.model()] * 1001))
     with pytest.warns(UserWarning, match="Script must hold a model of Fast-WAM"):
         assert accelerate(nothing, on_unsupported="original") is None
     with pytest.raises(Unsupported, match="must hold one model, got .student, .teacher; give one to patch"):

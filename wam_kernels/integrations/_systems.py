@@ -94,13 +94,15 @@ def patch(model: nn.Module, on_unsupported: str = "error") -> Patch | None:
 
 # deep enough for a script's object that holds a policy that holds a model
 _SEARCH_DEPTH = 4
+# a longer list or dict is data, such as the index of a trainer's data set
+_LONGEST = 1000
 
 
 def accelerate(holder: object, on_unsupported: str = "error") -> Patch | None:
     """:func:`patch` on the model that something holds: a trainer, a policy, a server, a pipeline, or the model itself.
 
-    Looks through attributes, and through what lists, tuples and dicts hold, for an ``nn.Module`` that :func:`patch`
-    recognises. A model and its wrapper count once.
+    Looks through attributes, and through what lists, tuples and dicts of at most 1000 items hold, for an ``nn.Module``
+    that :func:`patch` recognises. A model and its wrapper count once.
 
     Args:
         holder: The object of a system's own script: Fast-WAM's trainer, LingBot-VA's server, DreamZero's
@@ -132,7 +134,10 @@ def accelerate(holder: object, on_unsupported: str = "error") -> Patch | None:
     else:
         searched = ", ".join(f"{path} ({type(m).__name__})" for path, m in modules.items()) or "nothing"
         systems = ", ".join(system.SYSTEM for system in SYSTEMS)
-        reason = Unsupported(f"accelerate: {kind} must hold a model of {systems}; searched {searched}")
+        reason = Unsupported(
+            f"accelerate: {kind} must hold a model of {systems}; searched {searched}, and no list or dict of more than "
+            f"{_LONGEST} items; give the model itself to patch"
+        )
     Policy(kind, on_unsupported).refuse(reason)
     return None
 
@@ -155,6 +160,8 @@ def _modules_in(holder: object) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _parts(value: object) -> Iterator[tuple[str, object]]:
+    if isinstance(value, dict | list | tuple) and len(value) > _LONGEST:
+        return
     if isinstance(value, dict):
         yield from ((f"[{key!r}]", part) for key, part in value.items())
     elif isinstance(value, list | tuple):
