@@ -22,11 +22,11 @@ from tests.block_attention.checks import NAMES, make_inputs, run
 from tests.cached_attention import checks as cached_checks
 from tests.csrc.conftest import poisoned_allocations
 from tests.geometries import libero, small
-from wam_kernels import Plan, Ranges, compile_plan
+from wam_kernels import Plan, Ranges, TileShape, compile_plan
 from wam_kernels.block_attention import kernel_cuda
 from wam_kernels.cached_attention import config as cached_config
 from wam_kernels.cached_attention import kernel_cuda as cached_cuda
-from wam_kernels.plan import boxes
+from wam_kernels.plan import boxes, side_rows
 from wam_kernels.plan.compile import forget_plans
 from wam_kernels.runtime import cuda
 
@@ -243,13 +243,33 @@ def _other_bits(got: Outputs, first: Outputs) -> str:
     return ""
 
 
-def plan_outcomes(source: str) -> Iterator[tuple[str, str]]:
-    """The same for the tests of boxes, with ``source`` in place of their module."""
-    exec(compile(source, boxes.__file__, "exec"), vars(boxes))
+def plan_outcomes(kernel: str, source: str) -> Iterator[tuple[str, str]]:
+    """The same for the tests of boxes or of stop-gradient, with ``source`` in place of their module."""
+    module = {"plan": boxes, "stop": side_rows}[kernel]
+    exec(compile(source, module.__file__, "exec"), vars(module))
     forget_plans()
+    for name, test in _plan_cases(kernel):
+        yield name, ""
+        try:
+            test()
+        except (AssertionError, ValueError, IndexError) as error:
+            reported = str(error).strip() or traceback.extract_tb(error.__traceback__)[-1].line or ""
+            yield name, f"{type(error).__name__}: {reported.splitlines()[0]}"
+            return
+
+
+def _plan_cases(kernel: str) -> tuple[tuple[str, Callable[[], object]], ...]:
+    if kernel == "stop":
+        from tests.plan import test_stop_gradient as stop
+
+        return (
+            ("actions to video", lambda: stop.check([small()], [("action", "video")], TileShape(8, 8))),
+            ("runs and their keys", stop.test_runs_and_their_keys_with_gradients),
+            ("ranges", lambda: [stop.check_ranges(seed) for seed in range(8)]),
+        )
     from tests.plan import test_boxes as tests
 
-    for name, test in (
+    return (
         ("a plan of nothing", tests.test_a_plan_of_nothing_visits_nothing),
         ("a run without spare tokens", tests.test_a_run_without_spare_tokens),
         ("recorded masks", tests.test_boxes_match_recorded_masks),
@@ -258,11 +278,4 @@ def plan_outcomes(source: str) -> Iterator[tuple[str, str]]:
         ("ranges with holes", lambda: [tests.check(tests.random_ranges(seed)) for seed in range(8)]),
         ("few steps", tests.test_the_steps_of_a_tile_are_few),
         ("useful share", lambda: tests.test_the_useful_share_of_long_windows(34, 0.90, 0.89)),
-    ):
-        yield name, ""
-        try:
-            test()
-        except (AssertionError, ValueError, IndexError) as error:
-            reported = str(error).strip() or traceback.extract_tb(error.__traceback__)[-1].line or ""
-            yield name, f"{type(error).__name__}: {reported.splitlines()[0]}"
-            return
+    )

@@ -14,13 +14,15 @@ SECTIONS = {
     "cached": ("csrc/cached_attention/kernels.cu", "", ""),
     "streamed": ("csrc/cached_attention/streamed_sm90a.cu", "", ""),
     "plan": ("wam_kernels/plan/boxes.py", "", ""),
+    "stop": ("wam_kernels/plan/side_rows.py", "", ""),
 }
+PLANS = ("plan", "stop")  # of Python: compiled and run in place of their module
 
 
 class Mutant(NamedTuple):
     """``old``, which the kernel's section holds once, becomes ``new``."""
 
-    kernel: str  # shared: of forward, dq and in parts of dkdv; ranges: of both part kernels of cached_attention
+    kernel: str  # stop: stop-gradient in plans; shared: of forward, dq and in parts of dkdv; ranges: of both part kernels of cached_attention
     bug: str
     old: str
     new: str
@@ -643,5 +645,31 @@ MUTANTS = (
     ),
     Mutant(
         "plan", "full steps of one sample twice", "count = (end - begin) // FULL", "count = (end - begin) // FULL + 1"
+    ),
+    # ---- stop-gradient
+    Mutant(
+        "stop",
+        "the flag is ignored",
+        "keys.bounds[:, stopped[columns, stream]] = NOWHERE",
+        "keys.bounds[:, stopped[columns, stream]] = keys.bounds[:, stopped[columns, stream]]",
+    ),
+    Mutant(
+        "stop",
+        "pairs are read the other way round",
+        "index(query), STREAMS.index(key)",
+        "index(key), STREAMS.index(query)",
+    ),
+    Mutant("stop", "runs keep what is stopped", "queries._replace(bounds=bounds)", "queries"),
+    Mutant(
+        "stop",
+        "queries lose it too",
+        "return queries, keys, queries._replace",
+        "return queries._replace(bounds=bounds), keys, queries._replace",
+    ),
+    Mutant(
+        "stop",
+        "marked ranges flow on",
+        "_range_side(sample.gradient_rows, is_key=False) if stopped",
+        "queries if stopped",
     ),
 )

@@ -16,7 +16,7 @@ import pybind11
 import torch
 
 from tests.mutation.cases import Suite, plan_outcomes
-from tests.mutation.mutants import ROOT, Mutant
+from tests.mutation.mutants import PLANS, ROOT, SECTIONS, Mutant
 from tests.mutation.table import Row, fingerprint
 
 LIMIT_S = 60  # of CPU time: a wrong kernel may never end; a right one takes a quarter of it
@@ -94,9 +94,9 @@ class Workshop:
 
     def _outcome(self, kernel: str, head_dim: int, mutant: Mutant | None) -> tuple[str, str]:
         """The first case that fails and what was reported; both empty where none does."""
-        if kernel == "plan":
-            source = (ROOT / "wam_kernels/plan/boxes.py").read_text() if mutant is None else mutant.planted()
-            return _first_failure(plan_outcomes(source))
+        if kernel in PLANS:
+            source = (ROOT / SECTIONS[kernel][0]).read_text() if mutant is None else mutant.planted()
+            return _first_failure(plan_outcomes(kernel, source))
         return _first_failure(self.suite.outcomes(kernel, head_dim, self._library(kernel, head_dim, mutant)))
 
     def _library(self, kernel: str, head_dim: int, mutant: Mutant | None) -> Path:

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.mutation.mutants import MUTANTS, ROOT, SECTIONS, Mutant
+from tests.mutation.mutants import MUTANTS, PLANS, ROOT, SECTIONS, Mutant
 
 HERE = Path(__file__).parent
 ROWS = HERE / "rows.jsonl"
@@ -28,7 +28,7 @@ class Row(NamedTuple):
 def fingerprint(mutant: Mutant) -> str:
     """Of all that is compiled with the bug, and the bug."""
     digest = hashlib.sha256(mutant.planted().encode())
-    folders = [] if mutant.kernel == "plan" else [mutant.path.parent, ROOT / "csrc/common"]
+    folders = [] if mutant.kernel in PLANS else [mutant.path.parent, ROOT / "csrc/common"]
     for path in sorted(path for folder in folders for path in folder.iterdir()):
         if path != mutant.path and path.suffix != ".md":
             digest.update(path.read_bytes())

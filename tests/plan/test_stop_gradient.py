@@ -48,6 +48,10 @@ def require_the_same_queries(plan: Plan, plain: Plan) -> None:
     tile=st.sampled_from([TileShape(8, 8), TileShape(16, 8, key_rows=8), None]),
 )
 def test_programs(samples, pairs, tile):
+    check(samples, pairs, tile)
+
+
+def check(samples, pairs, tile):
     length = sum(g.length for g in samples) + 7
     plan = compile_plan([samples], length=length, tile=tile, stop_gradient=pairs)
     flow, first = np.zeros((1, length, length), bool), 0
@@ -65,6 +69,10 @@ def test_programs(samples, pairs, tile):
 @settings(max_examples=40, deadline=None)
 @given(st.integers(0, 2**31))
 def test_marked_ranges(seed):
+    check_ranges(seed)
+
+
+def check_ranges(seed):
     rng = np.random.default_rng(seed)
     queries, keys = rng.integers(1, 200, 2)
     q_ranges, k_ranges = (np.sort(rng.integers(0, n + 1, (5, 2)), 1) for n in (queries, keys))
