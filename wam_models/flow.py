@@ -50,11 +50,6 @@ def target(x: Tensor, noise: Tensor) -> Tensor:
     return noise - x
 
 
-def euler_step(x: Tensor, flow: Tensor, sigma: Tensor | float, next_sigma: Tensor | float) -> Tensor:
-    """From one noise level to the next: ``x + flow * (s_next - s)``, in the dtype of ``x``."""
-    return x + flow.to(x.dtype) * (next_sigma - sigma)
-
-
 @dataclass(frozen=True, kw_only=True)
 class TimestepDraw:
     """How training draws noise levels: one for each frame and stream.

@@ -22,7 +22,8 @@ PLANS = ("plan", "stop")  # of Python: compiled and run in place of their module
 class Mutant(NamedTuple):
     """``old``, which the kernel's section holds once, becomes ``new``."""
 
-    kernel: str  # stop: stop-gradient in plans; shared: of forward, dq and in parts of dkdv; ranges: of both part kernels of cached_attention
+    # shared: of forward, dq and in parts of dkdv; ranges: of both part kernels of cached_attention; stop: stop-gradient
+    kernel: str
     bug: str
     old: str
     new: str

@@ -1,6 +1,7 @@
 """Frozen components and LoRA adapters: what trains, what the optimizers hold, what a checkpoint keeps."""
 
 import copy
+import importlib
 import json
 import sys
 from dataclasses import replace
@@ -90,6 +91,20 @@ def test_a_resumed_run_with_adapters_goes_on_exactly(config, data, root, tmp_pat
     policy, found = Policy.load(tmp_path / "checkpoint")
     assert TrainConfig.from_dict(found.metadata["training"]["config"]) == config
     assert not adapters_of(policy.model.state_dict()) and adapters_of(found.training_state["weights"])
+    folder = tmp_path / "adapters"
+    assert (
+        cli.main(["export", "--checkpoint", str(tmp_path / "checkpoint"), "--layout", "peft", "--out", str(folder)])
+        == 0
+    )
+    base = WorldActionModel(config.model)
+    held = {
+        k.removeprefix("model.").replace(".base_layer.", "."): v for k, v in found.training_state["weights"].items()
+    }
+    base.load_state_dict({k: v for k, v in held.items() if k in base.state_dict()})
+    frozen = named_by(["video"], [f"model.{k}" for k in base.state_dict()], "")
+    theirs = importlib.import_module("peft").PeftModel.from_pretrained(base, folder).merge_and_unload().state_dict()
+    for name in (k.removeprefix("model.") for k in frozen):
+        torch.testing.assert_close(policy.model.state_dict()[name], theirs[name], rtol=1e-6, atol=1e-7)
     again = ClipDataset(root, policy.codec)
     damaged = copy.deepcopy(found)
     del damaged.training_state["adapters"]["model.core.proj_out.lora_A.default.weight"]

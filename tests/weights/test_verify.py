@@ -43,15 +43,27 @@ def test_our_checkpoint_is_the_package_s_model(against, model, tmp_path, capsys)
     assert [row.layer for row in rows][:3] == ["video text", "video timesteps", "video tokens"]
 
 
-def test_a_model_that_is_told_the_robot_s_state_is_openwam_s(tmp_path):
+@pytest.mark.parametrize("against", ["openwam", "openwam_parallel"])
+def test_a_model_that_is_told_the_robot_s_state_is_openwam_s(against, tmp_path):
     needs("openwam")
     torch.manual_seed(0)
-    told = WorldActionModel(dataclasses.replace(SMALL, state_dim=3))
+    one = {"topology": "parallel_stream", "action_hidden": 64, "action_ffn": 128}
+    told = WorldActionModel(dataclasses.replace(SMALL, state_dim=3, **(one if "parallel" in against else {})))
     for value in told.parameters():
         torch.nn.init.normal_(value, std=0.2)
     save_checkpoint(tmp_path, told)
-    rows = verify.verify(tmp_path, "openwam")
+    rows = verify.verify(tmp_path, against)
     assert max(row.difference for row in rows) < 5e-6
+    assert {row.layer for row in rows} >= {"action tokens", "block 1, action", "action flow"}
+    if against == "openwam_parallel":
+        with torch.no_grad():
+            told.action_expert.action_proj_out.bias += 1
+        real = verify.our_model
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(verify, "our_model", lambda config, state: real(config, told.state_dict()))
+            found = verify.first_difference(verify.verify(tmp_path, against), verify.TOLERANCE)
+        assert found is not None and found.layer == "action flow"
+        return
     state = weights_to("openwam", told.state_dict(), told.config)
     assert {key for key in state if "proprio" in key or "hidden_context" in key} == {
         f"{module}.{p}"

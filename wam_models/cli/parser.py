@@ -206,7 +206,10 @@ def _export(parser: argparse.ArgumentParser) -> None:
 def _verify(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="ours, or weights in the package's keys")
     parser.add_argument(
-        "--against", choices=("openwam", "diffusers"), required=True, help="the package to compare with"
+        "--against",
+        choices=("openwam", "openwam_parallel", "diffusers"),
+        required=True,
+        help="the package to compare with",
     )
     parser.add_argument("--without", action="append", default=[], metavar="PART", help="of the weights; repeatable")
     parser.add_argument("--head-dim", type=at_least(2), metavar="N", help="of weights that do not tell; default: 128")

@@ -69,12 +69,13 @@ def our_layers(model: WorldActionModel, inputs: Inputs, *, actions: bool) -> Lay
     )
     frames = torch.arange(FRAMES, device=inputs.video.device)
     rope = model.rope(frames, CELLS, CELLS, frames if actions else None)
-    text = [model.core.text_proj(inputs.text)]
-    text.append(model.action_expert.context_proj(inputs.text) if actions else text[0])
+    config = model.config
     names = ("video", "action") if actions else ("video",)
+    own = {s.name: model.side(s.name).text(inputs.text) for s in config.streams if s.name in names and s.owns_expert}
+    text = [own.get(s.expert, own["video"]) for s in config.streams]  # of streams that are left out too, unread
     found: Layers = {}
-    for name, projected, stream in zip(names, text, streams, strict=False):
-        found[f"{name} text"] = projected
+    for name, stream in zip(names, streams, strict=False):
+        found |= {f"{name} text": own[name]} if name in own else {}
         found |= _stream_layers(name, stream)
 
     def add_block(i: int) -> Callable[[nn.Module, Any, Any], None]:
@@ -203,32 +204,90 @@ def openwam_layers(config: ModelConfig, state: Mapping[str, Tensor], inputs: Inp
     return found
 
 
-def _openwam_modules(config: ModelConfig, state: Mapping[str, Tensor], device: torch.device) -> tuple[Any, Any, Any]:
-    """Its visual core, action expert and packed blocks, which hold these very tensors, in float32."""
+@torch.no_grad()
+def openwam_parallel_layers(config: ModelConfig, state: Mapping[str, Tensor], inputs: Inputs) -> Layers:
+    """The same of OpenWAM's parallel stream, one transformer for both, with these weights.
+
+    Raises:
+        ModuleNotFoundError: openwam is not installed.
+    """
+    from open_wam.models.visual_tower.grid_ids import build_action_grid_ids, build_mesh_id
+
+    core, device, per_frame = _openwam_core(config, inputs.video.device), inputs.video.device, config.actions_per_frame
+    nn.ModuleDict({"visual_tower": nn.ModuleDict({"core": core})}).load_state_dict(
+        {name: value.float() for name, value in state.items()}, strict=False, assign=True
+    )
+    given = {
+        "video": (inputs.video, build_mesh_id(FRAMES, CELLS, CELLS, 0.0, device=device), inputs.video_timesteps),
+        "action": (
+            inputs.action.permute(0, 3, 1, 2)[..., None],
+            build_action_grid_ids(num_frames=FRAMES, action_per_frame=per_frame, device=device),
+            inputs.action_timesteps,
+        ),
+    }
+    found: Layers = {}
+    streams = []
+    for name, (latents, grid, times) in given.items():
+        step = {"noisy_latents": latents, "text_emb": inputs.text, "grid_id": grid[None], "timesteps": times}
+        streams.append(made := core.prepare_exact_single_stream_inputs(step, action_mode=name == "action"))
+        if name == "action" and inputs.state is not None:  # the state of a frame, for all its actions
+            told = core.proprio_hidden_context_encoder(inputs.state[0])[None].repeat_interleave(per_frame, 1)
+            made["hidden_states"] = made["hidden_states"] + told
+        found |= {"video text": made["text_hidden_states"]} if name == "video" else {}
+        found |= {f"{name} timesteps": _of_frames(made["timestep_proj"]), f"{name} tokens": made["hidden_states"]}
+    lengths = [made["hidden_states"].shape[1] for made in streams]
+    x, rope, temb, times = (
+        torch.cat([made[name] for made in streams], 1)
+        for name in ("hidden_states", "rotary_emb", "temb", "timestep_proj")
+    )
+    for i, block in enumerate(core.blocks):
+        x = block(x, encoder_hidden_states=found["video text"], temb=times, rotary_emb=rope)[0]
+        found |= {f"block {i}, {name}": part for name, part in zip(given, x.split(lengths, 1), strict=True)}
+    shift, scale = (core.scale_shift_table[None] + temb[:, :, None]).unbind(2)
+    video, action = (core.norm_out(x) * (1 + scale) + shift).split(lengths, 1)
+    of_pixels = core.proj_out(video).unflatten(-1, (*config.patch[1:], -1)).unflatten(1, (FRAMES, CELLS, CELLS))
+    found["video flow"] = of_pixels.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+    found["action flow"] = core.action_proj_out(action).unflatten(1, (FRAMES, -1))
+    return found
+
+
+def _openwam_core(config: ModelConfig, device: torch.device) -> Any:
+    """Its visual core on the meta device, but for its rope."""
     from open_wam.configs.backbone import SharedVideoTransformerConfig
-    from open_wam.models.policy_variants.dual_expert.modules import DualExpertActionExpert
-    from open_wam.models.policy_variants.dual_expert.packed_block import DualExpertPackedBlockStack
     from open_wam.models.visual_tower.replica_core import SharedVideoTransformerCore
 
-    sizes: dict[str, Any] = {"num_layers": config.layers, "num_heads": config.heads, "text_dim": config.text_dim}
-    sizes |= {"freq_dim": config.freq_dim, "attention_head_dim": config.head_dim}
     _, patch_h, patch_w = config.patch
     backbone = SharedVideoTransformerConfig(
         hidden_size=config.hidden, ffn_dim=config.ffn, latent_channels=config.latent_channels, patch_size_h=patch_h,
-        patch_size_w=patch_w, latent_norm_eps=config.eps, **sizes,
+        patch_size_w=patch_w, latent_norm_eps=config.eps, **_openwam_sizes(config),
     )  # fmt: skip
     with torch.device("meta"):
         core = SharedVideoTransformerCore(backbone, action_dim=config.action_dim, state_dim=config.state_dim)
         if config.state_dim:
             core.configure_proprio_hidden_context_encoder(enabled=True)
+    core.rope = type(core.rope)(config.head_dim).to(device)
+    return core
+
+
+def _openwam_sizes(config: ModelConfig) -> dict[str, Any]:
+    sizes: dict[str, Any] = {"num_layers": config.layers, "num_heads": config.heads, "text_dim": config.text_dim}
+    return sizes | {"freq_dim": config.freq_dim, "attention_head_dim": config.head_dim}
+
+
+def _openwam_modules(config: ModelConfig, state: Mapping[str, Tensor], device: torch.device) -> tuple[Any, Any, Any]:
+    """Its visual core, action expert and packed blocks, which hold these very tensors, in float32."""
+    from open_wam.models.policy_variants.dual_expert.modules import DualExpertActionExpert
+    from open_wam.models.policy_variants.dual_expert.packed_block import DualExpertPackedBlockStack
+
+    core = _openwam_core(config, device)
+    with torch.device("meta"):
         expert = DualExpertActionExpert(
             hidden_size=config.action_hidden, action_dim=config.action_dim, ffn_dim=config.action_ffn,
-            hidden_context_dim=config.hidden, eps=config.eps, **sizes,
+            hidden_context_dim=config.hidden, eps=config.eps, **_openwam_sizes(config),
         )  # fmt: skip
         stack = DualExpertPackedBlockStack(core.blocks, expert.blocks)
     core.blocks, expert.blocks = nn.ModuleList(), nn.ModuleList()
-    for module in (core, expert):
-        module.rope = type(module.rope)(config.head_dim).to(device)
+    expert.rope = type(expert.rope)(config.head_dim).to(device)
     policy = nn.ModuleDict({"action_expert": expert, "packed_block_stack": stack})
     whole = nn.ModuleDict({"visual_tower": nn.ModuleDict({"core": core}), "policy_variant": policy})
     whole.load_state_dict({name: value.float() for name, value in state.items()}, strict=False, assign=True)

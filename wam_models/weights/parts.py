@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..model.weights import abridged
+from ..runtime.checks import writable_folder
 from .layouts import PARTS
 
 _BLOCKS = r"packed_block_stack\.packed_blocks\.\d+\."
@@ -95,14 +98,46 @@ def frozen_streams(learner: nn.Module) -> tuple[str, ...]:
 
 
 def _add_adapters(model: nn.Module, linears: list[str], rank: int, scale: float) -> None:
+    settings = _lora_config(linears, rank, scale)
+    from peft import inject_adapter_in_model
+
+    inject_adapter_in_model(settings, model)
+
+
+def _lora_config(linears: list[str], rank: int, scale: float) -> Any:
     try:
-        from peft import LoraConfig, inject_adapter_in_model
+        from peft import LoraConfig
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "TrainConfig: lora needs the package peft; pip install 'wam-kernels[lora]'", name="peft"
         ) from error
     settings: dict[str, Any] = {"r": rank, "lora_alpha": scale * rank, "target_modules": linears}
-    inject_adapter_in_model(LoraConfig(**settings), model)
+    return LoraConfig(**settings)
+
+
+def write_adapters(folder: str | Path, adapters: Mapping[str, Tensor], *, rank: int, scale: float) -> None:
+    """A folder as ``peft`` writes and reads it: ``PeftModel.from_pretrained(model, folder)``.
+
+    Args:
+        folder: Gets ``adapter_config.json`` and ``adapter_model.safetensors``.
+        adapters: Of the model, by the learner's names, as :func:`adapters_of` gives them.
+        rank: Of an adapter.
+        scale: What an adapter's product is multiplied by.
+
+    Raises:
+        ValueError: a folder that cannot be written, or that holds anything.
+        ModuleNotFoundError: peft is not installed.
+    """
+    named = {name.removeprefix("model.").replace(".default.", "."): value for name, value in adapters.items()}
+    settings = _lora_config(sorted({name.partition(".lora_")[0] for name in named}), rank, scale)
+    folder = Path(folder)
+    writable_folder("write_adapters: folder", folder)
+    if folder.exists() and any(folder.iterdir()):
+        raise ValueError(f"write_adapters: folder must be new or empty, got {folder}")
+    folder.mkdir(parents=True, exist_ok=True)
+    settings.save_pretrained(str(folder))
+    held = {f"base_model.model.{name}": value.cpu().contiguous() for name, value in named.items()}
+    save_file(held, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 def is_adapter(name: str) -> bool:

@@ -16,10 +16,22 @@ from ..runtime.checks import choice, number, whole
 from ..runtime.limits import LARGEST_INT64
 from .convert import sizes_from, weights_from, weights_to
 from .folders import read_folder
-from .layers import Inputs, Layers, diffusers_layers, openwam_layers, our_layers, our_model
+from .layers import (
+    Inputs,
+    Layers,
+    diffusers_layers,
+    openwam_layers,
+    openwam_parallel_layers,
+    our_layers,
+    our_model,
+)
 
 TOLERANCE = 1e-4  # in parts of a layer's size; the tests hold 5e-6 for small models
-PACKAGES = {"diffusers": diffusers_layers, "openwam": openwam_layers}
+PACKAGES = {
+    "diffusers": diffusers_layers,
+    "openwam": openwam_layers,
+    "openwam_parallel": openwam_parallel_layers,
+}
 
 
 @dataclass(frozen=True)
@@ -70,7 +82,8 @@ def verify(
     Args:
         path: A checkpoint of ``save_checkpoint``, or weights in the package's own keys: a folder, an index of shards or
             a file.
-        against: ``diffusers``, the video expert alone, or ``openwam``, both experts.
+        against: ``diffusers``, the video expert alone, ``openwam``, both experts, or ``openwam_parallel``, the one of
+            both.
         seed: Of the inputs.
         device: Where both run.
         without: Parts of the weights to leave out, as in ``weights_from``.
@@ -91,7 +104,7 @@ def verify(
     device = torch.device(device)
     ours, theirs = ({name: value.to(device) for name, value in state.items()} for state in (ours, theirs))
     inputs = Inputs.drawn(config, seed, device)
-    found = our_layers(our_model(config, ours), inputs, actions=against == "openwam")
+    found = our_layers(our_model(config, ours), inputs, actions=against != "diffusers")
     return compare(found, run(config, theirs, inputs))
 
 
