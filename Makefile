@@ -6,6 +6,7 @@ PYTHON312 ?= python3.12
 VENV := .venv
 LEROBOT := .venv-lerobot
 TORCH27 := .venv-torch27
+DOCS := .venv-docs
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
@@ -13,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PACKAGE := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo lint test test-slow test-triton test-lerobot test-torch27 mutation bench clean
+.PHONY: help demo docs lint test test-slow test-triton test-lerobot test-torch27 mutation bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -25,6 +26,7 @@ help:
 	@echo "make test-lerobot  patch the policies of lerobot 0.6.1 in .venv-lerobot (Python 3.12, downloads 4 GB)"
 	@echo "make test-torch27  run the integrations' tests under PyTorch 2.7.1 in .venv-torch27 (downloads 3 GB)"
 	@echo "make mutation   set up .venv and plant bugs in the CUDA kernels, of which each must be found"
+	@echo "make docs       build the documentation in .venv-docs into build/site; a warning is an error"
 	@echo "make bench      set up .venv and time every op on one CPU thread beside the saved baseline"
 	@echo "make clean      remove the environments and what was built"
 
@@ -60,9 +62,13 @@ test-torch27: $(TORCH27)/installed
 	env -u TRITON_INTERPRET PYTHONPATH=. $(TORCH27)/bin/python -m pytest tests/integrations \
 	  --ignore=tests/integrations/test_openwam.py -m "not slow"
 
+docs: $(DOCS)/installed
+	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(DOCS)/bin/python -m mkdocs build --strict
+	@echo "build/site/index.html"
+
 $(LEROBOT)/installed: OWN_PYTHON = $(PYTHON312)
-$(TORCH27)/installed: OWN_PYTHON = $(PYTHON)
-$(LEROBOT)/installed $(TORCH27)/installed: .venv-%/installed: requirements/%.txt
+$(TORCH27)/installed $(DOCS)/installed: OWN_PYTHON = $(PYTHON)
+$(LEROBOT)/installed $(TORCH27)/installed $(DOCS)/installed: .venv-%/installed: requirements/%.txt
 	$(OWN_PYTHON) -m venv --clear $(@D)
 	$(@D)/bin/python -m pip --disable-pip-version-check install --quiet -r $<
 	touch $@
@@ -98,4 +104,4 @@ $(VENV)/installed-test: $(VENV)/installed requirements/test.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LEROBOT) $(TORCH27) build *.egg-info wam_kernels/_C*.so
+	rm -rf $(VENV) $(LEROBOT) $(TORCH27) $(DOCS) build *.egg-info wam_kernels/_C*.so

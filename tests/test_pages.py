@@ -22,21 +22,25 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
-LISTED = subprocess.run(["git", "ls-files", "*.md"], cwd=ROOT, check=True, capture_output=True, text=True).stdout
+LISTED = subprocess.run(
+    ["git", "ls-files", "-co", "--exclude-standard", "*.md"], cwd=ROOT, check=True, capture_output=True, text=True
+).stdout
 PAGES = LISTED.split()
 
-# what a reader has before the blocks of a page; the names that it leaves are those of the page
-BEFORE = {
-    "docs/usage.md": """
+TRAINED = """
 import json
 from pathlib import Path
 from tests.data import tiny
 from tests.train.conftest import TINY
 from wam_models.cli import main
-tiny.write(Path("data/libero_demo"))
+tiny.write(Path("{data}"))
 Path("tiny.json").write_text(json.dumps(TINY))
-assert main("train --data data/libero_demo tiny.json --steps 1 --out runs/libero".split()) == 0
-""",
+assert main("train --data {data} tiny.json --steps 1 --out {out}".split()) == 0
+"""
+# what a reader has before the blocks of a page; the names that it leaves are those of the page
+BEFORE = {
+    "docs/usage.md": TRAINED.format(data="data/libero_demo", out="runs/libero"),
+    "docs/your_robot.md": TRAINED.format(data="my_data", out="runs/mine"),
     "docs/weights.md": """
 from tests.train.conftest import TINY
 from wam_models import ModelConfig, WorldActionModel, weights_to
