@@ -606,8 +606,9 @@ MUTANTS = (
     Mutant(
         "plan",
         "a row without a range attends to all that others do",
-        "np.where(some, lo, far), heads, axis=1)\n    all_hi = np.minimum.reduceat(np.where(some, hi, 0)",
-        "np.where(some, lo, 0), heads, axis=1)\n    all_hi = np.minimum.reduceat(np.where(some, hi, far)",
+        "np.minimum.reduceat(hi, rows.starts, axis=1)\n",
+        "np.minimum.reduceat(np.where(attended, hi, 1 << bits), rows.starts, axis=1)\n"
+        "    all_lo = np.maximum.reduceat(np.where(attended, lo, 0), rows.starts, axis=1)\n",
     ),
     Mutant(
         "plan",
@@ -619,33 +620,40 @@ MUTANTS = (
     Mutant(
         "plan",
         "boxes read on behind their run",
-        "np.minimum(first + BOX, stop.repeat(boxes)) - first",
-        "np.minimum(BOX, stop.repeat(boxes))",
+        "np.minimum(stop.repeat(boxes) - first, BOX)",
+        "np.minimum(stop.repeat(boxes), BOX)",
     ),
     Mutant(
         "plan",
         "empty boxes move with their sample",
-        "np.add(out, shift, out=out, where=out != EMPTY)",
-        "np.add(out, shift, out=out)",
+        "np.add(out, shift[steps], out=out, where=out != EMPTY)",
+        "np.add(out, shift[steps], out=out)",
     ),
-    Mutant(
-        "plan",
-        "the halves of boxes are exchanged",
-        "by_half[:, 1].astype(np.int64) - by_half[:, 0]",
-        "by_half[:, 0].astype(np.int64) - by_half[:, 1]",
-    ),
+    Mutant("plan", "the halves of boxes are exchanged", "+ by_half1 - by_half0", "+ by_half0 - by_half1"),
     Mutant(
         "plan",
         "rows count for the other half",
-        "Distinct(of_tile, tile, half % 2,",
-        "Distinct(of_tile, tile, 1 - half % 2,",
+        "[tiles.first < middle, tiles.end > middle]",
+        "[tiles.end > middle, tiles.first < middle]",
     ),
-    Mutant("plan", "bits of a thread's rows at wrong places", "second <<= np.uint64(2)", "second <<= np.uint64(4)"),
+    Mutant(
+        "plan",
+        "bits of a thread's rows at wrong places",
+        "np.left_shift(second, np.uint32(2), out=second)",
+        "np.left_shift(second, np.uint32(4), out=second)",
+    ),
     Mutant(
         "plan", "boxes of half 1 are left over", "-(-sizes // PLACES)", "-(-sizes // PLACES) - (sizes % PLACES == 1)"
     ),
     Mutant(
         "plan", "full steps of one sample twice", "count = (end - begin) // FULL", "count = (end - begin) // FULL + 1"
+    ),
+    Mutant("plan", "a box has bits of its first column alone", "    if more.size:\n", "    if not more.size:\n"),
+    Mutant(
+        "plan",
+        "a warp's first threads hold the rows of the warp before",
+        "    new[(edge + 8) // 16 * 8] = True\n",
+        "",
     ),
     # ---- stop-gradient
     Mutant(
@@ -670,7 +678,7 @@ MUTANTS = (
     Mutant(
         "stop",
         "marked ranges flow on",
-        "_range_side(sample.gradient_rows, is_key=False) if stopped",
-        "queries if stopped",
+        "else _range_side(sample.gradient_rows)",
+        "else queries",
     ),
 )

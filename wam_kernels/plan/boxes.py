@@ -31,6 +31,7 @@ All in whole-array operations.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -38,11 +39,11 @@ from torch import Tensor
 
 from ..runtime import index_buffer
 from ..runtime.arrays import expand, members, starts
-from ..runtime.index_buffer import Layout, Packed, Unwritten
-from .placement import Placement, moved
-from .side_rows import BatchRows, SideRows, concatenated
+from ..runtime.index_buffer import Entry, Layout, Packed, Together, Unwritten
+from .placement import moved
+from .side_rows import BatchRows, concatenated
 from .steps import Visits
-from .tiles import Tiles, cut
+from .tiles import BatchTiles, Lists, Tiles, cut
 
 ROWS, HALF = 128, 64  # of a tile and of a warpgroup
 FULL, MASKED, BOX = 128, 64, 32  # tokens of a full step, of a masked one and of a box
@@ -50,6 +51,7 @@ PLACES = MASKED // BOX
 TOKEN_BITS = 26  # of a box: the first token; above them its gap
 EMPTY = (1 << TOKEN_BITS) - 1  # a token that no tensor has, so a box of zeros
 THREADS = 128  # of a warpgroup
+AT_ONCE = 4096  # entries that go through array operations together where there are many: memory that stays in a cache
 NONE = -(1 << 40)  # in place of an index: below 0 whatever is added to it
 
 
@@ -94,8 +96,9 @@ class Boxes(Packed):
 
     def __init__(self, layout: Layout, buffer: Tensor) -> None:
         super().__init__(layout, buffer)
-        views, n = index_buffer.views(layout, self.buffer), len(BoxSide.FIELDS)
-        self.queries, self.keys = BoxSide(views[:n]), BoxSide(views[n:])
+        # each array of the queries lies beside that of the keys
+        views = index_buffer.views(layout, self.buffer)
+        self.queries, self.keys = BoxSide(views[::2]), BoxSide(views[1::2])
 
     def tensors(self) -> list[Tensor]:
         return [*self.queries.tensors(), *self.keys.tensors()]
@@ -112,95 +115,142 @@ def compile_boxes(rows: BatchRows) -> Boxes:
             f"block_attention: plan must have fewer than {EMPTY} tokens a batch element for impl='cuda', got "
             f"{max(rows.lengths)}; use impl='triton'"
         )
-    # both sides in one go: small plans cost the number of array operations
-    both = concatenated([rows.queries, rows.keys])
-    tiles = cut(both, ROWS, ROWS)
-    steps = _steps(_distinct(both, tiles))
-    n_queries = rows.queries.of_sample.size
-    sides = [
-        _side(steps, tiles, rows.placement, side, slice(side * n_queries, (side + 1) * n_queries)) for side in (0, 1)
-    ]
-    return Boxes(*index_buffer.pack([array for side in sides for array in side]))
+    return Boxes(*index_buffer.pack(_arrays(rows)))
 
 
-class Distinct(NamedTuple):
-    """The different rows of ``SideRows`` in the halves of tiles, tile after tile and half after half."""
+class TileRows(NamedTuple):
+    """The rows of SideRows in each tile, tile after tile, and what they attend to."""
 
-    of_tile: np.ndarray  # int64 [T]: how many
     tile: np.ndarray  # int64 [M]
-    half: np.ndarray  # int64 [M]: 0 or 1
-    bounds: np.ndarray  # int32 [2, columns, M]: lo and hi of what they attend to; lo >= hi where a range is empty
-    of_row: np.ndarray  # int32 [T, 128]: which of its tile's different ones each row is, -1 for no row
+    starts: np.ndarray  # int64 [T]: where those of each tile begin
+    n_rows: np.ndarray  # int64 [T]
+    of_half: np.ndarray  # int64 [2, T]: how many of them are in each half: the first ones, the last ones
+    bounds: np.ndarray  # int32 [2, columns, M]: lo and hi; 0 and 0 where a range is empty
 
 
-def _distinct(rows: SideRows, tiles: Tiles) -> Distinct:
-    # what of each row is in each half
-    begin = tiles.tile * ROWS
-    tile_first, tile_end = np.maximum(tiles.first, begin), np.minimum(tiles.end, begin + ROWS)
-    first_half = tile_first // HALF
-    halves = (tile_end - 1) // HALF - first_half + 1
-    half = expand(first_half, halves)
-    first = np.maximum(tile_first.repeat(halves), half * HALF)
-    end = np.minimum(tile_end.repeat(halves), (half + 1) * HALF)
-    tile, of_tile = half // 2, np.add.reduceat(halves, tiles.starts)
-
-    # rows of tiles that are none, and in turn those that are one of the different ones
-    edges = np.empty(2 * half.size + 2, np.int64)
-    edges[0], edges[1:-1:2], edges[2:-1:2], edges[-1] = 0, first, end, tiles.rows.size
-    which = np.full(edges.size - 1, -1, np.int32)
-    which[1::2] = np.arange(half.size) - starts(of_tile).take(tile)
-    bounds = np.maximum(rows.bounds.take(tiles.side_rows.repeat(halves), axis=2), 0)  # NOWHERE is below
-    return Distinct(of_tile, tile, half % 2, bounds, which.repeat(edges[1:] - edges[:-1]).reshape(-1, ROWS))
+def _tile_rows(bounds: np.ndarray, tiles: Tiles) -> TileRows:
+    middle = tiles.tile_of * ROWS + HALF
+    halves = np.array([tiles.first < middle, tiles.end > middle], np.int64)
+    of_half = np.add.reduceat(halves, tiles.starts, axis=1)
+    bounds = np.maximum(bounds.take(tiles.order.take(tiles.row_of), axis=2), 0)  # NOWHERE is below
+    return TileRows(tiles.tile_of, tiles.starts, np.bincount(tiles.tile_of), of_half, bounds)
 
 
-def _union(begin: np.ndarray, end: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Disjoint runs of the union of ranges, sorted; ranges that touch are one run."""
-    begin, end = np.sort(begin), np.sort(end)  # a run begins where every range begun before has ended
-    new = np.ones(begin.size, bool)
-    new[1:] = begin[1:] > end[:-1]
-    last = np.ones(begin.size, bool)
-    last[:-1] = new[1:]
-    return begin[new], end[last]
+def _union(ranges: np.ndarray) -> np.ndarray:
+    """Disjoint runs of the union of ranges, which are overwritten, sorted, ``[begin or end, runs]``; ranges that touch
+    are one run.
+    """
+    ranges.sort(axis=1)
+    begin, end = ranges  # a run begins where every range begun before has ended
+    new = np.ones(begin.size + 1, bool)
+    np.greater(begin[1:], end[:-1], out=new[1:-1])
+    return np.array([begin[new[:-1]], end[new[1:]]])
 
 
 class Pieces(NamedTuple):
-    """What tiles visit: full steps as runs of ``count``, the rest in boxes; tile after tile, by token."""
+    """What tiles visit: full steps as runs, the rest in boxes; tile after tile, by token."""
 
-    full_tile: np.ndarray  # int64 [R]
-    full_first: np.ndarray
-    full_count: np.ndarray
+    full: Visits
     tile: np.ndarray  # int64 [boxes]
-    first: np.ndarray  # first token
-    length: np.ndarray  # tokens, 1 to 32
+    first: np.ndarray  # int32 [boxes]: first token
+    length: np.ndarray  # int32 [boxes]: tokens, 1 to 32
+    some: np.ndarray  # bool [columns, boxes]: may some row attend to some token of it in this column?
 
 
-def _pieces(rows: Distinct) -> Pieces:
+def _pieces(rows: TileRows) -> Pieces:
     """Cut what the rows of each tile attend to into full steps and boxes."""
     lo, hi = rows.bounds
-    far = int(hi.max(initial=0)) + 1  # tile t's token is at t * far + token: no two tiles touch
-    some = lo < hi
-    at = np.broadcast_to(rows.tile * far, lo.shape)[some]
-    any_begin, any_end = _union(at + lo[some], at + hi[some])
+    bits = int(hi.max(initial=0)).bit_length()  # tile t's token is at t << bits | token: no two tiles touch
+    attended = lo < hi
+    everything = _union((rows.bounds + (rows.tile << bits)).reshape(2, -1).compress(attended.ravel(), axis=1))
 
-    # what every row of a tile attends to; every tile has a row
-    heads = starts(rows.of_tile)
-    all_lo = np.maximum.reduceat(np.where(some, lo, far), heads, axis=1)
-    all_hi = np.minimum.reduceat(np.where(some, hi, 0), heads, axis=1)
-    c, tile = np.nonzero(all_lo < all_hi)
-    begin, end = _union(tile * far + all_lo[c, tile], tile * far + all_hi[c, tile])
+    # what some row of a tile attends to, and what every row does: [columns, T]; every tile has a row
+    lo = np.where(attended, lo, 1 << bits)
+    any_lo, all_lo = np.minimum.reduceat(lo, rows.starts, axis=1), np.maximum.reduceat(lo, rows.starts, axis=1)
+    any_hi, all_hi = np.maximum.reduceat(hi, rows.starts, axis=1), np.minimum.reduceat(hi, rows.starts, axis=1)
+    c, tile = (all_lo < all_hi).nonzero()
+    begin, end = _union(np.array([all_lo[c, tile], all_hi[c, tile]]) + (tile << bits))
+    some = ((end - begin) // FULL).nonzero()[0]
+    begin, end = begin.take(some), end.take(some)
     count = (end - begin) // FULL
-    begin, end, count = begin[count > 0], end[count > 0], count[count > 0]
     # what is left of the run before the full steps fills whole boxes, where the spare tokens allow it
-    shift = (any_begin[np.searchsorted(any_begin, begin, "right") - 1] - begin) % BOX
-    begin = begin + np.where(shift <= end - begin - count * FULL, shift, 0)
-    end = begin + count * FULL
+    shift = (everything[0].take(everything[0].searchsorted(begin, "right") - 1) - begin) % BOX
+    begin += np.where(shift <= end - begin - count * FULL, shift, 0)
+    full = Visits.of_runs(FULL, rows.n_rows.size, begin >> bits, begin & (1 << bits) - 1, count)
 
-    left, stop = np.sort(np.concatenate([any_begin, end])), np.sort(np.concatenate([any_end, begin]))
-    boxes = -(-(stop - left) // BOX)
-    first = left.repeat(boxes) + expand(np.zeros_like(boxes), boxes) * BOX
-    length = np.minimum(first + BOX, stop.repeat(boxes)) - first
-    tile = first // far
-    return Pieces(begin // far, begin % far, count, tile, first - tile * far, length)
+    left_and_stop = np.concatenate([everything, [begin + count * FULL, begin]], axis=1)
+    left_and_stop.sort(axis=1)
+    left, stop = left_and_stop
+    boxes = -((left - stop) // BOX)
+    first = (left - BOX * starts(boxes)).repeat(boxes)
+    first += np.arange(0, BOX * first.size, BOX)
+    length = np.minimum(stop.repeat(boxes) - first, BOX)
+    tile, first, length = first >> bits, (first & (1 << bits) - 1).astype(np.int32), length.astype(np.int32)
+    some = (any_lo.take(tile, axis=1) < first + length) & (any_hi.take(tile, axis=1) > first)
+    return Pieces(full, tile, first, length, some)
+
+
+def _bits(rows: TileRows, pieces: Pieces, n_rows: np.ndarray, bits_at: np.ndarray) -> np.ndarray:
+    """Tokens of a box that a row attends to, for each box and row of its tile, uint32; those of a box at ``bits_at``.
+
+    Before all of them are bits of no token.
+    """
+    end = int(n_rows.sum()) + 1
+    bits = np.zeros(end, np.uint32)
+    # nearly every box is in one column
+    column, (columns, boxes) = pieces.some.argmax(0), pieces.some.nonzero()
+    for first in range(0, column.size, AT_ONCE):
+        some = slice(first, first + AT_ONCE)
+        at = slice(int(bits_at[first]), int(bits_at[some.stop]) if some.stop < column.size else end)
+        bits[at] = _bits_of_column(rows, pieces, np.arange(column.size)[some], column[some], n_rows[some])
+    more = (columns != column.take(boxes)).nonzero()[0]
+    if more.size:
+        columns, boxes = columns.take(more), boxes.take(more)
+        n_rows = n_rows.take(boxes)
+        of_boxes = expand(bits_at.take(boxes), n_rows)
+        np.bitwise_or.at(bits, of_boxes, _bits_of_column(rows, pieces, boxes, columns, n_rows))
+    return bits
+
+
+def _bits_of_column(
+    rows: TileRows, pieces: Pieces, boxes: np.ndarray, column: np.ndarray, n_rows: np.ndarray
+) -> np.ndarray:
+    """The bits of these boxes that one column of each has."""
+    row = column * rows.tile.size + rows.starts.take(pieces.tile.take(boxes))
+    gap = BOX - pieces.length.take(boxes)
+    ends = rows.bounds.reshape(2, -1).take(expand(row, n_rows), axis=1)
+    ends += (gap - pieces.first.take(boxes)).repeat(n_rows)
+    np.maximum(ends, gap.repeat(n_rows), out=ends)
+    # bits lo .. hi - 1 are 2**hi - 2**lo; of 32 and more NumPy makes 0, which is as good as 2**32
+    lo, hi = np.left_shift(np.uint32(1), ends.view(np.uint32), out=ends.view(np.uint32))
+    return np.subtract(hi, lo, out=hi)
+
+
+class RowPairs(NamedTuple):
+    """The two rows that threads 4 g .. 4 g + 3 of a warp hold, where they are others than those of the fours before.
+
+    Half after half, by warp and g: few differ, so the words of these alone are computed.
+    """
+
+    of_half: np.ndarray  # int64 [2 * T]: how many
+    rows: np.ndarray  # int64 [i, P]: which of its tile's; NONE for none
+    fours: np.ndarray  # int64 [P]: so many fours of threads hold them
+
+
+def _row_pairs(tiles: Tiles) -> RowPairs:
+    # what begins or ends at place 16 w + 8 i + g does so at fours 8 w + g, and changes the first ones of that warp (of
+    # the next one, if i is 1), which hold other rows than the last ones of the warp before
+    edge = np.concatenate([tiles.first, tiles.end])
+    new = np.zeros(tiles.token.size // 2 + 1, bool)
+    new[edge // 16 * 8 + edge % 8] = True
+    new[(edge + 8) // 16 * 8] = True
+    new[:: HALF // 2] = True  # the first ones of each half, and the end
+    first = new.nonzero()[0]
+    fours, first = first[1:] - first[:-1], first[:-1]
+    place = first // 8 * 16 + first % 8
+    rows = tiles.by_place(np.arange(tiles.order.size), nowhere=-1).take([place, place + 8])
+    rows = np.where(rows < 0, NONE, rows - tiles.row_of.take(tiles.starts).take(place // ROWS))
+    return RowPairs(np.bincount(place // HALF, minlength=tiles.token.size // HALF), rows, fours)
 
 
 class Masked(NamedTuple):
@@ -208,138 +258,117 @@ class Masked(NamedTuple):
 
     n_steps: np.ndarray  # int64 [T, 3]: of half 0 alone, of both, of half 1 alone
     boxes: np.ndarray  # int32 [M, 2]
-    words: np.ndarray  # complex128 [K]: the different ones, those of four threads in 16 bytes
-    word_of: np.ndarray  # int64 [M, 64]: which of them each four threads have
+    n_words: np.ndarray  # int64 [M]: different words of each, those of four threads in 16 bytes
+    words: np.ndarray  # complex128 [K]
+    fours: np.ndarray  # int64 [K]: how many fours of threads have each, one after the other
 
 
-def _masked(rows: Distinct, pieces: Pieces) -> Masked:
+def _masked(rows: TileRows, pairs: RowPairs, pieces: Pieces) -> Masked:
     """Boxes with their bits, put together into steps."""
-    n_tiles = rows.of_tile.size
-    # bits of every box and every different row of its tile
-    pairs = rows.of_tile[pieces.tile]
-    pair_at = starts(pairs)
-    bits = _bits(rows, pieces, pairs)
+    n_tiles, n_rows = rows.n_rows.size, rows.n_rows.take(pieces.tile)
+    bits_at = starts(n_rows) + 1
+    bits = _bits(rows, pieces, n_rows, bits_at)
 
     # a box is of half 0 (kind 0), of both (1) or of half 1 (2)
-    of_half = np.bincount(2 * rows.tile + rows.half, minlength=2 * n_tiles).reshape(-1, 2).take(pieces.tile, axis=0)
-    halves = np.array([pair_at, pair_at + of_half[:, 0]]).T
-    by_half = (np.bitwise_or.reduceat(bits, halves.ravel()).reshape(-1, 2) != 0) & (of_half > 0)
-    kind = 1 + by_half[:, 1].astype(np.int64) - by_half[:, 0]
-    kind += 3 * pieces.tile
-    order = np.argsort(kind, kind="stable")
-    count = np.bincount(kind, minlength=3 * n_tiles).reshape(-1, 3)
+    of_half0, of_half1 = rows.of_half.take(pieces.tile, axis=1)
+    attend = (bits != 0).cumsum()  # so many up to here
+    last = bits_at + n_rows - 1
+    by_half0 = attend.take(bits_at + of_half0 - 1) > attend.take(bits_at - 1)
+    by_half1 = attend.take(last) > attend.take(last - of_half1)
+    kind = 3 * pieces.tile + 1 + by_half1 - by_half0
+    order = kind.argsort(kind="stable")
+    count = np.bincount(kind, minlength=3 * n_tiles).reshape(-1, 3).T
     # what a half has left over fills a step of both where that computes no more
-    odd0, odd, odd1 = (count % PLACES != 0).T
+    odd0, odd, odd1 = count % PLACES != 0
     move0, move1 = odd0 & (odd | odd1), odd1 & (odd ^ odd0)
-    sizes = count + np.array([-move0.astype(np.int64), move0 + move1.astype(np.int64), -move1.astype(np.int64)]).T
+    sizes = (count + np.array([0 - move0, move0 + move1.astype(np.int64), 0 - move1])).T
     n_steps = -(-sizes // PLACES)
-    n_masked = int(n_steps.sum())
-    place_of = np.empty(pairs.size, np.int64)
+    n_masked = n_steps[:, 0] + n_steps[:, 1] + n_steps[:, 2]
+    place_of = np.empty(order.size, np.int64)
     place_of[order] = expand(starts(n_steps.ravel()) * PLACES, sizes.ravel())
 
-    boxes = np.full(n_masked * PLACES, EMPTY, np.int32)
-    boxes[place_of] = pieces.first | (BOX - pieces.length) << TOKEN_BITS
-    first_pair = np.full(n_masked * PLACES, NONE)  # of the box in each place
-    first_pair[place_of] = pair_at
-    step_tile = np.arange(n_tiles).repeat(n_steps.sum(1))
-    words = _words(rows.of_row, step_tile, first_pair.reshape(-1, PLACES), bits)
-    return Masked(n_steps, boxes.reshape(-1, PLACES), *words)
-
-
-def _bits(rows: Distinct, pieces: Pieces, pairs: np.ndarray) -> np.ndarray:
-    """uint32 ``[N + 1]``: tokens of a box that a row attends to, for each box and different row of its tile; then 0."""
-    which = expand(starts(rows.of_tile).take(pieces.tile), pairs)
-    gap = (BOX - pieces.length).astype(np.int32)
-    ends = rows.bounds.take(which, axis=2)
-    ends += (gap - pieces.first.astype(np.int32)).repeat(pairs)
-    np.maximum(ends, gap.repeat(pairs), out=ends)
-    np.minimum(ends, BOX, out=ends)
-    np.maximum(ends[0], ends[1], out=ends[1])
-    # bits lo .. hi - 1 are 2**hi - 2**lo, where 2**32, which NumPy makes 0, is as good as it is
-    lo, hi = np.left_shift(np.uint32(1), ends.view(np.uint32), out=ends.view(np.uint32))
-    hi -= lo
-    bits = np.zeros(which.size + 1, np.uint32)
-    np.bitwise_or.reduce(hi, axis=0, out=bits[:-1])
-    return bits
+    boxes = np.full((int(n_masked.sum()), PLACES), EMPTY, np.int32)
+    boxes.reshape(-1)[place_of] = pieces.first | (BOX - pieces.length) << TOKEN_BITS
+    at = np.full(boxes.shape, NONE)  # where the bits of the box in each place are
+    at.reshape(-1)[place_of] = bits_at
+    return Masked(n_steps, boxes, *_words(pairs, np.arange(n_tiles).repeat(n_masked), at, bits))
 
 
 def _words(
-    of_row: np.ndarray, step_tile: np.ndarray, first_pair: np.ndarray, bits: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """``words`` and ``word_of`` of :class:`Masked`.
+    pairs: RowPairs, step_tile: np.ndarray, bits_at: np.ndarray, bits: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """``n_words``, ``words`` and ``fours`` of :class:`Masked`."""
+    half = (2 * step_tile).repeat(2)
+    half[1::2] += 1
+    pair, of_half = members(pairs.of_half, half)
+    n_words = of_half[::2] + of_half[1::2]
+    step = np.arange(n_words.size).repeat(n_words)
+    rows, box_at = pairs.rows[:, None], bits_at.T.copy()
+    words = np.empty(pair.size, np.complex128)
+    by_thread = words.view(np.uint32).reshape(-1, 4)  # [K, q]
+    for first in range(0, pair.size, AT_ONCE):
+        some = slice(first, first + AT_ONCE)
+        at = rows.take(pair[some], axis=2) + box_at.take(step[some], axis=1)  # [i, x, K]
+        tokens = bits.take(np.maximum(at, 0, out=at))[:, :, None]
+        # tokens 8 j + 2 q + c of a box, of the row i: bits 4 j + 2 i + c of thread q
+        word, second = tokens >> np.arange(0, 8, 2, dtype=np.uint32)[:, None] & np.uint32(0x03030303)  # [x, q, K]
+        word |= np.left_shift(second, np.uint32(2), out=second)
+        word |= np.right_shift(word, np.uint32(4), out=second)
+        word &= np.uint32(0x00FF00FF)
+        word |= np.right_shift(word, np.uint32(8), out=second)
+        word &= np.uint32(0x0000FFFF)
+        x0, x1 = word
+        by_thread[some] = (x0 | x1 << np.uint32(16)).T
+    return n_words, words, pairs.fours.take(pair)
 
-    Threads 4 g .. 4 g + 3 of a warp hold two rows, and few pairs of rows in a half differ in what they attend to: so
-    the words of those alone are computed.
+
+def _arrays(rows: BatchRows) -> list[Entry]:
+    """Each of ``BoxSide.FIELDS`` of the queries and of the keys: what the samples have, moved to where they lie.
+
+    Both go through the array operations together: what small plans cost is the number of these.
     """
-    # distinct pairs of rows, half after half; they lie next to each other
-    by_thread = of_row.reshape(-1, 4, 2, 8)  # [halves, warp, i, g]
-    rows = np.ascontiguousarray(by_thread.transpose(2, 0, 1, 3)).reshape(2, -1, 32)
-    new = np.ones(rows.shape[1:], bool)
-    new[:, 1:] = (rows[:, :, 1:] != rows[:, :, :-1]).any(0)
-    pairs_of_half = np.count_nonzero(new, axis=1)
-    begins = np.flatnonzero(new)
-    threads = np.empty_like(begins)  # of each pair, in fours
-    threads[:-1], threads[-1] = begins[1:] - begins[:-1], new.size - begins[-1]
-    distinct = rows.reshape(2, -1).take(begins, axis=1).astype(np.int64)  # [i, pairs]: of its tile's rows
-    distinct[distinct < 0] = NONE
+    both = concatenated([rows.queries, rows.keys])
+    tiles = cut(both, ROWS, ROWS)
+    of_tile = _tile_rows(both.bounds, tiles)
+    pieces = _pieces(of_tile)
+    full, masked = pieces.full, _masked(of_tile, _row_pairs(tiles), pieces)
 
-    # both halves of every step
-    index, counts = members(pairs_of_half, (2 * step_tile[:, None] + np.arange(2)).ravel())
-    step = np.arange(step_tile.size).repeat(counts.reshape(-1, 2).sum(1))
-    at = distinct.take(index, axis=1)[:, :, None] + first_pair.take(step, axis=0)  # [i, K, x]
-    np.copyto(at, bits.size - 1, where=at < 0)
-    tokens = bits.take(at).view(np.uint64)  # [i, K, 1]: the step's 64
-    both = tokens >> np.arange(0, 8, 2, dtype=np.uint64)  # [i, K, q]
-    both &= np.uint64(0x0303030303030303)
-    x, second = both
-    second <<= np.uint64(2)
-    x |= second  # bit 8 j + 2 i + c
-    for shift, mask in ((4, 0x00FF00FF00FF00FF), (8, 0x0000FFFF0000FFFF), (16, 0x00000000FFFFFFFF)):
-        x |= x >> np.uint64(shift)
-        x &= np.uint64(mask)
-    words = x.astype(np.uint32).view(np.complex128).ravel()
-    return words, np.arange(words.size).repeat(threads.take(index)).reshape(-1, THREADS // 2)
-
-
-def _steps(rows: Distinct) -> tuple[Visits, Masked]:
-    """Full and masked steps of every tile."""
-    pieces = _pieces(rows)
-    runs = np.bincount(pieces.full_tile, minlength=rows.of_tile.size)
-    first, count = np.zeros((2, runs.size, max(1, int(runs.max(initial=0)))), np.int64)
-    column = expand(np.zeros_like(runs), runs)
-    first[pieces.full_tile, column], count[pieces.full_tile, column] = pieces.full_first, pieces.full_count
-    return Visits.of(FULL, first, count), _masked(rows, pieces)
-
-
-def _side(
-    steps: tuple[Visits, Masked], tiles: Tiles, placement: Placement, side: int, samples: slice
-) -> list[np.ndarray | Unwritten]:
-    """The arrays of a :class:`BoxSide` (0: queries, 1: keys): what ``samples`` have, moved to where they lie."""
-    full, masked = steps
-    order = np.lexsort((~placement.padding, placement.batch))
-    tile, counts = members(tiles.of_sample[samples], placement.which[order])
-    tile += int(tiles.of_sample[: samples.start].sum())
-    places = np.array([placement.batch, placement.first[side], placement.first[1 - side]])
-    batch, own, other = places[:, order].repeat(counts, axis=1)
-    n0, n_both, n1 = masked.n_steps[tile].T
-    n_full, n_masked = full.total[tile], n0 + n_both + n1
-    full_at, masked_at = starts(n_full), starts(n_masked)
+    batch = BatchTiles.of(tiles, rows.placement)
+    tile, other, n_queries = batch.tile, batch.other, batch.n_queries
+    n_steps = masked.n_steps.take(tile, axis=0)
+    n_full, (n0, n_both, n1) = full.total.take(tile), n_steps.T
+    n_masked = n0 + n_both + n1
+    full_at, masked_at = Lists.of(n_full, n_queries, 1), Lists.of(n_masked, n_queries, PLACES)
     step, _ = members(masked.n_steps.sum(1), tile)
     shift = other.repeat(n_masked).astype(np.int32)[:, None]
-    heavy = np.argsort(-(2 * FULL * n_full + MASKED * (n0 + 2 * n_both + n1)), kind="stable")
+    heavy = batch.heaviest_first(2 * FULL * n_full + MASKED * (n0 + 2 * n_both + n1))
+    about = np.array([batch.element, full_at.step, masked_at.step, n0, n_full, n_both, n1, batch.element])
+    about = about.take(heavy, axis=1).T
+    n_first = masked_at.lengths[0]
 
-    def write_boxes(out: np.ndarray) -> None:
-        masked.boxes.take(step, axis=0, out=out, mode="clip")
-        np.add(out, shift, out=out, where=out != EMPTY)
+    def write_rows(out: np.ndarray) -> None:
+        moved(tiles.token.reshape(-1, ROWS), tile.take(heavy), batch.own.take(heavy), -1, out.reshape(-1, ROWS))
+
+    def write_boxes(steps: slice, out: np.ndarray) -> None:
+        masked.boxes.take(step[steps], axis=0, out=out, mode="clip")
+        np.add(out, shift[steps], out=out, where=out != EMPTY)
 
     def write_words(out: np.ndarray) -> None:
-        word = masked.word_of.take(step, axis=0)
-        masked.words.take(word, out=out.view(np.complex128).reshape(word.shape), mode="clip")
+        out = out.view(np.complex128)
+        word, _ = members(masked.n_words, step)
+        end = 0
+        for first in range(0, word.size, AT_ONCE):
+            some = word[first : first + AT_ONCE]
+            words = masked.words.take(some).repeat(masked.fours.take(some))
+            begin, end = end, end + words.size
+            out[begin:end] = words
 
     return [
-        np.array([batch, full_at, masked_at, n0, n_full, n_both, n1, batch]).T[heavy],
-        Unwritten((tile.size, ROWS), lambda out: moved(tiles.rows.reshape(-1, ROWS), tile[heavy], own[heavy], -1, out)),
-        Unwritten((int(n_full.sum()),), lambda out: full.write(tile, other, full_at, out)),
-        Unwritten((step.size, PLACES), write_boxes),
-        Unwritten((step.size, 2, THREADS), write_words),
+        about[:n_queries],
+        about[n_queries:],
+        Together(((n_queries, ROWS), (tile.size - n_queries, ROWS)), write_rows),
+        Together(tuple((n,) for n in full_at.lengths), lambda out: full.write(tile, other, full_at.entry, out)),
+        Unwritten((n_first, PLACES), partial(write_boxes, slice(n_first))),
+        Unwritten((step.size - n_first, PLACES), partial(write_boxes, slice(n_first, None))),
+        Together(tuple((n, 2, THREADS) for n in masked_at.lengths), write_words),
     ]

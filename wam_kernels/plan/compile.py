@@ -74,9 +74,10 @@ def compile_plan(
     """
     stopped = _stream_pairs(stop_gradient)
     packed = _packed(batch, stopped)
-    square = all(s.length == s.key_length for samples in packed for s in samples)
-    longest = max(sum(s.length for s in samples) for samples in packed)
-    longest_keys = max(sum(s.key_length for s in samples) for samples in packed)
+    lengths = [[(s.length, s.key_length) for s in samples] for samples in packed]
+    square = all(queries == keys for samples in lengths for queries, keys in samples)
+    longest = max(sum(queries for queries, _ in samples) for samples in lengths)
+    longest_keys = max(sum(keys for _, keys in samples) for samples in lengths)
     length = integer("compile_plan", "length", longest if length is None else length)
     if key_length is None:
         key_length = length if square else longest_keys

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..masks.visibility import ACTION, SEGMENTS, VIDEO, Geometry, Tokens, visible
-from ..runtime.arrays import expand, starts
+from ..runtime.arrays import expand, members
 
 # What has no token: stays below zero whatever first token is added to it.
 NOWHERE = np.iinfo(np.int32).min
@@ -136,13 +136,12 @@ def token_rows(geometries: Sequence[Geometry]) -> Rows:
 
     # the rows of a stream stand in both of its segments
     rows_of_run = np.bincount(stream_rows[0], minlength=runs.frames.size)
-    run_of_segment = (2 * np.arange(len(geometries))[:, None] + STREAM_OF_SEGMENT).ravel()
-    rows_of_segment = rows_of_run[run_of_segment]
-    row = expand(starts(rows_of_run)[run_of_segment], rows_of_segment)
+    run_of_segment = (STREAMS[0] * np.arange(len(geometries))[:, None] + STREAM_OF_SEGMENT).ravel()
+    row, rows_of_segment = members(rows_of_run, run_of_segment)
     run, chunk, is_key, frame, place, frames = stream_rows.take(row, axis=1)
-    per_frame, block = runs.per_frame[run], 2 * chunk + runs.rank[run]
+    per_frame, block = runs.per_frame.take(run), 2 * chunk + runs.rank.take(run)
     segment = np.arange(rows_of_segment.size).repeat(rows_of_segment)  # counted over all geometries
-    geometry = segment // len(SEGMENTS)
+    geometry = run // STREAMS[0]
     segment_start = np.array([[*accumulate(g.segment_lengths[:-1], initial=0)] for g in geometries])
 
     rules = Rules(*of_geometry.take(geometry, axis=1))
@@ -151,20 +150,21 @@ def token_rows(geometries: Sequence[Geometry]) -> Rows:
     first[VIDEO] += rules.prefix * streams.per_frame[VIDEO]
     kinds = [(g.program, g.history, g.prefix_frames > 0, g.conditional_history is not None) for g in geometries]
     allowed = np.concatenate([_allowed(*kind) for kind in kinds], -1).take(segment, axis=-1)
+    ahead = block - streams.rank
     return Rows(
         of_geometry=rows_of_segment.reshape(-1, len(SEGMENTS)).sum(1),
         segment=segment % len(SEGMENTS),
         frame=frame,
         chunk=chunk,
         block=block,
-        is_key=is_key.astype(bool),
-        start=segment_start.ravel()[segment] + place * per_frame,
+        is_key=is_key > 0,
+        start=segment_start.ravel().take(segment) + place * per_frame,
         tokens=frames * per_frame,
         rules=rules,
         streams=streams,
         first=first,
-        least=-((rules.window + streams.rank - block) // 2),  # rounded up and rounded down
-        most=(rules.window - streams.rank + block) // 2,
+        least=-((rules.window - ahead) // 2),  # rounded up and rounded down
+        most=(rules.window + ahead) // 2,
         allowed=allowed.reshape(2, 2, *STREAMS, -1),
     )
 
@@ -221,74 +221,73 @@ def _allowed(program: str, history: str, prefixed: bool, conditional: bool) -> n
     return np.stack([pairs.swapaxes(-1, -2), pairs])
 
 
-def intervals(rows: Rows, transposed: bool = False) -> np.ndarray:
-    """Visible token ranges of every row, int32 ``[lo or hi, columns, N]``; empty ones are ``NOWHERE``.
+def intervals(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Token ranges that every row attends to, and those that attend to it: int32 ``[lo or hi, columns, N]`` each.
 
-    The columns are the segments and, if a geometry has a prefix, the prefixes of both video segments: prefix frames
-    share one chunk number that need not be below their successors'. ``transposed`` reads rows as keys and columns as
-    the queries that attend to them.
+    Empty ones are ``NOWHERE``. The columns are the segments and, if a geometry has a prefix, the prefixes of both video
+    segments: prefix frames share one chunk number that need not be below their successors'.
     """
-    per_frame = rows.streams.per_frame
-    columns = [_token_ranges(rows, transposed, rows.first, per_frame, *_target_frames(rows, transposed))]
+    first, per_frame = rows.first[:, :, None], rows.streams.per_frame[:, :, None]
+    columns = [_token_ranges(rows, first, per_frame, _target_frames(rows))]
     prefix = rows.rules.prefix
     if prefix.any():
-        frames, first = _prefix_frames(rows, transposed), rows.first[VIDEO] - prefix * per_frame[VIDEO]
-        columns.append(_token_ranges(rows, transposed, first, per_frame[VIDEO], np.zeros_like(frames), frames))
-    return np.concatenate(columns, axis=1)
+        hi = np.stack([_prefix_frames(rows, transposed) for transposed in (False, True)], axis=1)
+        first = first[VIDEO] - prefix * per_frame[VIDEO]
+        columns.append(_token_ranges(rows, first, per_frame[VIDEO], np.stack([np.zeros_like(hi), hi])))
+    bounds = np.concatenate(columns, axis=1)
+    return bounds[:, :, 0], bounds[:, :, 1]
 
 
-def _token_ranges(
-    rows: Rows, transposed: bool, first: np.ndarray, per_frame: np.ndarray, lo: np.ndarray, hi: np.ndarray
-) -> np.ndarray:
-    """Tokens of frames ``lo .. hi`` that begin at token ``first``; int32 ``[lo or hi, columns, N]``."""
-    none = lo >= hi
-    if transposed:
-        none |= ~rows.is_key  # no query attends to a start-up token
-    ranges = np.empty((2, *none.shape), np.int32)
-    for frame, token in zip((lo, hi), ranges, strict=True):
-        token[...] = first + frame * per_frame
-        np.copyto(token, NOWHERE, where=none)
-    return ranges.reshape(2, math.prod(none.shape[:-1]), none.shape[-1])
+def _token_ranges(rows: Rows, first: np.ndarray, per_frame: np.ndarray, frames: np.ndarray) -> np.ndarray:
+    """Tokens of ``frames`` ``[lo or hi, .., query or key, N]``, which begin at token ``first``; int32
+    ``[lo or hi, columns, query or key, N]``. ``frames`` are overwritten.
+    """
+    none = frames[0] >= frames[1]
+    none[..., 1, :] |= ~rows.is_key  # no query attends to a start-up token
+    frames *= per_frame
+    frames += first
+    tokens = frames.astype(np.int32)
+    np.copyto(tokens, NOWHERE, where=none)
+    return tokens.reshape(2, math.prod(none.shape[:-2]), *none.shape[-2:])
 
 
-def _target_frames(rows: Rows, transposed: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Frames ``[lo, hi)`` of each segment, its prefix apart, that a row has pairs with: ``[streams, noises, N]``.
+def _target_frames(rows: Rows) -> np.ndarray:
+    """Frames of each segment, its prefix apart, that a row has pairs with as a query and as a key: from lo to hi,
+    ``[lo or hi, streams, noises, query or key, N]``.
 
     Each optional rule (conditional history, singleton) is only computed if a geometry has it.
     """
-    rules, chunk, least, most = rows.rules, rows.chunk, rows.least, rows.most
-    own, earlier = rows.allowed[int(transposed)]
+    rules, chunk = rows.rules, rows.chunk
+    (own, earlier), (own_key, earlier_key) = rows.allowed
+    # the smallest window, one order block, reaches both streams of the own chunk
+    chunks = np.empty((2, *STREAMS, 2, chunk.size), np.int64)
+    chunks[0, ..., 0, :], chunks[1, ..., 0, :] = np.where(earlier, rows.least, chunk), chunk + own
+    chunks[0, ..., 1, :], chunks[1, ..., 1, :] = chunk + ~own_key, np.where(earlier_key, rows.most, chunk) + 1
     conditional = rules.conditional.any()
-    if transposed:
-        first, last = np.where(own, chunk, chunk + 1), np.where(earlier, most, chunk)
-        if conditional:  # only the chunk that begins right after this frame looks back at it
-            next_frame = rows.frame + 1 - rules.origin
-            reader = next_frame // rules.size
-            read = earlier & (next_frame % rules.size == 0) & (reader > chunk) & (reader <= most)
-            last = np.where(rules.conditional, np.where(read, reader, chunk - ~own), last)
-            first = np.where((rules.conditional > 0) & ~own, np.where(read, reader, chunk + 1), first)
-    else:
-        first, last = np.where(earlier, least, chunk), np.where(own, chunk, chunk - 1)
-    lo = rules.chunk_start(np.maximum(first, least))
-    hi = rules.chunk_start(np.minimum(last, most) + 1)
-    if conditional and not transposed:  # the history is the one frame before the chunk
+    if conditional:  # only the chunk that begins right after this frame looks back at it
+        next_frame = rows.frame + 1 - rules.origin
+        reader = next_frame // rules.size
+        read = earlier_key & (next_frame % rules.size == 0) & (reader > chunk) & (reader <= rows.most)
+        first, end = chunks[..., 1, :]
+        end[...] = np.where(rules.conditional, np.where(read, reader + 1, chunk + own_key), end)
+        first[...] = np.where((rules.conditional > 0) & ~own_key, np.where(read, reader, chunk + 1), first)
+    frames = rules.chunk_start(chunks)
+    (lo, hi), (_, hi_key) = frames.transpose(3, 0, 1, 2, 4)
+    if conditional:  # the history is the one frame before the chunk
         boundary = rules.origin + chunk * rules.size - 1
         boundary_chunk = rules.chunk_of(boundary)
-        read = earlier & (boundary >= 0) & (boundary_chunk < chunk) & (boundary_chunk >= least)
+        read = earlier & (boundary >= 0) & (boundary_chunk < chunk) & (boundary_chunk >= rows.least)
         own_lo = rules.chunk_start(chunk)
         own_hi = np.where(own, rules.chunk_start(chunk + 1), own_lo)
-        lo = np.where(rules.conditional, np.where(read, boundary, own_lo), lo)
-        hi = np.where(rules.conditional, np.where(read & ~own, boundary + 1, own_hi), hi)
+        lo[...] = np.where(rules.conditional, np.where(read, boundary, own_lo), lo)
+        hi[...] = np.where(rules.conditional, np.where(read & ~own, boundary + 1, own_hi), hi)
     if rules.has_singleton:  # queries at or after the singleton attend to no key before it
-        if transposed:
-            hi = np.where(rows.frame < rules.singleton, np.minimum(hi, rules.singleton), hi)
-        else:
-            lo = np.where(rows.frame >= rules.singleton, np.maximum(lo, rules.singleton), lo)
-    np.maximum(lo, 0, out=lo)
-    np.minimum(hi, rows.streams.targets, out=hi)
-    if not transposed:
-        np.maximum(lo[ACTION], rules.startup, out=lo[ACTION])  # start-up tokens are never keys
-    return lo, hi
+        np.maximum(lo, rules.singleton, out=lo, where=rows.frame >= rules.singleton)
+        np.minimum(hi_key, rules.singleton, out=hi_key, where=rows.frame < rules.singleton)
+    np.maximum(frames[0], 0, out=frames[0])
+    np.minimum(frames[1], rows.streams.targets[:, :, None], out=frames[1])
+    np.maximum(lo[ACTION], rules.startup, out=lo[ACTION])  # start-up tokens are never keys
+    return frames
 
 
 def _prefix_frames(rows: Rows, transposed: bool) -> np.ndarray:

@@ -22,7 +22,6 @@ class SideRows(NamedTuple):
 
     of_sample: np.ndarray  # int64 [samples]: rows of each
     is_program: np.ndarray  # bool [samples]: or ranges
-    is_key: np.ndarray  # bool [samples]: or queries
     row_set: np.ndarray  # int64 [N]: rows of a sample that are in different ones share no tile
     order: np.ndarray  # int64 [N]: inside (sample, row set), rows next to each other attend to nearly the same
     start: np.ndarray  # int64 [N]: first token
@@ -104,11 +103,12 @@ def _geometry_sides(geometries: Sequence[Geometry], stop_gradient: StreamPairs) 
     empty.
     """
     rows = token_rows(geometries)
+    of_queries, of_keys = intervals(rows)
     rest = rows.chunk, rows.start, rows.tokens
-    yes, no = np.ones(len(geometries), bool), np.zeros(len(geometries), bool)
-    stream = STREAM_OF_SEGMENT[rows.segment]
-    queries = SideRows(rows.of_geometry, yes, no, stream, *rest, intervals(rows))
-    keys = SideRows(rows.of_geometry, yes, yes, rows.segment, *rest, intervals(rows, transposed=True))
+    are_programs = np.ones(len(geometries), bool)
+    stream = STREAM_OF_SEGMENT.take(rows.segment)
+    queries = SideRows(rows.of_geometry, are_programs, stream, *rest, of_queries)
+    keys = SideRows(rows.of_geometry, are_programs, rows.segment, *rest, of_keys)
     if not stop_gradient:
         return queries, keys, queries
     stopped, columns = stopped_streams(stop_gradient), np.append(STREAM_OF_SEGMENT, [VIDEO, VIDEO])
@@ -119,18 +119,16 @@ def _geometry_sides(geometries: Sequence[Geometry], stop_gradient: StreamPairs) 
 
 
 def _range_sides(sample: Ranges) -> tuple[SideRows, SideRows, SideRows]:
-    queries = _range_side(sample.rows, is_key=False)
-    stopped = sample.gradient_rows is not sample.rows
-    gradient = _range_side(sample.gradient_rows, is_key=False) if stopped else queries
-    return queries, _range_side(sample.key_rows, is_key=True), gradient
+    queries = _range_side(sample.rows)
+    gradient = queries if sample.gradient_rows is sample.rows else _range_side(sample.gradient_rows)
+    return queries, _range_side(sample.key_rows), gradient
 
 
-def _range_side(rows: RangeRows, is_key: bool) -> SideRows:
+def _range_side(rows: RangeRows) -> SideRows:
     lo, hi = rows.bounds.transpose(2, 1, 0)
     bounds = np.where(lo < hi, (lo, hi), NOWHERE).astype(np.int32)
     of_sample, row_set = np.array([lo.shape[1]]), np.zeros_like(rows.start)
-    kind = np.array([False]), np.array([is_key])
-    return SideRows(of_sample, *kind, row_set, rows.order, rows.start, rows.tokens, bounds)
+    return SideRows(of_sample, np.zeros(1, bool), row_set, rows.order, rows.start, rows.tokens, bounds)
 
 
 def concatenated(pieces: Sequence[SideRows]) -> SideRows:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -20,12 +19,12 @@ from torch import Tensor
 from ..runtime import index_buffer
 from ..runtime.arrays import expand, members, starts
 from ..runtime.host import plain
-from ..runtime.index_buffer import Entry, Layout, Packed, Together, Unwritten, aligned
+from ..runtime.index_buffer import Entry, Layout, Packed, Together, Unwritten
 from .placement import Placement, moved
 from .side_rows import BatchRows, SideRows, concatenated
 from .steps import visits
 from .tile_shape import STEP_PART, TileShape
-from .tiles import Tiles, cut
+from .tiles import BatchTiles, Lists, cut
 
 
 class Side:
@@ -82,47 +81,6 @@ class Sides(Packed):
         self.queries, self.keys = Side(shapes[0], views[::2]), Side(shapes[1], views[1::2])
 
 
-class _BatchTiles(NamedTuple):
-    """Every tile of a batch, those of queries first; inside an element the padding's come before the samples'."""
-
-    n_queries: int
-    tile: np.ndarray  # int64 [T]: which one of Tiles
-    element: np.ndarray  # int64 [T]: batch element
-    own: np.ndarray  # int64 [T]: first token of its sample, on its side and on the other one
-    other: np.ndarray
-    first_row: np.ndarray  # int64 [T]: row of ``bounds`` that is its sample's first
-
-    @classmethod
-    def of(cls, both: SideRows, tiles: Tiles, placement: Placement) -> _BatchTiles:
-        which = np.concatenate([placement.which, placement.which + tiles.of_sample.size // 2]).reshape(2, -1)
-        order = np.lexsort((~placement.padding, placement.batch))
-        tile, counts = members(tiles.of_sample, which.take(order, axis=1).ravel())
-        n_rows = both.of_sample.take(which)
-        first_row = n_rows.cumsum(1) - n_rows
-        first = placement.first
-        places = np.array([[placement.batch, placement.batch], first, first[::-1], first_row]).take(order, axis=2)
-        rest = places.reshape(len(places), -1).repeat(counts, axis=1)
-        return cls(int(counts[: order.size].sum()), tile, *rest)
-
-
-class _Lists(NamedTuple):
-    """Where the list of each tile begins: in steps of its side, and in the memory of both sides."""
-
-    step: np.ndarray  # int64 [T]
-    entry: np.ndarray  # int64 [T]
-    lengths: tuple[int, int]  # steps of either side
-
-    @classmethod
-    def of(cls, counts: np.ndarray, n_queries: int, entries: int) -> _Lists:
-        """Lists of so many steps, each of so many ``entries``."""
-        step = starts(counts)
-        queries, both = int(step[n_queries]), int(step[-1] + counts[-1])
-        entry = step * entries
-        entry[n_queries:] += aligned(queries * entries) - queries * entries
-        step[n_queries:] -= queries
-        return cls(step, entry, (queries, both - queries))
-
-
 def compile_sides(rows: BatchRows, shapes: tuple[TileShape, TileShape]) -> Sides:
     """Both sides of a batch, on the CPU, in tiles of ``shapes``, whose steps are alike."""
     return Sides(*index_buffer.pack(_arrays(rows, shapes)), shapes)
@@ -136,26 +94,31 @@ def _arrays(rows: BatchRows, shapes: tuple[TileShape, TileShape]) -> list[Entry]
     both, step = concatenated([rows.queries, rows.keys]), shapes[0].step
     tiles = cut(both, shapes[0].rows, shapes[1].rows)
     full, part = visits(both.bounds, tiles, step)
-    n_queries, tile, element, own, other, first_row = _BatchTiles.of(both, tiles, rows.placement)
-    n_full, left = full.total[tile], part.total[tile]
+    batch = BatchTiles.of(tiles, rows.placement)
+    n_queries, tile, other = batch.n_queries, batch.tile, batch.other
+    n_full, left = full.total.take(tile), part.total.take(tile)
     n_part = -(-left // STEP_PART)
-    full_at, part_at = _Lists.of(n_full, n_queries, 1), _Lists.of(n_part, n_queries, STEP_PART)
+    full_at, part_at = Lists.of(n_full, n_queries, 1), Lists.of(n_part, n_queries, STEP_PART)
 
     def write_part(out: np.ndarray) -> None:
         part.write(tile, other, part_at.entry, out)
         out[expand(part_at.entry + left, n_part * STEP_PART - left)] = -1
 
     # steps are listed tile after tile, in this order; the tiles themselves go heaviest first
-    heavy = np.lexsort((-(n_full * step + n_part * STEP_PART), np.arange(tile.size) >= n_queries))
-    steps = np.array([element, full_at.step, full_at.step + n_full, part_at.step, part_at.step + n_part])
+    heavy = batch.heaviest_first(n_full * step + n_part * STEP_PART)
+    steps = np.array([batch.element, full_at.step, full_at.step + n_full, part_at.step, part_at.step + n_part])
     steps, sides = steps.take(heavy, axis=1).T, (slice(n_queries), slice(n_queries, None))
     n_tiles = int(tiles.of_sample[: tiles.of_sample.size // 2].sum())  # of queries
-    heavy_tile = tile[heavy]
+    heavy_tile = tile.take(heavy)
     heavy_tile[n_queries:] -= n_tiles
+    # the rows of ``bounds`` count over the batch, those of a tile from its sample's first one
+    bounds_row = tiles.by_place(tiles.order - starts(both.of_sample).repeat(both.of_sample))
+    n_rows = both.of_sample.reshape(2, -1).take(rows.placement.which, axis=1)
+    first_row = (n_rows.cumsum(1) - n_rows).ravel().take(batch.entry)
 
     def of_rows(places: np.ndarray, shift: np.ndarray, least: int) -> list[Entry]:
         """``places`` of the tiles of each side, moved."""
-        n_places, shift = n_tiles * shapes[0].rows, shift[heavy]
+        n_places, shift = n_tiles * shapes[0].rows, shift.take(heavy)
         templates = [
             some.reshape(-1, shape.rows)
             for some, shape in zip((places[:n_places], places[n_places:]), shapes, strict=True)
@@ -170,8 +133,8 @@ def _arrays(rows: BatchRows, shapes: tuple[TileShape, TileShape]) -> list[Entry]
 
     return [
         *(steps[side] for side in sides),
-        *of_rows(tiles.rows, own, -1),
-        *of_rows(tiles.bounds_row, first_row, 0),
+        *of_rows(tiles.token, batch.own, -1),
+        *of_rows(bounds_row, first_row, 0),
         *(_bounds(of_side, rows.placement, i) for i, of_side in enumerate((rows.queries, rows.keys))),
         Together(tuple((n,) for n in full_at.lengths), lambda out: full.write(tile, other, full_at.entry, out)),
         Together(tuple((n, STEP_PART) for n in part_at.lengths), write_part),

@@ -45,9 +45,13 @@ class Visits(NamedTuple):
             begin = np.sort(np.append(begin + first, (holes.run << 32) + holes.end))
             end = np.sort(np.append(end + first + count, (holes.run << 32) + holes.first))
             some, first, count = begin >> 32, begin & 0xFFFFFFFF, end - begin
-        tile = some // n_runs
+        return cls.of_runs(step, n_tiles, some // n_runs, first, count)
+
+    @classmethod
+    def of_runs(cls, step: int, n_tiles: int, tile: np.ndarray, first: np.ndarray, count: np.ndarray) -> Visits:
+        """The same of runs that are not empty, tile after tile, int64 ``[R]`` each."""
         total = np.bincount(tile, count, n_tiles).astype(np.int64)
-        at = starts(count) - starts(total)[tile]
+        at = starts(count) - starts(total).take(tile)
         return cls(step, total, np.bincount(tile, minlength=n_tiles), np.array([at, first - step * at]))
 
     def write(self, tiles: np.ndarray, shift: np.ndarray, at: np.ndarray, out: np.ndarray) -> None:
@@ -66,38 +70,36 @@ class Visits(NamedTuple):
 
 def visits(bounds: np.ndarray, tiles: Tiles, step: int) -> tuple[Visits, Visits]:
     """What tiles visit of their rows' ``bounds``: full steps, by their first tokens; the tokens of partial steps."""
-    lo, hi = spans(bounds)
-    lo, hi = lo.take(tiles.side_rows, axis=1), hi.take(tiles.side_rows, axis=1)
+    bounds = spans(bounds.take(tiles.order.take(tiles.row_of), axis=2))
     # what some row of a tile attends to, and what every row does: [columns, T]
-    any_lo, all_lo = (f.reduceat(lo, tiles.starts, axis=1) for f in (np.minimum, np.maximum))
-    any_hi, all_hi = (f.reduceat(hi, tiles.starts, axis=1) for f in (np.maximum, np.minimum))
+    any_lo, all_hi = np.minimum.reduceat(bounds, tiles.starts, axis=2)
+    all_lo, any_hi = np.maximum.reduceat(bounds, tiles.starts, axis=2)
     np.minimum(any_lo, any_hi, out=any_lo)
 
     n_full = np.maximum(np.maximum(all_hi, 0) - all_lo, 0) // step  # NOWHERE - all_lo would wrap around
     # what full steps leave of a range: before and behind them (all of it before, if there is none)
-    cut_lo = np.where(n_full > 0, all_lo, any_hi)
-    cut_hi = np.where(n_full > 0, all_lo + n_full * step, any_hi)
+    some_full = n_full > 0
+    cut_lo = np.where(some_full, all_lo, any_hi)
+    cut_hi = np.where(some_full, all_lo + n_full * step, any_hi)
     # [first token or count, T, columns, before or behind]
-    left = np.empty((2, tiles.starts.size, len(lo), 2), np.int32)
+    left = np.empty((2, tiles.starts.size, len(any_lo), 2), np.int32)
     left[0, ..., 0], left[0, ..., 1] = any_lo.T, cut_hi.T
     left[1, ..., 0], left[1, ..., 1] = (cut_lo - any_lo).T, (any_hi - cut_hi).T
-    holes = _holes(lo, hi, tiles.starts, cut_lo)
+    holes = _holes(bounds, tiles.tile_of, cut_lo)
     first, count = left.reshape(2, tiles.starts.size, -1)
     return Visits.of(step, all_lo.T, n_full.T), Visits.of(1, first, count, holes)
 
 
-def _holes(lo: np.ndarray, hi: np.ndarray, starts_of_tiles: np.ndarray, cut_lo: np.ndarray) -> Holes:
+def _holes(bounds: np.ndarray, tile_of: np.ndarray, cut_lo: np.ndarray) -> Holes:
     """What lies between tokens that some of a tile's rows attend to, in one column, though none attends to it.
 
-    ``lo``, ``hi`` ``[columns, M]``: what each row of each tile attends to. ``cut_lo`` ``[columns, T]``: what lies
+    ``bounds`` ``[lo or hi, columns, M]``: what each row of each tile attends to. ``cut_lo`` ``[columns, T]``: what lies
     before it is in run 0 of the two that a column has, else in run 1.
     """
-    tile = np.zeros(lo.shape[1], np.int64)
-    tile[starts_of_tiles[1:]] = 1
-    of_range = tile.cumsum() * len(lo) + np.arange(len(lo))[:, None]
-    some = hi != NOWHERE
+    of_range = tile_of * len(cut_lo) + np.arange(len(cut_lo))[:, None]
     # the ranges of all tiles and columns end to end: one running maximum serves them all
-    begin, end = ((of_range << 32) + lo)[some], ((of_range << 32) + hi)[some]
+    ends = (bounds + (of_range << 32)).reshape(2, -1)
+    begin, end = ends.compress((bounds[1] != NOWHERE).ravel(), axis=1)
     order = np.argsort(begin)
     begin, end = begin[order], end[order]
     reach = np.maximum.accumulate(end)[:-1]

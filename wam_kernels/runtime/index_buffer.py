@@ -15,9 +15,12 @@ from .host import host_side, plain
 Layout = tuple[tuple[int, ...], ...]
 
 
+ALIGNED = 4  # ints: every view starts on 16 bytes, whatever the geometry, or Triton would compile anew
+
+
 def aligned(n: int) -> int:
-    """Room for n ints: every view starts on 16 bytes, whatever the geometry, or Triton would compile anew."""
-    return -(-n // 4) * 4
+    """Room for n ints."""
+    return -(-n // ALIGNED) * ALIGNED
 
 
 class Unwritten(NamedTuple):
@@ -40,21 +43,21 @@ Entry = np.ndarray | Unwritten | Together
 def pack(arrays: Sequence[Entry]) -> tuple[Layout, Tensor]:
     """The shapes of the arrays, and a CPU buffer that holds them end to end."""
     shapes_of = [a.shapes if isinstance(a, Together) else (a.shape,) for a in arrays]
-    layout = tuple(shape for shapes in shapes_of for shape in shapes)
-    buffer = np.empty(sum(aligned(math.prod(shape)) for shape in layout), np.int32)
+    sizes_of = [[math.prod(shape) for shape in shapes] for shapes in shapes_of]
+    buffer = np.empty(sum(aligned(size) for sizes in sizes_of for size in sizes), np.int32)
     at = 0
-    for a, shapes in zip(arrays, shapes_of, strict=True):
-        sizes = [math.prod(shape) for shape in shapes]
-        end = at + sum(map(aligned, sizes))
-        out = buffer[at:end] if isinstance(a, Together) else buffer[at : at + sizes[0]].reshape(a.shape)
-        if isinstance(a, np.ndarray):
-            out[...] = a
+    for a, sizes in zip(arrays, sizes_of, strict=True):
+        if isinstance(a, Together):
+            a.write(buffer[at : at + sum(map(aligned, sizes))])
+        elif isinstance(a, Unwritten):
+            a.write(buffer[at : at + sizes[0]].reshape(a.shape))
         else:
-            a.write(out)
+            buffer[at : at + sizes[0]].reshape(a.shape)[...] = a
         for size in sizes:
-            buffer[at + size : at + aligned(size)] = 0
+            if size % ALIGNED:
+                buffer[at + size : at + aligned(size)] = 0
             at += aligned(size)
-    return layout, torch.from_numpy(buffer)
+    return tuple(shape for shapes in shapes_of for shape in shapes), torch.from_numpy(buffer)
 
 
 def views(layout: Layout, buffer: Tensor) -> list[Tensor]:
@@ -63,12 +66,12 @@ def views(layout: Layout, buffer: Tensor) -> list[Tensor]:
     for shape in layout:
         strides = [1]  # of a contiguous array
         for n in shape[:0:-1]:
-            strides.insert(0, strides[0] * max(1, n))
+            strides.insert(0, strides[0] * (n or 1))
         view = buffer.as_strided(shape, strides, at)
         # lengths differ from batch to batch; a compiled graph must not specialise on them
         torch._dynamo.maybe_mark_dynamic(view, 0)
         out.append(view)
-        at += aligned(math.prod(shape))
+        at += aligned(shape[0] * strides[0])
     return out
 
 
