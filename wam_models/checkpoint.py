@@ -6,29 +6,31 @@ import errno
 import fcntl
 import json
 import os
-import pickle
 import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from concurrent.futures import Future, wait
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 
 from .config import ModelConfig
 from .model.dual_expert import WorldActionModel
 from .model.weights import abridged, bare_names, check_finite, load_weights, not_here
 from .runtime.json_fields import read_json
 from .text import WordEmbedding
+from .training_state import VALUES, SavedState, TrainingState, write_values
 from .weight_files import INDEX, SAVE_ID, read_tensors, stamp
 
-MODEL, CONFIG, EXTRA, TRAINING = "model.safetensors", "config.json", "extra.safetensors", "training.pt"
+MODEL, CONFIG, EXTRA, TRAINING = "model.safetensors", "config.json", "extra.safetensors", "training"
 _TEXT_KEY = "text."  # prefix of the word embedding's tensors among the extra tensors
 
 # Every file of a save holds the save's id, drawn anew each time: 16 hexadecimal digits. A save writes all its files to
@@ -45,46 +47,65 @@ class Checkpoint:
     text: WordEmbedding | None
     extra: dict[str, Tensor] = field(default_factory=dict)
     metadata: dict = field(default_factory=dict)
-    training_state: dict | None = None
+    training_state: SavedState | None = None
     folder: Path | None = None
     save_id: str | None = None
 
 
 def save_checkpoint(
-    folder: str | Path,
+    folder: str | Path | Save,
     model: WorldActionModel,
     *,
     text: WordEmbedding | None = None,
     extra: Mapping[str, Tensor] | None = None,
     metadata: dict | None = None,
-    training_state: dict | None = None,
+    training_state: TrainingState | None = None,
 ) -> None:
-    """Write ``model.safetensors``, ``config.json``, ``extra.safetensors`` and, if given, ``training.pt`` to ``folder``.
+    """Write ``model.safetensors``, ``config.json``, ``extra.safetensors`` and, if given, ``training/`` to ``folder``.
 
     Whenever it stops (an error, a full disk, a kill, a power cut), the folder holds all of the earlier save or all of
     this one, and so it does for whoever reads meanwhile. That takes room for both. Other files there are left alone.
 
     Args:
-        folder: Made if it does not exist; files of an earlier save are replaced.
+        folder: Made if it does not exist; files of an earlier save are replaced. Or a save that was begun there.
         model: The model, any dtype, on any device, also compiled or wrapped by DDP; not sharded.
         text: The word embedding trained with it; its vocabulary goes to ``config.json``.
         extra: Further tensors, for example of the latent codec; names must not start with ``text.``.
         metadata: Anything ``json.dumps`` takes: program, normalisation, codec sizes.
-        training_state: For resume: optimizer and generator states, step; read back with ``weights_only=True``.
+        training_state: For resume: optimizers, generator, step. Of a save that was begun with one, it is being written.
 
     Raises:
-        ValueError: an extra tensor or an entry of ``training_state`` under a reserved name; tensors that are sharded or
-            on the meta device; weights that are not finite.
+        ValueError: an extra tensor under a reserved name; tensors that are sharded or on the meta device; weights that
+            are not finite.
         TypeError: a model of another class, an extra that is no tensor, metadata that JSON cannot hold.
         OSError: a file that cannot be written; the message names it. What was there before is unchanged.
     """
-    folder = Path(folder)
-    extra = dict(extra or {})
+    save = folder if isinstance(folder, Save) else None
+    state = training_state if save is None else save.training_state
+    save_id = secrets.token_hex(8) if save is None else save.id
+    if state is not None and SAVE_ID in state.values:
+        raise ValueError(f"save_checkpoint: training_state must not have a value {SAVE_ID!r}, which is set here")
+    json.dumps(None if state is None else dict(state.values))  # what JSON refuses is noticed before the files are
+    with nullcontext() if save is None else save:
+        files = _files(model, text, dict(extra or {}), metadata, save_id, state is not None)
+        with Save(Path(cast(str, folder)), save_id, state) if save is None else nullcontext(save) as save:
+            for name, write in files.items():
+                save.write(name, write)
+            save.commit()
+
+
+def _files(
+    model: WorldActionModel,
+    text: WordEmbedding | None,
+    extra: dict[str, Tensor],
+    metadata: dict | None,
+    save_id: str,
+    resumable: bool,
+) -> dict[str, Callable[[Path], object]]:
+    """What writes each file but the training state; what they would refuse is noticed here, before anything is."""
     reserved = sorted(name for name in extra if name.startswith(_TEXT_KEY))
     if reserved:
         raise ValueError(f"save_checkpoint: names of extra tensors must not start with {_TEXT_KEY!r}, got {reserved}")
-    if training_state is not None and SAVE_ID in training_state:
-        raise ValueError(f"save_checkpoint: training_state must not have an entry {SAVE_ID!r}, which is set here")
     inner: nn.Module = model
     while not hasattr(inner, "config") and isinstance(wrapped := getattr(inner, "module", None), nn.Module):
         inner = wrapped  # DDP hides it
@@ -93,14 +114,12 @@ def save_checkpoint(
         raise TypeError(
             f"save_checkpoint: model must be a WorldActionModel, wrapped or not, got {type(model).__name__}"
         )
-    save_id = secrets.token_hex(8)
     config: dict[str, Any] = {"model": model_config.to_dict(), "metadata": metadata or {}}
-    config["save"] = {"id": save_id, "training_state": training_state is not None}
+    config["save"] = {"id": save_id, "training_state": resumable}
     if text is not None:
         config["vocabulary"] = list(text.vocabulary)
         config["text_tokens"] = text.tokens
         extra |= {_TEXT_KEY + k: v for k, v in text.state_dict().items()}
-    # what JSON or safetensors refuses is noticed here, before anything is written
     settings = json.dumps(config, indent=1) + "\n"
     state = model.state_dict()
     weights, extra = _plain({name: state[key] for name, key in bare_names(state).items()}), _plain(extra)
@@ -110,27 +129,83 @@ def save_checkpoint(
     def tensors(of: dict[str, Tensor]) -> Callable[[Path], None]:
         return lambda path: save_file(of, path, {"format": "pt", SAVE_ID: save_id})
 
-    def training(path: Path) -> None:
-        # torch turns a full disk into "unexpected pos"; writing to a file of Python keeps its error
-        with path.open("wb") as file:
-            torch.save({**(training_state or {}), SAVE_ID: save_id}, file)
+    return {MODEL: tensors(weights), EXTRA: tensors(extra), CONFIG: lambda path: path.write_text(settings)}
 
-    files = {MODEL: tensors(weights), EXTRA: tensors(extra), CONFIG: lambda path: path.write_text(settings)}
-    if training_state is not None:
-        files[TRAINING] = training
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked_folder(folder):
+
+class Save:
+    """A save of a checkpoint: its folder is locked, and what an earlier one left is removed, until it ends.
+
+    Args:
+        folder: Of the checkpoint; made if it does not exist.
+        save_id: 16 hexadecimal digits, drawn for this save.
+        training_state: Begins to be written at once; on the first rank of several, the others write theirs to
+            ``training``.
+
+    Attributes:
+        training: Where the training state goes.
+
+    Raises:
+        OSError: the folder cannot be written to.
+    """
+
+    def __init__(self, folder: Path, save_id: str, training_state: TrainingState | None = None) -> None:
+        self.folder, self.id, self.training_state = folder, save_id, training_state
+        self.part = folder / f"{save_id}.part"
+        self.training = self.part / TRAINING
+        folder.mkdir(parents=True, exist_ok=True)
+        self._lock = ExitStack()
+        self._lock.enter_context(locked_folder(folder))
         _settle(folder)
+        self.part.mkdir()
+        self._writing: Future | None = None
+        if training_state is not None:
+            try:
+                with self._named(TRAINING):
+                    self._writing = training_state.write(self.training)
+            except BaseException:
+                self.end()
+                raise
+
+    def __enter__(self) -> Save:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def write(self, name: str, write: Callable[[Path], object]) -> None:
+        """Let ``write`` write a file of the checkpoint."""
+        with self._named(name):
+            _write(self.part / name, write)
+
+    def commit(self) -> None:
+        """Make it the checkpoint, once the training state is written too."""
+        if self.training_state is not None and self._writing is not None:
+            with self._named(TRAINING):
+                self._writing.result()
+                write_values(self.training, {**self.training_state.values, SAVE_ID: self.id})
+                for path in (self.training / VALUES, self.training):
+                    _sync(path)
+        _sync(self.part)
+        (self.part / CONFIG).replace(self.folder / CONFIG)
+        _sync(self.folder)
+
+    def end(self) -> None:
+        """Leave the folder as the earlier save or this one, whichever is the checkpoint."""
+        if self._writing is not None:
+            wait([self._writing])  # else it would go on in a folder that is removed
+        with self._lock:
+            _settle(self.folder)
+        self._writing = None
+
+    @contextmanager
+    def _named(self, name: str) -> Iterator[None]:
         try:
-            part = folder / f"{save_id}.part"
-            part.mkdir()
-            for name, write in files.items():
-                _write(part / name, write)
-            _sync(part)
-            (part / CONFIG).replace(folder / CONFIG)
-            _sync(folder)
-        finally:
-            _settle(folder)
+            yield
+        except (OSError, RuntimeError, SafetensorError, CheckpointException) as error:
+            raise OSError(
+                f"save_checkpoint: cannot write {name} to {self.folder}: {_reason(error)}; "
+                "what was there before is unchanged"
+            ) from error
 
 
 def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu", *, training: bool = True) -> Checkpoint:
@@ -141,7 +216,7 @@ def load_checkpoint(folder: str | Path, device: torch.device | str = "cpu", *, t
     Args:
         folder: May be written anew while this reads it.
         device: Of the model, the text embedding and the extra tensors.
-        training: Also read ``training.pt``, where there is one, which only a resume needs.
+        training: Also look into ``training/``, where there is one, which only a resume needs.
 
     Raises:
         ValueError: a missing or unreadable file, files of different saves, unknown or missing config fields, weights
@@ -213,8 +288,9 @@ def remove_checkpoint(folder: Path) -> None:
     if folder.is_dir():
         with locked_folder(folder):
             _settle(folder)
-            for name in (CONFIG, MODEL, EXTRA, TRAINING):  # without the first, the others are none
+            for name in (CONFIG, MODEL, EXTRA):  # without the first, the others are none
                 (folder / name).unlink(missing_ok=True)
+            _remove_folder(folder / TRAINING)
 
 
 @torch.inference_mode(False)
@@ -230,8 +306,8 @@ def _load(folder: Path, device: torch.device | str, training: bool) -> Checkpoin
     path = _path_of(folder, save_id, TRAINING)
     # one that was found in the subfolder, and is no longer there, was moved up: reading fails, and is tried again
     if training and resumable and (path.parent != folder or path.exists()):
-        training_state = _read_training(path)
-        ids[TRAINING] = training_state.pop(SAVE_ID, None)
+        training_state = _read_training(path, folder)
+        ids[TRAINING] = training_state.values.pop(SAVE_ID, None)
     _check_ids(folder, save_id, ids)
     with _about(folder / CONFIG):
         model = WorldActionModel(ModelConfig.from_dict(config["model"], "model")).to(device)
@@ -364,30 +440,31 @@ def _settle(folder: Path) -> None:
     for part in list(folder.glob("*.part")):
         if part.stem == save_id:
             for file in part.iterdir():
+                if file.name == TRAINING:  # until then a reader finds the new one in the subfolder
+                    _remove_folder(folder / TRAINING)
                 file.replace(folder / file.name)
             _sync(folder)
             part.rmdir()
         elif _ID.fullmatch(part.stem):
             shutil.rmtree(part)
-        elif part.stem in (CONFIG, MODEL, EXTRA, TRAINING):  # of an older version
+        elif part.stem in (CONFIG, MODEL, EXTRA):  # of an older version
             part.unlink()
     if not resumable:  # an older one would not belong to these weights
-        (folder / TRAINING).unlink(missing_ok=True)
+        _remove_folder(folder / TRAINING)
 
 
-def _write(path: Path, write: Callable[[Path], None]) -> None:
-    try:
-        path.touch()
-        mode = path.stat().st_mode
-        write(path)
-        if path.stat().st_mode != mode:  # safetensors makes files that only their owner can read
-            path.chmod(mode)
-        _sync(path)
-    except (OSError, RuntimeError, SafetensorError) as error:
-        raise OSError(
-            f"save_checkpoint: cannot write {path.name} to {path.parent.parent}: {_reason(error)}; "
-            "what was there before is unchanged"
-        ) from error
+def _remove_folder(path: Path) -> None:
+    if path.exists():
+        shutil.rmtree(path)
+
+
+def _write(path: Path, write: Callable[[Path], object]) -> None:
+    path.touch()
+    mode = path.stat().st_mode
+    write(path)
+    if path.stat().st_mode != mode:  # safetensors makes files that only their owner can read
+        path.chmod(mode)
+    _sync(path)
 
 
 def _reason(error: BaseException) -> str:
@@ -395,12 +472,13 @@ def _reason(error: BaseException) -> str:
     code = re.search(r"\(os error (\d+)\)", str(error))
     if code:
         return os.strerror(int(code[1]))
-    cause: BaseException | None = error
+    failures = getattr(error, "failures", None)  # of ranks, of a training state
+    cause: BaseException | None = next(iter(failures.values()))[0] if failures else error
     while cause is not None:
         if isinstance(cause, OSError) and cause.strerror:
             return cause.strerror
         cause = cause.__cause__ or cause.__context__
-    return str(error)
+    return str(error).partition("\n")[0]
 
 
 def _sync(path: Path) -> None:
@@ -432,16 +510,8 @@ def _read_tensors(path: Path, device: torch.device | str) -> tuple[dict[str, Ten
         raise ValueError(f"load_checkpoint: {error}; expected a folder of save_checkpoint") from error
 
 
-def _read_training(path: Path) -> dict:
+def _read_training(path: Path, folder: Path) -> SavedState:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # of a damaged file it can be any
-        # what torch says of these is how to load them nevertheless, and run what is in them
-        unsafe = isinstance(error, pickle.UnpicklingError)
-        reason = "it holds more than tensors and plain values" if unsafe else str(error).partition("\n")[0]
-        raise ValueError(
-            f"load_checkpoint: cannot read {path}: {type(error).__name__}: {reason}; resume from another checkpoint"
-        ) from error
-    if not isinstance(state, dict):
-        raise ValueError(f"load_checkpoint: {path} must hold a dict, got {type(state).__name__}")
-    return state
+        return SavedState(path, moves_to=folder / TRAINING)
+    except ValueError as error:
+        raise ValueError(f"load_checkpoint: {error}; resume from another checkpoint") from error

@@ -259,14 +259,14 @@ def test_a_foreign_checkpoint_is_refused(demo, tmp_path, capsys):
 
 def test_acting_needs_no_training_state(demo, root, tmp_path, capsys):
     shutil.copytree(demo[0] / "checkpoint", tmp_path / "copy")
-    (tmp_path / "copy" / "training.pt").write_bytes(b"damaged")
+    (tmp_path / "copy" / "training/.metadata").write_bytes(b"damaged")
     base = ["rollout", "--checkpoint", str(tmp_path / "copy"), "--data", str(root), "--out", str(tmp_path)]
     assert cli.main([*base, "--objective", "inverse_dynamics"]) == 0
 
 
 def test_a_policy_survives_its_checkpoint(demo, root, config, data):
     policy, found = Policy.load(demo[0] / "checkpoint")
-    assert found.training_state["step"] == 6 and policy.rollout.chunk_size == 2
+    assert found.training_state.values["step"] == 6 and policy.rollout.chunk_size == 2
     assert torch.equal(policy.action_std, data.action_std)
     clip = policy.clip(LeRobotDataset(root), 3)
     whole = data.episode(3)

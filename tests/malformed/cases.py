@@ -18,6 +18,7 @@ import torch
 from tests.data import tiny
 from tests.train.conftest import TINY
 from wam_models import cli
+from wam_models.training_state import VALUES, SavedState, TrainingState, write_values
 
 CONFIG = TINY | {"chunk_sizes": [1, 1], "batch": 1, "initialisation": "by_hand"}
 EPISODE = 3  # the one that is rolled out
@@ -26,7 +27,7 @@ ROWS = "data/data/chunk-000/file-001.parquet"  # episodes 2 and 3
 VIDEO = f"data/videos/{tiny.KEY}/chunk-000/file-000.mp4"
 CHECKPOINT = "run/checkpoint/"
 MODEL, EXTRA, SAVED = (CHECKPOINT + name for name in ("model.safetensors", "extra.safetensors", "config.json"))
-STATE = CHECKPOINT + "training.pt"
+STATE = CHECKPOINT + "training"
 ROLLOUT = f"rollout --checkpoint {{0}}/run/checkpoint --data {{0}}/data --episode {EPISODE} --chunks 1 --out {{0}}/out"
 ROLLOUT += " --objective inverse_dynamics"
 RESUME = "train --data {0}/data --out {0}/more --resume {0}/run/checkpoint --steps 2"
@@ -166,16 +167,24 @@ def action(value, row=tiny.LENGTHS[2] + 5):
     return column(ROWS, "action", lambda values: [*values[:row], value, *values[row + 1 :]])
 
 
-def state(where, value):
-    """``training.pt`` with another value at ``where``, keys or indices; a function changes the old one."""
+def state(name, value):
+    """The training state with another tensor; a function changes the old one."""
 
     def damage(folder):
-        tree = torch.load(folder / STATE, weights_only=True)
-        change(tree, where, value if callable(value) else lambda _: value)
-        (folder / STATE).unlink()
-        torch.save(tree, folder / STATE)
+        saved = SavedState(folder / STATE)
+        tensors = {n: torch.empty(size, dtype=saved.dtypes[n]) for n, size in saved.sizes.items()}
+        saved.read(tensors)
+        change(tensors, [name], value if callable(value) else lambda _: value)
+        shutil.rmtree(folder / STATE)
+        TrainingState(tensors, {}).write(folder / STATE).result()
+        write_values(folder / STATE, saved.values)
 
     return damage
+
+
+def value(name, new):
+    """The training state with another value."""
+    return entry(f"{STATE}/{VALUES}", name, new)
 
 
 def nothing(folder):

@@ -360,8 +360,8 @@ TEXT = {
 }
 OTHERS = {
     "nothing": (cases.nothing, Accepted("the sound checkpoint itself")),
-    "training.pt damaged": (raw(STATE, b"damaged"), Accepted("a rollout does not read it")),
-    "training.pt missing": (raw(STATE, GONE), Accepted("a rollout does not read it")),
+    "training damaged": (raw(f"{STATE}/.metadata", b"damaged"), Accepted("a rollout does not read it")),
+    "training missing": (cases.removed(STATE), Accepted("a rollout does not read it")),
     "a further file": (raw(cases.CHECKPOINT + "notes.txt", b"mine"), Accepted("a user's notes may lie there")),
 }
 TABLE = {

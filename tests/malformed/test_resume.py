@@ -1,74 +1,71 @@
 """Damaged training states, through ``wam train --resume``."""
 
 import json
+import pickle
+import shutil
 
 import pytest
 import torch
 
 from . import cases
-from .cases import GONE, RESUME, RESUME_HERE, SAVED, STATE, Accepted, entry, raw, state
+from .cases import GONE, RESUME, RESUME_HERE, SAVED, STATE, Accepted, entry, raw, state, value
 
 NAN = float("nan")
-SETTINGS = "an optimizer's settings come from the config"
-ADAMW = ("optimizers", 1)  # beside Muon, 0
+PLACES = "text.places"
+WEIGHT, MEAN = f"weights.{PLACES}", f"average.{PLACES}"
+ADAMW = "optimizer.model.core.proj_out.weight"  # Muon has the matrices of the blocks
+MUON = "optimizer.model.packed_block_stack.packed_blocks.0.video_block.attn1.to_q.weight.average"
+INDEX, NUMBERS, VALUE = f"{STATE}/.metadata", f"{STATE}/__0_0.distcp", f"{STATE}/values.json"
 STATES = {
-    "empty": (raw(STATE, b""), "training.pt"),
-    "truncated": (raw(STATE, lambda old: old[: len(old) // 2]), "training.pt"),
-    "text": (raw(STATE, b"step 7, all is well"), "training.pt"),
-    "evil": (raw(STATE, b"cos\nsystem\n(S'touch evil'\ntR."), "training.pt"),
-    "missing": (raw(STATE, GONE), "training"),
-    "a folder": (cases.directory(STATE), "training.pt"),
-    "a list": (lambda folder: replace(folder, [1, 2]), "training.pt", "list"),
-    "None": (lambda folder: replace(folder, None), "training.pt", "NoneType"),
-    "a tensor": (lambda folder: replace(folder, torch.zeros(2)), "training.pt", "Tensor"),
-    "step missing": (state(["step"], GONE), "training.pt", "step"),
-    "step a string": (state(["step"], "1"), "training.pt", "step", "'1'"),
-    "step a float": (state(["step"], 1.5), "training.pt", "step", "1.5"),
-    "step negative": (state(["step"], -1), "training.pt", "step", "-1"),
-    "step true": (state(["step"], True), "training.pt", "step", "True"),
-    "planned missing": (state(["planned"], GONE), "training.pt", "planned"),
-    "planned a string": (state(["planned"], "soon"), "training.pt", "planned", "'soon'"),
-    "generator missing": (state(["generator"], GONE), "training.pt", "generator"),
-    "generator short": (state(["generator"], lambda t: t[:100]), "training.pt", "generator"),
-    "generator of floats": (state(["generator"], torch.Tensor.float), "training.pt", "generator"),
-    "generator a string": (state(["generator"], "seed"), "training.pt", "generator"),
-    "generator of zeros": (state(["generator"], torch.zeros_like), "training.pt", "generator"),
-    "weights missing": (state(["weights"], GONE), "training.pt", "weights"),
-    "weights a list": (state(["weights"], [1]), "training.pt", "weights"),
-    "weights without one": (state(["weights", "text.places"], GONE), "training.pt", "text.places"),
-    "weights of other things": (state(["weights", "text.places"], "none"), "training.pt", "text.places"),
-    "weights mis-shaped": (state(["weights", "text.places"], torch.zeros(1)), "training.pt", "text.places"),
-    "weights NaN": (state(["weights", "text.places"], lambda t: t * NAN), "training.pt", "text.places"),
-    "weights int": (state(["weights", "text.places"], torch.Tensor.int), "training.pt", "text.places"),
-    "optimizers missing": (state(["optimizers"], GONE), "training.pt", "optimizers"),
-    "optimizers one": (state(["optimizers"], lambda o: o[:1]), "training.pt", "optimizers"),
-    "optimizers swapped": (state(["optimizers"], lambda o: o[::-1]), "training.pt", "optimizers"),
-    "optimizers a string": (state(["optimizers"], "muon"), "training.pt", "optimizers"),
-    "optimizers of other sizes": (state([*ADAMW, "param_groups", 0, "params"], [0]), "training.pt", "optimizers"),
-    "optimizers without groups": (state([*ADAMW, "param_groups"], GONE), "training.pt", "optimizers"),
-    "momentum mis-shaped": (state([*ADAMW, "state", 0, "exp_avg"], torch.zeros(3)), "training.pt", "optimizers"),
-    "betas a string": (state([*ADAMW, "param_groups", 0, "betas"], "often"), Accepted(SETTINGS)),
-    "weight_decay NaN": (state([*ADAMW, "param_groups", 0, "weight_decay"], NAN), Accepted(SETTINGS)),
-    "eps missing": (state([*ADAMW, "param_groups", 0, "eps"], GONE), Accepted(SETTINGS)),
-    "a further setting": (state([*ADAMW, "param_groups", 0, "speed"], 3), Accepted(SETTINGS)),
-    "no momenta": (state([*ADAMW, "state"], {}), "training.pt", "optimizers", "state must be of parameters"),
-    "groups of numbers": (state([*ADAMW, "param_groups"], [1, 2]), "training.pt", "optimizers"),
-    "state a list": (state([*ADAMW, "state"], []), "training.pt", "optimizers"),
-    "state of a parameter a number": (state([*ADAMW, "state", 0], 3), "training.pt", "optimizers"),
-    "state of another parameter": (state([*ADAMW, "state", 999], {}), "training.pt", "optimizers"),
-    "momentum a string": (state([*ADAMW, "state", 0, "exp_avg"], "up"), "training.pt", "optimizers"),
-    "momentum int": (state([*ADAMW, "state", 0, "exp_avg"], torch.Tensor.int), "training.pt", "optimizers"),
-    "momentum further": (state([*ADAMW, "state", 0, "more"], torch.zeros(1)), "training.pt", "optimizers"),
-    "momentum's step mis-shaped": (state([*ADAMW, "state", 0, "step"], torch.zeros(3)), "training.pt", "optimizers"),
-    "momentum's step NaN": (state([*ADAMW, "state", 0, "step"], torch.tensor(NAN)), "training.pt", "optimizers"),
-    "momentum's step negative": (state([*ADAMW, "state", 0, "step"], torch.tensor(-5.0)), "training.pt", "optimizers"),
-    "Muon NaN": (state(["optimizers", 0, "state", 0, "average"], lambda t: t * NAN), "training.pt", "optimizers"),
-    "squares negative": (state([*ADAMW, "state", 0, "exp_avg_sq"], torch.neg), "training.pt", "exp_avg_sq"),
-    "weights further": (state(["weights", "more"], torch.zeros(1)), "training.pt", "weights", "more"),
-    "an unknown entry": (state(["colour"], 1), "training.pt", "colour"),
-    "planned 0": (state(["planned"], 0), "training.pt", "planned", "0"),
-    "momentum NaN": (state([*ADAMW, "state", 0, "exp_avg"], lambda t: t * NAN), "training.pt", "optimizers"),
-    "momentum missing": (state([*ADAMW, "state", 0, "exp_avg"], GONE), "training.pt", "optimizers"),
+    "empty": (raw(INDEX, b""), ".metadata"),
+    "truncated": (raw(INDEX, lambda old: old[: len(old) // 2]), ".metadata"),
+    "text": (raw(INDEX, b"step 7, all is well"), ".metadata"),
+    "evil": (raw(INDEX, b"cos\nsystem\n(S'touch evil'\ntR."), ".metadata", "more than tensors", "os.system"),
+    "evil by a module's module": (
+        raw(INDEX, b"\x80\x04ctorch.distributed.checkpoint.metadata\nos.system\n(S'touch evil'\ntR."),
+        ".metadata", "more than tensors",
+    ),
+    "of numbers": (raw(INDEX, pickle.dumps([1, 2])), ".metadata", "more than tensors"),
+    "without index": (raw(INDEX, GONE), ".metadata", "No such file"),
+    "numbers empty": (raw(NUMBERS, b""), "training"),
+    "numbers truncated": (raw(NUMBERS, lambda old: old[: len(old) // 2]), "training"),
+    "numbers of zeros": (raw(NUMBERS, lambda old: bytes(len(old))), "training"),
+    "numbers missing": (raw(NUMBERS, GONE), "training", "No such file"),
+    "missing": (cases.removed(STATE), "training"),
+    "a file": (lambda folder: (shutil.rmtree(folder / STATE), (folder / STATE).touch()), "training"),
+    "values missing": (raw(VALUE, GONE), "values.json"),
+    "values no JSON": (raw(VALUE, b"{"), "values.json", "not valid JSON"),
+    "values a list": (raw(VALUE, b"[1, 2]"), "values.json", "list"),
+    "step missing": (value("step", GONE), "values.json", "step"),
+    "step a string": (value("step", "1"), "values.json", "step", "'1'"),
+    "step a float": (value("step", 1.5), "values.json", "step", "1.5"),
+    "step negative": (value("step", -1), "values.json", "step", "-1"),
+    "step true": (value("step", True), "values.json", "step", "True"),
+    "planned missing": (value("planned", GONE), "values.json", "planned"),
+    "planned a string": (value("planned", "soon"), "values.json", "planned", "'soon'"),
+    "planned 0": (value("planned", 0), "values.json", "planned", "0"),
+    "an unknown value": (value("colour", 1), "values.json", "colour"),
+    "generator missing": (state("generator", GONE), "training", "generator"),
+    "generator short": (state("generator", lambda t: t[:100].clone()), "training", "generator"),
+    "generator of floats": (state("generator", torch.Tensor.float), "training", "generator"),
+    "generator of zeros": (state("generator", torch.zeros_like), "training", "generator"),
+    "weights without one": (state(WEIGHT, GONE), "training", WEIGHT),
+    "weights mis-shaped": (state(WEIGHT, torch.zeros(1)), "training", WEIGHT),
+    "weights NaN": (state(WEIGHT, lambda t: t * NAN), "training", WEIGHT),
+    "weights int": (state(WEIGHT, torch.Tensor.int), "training", WEIGHT),
+    "weights further": (state("weights.more", torch.zeros(1)), "training", "weights.more"),
+    "average without one": (state(MEAN, GONE), "training", MEAN),
+    "average NaN": (state(MEAN, lambda t: t * NAN), "training", MEAN),
+    "momentum mis-shaped": (state(f"{ADAMW}.exp_avg", torch.zeros(3)), "training", f"{ADAMW}.exp_avg"),
+    "momentum int": (state(f"{ADAMW}.exp_avg", torch.Tensor.int), "training", f"{ADAMW}.exp_avg"),
+    "momentum further": (state(f"{ADAMW}.more", torch.zeros(1)), "training", f"{ADAMW}.more"),
+    "momentum NaN": (state(f"{ADAMW}.exp_avg", lambda t: t * NAN), "training", f"{ADAMW}.exp_avg"),
+    "momentum missing": (state(f"{ADAMW}.exp_avg", GONE), "training", f"{ADAMW}.exp_avg"),
+    "momentum's step mis-shaped": (state(f"{ADAMW}.step", torch.zeros(3)), "training", f"{ADAMW}.step"),
+    "momentum's step NaN": (state(f"{ADAMW}.step", torch.tensor(NAN)), "training", f"{ADAMW}.step"),
+    "momentum's step negative": (state(f"{ADAMW}.step", torch.tensor(-5.0)), "training", f"{ADAMW}.step"),
+    "squares negative": (state(f"{ADAMW}.exp_avg_sq", torch.neg), "training", "exp_avg_sq"),
+    "Muon NaN": (state(MUON, lambda t: t * NAN), "training", MUON),
 }  # fmt: skip
 CONFIGS = {
     "training missing": (entry(SAVED, "metadata.training", GONE), "training"),
@@ -97,11 +94,6 @@ LOGS = {
     "nested too deep": (raw(LOG, b"[" * 100_000 + b"\n"), Accepted(UNREAD)),
     "a folder": (cases.directory(LOG), "log.jsonl: Is a directory"),
 }
-
-
-def replace(folder, value):
-    (folder / STATE).unlink()
-    torch.save(value, folder / STATE)
 
 
 TABLE = {

@@ -10,11 +10,8 @@ from wam_models import (
     GJD,
     OBJECTIVES,
     StepConfig,
-    WordEmbedding,
     WorldActionModel,
     golden_config,
-    load_checkpoint,
-    save_checkpoint,
     training_step,
 )
 from wam_models.model.blocks import Uncast
@@ -216,34 +213,3 @@ def test_autocast_stays_close_and_keeps_float32_gradients():
         assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in model.parameters())
         losses.append(loss.detach())
     torch.testing.assert_close(*losses, rtol=0.02, atol=0)
-
-
-def test_a_resumed_run_continues_as_if_it_had_not_stopped(tmp_path):
-    instructions = ["open the drawer", "pick up the cup"]
-
-    def optimizer_of(model, words):
-        return torch.optim.AdamW([*model.parameters(), *words.parameters()], 1e-3)
-
-    def run(model, words, optimizer, g, steps):
-        losses = []
-        for step in range(steps):
-            loss, _ = training_step(model, batch(seed=step) | {"text": words(instructions)}, g)
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses.append(loss.item())
-        return losses
-
-    model, words, g = small_model(), WordEmbedding.from_instructions(instructions, 8), generator()
-    optimizer = optimizer_of(model, words)
-    run(model, words, optimizer, g, 2)
-    state = {"optimizer": optimizer.state_dict(), "generator": g.get_state()}
-    save_checkpoint(tmp_path, model, text=words, training_state=state)
-    expected = run(model, words, optimizer, g, 2)
-
-    back = load_checkpoint(tmp_path)
-    back.model.train()
-    optimizer, g = optimizer_of(back.model, back.text), torch.Generator()
-    optimizer.load_state_dict(back.training_state["optimizer"])
-    g.set_state(back.training_state["generator"])
-    assert run(back.model, back.text, optimizer, g, 2) == expected

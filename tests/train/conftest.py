@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from tests.data import tiny
+from tests.processes import Processes
 from wam_models.data import ClipDataset
 from wam_models.train import TrainConfig
 
@@ -41,3 +42,11 @@ def data(root):
 @pytest.fixture(scope="session")
 def config():
     return TrainConfig.from_dict(TINY)
+
+
+@pytest.fixture(scope="session")
+def two(tmp_path_factory):
+    """Runs a function in two processes."""
+    processes = Processes(tmp_path_factory.mktemp("processes") / "store")
+    yield processes
+    processes.close()

@@ -195,7 +195,7 @@ def test_the_command_trains_and_resumes(root, tmp_path, capsys):
     assert cli.main([*base, "--resume", str(out / "checkpoint"), "--steps", "4"]) == 0
     assert "(steps 3 to 3) -> " in (printed := capsys.readouterr().out) and "units" not in printed
     assert len((out / "log.jsonl").read_text().splitlines()) == 4
-    assert load_checkpoint(out / "checkpoint").training_state["step"] == 4
+    assert load_checkpoint(out / "checkpoint").training_state.values["step"] == 4
     assert cli.main([*base, "--resume", str(out / "checkpoint"), "--steps", "4"]) == 2
     assert "--steps must be above 4, the steps done, got 4" in capsys.readouterr().err
 
@@ -245,8 +245,8 @@ def test_a_resume_on_other_data_keeps_units_and_words(root, config, data, tmp_pa
 def test_files_of_different_steps_are_not_resumed(config, data, tmp_path):
     train(replace(config, steps=1), data, out=tmp_path, progress=False)
     found = load_checkpoint(tmp_path / "checkpoint")
-    found.training_state["step"] = 7
-    with pytest.raises(ValueError, match=r"checkpoint/training.pt: it is of step 7, config.json of step 1"):
+    found.training_state.values["step"] = 7
+    with pytest.raises(ValueError, match=r"checkpoint/training: it is of step 7, config.json of step 1"):
         train(config, data, resume=found, progress=False)
 
 
@@ -254,8 +254,8 @@ def test_what_diverges_is_named_with_what_helps(config, data, monkeypatch):
     real = trainer.training_step
 
     def spoil(change):
-        def step(model, *args):
-            loss, metrics = real(model, *args)
+        def step(model, *args, **options):
+            loss, metrics = real(model, *args, **options)
             return change(loss, model), metrics
 
         monkeypatch.setattr(trainer, "training_step", step)
@@ -279,10 +279,10 @@ def at_step(number, act, monkeypatch):
     """Calls ``act`` within that step of a run."""
     steps, real = itertools.count(1), trainer.training_step
 
-    def step(*args):
+    def step(*args, **options):
         if next(steps) == number:
             act()
-        return real(*args)
+        return real(*args, **options)
 
     monkeypatch.setattr(trainer, "training_step", step)
 
@@ -313,7 +313,7 @@ def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(number, flags, tmp
     assert cli.main(flags) == 0
     out, err = capsys.readouterr()
     assert "step 2 of 100; checkpoint:" in out and "stopping after this step" in err
-    assert load_checkpoint(tmp_path / "run/checkpoint").training_state["step"] == 2
+    assert load_checkpoint(tmp_path / "run/checkpoint").training_state.values["step"] == 2
     assert len((tmp_path / "run/log.jsonl").read_text().splitlines()) == 2
     assert signal.getsignal(number) is before
 
@@ -344,7 +344,7 @@ def test_a_full_disk_is_one_line(flags, tmp_path, capsys, monkeypatch):
         patch.setattr(torch, "save", full)
         assert cli.main([*flags, "--steps", "1"]) == 2
         *bars, line = capsys.readouterr().err.splitlines()
-        assert line.startswith("wam train: error: save_checkpoint: cannot write training.pt to ")
+        assert line.startswith("wam train: error: save_checkpoint: cannot write training to ")
         assert "No space left on device" in line and not any("error" in bar for bar in bars)
     assert not list((tmp_path / "run/checkpoint").iterdir())
     folder = RunFolder(tmp_path / "rows")
@@ -380,7 +380,7 @@ def test_no_run_is_lost_unless_that_is_asked_for(config, data, tmp_path, capsys)
         seen.append(((out / "checkpoint/config.json").exists(), len((out / "log.jsonl").read_text().splitlines())))
 
     train(short, data, out=out, overwrite=True, stop=look, progress=False)
-    assert seen == [(False, 1)] and load_checkpoint(out / "checkpoint").training_state["step"] == 2
+    assert seen == [(False, 1)] and load_checkpoint(out / "checkpoint").training_state.values["step"] == 2
     assert (out / "checkpoint/film.gif").read_text() == "mine"
 
 
@@ -396,11 +396,11 @@ def test_one_process_trains_into_a_folder(config, data, tmp_path):
         return True
 
     train(config, data, out=out, stop=other, progress=False)
-    assert refused and load_checkpoint(out / "checkpoint").training_state["step"] == 1
+    assert refused and load_checkpoint(out / "checkpoint").training_state.values["step"] == 1
     # one that looked before the first had begun, and begins after its end
     with pytest.raises(ValueError, match="holds a run"), late.begin(0):
         pass
-    assert load_checkpoint(out / "checkpoint").training_state["step"] == 1
+    assert load_checkpoint(out / "checkpoint").training_state.values["step"] == 1
 
 
 @pytest.mark.parametrize("name", ["run", "run/checkpoint"])

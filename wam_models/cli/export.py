@@ -6,10 +6,10 @@ import argparse
 
 from ..checkpoint import TRAINING, load_checkpoint
 from ..train.config import TrainConfig
-from ..train.resume import ADAPTERS
+from ..train.resume import AVERAGE
 from ..weights.convert import weights_to
 from ..weights.folders import write_folder
-from ..weights.parts import write_adapters
+from ..weights.parts import is_adapter, write_adapters
 
 
 def run(args: argparse.Namespace) -> int:
@@ -27,9 +27,11 @@ def _adapters(args: argparse.Namespace) -> int:
     if args.without:
         raise ValueError(f"--without must be left out with --layout peft, got {args.without}")
     found = load_checkpoint(args.checkpoint)
-    adapters = (found.training_state or {}).get(ADAPTERS)
-    if not adapters:
+    saved = found.training_state
+    names = [] if saved is None else [n for n in saved.sizes if n.startswith(AVERAGE) and is_adapter(n)]
+    if saved is None or not names:
         raise ValueError(f"--layout peft: {args.checkpoint / TRAINING} holds no adapters; train with lora")
+    adapters = {name.removeprefix(AVERAGE): value for name, value in saved.held(names).items()}
     trained = TrainConfig.from_dict(
         found.metadata["training"]["config"], f"{args.checkpoint}: metadata.training.config"
     )

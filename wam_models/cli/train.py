@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import argparse
+import os
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,14 +24,17 @@ from ..data import ClipDataset, LeRobotDataset
 from ..data.clips import TRAINED
 from ..rollout.policy import Policy
 from ..runtime.checks import check_device, whole
+from ..runtime.config_files import with_settings
 from ..runtime.limits import LARGEST_INT64
 from ..runtime.threads import pick_threads, restores_threads, set_threads
 from ..text import words_of
 from ..train.config import TrainConfig
 from ..train.log import loss_ends
+from ..train.ranks import joined_ranks
 from ..train.recipe import Recipe
 from ..train.run_folder import RunFolder
 from ..train.trainer import train
+from ..training_state import VALUES
 from ..weights.start import initial_weights
 from .estimate import check_estimate_flags, training_estimate
 from .train_evaluation import make_evaluation
@@ -45,13 +50,31 @@ def run(args: argparse.Namespace) -> int:
     if args.estimate:
         print(training_estimate(args, recipe.train))
         return 0
-    device = check_device(args.device)
+    with joined_ranks(check_device(args.device)) as device, _quiet_but_first():
+        return _train(args, recipe.train, device)
+
+
+@contextmanager
+def _quiet_but_first() -> Iterator[None]:
+    """Of several processes one prints; each reports its own errors."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        yield
+        return
+    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+        yield
+
+
+def _train(args: argparse.Namespace, config: TrainConfig, device: torch.device) -> int:
     policy, resume, seed = None, None, args.seed
     training: dict[str, Any] = {}
     if args.resume is not None:
-        for flag, given in (("CONFIG", args.config), ("--set", args.set)):
+        others = [setting for setting in args.set if not setting.startswith("engine.")]
+        for flag, given in (("CONFIG", args.config), ("--set", others)):
             if given:
-                raise ValueError(f"{flag} cannot be given with --resume: the checkpoint has its config; leave one out")
+                raise ValueError(
+                    f"{flag} cannot be given with --resume: the checkpoint has its config, of which --set changes "
+                    "engine.* alone; leave one out"
+                )
         policy, resume = Policy.load(args.resume)
         if resume.training_state is None or not resume.metadata.get("training"):
             raise ValueError(f"--resume: {args.resume} has no training state; name a checkpoint that wam train wrote")
@@ -60,14 +83,14 @@ def run(args: argparse.Namespace) -> int:
         held = sorted(training) if isinstance(training, dict) else training
         if not isinstance(training, dict) or not {"config", "seed"} <= set(training):
             raise ValueError(f"{where} must hold config and seed, got {held!r}; resume from another checkpoint")
-        config = TrainConfig.from_dict(training["config"], f"{where}.config")
+        stored = training["config"]
+        config = TrainConfig.from_dict(with_settings(stored, args.set) if args.set else stored, f"{where}.config")
         seed = whole(f"{where}.seed", training["seed"], 0, LARGEST_INT64)
-    else:
-        config = recipe.train
     if args.steps is not None:
         config = replace(config, steps=args.steps)
     if resume is not None:
-        steps_done = whole(f"{args.resume / TRAINING}: step", (resume.training_state or {}).get("step"), 1)
+        values = {} if resume.training_state is None else resume.training_state.values
+        steps_done = whole(f"{args.resume / TRAINING / VALUES}: step", values.get("step"), 1)
         if steps_done >= config.steps:
             raise ValueError(f"--steps must be above {steps_done}, the steps done, got {config.steps}")
     RunFolder(args.out, resume, overwrite=args.overwrite)  # refuses before the data is read
@@ -87,7 +110,9 @@ def run(args: argparse.Namespace) -> int:
     with _stop_asked() as stop:
         if device.type == "cpu":
             threads = training.get("threads")
-            if threads is None:
+            if threads is None and dist.is_initialized():
+                threads = torch.get_num_threads()  # torchrun, or who called it, has shared out the cores
+            elif threads is None:
                 threads = pick_threads(lambda: train(replace(config, steps=2), data, stop=stop, progress=False))
             else:  # sums of float32 depend on their number, and a resumed run has the losses of an uninterrupted one
                 threads = set_threads(whole(f"{where}.threads", threads, 1))

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..checkpoint import CONFIG, EXTRA, Checkpoint, load_checkpoint, save_checkpoint
+from ..checkpoint import CONFIG, EXTRA, Checkpoint, Save, load_checkpoint, save_checkpoint
 from ..data import ClipDataset, LeRobotDataset, StateCodec
 from ..data.clips import LEAST_STD, STRIDE, episode_frames, reaching_actions
 from ..data.codec import Codec, SavedCodec
@@ -21,6 +21,7 @@ from ..model.dual_expert import WorldActionModel
 from ..runtime.checks import check_field, instance, whole
 from ..runtime.json_fields import from_fields
 from ..text import WordEmbedding
+from ..training_state import TrainingState
 from .config import RolloutConfig
 
 PICTURES = "observation.images."  # how the features of cameras begin
@@ -192,7 +193,13 @@ class Policy:
             raise ValueError(f"Policy.state: states must have {len(mean)} numbers for this model, got {states.shape}")
         return (torch.as_tensor(states, dtype=torch.float32) - mean) / std
 
-    def save(self, folder: str | Path, *, training: Mapping | None = None, training_state: dict | None = None) -> None:
+    def save(
+        self,
+        folder: str | Path | Save,
+        *,
+        training: Mapping | None = None,
+        training_state: TrainingState | None = None,
+    ) -> None:
         """Write a checkpoint folder; ``training`` (anything for JSON) and ``training_state`` serve a resume.
 
         Raises:

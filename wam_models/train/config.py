@@ -20,10 +20,12 @@ from ..rollout.config import CONDITIONAL_CHUNK
 from ..runtime.checks import check_field, choice, number, whole
 from ..runtime.json_fields import from_fields
 from ..runtime.limits import LARGEST_SIZE
+from .engine import EngineConfig
 from .samples import SampleConfig, StepConfig, stream_pairs
 
 INITIALISATIONS = ("random", "by_hand")
 SCHEDULES = ("constant", "cosine", "decay")
+OPTIMIZERS = ("muon", "adamw")
 DECAY_PART = 0.5  # part of a "decay" run, its end, over which the learning rate falls
 CROSS = (("action", "video"), ("video", "action"))  # (query stream, key stream)
 SMALLEST_POSITIVE = 1e-12  # of a learning rate or a gradient's length, which must be positive
@@ -86,6 +88,7 @@ class TrainConfig(SampleConfig):
         warmup: Steps of linear warm-up.
         schedule: ``"constant"``; ``"cosine"``, down to 0 at ``steps``; or ``"decay"``, constant for the first half and
             then linearly down to 0. Of a run whose time is limited, :func:`train` finds the end of ``"decay"``.
+        optimizer: ``"muon"``: of the matrices in the blocks, AdamW of the rest; or ``"adamw"``: of all.
         beta2: Of AdamW; its beta1 is 0.9.
         weight_decay: Of AdamW, on matrices alone.
         clip_norm: Longest gradient.
@@ -102,6 +105,7 @@ class TrainConfig(SampleConfig):
         stop_gradient: Pairs (query stream, key stream), ``("action", "video")``: keys and values of that stream get no
             gradient from those queries. None follows what is frozen: the keys of a stream of which nothing trains get
             none from the other stream's queries.
+        engine: How the run uses its processes, its memory and its numbers.
 
     Raises:
         ValueError: a value of the wrong type or outside its range; the message names the field.
@@ -125,6 +129,7 @@ class TrainConfig(SampleConfig):
     initialisation: str = "random"
     warmup: int = 20
     schedule: str = "decay"
+    optimizer: str = "muon"
     beta2: float = 0.99
     weight_decay: float = 0.01
     clip_norm: float = 1.0
@@ -135,10 +140,15 @@ class TrainConfig(SampleConfig):
     lora_rank: int = 16
     lora_scale: float = 1.0
     stop_gradient: tuple[tuple[str, str], ...] | None = None
+    engine: EngineConfig = EngineConfig()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.model, ModelConfig):
-            raise ValueError(f"TrainConfig: model must be a ModelConfig, got {self.model!r}")
+        for name, kind in (("model", ModelConfig), ("engine", EngineConfig)):
+            if not isinstance(getattr(self, name), kind):
+                raise ValueError(
+                    f"TrainConfig: {name} must be {'an' if name[0] in 'ae' else 'a'} {kind.__name__}, got "
+                    f"{getattr(self, name)!r}"
+                )
         if not self.mixture:
             only_joint = not self.model.has_actions or self.model.bridge_layer is not None
             object.__setattr__(self, "mixture", {"joint": 1.0} if only_joint else dict(GJD_MIXTURE))
@@ -160,6 +170,7 @@ class TrainConfig(SampleConfig):
             check_field(self, name, number, 0)
         check_field(self, "initialisation", choice, INITIALISATIONS)
         check_field(self, "schedule", choice, SCHEDULES)
+        check_field(self, "optimizer", choice, OPTIMIZERS)
         check_field(self, "beta2", number, 0, 0.999999)
         for name in ("frozen", "lora"):
             check_field(self, name, _names)
@@ -185,6 +196,9 @@ class TrainConfig(SampleConfig):
             if isinstance(model, dict):
                 model = small_model().to_dict() | model
             values = values | {"model": ModelConfig.from_dict(model, f"{source}: model")}
+        if isinstance(values, dict) and "engine" in values:
+            engine = from_fields(EngineConfig, values["engine"], f"{source}: engine", defaults=True)
+            values = values | {"engine": engine}
         return from_fields(cls, values, source, defaults=True)
 
     @property

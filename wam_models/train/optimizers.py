@@ -14,9 +14,11 @@ from typing import overload
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Shard
 
 from ..weights.parts import is_adapter
 from .config import TrainConfig
+from .ranks import local
 
 # Quintic Newton-Schulz iteration of Jordan et al.: drives singular values between 0 and 1 to about 1 in a few rounds.
 A, B, C = 3.4445, -4.7750, 2.0315
@@ -32,6 +34,17 @@ def orthogonalised(matrices_Nmn: Tensor) -> Tensor:
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=B, alpha=C), x, beta=A)
     return x if m <= n else x.mT
+
+
+def _spread_orthogonalised(matrices_Nmn: Tensor) -> Tensor:
+    """As :func:`orthogonalised`; of sharded matrices each process computes some, whole, for all."""
+    if not isinstance(matrices_Nmn, DTensor):
+        return orthogonalised(matrices_Nmn)
+    mesh, placements = matrices_Nmn.device_mesh, matrices_Nmn.placements
+    whole, size = [Shard(0)] * mesh.ndim, matrices_Nmn.shape
+    own = orthogonalised(matrices_Nmn.redistribute(placements=whole).to_local())
+    found = DTensor.from_local(own, mesh, whole, run_check=False, shape=size, stride=matrices_Nmn.stride())
+    return found.redistribute(placements=placements)
 
 
 class Muon(torch.optim.Optimizer):
@@ -65,19 +78,21 @@ class Muon(torch.optim.Optimizer):
             for shape, pairs in alike.items():
                 matrices, updates = zip(*pairs, strict=True)
                 # 0.2 is the usual size of the entries of an AdamW step
-                steps = orthogonalised(torch.stack(updates)) * (-0.2 * max(shape) ** 0.5 * group["lr"])
+                steps = local(_spread_orthogonalised(torch.stack(updates))) * (-0.2 * max(shape) ** 0.5 * group["lr"])
                 for p, by in zip(matrices, steps, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).add_(by)
+                    local(p).mul_(1 - group["lr"] * group["weight_decay"]).add_(by)
         return loss
 
 
 def make_optimizers(learner: nn.Module, config: TrainConfig) -> tuple[torch.optim.Optimizer, ...]:
-    """Muon for the matrices of the blocks; AdamW for the rest and for adapters, of which only matrices decay.
+    """Muon for the matrices of the blocks, unless ``config.optimizer`` is ``"adamw"``; AdamW for the rest and for
+    adapters, of which only matrices decay.
 
     They hold what trains; one that has nothing to do is left out.
     """
     named = [(n, p) for n, p in learner.named_parameters() if p.requires_grad]
-    inner = [p for n, p in named if p.ndim == 2 and ".packed_blocks." in n and not is_adapter(n)]
+    muon = config.optimizer == "muon"
+    inner = [p for n, p in named if muon and p.ndim == 2 and ".packed_blocks." in n and not is_adapter(n)]
     ids = {id(p) for p in inner}
     outer = [(n, p) for n, p in named if id(p) not in ids]
     decayed = [p.ndim == 2 and not n.startswith("text.") and "table" not in n for n, p in outer]

@@ -2,28 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any, TypeVar, cast
+from collections.abc import Mapping, Sequence
+from typing import cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from ..checkpoint import CONFIG, TRAINING, Checkpoint
+from ..checkpoint import CONFIG, Checkpoint
 from ..data import ClipDataset
 from ..data.codec import SavedCodec
-from ..model.weights import abridged, check_finite, load_weights
+from ..model.weights import abridged, check_finite
 from ..runtime.checks import whole
 from ..text import WordEmbedding
-from ..weights.parts import adapters_of
+from ..training_state import VALUES, SavedState
 from .config import TrainConfig
 from .optimizers import STATE_NAMES
+from .ranks import local
 
-Found = TypeVar("Found")
-
-ENTRIES = {"step", "planned", "generator", "weights", "optimizers"}  # of a training state
-ADAPTERS = "adapters"  # one more where there are any: their averages, which in the checkpoint's model are merged
+ENTRIES = {"step", "planned"}  # of a training state, beside its tensors
+# how names of its tensors begin
+WEIGHTS, AVERAGE, OPTIMIZER, GENERATOR = "weights.", "average.", "optimizer.", "generator"
 
 
 def check_resumable(config: TrainConfig, data: ClipDataset, resume: Checkpoint) -> WordEmbedding:
@@ -58,99 +57,102 @@ def check_resumable(config: TrainConfig, data: ClipDataset, resume: Checkpoint) 
     return resume.text
 
 
-def averaged_weights(resume: Checkpoint, learner: nn.Module, device: torch.device) -> dict[str, Tensor]:
-    """The averaged weights of a checkpoint that :func:`restore` put in place, by the learner's names, as copies."""
-    average = {f"model.{k}": v for k, v in resume.model.state_dict().items()}
-    if resume.text is not None:
-        average |= {f"text.{k}": v for k, v in resume.text.state_dict().items()}
-    average |= (resume.training_state or {}).get(ADAPTERS, {})
-    # what is under an adapter is frozen, so it is its own average
-    own = learner.state_dict()
-    return {k: average.get(k, v).detach().to(device, copy=True) for k, v in own.items()}
+def state_tensors(
+    learner: nn.Module,
+    average: Mapping[str, Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """All tensors that a run goes on from, by name; sharded ones as they are."""
+    names = {id(p): name for name, p in learner.named_parameters()}
+    found = {f"{WEIGHTS}{name}": value for name, value in learner.state_dict().items()}
+    found |= {f"{AVERAGE}{name}": value for name, value in average.items()}
+    for optimizer in optimizers:
+        for p, held in optimizer.state.items():
+            found |= {f"{OPTIMIZER}{names[id(p)]}.{key}": value for key, value in held.items()}
+    return found | {GENERATOR: generator.get_state()}
 
 
 def restore(
-    resume: Checkpoint, learner: nn.Module, optimizers: Sequence[torch.optim.Optimizer], generator: torch.Generator
+    resume: Checkpoint,
+    learner: nn.Module,
+    average: Mapping[str, Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+    generator: torch.Generator,
+    group: dist.ProcessGroup | None = None,
 ) -> tuple[int, int | None]:
-    """Puts a training state in its places; returns the steps done and the last one, if that is decided.
+    """Puts a training state in its places, on all ranks of a group; returns the steps done and the last one, if that
+    is decided.
 
     Raises:
-        ValueError: a damaged state; the message names the file and the entry.
+        ValueError: a damaged state; the message names the folder and the entry.
     """
-    file = (resume.folder or Path()) / TRAINING
-    state = resume.training_state or {}
-    adapters = adapters_of(learner.state_dict())
-    if not set(state) <= (entries := ENTRIES | {ADAPTERS} if adapters else ENTRIES):
-        unknown = sorted(map(str, set(state) - entries))
-        raise ValueError(f"{file}: unknown entries {unknown}; resume with the version that wrote it")
-    step = _use(file, state, "step", _step_number)
-    planned_end = _use(file, state, "planned", lambda value: None if value is None else _step_number(value))
-    saved = resume.metadata["training"].get("step")
-    if saved != step:
-        raise ValueError(f"{file}: it is of step {step}, {CONFIG} of step {saved}; take both from one save")
-    _use(file, state, "generator", generator.set_state)
-    _use(file, state, "weights", partial(_load_weights, learner))
-    _use(file, state, "optimizers", partial(_load_optimizers, optimizers, step))
-    if adapters:
-        _use(file, state, ADAPTERS, partial(_check_adapters, adapters))
+    saved = cast(SavedState, resume.training_state)
+    where = saved.folder
+    if set(saved.values) != ENTRIES:
+        raise ValueError(
+            f"{where / VALUES}: entries must be {sorted(ENTRIES)}, got {sorted(saved.values)}; resume from another "
+            "checkpoint"
+        )
+    step = whole(f"{where / VALUES}: step", saved.values["step"], 1)
+    planned_end = saved.values["planned"]
+    if planned_end is not None:
+        planned_end = whole(f"{where / VALUES}: planned", planned_end, 1)
+    if (of_config := resume.metadata["training"].get("step")) != step:
+        raise ValueError(f"{where}: it is of step {step}, {CONFIG} of step {of_config}; take both from one save")
+    try:
+        places = _places(saved, learner, average, optimizers, generator)
+        saved.read(places, group)
+        _check_numbers(places, step)
+    except ValueError as error:
+        raise ValueError(f"{where}: {error}; resume from another checkpoint") from error
+    try:
+        generator.set_state(places[GENERATOR])
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"{where}: {GENERATOR}: {error}; resume from another checkpoint") from error
     # else that run is over, and this one goes beyond
     return step, planned_end if planned_end is not None and step < planned_end else None
 
 
-def _use(file: Path, state: Mapping[str, Any], name: str, use: Callable[[Any], Found]) -> Found:
-    """What ``use`` makes of an entry; whatever is wrong with it is reported with the file and the entry."""
-    if name not in state:
-        raise ValueError(f"{file}: {name} is missing; resume from another checkpoint")
-    try:
-        return use(state[name])
-    except Exception as error:  # what is damaged can raise anything
-        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-        raise ValueError(f"{file}: {name}: {kind}{error}; resume from another checkpoint") from error
-
-
-def _step_number(value: Any) -> int:
-    return whole("it", value, 1)
-
-
-def _load_weights(learner: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    unused = load_weights(learner, weights)
-    if unused:
-        raise ValueError(f"keys that the model does not have: {abridged(unused)}")
-    check_finite(learner.state_dict())
-
-
-def _check_adapters(own: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
-    if {k: list(v.shape) for k, v in saved.items()} != {k: list(v.shape) for k, v in own.items()}:
-        raise ValueError("must be the adapters of this config's lora and lora_rank, got others")
-    check_finite(saved)
-
-
-def _load_optimizers(optimizers: Sequence[torch.optim.Optimizer], step: int, states: Sequence[dict[str, Any]]) -> None:
-    for optimizer, state in zip(optimizers, states, strict=True):
-        own = optimizer.state_dict()["param_groups"]
-        if [g["params"] for g in state["param_groups"]] != [g["params"] for g in own]:
-            raise ValueError("param_groups must be of the parameters of this model, got others")
-        params = [p for g in optimizer.param_groups for p in g["params"]]
-        if not state["state"] or not set(state["state"]) <= set(range(len(params))):
+def _places(
+    saved: SavedState,
+    learner: nn.Module,
+    average: Mapping[str, Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+    generator: torch.Generator,
+) -> dict[str, Tensor]:
+    """Tensors to read into: what an optimizer holds of a parameter is made anew, where it has been saved."""
+    names = {id(p): name for name, p in learner.named_parameters()}
+    known = set()
+    for optimizer in optimizers:
+        for p in (p for group in optimizer.param_groups for p in group["params"]):
+            keys = {key: f"{OPTIMIZER}{names[id(p)]}.{key}" for key in STATE_NAMES[type(optimizer)]}
+            known |= set(keys.values())
+            if any(key in saved.sizes for key in keys.values()):
+                optimizer.state[p] = {
+                    key: torch.zeros((), device=p.device) if key == "step" else torch.zeros_like(p.detach())
+                    for key in keys
+                }
+    places = state_tensors(learner, average, optimizers, generator)
+    unknown, missing = sorted(set(saved.sizes) - set(places)), sorted(set(places) - set(saved.sizes))
+    if unknown or missing or not known & set(saved.sizes):
+        wrong = [f"{what} {abridged(of)}" for what, of in (("missing", missing), ("unknown", unknown)) if of]
+        raise ValueError(f"must hold the tensors of this config's run, got {', '.join(wrong) or 'no optimizer'}")
+    for name, place in places.items():
+        if saved.sizes[name] != list(place.shape) or saved.dtypes[name] != place.dtype:
             raise ValueError(
-                f"state must be of parameters 0 to {len(params) - 1}, got {abridged(list(state['state']))}"
+                f"{name} must be {place.dtype} {list(place.shape)}, got {saved.dtypes[name]} {saved.sizes[name]}"
             )
-        for i, saved in state["state"].items():
-            _check_parameter_state(saved, params[i], STATE_NAMES[type(optimizer)], step)
-        # the settings are those of the config
-        optimizer.load_state_dict({"state": state["state"], "param_groups": own})
+    return places
 
 
-def _check_parameter_state(saved: Mapping[str, Tensor], p: Tensor, names: set[str], step: int) -> None:
-    """Whether this is what an optimizer holds of a parameter after so many steps."""
-    if set(saved) != names:
-        raise ValueError(f"must hold {sorted(names)} of a parameter, got {sorted(saved)}")
-    for name, value in saved.items():
-        shape = [] if name == "step" else list(p.shape)
-        if not value.is_floating_point() or list(value.shape) != shape:
-            raise ValueError(f"{name} must be floats {shape} as its parameter, got {value.dtype} {list(value.shape)}")
-    check_finite(saved)
-    if "exp_avg_sq" in saved and saved["exp_avg_sq"].min() < 0:
-        raise ValueError(f"exp_avg_sq must be mean squares, got {saved['exp_avg_sq'].min():g}")
-    if "step" in saved and not 1 <= saved["step"] <= step:
-        raise ValueError(f"step of a parameter must be from 1 to {step}, got {saved['step']:g}")
+def _check_numbers(tensors: Mapping[str, Tensor], step: int) -> None:
+    """Whether a run can have come to these in so many steps."""
+    own = {name: local(value) for name, value in tensors.items() if name != GENERATOR}
+    check_finite(own)
+    for name, value in own.items():
+        key = name.rpartition(".")[2] if name.startswith(OPTIMIZER) else None
+        if key == "exp_avg_sq" and value.numel() and value.min() < 0:
+            raise ValueError(f"{name} must be mean squares, got {value.min():g}")
+        if key == "step" and not 1 <= value <= step:
+            raise ValueError(f"{name} must be from 1 to {step}, got {value:g}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +43,7 @@ def training_step(
     config: StepConfig = DEFAULT,
     *,
     impl: str | None = None,
+    part: slice | None = None,
 ) -> tuple[Tensor, dict[str, float | int | Tensor]]:
     """The loss of one batch of clips; the caller does the backward and the optimizer step.
 
@@ -69,12 +70,14 @@ def training_step(
         generator: Source of every random number; its device may differ from the model's.
         config: What is drawn and how it is weighed.
         impl: Backend of ``block_attention``.
+        part: Compute these samples alone. All is drawn as for the whole batch, and the losses of parts add up to its
+            loss; metrics are of the part.
 
     Returns:
         The loss, a float32 scalar, and metrics without gradient: ``video_loss``, ``action_loss`` (scalar tensors: means
-        over the samples that count; nan when none does), ``alignment_loss`` of a model with aligned streams,
-        ``chunk_size``, ``window``, and the number of samples of each
-        objective as ``samples/<name>``.
+        over the samples that count; nan when none does), how many those are as ``video_samples`` and
+        ``action_samples``, ``alignment_loss`` of a model with aligned streams, ``chunk_size``, ``window``, and the
+        number of samples of each objective as ``samples/<name>``.
 
     Raises:
         TypeError: a batch entry, generator or config of another class.
@@ -83,18 +86,95 @@ def training_step(
     instance("training_step: generator", generator, torch.Generator)
     instance("training_step: config", config, StepConfig)
     inside = getattr(model, "module", model)  # of DistributedDataParallel
-    video, action, text = _checked(inside, batch)
-    has_actions = inside.config.has_actions
-    B, _, frames, y, x = video.shape
-    device, draws = inside.device, generator.device
+    chunk_size, window, d = _draw(inside, batch, generator, config)
+    whole = len(d.video)
+    if part is not None:
+        d, batch = d.part(part), {name: t[part] for name, t in batch.items()}
+    has_actions, frames = inside.config.has_actions, d.video.shape[2]
+    rows, columns = inside.token_grid(*d.video.shape[-2:])
+    sizes = {"frames": frames, "video_tokens": rows * columns, "action_tokens": d.action.shape[2]}
+    sizes |= {"chunk_size": chunk_size, "window": window}
+    told = _told(inside, batch, d.objectives, chunk_size)
+    learned = 1  # first frame whose actions are
+    if inside.config.bridge_layer is not None:
+        learned, told["bridge"] = _own_bridge(inside, config, d.video, d.video_noise, chunk_size)
+    given = sum(s.tokens or batch[s.name].shape[1] for s in inside.config.context)
+    samples = _visibility(config, d.objectives, d.action_free, given, sizes)
+    one = len(set(samples)) == 1
+    plan = compile_plan(samples[0] if one else samples, device=inside.device, stop_gradient=config.stop_gradient)
+    video_flow, action_flow, *read_out = model(
+        noised_video(d.video, d.video_noise, d.video_sigma),
+        noised_video(d.video, d.history_noise, d.history_sigma),
+        add_noise(d.action, d.action_noise, d.action_sigma) if has_actions else None,
+        d.action if has_actions else None,
+        Uncast(timesteps(d.video_sigma)),
+        Uncast(timesteps(d.action_sigma)) if has_actions else None,
+        torch.where(d.keeps_text[:, :, None] > 0, d.text, 0),
+        plan,
+        clean_video_timesteps=Uncast(timesteps(d.history_sigma)),
+        impl=impl,
+        **told,
+    )
+    # [B] each
+    video_error = at_least_float32(video_flow) - target(d.video, d.video_noise)
+    video_error = video_error[:, :, 1:].square().flatten(1).mean(1)
+    action_error = torch.zeros_like(video_error)
+    if action_flow is not None:
+        wrong = at_least_float32(action_flow) - target(d.action, d.action_noise)
+        action_error = wrong[:, learned:].square().flatten(1).mean(1)
+    loss = config.video_weight * video_error * d.counts_video + config.action_weight * action_error * d.counts_action
+    metrics: dict[str, float | int | Tensor] = {
+        "video_loss": (video_error.detach() * d.counts_video).sum() / d.counts_video.sum(),
+        "action_loss": (action_error.detach() * d.counts_action).sum() / d.counts_action.sum(),
+        "video_samples": d.counts_video.sum(),
+        "action_samples": d.counts_action.sum(),
+        "chunk_size": chunk_size,
+        "window": window,
+    }
+    if read_out:
+        alignment = _alignment(batch, read_out[0])
+        metrics["alignment_loss"] = alignment.detach()
+        loss = loss + config.alignment_weight * alignment
+    return loss.sum() / whole, metrics | _counted(d.objectives)
 
+
+class Drawn(NamedTuple):
+    """A batch and what is drawn for it, on the model's device; each field has an entry for every sample."""
+
+    video: Tensor  # [B, C, F, y, x]
+    action: Tensor  # [B, F, n, A]
+    text: Tensor  # [B, L, text_dim]
+    video_noise: Tensor
+    history_noise: Tensor  # of the clean video copy
+    action_noise: Tensor
+    video_sigma: Tensor  # [B, F], as the next two
+    history_sigma: Tensor
+    action_sigma: Tensor
+    keeps_text: Tensor  # [B, 1]
+    counts_video: Tensor  # [B], 1 where the sample carries the loss, else 0
+    counts_action: Tensor
+    objectives: list[Objective]
+    action_free: list[bool]
+
+    def part(self, samples: slice) -> Drawn:
+        return Drawn(*cast(Any, [held[samples] for held in self]))
+
+
+def _draw(
+    model: WorldActionModel, batch: Mapping[str, Tensor], generator: torch.Generator, config: StepConfig
+) -> tuple[int, int, Drawn]:
+    """Chunk size and window of the step, and what its samples are."""
+    video, action, text = _checked(model, batch)
+    has_actions = model.config.has_actions
+    B, frames = video.shape[0], video.shape[2]
+    device, draws = model.device, generator.device
     chunk_size, window = (
         int(torch.randint(low, high + 1, (), generator=generator, device=draws))
         for low, high in (config.chunk_sizes, config.windows)
     )
     counterfactual, action_free = (_marked(batch, name, B) for name in ("counterfactual", "action_free"))
     objectives = draw_sample_objectives(config, generator, counterfactual, action_free)
-    if any(o.conditional for o in objectives) and (not has_actions or inside.config.bridge_layer is not None):
+    if any(o.conditional for o in objectives) and (not has_actions or model.config.bridge_layer is not None):
         raise ValueError(
             "training_step: config.mixture must be {'joint': 1} for a model without actions or with bridge_layer, got "
             f"{config.mixture}"
@@ -105,7 +185,6 @@ def training_step(
         torch.randn(t.shape, generator=generator, dtype=torch.float32, device=draws).to(device)
         for t in (video, video, action)
     )
-
     denoises_video, denoises_action, keeps_text = _flags(objectives, device)
     # True where it is noise alone, and carries no loss
     video_marginal, action_marginal = (
@@ -113,51 +192,21 @@ def training_step(
         for marked in draw_marginals(config, generator, objectives, action_free)
     )
     keeps_text = keeps_text * draw_kept_text(config.text_dropout, B, generator).to(device)
-    video_sigma = video_sigma.to(device).masked_fill(video_marginal, 1.0) * denoises_video
-    action_sigma = action_sigma.to(device).masked_fill(action_marginal, 1.0) * denoises_action
-
-    rows, columns = inside.token_grid(y, x)
-    sizes = {"frames": frames, "video_tokens": rows * columns, "action_tokens": action.shape[2]}
-    sizes |= {"chunk_size": chunk_size, "window": window}
-    told = _told(inside, batch, objectives, chunk_size)
-    learned = 1  # first frame whose actions are
-    if inside.config.bridge_layer is not None:
-        learned, told["bridge"] = _own_bridge(inside, config, video, video_noise, chunk_size)
-    given = sum(s.tokens or batch[s.name].shape[1] for s in inside.config.context)
-    samples = _visibility(config, objectives, action_free, given, sizes)
-    one = len(set(samples)) == 1
-    plan = compile_plan(samples[0] if one else samples, device=device, stop_gradient=config.stop_gradient)
-    video_flow, action_flow, *read_out = model(
-        noised_video(video, video_noise, video_sigma),
-        noised_video(video, history_noise, history_sigma),
-        add_noise(action, action_noise, action_sigma) if has_actions else None,
-        action if has_actions else None,
-        Uncast(timesteps(video_sigma)),
-        Uncast(timesteps(action_sigma)) if has_actions else None,
-        torch.where(keeps_text[:, :, None] > 0, text, 0),
-        plan,
-        clean_video_timesteps=Uncast(timesteps(history_sigma)),
-        impl=impl,
-        **told,
-    )
-    # [B] each
-    video_error = (at_least_float32(video_flow) - target(video, video_noise))[:, :, 1:].square().flatten(1).mean(1)
-    action_error = torch.zeros_like(video_error)
-    if action_flow is not None:
-        wrong = at_least_float32(action_flow) - target(action, action_noise)
-        action_error = wrong[:, learned:].square().flatten(1).mean(1)
-    counts_video = denoises_video[:, 0] * ~video_marginal[:, 0]
-    counts_action = denoises_action[:, 0] * ~action_marginal[:, 0] * has_actions
-    loss = config.video_weight * video_error * counts_video + config.action_weight * action_error * counts_action
-    alignment = _alignment(batch, read_out[0]) if read_out else None
-    metrics: dict[str, float | int | Tensor] = {
-        "video_loss": (video_error.detach() * counts_video).sum() / counts_video.sum(),
-        "action_loss": (action_error.detach() * counts_action).sum() / counts_action.sum(),
-        **({} if alignment is None else {"alignment_loss": alignment.detach()}),
-        **{"chunk_size": chunk_size, "window": window},
-    }
-    loss = loss if alignment is None else loss + config.alignment_weight * alignment
-    return loss.mean(), metrics | _counted(objectives)
+    return (
+        chunk_size,
+        window,
+        Drawn(
+            video, action, text, video_noise, history_noise, action_noise,
+            video_sigma=video_sigma.to(device).masked_fill(video_marginal, 1.0) * denoises_video,
+            history_sigma=history_sigma,
+            action_sigma=action_sigma.to(device).masked_fill(action_marginal, 1.0) * denoises_action,
+            keeps_text=keeps_text,
+            counts_video=denoises_video[:, 0] * ~video_marginal[:, 0],
+            counts_action=denoises_action[:, 0] * ~action_marginal[:, 0] * has_actions,
+            objectives=objectives,
+            action_free=action_free,
+        ),
+    )  # fmt: skip
 
 
 def _flags(objectives: list[Objective], device: torch.device) -> list[Tensor]:

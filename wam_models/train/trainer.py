@@ -7,8 +7,10 @@ is interrupted and resumed goes on with the losses that it would have had.
 from __future__ import annotations
 
 import math
+import secrets
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..checkpoint import Checkpoint
+from ..checkpoint import Checkpoint, Save
 from ..data import ClipDataset
 from ..data.latents import codec_kind
 from ..model.dual_expert import WorldActionModel
@@ -28,14 +30,16 @@ from ..rollout.policy import Policy
 from ..runtime.checks import instance, whole
 from ..runtime.limits import LARGEST_INT64
 from ..text import WordEmbedding
-from ..weights.parts import adapters_of, choose_parts, frozen_streams, merged
+from ..training_state import TrainingState
+from ..weights.parts import choose_parts, frozen_streams, merged
 from .config import DECAY_PART, TrainConfig, check_fit
 from .ema import update_average
 from .initialise import initialise
 from .log import STREAMS, recent
 from .optimizers import make_optimizers, set_learning_rate
 from .periodic import PeriodicEvaluation
-from .resume import ADAPTERS, averaged_weights, check_resumable, restore
+from .ranks import Ranks, whole_tensor
+from .resume import check_resumable, restore, state_tensors
 from .run_folder import RunFolder
 from .samples import StepConfig
 from .step import training_step
@@ -178,14 +182,21 @@ class Trainer:
             self.learner, frozen=config.frozen, lora=config.lora, lora_rank=config.lora_rank,
             lora_scale=config.lora_scale,
         )  # fmt: skip
+        self.ranks = Ranks(config.engine, device)
+        self.parts = self.ranks.samples(config.batch)
+        self.bf16 = config.engine.precision == "bf16" or (config.engine.precision == "auto" and device.type == "cuda")
         self.learner.to(device).train()
+        self.ranks.shard(self.learner, self.model, bf16=self.bf16)
         self.optimizers = make_optimizers(self.learner, config)
         self.average = {k: v.detach().clone() for k, v in self.learner.state_dict().items()}
         self.step = 0
         self.planned_end: int | None = None  # the last step, once the clock has decided it
         if resume is not None:
-            self.step, self.planned_end = restore(resume, self.learner, self.optimizers, self.generator)
-            self.average = averaged_weights(resume, self.learner, device)
+            self.step, self.planned_end = restore(
+                resume, self.learner, self.average, self.optimizers, self.generator, self.ranks.group
+            )
+        self._saving: Future | None = None
+        self._writer = ThreadPoolExecutor(1, "save")
         self.kinds = config.draws(frozen_streams(self.learner))
         self.shares = torch.tensor([kind.share for kind in self.kinds])
         self.log: list[dict[str, Any]] = []
@@ -194,17 +205,23 @@ class Trainer:
         """Steps until the last one is done, time is up or ``stop`` says so; ``folder`` gets the log and checkpoints."""
         self.first_step, self.began = self.step, time.perf_counter()
         done = self.step >= self.config.steps
-        with self._progress_bar(progress) as show, nullcontext() if folder is None else folder.begin(self.step):
+        log = folder if self.ranks.main else None
+        with (
+            self._progress_bar(progress and self.ranks.main) as show,
+            nullcontext() if log is None else log.begin(self.step),
+            self._saves_finished(),
+        ):
             while not done:
                 row = self._train_step()
                 if self.evaluation is not None and self.step % self.evaluation.every == 0:
                     row["evaluation"] = self._evaluate(self.evaluation)
                 self.log.append(row)
-                if folder is not None:
-                    folder.add(row)
+                if log is not None:
+                    log.add(row)
                 show(row)
                 self._plan_end(row["seconds"])
-                done = self._at_end() or stop() or (self.seconds is not None and row["seconds"] >= self.seconds)
+                late = self.seconds is not None and row["seconds"] >= self.seconds
+                done = self._at_end() or self.ranks.any(stop()) or late
                 if folder is not None and (done or self.step % self.config.save_every == 0):
                     self.save(folder.checkpoint)
         return Trained(self.policy(), self.log, self.step)
@@ -214,11 +231,10 @@ class Trainer:
         step_config, clips = self._draw()
         rate = self.config.rate(self.step, self.planned_end)
         set_learning_rate(self.optimizers, rate)
-        loss, metrics = self._forward(step_config, clips)
-        self._raise_if_diverged("loss", loss, rate, clips)
-        self.learner.zero_grad(set_to_none=True)
-        loss.backward()
-        gradient = nn.utils.clip_grad_norm_(self.learner.parameters(), self.config.clip_norm)
+        losses = self._gradients(step_config, clips)
+        self._raise_if_diverged("loss", losses["loss"], rate, clips)
+        norm = nn.utils.clip_grad_norm_(self.learner.parameters(), self.config.clip_norm)
+        gradient = whole_tensor(norm).item()
         self._raise_if_diverged("gradient", gradient, rate, clips)  # a step along it would lose the weights
         for optimizer in self.optimizers:
             optimizer.step()
@@ -226,18 +242,35 @@ class Trainer:
         update_average(self.average, self.learner.state_dict(), self.step, self.config.ema)
         return {
             "step": self.step,
-            "loss": loss.item(),
-            "video_loss": _finite_or_none(metrics["video_loss"]),
-            "action_loss": _finite_or_none(metrics["action_loss"]),
+            **losses,
             "rate": rate,
-            "gradient": gradient.item(),
-            "seconds": time.perf_counter() - self.began,
+            "gradient": gradient,
+            "seconds": self.ranks.agreed(time.perf_counter() - self.began),
         }
+
+    def _gradients(self, step_config: StepConfig, clips: dict[str, Tensor]) -> dict[str, Any]:
+        """Those of the step, micro-batch by micro-batch; returns its losses, of all processes."""
+        self.learner.zero_grad(set_to_none=True)
+        drawn, sums = self.generator.get_state(), [0.0] * 5
+        for part in self.parts:
+            self.ranks.synchronise(self.learner, part is self.parts[-1])
+            self.generator.set_state(drawn)  # each micro-batch is a part of the same draw
+            loss, metrics = self._forward(step_config, clips, part)
+            (loss * self.ranks.parts).backward()  # processes take the mean of their gradients
+            found = [loss.item()]
+            for stream in STREAMS:
+                samples = float(metrics[f"{stream}_samples"])
+                found += [float(metrics[f"{stream}_loss"]) * samples if samples else 0.0, samples]
+            sums = [a + b for a, b in zip(sums, found, strict=True)]
+        total_loss, *of_streams = self.ranks.sums(sums)
+        pairs = zip(STREAMS, of_streams[::2], of_streams[1::2], strict=True)
+        return {"loss": total_loss} | {f"{s}_loss": _finite_or_none(total / n) if n else None for s, total, n in pairs}
 
     def _evaluate(self, evaluation: PeriodicEvaluation) -> dict[str, Any]:
         began = time.perf_counter()
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            found = evaluation.run(self.policy(), self.step)
+            policy = self.policy()
+            found = self.ranks.agreed(evaluation.run(policy, self.step) if self.ranks.main else None)
         self.began += time.perf_counter() - began  # else it would cost a run of limited time its steps
         return found
 
@@ -246,13 +279,17 @@ class Trainer:
         kind = self.kinds[int(torch.multinomial(self.shares, 1, generator=self.generator))]
         return kind.config, self.data.sample(self.config.batch, self.config.frames, self.generator, kind.splits)
 
-    def _forward(self, step_config: StepConfig, clips: dict[str, Tensor]) -> tuple[Tensor, Mapping[str, Any]]:
+    def _forward(
+        self, step_config: StepConfig, clips: dict[str, Tensor], part: slice
+    ) -> tuple[Tensor, Mapping[str, Any]]:
         words = self.text([self.data.tasks[i] for i in clips["task"].tolist()])
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
-            return training_step(self.model, {**clips, "text": words}, self.generator, step_config)
+        batch = {**clips, "text": words}
+        # sharded parameters are cast as they are gathered
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and not self.ranks.sharded):
+            return training_step(self.model, batch, self.generator, step_config, part=part)
 
-    def _raise_if_diverged(self, what: str, value: Tensor, rate: float, clips: dict[str, Tensor]) -> None:
-        if torch.isfinite(value):
+    def _raise_if_diverged(self, what: str, value: float, rate: float, clips: dict[str, Tensor]) -> None:
+        if math.isfinite(value):
             return
         advice = f"lower learning_rate, {rate:g} in this step, or clip_norm, or raise warmup"
         for name in STREAMS:
@@ -260,7 +297,7 @@ class Trainer:
             if not finite.all():
                 episode = clips["episode"][~finite][0]
                 advice = f"episode {episode} of the data has {name} that is not finite; mend or drop it"
-        raise FloatingPointError(f"train: the {what} of step {self.step + 1} is {value.item()}; {advice}")
+        raise FloatingPointError(f"train: the {what} of step {self.step + 1} is {value}; {advice}")
 
     def _plan_end(self, spent: float) -> None:
         """Of a "decay" run with limited time: decide, once half of it is spent, at which step the rate reaches 0."""
@@ -274,21 +311,30 @@ class Trainer:
     def _at_end(self) -> bool:
         return self.step == (self.config.steps if self.planned_end is None else self.planned_end)
 
-    def policy(self) -> Policy:
-        """The averaged weights as they are now, adapters merged, as a policy of its own."""
+    def policy(self, device: torch.device | None = None) -> Policy:
+        """The averaged weights as they are now, adapters merged, as a policy of its own; to be called on all ranks.
+
+        ``device`` is where it is, default the run's.
+        """
+        device = self.device if device is None else device
+        average = {name: whole_tensor(value) for name, value in self.average.items()}
         sizes = self.config.model
-        model = WorldActionModel(sizes).to(self.device).requires_grad_(False)
+        model = WorldActionModel(sizes).to(device).requires_grad_(False)
         text = WordEmbedding(self.text.vocabulary, sizes.text_dim, tokens=self.text.tokens)
-        text = text.to(self.device).requires_grad_(False)
-        load_weights(nn.ModuleDict({"model": model, "text": text}), merged(self.average, self.config.lora_scale))
+        text = text.to(device).requires_grad_(False)
+        load_weights(nn.ModuleDict({"model": model, "text": text}), merged(average, self.config.lora_scale))
         return Policy.of(model, text, self.data, self.rollout)
 
     def save(self, checkpoint: Path) -> None:
-        """Write the policy and all that a resume needs.
+        """Begin to write the policy and all that a resume needs, as they are now; on all ranks.
+
+        It goes on beside the steps that follow; the next save, and the end of the run, wait for it.
 
         Raises:
-            OSError: no room; the message names the file.
+            OSError: no room, also for the save before; the message names the file.
         """
+        self.finish_saving()
+        policy = self.policy(torch.device("cpu"))
         training = {
             "config": self.config.to_dict(),
             "step": self.step,
@@ -297,16 +343,33 @@ class Trainer:
         }
         if self.evaluation is not None:
             training["evaluation"] = dict(self.evaluation.settings)
-        state: dict[str, Any] = {
-            "weights": self.learner.state_dict(),
-            "optimizers": [o.state_dict() for o in self.optimizers],
-            "generator": self.generator.get_state(),
-            "step": self.step,
-            "planned": self.planned_end,
-        }
-        if adapters := adapters_of(self.average):
-            state[ADAPTERS] = adapters
-        self.policy().save(checkpoint, training=training, training_state=state)
+        tensors = state_tensors(self.learner, self.average, self.optimizers, self.generator)
+        state = TrainingState(tensors, {"step": self.step, "planned": self.planned_end}, self.ranks.group)
+        save = Save(checkpoint, secrets.token_hex(8), state) if self.ranks.main else None
+        folder = self.ranks.agreed(None if save is None else str(save.training))
+        if save is None:
+            self._saving = state.write(Path(folder))
+        else:
+            self._saving = self._writer.submit(policy.save, save, training=training)
+
+    @contextmanager
+    def _saves_finished(self) -> Iterator[None]:
+        """At the end no save goes on; one that went wrong is reported, unless something else has ended the run."""
+        try:
+            yield
+            self.finish_saving()
+        finally:
+            self._writer.shutdown()
+
+    def finish_saving(self) -> None:
+        """Wait for the save that goes on, if there is one.
+
+        Raises:
+            OSError: it found no room; the message names the file.
+        """
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
 
     @contextmanager
     def _progress_bar(self, shown: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
@@ -337,6 +400,5 @@ def _start_from(model: WorldActionModel, init: Mapping[str, Tensor] | None, resu
     check_finite(init, "train: init: ")
 
 
-def _finite_or_none(value: Tensor) -> float | None:
-    number = value.item()
-    return number if math.isfinite(number) else None
+def _finite_or_none(value: float) -> float | None:
+    return value if math.isfinite(value) else None
