@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 PACKAGE := pyproject.toml setup.py CMakeLists.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo docs lint test test-slow test-triton test-lerobot test-torch27 mutation bench clean
+.PHONY: help demo docs wheel lint test test-slow test-triton test-lerobot test-torch27 mutation bench clean
 .DELETE_ON_ERROR:
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make test-torch27  run the integrations' tests under PyTorch 2.7.1 in .venv-torch27 (downloads 3 GB)"
 	@echo "make mutation   set up .venv and plant bugs in the CUDA kernels, of which each must be found"
 	@echo "make docs       build the documentation in .venv-docs into build/site; a warning is an error"
+	@echo "make wheel      build wheels in dist, with and without the CUDA extension, and try each in an empty environment"
 	@echo "make bench      set up .venv and time every op on one CPU thread beside the saved baseline"
 	@echo "make clean      remove the environments and what was built"
 
@@ -66,6 +67,10 @@ docs: $(DOCS)/installed
 	NO_MKDOCS_2_WARNING=1 PYTHONPATH=. $(DOCS)/bin/python -m mkdocs build --strict
 	@echo "build/site/index.html"
 
+# downloads torch for every Python that there is; minutes of nvcc each for the extension
+wheel:
+	$(PYTHON) -m tools.wheels
+
 $(LEROBOT)/installed: OWN_PYTHON = $(PYTHON312)
 $(TORCH27)/installed $(DOCS)/installed: OWN_PYTHON = $(PYTHON)
 $(LEROBOT)/installed $(TORCH27)/installed $(DOCS)/installed: .venv-%/installed: requirements/%.txt
@@ -104,4 +109,4 @@ $(VENV)/installed-test: $(VENV)/installed requirements/test.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(LEROBOT) $(TORCH27) $(DOCS) build *.egg-info wam_kernels/_C*.so
+	rm -rf $(VENV) $(LEROBOT) $(TORCH27) $(DOCS) build dist *.egg-info wam_kernels/_C*.so

@@ -144,6 +144,7 @@ BARE = doctor.Machine(
     cpu_threads=2,
     vector_isa="AVX2",
     load=0.1,
+    results=None,
 )
 H100 = doctor.GPU("NVIDIA H100", (9, 0), 79.6)
 A100 = doctor.GPU("NVIDIA A100", (8, 0), 79.6)
@@ -180,6 +181,7 @@ def test_doctor_says_why_a_backend_is_missing(change, op, impl, missing):
     found = doctor.missing(OPS[op].backends[impl], machine)
     assert found is None if missing is None else missing in found
     (row,) = (line for line in doctor.report(machine).splitlines() if line.split()[:2] == [op, impl])
+    assert "no bench/results here" in doctor.report(machine)
     assert row.split()[2] == ("yes" if missing is None else "no")
 
 
@@ -194,6 +196,23 @@ def test_doctor_says_why_a_backend_is_missing(change, op, impl, missing):
 def test_doctor_names_the_device_model_of_estimates(gpus, row):
     (line,) = (row for row in doctor.report(dataclasses.replace(BARE, gpus=gpus)).splitlines() if "device model" in row)
     assert row in line and ("there is no GPU here" in line) == (not gpus)
+
+
+def test_doctor_counts_the_rows_of_this_device(tmp_path):
+    """Of every op and device: what was measured there, what was predicted, and how to get more."""
+    rows = [{"device": "a CPU", "date": "2026-11-20T08:00:00Z"}, {"device": "a CPU", "date": "2026-11-21T08:00:00Z"}]
+    lines = map(json.dumps, [*rows, {"device": "another", "date": "2026-11-25T08:00:00Z"}])
+    (tmp_path / "adaln.jsonl").write_text("\n".join(lines) + "\n")
+    predicted = {"device": "another", "date": "2026-11-26T08:00:00Z", "predicted": True, "op": "block_attention"}
+    (tmp_path / "static.jsonl").write_text(json.dumps(predicted) + "\n")
+    machine = dataclasses.replace(BARE, results=tmp_path, gpus=(H100,))
+    found = {row[:2]: row[2:] for row in doctor.recorded(machine, tmp_path)[1:]}
+    assert len(found) == 2 * len(OPS)
+    newest, command = "2, newest 2026-11-21", "python -m bench.suites adaln --device cpu"
+    assert found["ada_layer_norm", "a CPU"] == (newest, "none", command)
+    assert found["block_attention", "NVIDIA H100"][:2] == ("none", "1, newest 2026-11-26")
+    assert found["block_attention", "a CPU"][:2] == ("none", "none")
+    assert newest in doctor.report(machine) and "tools/gpu/gpu.sh" in doctor.report(machine)
 
 
 def test_doctor_warns_of_a_crowded_machine():

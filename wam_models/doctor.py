@@ -1,9 +1,11 @@
-"""``wam doctor``: what this machine offers, and which op runs on which backend here and why not elsewhere.
+"""``wam doctor``: what this machine offers, which op runs on which backend here and why not elsewhere, and what has
+been measured of it on such a device.
 
-The rows are those of ``wam_kernels.ops``.
+The ops are the rows of ``wam_kernels.ops``; what was measured is in ``bench/results`` of a clone.
 """
 
 import argparse
+import json
 import os
 import platform
 import re
@@ -48,6 +50,7 @@ class Machine:
     cpu_threads: int  # those torch uses
     vector_isa: str
     load: float  # processes that ran or waited for a core, mean of the last minute
+    results: Path | None  # bench/results of a clone
 
 
 # ---- Needs: what looks at the machine and says what is missing, or None.
@@ -133,6 +136,11 @@ def _cpu_name() -> str:
     return found[1] if found else platform.machine()
 
 
+def _results() -> Path | None:
+    folder = Path(__file__).resolve().parents[1] / "bench/results"
+    return folder if folder.is_dir() else None
+
+
 def _gpus() -> Iterable[GPU]:
     for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         properties = torch.cuda.get_device_properties(i)
@@ -154,6 +162,7 @@ def probe() -> Machine:
         cpu_threads=torch.get_num_threads(),
         vector_isa=torch.backends.cpu.get_cpu_capability(),
         load=os.getloadavg()[0],
+        results=_results(),
     )
 
 
@@ -189,6 +198,48 @@ def crowded(machine: Machine) -> str | None:
     )
 
 
+PREDICTED_FOR = "H100"  # the GPU of the rows in static.jsonl
+
+
+def _rows(results: Path, suite: str) -> list[dict]:
+    path = results / f"{suite}.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def _count(rows: list[dict]) -> str:
+    return f"{len(rows)}, newest {max(row['date'] for row in rows)[:10]}" if rows else "none"
+
+
+def recorded(machine: Machine, results: Path) -> list[tuple[str, ...]]:
+    """For every op and device of the machine: rows measured on such a device, predicted ones, and how to get some."""
+    table = [("op", "device", "rows measured", "predicted", "to measure")]
+    predictions = [row for row in _rows(results, "static") if row.get("predicted")]
+    devices = dict.fromkeys([*(gpu.name for gpu in machine.gpus), machine.cpu])
+    for op in OPS.values():
+        rows = _rows(results, op.package)
+        predicted = [row for row in predictions if row["op"] == op.package]
+        for device in devices:
+            has = PREDICTED_FOR in device and predicted
+            here = [row for row in rows if row["device"] == device]
+            flag = " --device cpu" if machine.gpus and device == machine.cpu else ""
+            command = f"python -m bench.suites {op.package}{flag}"
+            table.append((op.name, device, _count(here), _count(predicted) if has else "none", command))
+    return table
+
+
+def _recorded_section(machine: Machine) -> str:
+    if machine.results is None:
+        return (
+            "Measured\n  no bench/results here: the benchmarks live in a clone of the repository, whose page "
+            "docs/benchmarks.md has what they found"
+        )
+    how = (
+        f"  All suites: wam bench; on a GPU machine: tools/gpu/gpu.sh. Predictions are for an {PREDICTED_FOR}, from "
+        "machine code: python -m bench.suites static"
+    )
+    return f"Measured on such a device, in bench/results\n{_table(recorded(machine, machine.results))}\n{how}"
+
+
 def report(machine: Machine) -> str:
     facts = [("python", platform.python_version())]
     facts += [(name, found or "not installed") for name, found in machine.versions.items()]
@@ -210,7 +261,8 @@ def report(machine: Machine) -> str:
             reason = missing(backend, machine)
             ops.append((op.name, impl, "no" if reason else "yes", reason or _what(op, impl)))
     warning = crowded(machine)
-    return f"This machine\n{_table(facts)}\n\nOps\n{_table(ops)}" + (f"\n\n{warning}" if warning else "")
+    sections = [f"This machine\n{_table(facts)}", f"Ops\n{_table(ops)}", _recorded_section(machine)]
+    return "\n\n".join(sections + [warning] * (warning is not None))
 
 
 def run(args: argparse.Namespace) -> None:
