@@ -212,7 +212,7 @@ def _count(rows: list[dict]) -> str:
 
 def recorded(machine: Machine, results: Path) -> list[tuple[str, ...]]:
     """For every op and device of the machine: rows measured on such a device, predicted ones, and how to get some."""
-    table = [("op", "device", "rows measured", "predicted", "to measure")]
+    table: list[tuple[str, ...]] = [("op", "device", "rows measured", "predicted", "to measure")]
     predictions = [row for row in _rows(results, "static") if row.get("predicted")]
     devices = dict.fromkeys([*(gpu.name for gpu in machine.gpus), machine.cpu])
     for op in OPS.values():
@@ -262,7 +262,7 @@ def report(machine: Machine) -> str:
             ops.append((op.name, impl, "no" if reason else "yes", reason or _what(op, impl)))
     warning = crowded(machine)
     sections = [f"This machine\n{_table(facts)}", f"Ops\n{_table(ops)}", _recorded_section(machine)]
-    return "\n\n".join(sections + [warning] * (warning is not None))
+    return "\n\n".join(sections if warning is None else [*sections, warning])
 
 
 def run(args: argparse.Namespace) -> None:
