@@ -8,20 +8,34 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from wam_kernels import block_attention, cached_attention, compile_plan
+from wam_kernels.masks.context import with_context
 from wam_kernels.roofline import DEVICE_MODELS, Cost, device_model, device_model_of
 from wam_kernels.roofline import block_attention as attention_cost
 from wam_models import RolloutConfig, RolloutEngine, WorldActionModel, cli
-from wam_models.config import golden_config
+from wam_models.bridge import bridge_video
+from wam_models.config import Stream, golden_config
 from wam_models.estimate import PRESETS, Sizes, parameters, rollout_chunk, rollout_memory
 from wam_models.estimate.forward import block_matrices, optimizers, packed_forward
 from wam_models.estimate.memory import block_activations
-from wam_models.objectives import OBJECTIVES, geometry_for
+from wam_models.objectives import OBJECTIVES, frames_before_chunks, geometry_for
 from wam_models.rollout.layout import ChunkLayout
 from wam_models.train import TrainConfig
 from wam_models.train.optimizers import make_optimizers
 
 SMALL = golden_config()
 OTHER = replace(SMALL, hidden=32, heads=3, head_dim=16, layers=3, ffn=80, actions_per_frame=3, text_dim=24)
+QUERIES = Stream(name="queries", width=24, ffn=40, tokens=3, aligned=6)
+REGISTERS = Stream(name="registers", width=64, ffn=128, tokens=2, expert="video")
+KINDS = {
+    "small": SMALL,
+    "other": OTHER,
+    "one expert": replace(
+        SMALL, topology="parallel_stream", action_hidden=64, action_ffn=128, state_dim=5, mode_token=True
+    ),
+    "video alone": replace(SMALL, topology="video_only", context=(REGISTERS,)),
+    "further streams": replace(SMALL, state_dim=5, context=(QUERIES, REGISTERS)),
+    "bridge": replace(OTHER, bridge_dim=32, bridge_layer=1),
+}
 GRID, TEXT = (2, 3), 5
 
 
@@ -37,27 +51,34 @@ def counted(call):
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("config", [SMALL, OTHER], ids=["small", "other"])
+@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 def test_parameters_are_those_of_the_model(config):
     assert parameters(config) == sum(p.numel() for p in made(config).parameters())
 
 
-@pytest.mark.parametrize("config,frames", [(SMALL, 5), (OTHER, 9)], ids=["small", "other"])
+@pytest.mark.parametrize("config,frames", [(c, 9 if c.layers == 3 else 5) for c in KINDS.values()], ids=KINDS)
 @pytest.mark.parametrize("impl", ["cpu", "reference"])
 def test_flops_of_a_packed_forward_are_those_that_torch_counts(config, frames, impl):
     """Exact over visible pairs; the reference computes all pairs, and one number more of each."""
     B, c = 2, config
     y, x = 2 * GRID[0], 2 * GRID[1]
     geometry = geometry_for(
-        "joint", OBJECTIVES["joint"], frames=frames, video_tokens=6, action_tokens=c.actions_per_frame,
+        "joint", OBJECTIVES["joint"], frames=frames, video_tokens=6, action_tokens=c.actions_per_frame * c.has_actions,
         chunk_size=2, window=4,
     )  # fmt: skip
-    plan, model = compile_plan(geometry), made(c)
+    sizes = Sizes(c, GRID, TEXT, 4)
+    given = sizes.context_tokens
+    plan, model = compile_plan(with_context(geometry, given) if given else geometry), made(c)
     video, action = torch.randn(B, c.latent_channels, frames, y, x), torch.randn(B, frames, c.actions_per_frame, 7)
     t = torch.full((B, frames), 500.0)
     text = torch.randn(B, TEXT, c.text_dim)
-    got = counted(lambda: model(video, video, action, action, t, t, text, plan, impl=impl))
-    sizes = Sizes(c, GRID, TEXT, 4)
+    told = {"state": torch.randn(B, frames, c.state_dim) if c.state_dim else None}
+    told["modes"] = torch.zeros(B, dtype=torch.int64) if c.mode_token else None
+    if c.bridge_dim:
+        last = video[:, :, frames_before_chunks(frames, 2)[-1] :]
+        told["bridge"] = bridge_video(c, last, last)
+    of_actions = (action, action, t) if c.has_actions else (None, None, None)
+    got = counted(lambda: model(video, video, *of_actions[:2], t, of_actions[2], text, plan, impl=impl, **told))
     others, attention = packed_forward(sizes, B, frames, "joint", chunk_size=2, window=4, history="full")
     more = 0
     if impl == "reference":
@@ -65,7 +86,7 @@ def test_flops_of_a_packed_forward_are_those_that_torch_counts(config, frames, i
     assert got == others.flops + attention.flops + c.layers * B * more
 
 
-@pytest.mark.parametrize("config", [SMALL, OTHER], ids=["small", "other"])
+@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
 @pytest.mark.parametrize(
     "program,options",
     [
@@ -79,8 +100,9 @@ def test_flops_of_a_chunk_are_those_that_torch_counts(config, program, options):
     c, model = config, made(config)
     rollout = RolloutConfig(program=program, **{"chunk_size": 2, "window": 4, "steps": 2} | options)
     episode = RolloutEngine(model, rollout).start(
-        torch.randn(1, c.latent_channels, 1, 2 * GRID[0], 2 * GRID[1]), torch.randn(1, TEXT, c.text_dim)
-    )
+        torch.randn(1, c.latent_channels, 1, 2 * GRID[0], 2 * GRID[1]), torch.randn(1, TEXT, c.text_dim),
+        state=torch.randn(1, 1, c.state_dim) if c.state_dim else None,
+    )  # fmt: skip
     for seed in range(4):  # until the window is full
         episode.accept(episode.propose(generator=torch.Generator().manual_seed(seed)))
 

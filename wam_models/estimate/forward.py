@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from wam_kernels import compile_plan
+from wam_kernels.masks.context import with_context
 from wam_kernels.masks.visibility import ACTION, CLEAN, NOISY, VIDEO
 from wam_kernels.roofline import (
     Cost,
@@ -24,7 +25,7 @@ from wam_kernels.roofline import (
 from wam_kernels.streaming_cache import key_spans
 
 from ..config import ModelConfig
-from ..objectives import OBJECTIVES, geometry_for
+from ..objectives import OBJECTIVES, frames_before_chunks, geometry_for
 from ..rollout import RolloutConfig
 from ..rollout.layout import ChunkLayout
 from ..rollout.stages import Stage, stages
@@ -58,20 +59,38 @@ class Sizes:
 
     def __post_init__(self) -> None:
         m = self.model
-        if m.topology != "dual_expert" or m.context or m.state_dim or m.mode_token or m.bridge_dim:
-            names = [stream.name for stream in m.context]
+        names = [stream.name for stream in m.context if stream.features]
+        if names or (m.bridge_dim and m.bridge_layer is None):
             raise ValueError(
-                "--estimate must be of a dual-expert model that is given pictures and text alone, got "
-                f"topology={m.topology!r}, context {names}, state_dim={m.state_dim}, mode_token={m.mode_token} and "
-                f"bridge_dim={m.bridge_dim}"
+                "--estimate must be of a model that is given no features of another network, whose number it does not "
+                f"tell, got context {names} and bridge_dim={m.bridge_dim} without bridge_layer"
             )
+
+    @property
+    def denoised(self) -> tuple[int, ...]:
+        """Streams that are: video, and actions where there are any."""
+        return (VIDEO, ACTION) if self.model.has_actions else (VIDEO,)
+
+    @property
+    def given(self) -> tuple[int, ...]:
+        """Streams of learned tokens."""
+        return tuple(range(len(self.denoised), len(self.model.streams)))
+
+    @property
+    def context_tokens(self) -> int:
+        return sum(self.model.streams[stream].tokens for stream in self.given)
+
+    @property
+    def texts(self) -> int:
+        """Tokens of an instruction with that of the objective."""
+        return self.text_tokens + self.model.mode_token
 
     def tokens(self, stream: int) -> int:
         """Of one frame."""
         return self.grid[0] * self.grid[1] if stream == VIDEO else self.model.actions_per_frame
 
     def width(self, stream: int) -> int:
-        return self.model.hidden if stream == VIDEO else self.model.action_hidden
+        return self.model.streams[stream].width
 
 
 @dataclass(frozen=True)
@@ -89,19 +108,33 @@ class Part:
 
 def parameters(c: ModelConfig) -> int:
     """Numbers of a model's weights, biases and tables."""
-    inner, total = c.inner, 0
-    for width, ffn, data in ((c.hidden, c.ffn, c.patch_width), (c.action_hidden, c.action_ffn, c.action_dim)):
-        attention = 4 * width * inner + 3 * inner + width + 2 * inner
-        block = 6 * width + 2 * attention + 2 * width + 2 * width * ffn + ffn + width
-        time = c.freq_dim * width + width + width * width + width + 6 * width * width + 6 * width
-        total += c.layers * block + time + 2 * width + data * width + width + width * data + data
-    text = (c.text_dim * c.hidden + c.hidden) + (c.hidden * c.hidden + c.hidden)
-    return total + text + c.text_dim * c.action_hidden + c.action_hidden
+    inner, total = c.inner, linear_numbers(c.hidden, c.hidden)  # the second map of the video's text
+    for place, stream in enumerate(c.streams):
+        width, ffn, data = stream.width, stream.ffn, stream.features
+        if stream.owns_expert:
+            attention = 3 * linear_numbers(width, inner) + linear_numbers(inner, width) + 2 * inner
+            block = 6 * width + 2 * attention + 2 * width + linear_numbers(width, ffn) + linear_numbers(ffn, width)
+            total += c.layers * block + linear_numbers(c.text_dim, width)
+        if place < 1 + c.has_actions:
+            time = linear_numbers(c.freq_dim, width) + linear_numbers(width, width) + linear_numbers(width, 6 * width)
+            total += time + 2 * width * stream.owns_expert + linear_numbers(width, data)
+        total += linear_numbers(data, width) if data else stream.tokens * width
+        total += linear_numbers(width, stream.aligned) if stream.aligned else 0
+    if c.state_dim:
+        total += linear_numbers(c.state_dim, c.hidden)
+        total += linear_numbers(c.hidden, c.action_hidden) if c.hidden != c.action_hidden else 0
+    total += len(OBJECTIVES) * c.text_dim if c.mode_token else 0
+    return total + (linear_numbers(c.bridge_dim, c.action_hidden) if c.bridge_dim else 0)
+
+
+def linear_numbers(width_in: int, width_out: int) -> int:
+    """Of a linear map and its bias."""
+    return width_in * width_out + width_out
 
 
 def block_matrices(c: ModelConfig) -> list[tuple[int, int, int]]:
     """(rows, columns, how many): the matrices of the blocks, which Muon learns."""
-    experts = (c.hidden, c.ffn), (c.action_hidden, c.action_ffn)
+    experts = [(stream.width, stream.ffn) for stream in c.streams if stream.owns_expert]
     return [m for width, ffn in experts for m in ((c.inner, width, 8 * c.layers), (ffn, width, 2 * c.layers))]
 
 
@@ -112,13 +145,12 @@ def _keys(s: Sizes, stream: int, rows: int, timesteps: int) -> Cost:
     return cost + qk_norm_rope(rows, c.heads, c.head_dim, e)
 
 
-def _rest(s: Sizes, stream: int, rows: int, timesteps: int, samples: int) -> Cost:
-    """Of one block, after the attention; the text's keys and values are there."""
-    c, e, width = s.model, s.itemsize, s.width(stream)
-    ffn = c.ffn if stream == VIDEO else c.action_ffn
-    text = samples * s.text_tokens
+def _rest(s: Sizes, stream: int, rows: int, timesteps: int, samples: int, bridge: int = 0) -> Cost:
+    """Of one block, after the attention; the text's keys and values, and those of a bridge, are there."""
+    c, e, width, ffn = s.model, s.itemsize, s.width(stream), s.model.streams[stream].ffn
+    texts = s.texts + bridge * (stream == ACTION and c.has_actions)
     cost = linear(rows, c.inner, width, e) * 2 + linear(rows, width, c.inner, e)
-    cost += cached_attention(rows * s.text_tokens, rows, text, c.heads, c.head_dim, e)
+    cost += cached_attention(rows * texts, rows, samples * texts, c.heads, c.head_dim, e)
     cost += Cost(0, 4 * rows * c.inner * e)  # RMSNorm of the cross-attention's q, and its residual's norm below
     cost += linear(rows, width, ffn, e) + linear(rows, ffn, width, e) + Cost(0, 2 * rows * ffn * e)
     return cost + gate_residual_ada_layer_norm(rows, timesteps, width, e) * 3
@@ -131,9 +163,36 @@ def _ends(s: Sizes, stream: int, rows: int, timesteps: int, head_rows: int) -> C
     cost = linear(rows, data, width, e)
     for width_in, width_out in ((c.freq_dim, width), (width, width), (width, 6 * width)):
         cost += linear(timesteps, width_in, width_out, e)
+    if stream == ACTION and c.state_dim:
+        cost += linear(timesteps, c.state_dim, c.hidden, e)
+        cost += linear(timesteps, c.hidden, width, e) if c.hidden != width else Cost()
     if head_rows:
         cost += linear(head_rows, width, data, e) + ada_layer_norm(head_rows, timesteps, width, e)
     return cost
+
+
+def _text(s: Sizes, samples: int, bridge: int = 0) -> Cost:
+    """Projections of the text, and of so many features of a bridge."""
+    c, e = s.model, s.itemsize
+    cost = linear(samples * s.texts, c.hidden, c.hidden, e)
+    for stream in c.streams:
+        cost += linear(samples * s.texts, c.text_dim, stream.width, e) if stream.owns_expert else Cost()
+    return cost + (linear(samples * bridge, c.bridge_dim, c.action_hidden, e) if bridge else Cost())
+
+
+def _text_keys(s: Sizes, stream: int, samples: int, bridge: int = 0) -> Cost:
+    """Of one block: keys and values of the text, and of a bridge."""
+    texts = s.texts + bridge * (stream == ACTION and s.model.has_actions)
+    return linear(samples * texts, s.width(stream), s.model.inner, s.itemsize) * 2
+
+
+def _bridge(s: Sizes, samples: int, frames: int) -> Cost:
+    """The features of the model's own video, of the frame before a chunk and the chunk."""
+    c, rows = s.model, samples * frames * s.tokens(VIDEO)
+    block = _keys(s, VIDEO, rows, samples * frames) + _rest(s, VIDEO, rows, samples * frames, samples)
+    block += _text_keys(s, VIDEO, samples)
+    block += cached_attention(rows * frames * s.tokens(VIDEO), rows, rows, c.heads, c.head_dim, s.itemsize)
+    return _text(s, samples, 1) + _ends(s, VIDEO, rows, samples * frames, 0) + block * (1 + (c.bridge_layer or 0))
 
 
 # ---- rollout ----
@@ -157,17 +216,19 @@ def chunk_forward(
     timesteps = samples * frames
     rows = {stream: timesteps * s.tokens(stream) for stream in streams}
     cost = Cost()
+    bridge = (1 + frames) * s.tokens(VIDEO) if c.bridge_layer is not None else 0
     for stream in streams:
         full = c.layers - (stream not in wanted)
         cost += _keys(s, stream, rows[stream], timesteps) * c.layers
-        cost += _rest(s, stream, rows[stream], timesteps, samples) * full
+        cost += _rest(s, stream, rows[stream], timesteps, samples, bridge) * full
         cost += _ends(s, stream, rows[stream], timesteps, rows[stream] if stream in wanted else 0)
     geometry = layout.geometry(layout.reach, history)
     spans = key_spans(geometry, history, tuple(streams), noise)
-    visible = [sum((end - first) * s.tokens(key) for key, _, first, end in of_stream) for of_stream in spans]
+    given = s.context_tokens
+    visible = [sum((end - first) * s.tokens(key) for key, _, first, end in of_stream) + given for of_stream in spans]
     pairs = sum(rows[stream] * slots for stream, slots in zip(streams, visible, strict=True))
     read = {(key, copy, f) for spans_of in spans for key, copy, first, end in spans_of for f in range(first, end)}
-    slots = samples * sum(s.tokens(key) for key, _, _ in read)
+    slots = samples * (sum(s.tokens(key) for key, _, _ in read) + given)
     attention = cached_attention(pairs, sum(rows.values()), slots, c.heads, c.head_dim, s.itemsize)
     return cost + attention * (c.layers - (not wanted))
 
@@ -183,8 +244,11 @@ def rollout_chunk(
         ValueError: an unknown objective or want.
     """
     denoised = OBJECTIVES[objective]
-    layout = ChunkLayout(config, denoised, batch, s.grid, s.model.actions_per_frame)
-    parts = [part for stage in stages(config.program, denoised, want) for part in _of_stage(s, layout, stage)]
+    layout = layout_of(s, config, objective, batch)
+    loops = stages(config.program, denoised, want, layout.streams)
+    parts = [part for stage in loops for part in _of_stage(s, layout, stage)]
+    if s.model.bridge_layer is not None:
+        parts.insert(0, _of_bridge(s, layout))
     kept = layout.history_streams
     tokens = _tokens(s, layout, kept)
     if config.cache == "persistent":
@@ -192,6 +256,22 @@ def rollout_chunk(
     befores = range(0, layout.reach, layout.chunk_size)  # as if the episode began with the window
     anew = sum((chunk_forward(s, layout, kept, CLEAN, (), before) for before in befores), Cost())
     return [*parts, Part("window computed anew", 1, tokens * len(befores), anew)]
+
+
+def layout_of(s: Sizes, config: RolloutConfig, objective: str, batch: int) -> ChunkLayout:
+    """That of a chunk of these sizes."""
+    actions = s.model.actions_per_frame if s.model.has_actions else 0
+    return ChunkLayout(config, OBJECTIVES[objective], batch, s.grid, actions, s.context_tokens)
+
+
+def _of_bridge(s: Sizes, layout: ChunkLayout) -> Part:
+    """The bridge of a chunk, and all keys and values of texts anew."""
+    samples, frames = layout.samples, 1 + layout.chunk_size
+    features = frames * s.tokens(VIDEO)
+    cost = _bridge(s, samples, frames) + _text(s, samples, features)
+    for place, stream in enumerate(s.model.streams):
+        cost += _text_keys(s, place, samples, features) * (s.model.layers * stream.owns_expert)
+    return Part("bridge", 1, samples * features, cost)
 
 
 def _of_stage(s: Sizes, layout: ChunkLayout, stage: Stage) -> Iterator[Part]:
@@ -215,20 +295,26 @@ def packed_forward(
 ) -> tuple[Cost, Cost]:
     """The forward of a training step under the joint objective: (all but the attention, the attention)."""
     c, e, timesteps = s.model, s.itemsize, samples * 2 * frames
-    cost = linear(samples * s.text_tokens, c.text_dim, c.hidden, e)
-    cost += linear(samples * s.text_tokens, c.hidden, c.hidden, e)
-    cost += linear(samples * s.text_tokens, c.text_dim, c.action_hidden, e)
-    for stream in (VIDEO, ACTION):
+    bridged = frames - frames_before_chunks(frames, chunk_size)[-1] if c.bridge_layer is not None else 0
+    features = bridged * s.tokens(VIDEO)
+    cost = _text(s, samples, features) + (_bridge(s, samples, bridged) if bridged else Cost())
+    for stream in s.denoised:
         rows = timesteps * s.tokens(stream)
-        text = linear(samples * s.text_tokens, s.width(stream), c.inner, e) * 2
-        block = _keys(s, stream, rows, timesteps) + _rest(s, stream, rows, timesteps, samples) + text
+        block = _keys(s, stream, rows, timesteps) + _rest(s, stream, rows, timesteps, samples, features)
+        block += _text_keys(s, stream, samples, features)
         cost += block * c.layers + _ends(s, stream, rows, timesteps, rows // 2)
+    for stream in s.given:
+        held = c.streams[stream]
+        rest = _rest(s, stream, samples * held.tokens, samples, samples) + _text_keys(s, stream, samples)
+        cost += _keys(s, stream, samples * held.tokens, samples) * c.layers + rest * (c.layers - (not held.aligned))
+        cost += linear(samples * held.tokens, held.width, held.aligned, e) if held.aligned else Cost()
     geometry = geometry_for(
-        program, OBJECTIVES["joint"], frames=frames, video_tokens=s.tokens(VIDEO), action_tokens=s.tokens(ACTION),
-        chunk_size=chunk_size, window=window, history=history,
+        program, OBJECTIVES["joint"], frames=frames, video_tokens=s.tokens(VIDEO),
+        action_tokens=s.tokens(ACTION) if c.has_actions else 0, chunk_size=chunk_size, window=window, history=history,
     )  # fmt: skip
-    tokens = timesteps * (s.tokens(VIDEO) + s.tokens(ACTION))
-    pairs = samples * compile_plan(geometry).visible_pairs
+    tokens = timesteps * sum(map(s.tokens, s.denoised)) + samples * s.context_tokens
+    plan = compile_plan(with_context(geometry, s.context_tokens) if s.context_tokens else geometry)
+    pairs = samples * plan.visible_pairs
     return cost, block_attention(pairs, tokens, c.heads, c.head_dim, e) * c.layers
 
 
@@ -243,7 +329,7 @@ def train_step(s: Sizes, config: TrainConfig) -> list[Part]:
         s, config.batch, config.frames, program, chunk_size=config.chunk_sizes[1], window=config.windows[1],
         history=config.history,
     )  # fmt: skip
-    tokens = config.batch * 2 * config.frames * (s.tokens(VIDEO) + s.tokens(ACTION))
+    tokens = config.batch * 2 * config.frames * sum(map(s.tokens, s.denoised)) + config.batch * s.context_tokens
     # 10 H D pairs for 4 H D, 8 tensors for 4
     backward = Cost(attention.flops * 5 // 2, attention.bytes * 2) + others * 2
     return [

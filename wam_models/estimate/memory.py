@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from wam_kernels.masks.visibility import ACTION, VIDEO
+from wam_kernels.masks.visibility import VIDEO
 
-from ..objectives import OBJECTIVES
 from ..rollout import RolloutConfig
-from ..rollout.layout import ChunkLayout
 from ..train.config import TrainConfig
-from .forward import Sizes, block_matrices, parameters
+from .forward import Sizes, block_matrices, layout_of, parameters
 
 FLOAT32 = 4
 
 
 def rollout_memory(s: Sizes, config: RolloutConfig, *, objective: str = "joint", batch: int = 1) -> dict[str, int]:
     """Bytes of what stays during an episode, by name; the activations of one chunk are small beside it."""
-    c, layout = s.model, ChunkLayout(config, OBJECTIVES[objective], batch, s.grid, s.model.actions_per_frame)
-    text = layout.samples * s.text_tokens * 2 * 2 * c.layers * c.inner * s.itemsize  # two streams, keys and values
+    c, layout = s.model, layout_of(s, config, objective, batch)
+    of_text = s.texts * sum(stream.owns_expert for stream in c.streams)
+    of_text += (1 + layout.chunk_size) * s.tokens(VIDEO) if c.bridge_layer is not None else 0
+    text = layout.samples * of_text * 2 * c.layers * c.inner * s.itemsize  # keys and values
     return {
         "weights": parameters(c) * s.itemsize,
         "keys and values": layout.cache_bytes(c, s.itemsize),
@@ -26,14 +26,12 @@ def rollout_memory(s: Sizes, config: RolloutConfig, *, objective: str = "joint",
 
 def block_activations(s: Sizes, samples: int, frames: int) -> int:
     """Bytes that the backward of one block needs of its forward, statistics of norms left out."""
-    c = s.model
-    ffn = {VIDEO: c.ffn, ACTION: c.action_ffn}
-    numbers = 0
-    for stream in (VIDEO, ACTION):
-        rows = samples * 2 * frames * s.tokens(stream)
+    c, numbers = s.model, 0
+    for place, stream in enumerate(c.streams):
+        rows = samples * (2 * frames * s.tokens(place) if place in s.denoised else stream.tokens)
         # inputs of norms, gates and products; q, k, v and what attends, before and after their norms
-        numbers += rows * (8 * s.width(stream) + 11 * c.inner + 2 * ffn[stream])
-        numbers += samples * s.text_tokens * 3 * c.inner
+        numbers += rows * (8 * stream.width + 11 * c.inner + 2 * stream.ffn)
+        numbers += samples * s.texts * 3 * c.inner
     return numbers * s.itemsize
 
 

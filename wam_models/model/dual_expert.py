@@ -154,7 +154,7 @@ class WorldActionModel(nn.Module):
         """
         denoised: list[StreamInputs | None] = [None if video is None else self.core.embed(*video)]
         if self.config.has_actions:
-            hidden = None if state is None else self.core.proprio_hidden_context_encoder(state)
+            hidden = None if state is None or action is None else self.core.proprio_hidden_context_encoder(state)
             embed = self.action_expert.embed
             denoised.append(None if action is None else embed(action[0], action[1].flatten(1), hidden))
         return *denoised, *((None,) * len(self.config.context) if context is None else context)
