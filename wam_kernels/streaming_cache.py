@@ -3,13 +3,15 @@
 A rollout denoises one chunk of frames after the other. The clean tokens of earlier chunks never attend to a noisy
 token, so their keys and values are computed once and stay. Every layer has the same slots, allocated once:
 
-    [ video ring | action ring | clean chunk | noisy chunk | context ]
+    [ video ring | action ring | clean chunk | noisy chunk | context | candidate 0 | candidate 1 | .. ]
 
 Frame f lies in place ``f % frames`` of each ring. The next two hold the chunk at work: its noisy tokens are
 overwritten at every denoising step, its clean copies are copied into the rings when the chunk is accepted
 (:meth:`store_chunk`), so a chunk that is not accepted leaves no trace. Every query attends to the context, if there is
-any. What a query attends to is a handful of slot ranges (:meth:`ranges`), which change from chunk to chunk but not from
-step to step; ``cached_attention`` reads them from device memory.
+any. Candidates are chunks that continue the same history side by side, each with a place of its own for its noisy
+tokens and, where a program needs it, its clean copies. What a query attends to is a handful of slot ranges
+(:meth:`ranges`), which change from chunk to chunk but not from step to step; ``cached_attention`` reads them from
+device memory.
 """
 
 from __future__ import annotations
@@ -77,6 +79,8 @@ class StreamingCache:
         chunk_size: Frames of a chunk, at most.
         frames: Frames that each ring holds.
         context_tokens: Tokens that every query attends to.
+        candidates: Chunks at work side by side; 1: no places but those of the chunk at work.
+        clean_candidates: Whether candidates have clean copies too.
         dtype: Of keys and values.
         device: Where they are.
 
@@ -103,6 +107,8 @@ class StreamingCache:
         chunk_size: int,
         frames: int,
         context_tokens: int = 0,
+        candidates: int = 1,
+        clean_candidates: bool = False,
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> None:
@@ -126,8 +132,11 @@ class StreamingCache:
             for stream, noise in SEGMENTS
         }
         self.context_slots = slice(rings + 2 * chunk, rings + 2 * chunk + context_tokens)
+        self.candidates = integer(op, "candidates", candidates, 1)
+        self._candidate = chunk * (1 + clean_candidates) if self.candidates > 1 else 0  # slots of one
         # ranges are int32
-        self.length = integer(op, "its slots (of frames and chunk_size)", self.context_slots.stop)
+        end = self.context_slots.stop + self.candidates * self._candidate
+        self.length = integer(op, "its slots (of frames, chunk_size and candidates)", end)
         shape = layers, 2, batch, self.length, heads, head_dim
         # written to as long as it lives, in whatever mode: an inference tensor could not be
         with torch.inference_mode(False):
@@ -154,6 +163,21 @@ class StreamingCache:
         start = self._chunk[streams[0], noise]
         return slice(start, start + sum(self.rows(streams)))
 
+    def _of_candidate(self, stream: int, noise: int) -> int:
+        """Where a candidate keeps a copy of a stream, counted from its first slot: noisy before clean."""
+        place = self._chunk[stream, noise] - self._chunk[VIDEO, noise]
+        return place + sum(self.rows((VIDEO, ACTION))) * (noise == CLEAN)
+
+    def write_candidates(self, layer: int, streams: Sequence[int], noise: int, keys: Tensor, values: Tensor) -> None:
+        """Keys and values ``[B k, S, H, D]`` of a layer to the places of k candidates of each rollout.
+
+        ``streams`` follow each other there, as in :meth:`chunk_slots`.
+        """
+        start = self._of_candidate(streams[0], noise)
+        for held, new in ((self.keys(layer), keys), (self.values(layer), values)):
+            places = held[:, self.context_slots.stop :].unflatten(1, (self.candidates, self._candidate))
+            places[:, :, start : start + new.shape[1]] = new.unflatten(0, (self.batch, self.candidates))
+
     def ring_slots(self, stream: int, first: int, end: int) -> list[tuple[int, int]]:
         """Slot ranges of the frames ``first`` to ``end - 1`` of an episode, in order; at most two."""
         assert 0 <= first <= end <= first + self.frames
@@ -171,6 +195,7 @@ class StreamingCache:
         counts: Sequence[int],
         streams: Sequence[int],
         noise: int,
+        candidates: int = 1,
     ) -> Tensor:
         """What a chunk's queries attend to, for ``cached_attention`` with a row set for each stream.
 
@@ -182,32 +207,40 @@ class StreamingCache:
                 may be thrown away. 0: the sample's queries are fully masked.
             streams: Streams that query.
             noise: ``NOISY`` or ``CLEAN`` queries.
+            candidates: 1, or as many as the cache has places for: then k of each sample, one after the other.
 
         Returns:
-            int32 ``[B, len(streams), MAX_RANGES, 2]`` on the CPU.
+            int32 ``[B candidates, len(streams), MAX_RANGES, 2]`` on the CPU.
         """
         starts, history_frames, counts = (
             integers("StreamingCache.ranges", name, values)
             for name, values in (("starts", starts), ("history_frames", history_frames), ("counts", counts))
         )
-        table = np.zeros((self.batch, len(streams), MAX_RANGES, 2), np.int32)
+        assert candidates in (1, self.candidates)
+        table = np.zeros((self.batch, candidates, len(streams), MAX_RANGES, 2), np.int32)
         for b, (geometry, start, before, count) in enumerate(
             zip(geometries, starts, history_frames, counts, strict=True)
         ):
             for g, spans in enumerate(key_spans(geometry, before, tuple(streams), noise) if count else ()):
                 slots: list[tuple[int, int]] = []
+                of_own: list[int] = []  # the ranges among them that lie in the chunk at work
                 for stream, key_noise, first, end in spans:
                     if key_noise == CLEAN:
                         slots += self.ring_slots(stream, start + min(first, before), start + min(end, before))
                     # of its own chunk, a query attends to the frames that are there
                     own, per = self._chunk[stream, key_noise], self.per_frame[stream]
+                    if candidates > 1:
+                        own = self.context_slots.stop + self._of_candidate(stream, key_noise)
                     own_first, own_end = max(first - before, 0), min(end - before, count)
                     if own_first < own_end:
+                        of_own.append(len(slots))
                         slots.append((own + own_first * per, own + own_end * per))
-                if self.context_slots.start < self.length:
-                    slots.append((self.context_slots.start, self.length))
-                table[b, g, : len(slots)] = np.reshape(slots, (-1, 2))
-        return torch.from_numpy(table)
+                if self.context_slots.start < self.context_slots.stop:
+                    slots.append((self.context_slots.start, self.context_slots.stop))
+                for i in range(candidates):
+                    table[b, i, g, : len(slots)] = np.reshape(slots, (-1, 2))
+                    table[b, i, g, of_own] += i * self._candidate
+        return torch.from_numpy(table.reshape(-1, *table.shape[2:]))
 
     @eager
     def store_chunk(self, streams: Sequence[int], firsts: Sequence[int], counts: Sequence[int]) -> None:

@@ -171,7 +171,8 @@ __global__ void __launch_bounds__(kThreads, kBlocksOfSm) part_kernel(const __gri
     return;
   }
 
-  const T *k = head_of<const T>(p.k, b, 0, h), *v = head_of<const T>(p.v, b, 0, h);
+  const int64_t cache_row = b / p.queries_of_row;
+  const T *k = head_of<const T>(p.k, cache_row, 0, h), *v = head_of<const T>(p.v, cache_row, 0, h);
   Cursor cursor(bounds, slots);
   auto fetch = [&](int step, Tiles<T, D>& to) {
 #pragma unroll

@@ -41,7 +41,7 @@ void cached_attention_forward(const CachedAttentionParams& p, DType dtype, void*
   if (p.batch * p.rows * p.heads == 0) return;  // an empty tensor has no address to check
   require(op, p.key_heads >= 1 && p.heads % p.key_heads == 0 && (p.streamed || p.key_heads == p.heads),
           "k_cache must have H=" + std::to_string(p.heads) + " heads, got " + std::to_string(p.key_heads));
-  require(op, p.queries_of_row >= 1 && p.batch % p.queries_of_row == 0 && (p.streamed || p.queries_of_row == 1),
+  require(op, p.queries_of_row >= 1 && p.batch % p.queries_of_row == 0,
           "queries_of_row must divide B, got " + std::to_string(p.queries_of_row));
   if (p.streamed) require_streamed(p);
   require_heads(op, "q", p.q, p.batch, p.rows, p.heads, dtype);

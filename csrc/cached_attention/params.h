@@ -18,10 +18,10 @@ struct CachedAttentionParams {
   float* lse;             // [batch, heads, rows]
   int64_t batch, rows, slots;
   int32_t heads, key_heads, head_dim, groups, ranges_of_group, parts;
-  int32_t queries_of_row;          // batch elements of q that share one of the cache; 1 or batch
+  int32_t queries_of_row;          // batch elements of q, one after the other, that share one of the cache
   int32_t group_rows[kMaxGroups];  // they sum to rows
   float scale;
-  bool streamed;  // the part kernel of streamed_sm90a.cu, which alone takes queries_of_row and key_heads; else that of
+  bool streamed;  // the part kernel of streamed_sm90a.cu, which alone takes key_heads; else that of
                   // kernels.cu
   // What takes products to base 2, above 0; the launch sets it. An argument: as a constant it costs no register.
   float to_base2;

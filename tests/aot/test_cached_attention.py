@@ -70,7 +70,7 @@ def launch_key(q, cache, ranges, group_rows) -> str:
     part = torch.empty(8)  # only its address takes part
     _, specialization, options = bind(
         q, cache, cache, ranges, part, part, *q.stride()[:3], *cache.stride()[:3], *cache.stride()[:3],
-        *group_rows, *[0] * (4 - len(group_rows)), B, S, N, H, len(group_rows), R, D**-0.5,
+        *group_rows, *[0] * (4 - len(group_rows)), 1, B, S, N, H, len(group_rows), R, D**-0.5,
         **kernel_triton.launch_constants(launch, D, q.dtype),
         num_warps=launch.num_warps, num_stages=launch.num_stages, debug=False,
     )  # fmt: skip

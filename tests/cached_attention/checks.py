@@ -124,9 +124,28 @@ def check_strides_are_free(case: Case, impl: str | None) -> None:
     assert not any(t.is_contiguous() for t in strided[:2])
     for a, b in zip(run(case, strided, impl), expected, strict=True):
         assert torch.equal(a, b)
+    check_rows_that_are_shared(case, impl)
     one_cache = [q, k[:1].expand_as(k), v[:1].expand_as(v)]  # as guidance does with text
     for a, b in zip(run(case, one_cache, impl), run(case, [t.contiguous() for t in one_cache], impl), strict=True):
         assert torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def shared(case: Case, queries: int) -> tuple[Case, list[Tensor]]:
+    """The case with ``queries`` samples of q for each row of the cache, each attending to less than the one before."""
+    lists = [[group[i:] for group in groups] for groups in case.samples for i in range(queries)]
+    q, k, v = case.inputs()
+    more = [q if i == 0 else q.roll(i, 1) for i in range(queries)]
+    return replace(case, samples=lists), [torch.stack(more, 1).flatten(0, 1), k, v]
+
+
+def check_rows_that_are_shared(case: Case, impl: str | None, queries: int = 3) -> None:
+    """Samples that share a row of the cache get the bits that they get from a copy of it."""
+    many, inputs = shared(case, queries)
+    q, k, v = inputs
+    copied = [q, k.repeat_interleave(queries, 0), v.repeat_interleave(queries, 0)]
+    for a, b in zip(run(many, inputs, impl), run(many, copied, impl), strict=True):
+        assert torch.equal(a, b)
+    assert_right(many, inputs, run(many, inputs, impl), lse_slack=1e-4 if impl == "cpu" else 0.0)
 
 
 def check_nan_stays(attend, dtype: torch.dtype = torch.float32, device: str = "cpu") -> None:

@@ -122,6 +122,12 @@ def test_video_and_action_rows_on_one_stream_in_many_orders(machine, D, dtype, o
     check(machine, Case([[RINGS, action]], (128, 16), 280, H=1, D=D, dtype=dtype), True, orders=4)
 
 
+def test_samples_that_share_a_row_of_the_cache(machine, streamed):
+    case = Case([[RINGS, RINGS[:2]], [RINGS[2:], []]], (20, 3), 280, H=1, D=64, dtype=BF16, device=machine.device)
+    many, inputs = checks.shared(case, 2)
+    checks.assert_right(many, inputs, machine.run(lambda: forward(many, *inputs, streamed)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "samples, rows, N, D",

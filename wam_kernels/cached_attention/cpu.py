@@ -37,12 +37,14 @@ def _append(slices: _Slices, start: int, end: int) -> None:
         slices.append((start, end))
 
 
-def _calls(ranges: Tensor, group_rows: Sequence[int], slots: int) -> Iterator[tuple[slice, _Slices, _Slices]]:
-    """(samples, rows of q, slots) of every call; fully masked rows are left out."""
+def _calls(
+    ranges: Tensor, group_rows: Sequence[int], slots: int, queries_of_row: int
+) -> Iterator[tuple[slice, slice, _Slices, _Slices]]:
+    """(samples, their rows of the cache, rows of q, slots) of every call; fully masked rows are left out."""
     samples = [
         [_runs(group, b, g, slots) for g, group in enumerate(groups)] for b, groups in enumerate(ranges.tolist())
     ]
-    alike = all(groups == samples[0] for groups in samples)
+    alike = queries_of_row == 1 and all(groups == samples[0] for groups in samples)
     for b, groups in enumerate(samples[:1] if alike else samples):
         rows: dict[tuple, _Slices] = {}
         start = 0
@@ -51,7 +53,9 @@ def _calls(ranges: Tensor, group_rows: Sequence[int], slots: int) -> Iterator[tu
                 _append(rows.setdefault(runs, []), start, start + count)
             start += count
         for runs, parts in rows.items():
-            yield slice(None) if alike else slice(b, b + 1), parts, list(runs)
+            at = b // queries_of_row
+            chosen = (slice(None),) * 2 if alike else (slice(b, b + 1), slice(at, at + 1))
+            yield *chosen, parts, list(runs)
 
 
 def _take(t: Tensor, slices: _Slices) -> Tensor:
@@ -83,18 +87,18 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out ``[B, S, H, D]`` contiguous, lse ``[B, H, S]``."""
     B, S, H, _ = q.shape
-    calls = list(_calls(ranges, group_rows, k_cache.shape[1])) if q.numel() else []
+    calls = list(_calls(ranges, group_rows, k_cache.shape[1], B // k_cache.shape[0])) if q.numel() else []
     results = []
-    for samples, rows, slots in calls:
-        operands = _take(q[samples], rows), _take(k_cache[samples], slots), _take(v_cache[samples], slots)
+    for samples, cached, rows, slots in calls:
+        operands = _take(q[samples], rows), _take(k_cache[cached], slots), _take(v_cache[cached], slots)
         out_BHsD, lse_BHs = _attend(*operands, scale)
         results.append((out_BHsD.transpose(1, 2), lse_BHs))
-    if [call[:2] for call in calls] == [(slice(None), [(0, S)])]:  # one call made everything
+    if [call[:3] for call in calls] == [(slice(None), slice(None), [(0, S)])]:  # one call made everything
         return results[0][0].contiguous(), results[0][1].contiguous()
 
     out = q.new_zeros(q.shape)
     lse = q.new_full((B, H, S), float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
-    for (samples, rows, _), (out_BsHD, lse_BHs) in zip(calls, results, strict=True):
+    for (samples, _, rows, _), (out_BsHD, lse_BHs) in zip(calls, results, strict=True):
         counts = [end - start for start, end in rows]
         for (start, end), o, s in zip(rows, out_BsHD.split(counts, 1), lse_BHs.split(counts, 2), strict=True):
             out[samples, start:end] = o

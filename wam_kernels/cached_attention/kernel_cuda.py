@@ -35,7 +35,7 @@ def takes_stream(k_cache: Tensor, v_cache: Tensor, ranges: Tensor) -> bool:
 
 
 def _shared(cache: Tensor) -> bool:
-    """Whether all samples have the same slots, as candidates of one rollout do."""
+    """Whether a view says that all samples have the same slots."""
     return cache.shape[0] > 1 and cache.stride(0) == 0
 
 
@@ -55,13 +55,14 @@ def forward(
     """
     if streamed is None:
         streamed = takes_stream(k_cache, v_cache, ranges)
-    (B, S, H, D), (_, N, key_heads, _) = q.shape, k_cache.shape
+    (B, S, H, D), (cache_rows, N, key_heads, _) = q.shape, k_cache.shape
+    queries_of_row = B if _shared(k_cache) else B // max(cache_rows, 1)
     out, lse = q.new_empty(q.shape), q.new_empty((B, H, S), dtype=torch.float32)
     tiles = sum(-(-rows // TILE_ROWS) for rows in group_rows)
     if streamed:
-        parts, queries_of_row = config.streamed_splits(-(-tiles // 3) * B * H, N), B if _shared(k_cache) else 1
+        parts = config.streamed_splits(-(-tiles // 3) * B * H, N)
     else:
-        parts, queries_of_row = config.splits(tiles * B * H, N), 1
+        parts = config.splits(tiles * B * H, N)
     out_part = q.new_empty((parts, B, H, S, D), dtype=torch.float32)
     lse_part = q.new_empty((parts, B, H, S), dtype=torch.float32)
     cuda.launch(

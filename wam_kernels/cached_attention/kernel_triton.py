@@ -32,7 +32,9 @@ LOWEST = tl.constexpr(-3.4028234663852886e38)
 
 # Numbers that change with the chunk or the cache must not key a compilation of their own, nor the place of the ranges
 # in a larger buffer. Strides do take part in the key: that they are multiples of 16 makes 16-byte loads legal.
-_PER_CALL = ["ranges_ptr", "rows_0", "rows_1", "rows_2", "rows_3", "B", "S", "N", "H", "G", "R", "scale"]
+_PER_CALL = [
+    "ranges_ptr", "rows_0", "rows_1", "rows_2", "rows_3", "queries_of_row", "B", "S", "N", "H", "G", "R", "scale",
+]  # fmt: skip
 
 
 @triton.jit
@@ -87,7 +89,7 @@ def _step(
 def cached_attention_part_kernel(
     q_ptr, k_ptr, v_ptr, ranges_ptr, out_part_ptr, lse_part_ptr,
     stride_q_b, stride_q_s, stride_q_h, stride_k_b, stride_k_n, stride_k_h, stride_v_b, stride_v_n, stride_v_h,
-    rows_0, rows_1, rows_2, rows_3, B, S, N, H, G, R, scale,
+    rows_0, rows_1, rows_2, rows_3, queries_of_row, B, S, N, H, G, R, scale,
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     # int64 before the stride multiplies
@@ -108,8 +110,9 @@ def cached_attention_part_kernel(
 
     q_at = q_ptr + b * stride_q_b + h * stride_q_h + rows.to(tl.int64)[:, None] * stride_q_s + d[None, :]
     q = tl.load(q_at, mask=is_element, other=0.0)
-    k_ptr += b * stride_k_b + h * stride_k_h
-    v_ptr += b * stride_v_b + h * stride_v_h
+    cache_row = b // queries_of_row
+    k_ptr += cache_row * stride_k_b + h * stride_k_h
+    v_ptr += cache_row * stride_v_b + h * stride_v_h
     # the sign goes into q: then the largest product is the largest score, and -inf, which marks what is masked, stays
     # -inf, also at scale 0, which becomes the smallest normal number
     q = tl.where(scale < 0, -q, q)
@@ -202,7 +205,7 @@ def forward(
     cached_attention_part_kernel[(tiles, B * H, parts)](
         q, k_cache, v_cache, ranges, out_part, lse_part,
         *q.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        *group_rows, *[0] * (config.MAX_GROUPS - G), B, S, N, H, G, R, scale,
+        *group_rows, *[0] * (config.MAX_GROUPS - G), B // k_cache.shape[0], B, S, N, H, G, R, scale,
         **launch_constants(launch, D, q.dtype), num_warps=launch.num_warps, num_stages=launch.num_stages,
     )  # fmt: skip
     cached_attention_combine_kernel[(triton.cdiv(S, COMBINE_ROWS), B * H)](

@@ -46,8 +46,10 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, group_ro
     if q.ndim == 4 and q.shape[1] != rows and (hint := heads_first("q", q, "B S H D", {"S": rows})):
         raise ValueError(f"{_OP}: q must have shape [B, S={rows}, H, D] like group_rows, got {list(q.shape)}{hint}")
     dims = bind_dims(
-        _OP, q=(q, "B S H D"), k_cache=(k_cache, "B N H D"), v_cache=(v_cache, "B N H D"), ranges=(ranges, "B G R 2")
+        _OP, q=(q, "B S H D"), k_cache=(k_cache, "C N H D"), v_cache=(v_cache, "C N H D"), ranges=(ranges, "B G R 2")
     )
+    if dims["B"] % max(dims["C"], 1) or bool(dims["B"]) > bool(dims["C"]):
+        raise ValueError(f"{_OP}: k_cache must have a batch that divides B={dims['B']}, that of q, got {dims['C']}")
     same_kind(_OP, "q", q, k_cache=k_cache, v_cache=v_cache)
     if dims["D"] % 8 or not 8 <= dims["D"] <= MAX_D:
         raise ValueError(f"{_OP}: D must be a multiple of 8 from 8 to {MAX_D}, got {dims['D']}; pad the heads")
@@ -120,8 +122,9 @@ def cached_attention(
 
     Args:
         q: ``[B, S, H, D]``, bf16, fp16 or float32; last dim stride 1, others free. D a multiple of 8 from 8 to 256.
-        k_cache: ``[B, N, H, D]``, dtype and device of ``q``; last dim stride 1, others free: a view of a
-            ``[layers, 2, B, N, H, D]`` buffer.
+        k_cache: ``[C, N, H, D]``, dtype and device of ``q``; last dim stride 1, others free: a view of a
+            ``[layers, 2, C, N, H, D]`` buffer. C is B, or divides it: then each B / C samples of ``q``, one after the
+            other, share a row of the cache, as candidates that continue one history do.
         v_cache: As ``k_cache``.
         ranges: ``[B, G, R, 2]``, int32, contiguous, on the device of ``q``: slots ``[start, end)`` that group g of
             sample b attends to. ``end <= start`` is empty. Ranges of a group must lie in the N slots, without overlap;

@@ -20,6 +20,7 @@ def cached_attention(
 ) -> tuple[Tensor, Tensor]:
     """Dense: scores ``[B, H, rows, N]`` of one group at a time, float32 (float64 for float64 inputs). Any device."""
     acc = torch.promote_types(q.dtype, torch.float32)
+    k_cache, v_cache = (t.repeat_interleave(q.shape[0] // max(t.shape[0], 1), 0) for t in (k_cache, v_cache))
     q_BHSD, k_BHND, v_BHND = (t.to(acc).transpose(1, 2) for t in (q, k_cache, v_cache))
     visible = visible_slots(ranges, k_cache.shape[1])[:, :, None]
     outs, lses = [], []
