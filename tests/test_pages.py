@@ -126,7 +126,7 @@ def test_python_runs_as_it_stands(page, failed):
 def test_the_blocks_that_come_first_are_among_them():
     count = {page: len(blocks) - 1 for page, blocks in python_pages().items()}
     assert count["README.md"] + (find_spec("open_wam") is None) == 3
-    assert count["docs/usage.md"] == 2 and count["docs/weights.md"] == 1
+    assert count["docs/usage.md"] == 3 and count["docs/weights.md"] == 1
 
 
 def test_the_check_notices(tmp_path):

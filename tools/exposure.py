@@ -42,20 +42,20 @@ def errors(policy: Policy, dataset: LeRobotDataset, program: str, chunk: int, fu
             continue
         episode = RolloutEngine(policy.model, config).start(video[:, :, :1], policy.text([clip["text"]]))
         generator = torch.Generator().manual_seed(number)
-        compute_clean = episode.forward.compute_clean
+        run_clean = episode.forward.run_clean
         for first in range(1, 1 + chunks * chunk, chunk):
             true, reached = video[:, :, first : first + chunk], action[:, first : first + chunk]
             last = video[:, :, first - 1 : first].expand_as(true)
             given = {"true": true, "repeated": last, "imagined": None}[future]
 
-            def with_future(streams, *more, given=given, episode=episode, inner=compute_clean):
+            def with_future(streams, *more, given=given, episode=episode, inner=run_clean):
                 if given is not None and VIDEO in streams:
                     episode.chunk[VIDEO].copy_(given)
                 return inner(streams, *more)
 
-            episode.forward.compute_clean = with_future  # type: ignore[method-assign]
+            episode.forward.run_clean = with_future  # type: ignore[method-assign]
             candidate = episode.propose(generator=generator)
-            episode.forward.compute_clean = compute_clean  # type: ignore[method-assign]
+            episode.forward.run_clean = run_clean  # type: ignore[method-assign]
             actions.append((candidate.action - reached).square().flatten())
             if future == "imagined":
                 imagined.append((candidate.video - true).square().mean())

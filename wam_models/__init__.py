@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .rollout.episode import Episode as Episode
     from .rollout.episode import RolloutEngine as RolloutEngine
     from .rollout.policy import Policy as Policy
+    from .rollout.schedule import Schedule as Schedule
     from .text import WordEmbedding as WordEmbedding
     from .text import umt5_encoder as umt5_encoder
     from .train.samples import StepConfig as StepConfig
@@ -52,6 +53,7 @@ HOME_OF = {
     "OBJECTIVES": "objectives",
     "Policy": "rollout.policy",
     "RolloutConfig": "rollout.config",
+    "Schedule": "rollout.schedule",
     "RolloutEngine": "rollout.episode",
     "TimestepDraw": "flow",
     "StepConfig": "train.samples",

@@ -44,6 +44,7 @@ class Chunk:
     video: Tensor | None  # [B, C, chunk, y, x]; None where the objective is given it
     action: Tensor | None  # [B, chunk, n, A]; likewise
     seconds: float
+    forwards: tuple[int, ...] = ()  # of the denoising, run for each episode
 
 
 def stream(
@@ -109,7 +110,7 @@ def stream(
                     f"stream: the predicted {name} of the chunk at frame {frame} is not finite; are there such numbers "
                     "in the weights, or do they overflow in half precision?"
                 )
-        yield Chunk(frame, candidate.video, candidate.action, seconds)
+        yield Chunk(frame, candidate.video, candidate.action, seconds, candidate.forwards)
 
 
 def join(parts: Iterable[Tensor | None], dim: int) -> Tensor:

@@ -25,7 +25,13 @@ def sigmas(steps: int, shift: float) -> Tensor:
         ValueError: ``steps`` that is no whole number from 1 to 1000, or ``shift`` that is none from 0.001 to 1000.
     """
     steps, shift = whole("sigmas: steps", steps, 1, TRAIN_TIMESTEPS), number("sigmas: shift", shift, *SHIFTS)
-    s = torch.linspace(1, 0, steps + 1, dtype=torch.float32, device="cpu")[:-1]
+    return noise_levels(steps, shift)[:-1]
+
+
+def noise_levels(steps: int, shift: float, start: float = 1.0, stop: float = 0.0) -> Tensor:
+    """As :func:`sigmas`, from ``start`` to ``stop`` and with both, float32 ``[steps + 1]``."""
+    first, last = (level / (shift - (shift - 1) * level) for level in (start, stop))  # before the shift
+    s = torch.linspace(first, last, steps + 1, dtype=torch.float32, device="cpu")
     return shift * s / (1 + (shift - 1) * s)
 
 

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from wam_kernels import HISTORIES, Attends, Geometry, StreamingCache, dense_mask
 from wam_models import GJD, MODEL_PROGRAMS, OBJECTIVES, RolloutConfig, RolloutEngine, WorldActionModel, golden_config
-from wam_models.flow import sigmas
 from wam_models.model.blocks import PackedBlockStack
 from wam_models.objectives import geometry_for
 
@@ -102,7 +101,7 @@ def dense_chunk(episode, video, action, *, update=("video", "action")):
     chunk, window = (1, 3) if conditional else (config.chunk_size, config.window)
     (next_frame,) = set(episode.next_frame)
     past = min(window // 2 * chunk, next_frame)
-    start = next_frame - past
+    start_frame = next_frame - past
     past_video, past_action = (torch.stack(t) for t in zip(*(episode.accepted(b) for b in range(B)), strict=True))
     program = "joint" if config.program == GJD else config.program
     attend = attend_densely(
@@ -116,7 +115,7 @@ def dense_chunk(episode, video, action, *, update=("video", "action")):
             window=window,
             history=config.history,
             chunk_origin=past,
-            startup_action_frames=int(start == 0),
+            startup_action_frames=int(start_frame == 0),
             conditional_history="previous_boundary_video_only" if conditional else None,
         )
     )
@@ -127,17 +126,21 @@ def dense_chunk(episode, video, action, *, update=("video", "action")):
     order = order.get(MODEL_PROGRAMS[program].noisy_to_clean)
     stages = [(s,) for s in order] if order else [update]
     clean = {"video": torch.full_like(video, 7.0), "action": torch.full_like(action, 7.0)}
-    now = {"video": video, "action": action}
-    shifts = {"video": config.video_shift, "action": config.action_shift}
+    now, clean_level = {"video": video, "action": action}, 0.0
+    paths = {name: config.trajectory(i) for i, name in enumerate(now)}
+    levels = {k: path.levels.tolist() for k, path in paths.items()}
+    lasts = {"video": past_video[:, :, -1:], "action": past_action[:, -1:]}
+    for k in (k for stage in stages for k in stage):
+        start = paths[k].levels[0].item()
+        now[k] = (1 - start) * lasts[k] + start * now[k]
     for stage in stages:
-        for i in range(config.steps):
-            s, after = {}, {}
-            for stream in ("video", "action"):
-                grid = [*sigmas(config.steps, shifts[stream]).tolist(), 0.0]
-                s[stream], after[stream] = (grid[i], grid[i + 1]) if stream in stage else (0.0, 0.0)
-            t = {k: torch.full((B, past + chunk), 500.0, dtype=video.dtype) for k in s}
-            for k in s:
-                t[k][:, past:] = 1000 * s[k]
+        states = {k: [now[k], *[torch.full_like(now[k], torch.nan)] * paths[k].kept] for k in stage}
+        for i in range(max(paths[k].forwards for k in stage)):
+            t = {k: torch.full((B, past + chunk), 500.0, dtype=video.dtype) for k in now}
+            for k in now:
+                t[k][:, past:] = 1000 * levels[k][min(i, paths[k].forwards)] if k in stage else 0.0
+            at_level = torch.full((B, past + chunk), 0.0, dtype=video.dtype)
+            at_level[:, past:] = 1000 * clean_level
             flow_video, flow_action = model(
                 torch.cat([junk_video, now["video"]], 2),
                 torch.cat([past_video[:, :, -past:], clean["video"]], 2),
@@ -146,14 +149,20 @@ def dense_chunk(episode, video, action, *, update=("video", "action")):
                 t["video"],
                 t["action"],
                 text,
+                clean_video_timesteps=at_level,
                 attend=attend,
-                frame_start=start,
+                frame_start=start_frame,
             )
             flows = {"video": flow_video[:, :, past:], "action": flow_action[:, past:]}
             for k in stage:
-                now[k] = now[k] + flows[k] * (after[k] - s[k])
+                if i < paths[k].forwards:
+                    before = [flows[k], *states[k]]
+                    rows = paths[k].updates[i].tolist()
+                    states[k] = [sum(w * x for w, x in zip(row, before, strict=True) if w) for row in rows]
+                    now[k] = states[k][0]
         for k in stage:
             clean[k] = now[k]
+            clean_level = paths[k].end if k == "video" else clean_level
     return now["video"], now["action"]
 
 
@@ -532,7 +541,7 @@ class Launches(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("program", ROLLED_OUT)
-def test_a_step_can_be_captured(program):
+def test_a_chunk_can_be_captured(program):
     """What a CUDA graph cannot hold: values read by the host, and tensors made from the host's numbers."""
     episode = started(program, torch.float32, guidance=2.0)
     episode.propose(**noises(2, 0, torch.float32))
@@ -545,10 +554,9 @@ def test_a_step_can_be_captured(program):
         "is_nonzero",
         "repeat_interleave",
     )
-    for loop in episode.solver.steps.values():
-        episode.solver.step_number.zero_()
+    for chunk in episode.solver.chunks.values():
         with Launches() as launches, torch.no_grad():
-            loop()
+            chunk()
         assert len(launches.names) > 20 and any("cached_attention" in n for n in launches.names)
         assert not [n for n in launches.names if any(f in n for f in forbidden)]
 
@@ -571,7 +579,7 @@ def test_flat_over_500_chunks():
         if i in counted:
             counted[i] = launches.names, launches.bytes, tuple(rows)
     assert episode.next_frame == [1001] and episode.cache.buffer.data_ptr() == place
-    assert len(episode.forward.buffers) == 2 and len(episode.solver.steps) == 1
+    assert len(episode.forward.buffers) == 2 and len(episode.solver.chunks) == 1
     early, late = (list(counted.values())[i : i + period] for i in (0, period))
     assert early == late and None not in early
 

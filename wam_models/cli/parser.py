@@ -138,6 +138,10 @@ def _rollout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--objective", metavar="O", help="what is denoised given what; default: joint")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of what it writes; default: in the checkpoint")
     parser.add_argument("--steps", type=at_least(1), metavar="N", help="denoising steps; default: the checkpoint's")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE",
+        help="of the rollout, as video.steps=2, action.solver=unipc or reuse_flow=0.98; repeat it",
+    )  # fmt: skip
     parser.add_argument("--open-loop", action="store_true", help="continue from predictions, not from recorded frames")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
     parser.add_argument("--seed", type=at_least(0), default=0)

@@ -6,7 +6,7 @@ import argparse
 import resource
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +22,9 @@ from ..rollout import RolloutConfig, RolloutEngine
 from ..rollout.config import CONDITIONAL_CHUNK
 from ..rollout.policy import Policy
 from ..runtime.checks import check_device, writable_folder
+from ..runtime.config_files import with_settings
 from ..runtime.files import new_file
+from ..runtime.json_fields import from_fields
 from ..runtime.threads import pick_threads, restores_threads
 from ..simulator import control_freq, load, play
 from ..simulator.closed_loop import imagined_of_frames
@@ -70,7 +72,8 @@ def run(args: argparse.Namespace) -> int:
 
 def _with_flags(args: argparse.Namespace, config: RolloutConfig, objective: str) -> RolloutConfig:
     program = GJD if OBJECTIVES[objective].conditional else args.program or config.program
-    return replace(config, program=program, steps=args.steps or config.steps)
+    config = replace(config, program=program, steps=args.steps or config.steps)
+    return from_fields(RolloutConfig, with_settings(asdict(config), args.set), "--set")
 
 
 def _recorded(args: argparse.Namespace, policy: Policy, config: RolloutConfig, objective: str, name: str) -> int:
@@ -107,6 +110,8 @@ def _recorded(args: argparse.Namespace, policy: Policy, config: RolloutConfig, o
     )
     history = "predicted frames become history" if args.open_loop else "recorded frames become history"
     print(f"chunks         {len(done)} ({_size(size, policy)} each); {history}")
+    if config.skips:
+        print(f"forwards run   {np.mean([c.forwards for c in done]):.1f} a chunk; --set reuse_flow=, reuse_chunk=")
     _print_speed([c.seconds for c in done], size, f"the recording runs at {dataset.fps:g}", policy)
 
     frames, name, arrays = np.arange(1, 1 + len(done) * size), f"episode{number:03d}_{name}_seed{args.seed}", {}

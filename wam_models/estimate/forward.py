@@ -6,11 +6,13 @@ The products' FLOPs are exactly those that PyTorch's ``FlopCounterMode`` finds i
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from wam_kernels import compile_plan
 from wam_kernels.masks.context import with_context
+from wam_kernels.masks.programs import STREAMS
 from wam_kernels.masks.visibility import ACTION, CLEAN, NOISY, VIDEO
 from wam_kernels.roofline import (
     Cost,
@@ -199,8 +201,9 @@ def _bridge(s: Sizes, samples: int, frames: int) -> Cost:
 
 
 def chunk_forward(
-    s: Sizes, layout: ChunkLayout, streams: Sequence[int], noise: int, wanted: Sequence[int], history: int | None = None
-) -> Cost:
+    s: Sizes, layout: ChunkLayout, streams: Sequence[int], noise: int, wanted: Sequence[int],
+    history: int | None = None, candidates: int = 1,
+) -> Cost:  # fmt: skip
     """One forward of a chunk, as ``ChunkForward`` runs it.
 
     Args:
@@ -210,10 +213,11 @@ def chunk_forward(
         noise: Their copy, ``NOISY`` or ``CLEAN``.
         wanted: Streams whose flow is needed; the last block computes nothing else but keys and values.
         history: Frames before the chunk; default a full window.
+        candidates: Chunks at work of each rollout, which read the history once.
     """
     history = layout.reach if history is None else history
     c, samples, frames = s.model, layout.samples, layout.chunk_size
-    timesteps = samples * frames
+    timesteps = samples * candidates * frames
     rows = {stream: timesteps * s.tokens(stream) for stream in streams}
     cost = Cost()
     bridge = (1 + frames) * s.tokens(VIDEO) if c.bridge_layer is not None else 0
@@ -228,7 +232,7 @@ def chunk_forward(
     visible = [sum((end - first) * s.tokens(key) for key, _, first, end in of_stream) + given for of_stream in spans]
     pairs = sum(rows[stream] * slots for stream, slots in zip(streams, visible, strict=True))
     read = {(key, copy, f) for spans_of in spans for key, copy, first, end in spans_of for f in range(first, end)}
-    slots = samples * (sum(s.tokens(key) for key, _, _ in read) + given)
+    slots = samples * (sum(s.tokens(key) * (candidates if f >= history else 1) for key, _, f in read) + given)
     attention = cached_attention(pairs, sum(rows.values()), slots, c.heads, c.head_dim, s.itemsize)
     return cost + attention * (c.layers - (not wanted))
 
@@ -236,9 +240,11 @@ def chunk_forward(
 def rollout_chunk(
     s: Sizes, config: RolloutConfig, *, objective: str = "joint", want: str = "both", batch: int = 1
 ) -> list[Part]:
-    """The forwards of one chunk in the middle of an episode: its denoising steps and those that keep it as history.
+    """The forwards of one chunk in the middle of an episode: those of its denoising and those that keep it as history.
 
-    Guidance doubles the batch, ``cache="recomputed"`` runs the window's chunks anew, and each stage has its own steps.
+    Guidance doubles the batch, ``cache="recomputed"`` runs the window's chunks anew, each stream has its own schedule,
+    and of several candidates one becomes history. Forwards that ``reuse_flow`` and ``reuse_chunk`` would leave out
+    depend on the data and are counted.
 
     Raises:
         ValueError: an unknown objective or want.
@@ -275,12 +281,18 @@ def _of_bridge(s: Sizes, layout: ChunkLayout) -> Part:
 
 
 def _of_stage(s: Sizes, layout: ChunkLayout, stage: Stage) -> Iterator[Part]:
-    names = " and ".join(("video", "action")[stream] for stream in stage.denoised)
-    step = chunk_forward(s, layout, stage.streams, NOISY, stage.denoised)
-    yield Part(f"denoising step of {names}", layout.config.steps, _tokens(s, layout, stage.streams), step)
+    config, many = layout.config, layout.config.candidates
+    counts = {stream: config.trajectory(stream).forwards for stream in layout.streams}
+    for (streams, live), times in Counter(stage.forwards(counts)).items():
+        names, given = (" and ".join(STREAMS[s] for s in found) for found in (live, sorted({*streams} - {*live})))
+        step = chunk_forward(s, layout, streams, NOISY, live, candidates=many)
+        name = f"denoising step of {names}" + (f", {given} given" if given else "")
+        yield Part(name, times, many * _tokens(s, layout, streams), step)
     if stage.promoted is not None:
-        once = chunk_forward(s, layout, (stage.promoted,), CLEAN, ())
-        yield Part("its clean copy", 1, _tokens(s, layout, (stage.promoted,)), once)
+        clean = (stage.promoted,)
+        # candidates run the last block whole, because its attention is what keeps their keys
+        once = chunk_forward(s, layout, clean, CLEAN, clean if many > 1 else (), candidates=many)
+        yield Part("its clean copy", 1, many * _tokens(s, layout, clean), once)
 
 
 def _tokens(s: Sizes, layout: ChunkLayout, streams: Sequence[int]) -> int:

@@ -31,12 +31,12 @@ def report(what: str, s: Sizes, parts: Sequence[Part], memory: Mapping[str, int]
         f"memory         {held / 1e9:.2f} GB, {fits}: "
         + ", ".join(f"{label} {size / 1e9:.2f}" for label, size in memory.items()),
         "",
-        f"{'':31}{'times':>6}{'tokens':>8}{'TFLOP':>11}{'GB':>10}{'ms':>10}  bound by",
+        f"{'':44}{'times':>6}{'tokens':>8}{'TFLOP':>11}{'GB':>10}{'ms':>10}  bound by",
     ]
     for part in parts:
-        lines.append(f"{part.name:31}{part.times:6}{part.tokens:8}{_row(part.cost * part.times, part.ms(on))}"
+        lines.append(f"{part.name:44}{part.times:6}{part.tokens:8}{_row(part.cost * part.times, part.ms(on))}"
                      f"  {part.cost.bound(on)}")  # fmt: skip
-    lines.append(f"{'all':45}{_row(total(parts), sum(part.ms(on) for part in parts))}  estimated roofline")
+    lines.append(f"{'all':58}{_row(total(parts), sum(part.ms(on) for part in parts))}  estimated roofline")
     return "\n".join(lines)
 
 

@@ -220,8 +220,11 @@ class ExpertBlock(nn.Module):
     def cross_attention(self, h_BSD: Tensor, text: Text) -> Tensor:
         q = self.attn2.query(h_BSD)
         k, v = text if isinstance(text, tuple) else self.attn2.key_value(text)
-        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
-        return self.attn2.output(out.transpose(1, 2))
+        samples = q.shape[0]
+        if samples != k.shape[0]:  # candidates of a rollout, one after the other, have its text: one sample of it
+            q = q.unflatten(0, (k.shape[0], -1)).flatten(1, 2)
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+        return self.attn2.output(out if samples == k.shape[0] else out.unflatten(1, (-1, h_BSD.shape[1])).flatten(0, 1))
 
 
 class PackedBlock(nn.Module):

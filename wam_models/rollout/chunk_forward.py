@@ -25,8 +25,10 @@ class Buffers:
     """What a forward of these streams' noisy or clean tokens reads and writes, at addresses that never change."""
 
     streams: tuple[int, ...]
+    noise: int
     rows: tuple[int, ...]  # tokens of the chunk in each stream
-    written: list[QKVBuffers]  # of each block: where q, and the keys and values in the cache, are written
+    # of each block: where q, and the keys and values in the cache, are written; candidates' are copied there
+    written: list[QKVBuffers] | None
     ranges: Tensor  # int32 [B, streams, MAX_RANGES, 2]: the slots that each stream's queries attend to
     rope: dict[int, Tensor]
     # of each stream's modulation rows; held here, because a captured graph reads their memory
@@ -42,7 +44,8 @@ class ChunkForward:
         model: Of all forwards.
         layout: Sizes of the chunk and its history.
         cache: Of the history's keys and values.
-        latents: The chunk at work, ``[B, C, chunk, y, x]`` and ``[B, chunk, n, A]``; what :meth:`flows` denoises.
+        latents: The chunk at work, ``[B k, C, chunk, y, x]`` and ``[B k, chunk, n, A]``; what :meth:`flows` denoises.
+        candidates: k, chunks at work of each rollout, one after the other in the batch.
 
     Attributes:
         text: Keys and values of the text in every block; see :meth:`set_text`.
@@ -52,9 +55,11 @@ class ChunkForward:
     """
 
     def __init__(
-        self, model: WorldActionModel, layout: ChunkLayout, cache: StreamingCache, latents: dict[int, Tensor]
-    ) -> None:
+        self, model: WorldActionModel, layout: ChunkLayout, cache: StreamingCache, latents: dict[int, Tensor],
+        candidates: int = 1,
+    ) -> None:  # fmt: skip
         self.model, self.layout, self.cache, self.latents = model, layout, cache, latents
+        self.candidates, self.samples = candidates, layout.samples * candidates
         self.text: list[PerStream[Text]] = []
         self.context: dict[str, Tensor] = {}
         width = model.config.state_dim
@@ -66,6 +71,12 @@ class ChunkForward:
     def __getstate__(self) -> dict:
         # buffers are made anew where they are needed
         return vars(self) | {"buffers": {}}
+
+    def of_candidates(self, latents: dict[int, Tensor]) -> ChunkForward:
+        """Of ``cache.candidates`` chunks of each rollout, over the same history, text and context."""
+        many = ChunkForward(self.model, self.layout, self.cache, latents, self.cache.candidates)
+        many.text, many.state, many.context = self.text, self.state, self.context
+        return many
 
     def set_text(self, rollouts: Sequence[int], text: Tensor, bridge: Tensor | BridgeVideo | None = None) -> None:
         """Compute the keys and values of text and bridge of some rollouts; at first of all of them, in order."""
@@ -107,7 +118,7 @@ class ChunkForward:
         slots, c = cache.context_slots, model.config
         ranges = torch.tensor([slots.start, slots.stop], dtype=torch.int32, device=model.device)
         ranges = ranges.expand(layout.samples, 1, 1, 2).contiguous()
-        queries = self._empty(layout.context_tokens)
+        queries = self._empty(layout.samples, layout.context_tokens)
 
         def attend(layer: int, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
             return cached_attention(q, keys, values, ranges, group_rows=(layout.context_tokens,))
@@ -116,10 +127,10 @@ class ChunkForward:
         streams, rope = model.embed(None, None, given), model.rope(None, *layout.grid, None, given)
         model.packed_block_stack(streams, Uncast(*rope), self.text, attend, written, ())
 
-    def _empty(self, rows: int) -> Tensor:
+    def _empty(self, samples: int, rows: int) -> Tensor:
         """Room for so many queries of each sample."""
         model, c = self.model, self.model.config
-        return torch.empty(self.cache.batch, rows, c.heads, c.head_dim, dtype=model.dtype, device=model.device)
+        return torch.empty(samples, rows, c.heads, c.head_dim, dtype=model.dtype, device=model.device)
 
     def set_frames(
         self, streams: Sequence[int], noise: int, firsts: Sequence[int], counts: Sequence[int] | None = None,
@@ -144,10 +155,12 @@ class ChunkForward:
         history = [first - start for first, start in zip(firsts, starts, strict=True)]
         geometries = [layout.geometry(start, n) for start, n in zip(starts, history, strict=True)]
         ranges = self.cache.ranges(
-            geometries * repeat, [*starts] * repeat, history * repeat, [*counts] * repeat, buffers.streams, noise
-        )
+            geometries * repeat, [*starts] * repeat, history * repeat, [*counts] * repeat, buffers.streams, noise,
+            self.candidates,
+        )  # fmt: skip
         buffers.ranges.copy_(to_device(ranges, model.device))
-        first = to_device(torch.tensor([*firsts] * repeat, device="cpu"), model.device)
+        each = [first for first in firsts for _ in range(self.candidates)] * repeat
+        first = to_device(torch.tensor(each, device="cpu"), model.device)
         frames = first[:, None] + self._frames
         video, action = (frames if s in streams else None for s in (VIDEO, ACTION))
         for stream, table in enumerate(model.rope(video, *layout.grid, action)):
@@ -155,27 +168,51 @@ class ChunkForward:
                 buffers.rope[stream].copy_(table)
         return buffers
 
-    def flows(self, streams: Sequence[int], sigma: Mapping[int, Tensor]) -> dict[int, Tensor]:
-        """Flow of the noisy chunk, of each stream that has a noise level ``[1]`` in ``sigma``, at that level.
+    def flows(self, streams: Sequence[int], sigma: Mapping[int, Tensor], wanted: Sequence[int]) -> dict[int, Tensor]:
+        """Flow of the noisy chunk, of each ``wanted`` stream, at the noise levels ``[1]`` in ``sigma``.
 
-        Of ``streams``, those without one are given: they stay at timestep 0.
+        Of ``streams``, those without a level are given: they stay at timestep 0.
         """
+        buffers = self.buffers[tuple(sorted(streams)), NOISY]
+        return self._heads(self._blocks(buffers, self._embed(buffers, sigma), wanted))
+
+    def embedded(self, streams: Sequence[int], sigma: Mapping[int, Tensor]) -> PerStream[StreamInputs | None]:
+        """What of the noisy chunk enters the blocks."""
+        return self._embed(self.buffers[tuple(sorted(streams)), NOISY], sigma)
+
+    def added(
+        self, streams: Sequence[int], tokens: PerStream[StreamInputs | None], wanted: Sequence[int]
+    ) -> dict[int, Tensor]:
+        """What the blocks add to the tokens of :meth:`embedded`, ``[samples, S, D]`` of each wanted stream."""
+        after = self._blocks(self.buffers[tuple(sorted(streams)), NOISY], tokens, wanted)
+        pairs = enumerate(zip(tokens, after, strict=True))
+        return {s: out.x - x.x for s, (x, out) in pairs if x is not None and out is not None}
+
+    def flows_of(self, tokens: PerStream[StreamInputs | None], added: Mapping[int, Tensor]) -> dict[int, Tensor]:
+        """As :meth:`flows`, of what entered the blocks and what they added."""
+        pairs = enumerate(tokens)
+        return self._heads(
+            tuple(t._replace(x=t.x + added[s]) if t is not None and s in added else None for s, t in pairs)
+        )
+
+    def _heads(self, after: PerStream[StreamInputs | None]) -> dict[int, Tensor]:
         layout = self.layout
-        after = self._blocks(self.buffers[tuple(sorted(streams)), NOISY], sigma)
         found = self.model.flows(after, layout.chunk_size, *layout.grid)
-        flows = {s: flow for s, flow in enumerate(found) if flow is not None and s in sigma}
+        flows = {s: flow for s, flow in enumerate(found) if flow is not None}
         if layout.guided:
             halves = {s: flow.chunk(2) for s, flow in flows.items()}
             g = layout.config.guidance
             flows = {s: without + g * (text - without) for s, (text, without) in halves.items()}
         return flows
 
-    def compute_clean(
-        self, streams: Sequence[int], firsts: Sequence[int], counts: Sequence[int] | None = None,
-        visible_from: Sequence[int] | None = None,
-    ) -> None:  # fmt: skip
-        """Keys and values of the chunk's clean tokens, at timestep 0, into the slots of the chunk at work."""
-        self._blocks(self.set_frames(streams, CLEAN, firsts, counts, visible_from), {})
+    def run_clean(self, streams: Sequence[int], sigma: Mapping[int, Tensor]) -> None:
+        """Keys and values of the clean copy into the slots of the chunk at work, for the frames that were set.
+
+        At the noise levels ``[1]`` in ``sigma`` where the denoising left any, else at 0.
+        """
+        buffers = self.buffers[tuple(sorted(streams)), CLEAN]
+        # candidates' keys are copied by the attention, which the last block leaves out where nothing is wanted
+        self._blocks(buffers, self._embed(buffers, sigma), streams if buffers.written is None else ())
 
     def write_history(
         self, chunk: Mapping[int, Tensor], firsts: Sequence[int], counts: Sequence[int],
@@ -184,44 +221,57 @@ class ChunkForward:
         """Keys and values of clean frames, those of :meth:`set_frames`, into the rings."""
         for s, held in self.latents.items():
             held.narrow(FRAME_DIM[s], 0, chunk[s].shape[FRAME_DIM[s]]).copy_(chunk[s])
-        self.compute_clean(self.layout.history_streams, firsts, counts, visible_from)
+        self.set_frames(self.layout.history_streams, CLEAN, firsts, counts, visible_from)
+        self.run_clean(self.layout.history_streams, {})
         self.cache.store_chunk(self.layout.history_streams, firsts, counts)
 
-    def _blocks(self, buffers: Buffers, sigma: Mapping[int, Tensor]) -> PerStream[StreamInputs | None]:
-        """The streams after the last block, of those in ``sigma``; all keys and values go to the chunk's slots."""
+    def _embed(self, buffers: Buffers, sigma: Mapping[int, Tensor]) -> PerStream[StreamInputs | None]:
         model, layout = self.model, self.layout
         inputs: list[tuple[Tensor, Tensor] | None] = [None, None]
         for s in buffers.streams:
             latents = torch.cat([self.latents[s]] * 2) if layout.guided else self.latents[s]
             level = sigma.get(s, self._clean_sigma)
-            inputs[s] = latents, timesteps(level).expand(layout.samples, layout.chunk_size)
-
-        def attend(layer: int, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            return cached_attention(q, keys, values, buffers.ranges, group_rows=buffers.rows)
-
+            inputs[s] = latents, timesteps(level).expand(self.samples, layout.chunk_size)
         state = None
         if self.state is not None:
-            state = torch.cat([self.state] * (layout.samples // layout.batch))[:, None]
-            state = state.expand(-1, layout.chunk_size, -1)
+            state = torch.cat([self.state] * (layout.samples // layout.batch))[:, None, None]
+            state = state.expand(-1, self.candidates, layout.chunk_size, -1).flatten(0, 1)
         embedded = model.embed(inputs[VIDEO], inputs[ACTION], state=state)
         buffers.indices = [stream.frame_index for stream in embedded if stream is not None]
+        return embedded
+
+    def _blocks(
+        self, buffers: Buffers, embedded: PerStream[StreamInputs | None], wanted: Sequence[int]
+    ) -> PerStream[StreamInputs | None]:
+        """The ``wanted`` streams after the last block; all keys and values go to the chunk's slots."""
+
+        def attend(layer: int, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+            if buffers.written is None:
+                self.cache.write_candidates(layer, buffers.streams, buffers.noise, keys, values)
+                keys, values = self.cache.keys(layer), self.cache.values(layer)
+            return cached_attention(q, keys, values, buffers.ranges, group_rows=buffers.rows)
+
         rope = Uncast(*(buffers.rope.get(s) for s in range(len(embedded))))
-        return model.packed_block_stack(embedded, rope, self.text, attend, buffers.written, tuple(sigma))
+        return self.model.packed_block_stack(embedded, rope, self.text, attend, buffers.written, tuple(wanted))
 
     def _new_buffers(self, streams: tuple[int, ...], noise: int) -> Buffers:
         cache, model, c = self.cache, self.model, self.model.config
         rows, slots = cache.rows(streams), cache.chunk_slots(streams, noise)
-        # one for all blocks: each has read its queries when the next writes
-        queries = self._empty(sum(rows))
-        layers = range(c.layers)
+        written = None
+        if self.candidates == 1:
+            # one for all blocks: each has read its queries when the next writes
+            queries = self._empty(self.samples, sum(rows))
+            every = range(c.layers)
+            written = [QKVBuffers(queries, cache.keys(i), cache.values(i), slots.start) for i in every]
         dtype = torch.promote_types(model.dtype, torch.float32)
         return Buffers(
             streams=streams,
+            noise=noise,
             rows=rows,
-            written=[QKVBuffers(queries, cache.keys(i), cache.values(i), slots.start) for i in layers],
-            ranges=torch.zeros(cache.batch, len(streams), MAX_RANGES, 2, dtype=torch.int32, device=model.device),
+            written=written,
+            ranges=torch.zeros(self.samples, len(streams), MAX_RANGES, 2, dtype=torch.int32, device=model.device),
             rope={
-                s: torch.empty(cache.batch, n, c.head_dim // 2, 2, dtype=dtype, device=model.device)
+                s: torch.empty(self.samples, n, c.head_dim // 2, 2, dtype=dtype, device=model.device)
                 for s, n in zip(streams, rows, strict=True)
             },
         )

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from wam_kernels import HISTORIES
+from wam_kernels.masks.visibility import VIDEO
 
 from ..flow import ACTION_SHIFT, SHIFTS, TRAIN_TIMESTEPS, VIDEO_SHIFT
 from ..objectives import GJD, MODEL_PROGRAMS, OBJECTIVES
 from ..runtime.checks import check_field, choice, number, switch, whole
+from ..runtime.json_fields import from_fields
+from .schedule import Schedule, Trajectory, trajectory
 from .stages import stages
 
 CACHES = ("persistent", "recomputed")
@@ -25,7 +29,9 @@ class RolloutConfig:
         chunk_size: Frames of a chunk.
         window: In order blocks, two a chunk; a chunk attends to the ``window // 2`` chunks before it.
         history: Which earlier clean tokens a query attends to, one of ``wam_kernels.HISTORIES``.
-        steps: Denoising steps of a stage, at most 1000.
+        steps: Denoising steps of a stream, at most 1000, unless its schedule has a number of its own.
+        video: Solver, steps and noise levels of the video; a :class:`Schedule`, or its fields.
+        action: The same of the actions, which must be denoised to the end.
         video_shift: Shift of the video's noise levels, from 0.001 to 1000.
         action_shift: Shift of the actions' noise levels, likewise.
         guidance: Strength g of classifier-free guidance, ``flow(no text) + g (flow(text) - flow(no text))``; 1 is none
@@ -35,6 +41,14 @@ class RolloutConfig:
             training. ``"recomputed"``: before each chunk the window is computed anew, as if the episode began with
             it; equals a packed forward over the window, as in OpenWAM's rollouts, and costs a forward for each chunk
             of the window.
+        reuse_flow: Cosine from -1 to 1 of the flows of two successive forwards, from which on the next forward is left
+            out and the last flow used again; None: never. See ``wam_models/rollout/skipping.py``.
+        reuse_chunk: Relative change, at least 0, against the same forward of the last chunk, up to which what the
+            blocks added there is added again: of the tokens that enter, and of what the blocks add in the first
+            forward; None: never. Not with ``candidates``. A chunk that leaves forwards out is no CUDA graph, because
+            the host asks after each forward.
+        candidates: Chunks that :meth:`Episode.propose_many` proposes at once from one history; the cache has room for
+            the keys and values of so many.
         lookahead: Chunks that may be accepted beyond the last observation and still be replaced by one: the rings
             keep so many chunks more than the window.
         cuda_graphs: On a GPU, capture a denoising step of each stage once and replay it; False launches every kernel.
@@ -49,10 +63,15 @@ class RolloutConfig:
     window: int = 30
     history: str = "full"
     steps: int = 10
+    video: Schedule = Schedule()
+    action: Schedule = Schedule()
     video_shift: float = VIDEO_SHIFT
     action_shift: float = ACTION_SHIFT
     guidance: float = 1.0
     cache: str = "persistent"
+    reuse_flow: float | None = None
+    reuse_chunk: float | None = None
+    candidates: int = 1
     lookahead: int = 1
     cuda_graphs: bool = True
 
@@ -64,11 +83,45 @@ class RolloutConfig:
         # a window of 1 would hide the chunk before: no frame of history
         check_field(self, "window", whole, 2)
         check_field(self, "steps", whole, 1, TRAIN_TIMESTEPS)
+        for name in ("video", "action"):
+            check_field(self, name, _schedule)
+        if self.action.stop or self.action.steps == 0:
+            raise ValueError(
+                "RolloutConfig: action must have stop=0 and at least 1 step, because no robot must get actions that "
+                f"are noise, got {self.action}"
+            )
+        for name, bounds in (("reuse_flow", (-1, 1)), ("reuse_chunk", (0,))):
+            if getattr(self, name) is not None:
+                check_field(self, name, number, *bounds)
+        check_field(self, "candidates", whole, 1)
+        if self.reuse_chunk is not None and self.candidates > 1:
+            raise ValueError(
+                f"RolloutConfig: reuse_chunk must be None with candidates={self.candidates}, of which only one becomes "
+                f"history, got {self.reuse_chunk}"
+            )
         check_field(self, "lookahead", whole, 1)
         check_field(self, "video_shift", number, *SHIFTS)
         check_field(self, "action_shift", number, *SHIFTS)
         check_field(self, "guidance", number, 0)
         check_field(self, "cuda_graphs", switch)
+
+    @property
+    def skips(self) -> bool:
+        """Whether forwards may be left out."""
+        return self.reuse_flow is not None or self.reuse_chunk is not None
+
+    def trajectory(self, stream: int) -> Trajectory:
+        """What the loop runs of a stream."""
+        shift = self.video_shift if stream == VIDEO else self.action_shift
+        return trajectory(self.video if stream == VIDEO else self.action, self.steps, shift)
+
+
+def _schedule(where: str, value: object) -> Schedule:
+    if isinstance(value, Mapping):  # as JSON has it
+        return from_fields(Schedule, dict(value), where, defaults=True)
+    if not isinstance(value, Schedule):
+        raise ValueError(f"{where} must be a Schedule, got {value!r}")
+    return value
 
 
 def _program_with_rollout(where: str, value: object) -> str:

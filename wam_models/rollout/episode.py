@@ -17,7 +17,7 @@ from __future__ import annotations
 import copy
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
@@ -29,6 +29,7 @@ from wam_kernels.masks.visibility import ACTION, VIDEO
 
 from ..bridge import bridge_video, rolls_out
 from ..config import ModelConfig
+from ..flow import add_noise
 from ..model.blocks import at_least_float32
 from ..model.dual_expert import WorldActionModel
 from ..objectives import GJD, OBJECTIVES, Objective
@@ -52,6 +53,42 @@ class Candidate:
     video: Tensor | None  # [B, C, chunk, y, x] float32
     action: Tensor | None  # [B, chunk, n, A] float32
     moment: uuid.UUID  # what it continues: an episode as it was between two changes, and its copies
+    video_level: float = 0.0  # noise level at which the denoising of the video was stopped
+    forwards: tuple[int, ...] = ()  # of the denoising, that were run for each rollout
+
+
+_Given = tuple[tuple[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]  # noise, clean
+
+
+def best(candidates: Sequence[Candidate], value: Callable[[Candidate], Tensor]) -> Candidate:
+    """Of candidates that continue one episode, for each of its rollouts the one that is worth most.
+
+    Args:
+        candidates: From :meth:`Episode.propose_many`.
+        value: Worth ``[B]`` of a candidate.
+
+    Raises:
+        ValueError: no candidates, or those of several moments; values of another shape, or NaN.
+    """
+    if not candidates or len({c.moment for c in candidates}) > 1:
+        raise ValueError(f"best: candidates must continue one episode, got {len(candidates)} of them")
+    worth = [value(c) for c in candidates]
+    rollouts = len(candidates[0].forwards)
+    for i, v in enumerate(worth):
+        if not isinstance(v, Tensor) or list(v.shape) != [rollouts] or v.isnan().any():
+            got = f"{v.tolist()}" if isinstance(v, Tensor) else type(v).__name__
+            raise ValueError(f"best: value must give {rollouts} numbers, one for each rollout, got {got} of {i}")
+    chosen = torch.stack(worth).argmax(0).tolist()
+
+    def picked(tensors: list[Tensor | None]) -> Tensor | None:
+        held = [t for t in tensors if t is not None]
+        return torch.stack([held[i][b] for b, i in enumerate(chosen)]) if held else None
+
+    forwards = tuple(candidates[i].forwards[b] for b, i in enumerate(chosen))
+    return replace(
+        candidates[0], video=picked([c.video for c in candidates]), action=picked([c.action for c in candidates]),
+        forwards=forwards,
+    )  # fmt: skip
 
 
 def _in_plain_mode(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
@@ -129,6 +166,11 @@ class RolloutEngine:
                 f"start: RolloutConfig.program must resolve the video before the actions for bridge_sigma="
                 f"{c.bridge_sigma}, as video_then_action does, got {program!r}"
             )
+        if c.bridge_layer is not None and c.bridge_sigma < 1 and self.config.trajectory(VIDEO).end:
+            raise ValueError(
+                f"start: RolloutConfig.video must be denoised to the end for bridge_sigma={c.bridge_sigma}, got "
+                f"{self.config.video}"
+            )
         choice(f"start with program {program}: objective", objective, possible if program == GJD else ("joint",))
         instance("start: observation", observation, Tensor)
         instance("start: text", text, Tensor)
@@ -148,10 +190,10 @@ class Episode:
     A call that raises leaves what was accepted as it was. Not for several threads at once. The model keeps its dtype
     and device as long as the episode lasts: calls after ``model.half()`` or ``model.to(...)`` raise ValueError.
 
-    To choose the best of N chunks, propose N times and accept one. To look further ahead, branch: ``copy.deepcopy``
-    gives an episode that shares nothing but the model, equal from there on, with a cache and CUDA graphs of its own. A
-    candidate continues every episode whose history is the one that it was proposed for, so it may be given to copies
-    that were made after it::
+    To choose the best of N chunks, :meth:`propose_many` and accept the :func:`best` one. To look further ahead, branch:
+    ``copy.deepcopy`` gives an episode that shares nothing but the model, equal from there on, with a cache and CUDA
+    graphs of its own. A candidate continues every episode whose history is the one that it was proposed for, so it may
+    be given to copies that were made after it::
 
         candidates = [episode.propose(generator=g) for _ in range(n)]
         branches = [copy.deepcopy(episode) for _ in candidates]
@@ -174,6 +216,7 @@ class Episode:
         ring: Its accepted frames.
         chunk: The chunk at work, noisy or clean: ``[B, C, chunk, y, x]`` and ``[B, chunk, n, A]``.
         layout, forward, solver: What computes a chunk.
+        many: The solver of candidates, once there were any.
     """
 
     def __init__(
@@ -201,7 +244,7 @@ class Episode:
         self.ring = LatentRing(self.chunk | states, self.cache.frames)  # the same places as their keys
         self.forward = ChunkForward(model, self.layout, self.cache, self.chunk)
         self.solver = Solver(self.forward, config)
-        self._step = self.solver.step_number  # of a copy its own, as all that a copy writes to
+        self.many: Solver | None = None
         self._text, self._bridge_length = text.clone(), cast(int | None, None)
         self._text_length = text.shape[1] if text.ndim == 3 else "L"
         self._moment = uuid.uuid4()
@@ -248,6 +291,7 @@ class Episode:
         clean_video: Tensor | None = None,
         clean_action: Tensor | None = None,
         generator: torch.Generator | None = None,
+        full: bool = False,
     ) -> Candidate:
         """Denoise the chunk that comes next. What was accepted stays as it is.
 
@@ -258,6 +302,7 @@ class Episode:
             clean_video: ``[B, C, 1, y, x]``, the frame that the actions should reach; for inverse dynamics alone.
             clean_action: ``[B, 1, n, A]``, the actions whose outcome is asked for; for forward dynamics alone.
             generator: Draws the noise that is not given; both streams' always, so ``want`` does not change the numbers.
+            full: Leave no forward out, whatever ``reuse_flow`` and ``reuse_chunk`` say: what their error is against.
 
         Returns:
             The chunk, with every stream that was resolved or given.
@@ -266,10 +311,69 @@ class Episode:
             ValueError: ``want`` that does not fit the objective; a tensor that is missing, mis-shaped or on the CPU and
                 not finite; or a chunk on the CPU that is not finite.
         """
+        given = ((video_noise, action_noise), (clean_video, clean_action))
+        return self._propose(self.solver, want, [given], generator, full)[0]
+
+    @_in_plain_mode
+    def propose_many(
+        self,
+        *,
+        want: str = "both",
+        video_noise: Sequence[Tensor] | None = None,
+        action_noise: Sequence[Tensor] | None = None,
+        clean_video: Sequence[Tensor] | None = None,
+        clean_action: Sequence[Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> list[Candidate]:
+        """``RolloutConfig.candidates`` chunks at once, as so many calls of :meth:`propose` on end would give them.
+
+        All read the one history where it is; only their own keys and values are kept for each. Choose with
+        :func:`best`, accept one, and the others leave no trace.
+
+        Args:
+            want: As in :meth:`propose`.
+            video_noise: Of each candidate, as there; or ``[k, B, C, chunk, y, x]``.
+            action_noise: Likewise.
+            clean_video: Likewise.
+            clean_action: Likewise.
+            generator: Draws what is not given, candidate after candidate.
+
+        Raises:
+            ValueError: as :meth:`propose` does; another number of tensors than candidates.
+        """
+        count, layer = self.config.candidates, self.model.config.bridge_layer
+        if count > 1 and layer is not None:
+            raise ValueError(
+                f"propose_many: RolloutConfig.candidates must be 1 for a model with bridge_layer={layer}, which makes "
+                f"a bridge of each chunk's own video, got {count}; propose one after the other"
+            )
+        if count == 1:
+            solver = self.solver
+        else:
+            if self.many is None:
+                chunk = {s: t.new_zeros(t.shape[0] * count, *t.shape[1:]) for s, t in self.chunk.items()}
+                self.many = Solver(self.forward.of_candidates(chunk), self.config)
+            solver = self.many
+        named = {"video_noise": video_noise, "action_noise": action_noise}
+        named |= {"clean_video": clean_video, "clean_action": clean_action}
+        for name, tensors in named.items():
+            if tensors is not None and len(tensors) != count:
+                raise ValueError(
+                    f"propose_many: {name} must be {count} tensors, one of each of RolloutConfig.candidates, got "
+                    f"{len(tensors)}"
+                )
+        each = [[None if t is None else t[i] for t in named.values()] for i in range(count)]
+        return self._propose(solver, want, [((v, a), (cv, ca)) for v, a, cv, ca in each], generator, False)
+
+    def _propose(
+        self, solver: Solver, want: str, given: Sequence[_Given], generator: torch.Generator | None, full: bool
+    ) -> list[Candidate]:
+        """A candidate for each (noise, clean) in ``given``."""
         self._check_model("propose")
-        self._check_request(want, clean_video, clean_action)
-        if ACTION not in self.layout.streams and (want == "action" or action_noise is not None):
-            raise ValueError("propose: want and action_noise must not ask for actions of a model that has none")
+        for noise, clean in given:
+            self._check_request(want, *clean)
+            if ACTION not in self.layout.streams and (want == "action" or noise[ACTION] is not None):
+                raise ValueError("propose: want and action_noise must not ask for actions of a model that has none")
         if generator is not None:
             instance("propose: generator", generator, torch.Generator)
         own = self.model.config.bridge_layer is not None and want != "video"
@@ -277,29 +381,37 @@ class Episode:
         needed = "both" if own and not early else want
         loops = stages(self.config.program, self.objective, needed, self.layout.streams)
         denoised = {stream for stage in loops for stream in stage.denoised} | ({VIDEO} if own else set())
-        noise, clean = (video_noise, action_noise), (clean_video, clean_action)
-        starts = {
-            s: self._initial_latents(s, s in denoised, noise[s], clean[s], generator) for s in self.layout.streams
-        }
+        starts = [
+            {s: self._initial_latents(s, s in denoised, noise[s], clean[s], generator) for s in self.layout.streams}
+            for noise, clean in given
+        ]
         if own and early:
-            self._set_own_bridge(starts[VIDEO])
+            self._set_own_bridge(starts[0][VIDEO])
         if self._stale:
             self._recompute_history()
-        for stream, start in starts.items():
-            if start is not None:
-                self.chunk[stream].copy_(to_device(start, self.model.device))
+        # [B, k, ...]
+        chunks = {s: t.unflatten(0, (-1, len(given))) for s, t in solver.forward.latents.items()}
+        for i, of_candidate in enumerate(starts):
+            for s, start in of_candidate.items():
+                if start is not None:
+                    level = solver.trajectories[s].levels[0].item() if s in denoised else 1.0
+                    chunks[s][:, i].copy_(self._begun(s, to_device(start, self.model.device), level))
         self._tell_state(self.next_frame)
-        for stage in loops:
-            self.solver.denoise(stage, self.next_frame)
-            if stage.promoted is not None:
-                self.forward.compute_clean((stage.promoted,), self.next_frame)
-            if own and not early and stage.streams == (VIDEO,):
-                self._set_own_bridge(starts[VIDEO])
-        found = {s: self.chunk[s].clone() for stage in loops for s in stage.streams}
-        for s, latents in found.items():
-            where = f"propose: {STREAMS[s]} of the chunk at frames {self.next_frame}"
-            check_finite(where, latents, hint="; are there such numbers in the weights, or do they overflow?")
-        return Candidate(found.get(VIDEO), found.get(ACTION), self._moment)
+        parts = [loops[:1], loops[1:]] if own and not early else [loops]
+        ran = solver.denoise(parts[0], self.next_frame, full)
+        if own and not early:
+            self._set_own_bridge(starts[0][VIDEO])
+            ran = [a + b for a, b in zip(ran, solver.denoise(parts[1], self.next_frame, full), strict=True)]
+        left = {s: solver.level_left(stage, s) for stage in loops for s in stage.streams}
+        candidates = []
+        for i in range(len(given)):
+            found = {s: chunks[s][:, i].clone() for s, level in left.items() if level is not None}
+            for s, latents in found.items():
+                where = f"propose: {STREAMS[s]} of the chunk at frames {self.next_frame}"
+                check_finite(where, latents, hint="; are there such numbers in the weights, or do they overflow?")
+            streams, level = (found.get(VIDEO), found.get(ACTION)), left.get(VIDEO) or 0.0
+            candidates.append(Candidate(*streams, self._moment, level, tuple(ran[i :: len(given)])))
+        return candidates
 
     @_in_plain_mode
     def accept(self, candidate: Candidate) -> None:
@@ -315,6 +427,11 @@ class Episode:
             raise ValueError(
                 "accept: candidate must continue the episode as it is now, got one of an earlier moment or of another "
                 "episode; propose again"
+            )
+        if candidate.video_level:
+            raise ValueError(
+                f"accept: candidate.video must be denoised to the end, got one that was stopped at noise level "
+                f"{candidate.video_level:.3g}; observe, or leave RolloutConfig.video.stop at 0"
             )
         held = {s: (candidate.video, candidate.action)[s] for s in self.layout.streams}
         frames = {s: t for s, t in held.items() if t is not None}
@@ -488,6 +605,8 @@ class Episode:
                 raise ValueError(
                     f"bridge must have {self._bridge_length} features as at the start, got {bridge.shape[1]}"
                 )
+        if self.solver.skipping is not None:
+            self.solver.skipping.forget(rollouts)
         self.forward.set_text(rollouts, text, bridge)
         self._bridge_length = None if bridge is None else bridge.shape[1]
         for b, new in zip(rollouts, text, strict=True):
@@ -517,6 +636,8 @@ class Episode:
                 self.forward.write_history(chunk, starts, now)
             starts = self.ring.write(chunk, starts, now)
             self._moment = uuid.uuid4()
+        if self.solver.skipping is not None:
+            self.solver.skipping.remember_chunk()
         self._stale = self.config.cache == "recomputed"
 
     def _append_observed(self, frames: dict[int, Tensor], counts: list[int]) -> None:
@@ -595,6 +716,12 @@ class Episode:
             raise ValueError(
                 f"propose: want must be 'both' or what objective {objective.name!r} denoises, got {want!r}"
             )
+        has_action = objective.action and ACTION in self.layout.streams
+        if not self.solver.trajectories[VIDEO].forwards and (want == "video" or not has_action):
+            raise ValueError(
+                "propose: want must not ask for video alone where RolloutConfig.video.steps is 0, so that it is not "
+                "denoised"
+            )
 
     def _initial_latents(
         self,
@@ -617,6 +744,13 @@ class Episode:
         if drawn is None and denoised:
             raise ValueError(f"propose: {name}_noise must be a tensor {shape} where no generator is given, got None")
         return drawn
+
+    def _begun(self, stream: int, noise: Tensor, level: float) -> Tensor:
+        """What a chunk of so much noise begins as: below level 1 there is the last accepted frame under it."""
+        if level == 1:
+            return noise
+        lasts = [self.ring.frame(stream, b, f - 1) for b, f in enumerate(self.next_frame)]
+        return add_noise(torch.stack(lasts).unsqueeze(FRAME_DIM[stream]), noise, noise.new_tensor(level))
 
     def _check_continues(self, counts: list[int], first_frame: int | Sequence[int] | None) -> None:
         """Observed frames follow what was observed before, whose keys and values are still there."""

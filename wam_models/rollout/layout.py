@@ -10,6 +10,7 @@ from ..model.dual_expert import WorldActionModel
 from ..objectives import MODEL_PROGRAMS, Objective, geometry_for
 from ..runtime.checks import memory
 from .config import CONDITIONAL_CHUNK, CONDITIONAL_WINDOW, RolloutConfig
+from .stages import stages
 
 
 class ChunkLayout:
@@ -31,6 +32,7 @@ class ChunkLayout:
         guided: Whether a forward is a batch of two: first all rollouts with their text, then all without.
         samples: Batch of a forward.
         history_streams: The streams whose clean tokens history needs.
+        clean_candidates: Whether a later stage attends to clean tokens of its own chunk.
     """
 
     def __init__(
@@ -54,6 +56,8 @@ class ChunkLayout:
         video_only = conditional or config.history == "video_only"
         through_video = Attends.VIDEO_TO_ACTION in MODEL_PROGRAMS[config.program].clean_to_clean
         self.history_streams = (VIDEO,) if video_only and not through_video else self.streams
+        loops = stages(config.program, objective, "both", self.streams)
+        self.clean_candidates = any(stage.promoted is not None for stage in loops)
 
     def first_visible(self, frame: int) -> int:
         """First frame that a chunk beginning with ``frame`` may attend to."""
@@ -82,7 +86,10 @@ class ChunkLayout:
     def cache_bytes(self, c: ModelConfig, itemsize: int) -> int:
         """Of the keys and values that :meth:`new_cache` allocates for a model of ``c``."""
         token = 2 * c.layers * c.inner * itemsize
-        tokens = self.cached_frames * (self.grid[0] * self.grid[1] + self.action_tokens) + self.context_tokens
+        frames = self.cached_frames
+        if self.config.candidates > 1:
+            frames += self.config.candidates * self.chunk_size * (1 + self.clean_candidates)
+        tokens = frames * (self.grid[0] * self.grid[1] + self.action_tokens) + self.context_tokens
         return tokens * token * self.samples
 
     def new_cache(self, model: WorldActionModel) -> StreamingCache:
@@ -110,6 +117,8 @@ class ChunkLayout:
             chunk_size=self.chunk_size,
             frames=self.reach + config.lookahead * self.chunk_size,
             context_tokens=self.context_tokens,
+            candidates=config.candidates,
+            clean_candidates=self.clean_candidates,
             dtype=model.dtype,
             device=model.device,
         )

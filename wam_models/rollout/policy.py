@@ -239,7 +239,10 @@ class Policy:
         if found.text is None or "rollout" not in found.metadata:
             lacks = "vocabulary" if found.text is None else "metadata.rollout"
             raise ValueError(f"{config}: no checkpoint of wam train, {lacks} is missing; train again")
-        rollout = from_fields(RolloutConfig, found.metadata["rollout"], f"{config}: metadata.rollout")
+        rollout = found.metadata["rollout"]
+        if isinstance(rollout, dict):
+            rollout = dict.fromkeys(("video", "action"), {}) | rollout  # schedules, which older checkpoints lack
+        rollout = from_fields(RolloutConfig, rollout, f"{config}: metadata.rollout")
         camera = found.metadata.get("camera")
         if camera is not None:
             camera = from_fields(Camera, camera, f"{config}: metadata.camera")

@@ -1,67 +1,124 @@
-"""The denoising loop of a stage; on a GPU a CUDA graph, captured once and replayed from then on."""
+"""The denoising of a chunk; on a GPU one CUDA graph, captured once and replayed from then on."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from wam_kernels.masks.visibility import ACTION, NOISY, VIDEO
+from wam_kernels.masks.visibility import CLEAN, NOISY
 
-from ..flow import sigmas
 from .chunk_forward import ChunkForward
 from .config import RolloutConfig
+from .skipping import Skipping
 from .stages import Stage
 
 
 class Solver:
-    """Euler steps of ``forward.latents`` from noise to data.
+    """The steps of ``forward.latents`` from noise to data.
 
     Args:
         forward: Of the chunk.
-        config: Number of steps, shifts of the noise levels, whether to capture graphs.
+        config: Schedules of the streams, whether to capture graphs.
 
     Attributes:
-        step_number: int64 ``[1]``, of the step that comes next; counted on the device, as a captured graph needs.
-        steps: One denoising step of each stage that was asked for so far.
+        trajectories: Of each stream, what its schedule comes to.
+        chunks: The denoising of a chunk, for each list of stages that was asked for so far.
+        skipping: Which forwards are left out; None: none.
     """
 
     def __init__(self, forward: ChunkForward, config: RolloutConfig) -> None:
         self.forward, self.config = forward, config
-        latents = forward.latents[VIDEO]
-        shifts = {VIDEO: config.video_shift, ACTION: config.action_shift}
-        self._sigmas = {s: F.pad(sigmas(config.steps, shift), (0, 1)).to(latents) for s, shift in shifts.items()}
-        self.step_number = torch.zeros(1, dtype=torch.int64, device=latents.device)
-        self.steps: dict[Stage, Callable[[], None]] = {}
+        self.trajectories = {s: config.trajectory(s) for s in forward.latents}
+        self._levels = {s: self.trajectories[s].levels.to(t) for s, t in forward.latents.items()}
+        self._kept = {s: t.new_zeros(self.trajectories[s].kept, *t.shape) for s, t in forward.latents.items()}
+        self.chunks: dict[tuple[Stage, ...], Callable[[], None]] = {}
+        self.skipping = Skipping(forward, config) if config.skips else None
 
     def __getstate__(self) -> dict:
         # some are CUDA graphs over this solver's memory; made anew where they are needed
-        return vars(self) | {"steps": {}}
+        return vars(self) | {"chunks": {}}
 
-    def denoise(self, stage: Stage, firsts: Sequence[int]) -> None:
-        """All steps of a stage, for the chunks that begin with these frames of each rollout."""
-        self.forward.set_frames(stage.streams, NOISY, firsts)
-        self.step_number.zero_()
-        step = self.steps.get(stage)
-        if step is None:
-            step = partial(self._step, stage)
-            if self.config.cuda_graphs and self.step_number.device.type == "cuda":
-                changed = [self.step_number, *(self.forward.latents[s] for s in stage.denoised)]
-                step = _replayed(step, self.step_number.device, changed)
-            self.steps[stage] = step
-        for _ in range(self.config.steps):
-            step()
+    def level_left(self, stage: Stage, stream: int) -> float | None:
+        """Noise level of a stream after its stage; None where the request left it before its last step."""
+        if stream not in stage.denoised:
+            return 0.0
+        counts = {s: t.forwards for s, t in self.trajectories.items()}
+        runs = sum(stream in live for _, live in stage.forwards(counts))
+        return self.trajectories[stream].end if 0 < runs == counts[stream] else None
 
-    def _step(self, stage: Stage) -> None:
-        sigma = {s: self._sigmas[s].index_select(0, self.step_number) for s in stage.denoised}
-        flows = self.forward.flows(stage.streams, sigma)
-        for s, flow in flows.items():
-            after = self._sigmas[s].index_select(0, self.step_number + 1)
-            self.forward.latents[s] += flow.to(after.dtype) * (after - sigma[s])
-        self.step_number += 1
+    def denoise(self, stages: tuple[Stage, ...], firsts: Sequence[int], full: bool = False) -> list[int]:
+        """All stages, in order, for the chunks that begin with these frames of each rollout.
+
+        Args:
+            stages: What the request needs.
+            firsts: First frame of each rollout's chunk.
+            full: Leave no forward out.
+
+        Returns:
+            The forwards that ran for each chunk.
+        """
+        for stage in stages:
+            for streams in {streams for streams, _ in self._forwards(stage)}:
+                self.forward.set_frames(streams, NOISY, firsts)
+            if stage.promoted is not None:
+                self.forward.set_frames((stage.promoted,), CLEAN, firsts)
+        if self.skipping is not None and not full:
+            self.skipping.begin()
+            self._chunk(stages, self.skipping)
+            return self.skipping.ran.tolist()
+        chunk = self.chunks.get(stages)
+        if chunk is None:
+            chunk, device = lambda: self._chunk(stages, None), self.forward.model.device
+            if self.config.cuda_graphs and device.type == "cuda":
+                changed = [self.forward.latents[s] for stage in stages for s in stage.denoised]
+                chunk = _replayed(chunk, device, changed)
+            self.chunks[stages] = chunk
+        chunk()
+        return [sum(len(self._forwards(stage)) for stage in stages)] * len(firsts) * self.forward.candidates
+
+    def _forwards(self, stage: Stage) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+        return list(stage.forwards({s: t.forwards for s, t in self.trajectories.items()}))
+
+    def _chunk(self, stages: tuple[Stage, ...], skipping: Skipping | None) -> None:
+        for stage in stages:
+            for number, (streams, live) in enumerate(self._forwards(stage)):
+                sigma = self._level_of(stage, number)
+                if skipping is None:
+                    flows = self.forward.flows(streams, sigma, live)
+                else:
+                    flows = skipping.flows((stage, number), streams, sigma, live)
+                for s, flow in flows.items():
+                    self._update(s, self.trajectories[s].updates[number].tolist(), flow)
+            if stage.promoted is not None:
+                self.forward.run_clean((stage.promoted,), self._level_of(stage, -1))
+
+    def _level_of(self, stage: Stage, number: int) -> dict[int, Tensor]:
+        """Noise levels ``[1]`` of the denoised streams at a forward; -1: at their end."""
+        found = {}
+        for s in stage.denoised:
+            last = self.trajectories[s].forwards
+            at = last if number < 0 else min(number, last)
+            found[s] = self._levels[s][at : at + 1]
+        return found
+
+    def _update(self, stream: int, weights: Sequence[Sequence[float]], flow: Tensor) -> None:
+        latents, kept = self.forward.latents[stream], self._kept[stream]
+        before = (flow.to(latents.dtype), latents, *kept)
+        after = [_weighted(row, before) for row in weights]
+        for held, new in zip((latents, *kept), after, strict=True):
+            if new is not None:
+                held.copy_(new)
+
+
+def _weighted(weights: Sequence[float], tensors: Sequence[Tensor]) -> Tensor | None:
+    """Their sum; None where all weights are 0. What has weight 0 is not read: it may never have been written."""
+    found: Tensor | None = None
+    for weight, tensor in zip(weights, tensors, strict=True):
+        if weight:
+            found = tensor * weight if found is None else found.add(tensor, alpha=weight)
+    return found
 
 
 def _replayed(step: Callable[[], None], device: torch.device, changed: Sequence[Tensor]) -> Callable[[], None]:
