@@ -126,6 +126,17 @@ SUITES = {
             gpu_seconds=180,
         ),
         Suite(
+            "rollout_options",
+            Section(
+                "Options of a rollout",
+                ("what", "option", "provider", "forwards", "ms", "ratio", "GFLOP", "MB", "action_error", "video_error",
+                 "held_MB", "gap"),
+            ),
+            group="rollout",
+            gpu_seconds=120,
+            threads=1,
+        ),
+        Suite(
             "plan",
             Section(
                 "Plans",

@@ -150,6 +150,9 @@ EXAMPLES = {
         _set("train_step", demo_config=lambda: SMALL, ROWS=GRID[0], COLUMNS=GRID[1]), _training_is_off
     ),
     "cached_attention": Example(_set("cached_attention", CACHED=(64,)), _off("cached_attention", "cached_attention")),
+    "rollout_options": Example(
+        _set("rollout_options", demo_config=lambda: SMALL, GRID=GRID, COLD="pass"), _rollout_is_off
+    ),
     "streaming": Example(_set("streaming", demo_config=lambda: SMALL, GRID=GRID), _rollout_is_off),
     "plan": Example(_set("plan", LENGTHS=(1000,)), _plan_is_off),
     "short_calls": Example(

@@ -1,0 +1,199 @@
+"""Options of a rollout, each alone and together, against the full schedule; candidates against as many episodes.
+
+python -m bench.suites rollout_options
+
+One episode of ``joint``, chunk 4, window 8, whose observed frames are random latents; every option denoises the same
+chunks from the same noise with the same weights, in one run. CPU: two layers of the demo's model in float32, 8 tokens
+a frame, one thread; CUDA: the full size in bf16. The weights are random, so the errors show what an option changes, not
+what a trained policy loses; times are the thread's own on a CPU, ratios of one run.
+
+``what``: ``option`` (``error``: ||a - b|| / ||b|| against ``full``, 8 Euler steps; ``GFLOP`` and ``MB`` are estimated,
+with the forwards that ran), ``candidates`` (k at once, k proposals on end, and k episodes in a batch, of which
+``held_MB`` is what stays in memory: keys, values and latents), ``same`` (largest difference of an action from that of
+an episode alone) and ``cold start`` (process start to the first chunk, seconds in ``ms`` / 1000).
+"""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import harness
+from bench.harness import Options
+from bench.rows import ROOT, Row
+from bench.workloads.models import make_model
+from bench.workloads.rollout import require_equal_chunks
+from wam_models import RolloutConfig, RolloutEngine, Schedule, WorldActionModel
+from wam_models.config import demo_config, wan_5b_config
+from wam_models.estimate import Sizes, rollout_chunk, total
+from wam_models.rollout import Episode
+
+GRID = (4, 8)  # latent rows and columns of a frame
+TEXT_TOKENS, STEPS, CHUNKS = 8, 8, 5
+FULL = RolloutConfig(program="joint", history="video_only", window=8, steps=STEPS)
+HALF: dict[str, Any] = {"steps": STEPS // 2}
+UNIPC, HEUN = ({s: Schedule(solver=solver) for s in ("video", "action")} for solver in ("unipc", "heun"))
+VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
+    "full": ({}, "both"),
+    "half the steps": (HALF, "both"),
+    "half the steps, UniPC": (HALF | UNIPC, "both"),
+    "as many forwards, Heun": (HALF | HEUN, "both"),
+    "2 video steps": ({"video": Schedule(steps=2)}, "both"),
+    "video stops at 0.5": ({"video": Schedule(stop=0.5)}, "both"),
+    "2 action steps, action alone": ({"action": Schedule(steps=2)}, "action"),
+    "from the observation, 0.7": ({"video": Schedule(steps=STEPS // 2, start=0.7)}, "both"),
+    "reuse_flow": ({"reuse_flow": 0.9}, "both"),
+    "reuse_chunk": ({"reuse_chunk": 0.9}, "both"),
+    "UniPC and reuse_flow": (HALF | UNIPC | {"reuse_flow": 0.9}, "both"),
+    # one forward of video, and from then on action tokens alone
+    "video features once": ({"program": "video_noisy_to_action", "video": Schedule(steps=0)}, "action"),
+}  # fmt: skip
+COLD = """
+import torch
+from bench.suites.rollout_options import FULL, episode_of, model_of
+episode_of(model_of("cpu", 0), FULL, 1, 0).propose(generator=torch.Generator().manual_seed(0))
+"""
+
+
+def model_of(device: str, seed: int) -> WorldActionModel:
+    config, dtype = (wan_5b_config(), torch.bfloat16) if device == "cuda" else (demo_config(), torch.float32)
+    config = config if device == "cuda" else replace(config, layers=2)
+    model = make_model(config, device, dtype, seed).eval().requires_grad_(False)
+    for head in (model.core.proj_out, model.action_expert.action_proj_out):
+        head.weight *= 10  # flows as large as noise
+    return model
+
+
+def randn(model: WorldActionModel, seed: int, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
+
+
+def episode_of(model: WorldActionModel, config: RolloutConfig, batch: int, seed: int) -> Episode:
+    c = model.config
+    first, text = randn(model, seed, 1, c.latent_channels, 1, *GRID), randn(model, seed + 1, 1, TEXT_TOKENS, c.text_dim)
+    return RolloutEngine(model, config).start(first.repeat(batch, 1, 1, 1, 1), text.repeat(batch, 1, 1))
+
+
+def observed(model: WorldActionModel, seed: int, chunk: int, batch: int = 1) -> tuple[Tensor, Tensor]:
+    """A chunk of a slow scene: neighbouring ones are alike."""
+    c, frames = model.config, FULL.chunk_size
+    still, moved = (randn(model, seed + 2 + s, 1, c.latent_channels, frames, *GRID) for s in (0, 10 + chunk))
+    action = randn(model, seed + 100 + chunk, 1, frames, c.actions_per_frame, c.action_dim)
+    return (still + 0.1 * moved).repeat(batch, 1, 1, 1, 1), action.repeat(batch, 1, 1, 1)
+
+
+def play(model: WorldActionModel, config: RolloutConfig, want: str, seed: int, chunks: int) -> dict[str, list[Any]]:
+    """Actions, videos, forwards and milliseconds of the chunks of an episode."""
+    episode, clock = episode_of(model, config, 1, seed), time.thread_time if model.device.type == "cpu" else None
+    found: dict[str, list[Any]] = {"action": [], "video": [], "forwards": [], "ms": []}
+    for chunk in range(chunks):
+        generator = torch.Generator().manual_seed(seed)  # the same noise, which reuse_chunk needs
+        if clock is None:
+            torch.cuda.synchronize()
+        begin = (clock or time.perf_counter)()
+        candidate = episode.propose(want=want, generator=generator)
+        episode.observe(*observed(model, seed, chunk))
+        if clock is None:
+            torch.cuda.synchronize()
+        found["ms"].append(1e3 * ((clock or time.perf_counter)() - begin))
+        for name in ("action", "video"):
+            found[name].append(getattr(candidate, name))
+        found["forwards"].append(candidate.forwards[0])
+    return found
+
+
+def error(got: list[Tensor | None], want: list[Tensor | None]) -> float | None:
+    if any(t is None for t in got):
+        return None
+    a, b = (torch.stack([t for t in ts if t is not None]).double() for ts in (got, want))
+    return round(((a - b).norm() / b.norm()).item(), 4)
+
+
+def option_rows(model: WorldActionModel, seed: int, chunks: int) -> Iterator[Row]:
+    full: dict[str, dict[str, list[Any]]] = {}
+    base = 0.0
+    sizes = Sizes(model.config, (GRID[0] // 2, GRID[1] // 2), TEXT_TOKENS, model.dtype.itemsize)
+    for name, (options, want) in VARIANTS.items():
+        config = replace(FULL, **options)
+        if config.program not in full:
+            full[config.program] = play(model, replace(FULL, program=config.program), "both", seed, chunks)
+        truth = full[config.program]
+        again = play(model, config, want, seed, chunks)
+        ms = statistics.median(again["ms"][1:])
+        base = base or ms
+        parts = rollout_chunk(sizes, config, want=want)
+        steps = [part for part in parts if part.name.startswith("denoising")]
+        ran = statistics.mean(again["forwards"])
+        left_out = 1 - ran / sum(part.times for part in steps)
+        cost, denoising = total(parts), total(steps)
+        yield {
+            "what": "option", "option": name, "program": config.program, "provider": "wam", "want": want,
+            "forwards": round(ran, 2), "ms": round(ms, 2), "ratio": round(base / ms, 2),
+            "GFLOP": round((cost.flops - left_out * denoising.flops) / 1e9, 4),
+            "MB": round((cost.bytes - left_out * denoising.bytes) / 1e6, 2),
+            "action_error": error(again["action"], truth["action"]),
+            "video_error": error(again["video"], truth["video"]),
+        }  # fmt: skip
+
+
+def held(episode: Episode) -> float:
+    """Megabytes of keys, values and latents, in use of an episode and its candidates."""
+    tensors = [episode.cache.buffer, *episode.chunk.values(), *episode.ring.latents.values()]
+    tensors += [] if episode.many is None else episode.many.forward.latents.values()
+    return round(sum(t.numel() * t.element_size() for t in tensors) / 1e6, 3)
+
+
+def candidate_rows(model: WorldActionModel, seed: int, counts: Iterable[int], repeats: int) -> Iterator[Row]:
+    for k in counts:
+        one = replace(FULL, steps=2)
+        many, single = (episode_of(model, c, 1, seed) for c in (replace(one, candidates=k), one))
+        batch = episode_of(model, one, k, seed)
+        for episode, rollouts in ((many, 1), (single, 1), (batch, k)):
+            episode.observe(*observed(model, seed, 0, rollouts))
+        calls = {
+            "candidates": lambda many=many: many.propose_many(generator=torch.Generator().manual_seed(seed)),
+            "on end": lambda single=single, k=k: [
+                single.propose(generator=g) for g in [torch.Generator().manual_seed(seed)] for _ in range(k)
+            ],
+            "episodes": lambda batch=batch: batch.propose(generator=torch.Generator().manual_seed(seed)),
+        }
+        device = model.device.type
+        clock = time.thread_time if device == "cpu" else time.perf_counter
+        times = harness.measure(calls, device, repeats, clock)
+        for (name, t), episode in zip(times.items(), (many, single, batch), strict=True):
+            yield {
+                "what": "candidates", "option": f"k = {k}", "program": FULL.program, "provider": name,
+                "ms": round(t["ms"], 2), "ratio": round(times["episodes"]["ms"] / t["ms"], 2), "held_MB": held(episode),
+            }  # fmt: skip
+        together, alone = calls["candidates"](), calls["on end"]()
+        gap = max((a.action - b.action).abs().max().item() for a, b in zip(together, alone, strict=True))
+        same: Row = {"what": "same", "program": FULL.program, "provider": "wam"}
+        yield same | {"option": f"one of {k} candidates", "gap": gap}
+        noise = [randn(model, seed + 7, *t.shape).to(t) for t in single.chunk.values()]
+        lonely = single.propose(video_noise=noise[0], action_noise=noise[1]).action
+        every = [t.repeat(k, *[1] * (t.ndim - 1)) for t in noise]
+        among = batch.propose(video_noise=every[0], action_noise=every[1]).action
+        gap = (among - lonely).abs().max().item()
+        yield same | {"option": f"in a batch of {k}", "gap": gap}
+
+
+def rows(options: Options) -> Iterable[Row]:
+    model = model_of(options.device, options.seed)
+    chunks = 2 if options.quick else CHUNKS
+    require_equal_chunks(model, replace(FULL, steps=2), GRID, options.seed, 1e-4 if options.device == "cpu" else 3e-2)
+    yield from option_rows(model, options.seed, chunks)
+    yield from candidate_rows(model, options.seed, (1, 4) if options.quick else (1, 4, 16), 2 if options.quick else 3)
+    if options.device == "cpu":
+        begin = time.perf_counter()
+        subprocess.run([sys.executable, "-c", COLD], check=True, cwd=ROOT)
+        ms = 1e3 * (time.perf_counter() - begin)
+        yield {"what": "cold start", "option": "process to first chunk", "program": FULL.program, "provider": "wam",
+               "ms": round(ms, 1)}  # fmt: skip
