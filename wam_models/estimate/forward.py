@@ -202,7 +202,7 @@ def _bridge(s: Sizes, samples: int, frames: int) -> Cost:
 
 def chunk_forward(
     s: Sizes, layout: ChunkLayout, streams: Sequence[int], noise: int, wanted: Sequence[int],
-    history: int | None = None, candidates: int = 1,
+    history: int | None = None, candidates: int = 1, heads: bool = True,
 ) -> Cost:  # fmt: skip
     """One forward of a chunk, as ``ChunkForward`` runs it.
 
@@ -214,6 +214,7 @@ def chunk_forward(
         wanted: Streams whose flow is needed; the last block computes nothing else but keys and values.
         history: Frames before the chunk; default a full window.
         candidates: Chunks at work of each rollout, which read the history once.
+        heads: Whether wanted streams run through their heads too.
     """
     history = layout.reach if history is None else history
     c, samples, frames = s.model, layout.samples, layout.chunk_size
@@ -225,7 +226,7 @@ def chunk_forward(
         full = c.layers - (stream not in wanted)
         cost += _keys(s, stream, rows[stream], timesteps) * c.layers
         cost += _rest(s, stream, rows[stream], timesteps, samples, bridge) * full
-        cost += _ends(s, stream, rows[stream], timesteps, rows[stream] if stream in wanted else 0)
+        cost += _ends(s, stream, rows[stream], timesteps, rows[stream] if heads and stream in wanted else 0)
     geometry = layout.geometry(layout.reach, history)
     spans = key_spans(geometry, history, tuple(streams), noise)
     given = s.context_tokens
@@ -291,7 +292,7 @@ def _of_stage(s: Sizes, layout: ChunkLayout, stage: Stage) -> Iterator[Part]:
     if stage.promoted is not None:
         clean = (stage.promoted,)
         # candidates run the last block whole, because its attention is what keeps their keys
-        once = chunk_forward(s, layout, clean, CLEAN, clean if many > 1 else (), candidates=many)
+        once = chunk_forward(s, layout, clean, CLEAN, clean if many > 1 else (), candidates=many, heads=False)
         yield Part("its clean copy", 1, many * _tokens(s, layout, clean), once)
 
 
