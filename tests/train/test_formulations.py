@@ -140,6 +140,14 @@ def test_counterfactual_and_action_free_episodes_come_in_their_shares(tmp_path):
     assert only.splits == {"train": 0.0, "counterfactual": 1.0} and only.share == pytest.approx(1 / 6)
 
 
+def test_a_policy_rolls_out_a_program_that_it_was_trained_on():
+    def program(**more):
+        return TrainConfig.from_dict(TINY | more).default_rollout().program
+
+    assert program() == program(programs=["joint"]) == program(mixture={"inverse_dynamics": 1}) == GJD
+    assert program(programs=["video_then_action", "decoupled_same_step"]) == "video_then_action"
+
+
 def test_refusals_name_the_field(data, root):
     for model, more, message in (
         ({"bridge_dim": 16, "bridge_layer": 0}, {}, "bridge_dim must be hidden, 32"),
