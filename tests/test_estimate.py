@@ -8,8 +8,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from wam_kernels import block_attention, cached_attention, compile_plan
-from wam_kernels.adaln import op
 from wam_kernels.masks.context import with_context
+from wam_kernels.ops import OPS
 from wam_kernels.roofline import DEVICE_MODELS, Cost, device_model, device_model_of
 from wam_kernels.roofline import block_attention as attention_cost
 from wam_models import RolloutConfig, RolloutEngine, Schedule, WorldActionModel, cli
@@ -189,7 +189,8 @@ def saved_bytes(config, frames, batch):
 
 @pytest.mark.parametrize("config", [SMALL, OTHER], ids=["small", "other"])
 def test_activations_are_what_autograd_saves(config, monkeypatch):
-    monkeypatch.setattr(op, "_ROW", replace(op._ROW, small=0))  # the fused op, as on a GPU
+    fused = replace(OPS["ada_layer_norm"], small=0)  # as on a GPU
+    monkeypatch.setattr("wam_kernels.adaln.op._ROW", fused)
     sizes = Sizes(config, GRID, TEXT, 4)
     one, two = (saved_bytes(replace(config, layers=n), 5, 2) for n in (1, 2))
     # statistics of the norms and log-sum-exps are the rest
