@@ -15,19 +15,23 @@ from wam_kernels.integrations import Unsupported, patch
 # ---- VPP 2 ----
 
 
-def vpp2_model(**options) -> vpp2.MoT:
+def vpp2_model(num_layers: int = 2, **options) -> vpp2.MoT:
     torch.manual_seed(0)
-    sizes = {"num_layers": 2, "attn_head_dim": fast_wam.D}
+    sizes = {"num_layers": num_layers, "attn_head_dim": fast_wam.D}
     own = {"video_dim": 24, "num_heads": 3} if options.get("use_video_tokens") else {"num_heads": fast_wam.HEADS}
     video = vpp2.fast_wam.Expert(24, 40, num_heads=fast_wam.HEADS, **sizes)
     return vpp2.MoT({"video": video, "action": vpp2.ActionExpert(16, 20, **sizes, **own)}, **options).train()
 
 
-def vpp2_train(mot: vpp2.MoT, gated: bool):
+def vpp2_inputs(gated: bool) -> tuple:
     data = fast_wam.inputs(fast_wam.VIDEO)
     by = lambda field: {name: one[field] for name, one in data.items()}  # noqa: E731
     arguments = by("x"), fast_wam.mask("fast_wam_joint"), by("freqs"), by("context"), by("t_mod")
-    return mot(*arguments, torch.tensor([True, False]) if gated else None)
+    return *arguments, torch.tensor([True, False]) if gated else None
+
+
+def vpp2_train(mot: vpp2.MoT, gated: bool):
+    return mot(*vpp2_inputs(gated))
 
 
 @pytest.mark.parametrize("gated", [False, True], ids=["one mask", "a mask a sample"])
@@ -59,13 +63,13 @@ def test_vpp2_cached_action_steps():
     assert done.calls["MoT._mixed_attention"] == 8  # 2 calls of 2 video and 2 action layers
 
 
-def test_vpp2_under_compile():
-    mot = vpp2_model(use_fixed_video_layers=1)
-    expected = numbers(vpp2_train(mot, True))
+def test_vpp2_is_one_graph():
+    mot, inputs = vpp2_model(1, use_fixed_video_layers=0), vpp2_inputs(True)
+    expected = numbers(mot(*inputs))
     patch(mot)
     torch._dynamo.reset()
-    compiled = torch.compile(lambda: vpp2_train(mot, True), backend="eager")
-    for got, want in zip(numbers(compiled()), expected, strict=True):
+    compiled = torch.compile(lambda *inputs: mot(*inputs), backend="eager", fullgraph=True)
+    for got, want in zip(numbers(compiled(*inputs)), expected, strict=True):
         torch.testing.assert_close(got, want, **CLOSE)
 
 
