@@ -153,7 +153,7 @@ def test_json_is_a_training_config(block):
 
 # ---- Commands. Bash reads the block, with functions in the place of programs, each of which prints its arguments.
 
-PROGRAMS = ("wam", "make", "pip", "python", "openwam-train")
+PROGRAMS = ("wam", "make", "pip", "python", "torchrun", "openwam-train")
 SHELL = "PATH=\n" + "\n".join(f"{p}() {{ printf '%s\\0' {p} \"$@\"; printf '\\n\\0'; }}" for p in PROGRAMS)
 
 
@@ -188,6 +188,9 @@ def what_is_wrong(words: list[str]) -> str:
         extras = {extra for a in arguments for found in re.findall(r"\[(.*?)\]", a) for extra in found.split(",")}
         known = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         return "" if extras <= set(known) else f"the extras are {sorted(known)}"
+    if program == "torchrun":
+        module = arguments.index("-m") + 1
+        return wam_error(arguments[module + 1 :]) if arguments[module] == "wam_models" else "no such module"
     return wam_error(arguments) if program == "wam" else ""
 
 

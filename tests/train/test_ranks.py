@@ -1,5 +1,6 @@
 """Two processes and micro-batches: the steps of one process, whatever is sharded, split or computed again."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,8 @@ from torch.distributed.tensor import DTensor
 
 from tests.train.conftest import TINY, TINY_MODEL
 from wam_models.data import ClipDataset
-from wam_models.train import TrainConfig
+from wam_models.rollout.policy import Policy
+from wam_models.train import TrainConfig, train
 from wam_models.train.engine import EngineConfig
 from wam_models.train.trainer import Trainer
 
@@ -54,6 +56,73 @@ def test_two_processes_take_the_steps_of_one(changes, two, one, root):
     first, second = two(trained, root, with_engine(**changes))
     assert first[0] == second[0]
     check(first, one)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recompute": "block"},
+        {"recompute": "selective"},
+        pytest.param({"compile": "aot_eager"}, marks=pytest.mark.slow),
+        {"precision": "bf16"},
+    ],
+    ids=str,
+)
+def test_what_saves_memory_or_time_changes_no_step(changes, one, root):
+    config = with_engine(**changes)
+    trainer = Trainer(config, ClipDataset(root), seed=3, device=CPU)
+    assert {p.dtype for p in trainer.learner.parameters()} == {torch.float32}
+    stack = trainer.model.packed_block_stack
+    assert (stack.checkpoint_activations, stack.selective) == (
+        config.engine.recompute != "none",
+        config.engine.recompute == "selective",
+    )
+    done = trainer.run(stop=lambda: False, progress=False)
+    found = [[row[f] for f in FIELDS] for row in done.log], dict(done.policy.model.state_dict())
+    if config.engine.precision == "bf16":
+        assert found[0] != one[0]
+        torch.testing.assert_close(torch.tensor(found[0]), torch.tensor(one[0]), rtol=0.05, atol=0)
+    else:
+        check(found, one)
+
+
+def saved_and_resumed(root, folder, steps, resume):
+    """A run up to a step, alone or on all ranks, from a checkpoint where there is one."""
+    policy, found = Policy.load(folder / "checkpoint") if resume else (None, None)
+    data = ClipDataset(root, None if policy is None else policy.codec)
+    done = train(replace(CONFIG, steps=steps, save_every=2), data, seed=3, out=folder, resume=found, progress=False)
+    return [[row[f] for f in FIELDS] for row in done.log], dict(done.policy.model.state_dict())
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_on_another_number_of_processes(two, one, root, tmp_path):
+    """Two, one, two: each adds a step, and all are those of one process; on as many, bit for bit."""
+    first = two(saved_and_resumed, root, tmp_path, 1, False)[0]
+    second = saved_and_resumed(root, tmp_path, 2, True)
+    third, other = two(saved_and_resumed, root, tmp_path, 3, True)
+    check((first[0] + second[0] + third[0], third[1]), one)
+    shutil.rmtree(tmp_path / "checkpoint")
+    (tmp_path / "log.jsonl").unlink()
+    two(saved_and_resumed, root, tmp_path, 2, False)
+    again = two(saved_and_resumed, root, tmp_path, 3, True)[0]
+    whole = two(trained, root, CONFIG)[0]
+    assert again[0] == whole[0][2:] and all(torch.equal(again[1][k], v) for k, v in whole[1].items())
+
+
+def test_processes_that_do_not_divide_are_refused(two, root):
+    for changes, message in (
+        ({"replicas": 3}, "engine.replicas must divide the 2 processes of this run, got 3"),
+        ({"accumulation": 4}, "batch must be a multiple of 8, 4 micro-batches of 2 processes"),
+    ):
+        assert all(message in found for found in two(refused, root, with_engine(**changes)))
+    with pytest.raises(ValueError, match="compile must name a backend of torch.compile, of .*, got 'fast'"):
+        EngineConfig(compile="fast")
+
+
+def refused(root, config):
+    with pytest.raises(ValueError) as error:
+        Trainer(config, ClipDataset(root), seed=0, device=CPU)
+    return str(error.value)
 
 
 def test_micro_batches_take_the_steps_of_one_batch(one, root):

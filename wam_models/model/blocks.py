@@ -17,7 +17,7 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from wam_kernels import FrameIndex, ada_layer_norm, gate_residual_ada_layer_norm, qk_norm_rope
 
@@ -269,11 +269,29 @@ class PackedBlock(nn.Module):
         return tuple(done)
 
 
+# attentions and matrix products
+PRODUCTS = (
+    torch.ops.wam.block_attention.default,
+    torch.ops.wam.block_attention_boxes.default,
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
+
+
+def _keep_products() -> tuple[Any, Any]:
+    return create_selective_checkpoint_contexts(list(PRODUCTS))
+
+
 class PackedBlockStack(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.packed_blocks = nn.ModuleList(PackedBlock(config) for _ in range(config.layers))
         self.checkpoint_activations = False
+        self.selective = False  # keeps what PRODUCTS give
 
     def forward(
         self,
@@ -307,7 +325,8 @@ class PackedBlockStack(nn.Module):
             buffers = None if out is None else out[i]
             inputs = streams, rope, text[i], attend_in_block, buffers, at_last if i == last else every
             if self.checkpoint_activations and torch.is_grad_enabled():
-                streams = checkpoint(block, *inputs, use_reentrant=False)
+                contexts = _keep_products if self.selective else noop_context_fn
+                streams = checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts)
             else:
                 streams = block(*inputs)
         return streams

@@ -82,9 +82,13 @@ class WorldActionModel(nn.Module):
     def device(self) -> torch.device:
         return self.core.scale_shift_table.device
 
-    def checkpoint_activations(self, on: bool = True) -> None:
-        """Recompute each block in the backward instead of keeping its activations."""
+    def checkpoint_activations(self, on: bool = True, *, selective: bool = False) -> None:
+        """Recompute each block in the backward instead of keeping its activations.
+
+        ``selective`` keeps the results of its matrix products and attentions, and computes all else again.
+        """
         self.packed_block_stack.checkpoint_activations = on
+        self.packed_block_stack.selective = selective
 
     def side(self, name: str) -> VideoSide | ActionSide | ContextSide:
         """What is outside the blocks of a stream."""

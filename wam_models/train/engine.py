@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from ..runtime.checks import check_field, choice, whole
 
 PRECISIONS = ("auto", "float32", "bf16")
@@ -45,5 +47,8 @@ class EngineConfig:
             check_field(self, name, whole, 1)
         check_field(self, "precision", choice, PRECISIONS)
         check_field(self, "recompute", choice, RECOMPUTED)
-        if not isinstance(self.compile, str):
-            raise ValueError(f"EngineConfig: compile must name a backend of torch.compile, got {self.compile!r}")
+        backends = torch.compiler.list_backends(exclude_tags=())
+        if self.compile and self.compile not in backends:
+            raise ValueError(
+                f"EngineConfig: compile must name a backend of torch.compile, of {backends}, got {self.compile!r}"
+            )

@@ -185,6 +185,11 @@ class Trainer:
         self.ranks = Ranks(config.engine, device)
         self.parts = self.ranks.samples(config.batch)
         self.bf16 = config.engine.precision == "bf16" or (config.engine.precision == "auto" and device.type == "cuda")
+        recompute = config.engine.recompute
+        self.model.checkpoint_activations(recompute != "none", selective=recompute == "selective")
+        if config.engine.compile:
+            for block in self.model.packed_block_stack.packed_blocks:
+                block.compile(backend=config.engine.compile)
         self.learner.to(device).train()
         self.ranks.shard(self.learner, self.model, bf16=self.bf16)
         self.optimizers = make_optimizers(self.learner, config)
