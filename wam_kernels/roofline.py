@@ -25,15 +25,13 @@ from . import cached_attention as _defines_cached_attention  # noqa: F401
 
 @dataclass(frozen=True)
 class DeviceModel:
-    """Rates and sizes of a data sheet; no program reaches the rates."""
+    """Rates and memory of a data sheet; no program reaches the rates."""
 
     reported: str  # the name that the driver has for it
     tensor_flops: float  # a second, dense products of bf16 numbers with float32 sums
     float32_flops: float  # a second, products of float32 numbers without tensor cores
     bandwidth: float  # bytes a second, of the device's memory
     memory: float  # bytes of it
-    l2: float  # bytes
-    sms: int
     source: str
 
     def __str__(self) -> str:
@@ -46,26 +44,15 @@ class DeviceModel:
 # by the name that the command line takes
 DEVICE_MODELS: Mapping[str, DeviceModel] = MappingProxyType(
     {
-        "h100": DeviceModel(
-            "NVIDIA H100 80GB HBM3", 989e12, 67e12, 3.35e12, 80e9, 50e6, 132, "NVIDIA H100 SXM data sheet"
-        ),
-        "h200": DeviceModel("NVIDIA H200", 989e12, 67e12, 4.8e12, 141e9, 50e6, 132, "NVIDIA H200 SXM data sheet"),
-        "h100-pcie": DeviceModel(
-            "NVIDIA H100 PCIe", 756e12, 51e12, 2.0e12, 80e9, 50e6, 114, "NVIDIA H100 PCIe data sheet"
-        ),
+        "h100": DeviceModel("NVIDIA H100 80GB HBM3", 989e12, 67e12, 3.35e12, 80e9, "NVIDIA H100 SXM data sheet"),
+        "h200": DeviceModel("NVIDIA H200", 989e12, 67e12, 4.8e12, 141e9, "NVIDIA H200 SXM data sheet"),
+        "h100-pcie": DeviceModel("NVIDIA H100 PCIe", 756e12, 51e12, 2.0e12, 80e9, "NVIDIA H100 PCIe data sheet"),
         "a100": DeviceModel(
-            "NVIDIA A100-SXM4-80GB", 312e12, 19.5e12, 2.039e12, 80e9, 40e6, 108, "NVIDIA A100 80GB SXM data sheet"
+            "NVIDIA A100-SXM4-80GB", 312e12, 19.5e12, 2.039e12, 80e9, "NVIDIA A100 80GB SXM data sheet"
         ),
-        "l40s": DeviceModel("NVIDIA L40S", 362e12, 91.6e12, 0.864e12, 48e9, 96e6, 142, "NVIDIA L40S data sheet"),
+        "l40s": DeviceModel("NVIDIA L40S", 362e12, 91.6e12, 0.864e12, 48e9, "NVIDIA L40S data sheet"),
         "rtx4090": DeviceModel(
-            "NVIDIA GeForce RTX 4090",
-            165e12,
-            82.6e12,
-            1.008e12,
-            24e9,
-            72e6,
-            128,
-            "NVIDIA Ada GPU architecture whitepaper",
+            "NVIDIA GeForce RTX 4090", 165e12, 82.6e12, 1.008e12, 24e9, "NVIDIA Ada GPU architecture whitepaper"
         ),
     }
 )

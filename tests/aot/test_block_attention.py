@@ -5,7 +5,7 @@ from functools import cache
 import pytest
 
 from bench.static.launches import BLOCK_ATTENTION, LONG, SHORT, block_attention
-from tests.aot.compile import Compiled, compile_sm90, repeated_products, shared_bytes
+from tests.aot.compile import Compiled, compile_sm90, repeated_products, resources, shared_bytes
 from wam_kernels.block_attention import config
 from wam_kernels.runtime.shared_memory import BLOCK_BYTES, compiling_for
 
@@ -119,6 +119,14 @@ def test_launches_fit_the_least_shared_memory(D, dtype):
     with compiling_for(capability):
         launches = [launch for name, rows in LONG.items() for launch in block_attention(name, D, rows, dtype)]
     assert max(shared_bytes(launch, capability) for launch in launches) <= BLOCK_BYTES[capability]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", [80, 89, 120])
+def test_dk_and_dv_do_not_spill_beside_the_operands_of_mma_sync(capability):
+    with compiling_for(capability):
+        (launch,) = block_attention("dkdv", 128, LONG["dkdv"], "bf16")
+    assert resources(launch, capability).stack_bytes == 0
 
 
 def test_launches_of_an_h100_would_be_refused_elsewhere():

@@ -7,7 +7,7 @@ warps compute which part of a product.
 
 from dataclasses import dataclass
 
-from ..runtime.shared_memory import SMALL_BLOCK, block_bytes
+from ..runtime.shared_memory import SMALL_BLOCK, block_bytes, compute_capability
 from ..runtime.tuning import tuned
 
 MAX_D = 256
@@ -57,6 +57,11 @@ def dq(D: int, itemsize: int, rows: int) -> Config:
 def dkdv(D: int, itemsize: int, rows: int) -> Config:
     # 128 rows by 8 warps: one block lives on an SM, so its copies must hide behind its own products: 3 stages
     row = block_d(D) * itemsize
+    if rows == 128 and row == 256 and itemsize == 2 and compute_capability() // 10 in (8, 12):
+        # products are mma.sync, whose operands lie in registers too: beside them the sums of 128 rows spill 64 to 152
+        # bytes of a thread, those of 64 rows by as many warps none (docs/triton_versions.md), for which q and dout are
+        # read twice as often
+        return Config(64, num_warps=8, num_stages=2)
     return _config("dkdv", row, itemsize, rows, _backward_stages(row, itemsize))
 
 

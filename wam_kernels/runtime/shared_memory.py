@@ -33,13 +33,16 @@ def compiling_for(capability: int) -> Iterator[None]:
         _compiled_for.pop()
 
 
-def block_bytes() -> int:
-    """Of a block on the current device; without CUDA (the interpreter, ahead-of-time compilation) of an H100."""
+def compute_capability() -> int:
+    """Of the current device, 90 for 9.0; without CUDA (the interpreter, ahead-of-time compilation) of an H100."""
     if _compiled_for:
-        capability = _compiled_for[-1]
-    elif torch.cuda.is_initialized():
+        return _compiled_for[-1]
+    if torch.cuda.is_initialized():
         major, minor = torch.cuda.get_device_capability()
-        capability = 10 * major + minor
-    else:
-        capability = 90
-    return BLOCK_BYTES.get(capability, SMALL_BLOCK)
+        return 10 * major + minor
+    return 90
+
+
+def block_bytes() -> int:
+    """Of a block on the current device."""
+    return BLOCK_BYTES.get(compute_capability(), SMALL_BLOCK)
