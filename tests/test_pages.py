@@ -1,8 +1,8 @@
 """Every block of code on every page: Python runs, commands parse, JSON is a config; links lead somewhere.
 
 A block says what it is: ``python`` runs as it stands, in a namespace of its page after what ``BEFORE`` prepares there;
-``sh`` is read by bash, and every command in it by the parser of its program; ``json`` is a training config; ``text`` is
-a drawing or a formula. All Python runs in one process: importing torch takes longer than they do.
+``sh`` is read by bash, and every command in it by the parser of its program; ``json`` is a training config, ``toml`` a
+recipe; ``text`` is a drawing or a formula. All Python runs in one process: importing torch takes longer than they do.
 """
 
 import contextlib
@@ -136,11 +136,18 @@ def test_the_check_notices(tmp_path):
 
 
 def test_every_block_says_what_it_is():
-    assert {block.language for block in BLOCKS} <= {"python", "sh", "json", "text"}, BLOCKS
+    assert {block.language for block in BLOCKS} <= {"python", "sh", "json", "toml", "text"}, BLOCKS
     for page in PAGES:
         rest = re.sub(r"^ *```.*?^ *```$", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
         assert "```" not in rest, page
         assert not re.search(r"\n\n    \S", rest), f"{page}: an indented block says nothing; fence it"
+
+
+@pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "toml"], ids=lambda b: f"{b.page}:{b.line}")
+def test_recipes_in_pages_are_recipes(block):
+    from wam_models.train.recipe import Recipe
+
+    assert Recipe.from_dict(tomllib.loads(block.text)).data
 
 
 @pytest.mark.parametrize("block", [b for b in BLOCKS if b.language == "json"], ids=lambda b: f"{b.page}:{b.line}")

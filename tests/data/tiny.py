@@ -38,17 +38,23 @@ def states(episode):
     return np.repeat(actions(episode)[:, :1], 8, axis=1) + np.arange(8, dtype=np.float32)
 
 
+def pngs(pictures, kind="PNG"):
+    """A column of pictures as files of ``kind``."""
+    cells = []
+    for picture in pictures:
+        held = io.BytesIO()
+        Image.fromarray(picture).save(held, kind, quality=95)
+        cells.append({"bytes": held.getvalue(), "path": None})
+    return pa.array(cells)
+
+
 def move_pictures_into_rows(root, kind="PNG"):
     """Rewrites the data set: pictures as files of ``kind`` in the data files, in place of the video; JPEG's shape has
     the channels first."""
     for file, episodes in ((0, (0, 1)), (1, (2, 3))):
         path = root / f"data/chunk-000/file-{file:03d}.parquet"
-        cells = []
-        for picture in np.concatenate([frames(e) for e in episodes]):
-            held = io.BytesIO()
-            Image.fromarray(picture).save(held, kind, quality=95)
-            cells.append({"bytes": held.getvalue(), "path": None})
-        table = pq.read_table(path).append_column(KEY, pa.array(cells))
+        pictures = np.concatenate([frames(e) for e in episodes])
+        table = pq.read_table(path).append_column(KEY, pngs(pictures, kind))
         path.unlink()  # it may be a hard link
         pq.write_table(table, path)
     path = root / "meta/episodes/chunk-000/file-000.parquet"

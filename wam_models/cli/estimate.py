@@ -92,7 +92,7 @@ def _grid(folder: Path, model: ModelConfig, metadata: dict) -> tuple[int, int]:
     where = folder / CONFIG
     if "camera" not in metadata:
         raise ValueError(f"--video-tokens must be given: {where} does not say how large its pictures are")
-    camera = from_fields(Camera, metadata["camera"], f"{where}: metadata.camera")
+    camera = from_fields(Camera, metadata["camera"], f"{where}: metadata.camera", defaults=True)
     codec = metadata.get("codec", {"kind": "patch_pca"})
     match codec["kind"]:
         case "state":

@@ -84,19 +84,27 @@ def _demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=at_least(0), default=0)
 
 
-def _recipe(parser: argparse.ArgumentParser) -> None:
+def _recipe(parser: argparse.ArgumentParser, out: str = "folder of checkpoints and log; default: CONFIG's") -> None:
     """The config of a training, and the flags that are put in place of what it has."""
     parser.add_argument("config", nargs="?", type=Path, metavar="CONFIG", help="TOML or JSON, such as one of recipes/")
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="as model.layers=4, in CONFIG's place"
     )
     parser.add_argument("--data", type=Path, metavar="DIR", help="data set in LeRobot layout; default: CONFIG's")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of checkpoints and log; default: CONFIG's")
+    parser.add_argument("--out", type=Path, metavar="DIR", help=out)
     parser.add_argument("--device", help="cpu, cuda or cuda:N; default: CONFIG's, or cpu")
 
 
 def _validate(parser: argparse.ArgumentParser) -> None:
     _recipe(parser)
+
+
+def _encode(parser: argparse.ArgumentParser) -> None:
+    _recipe(parser, "folder of what it writes")
+    parser.add_argument("--camera", metavar="FEATURE", help="of --data; needed only where it has several")
+    parser.add_argument("--vae", type=Path, metavar="DIR", help="Wan's VAE in diffusers' layout: encodes pictures")
+    parser.add_argument("--text", type=Path, metavar="DIR", help="UMT5 with its tokenizer: encodes instructions")
+    parser.add_argument("--text-tokens", type=at_least(1), default=512, metavar="N", help="default: %(default)s")
 
 
 def _train(parser: argparse.ArgumentParser) -> None:
@@ -246,6 +254,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None] | None,
         "train a small model, act with it in simulated tasks and compare what it imagines",
     ),
     "train": ("wam_models.cli.train", _train, "train a model"),
+    "encode": ("wam_models.cli.encode", _encode, "write a data set's latents and embedded instructions to disk"),
     "validate": ("wam_models.cli.validate", _validate, "list all that is wrong with a config, before a training"),
     "rollout": ("wam_models.cli.rollout", _rollout, "denoise video and actions of one episode from a checkpoint"),
     "record": ("wam_models.cli.record", _record, "record demonstrations of a simulator's scripted expert"),

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +22,9 @@ from tqdm import tqdm
 from ..checkpoint import CONFIG, TRAINING
 from ..data import ClipDataset, LeRobotDataset
 from ..data.clips import TRAINED
+from ..data.config import DataConfig
+from ..data.encoded import EncodedLatents
+from ..data.mix import ClipMix, pooled_units
 from ..rollout.policy import Policy
 from ..runtime.checks import check_device, whole
 from ..runtime.config_files import with_settings
@@ -64,17 +67,16 @@ def _quiet_but_first() -> Iterator[None]:
         yield
 
 
-def _train(args: argparse.Namespace, config: TrainConfig, device: torch.device) -> int:
+def _train(args: argparse.Namespace, asked: TrainConfig, device: torch.device) -> int:
     policy, resume, seed = None, None, args.seed
     training: dict[str, Any] = {}
     if args.resume is not None:
         others = [setting for setting in args.set if not setting.startswith("engine.")]
-        for flag, given in (("CONFIG", args.config), ("--set", others)):
-            if given:
-                raise ValueError(
-                    f"{flag} cannot be given with --resume: the checkpoint has its config, of which --set changes "
-                    "engine.* alone; leave one out"
-                )
+        if args.config is None and others:
+            raise ValueError(
+                f"--set {others[0]} cannot be given with --resume: the checkpoint has its config, of which --set "
+                "changes engine.* alone"
+            )
         policy, resume = Policy.load(args.resume)
         if resume.training_state is None or not resume.metadata.get("training"):
             raise ValueError(f"--resume: {args.resume} has no training state; name a checkpoint that wam train wrote")
@@ -84,8 +86,13 @@ def _train(args: argparse.Namespace, config: TrainConfig, device: torch.device) 
         if not isinstance(training, dict) or not {"config", "seed"} <= set(training):
             raise ValueError(f"{where} must hold config and seed, got {held!r}; resume from another checkpoint")
         stored = training["config"]
-        config = TrainConfig.from_dict(with_settings(stored, args.set) if args.set else stored, f"{where}.config")
+        changed = with_settings(stored, args.set) if args.set and args.config is None else stored
+        config = TrainConfig.from_dict(changed, f"{where}.config")
         seed = whole(f"{where}.seed", training["seed"], 0, LARGEST_INT64)
+        if args.config is not None:
+            config = _resumed(config, asked, args.resume)
+    else:
+        config = asked
     if args.steps is not None:
         config = replace(config, steps=args.steps)
     if resume is not None:
@@ -95,9 +102,9 @@ def _train(args: argparse.Namespace, config: TrainConfig, device: torch.device) 
             raise ValueError(f"--steps must be above {steps_done}, the steps done, got {config.steps}")
     RunFolder(args.out, resume, overwrite=args.overwrite)  # refuses before the data is read
     init = _initial_weights(args, config)
-    data = read_data(args.data, config, policy, camera=args.camera)
+    data = read_data(args.datasets, config, policy)
     short = sum(data.length(i) < config.frames for i in data.train)
-    if short:
+    if short and not config.tokens:
         print(
             f"{short} of {len(data.train)} training episodes are shorter than a clip of {config.frames} frames: unused"
         )
@@ -132,6 +139,22 @@ def _train(args: argparse.Namespace, config: TrainConfig, device: torch.device) 
     return 0
 
 
+def _resumed(saved: TrainConfig, asked: TrainConfig, checkpoint: Path) -> TrainConfig:
+    """The config of a run that goes on: the checkpoint's, for as many steps as CONFIG has.
+
+    Raises:
+        ValueError: CONFIG trains something else.
+    """
+    ours, theirs = asked.to_dict(), saved.to_dict()
+    other = [name for name in ours if ours[name] != theirs[name] and name not in ("steps", "save_every", "engine")]
+    if other:
+        raise ValueError(
+            f"CONFIG must be that of the run to resume, {checkpoint}, but for steps, save_every and engine; it has "
+            f"another {', '.join(other)}"
+        )
+    return asked
+
+
 def with_flags(args: argparse.Namespace) -> Recipe:
     """The recipe of CONFIG and --set; what it has and no flag says is put into ``args``.
 
@@ -139,11 +162,13 @@ def with_flags(args: argparse.Namespace) -> Recipe:
         ValueError: a recipe that is refused, or neither it nor a flag names the data and the run's folder.
     """
     recipe = Recipe.read(args.config, args.set)
-    if len(recipe.data) > 1:
-        raise ValueError(f"{args.config}: data must be one data set, got {len(recipe.data)}")
-    if args.data is None and recipe.data:
-        args.data = Path(recipe.data[0].path)
-        args.camera = args.camera or recipe.data[0].camera
+    args.datasets = recipe.data
+    if args.data is not None:
+        args.datasets = (DataConfig(path=str(args.data), camera=args.camera),)
+    elif args.camera is not None:
+        raise ValueError("--camera must be left out without --data: CONFIG says the cameras of its data")
+    elif recipe.data:
+        args.data, args.camera = recipe.data[0].path, recipe.data[0].camera
     for name, default in (("out", None), ("seed", 0), ("device", "cpu"), ("init", None)):
         if getattr(args, name) is None:
             setattr(args, name, default if getattr(recipe, name) is None else getattr(recipe, name))
@@ -231,23 +256,46 @@ def differences(policy: Policy, data: ClipDataset) -> Iterator[str]:
 
 
 def read_data(
-    root: Path,
+    data: Path | Sequence[DataConfig],
     config: TrainConfig,
     policy: Policy | None = None,
     *,
     camera: str | None = None,
     progress: bool = True,
 ) -> ClipDataset:
-    """The data set as clips, with as many actions a frame and a token as the config has, in the latents and units of a
-    policy if given; with a progress bar over its episodes."""
-    return ClipDataset(
-        LeRobotDataset(root, camera) if policy is None else policy.dataset(root, camera),
-        None if policy is None else policy.codec,
-        progress=lambda e: tqdm(e, desc="read", unit="episode", disable=not progress, dynamic_ncols=True),
-        units=None if policy is None else policy.units,
-        states=bool(config.model.state_dim) if policy is None else policy.state_units or False,
-        actions_per_frame=config.actions_per_frame,
-        actions_per_token=config.actions_per_token,
-        channels=config.model.latent_channels,
-        cell=config.cell,
-    )
+    """Data sets, or the one in a folder, as clips, with as many actions a frame and a token as the config has, in the
+    latents and units of a policy if given; with a progress bar over the episodes.
+
+    Of several data sets the codec is the first one's, and the units are those of all together.
+    """
+    configs = (DataConfig(path=str(data), camera=camera),) if isinstance(data, Path) else tuple(data)
+    usual = None if policy is None or policy.camera is None else policy.camera.name
+    datasets = [LeRobotDataset(c.path, c.camera, usual, state=c.state) for c in configs]
+    kinds = sorted({c.normalization for c in configs})
+    if len(kinds) > 1:
+        raise ValueError(f"data: normalization must be the same of all data sets, got {kinds}")
+    codec, units = (None, None) if policy is None else (policy.codec, policy.units)
+    states: bool | tuple[Tensor, Tensor] = bool(config.model.state_dim)
+    if policy is not None:
+        states = policy.state_units or False
+    elif len(configs) > 1:
+        units, of_states = pooled_units(datasets, bool(states), kinds[0])
+        states = of_states or False
+    parts: list[ClipDataset] = []
+    for one, dataset in zip(configs, datasets, strict=True):
+        part = ClipDataset(
+            dataset,
+            codec,
+            progress=lambda e: tqdm(e, desc="read", unit="episode", disable=not progress, dynamic_ncols=True),
+            units=units,
+            states=states,
+            actions_per_frame=config.actions_per_frame,
+            actions_per_token=config.actions_per_token,
+            channels=config.model.latent_channels,
+            cell=config.cell,
+            normalization=one.normalization,
+            latents=None if one.latents is None else EncodedLatents(one.latents),
+        )
+        codec = part.codec
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else ClipMix(parts, [one.weight for one in configs])

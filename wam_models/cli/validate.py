@@ -6,6 +6,7 @@ import argparse
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def examine(args: argparse.Namespace) -> tuple[list[str], list[str]]:
         faults.append(f"{source}: data must be given: the folder of a data set")
     grids = set()
     for one in recipe.data:
-        dataset = faults_of(faults, LeRobotDataset, Path(one.path), one.camera)
+        dataset = faults_of(faults, partial(LeRobotDataset, state=one.state), Path(one.path), one.camera)
         if dataset is not None:
             faults += data_faults(config, one, dataset)
             grids.add(_grid(config, dataset))
@@ -99,8 +100,9 @@ def data_faults(config: TrainConfig, one: DataConfig, dataset: LeRobotDataset) -
         width = dataset.width("action")
         if width is not None and width * config.actions_per_token != model.action_dim:
             yield f"{where}: model.action_dim must be {width * config.actions_per_token}, got {model.action_dim}"
-    if model.state_dim and (states := dataset.width(STATE)) != model.state_dim:
-        yield f"{where}: model.state_dim must be {states}, the numbers of {STATE}, got {model.state_dim}"
+    if model.state_dim and (states := dataset.width(dataset.state_name)) != model.state_dim:
+        name = dataset.state_name or STATE
+        yield f"{where}: model.state_dim must be {states}, the numbers of {name}, got {model.state_dim}"
     cell = 1 if dataset.has_states_as_frames else config.cell
     height, columns = dataset.picture_size
     for name, pixels, patch in (("rows", height, model.patch[1]), ("columns", columns, model.patch[2])):
@@ -116,5 +118,5 @@ def data_faults(config: TrainConfig, one: DataConfig, dataset: LeRobotDataset) -
         lengths = [1 + (e.length - 1) // config.actions_per_frame for e in dataset.episodes if e.split == split]
         if not lengths:
             yield f"{where}: splits must have an episode in {split!r}, got none"
-        elif config.frames > max(lengths):
+        elif config.frames > max(lengths) and not config.tokens:
             yield f"{where}: frames must be at most {max(lengths)}, the longest episode's, got {config.frames}"

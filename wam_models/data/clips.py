@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ..runtime.checks import whole
+from ..runtime.checks import choice, whole
 from .codec import Codec
 from .latents import PATCH, PatchPCA
 from .lerobot import Episode, LeRobotDataset
+from .source import Source
 from .states import StateCodec
 
 __all__ = ["ClipDataset", "reaching_actions", "episode_frames"]
@@ -20,6 +22,7 @@ __all__ = ["ClipDataset", "reaching_actions", "episode_frames"]
 # mean and std of an action, float32 [A], and bool [A], which of its numbers vary
 Units = tuple[Tensor, Tensor, Tensor]
 
+NORMALIZATIONS = ("mean_std", "min_max", "quantile", "none")
 LEAST_STD = 1e-6  # an action dimension below this is constant
 STRIDE = 4  # video frames, and so actions, per latent frame, unless told otherwise
 # Splits of info.json that clips to train on are drawn from; every other is held out. Actions of the second kind did not
@@ -29,7 +32,7 @@ FIT_FRAMES = 256  # 32,768 patches of 128 x 256 pictures: plenty for 768 dimensi
 
 
 def episode_frames(
-    dataset: LeRobotDataset, episode: Episode | int, codec: Codec | type[Codec], actions_per_frame: int = STRIDE
+    dataset: Source, episode: Episode | int, codec: Codec | type[Codec], actions_per_frame: int = STRIDE
 ) -> np.ndarray:
     """The frames of an episode that a codec encodes, one way for training and rollout.
 
@@ -67,6 +70,60 @@ def reaching_actions(
     return tokens_of_frames
 
 
+def units_of(values: Tensor, normalization: str = "mean_std") -> Units:
+    """float32 [A] each of numbers [N, A]: what is taken off each, what it is divided by, and whether it varies.
+
+    "mean_std": mean and standard deviation; "min_max": the range becomes -1 to 1; "quantile": that from the 1st to the
+    99th percentile does, and what is outside stays outside; "none": units as they are.
+    """
+    values = values.double()
+    varying = values.std(0, correction=0) >= LEAST_STD
+    if normalization == "mean_std":
+        middle, size = values.mean(0), values.std(0, correction=0)
+    elif normalization == "none":
+        middle, size = torch.zeros(values.shape[1]), torch.ones(values.shape[1])
+    else:
+        ends = (0.01, 0.99) if normalization == "quantile" else (0.0, 1.0)
+        low, high = (torch.from_numpy(np.quantile(values.numpy(), end, 0)) for end in ends)
+        middle, size = (low + high) / 2, (high - low) / 2
+    return middle.float(), torch.where(size >= LEAST_STD, size, 1.0).float(), varying
+
+
+class Latents(Protocol):
+    """Latents of a data set that were made before; see EncodedLatents of wam_models.data.encoded.
+
+    Attributes:
+        codec: What made them.
+    """
+
+    @property
+    def codec(self) -> Codec: ...
+
+    def check(self, dataset: Source, actions_per_frame: int, codec: Codec | None) -> None:
+        """Raises ValueError where they are not of this data set, so many actions a frame, and this codec."""
+
+    def episode(self, number: int) -> Any:
+        """Something of `shape` [C, F, h, w] that is sliced as an array."""
+
+
+def _actions_of(dataset: Source) -> list[Tensor]:
+    actions = [torch.from_numpy(dataset.action(e)) for e in dataset.episodes]
+    for episode, action in zip(dataset.episodes, actions, strict=True):
+        if action.shape[1] != actions[0].shape[1]:
+            raise ValueError(
+                f"{dataset.root}: action of episode {episode.index} has {action.shape[1]} numbers, of episode 0 "
+                f"{actions[0].shape[1]}; expected one width"
+            )
+    return actions
+
+
+def _some_frames(episodes: list[np.ndarray], every: bool) -> np.ndarray:
+    """Frames [N, ...] that a codec is fitted to, spread evenly over those of all episodes, or all of them."""
+    pool = [(i, t) for i, frames in enumerate(episodes) for t in range(len(frames))]
+    chosen = np.linspace(0, len(pool) - 1, len(pool) if every else min(FIT_FRAMES, len(pool))).round().astype(int)
+    return np.stack([episodes[pool[c][0]][pool[c][1]] for c in chosen])
+
+
 class ClipDataset:
     """A whole LeRobot data set as latents in memory, cut into clips.
 
@@ -76,7 +133,8 @@ class ClipDataset:
     the training split alone.
 
     Attributes:
-        tasks: list of instructions; `task` in a clip indexes it.
+        tasks: list of instructions; `task` in a clip indexes it. Of several in an episode it is that at the clip's
+            first frame.
         train, held_out: lists of episode numbers. Splits "counterfactual" and "action_free" are neither; any other but
             "train" counts as held out.
         codec: see Codec of wam_models.data.codec.
@@ -85,11 +143,12 @@ class ClipDataset:
         own_units: mean, std and which dimensions vary, of this training split even where `units` are others.
         state_units: mean and std of the states, float32 [S] each, as `units` of actions; None without `states`.
         latent_shape: (channels, rows, columns) of one latent frame.
-        camera, picture_size: as of LeRobotDataset.
+        camera, picture_size, canvas: as of LeRobotDataset.
         actions_per_frame, actions_per_token: as given.
 
     Args:
-        dataset: a LeRobotDataset, or the folder of one, which is then read from its only camera.
+        dataset: a LeRobotDataset or any other Source, or the folder of the former, which is then read from its only
+            camera.
         codec: the codec to use; None fits PatchPCA, or StateCodec where frames are states.
         units: (action_mean, action_std, bool [A] which dimensions vary) in place of the training split's own, such as
             `Policy.units` for a policy that is to be trained on.
@@ -100,6 +159,10 @@ class ClipDataset:
         states: whether clips have the robot's state at each frame, `observation.state`; or the units of it, such as
             `Policy.state_units`.
 
+        latents: latents on disk of this data set, EncodedLatents, in place of encoding its pictures; `codec` is then
+            theirs.
+        normalization: units of actions and states, one of NORMALIZATIONS, where they are not given.
+
     Raises:
         ValueError: no training episode, pictures that the codec's cells do not divide, episodes whose actions differ in
             width from each other or from the units, or what the reader and the codec raise.
@@ -108,7 +171,7 @@ class ClipDataset:
 
     def __init__(
         self,
-        dataset: LeRobotDataset | str | Path,
+        dataset: Source | str | Path,
         codec: Codec | None = None,
         progress: Callable[[Iterable[Episode]], Iterable[Episode]] = iter,
         units: Units | None = None,
@@ -117,6 +180,8 @@ class ClipDataset:
         channels: int = 48,
         cell: int = PATCH,
         states: bool | tuple[Tensor, Tensor] = False,
+        latents: Latents | None = None,
+        normalization: str = "mean_std",
     ) -> None:
         self.actions_per_frame = whole("ClipDataset: actions_per_frame", actions_per_frame, 1)
         self.actions_per_token = whole("ClipDataset: actions_per_token", actions_per_token, 1)
@@ -125,20 +190,31 @@ class ClipDataset:
                 f"ClipDataset: actions_per_token must divide actions_per_frame, {actions_per_frame}, got "
                 f"{actions_per_token}"
             )
-        if not isinstance(dataset, LeRobotDataset):
+        if isinstance(dataset, str | Path):
             dataset = LeRobotDataset(dataset)
+        self.normalization = choice("ClipDataset: normalization", normalization, NORMALIZATIONS)
         episodes = dataset.episodes
         self.fps = dataset.fps
         self._splits = {name: [e.index for e in episodes if e.split == name] for name in TRAINED}
         self.train = self._splits[TRAIN]
+        self._weights, self._sources = [1.0], list[dict[str, list[int]]]()  # of several data sets: see ClipMix
         self.held_out = self._splits["held_out"] = [e.index for e in episodes if e.split and e.split not in TRAINED]
         if not self.train:
             raise ValueError(f'{dataset.root / "meta/info.json"}: splits has no episode in "train"')
-        self.tasks = list(dict.fromkeys(e.task for e in episodes))
-        self._task = [self.tasks.index(e.task) for e in episodes]
+        self.tasks = list(dict.fromkeys(task for e in episodes for task in e.tasks))
+        # of an episode the number of its task, or of several that at each latent frame
+        self._task: list[int | np.ndarray] = [
+            self.tasks.index(e.task)
+            if len(e.tasks) == 1
+            else np.array([self.tasks.index(t) for t in dataset.instructions(e)[::actions_per_frame]])
+            for e in episodes
+        ]
 
         info = dataset.root / "meta/info.json"
-        self.camera, self.picture_size = dataset.camera, dataset.picture_size
+        self.camera, self.picture_size, self.canvas = dataset.camera, dataset.picture_size, dataset.canvas
+        if latents is not None:
+            latents.check(dataset, actions_per_frame, codec)
+            codec = latents.codec
         if codec is None:
             default = StateCodec if dataset.has_states_as_frames else PatchPCA
             cell = 1 if dataset.has_states_as_frames else whole("ClipDataset: cell", cell, 1)
@@ -150,14 +226,7 @@ class ClipDataset:
                 f"{info}: pictures of {self.camera} are {size}, expected multiples of {cell}, the codec's cells; crop "
                 "or scale them, or pass a codec with smaller cells"
             )
-        # before the pictures, which take far longer to read
-        actions = [torch.from_numpy(dataset.action(e)) for e in episodes]
-        for episode, action in zip(episodes, actions, strict=True):
-            if action.shape[1] != actions[0].shape[1]:
-                raise ValueError(
-                    f"{dataset.root}: action of episode {episode.index} has {action.shape[1]} numbers, of episode 0 "
-                    f"{actions[0].shape[1]}; expected one width"
-                )
+        actions = _actions_of(dataset)  # before the pictures, which take far longer to read
         if units is not None and len(units[0]) != actions[0].shape[1]:
             raise ValueError(f"{dataset.root}: actions have {actions[0].shape[1]} numbers, the units {len(units[0])}")
 
@@ -165,23 +234,21 @@ class ClipDataset:
         frames = (episode_frames(dataset, e, codec or default, actions_per_frame) for e in progress(episodes))
         if codec is None:
             known_frames = list(frames)
-            pool = [(i, t) for i in self.train for t in range(len(known_frames[i]))]
-            most = len(pool) if dataset.has_states_as_frames else FIT_FRAMES
-            chosen = np.linspace(0, len(pool) - 1, min(most, len(pool))).round().astype(int)
-            sample = np.stack([known_frames[pool[c][0]][pool[c][1]] for c in chosen])
+            sample = _some_frames([known_frames[i] for i in self.train], dataset.has_states_as_frames)
             codec = StateCodec.fit(sample) if default is StateCodec else PatchPCA.fit(sample, channels, cell)
             frames = (pictures for pictures in known_frames)
         self.codec = codec
         # Clips are cut with NumPy: copies this small cost torch's thread pool far more than the copy itself when the
         # cores are busy (0.25 s a batch, against 1 ms).
-        self._video = [codec.encode(pictures).numpy() for pictures in frames]
+        self._video: list[Any]
+        if latents is not None:
+            self._video = [latents.episode(e.index) for e in episodes]
+        else:
+            self._video = [codec.encode(pictures).numpy() for pictures in frames]
         channels, _, rows, columns = self._video[0].shape
         self.latent_shape = (channels, rows, columns)
 
-        known = torch.cat([actions[i] for i in self.train]).to(torch.float64)
-        std = known.std(0, correction=0)
-        varying = std >= LEAST_STD
-        self.own_units = known.mean(0).to(torch.float32), torch.where(varying, std, 1.0).to(torch.float32), varying
+        self.own_units = units_of(torch.cat([actions[i] for i in self.train]), normalization)
         self.action_mean, self.action_std, varying = units or self.own_units
         self.constant_actions = ~varying
         self._action = [
@@ -200,9 +267,7 @@ class ClipDataset:
         if len(widths) != 1:
             raise ValueError(f"ClipDataset: states must be of one width, that of the units, got {widths}")
         if units is None:
-            known = torch.from_numpy(np.concatenate([states[i] for i in self.train])).double()
-            std = known.std(0, correction=0)
-            units = known.mean(0).float(), torch.where(std >= LEAST_STD, std, 1.0).float()
+            units = units_of(torch.from_numpy(np.concatenate([states[i] for i in self.train])), self.normalization)[:2]
         self.state_units = units
         of_all = [unit.numpy() for unit in units]
         # frames of the latents: a last one may be cut off
@@ -218,6 +283,17 @@ class ClipDataset:
             raise ValueError(f"ClipDataset: split must be one of {tuple(self._splits)}, got {split!r}")
         return self._splits[split]
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Names that `episodes_of` takes."""
+        return tuple(self._splits)
+
+    def sources(self, split: str) -> list[tuple[float, list[int]]]:
+        """Of each data set its weight and its episodes of the split; here of the one that there is."""
+        self.episodes_of(split)  # refuses another name
+        own = self._sources or [self._splits]
+        return [(weight, of[split]) for weight, of in zip(self._weights, own, strict=True)]
+
     def normalize_action(self, action: Tensor) -> Tensor:
         """float [..., A] in the data set's units -> the same shape in units of the training split's std."""
         return (action - self.action_mean.to(action.device)) / self.action_std.to(action.device)
@@ -225,6 +301,10 @@ class ClipDataset:
     def denormalize_action(self, action: Tensor) -> Tensor:
         """The reverse of normalize_action."""
         return action * self.action_std.to(action.device) + self.action_mean.to(action.device)
+
+    def __len__(self) -> int:
+        """Episodes, of all splits."""
+        return len(self._video)
 
     def length(self, index: int) -> int:
         """Latent frames of episode `index`."""
@@ -257,21 +337,29 @@ class ClipDataset:
             of_clip = torch.multinomial(shares, batch, replacement=True, generator=generator).tolist()
         drawn = {name: self._drawn(name, of_clip.count(i), frames, generator) for i, name in enumerate(names)}
         places = [drawn[names[i]].pop() for i in of_clip]
-        clips = [self._clip(episode, start, frames) for episode, start in places]
+        clips = [self.clip(episode, start, frames) for episode, start in places]
         return {key: torch.from_numpy(np.stack([clip[key] for clip in clips])) for key in clips[0]}
 
     def _drawn(self, split: str, count: int, frames: int, generator: torch.Generator) -> list[tuple[int, int]]:
         """Episode and start of so many clips, the first one last."""
-        numbers = self.episodes_of(split)
-        starts = torch.tensor([max(0, self.length(i) - frames + 1) for i in numbers], dtype=torch.int64)
-        ends = starts.cumsum(0)
-        if not numbers or ends[-1] == 0:
-            longest = max((self.length(i) for i in numbers), default=0)
+        places: list[tuple[int, int]] = []
+        sources = [(w, n) for w, n in self.sources(split) if any(self.length(i) >= frames for i in n)]
+        if not sources:
+            longest = max(map(self.length, self.episodes_of(split)), default=0)
             raise ValueError(f"ClipDataset.sample: frames is {frames}, but the longest {split} episode has {longest}")
-        drawn = torch.randint(int(ends[-1]), (count,), generator=generator)
-        rows = torch.searchsorted(ends, drawn, right=True)
-        offsets = drawn - (ends - starts)[rows]
-        return [(numbers[row], start) for row, start in zip(rows.tolist(), offsets.tolist(), strict=True)][::-1]
+        counts = [count]
+        if len(sources) > 1:
+            shares = torch.tensor([weight for weight, _ in sources])
+            of = torch.multinomial(shares, max(count, 1), replacement=True, generator=generator)[:count]
+            counts = torch.bincount(of, minlength=len(sources)).tolist()
+        for (_, numbers), few in zip(sources, counts, strict=True):
+            starts = torch.tensor([max(0, self.length(i) - frames + 1) for i in numbers], dtype=torch.int64)
+            ends = starts.cumsum(0)
+            drawn = torch.randint(int(ends[-1]), (few,), generator=generator)
+            rows = torch.searchsorted(ends, drawn, right=True)
+            offsets = drawn - (ends - starts)[rows]
+            places += [(numbers[row], start) for row, start in zip(rows.tolist(), offsets.tolist(), strict=True)]
+        return places[::-1]
 
     def episode(self, index: int) -> dict[str, Tensor]:
         """Episode number `index` (see `held_out`) as a batch of one clip, from its first latent frame to its last.
@@ -281,16 +369,18 @@ class ClipDataset:
         index = whole("ClipDataset.episode: index", index, 0)
         if index >= len(self._video):
             raise IndexError(f"episode {index} does not exist; the data set has {len(self._video)}")
-        clip = self._clip(index, 0, self.length(index))
+        clip = self.clip(index, 0, self.length(index))
         return {key: torch.from_numpy(np.stack([value])) for key, value in clip.items()}
 
-    def _clip(self, index: int, start: int, frames: int) -> dict[str, np.ndarray | np.int64 | np.bool_]:
+    def clip(self, index: int, start: int, frames: int) -> dict[str, Any]:
+        """`frames` latent frames of episode `index` from `start` on: arrays as those of `sample`, without
+        the dim of a batch."""
         action = self._action[index][start : start + frames].copy()
         action[0] = 0
-        clip: dict[str, np.ndarray | np.int64 | np.bool_] = {
+        clip: dict[str, Any] = {
             "video": self._video[index][:, start : start + frames],
             "action": action,
-            "task": np.int64(self._task[index]),
+            "task": np.int64(task if isinstance(task := self._task[index], int) else task[start]),
             "episode": np.int64(index),
             "start": np.int64(start),
         }

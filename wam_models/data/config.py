@@ -6,8 +6,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..runtime.checks import check_field, number
+from ..runtime.checks import check_field, choice, number
 from ..runtime.json_fields import from_fields
+from .clips import NORMALIZATIONS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,8 +17,13 @@ class DataConfig:
 
     Args:
         path: Its folder.
-        camera: The feature that frames come from; needed only where there are several.
-        weight: Its share of the samples, beside those of the other data sets.
+        camera: The feature that frames come from; needed only where there are several. Several are tiled on one
+            canvas: ``"A,B"`` side by side, ``"A/B,C"`` in rows.
+        weight: Its share of the clips, beside those of the other data sets.
+        state: The feature of the robot's state; default ``observation.state``, or the only one there is.
+        normalization: Units of actions and states: ``"mean_std"``, ``"min_max"``, ``"quantile"`` or ``"none"``; the
+            same of all data sets of a training. They are saved with the policy.
+        latents: Folder that ``wam encode`` wrote of it; without, pictures are encoded when a training begins.
 
     Raises:
         ValueError: a value of the wrong type or outside its range; the message names the field.
@@ -26,13 +32,23 @@ class DataConfig:
     path: str
     camera: str | None = None
     weight: float = 1.0
+    state: str | None = None
+    normalization: str = "mean_std"
+    latents: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str | Path) or not str(self.path):
             raise ValueError(f"DataConfig: path must be the folder of a data set, got {self.path!r}")
         object.__setattr__(self, "path", str(self.path))
-        if self.camera is not None and not (isinstance(self.camera, str) and self.camera):
-            raise ValueError(f"DataConfig: camera must be the name of a feature, got {self.camera!r}")
+        for name, what in (
+            ("camera", "the name of a feature"),
+            ("latents", "the folder of its latents"),
+            ("state", "the name of a feature"),
+        ):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value):
+                raise ValueError(f"DataConfig: {name} must be {what}, got {value!r}")
+        check_field(self, "normalization", choice, NORMALIZATIONS)
         check_field(self, "weight", number, 1e-12, 1e12)
 
     def to_dict(self) -> dict[str, Any]:

@@ -19,15 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
-from wam_kernels import FrameIndex, ada_layer_norm, gate_residual_ada_layer_norm, qk_norm_rope
+from wam_kernels import FrameIndex, ada_layer_norm, block_attention, gate_residual_ada_layer_norm, qk_norm_rope
 
 from ..config import ModelConfig
+from .clips import ClipText
 
 T = TypeVar("T")
 PerStream = tuple[T, ...]  # one of each stream of ``config.streams``; None in it for a stream that is absent
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]  # attend(block, q, k, v), all [B, S, H, h]
-# Text as one block's cross-attention takes it: projected embeddings [B, L, D], or their keys and values.
-Text = Tensor | tuple[Tensor, Tensor]
+# Text as one block's cross-attention takes it: projected embeddings [B, L, D], their keys and values, or of clips.
+Text = Tensor | tuple[Tensor, Tensor] | ClipText
 
 
 def at_least_float32(x: Tensor) -> Tensor:
@@ -219,6 +220,9 @@ class ExpertBlock(nn.Module):
 
     def cross_attention(self, h_BSD: Tensor, text: Text) -> Tensor:
         q = self.attn2.query(h_BSD)
+        if isinstance(text, ClipText):
+            k, v = (t.flatten(0, 1)[None] for t in self.attn2.key_value(text.tokens))
+            return self.attn2.output(block_attention(q, k.to(q.dtype), v.to(q.dtype), text.plan))
         k, v = text if isinstance(text, tuple) else self.attn2.key_value(text)
         samples = q.shape[0]
         if samples != k.shape[0]:  # candidates of a rollout, one after the other, have its text: one sample of it

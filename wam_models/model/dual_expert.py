@@ -8,7 +8,7 @@ one. Names of attributes are keys of the state dict, see ``weights``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple, cast
 
 import torch
@@ -22,6 +22,7 @@ from wam_kernels.runtime.checks import integer
 from ..config import ModelConfig
 from ..runtime.checks import memory
 from .blocks import Attend, BridgeVideo, PackedBlock, PackedBlockStack, PerStream, StreamInputs, Text, Uncast, dtype_of
+from .clips import ClipOrder, ClipText, clip_order
 from .positions import action_positions, video_positions
 from .streams import ActionSide, ContextSide, VideoSide
 
@@ -274,6 +275,7 @@ class WorldActionModel(nn.Module):
         modes: Tensor | None = None,
         bridge: Tensor | BridgeVideo | None = None,
         frame_start: int = 0,
+        clips: Sequence[int] | None = None,
         attend: Attend | None = None,
         impl: str | None = None,
     ) -> tuple[Tensor, Tensor | None] | tuple[Tensor, Tensor | None, dict[str, Tensor]]:
@@ -299,6 +301,9 @@ class WorldActionModel(nn.Module):
             bridge: ``[B, N, bridge_dim]`` features that the action tokens cross-attend to, such as those of
                 :meth:`video_features`, for a model with ``config.bridge_dim``; or the video of which to compute them.
             frame_start: Absolute frame of the first frame: moves the rope positions, nothing else.
+            clips: Frames of each of N clips that lie one after another along F in the one batch element: B is 1, F
+                their sum, and ``plan`` of N samples, ``compile_plan([samples])``. Of ``text``, ``context``, ``modes``
+                and ``bridge``, B is N. Clips do not attend to each other.
             attend: Instead of a plan: the attention, ``attend(layer, q, k, v)`` with ``[B, S, H, h]`` tensors.
             impl: Backend of ``block_attention``.
 
@@ -312,28 +317,40 @@ class WorldActionModel(nn.Module):
         video = Copies(noisy_video, clean_video, plain_tensor(video_timesteps), plain_tensor(clean_video_timesteps))
         action = Copies(noisy_action, clean_action, plain_tensor(action_timesteps), None)
         frame_start = integer("WorldActionModel", "frame_start", frame_start)
-        frames = self._check(video, action, text)
+        clips = None if clips is None else tuple(clips)
+        frames = self._check(video, action, text, clips)
         rows, columns = self.token_grid(*noisy_video.shape[-2:])
         if (plan is None) == (attend is None):
             raise ValueError(
                 "WorldActionModel: give either plan or attend, got " + ("neither" if plan is None else "both")
             )
-        if attend is None:
-
-            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-                return block_attention(q, k, v, cast(Plan, plan), impl=impl)
-
         # noisy and clean copies share positions and states
         copies = 1 if clean_video is None else 2
         self._check_state(state, (noisy_video.shape[0], frames))
         state = None if state is None else torch.cat([state] * copies, 1)
-        given = self.embed_context(context, noisy_video.shape[0])
+        given = self.embed_context(context, noisy_video.shape[0] if clips is None else len(clips))
+        order = None
+        if clips is not None:
+            lengths = tuple(stream.x.shape[1] for stream in given if stream is not None)
+            per_frame = (rows * columns, *([self.config.actions_per_frame] if self.config.has_actions else []))
+            order = clip_order(clips, per_frame, copies, lengths)
+            given = tuple(None if stream is None else _in_one_element(stream) for stream in given)
+        if attend is None:
+
+            def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                if order is not None:
+                    return order.attend(q, k, v, cast(Plan, plan), impl)
+                return block_attention(q, k, v, cast(Plan, plan), impl=impl)
+
         streams = self.embed(video.packed(2), action.packed(1) if self.config.has_actions else None, given, state)
-        positions = torch.arange(frame_start, frame_start + frames, device=self.device).repeat(copies)
+        numbers = [torch.arange(frame_start, frame_start + n, device=self.device) for n in clips or (frames,)]
+        positions = torch.cat(numbers).repeat(copies)
         rope = self.rope(positions, rows, columns, positions if self.config.has_actions else None, given)
         denoised = len(streams) - len(given)
         aligned = {s.name: i for i, s in enumerate(self.config.streams) if s.aligned}
         texts, wanted = self.embed_text(text, modes=modes, bridge=bridge), (*range(denoised), *aligned.values())
+        if order is not None:
+            texts = self._of_clips(texts, order, copies)
         after = self.packed_block_stack(streams, Uncast(*rope), texts, attend, None, wanted)
         noisy = tuple(noisy_tokens(stream, copies) for stream in after[:denoised])
         flows = cast(tuple[Tensor, Tensor | None], self.flows(noisy, frames, rows, columns))
@@ -342,23 +359,35 @@ class WorldActionModel(nn.Module):
         }
         return (*flows, read_out) if aligned else flows
 
+    def _of_clips(self, texts: list[PerStream[Text]], order: ClipOrder, copies: int) -> list[PerStream[Text]]:
+        """The texts of clips ``[N, L, D]``, for tokens that lie in one batch element."""
+        clips, firsts, found = len(cast(Tensor, texts[0][0])), 0, []
+        for i, stream in enumerate(self.config.streams):
+            count = clips * (copies if stream.name in ("video", "action") else 1)
+            pieces = order.sizes[firsts : firsts + count]
+            firsts += count
+            found.append(ClipText.of(cast(Tensor, texts[0][i]), pieces, [j % clips for j in range(count)]))
+        return [tuple(found) for _ in texts]
+
     def _check_state(self, state: Tensor | None, frames: tuple[int, ...]) -> None:
         expected = (*frames, self.config.state_dim) if self.config.state_dim else None
         if (None if state is None else tuple(state.shape)) != expected:
             what = "None for a model without state_dim" if expected is None else f"of shape {list(expected)}"
             raise ValueError(f"state must be {what}, got {None if state is None else list(state.shape)}")
 
-    def _check(self, video: Copies, action: Copies, text: Tensor) -> int:
+    def _check(self, video: Copies, action: Copies, text: Tensor, clips: tuple[int, ...] | None = None) -> int:
         """Shapes and dtypes; returns the number of frames."""
         c, noisy = self.config, cast(Tensor, video.noisy)
         if noisy.ndim != 5 or noisy.shape[1] != c.latent_channels or not noisy.shape[2]:
             raise ValueError(f"noisy_video must be [B, {c.latent_channels}, F >= 1, y, x], got {list(noisy.shape)}")
         B, frames = noisy.shape[0], noisy.shape[2]
+        if clips is not None and (B != 1 or sum(clips) != frames or min(clips, default=0) < 1):
+            raise ValueError(f"clips must be frames that sum to the {frames} of one batch element, got {clips}, B={B}")
         expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
             "clean_video": (video.clean, tuple(noisy.shape)),
             "video_timesteps": (video.timesteps, (B, frames)),
             "clean_video_timesteps": (video.clean_timesteps, (B, frames)),
-            "text": (text, (B, *text.shape[1:2], c.text_dim)),
+            "text": (text, (B if clips is None else len(clips), *text.shape[1:2], c.text_dim)),
         }
         per_slot = B, frames, c.actions_per_frame
         dims = 2 if action.timesteps is None else max(action.timesteps.ndim, 2)
@@ -414,6 +443,13 @@ class Copies(NamedTuple):
 
 def plain_tensor(t: Tensor | Uncast[Tensor] | None) -> Tensor | None:
     return t.tensors[0] if isinstance(t, Uncast) else t
+
+
+def _in_one_element(stream: StreamInputs) -> StreamInputs:
+    """Tokens ``[N, n, D]`` of N clips, without timesteps, as ``[1, N n, D]``."""
+    x = stream.x.flatten(0, 1)[None]
+    modulation, head = (Uncast(*(t[:1] for t in held.tensors)) for held in (stream.modulation, stream.head))
+    return StreamInputs(x, modulation, head, FrameIndex.per_sample(x.shape[1], device=x.device))
 
 
 def noisy_tokens(stream: StreamInputs, copies: int) -> StreamInputs:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..checkpoint import CONFIG, EXTRA, Checkpoint, Save, load_checkpoint, save_checkpoint
 from ..data import ClipDataset, LeRobotDataset, StateCodec
+from ..data.canvas import Canvas, Cell
 from ..data.clips import LEAST_STD, STRIDE, episode_frames, reaching_actions
 from ..data.codec import Codec, SavedCodec
 from ..data.latents import CODECS, codec_kind
@@ -37,6 +38,7 @@ class Camera:
         name: The feature of the data set.
         height: Of its pictures, in pixels.
         width: Of its pictures, in pixels.
+        cells: Of several cameras on one canvas: name, top, left, height and width of each.
 
     Raises:
         ValueError: a value of the wrong type or outside its range; the message names the field.
@@ -45,12 +47,24 @@ class Camera:
     name: str
     height: int
     width: int
+    cells: tuple[tuple[str, int, int, int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
             raise ValueError(f"Camera: name must be a string, got {self.name!r}")
         for name in ("height", "width"):
             check_field(self, name, whole, 1)
+        try:
+            cells = tuple(Cell(str(name), *(whole("cell", n, 0) for n in rest)) for name, *rest in self.cells)
+            fits = not cells or Canvas(cells).size == (self.height, self.width)
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"Camera: cells must be (name, top, left, height, width) that cover {self.height} x {self.width}, got "
+                f"{self.cells!r}"
+            )
+        object.__setattr__(self, "cells", cells)
 
     def check(self, where: str, height: int, width: int) -> None:
         """Raises ValueError for pictures of another size."""
@@ -138,7 +152,8 @@ class Policy:
     def of(cls, model: WorldActionModel, text: WordEmbedding, data: ClipDataset, rollout: RolloutConfig) -> Policy:
         """With the codec, the action statistics and the camera of the data that the model was trained on."""
         units = data.action_mean.clone(), data.action_std.clone(), ~data.constant_actions
-        camera = Camera(name=data.camera, height=data.picture_size[0], width=data.picture_size[1])
+        cells = () if data.canvas is None or len(data.canvas.cells) == 1 else data.canvas.cells
+        camera = Camera(name=data.camera, height=data.picture_size[0], width=data.picture_size[1], cells=cells)
         states = data.state_units if model.config.state_dim else None
         return cls(model.eval(), text.eval(), data.codec, *units, rollout, camera, data.actions_per_token, states)
 
@@ -154,9 +169,11 @@ class Policy:
 
     @property
     def cameras(self) -> dict[str, tuple[int, int]]:
-        """The camera that a simulator has to render, and (height, width) of its pictures; none of states."""
+        """The cameras that a simulator has to render, and (height, width) of their pictures; none of states."""
         if self.frames_are_states or self.camera is None:
             return {}
+        if self.camera.cells:
+            return {name.removeprefix(PICTURES): (h, w) for name, _, _, h, w in self.camera.cells}
         return {self.camera.name.removeprefix(PICTURES): (self.camera.height, self.camera.width)}
 
     def frame(self, state: np.ndarray, pictures: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -167,6 +184,12 @@ class Policy:
         """
         if self.frames_are_states:
             return state
+        if self.camera is not None and self.camera.cells:
+            short = [Cell(name.removeprefix(PICTURES), *place) for name, *place in self.camera.cells]
+            try:
+                return Canvas(short).compose(pictures)
+            except ValueError as error:
+                raise ValueError(f"simulator: observe: {error}, which the policy was trained on") from error
         name = self.camera.name.removeprefix(PICTURES) if self.camera is not None else next(iter(pictures), None)
         if name is None or name not in pictures:
             raise ValueError(
@@ -245,7 +268,7 @@ class Policy:
         rollout = from_fields(RolloutConfig, rollout, f"{config}: metadata.rollout")
         camera = found.metadata.get("camera")
         if camera is not None:
-            camera = from_fields(Camera, camera, f"{config}: metadata.camera")
+            camera = from_fields(Camera, camera, f"{config}: metadata.camera", defaults=True)
         kind = found.metadata.get("codec", {"kind": "patch_pca", "config": {}})  # all that older checkpoints have
         if not isinstance(kind, dict) or set(kind) != {"kind", "config"} or kind["kind"] not in list(CODECS):
             raise ValueError(f"{config}: metadata.codec must have a config and a kind of {list(CODECS)}, got {kind!r}")

@@ -80,7 +80,12 @@ class TrainConfig(SampleConfig):
         video_shift: Shift of the video's noise levels.
         action_shift: Shift of the actions' noise levels.
         batch: Clips of a step.
-        frames: Latent frames of a clip.
+        frames: Latent frames of a clip; of packed clips the longest.
+        tokens: Of a step whose clips are packed: as many as there is room for, of ``shortest`` to ``frames`` frames,
+            each with a program, an objective, a chunk and a window of its own, one after another without padding. 0 for
+            ``batch`` clips of ``frames`` frames, which share program, chunk and window.
+        shortest: Latent frames of the shortest packed clip; with ``frames`` or more, clips are whole episodes where
+            these are shorter.
         steps: Steps of the run, and the end of the schedule unless time ends the run before.
         learning_rate: After the warm-up.
         initialisation: Weights of a fresh model: ``"random"``, or ``"by_hand"``, near what any trained model of the
@@ -124,6 +129,8 @@ class TrainConfig(SampleConfig):
     action_shift: float = 15.0
     batch: int = 2
     frames: int = 9
+    tokens: int = 0
+    shortest: int = 2
     steps: int = 2000
     learning_rate: float = 1.5e-3
     initialisation: str = "random"
@@ -155,6 +162,11 @@ class TrainConfig(SampleConfig):
         super().__post_init__()
         _check_data_gives(self.model)
         _check_objectives(self)
+        if self.tokens and self.model.bridge_layer is not None:
+            raise ValueError(
+                "TrainConfig: tokens must be 0 with model.bridge_layer, whose features are of equally long clips, got "
+                f"{self.tokens}; give batch instead"
+            )
         check_field(self, "actions_per_token", whole, 1, LARGEST_SIZE)
         check_field(self, "cell", whole, 1, LARGEST_SIZE)
         check_field(self, "programs", _programs)
@@ -162,7 +174,14 @@ class TrainConfig(SampleConfig):
         for name in ("video_shift", "action_shift"):
             check_field(self, name, number, *SHIFTS)
         check_field(self, "batch", whole, 1, LARGEST_SIZE)
-        for name, low in (("frames", 2), ("steps", 1), ("warmup", 0), ("save_every", 1)):
+        for name, low in (
+            ("tokens", 0),
+            ("shortest", 2),
+            ("frames", 2),
+            ("steps", 1),
+            ("warmup", 0),
+            ("save_every", 1),
+        ):
             check_field(self, name, whole, low)
         check_field(self, "learning_rate", number, SMALLEST_POSITIVE, 100)
         check_field(self, "clip_norm", number, SMALLEST_POSITIVE)
@@ -340,5 +359,5 @@ def check_fit(config: TrainConfig, data: ClipDataset) -> None:
         )
     splits = [split for kind in config.draws() for split, share in kind.splits.items() if share]
     longest = min(max(map(data.length, data.episodes_of(split))) for split in splits)
-    if config.frames > longest:
+    if config.frames > longest and not config.tokens:
         raise ValueError(f"TrainConfig: frames must be at most {longest}, the longest episode, got {config.frames}")

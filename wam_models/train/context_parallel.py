@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from wam_kernels import FrameIndex
 
 from ..model.blocks import Attend, PerStream, StreamInputs, Text, Uncast
+from ..model.clips import ClipText
 from ..model.dual_expert import WorldActionModel
 
 SEQUENCE = -3  # the dim of tokens in rope tables and in q, k, v
@@ -49,6 +50,7 @@ def split_tokens(model: WorldActionModel, mesh: DeviceMesh) -> None:
             t if t is None else t.narrow(SEQUENCE, part.start, part.stop - part.start)
             for t, part in zip(rope.tensors, parts, strict=True)
         ]
+        text = [tuple(map(_cut_text, of_block, parts)) for of_block in text]
         split = _split_attend(attend, lengths, parts, mesh)
         after = forward(tuple(own), Uncast(*tables), text, split, None, wanted)
         return tuple(
@@ -70,6 +72,10 @@ def _cut(stream: StreamInputs, part: slice) -> StreamInputs:
     index = stream.frame_index
     rows = FrameIndex.from_tensor(index.row_of_token[part].cpu(), index.frames, device=stream.x.device)
     return stream._replace(x=stream.x[:, part], frame_index=rows)
+
+
+def _cut_text(text: Text, part: slice) -> Text:
+    return text.cut(part.start, part.stop) if isinstance(text, ClipText) else text
 
 
 def _split_attend(attend: Attend, lengths: list[int], parts: list[slice], mesh: DeviceMesh) -> Attend:

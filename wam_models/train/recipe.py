@@ -156,7 +156,7 @@ def field_faults(make: Callable[[Any], Any], values: Any) -> list[str]:
 
 
 def _names(message: str, key: str) -> bool:
-    return f": {key} must" in message or f": {key}[" in message or f"'{key}'" in message
+    return f": {key} must" in message or f": {key}: " in message or f": {key}[" in message or f"'{key}'" in message
 
 
 def _refuses(make: Callable[[Any], Any], values: Any, key: str) -> bool:

@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +35,10 @@ from ..weights.parts import choose_parts, frozen_streams, merged
 from .config import DECAY_PART, TrainConfig, check_fit
 from .ema import update_average
 from .initialise import initialise
+from .loader import Pack, PackedDraws, PackLoader
 from .log import STREAMS, recent
 from .optimizers import make_optimizers, set_learning_rate
+from .packed import packed_step
 from .periodic import PeriodicEvaluation
 from .ranks import Ranks, whole_tensor
 from .resume import check_resumable, restore, state_tensors
@@ -54,6 +56,13 @@ class Trained:
     policy: Policy
     log: list[dict[str, Any]]
     step: int
+
+
+class Batch(NamedTuple):
+    """A step of clips of one length."""
+
+    config: StepConfig
+    clips: dict[str, Tensor]
 
 
 @torch.inference_mode(False)
@@ -183,7 +192,7 @@ class Trainer:
             lora_scale=config.lora_scale,
         )  # fmt: skip
         self.ranks = Ranks(config.engine, device)
-        self.parts = self.ranks.samples(config.batch)
+        self.parts = [] if config.tokens else self.ranks.samples(config.batch)
         self.bf16 = config.engine.precision == "bf16" or (config.engine.precision == "auto" and device.type == "cuda")
         recompute = config.engine.recompute
         self.model.checkpoint_activations(recompute != "none", selective=recompute == "selective")
@@ -204,6 +213,7 @@ class Trainer:
         self._writer = ThreadPoolExecutor(1, "save")
         self.kinds = config.draws(frozen_streams(self.learner))
         self.shares = torch.tensor([kind.share for kind in self.kinds])
+        self.draws = PackedDraws(config, self.kinds, data, seed) if config.tokens else None
         self.log: list[dict[str, Any]] = []
 
     def run(self, folder: RunFolder | None = None, *, stop: Callable[[], bool], progress: bool = True) -> Trained:
@@ -215,9 +225,10 @@ class Trainer:
             self._progress_bar(progress and self.ranks.main) as show,
             nullcontext() if log is None else log.begin(self.step),
             self._saves_finished(),
+            closing(self._steps()) as steps,
         ):
             while not done:
-                row = self._train_step()
+                row = self._train_step(next(steps))
                 if self.evaluation is not None and self.step % self.evaluation.every == 0:
                     row["evaluation"] = self._evaluate(self.evaluation)
                 self.log.append(row)
@@ -231,12 +242,20 @@ class Trainer:
                     self.save(folder.checkpoint)
         return Trained(self.policy(), self.log, self.step)
 
-    def _train_step(self) -> dict[str, Any]:
-        """Draw, forward, backward, clip, update, average; returns the row for the log."""
-        step_config, clips = self._draw()
+    def _steps(self) -> Generator[Batch | list[Pack], None, None]:
+        """What each step is made of, from the next one on."""
+        if self.draws is not None:
+            ranks = {"part": self.ranks.part, "parts": self.ranks.parts}
+            yield from PackLoader(self.draws, self.step, accumulation=self.config.engine.accumulation, **ranks)
+        while True:
+            yield self._draw()
+
+    def _train_step(self, step: Batch | list[Pack]) -> dict[str, Any]:
+        """Forward, backward, clip, update, average; returns the row for the log."""
+        clips = [clip for pack in step for clip in pack.clips] if isinstance(step, list) else [step.clips]
         rate = self.config.rate(self.step, self.planned_end)
         set_learning_rate(self.optimizers, rate)
-        losses = self._gradients(step_config, clips)
+        losses = self._gradients(step)
         self._raise_if_diverged("loss", losses["loss"], rate, clips)
         norm = nn.utils.clip_grad_norm_(self.learner.parameters(), self.config.clip_norm)
         gradient = whole_tensor(norm).item()
@@ -253,14 +272,15 @@ class Trainer:
             "seconds": self.ranks.agreed(time.perf_counter() - self.began),
         }
 
-    def _gradients(self, step_config: StepConfig, clips: dict[str, Tensor]) -> dict[str, Any]:
+    def _gradients(self, step: Batch | list[Pack]) -> dict[str, Any]:
         """Those of the step, micro-batch by micro-batch; returns its losses, of all processes."""
         self.learner.zero_grad(set_to_none=True)
         drawn, sums = self.generator.get_state(), [0.0] * 5
-        for part in self.parts:
-            self.ranks.synchronise(self.learner, part is self.parts[-1])
+        parts = step if isinstance(step, list) else self.parts
+        for part in parts:
+            self.ranks.synchronise(self.learner, part is parts[-1])
             self.generator.set_state(drawn)  # each micro-batch is a part of the same draw
-            loss, metrics = self._forward(step_config, clips, part)
+            loss, metrics = self._forward(step, part)
             (loss * self.ranks.parts).backward()  # processes take the mean of their gradients
             found = [loss.item()]
             for stream in STREAMS:
@@ -279,29 +299,31 @@ class Trainer:
         self.began += time.perf_counter() - began  # else it would cost a run of limited time its steps
         return found
 
-    def _draw(self) -> tuple[StepConfig, dict[str, Tensor]]:
+    def _draw(self) -> Batch:
         """What the samples of the next step are, and clips for them."""
         kind = self.kinds[int(torch.multinomial(self.shares, 1, generator=self.generator))]
-        return kind.config, self.data.sample(self.config.batch, self.config.frames, self.generator, kind.splits)
+        clips = self.data.sample(self.config.batch, self.config.frames, self.generator, kind.splits)
+        return Batch(kind.config, clips)
 
-    def _forward(
-        self, step_config: StepConfig, clips: dict[str, Tensor], part: slice
-    ) -> tuple[Tensor, Mapping[str, Any]]:
-        words = self.text([self.data.tasks[i] for i in clips["task"].tolist()])
-        batch = {**clips, "text": words}
+    def _forward(self, step: Batch | list[Pack], part: slice | Pack) -> tuple[Tensor, Mapping[str, Any]]:
         # sharded parameters are cast as they are gathered
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and not self.ranks.sharded):
-            return training_step(self.model, batch, self.generator, step_config, part=part)
+            if isinstance(part, Pack):
+                return packed_step(self.model, part, self.text(part.tasks), cast(PackedDraws, self.draws))
+            step_config, clips = cast(Batch, step)
+            words = self.text([self.data.tasks[i] for i in clips["task"].tolist()])
+            return training_step(self.model, {**clips, "text": words}, self.generator, step_config, part=part)
 
-    def _raise_if_diverged(self, what: str, value: float, rate: float, clips: dict[str, Tensor]) -> None:
+    def _raise_if_diverged(self, what: str, value: float, rate: float, clips: Sequence[Mapping[str, Tensor]]) -> None:
         if math.isfinite(value):
             return
         advice = f"lower learning_rate, {rate:g} in this step, or clip_norm, or raise warmup"
-        for name in STREAMS:
-            finite = clips[name].isfinite().flatten(1).all(1)
-            if not finite.all():
-                episode = clips["episode"][~finite][0]
-                advice = f"episode {episode} of the data has {name} that is not finite; mend or drop it"
+        for held in clips:
+            for name in STREAMS:
+                finite = held[name].isfinite().flatten(held["episode"].ndim).all(-1)
+                if not finite.all():
+                    episode = held["episode"][~finite].flatten()[0]
+                    advice = f"episode {episode} of the data has {name} that is not finite; mend or drop it"
         raise FloatingPointError(f"train: the {what} of step {self.step + 1} is {value}; {advice}")
 
     def _plan_end(self, spent: float) -> None:
