@@ -19,8 +19,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,7 +35,7 @@ from bench.workloads.rollout import require_equal_chunks
 from wam_models import RolloutConfig, RolloutEngine, Schedule, WorldActionModel
 from wam_models.config import demo_config, wan_5b_config
 from wam_models.estimate import Sizes, rollout_chunk, total
-from wam_models.rollout import Episode
+from wam_models.rollout import Candidate, Episode
 
 GRID = (4, 8)  # latent rows and columns of a frame
 TEXT_TOKENS, STEPS, CHUNKS = 8, 8, 5
@@ -151,6 +152,15 @@ def held(episode: Episode) -> float:
     return round(sum(t.numel() * t.element_size() for t in tensors) / 1e6, 3)
 
 
+def _drawn(propose: Callable[..., Any], seed: int) -> Any:
+    return propose(generator=torch.Generator().manual_seed(seed))
+
+
+def _one_after_another(episode: Episode, k: int, seed: int) -> list[Candidate]:
+    generator = torch.Generator().manual_seed(seed)
+    return [episode.propose(generator=generator) for _ in range(k)]
+
+
 def candidate_rows(model: WorldActionModel, seed: int, counts: Iterable[int], repeats: int) -> Iterator[Row]:
     for k in counts:
         one = replace(FULL, steps=2)
@@ -158,12 +168,10 @@ def candidate_rows(model: WorldActionModel, seed: int, counts: Iterable[int], re
         batch = episode_of(model, one, k, seed)
         for episode, rollouts in ((many, 1), (single, 1), (batch, k)):
             episode.observe(*observed(model, seed, 0, rollouts))
-        calls = {
-            "candidates": lambda many=many: many.propose_many(generator=torch.Generator().manual_seed(seed)),
-            "on end": lambda single=single, k=k: [
-                single.propose(generator=g) for g in [torch.Generator().manual_seed(seed)] for _ in range(k)
-            ],
-            "episodes": lambda batch=batch: batch.propose(generator=torch.Generator().manual_seed(seed)),
+        calls: dict[str, Callable[[], Any]] = {
+            "candidates": partial(_drawn, many.propose_many, seed),
+            "on end": partial(_one_after_another, single, k, seed),
+            "episodes": partial(_drawn, batch.propose, seed),
         }
         device = model.device.type
         clock = time.thread_time if device == "cpu" else time.perf_counter
@@ -181,6 +189,7 @@ def candidate_rows(model: WorldActionModel, seed: int, counts: Iterable[int], re
         lonely = single.propose(video_noise=noise[0], action_noise=noise[1]).action
         every = [t.repeat(k, *[1] * (t.ndim - 1)) for t in noise]
         among = batch.propose(video_noise=every[0], action_noise=every[1]).action
+        assert among is not None and lonely is not None
         gap = (among - lonely).abs().max().item()
         yield same | {"option": f"in a batch of {k}", "gap": gap}
 
