@@ -304,8 +304,8 @@ def _load(folder: Path, device: torch.device | str, training: bool) -> Checkpoin
     )
     training_state = None
     path = _path_of(folder, save_id, TRAINING)
-    # one that was found in the subfolder, and is no longer there, was moved up: reading fails, and is tried again
-    if training and resumable and (path.parent != folder or path.exists()):
+    # one that is not there was moved up, or gave way to that of the next save: reading fails, and is tried again
+    if training and resumable and (save_id is not None or path.exists()):
         training_state = _read_training(path, folder)
         ids[TRAINING] = training_state.values.pop(SAVE_ID, None)
     _check_ids(folder, save_id, ids)
