@@ -14,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 import traceback
 from functools import cache, partial
 from pathlib import Path
@@ -260,6 +261,7 @@ def test_28_kills_while_saving_and_reading(tmp_path, no_wait):
     def work(first):
         for step in itertools.count(first):
             save(tmp_path, step, size=draw.choice([1, 10**5]))
+            time.sleep(0.1)  # else a reader, which takes as long as a save, is always overtaken
 
     save(tmp_path, 0)
     last = 0
