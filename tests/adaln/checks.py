@@ -123,8 +123,9 @@ def check_against_reference(variant: Variant, index: FrameIndex, inputs: dict[st
     for name, t in actual.items():
         source = inputs[name.removeprefix("d ")] if name.startswith("d ") else inputs["x"]
         assert t.dtype == source.dtype and t.is_contiguous()
-        # a sum of gradients that are rounded to the dtype of the rows, as autograd's own is
-        slack = 3.0 if name == "d table" and source.itemsize < 4 else 2.0
+        # a sum of gradients that are rounded to the dtype of the rows, as autograd's own is; and in float32 the
+        # reference is PyTorch's LayerNorm, which errs less than the plain formula
+        slack = 8.0 if t.dtype == torch.float32 else 3.0 if name == "d table" and source.itemsize < 4 else 2.0
         assert_within_budget(name, t, eager[name], truth[name], slack)
 
 

@@ -81,7 +81,8 @@ def check(machine, t, dr, dh, index):
     if r is not None:
         assert_within_budget("r", r, own_r, true_r)
     if h is not None:
-        assert_within_budget("h", h, own_h, true_h)
+        # PyTorch's LayerNorm, with which float32 is compared, errs less than the plain formula
+        assert_within_budget("h", h, own_h, true_h, 8.0 if h.dtype == torch.float32 else 2.0)
     if dh is None and (dr is None or t["gate"] is None):
         return  # nothing for a kernel to do
     y = None if t["gate"] is None else t["y"]

@@ -180,3 +180,10 @@ def test_a_clip_has_the_instruction_of_its_first_frame(several):
     data = ClipDataset(dataset)
     assert [data.tasks[data.clip(0, start, 3)["task"]] for start in range(4)] == ["lift", "lift", "push", "push"]
     assert torch.equal(data.episode(1)["task"], torch.tensor([data.tasks.index("push")]))
+
+
+def test_an_instruction_that_is_not_listed_is_refused(several, tmp_path):
+    damaged = shutil.copytree(several, tmp_path / "damaged")
+    pq.write_table(pa.table({"task_index": [0, 2], "task": ["lift", "push"]}), damaged / "meta/tasks.parquet")
+    with pytest.raises(ValueError, match="task_index of episode 0 is 1, which meta/tasks does not list"):
+        LeRobotDataset(damaged, tiny.KEY).instructions(0)

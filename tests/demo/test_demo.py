@@ -246,10 +246,7 @@ def test_rollout_mistakes_are_one_line(flags, message, demo, root, tmp_path, cap
 
 
 def test_a_foreign_checkpoint_is_refused(demo, tmp_path, capsys):
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    for file in (demo[0] / "checkpoint").iterdir():
-        (broken / file.name).write_bytes(file.read_bytes())
+    broken = shutil.copytree(demo[0] / "checkpoint", tmp_path / "broken")
     settings = json.loads((broken / "config.json").read_text())
     del settings["metadata"]["rollout"]
     (broken / "config.json").write_text(json.dumps(settings))
