@@ -8,14 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from wam_models import Policy, cli
+from wam_models import Policy, RolloutConfig, WordEmbedding, WorldActionModel, cli
 from wam_models.data import ClipDataset, StateCodec
 from wam_models.evaluate import evaluate as evaluate_recorded
 from wam_models.evaluate import table
 from wam_models.simulator import load, play
 from wam_models.simulator.evaluate import Rate, Task, evaluate, summary, wilson
 from wam_models.simulator.record import RecordConfig, record
-from wam_models.train import TrainConfig, train
+from wam_models.train import train
+from wam_models.train.recipe import Recipe
 
 from .conftest import EXAMPLES
 
@@ -31,7 +32,7 @@ def trained(tmp_path_factory):
         (root / "point_simulator.py").write_text((EXAMPLES / "point_simulator.py").read_text())
         patch.chdir(root)
         record(root / "data", [POINT], RecordConfig(episodes=40), jobs=2)
-    config = replace(TrainConfig.from_json(EXAMPLES / "point_train.json"), steps=STEPS)
+    config = replace(Recipe.read(EXAMPLES / "point_train.json").train, steps=STEPS)
     data = ClipDataset(root / "data", actions_per_frame=2, actions_per_token=2)
     assert data.latent_shape == (4, 1, 1) and isinstance(data.codec, StateCodec)
     policy = train(config, data, progress=False, out=root / "run").policy
@@ -224,3 +225,30 @@ def test_commands_on_recorded_states(trained, folder, tmp_path, capsys, monkeypa
     with Image.open(tmp_path / "out" / name.format(0, "gif")) as film:
         assert film.n_frames == len(held["state"]) and film.info["duration"] == 100  # 2 actions at 20 Hz
         assert film.size == (880, 200)  # two columns, and from above alone: the point has no height
+
+
+def test_a_policy_that_is_told_states_gets_those_of_its_own_episode(folder):
+    """The batch gives what the loop over one episode does, which other actions follow from if a state is another."""
+    torch.manual_seed(0)
+    config = replace(Recipe.read(EXAMPLES / "point_train.json").train.model, state_dim=4)
+    model = WorldActionModel(config)
+    for p in (model.core.proprio_hidden_context_encoder.proj.weight, model.action_expert.action_proj_out.weight):
+        torch.nn.init.normal_(p)
+    unit = torch.zeros(2), torch.ones(2), torch.ones(2, dtype=torch.bool)
+    policy = Policy(
+        model.eval().requires_grad_(False), WordEmbedding.from_instructions([load(POINT).instruction], config.text_dim),
+        StateCodec(torch.zeros(4), torch.ones(4)), *unit, RolloutConfig(chunk_size=2, steps=1), None, 2,
+        (torch.zeros(4), torch.full((4,), 0.5)),
+    )  # fmt: skip
+    found = results(policy, points(3), batch=2, horizon=12)
+    for result in found:
+        rng = torch.Generator().manual_seed(result.seed)
+        played = play(policy, policy.rollout, load(POINT), chunks=3, generator=rng, seed=result.seed, progress=False)
+        frames = min(len(played.pictures), len(result.frames))
+        assert frames >= 5
+        np.testing.assert_allclose(played.pictures[:frames], np.stack(result.frames)[:frames], atol=1e-5)
+    narrow = replace(
+        policy, model=WorldActionModel(replace(config, state_dim=3)), state_units=(torch.zeros(3), torch.ones(3))
+    )
+    with pytest.raises(ValueError, match="its states have 4 numbers, those of the policy 3"):
+        results(narrow, points(1))

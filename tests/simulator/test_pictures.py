@@ -16,7 +16,7 @@ from wam_models.data import ClipDataset, LeRobotDataset
 from wam_models.simulator import load
 from wam_models.simulator.process import SimulatorFailure, SimulatorProcess
 from wam_models.simulator.record import RecordConfig
-from wam_models.train import TrainConfig
+from wam_models.train.recipe import Recipe
 
 from .conftest import EXAMPLES
 
@@ -146,7 +146,7 @@ def test_the_demo_of_pictures(drawn):
     """The page is one file; the demonstrations of a second demo are those of the first."""
     config = point_training(drawn)
     options = {"camera": ("top", 16), "episodes": 2, "horizon": 9, "progress": False}
-    options |= {"config": TrainConfig.from_json(config), "recording": RecordConfig(episodes=3, picture_every=2)}
+    options |= {"config": Recipe.read(config).train, "recording": RecordConfig(episodes=3, picture_every=2)}
     report = make_pictures_demo(drawn / "demo", [DRAWN], **options)
     assert report["steps"] == 2 and [row["frame"] for row in report["imagined"]] == [1, 2]
     assert report["all"]["episodes"] == 2 and report["imagined"][0]["imagined"] > report["imagined"][0]["still"] >= 0

@@ -185,8 +185,8 @@ def _fitting(policy: Policy, name: str, described: Description) -> Description:
         raise ValueError(
             f"--simulator {name}: its actions have {len(described.action_names)} numbers, those of the policy {width}"
         )
-    told = policy.codec.channels if policy.frames_are_states else policy.model.config.state_dim
-    if told and len(described.state_names) != told:
+    widths = policy.codec.channels if policy.frames_are_states else 0, policy.model.config.state_dim
+    for told in (width for width in widths if width and width != len(described.state_names)):
         raise ValueError(
             f"--simulator {name}: its states have {len(described.state_names)} numbers, those of the policy {told}"
         )
