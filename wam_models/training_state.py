@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import pickle
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -102,8 +103,14 @@ class SavedState:
                 self.folder, self._moves_to = self._moves_to, None
                 return self.read(tensors, group)
             raise ValueError(f"cannot read {self.folder}: {_first_reason(error)}") from error
-        if read_json(self.folder / VALUES) != self._held:
+        if self._held not in self._values_now():
             raise ValueError(f"{self.folder} was replaced while it was read; read it again")
+
+    def _values_now(self) -> Iterator[Any]:
+        for folder in (self.folder, self._moves_to):
+            with suppress(OSError, ValueError):
+                if folder is not None:
+                    yield read_json(folder / VALUES)
 
     def held(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Some of the tensors, whole, on the CPU.
