@@ -1,4 +1,4 @@
-"""The adaLN ops on the CPU: the cpu backend against the reference, registration, refusals."""
+"""The adaLN ops on the CPU: the cpu backend against the formulas written out, registration, refusals."""
 
 from dataclasses import replace
 from functools import partial
