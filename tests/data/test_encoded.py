@@ -44,15 +44,15 @@ def test_encoded_equals_on_the_fly(root, direct, tmp_path):
 
 
 def test_a_killed_run_goes_on(root, direct, tmp_path, monkeypatch):
-    write, calls = module.write_whole, []
+    new_file, entries = module.new_file, []
 
-    def killed(path, content):
-        calls.append(path)
-        if len(calls) == 5:  # of the second episode the object is there, its entry is not
+    def killed(path):
+        entries.extend([path] if path.parent.name == "episodes" else [])
+        if len(entries) == 3:  # of the third episode the object is there, its entry is not
             raise KeyboardInterrupt
-        write(path, content)
+        return new_file(path)
 
-    monkeypatch.setattr(module, "write_whole", killed)
+    monkeypatch.setattr(module, "new_file", killed)
     dataset = LeRobotDataset(root)
     with pytest.raises(KeyboardInterrupt):
         encode_dataset(dataset, direct.codec, tmp_path, actions_per_frame=4)
@@ -60,7 +60,7 @@ def test_a_killed_run_goes_on(root, direct, tmp_path, monkeypatch):
         ClipDataset(root, latents=EncodedLatents(tmp_path))
     monkeypatch.undo()
     (tmp_path / "objects/zz").mkdir()
-    (tmp_path / "objects/zz/half.npy.17.part").write_bytes(b"half")  # what a kill leaves
+    (tmp_path / "objects/zz/part.17.half.npy").write_bytes(b"half")  # what a kill leaves
     encoded = []
     monkeypatch.setattr(
         direct.codec, "encode", lambda f, e=direct.codec.encode: encoded.append(1) or e(f), raising=False

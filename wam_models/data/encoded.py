@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +19,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from ..runtime.files import new_file
 from ..runtime.json_fields import read_json
 from .clips import episode_frames
 from .codec import Codec, SavedCodec
@@ -160,8 +160,10 @@ def encode_dataset(
             raise ValueError(f"{out}: holds latents of another codec; name another folder")
         held.check(dataset, actions_per_frame)
     else:
-        write_whole(out / CODEC, safetensors.torch.save(state))
-        write_whole(out / ENCODED, json.dumps(settings, indent=1).encode() + b"\n")
+        with new_file(out / CODEC) as part_file:
+            part_file.write_bytes(safetensors.torch.save(state))
+        with new_file(out / ENCODED) as part_file:
+            part_file.write_text(json.dumps(settings, indent=1) + "\n")
     done = kept = 0
     for number in progress(range(part, len(dataset.episodes), parts)):
         entry = out / f"episodes/{number:06d}.json"
@@ -175,8 +177,10 @@ def encode_dataset(
         else:
             latents = codec.encode(frames).numpy()
             shape = latents.shape
-            write_array(path, latents)
-        write_whole(entry, json.dumps({"key": key, "shape": list(shape)}).encode())
+            with new_file(path) as part_file:
+                np.save(part_file, np.ascontiguousarray(latents))
+        with new_file(entry) as part_file:
+            part_file.write_text(json.dumps({"key": key, "shape": list(shape)}))
         done += 1
     return done, kept
 
@@ -205,7 +209,8 @@ def encode_texts(
     for text in dict.fromkeys(instructions):
         path = object_path(Path(out), key_of(made_by, text))
         if not path.exists():
-            write_array(path, encoder([text])[0].float().cpu().numpy())
+            with new_file(path) as part_file:
+                np.save(part_file, encoder([text])[0].float().cpu().numpy())
             written += 1
     return written
 
@@ -258,20 +263,3 @@ def key_of(*contents: Any) -> str:
 def object_path(folder: Path, key: str) -> Path:
     """Where the array of a key is."""
     return folder / "objects" / key[:2] / f"{key}.npy"
-
-
-def write_array(path: Path, array: np.ndarray) -> None:
-    """All of it or nothing, whoever else writes the same."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    with part.open("wb") as file:
-        np.save(file, np.ascontiguousarray(array))
-    part.replace(path)
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """As :func:`write_array`, of bytes."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    part.write_bytes(content)
-    part.replace(path)

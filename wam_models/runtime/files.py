@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,12 +12,13 @@ from pathlib import Path
 def new_file(path: Path) -> Iterator[Path]:
     """A name beside ``path``, with the same ending, to write to; it then takes the place of what was there.
 
-    Folders on the way are made. Whatever goes wrong, ``path`` is all old or all new.
+    Folders on the way are made. Whatever goes wrong, ``path`` is all old or all new, also where several processes
+    write it.
 
     Raises:
         OSError: no room, or no right to write; the message names ``path``.
     """
-    part = path.with_name(f"part.{path.name}")
+    part = path.with_name(f"part.{os.getpid()}.{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield part

@@ -85,7 +85,8 @@ def train(
 ) -> Trained:
     """Train a model from scratch, or go on from a checkpoint, up to step ``config.steps``.
 
-    float32 on a CPU; on a GPU bf16 autocast over float32 weights.
+    Precision is ``config.engine.precision``: unless told otherwise float32 on a CPU, and bf16 over float32 weights on a
+    GPU.
 
     Args:
         config: What to train and how.
