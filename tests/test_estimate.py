@@ -15,8 +15,9 @@ from wam_kernels.roofline import block_attention as attention_cost
 from wam_models import RolloutConfig, RolloutEngine, Schedule, WorldActionModel, cli
 from wam_models.bridge import bridge_video
 from wam_models.config import Stream, golden_config
+from wam_models.costs import block_matrices, packed_forward
 from wam_models.estimate import PRESETS, Sizes, parameters, rollout_chunk, rollout_memory
-from wam_models.estimate.forward import block_matrices, optimizers, packed_forward
+from wam_models.estimate.forward import optimizers
 from wam_models.estimate.memory import block_activations
 from wam_models.objectives import OBJECTIVES, frames_before_chunks, geometry_for
 from wam_models.rollout.layout import ChunkLayout

@@ -53,7 +53,7 @@ LEVELS = (
         "wam_models.draw",
         "wam_models.training_state",
     ),
-    ("wam_models.text",),
+    ("wam_models.text", "wam_models.costs"),
     ("wam_models.model",),
     ("wam_models.weight_files", "wam_models.bridge"),
     ("wam_models.checkpoint",),

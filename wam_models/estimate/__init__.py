@@ -3,7 +3,8 @@
 ``forward`` has FLOPs and bytes, ``memory`` what is kept, ``presets`` sizes under a name, ``report`` the page.
 """
 
-from .forward import Part, Sizes, parameters, rollout_chunk, train_step
+from ..costs import Sizes, parameters
+from .forward import Part, rollout_chunk, train_step
 from .memory import rollout_memory, train_memory
 from .presets import PRESETS
 from .report import report, total

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from wam_kernels.masks.visibility import VIDEO
 
+from ..costs import Sizes, block_matrices, parameters
 from ..rollout import RolloutConfig
 from ..train.config import TrainConfig
-from .forward import Sizes, block_matrices, layout_of, parameters
+from .forward import layout_of
 
 FLOAT32 = 4
 

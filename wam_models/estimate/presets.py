@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from ..config import ModelConfig, wan_5b_config, wan_5b_small_action_config
+from ..costs import Sizes
 from ..rollout import RolloutConfig
 from ..train.config import TrainConfig, small_model
-from .forward import Sizes
 
 
 @dataclass(frozen=True)

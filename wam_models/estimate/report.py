@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from wam_kernels.masks.visibility import ACTION, VIDEO
 from wam_kernels.roofline import Cost, DeviceModel
 
-from .forward import Part, Sizes, parameters
+from ..costs import Sizes, parameters
+from .forward import Part
 
 
 def report(what: str, s: Sizes, parts: Sequence[Part], memory: Mapping[str, int], name: str, on: DeviceModel) -> str:

@@ -21,6 +21,7 @@ from torch import Tensor
 from wam_kernels import Geometry
 from wam_kernels.plan.side_rows import batch_rows
 
+from ..costs import Sizes, packed_products, packed_tokens
 from ..data import ClipDataset
 from ..data.clips import ACTION_FREE, COUNTERFACTUAL
 from ..objectives import GJD, OBJECTIVES, geometry_for
@@ -82,8 +83,10 @@ class PackedDraws:
     def __init__(self, config: TrainConfig, kinds: Sequence[StepKind], data: ClipDataset, seed: int) -> None:
         self.config, self.kinds, self.data, self.seed = config, list(kinds), data, seed
         _, rows, columns = data.latent_shape
+        grid = rows // config.model.patch[1], columns // config.model.patch[2]
+        self.costs = Sizes(config.model, grid, text_tokens=0)
         self.sizes = {
-            "video_tokens": rows // config.model.patch[1] * (columns // config.model.patch[2]),
+            "video_tokens": grid[0] * grid[1],
             "action_tokens": config.model.actions_per_frame if config.model.has_actions else 0,
         }
         self.context = sum(stream.tokens for stream in config.model.context)
@@ -118,7 +121,7 @@ class PackedDraws:
 
     def tokens(self, frames: int) -> int:
         """Of a clip: noisy and clean copies of both streams, and what is given."""
-        return 2 * frames * sum(self.sizes.values()) + self.context
+        return packed_tokens(self.costs, 1, frames)
 
     def step(self, number: int) -> list[ClipDraw]:
         """The clips of step ``number``, from 0: as many as its tokens have room for, in the order of their draws."""
@@ -166,14 +169,10 @@ class PackedDraws:
         return replace(found, startup_action_frames=found.action_frames) if clip.action_free else found
 
     def cost(self, clip: ClipDraw) -> float:
-        """FLOPs of a clip's forward: products of matrices by token, attention by visible pair."""
+        """FLOPs of a clip's forward, the text left out: products of matrices by token, attention by visible pair."""
         model, geometry = self.config.model, self.geometry(clip)
-        products = 0
-        for stream, tokens in zip(model.streams, self.sizes.values(), strict=False):
-            weights = model.layers * stream.width * (8 * model.inner + 2 * stream.ffn)
-            products += 2 * weights * 2 * clip.frames * tokens
         pairs = visible_pairs(geometry) + self.context * (geometry.length + self.context)
-        return products + 4 * model.layers * model.inner * pairs
+        return packed_products(self.costs, 1, clip.frames).flops + 4 * model.layers * model.inner * pairs
 
     def pack(self, clips: Sequence[ClipDraw], share: float) -> Pack:
         """The clips with their data."""
