@@ -57,6 +57,10 @@ CONFIG = {
     "mixture overflowing": (
         trains("mixture", dict.fromkeys(("joint", "forward_dynamics"), 1e308)), "config.json", "mixture must have",
     ),
+    "coupling unknown": (trains("coupling", "loose"), "config.json", "coupling must be one of", "'loose'"),
+    "rollout a number": (trains("rollout", 3), "config.json", "rollout must be a table of", "got 3"),
+    "rollout unknown": (trains("rollout", {"stepz": 3}), "config.json", "rollout: unknown fields ['stepz'] (is steps"),
+    "rollout of noise": (trains("rollout", {"action": {"stop": 0.5}}), "rollout: RolloutConfig: action must have stop"),
     "history unknown": (trains("history", "none"), "config.json", "history must be one of", "'none'"),
     "schedule unknown": (trains("schedule", "zigzag"), "config.json", "schedule must be one of", "'zigzag'"),
     "schedule a list": (trains("schedule", ["decay"]), "config.json", "schedule must be one of", "['decay']"),

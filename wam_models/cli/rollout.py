@@ -106,7 +106,7 @@ def _recorded(args: argparse.Namespace, policy: Policy, config: RolloutConfig, o
     split = dataset.episodes[number].split or "no split"
     print(f'episode        {number} ({split}), {frames} latent frames: "{clip["text"]}"')
     print(
-        f"objective      {objective}, program {config.program}, {config.steps} denoising steps, {policy.model.device}"
+        f"objective      {objective}, program {config.program}, {_steps(config)} denoising steps, {policy.model.device}"
     )
     history = "predicted frames become history" if args.open_loop else "recorded frames become history"
     print(f"chunks         {len(done)} ({_size(size, policy)} each); {history}")
@@ -159,7 +159,7 @@ def roll_out_in_simulator(args: argparse.Namespace, policy: Policy, config: Roll
             watch=watch,
         )  # fmt: skip
     print(f'simulator      {args.simulator}: "{played.instruction}"')
-    print(f"program        {config.program}, {config.steps} denoising steps, {policy.model.device}")
+    print(f"program        {config.program}, {_steps(config)} denoising steps, {policy.model.device}")
     executed = len(played.pictures) - 1
     size = _size(config.chunk_size, policy)
     print(f"chunks         {len(played.chunk_seconds)} ({size} each), {executed} frames executed and observed")
@@ -177,6 +177,12 @@ def roll_out_in_simulator(args: argparse.Namespace, policy: Policy, config: Roll
         imagined = imagined_of_frames(played.imagined, played.frames, len(played.pictures))
         _film(args, name, draw(played.pictures, imagined, 0), frames_a_second)
     return 0
+
+
+def _steps(config: RolloutConfig) -> str:
+    """Of both streams, of each where they differ."""
+    video, action = (config.steps if s.steps is None else s.steps for s in (config.video, config.action))
+    return f"{video}" if video == action else f"{video} video and {action} action"
 
 
 def _size(frames: int, policy: Policy) -> str:

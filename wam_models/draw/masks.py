@@ -2,7 +2,7 @@
 
 A pixel block is one (query, key) pair: queries go down, keys go right, in packed order; of the interaction programs
 that is ``[V_noisy | V_clean | A_noisy | A_clean]``. The colour tells which of the segments is attended to.
-``python -m wam_models.draw.masks`` draws ``docs/programs.png``.
+``python -m wam_models.draw.masks`` draws ``docs/masks.png`` and ``docs/programs.png``.
 """
 
 from __future__ import annotations
@@ -278,4 +278,6 @@ def describe(geometry: Geometry | RuleGeometry) -> str:
 
 
 if __name__ == "__main__":
-    save_small(draw_systems(), Path(__file__).parents[2] / "docs" / "programs.png")
+    docs = Path(__file__).parents[2] / "docs"
+    save_small(draw_programs(), docs / "masks.png")
+    save_small(draw_systems(), docs / "programs.png")

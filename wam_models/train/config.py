@@ -13,7 +13,7 @@ from ..config import ModelConfig
 from ..data import ClipDataset
 from ..data.clips import ACTION_FREE, COUNTERFACTUAL, TRAIN
 from ..data.latents import PATCH
-from ..flow import SHIFTS, TimestepDraw
+from ..flow import COUPLINGS, SHIFTS, TimestepDraw
 from ..objectives import GJD, GJD_MIXTURE, OBJECTIVES
 from ..rollout import RolloutConfig
 from ..rollout.config import CONDITIONAL_CHUNK
@@ -79,6 +79,9 @@ class TrainConfig(SampleConfig):
         action_free: Share, among the ``joint`` samples, of those of the split ``action_free``, videos without actions.
         video_shift: Shift of the video's noise levels.
         action_shift: Shift of the actions' noise levels.
+        coupling: Relation of the two streams' noise levels, one of ``flow.COUPLINGS``.
+        rollout: Fields of ``RolloutConfig`` by which the policy is rolled out unless told otherwise, in place of those
+            of :meth:`default_rollout`; a stream's schedule is a table of its fields.
         batch: Clips of a step.
         frames: Latent frames of a clip; of packed clips the longest.
         tokens: Of a step whose clips are packed: as many as there is room for, of ``shortest`` to ``frames`` frames,
@@ -127,6 +130,8 @@ class TrainConfig(SampleConfig):
     action_free: float = 0.0
     video_shift: float = 20.0
     action_shift: float = 15.0
+    coupling: str = "independent"
+    rollout: Mapping[str, Any] = field(default_factory=dict)
     batch: int = 2
     frames: int = 9
     tokens: int = 0
@@ -197,11 +202,13 @@ class TrainConfig(SampleConfig):
         check_field(self, "lora_scale", number, SMALLEST_POSITIVE)
         if self.stop_gradient is not None:
             check_field(self, "stop_gradient", stream_pairs)
+        check_field(self, "coupling", choice, COUPLINGS)
+        self.default_rollout()
 
     def to_dict(self) -> dict[str, Any]:
         """A dict that ``json.dumps`` takes."""
-        objectives = {"mixture": dict(self.mixture), "counterfactual": dict(self.counterfactual)}
-        return asdict(self) | {"model": self.model.to_dict()} | objectives
+        tables = {name: dict(getattr(self, name)) for name in ("mixture", "counterfactual", "rollout")}
+        return asdict(self) | {"model": self.model.to_dict()} | tables
 
     @classmethod
     def from_dict(cls, values: Any, source: str = "TrainConfig") -> TrainConfig:
@@ -245,7 +252,9 @@ class TrainConfig(SampleConfig):
         """
         common = StepConfig(
             **{f.name: getattr(self, f.name) for f in fields(SampleConfig)},
-            timesteps=TimestepDraw(video_shift=self.video_shift, action_shift=self.action_shift),
+            timesteps=TimestepDraw(
+                coupling=self.coupling, video_shift=self.video_shift, action_shift=self.action_shift
+            ),
             stop_gradient=tuple(p for p in CROSS if p[1] in frozen)
             if self.stop_gradient is None
             else self.stop_gradient,
@@ -264,23 +273,26 @@ class TrainConfig(SampleConfig):
         return kinds
 
     def default_rollout(self) -> RolloutConfig:
-        """How a policy is rolled out unless told otherwise.
+        """How a policy is rolled out unless told otherwise: as ``rollout`` says, and the rest as follows.
 
         In one step: from noise it gives the mean of what may follow, the best guess that an error can ask for. A bridge
         of the model's own is another for every chunk, and so are then the keys and values of the history.
         """
         possible = [p for p in self.programs if PROGRAMS[p].has_rollout]
         joint = "joint" in possible or not possible or not self.mixture.get("joint")
-        return RolloutConfig(
-            program=GJD if joint else possible[0],
-            cache="persistent" if self.model.bridge_layer is None else "recomputed",
-            chunk_size=self.chunk_sizes[1],
-            window=4,
-            history=self.history,
-            steps=1,
-            video_shift=self.video_shift,
-            action_shift=self.action_shift,
-        )
+        found = {
+            "program": GJD if joint else possible[0],
+            "cache": "persistent" if self.model.bridge_layer is None else "recomputed",
+            "chunk_size": self.chunk_sizes[1],
+            "window": 4,
+            "history": self.history,
+            "steps": 1,
+            "video_shift": self.video_shift,
+            "action_shift": self.action_shift,
+        }
+        if not isinstance(self.rollout, Mapping):
+            raise ValueError(f"TrainConfig: rollout must be a table of RolloutConfig's fields, got {self.rollout!r}")
+        return from_fields(RolloutConfig, found | dict(self.rollout), "TrainConfig: rollout", defaults=True)
 
 
 def _check_data_gives(model: ModelConfig) -> None:

@@ -1,0 +1,252 @@
+"""Every preset of ``recipes/presets``: mask, training step, 20 steps, rollout by its schedule, weights, real size."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from wam_kernels import RULE_PROGRAMS, dense_mask
+from wam_kernels.masks.context import with_context
+from wam_models import RolloutEngine, WorldActionModel, weights_from, weights_to
+from wam_models.objectives import OBJECTIVES, geometry_for
+from wam_models.train.recipe import Recipe
+from wam_models.train.step import training_step
+
+from .masks import MASKS, Mask
+
+PRESETS = Path(__file__).parents[2] / "recipes/presets"
+FRAMES, WINDOW = 3, 8
+
+
+def config(name: str):
+    return Recipe.read(PRESETS / f"{name}.toml").train
+
+
+def batch(model, samples: int, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    c, draw = model.config, torch.Generator().manual_seed(1)
+
+    def randn(*shape):
+        return torch.randn(shape, generator=draw, dtype=dtype)
+
+    _, rows, columns = c.patch
+    found = {
+        "video": randn(samples, c.latent_channels, FRAMES, rows, columns),
+        "action": randn(samples, FRAMES, c.actions_per_frame, c.action_dim),
+        "text": randn(samples, 3, c.text_dim),
+    }
+    return found | ({"state": randn(samples, FRAMES, c.state_dim)} if c.state_dim else {})
+
+
+def made(name: str, dtype=torch.float32) -> WorldActionModel:
+    torch.manual_seed(0)
+    model = WorldActionModel(config(name).model).to(dtype)
+    for parameter in (model.core.proj_out.weight, model.action_expert.action_proj_out.weight):
+        nn.init.normal_(parameter, std=0.3)  # else every flow of a new model is 0
+    return model
+
+
+def step_config(name: str):
+    """Of the joint samples, on the three frames of the mask; a window that reaches all of them."""
+    chunk = MASKS[name].chunk
+    return replace(config(name).draws()[0].config, chunk_sizes=(chunk, chunk), windows=(WINDOW, WINDOW))
+
+
+def copies(per_frame: int, context: int) -> list[str]:
+    """Which token of a mask each packed token is one of, ``""`` for none: noisy and clean video, then actions."""
+    numbers = range(FRAMES)
+    video = [f"v{f}" if f else "" for f in numbers] + [f"V{f}" for f in numbers]
+    action = [f"{a}{f}" if f else "" for a in "aA" for f in numbers for _ in range(per_frame)]
+    return video + action + ["C"] * context
+
+
+def packed(mask: Mask, names: list[str]) -> np.ndarray:
+    """The mask of a packed sequence: what it does not say attends to itself alone."""
+    place = {name: i for i, name in enumerate(mask.names)}
+    index = np.array([place.get(name, -1) for name in names])
+    known = index >= 0
+    found = mask.matrix[np.ix_(index, index)] & known[:, None] & known[None]
+    return found | np.diag(~known)
+
+
+def context_tokens(model_config) -> int:
+    return sum(stream.tokens for stream in model_config.context)
+
+
+def test_every_preset_has_a_mask_written_out():
+    assert {path.stem for path in PRESETS.glob("*.toml")} == set(MASKS)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_the_mask_is_the_one_written_out(name):
+    mask, settings = MASKS[name], step_config(name)
+    context = context_tokens(config(name).model)
+    geometry = geometry_for(
+        settings.program, OBJECTIVES["joint"], frames=FRAMES, video_tokens=1, action_tokens=1,
+        chunk_size=mask.chunk, window=WINDOW, history=settings.history,
+    )  # fmt: skip
+    names = copies(1, context)
+    found = with_context(geometry, context).dense_mask() if context else dense_mask(geometry)
+    listed = [names.index(name) for name in mask.names]
+    np.testing.assert_array_equal(found[np.ix_(listed, listed)], mask.matrix)
+    # and what is listed attends to nothing else
+    others = [i for i, name in enumerate(names) if name not in mask.names]
+    assert not found[np.ix_(listed, others)].any()
+
+
+@pytest.mark.parametrize("name", [name for name, mask in MASKS.items() if mask.system])
+def test_the_mask_is_that_of_the_system(name):
+    mask = MASKS[name]
+    rule, theirs = RULE_PROGRAMS[mask.system](**mask.sizes).dense_mask(), np.array(mask.tokens.split())
+    found = np.array([[rule[np.ix_(theirs == q, theirs == k)].any() for k in mask.names] for q in mask.names])
+    assert set(mask.names) == set(theirs) - {"-"}
+    np.testing.assert_array_equal(found, mask.matrix)
+
+
+class Densely(nn.Module):
+    """A model whose attention is a softmax over the mask by hand, in place of a plan."""
+
+    def __init__(self, model: WorldActionModel, mask: np.ndarray) -> None:
+        super().__init__()
+        self.module, self.mask = model, torch.from_numpy(mask)
+
+    def forward(self, *inputs, **named):
+        named.pop("impl")
+
+        def attend(layer, q, k, v):
+            scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
+            return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~self.mask, float("-inf")).softmax(-1), v)
+
+        return self.module(*inputs[:-1], attend=attend, **named)  # without the plan
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_training_step_is_that_of_a_dense_attention(name):
+    model, settings = made(name, torch.float64), step_config(name)
+    names = copies(model.config.actions_per_frame, context_tokens(model.config))
+    data, found = batch(model, 2, torch.float64), []
+    for run in (model, Densely(model, packed(MASKS[name], names))):
+        model.zero_grad()
+        loss, _ = training_step(run, data, torch.Generator().manual_seed(2), settings)
+        loss.backward()
+        found.append((loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}))
+    (loss, gradients), (dense, of_dense) = found
+    torch.testing.assert_close(loss, dense, rtol=1e-10, atol=1e-12)
+    assert gradients.keys() == of_dense.keys()
+    for n, gradient in gradients.items():
+        torch.testing.assert_close(gradient, of_dense[n], rtol=1e-6, atol=1e-9, msg=n)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_twenty_steps_on_one_batch_halve_the_loss(name):
+    torch.manual_seed(0)
+    model = WorldActionModel(config(name).model)
+    optimizer, data, losses = torch.optim.AdamW(model.parameters(), lr=1e-2), batch(model, 4), []
+    for _ in range(21):
+        optimizer.zero_grad()
+        loss, _ = training_step(model, data, torch.Generator().manual_seed(3), step_config(name))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[20] < losses[0] / 2
+
+
+# forwards of a chunk that denoise, and of one whose actions alone are wanted, if no video runs in those
+ROLLOUTS: dict[str, tuple[int, int | None]] = {
+    "openwam": (20, None),
+    "openwam_parallel": (20, None),
+    "openwam_gjd": (20, None),
+    "fast_wam_uncond": (10 + 10, 10),
+    "fast_wam_joint": (10, None),
+    "fast_wam_idm": (10 + 10, None),
+    "lingbot_va": (25 + 50, None),
+    "dreamzero": (16, None),
+}
+
+
+def started(name: str, model: WorldActionModel, **changes):
+    engine = RolloutEngine(model.eval().requires_grad_(False), replace(config(name).default_rollout(), **changes))
+    data = batch(model, 1)
+    return engine.start(data["video"][:, :, :1], data["text"])
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_a_rollout_follows_the_schedule_of_the_preset(name):
+    model, draw = made(name), torch.Generator().manual_seed(4)
+    episode, (forwards, without_video) = started(name, model, reuse_flow=None), ROLLOUTS[name]
+    for _ in range(2):
+        candidate = episode.propose(generator=draw)
+        assert candidate.video.shape[2] == candidate.action.shape[1] == episode.chunk_size
+        assert candidate.forwards == (forwards,)
+        episode.observe(candidate.video, candidate.action)
+    seen = []
+    hook = model.core.patch_embedding_mlp.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
+    alone = episode.propose(want="action", generator=draw)
+    hook.remove()
+    assert alone.action.isfinite().all() and bool(seen) == (without_video is None)
+    if without_video is not None:
+        assert alone.forwards == (without_video,)
+
+
+def test_lingbot_va_acts_on_video_that_is_still_noisy():
+    """The early stop of its paper: three steps down to noise level 0.4, and ten of the actions."""
+    asked = {"video": {"steps": 3, "stop": 0.4}, "action": {"steps": 10}}
+    episode, draw = started("lingbot_va", made("lingbot_va"), **asked), torch.Generator().manual_seed(4)
+    candidate = episode.propose(generator=draw)
+    assert candidate.forwards == (13,) and candidate.video_level == pytest.approx(0.4)
+    episode.observe(candidate.video, candidate.action)
+
+
+def test_dreamzero_leaves_out_every_other_forward_of_flows_that_agree():
+    model = made("dreamzero")
+    for head in (model.core.proj_out, model.action_expert.action_proj_out):
+        nn.init.zeros_(head.weight)
+        nn.init.ones_(head.bias)  # the same flow whatever comes in
+    candidate = started("dreamzero", model).propose(generator=torch.Generator().manual_seed(4))
+    assert candidate.forwards[0] < 16 * 0.7
+
+
+# The layout of public weights, and what our model has no place for.
+LAYOUTS_OF = {
+    "openwam": ("openwam", ()),
+    "openwam_parallel": ("openwam_parallel", ()),
+    "fast_wam_uncond": ("fast_wam", ("action",)),
+    "lingbot_va": ("lingbot_va", ()),
+    "dreamzero": ("dreamzero", ("action",)),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS_OF)
+def test_weights_go_into_the_layout_of_the_system_and_back(name):
+    layout, without = LAYOUTS_OF[name]
+    ours, sizes = made(name).state_dict(), config(name).model
+    theirs = weights_to(layout, ours, sizes, without=without)
+    found = weights_from(layout, theirs, sizes).state
+    assert {n.split(".")[0] for n in found} >= {"core", "packed_block_stack"}
+    assert without or found.keys() == ours.keys()
+    assert all(torch.equal(tensor, ours[n]) for n, tensor in found.items())
+
+
+# Parameters of the video expert: of diffusers' WanTransformer3DModel at the sizes of the released config.json.
+WAN_2_2_5B, WAN_2_1_14B = 4_999_787_712, 14_288_491_584
+REAL = {  # and of all that is for actions, with what is published of it
+    "fast_wam": (WAN_2_2_5B, 1_019_838_471),  # "1.02 B action expert", huggingface.co/humanoid-benchmark/fastwam
+    "lingbot_va": (WAN_2_2_5B, 67_058_718),  # "about 5 B" with the video, documentation of lerobot; its weights fit
+    "dreamzero": (WAN_2_1_14B, 185_185_312),  # MLPs of each robot there, and image cross-attention of the I2V model
+}
+
+
+def test_every_real_size_is_counted():
+    assert {path.stem for path in (PRESETS / "real").iterdir()} == set(REAL)
+
+
+@pytest.mark.parametrize("name", REAL)
+def test_the_real_size_has_the_published_parameters(name):
+    with torch.device("meta"):
+        model = WorldActionModel(config(f"real/{name}").model)
+    of_actions = sum(
+        p.numel() for n, p in model.named_parameters() if n.startswith("action_expert.") or ".action_block." in n
+    )
+    assert (sum(p.numel() for p in model.parameters()) - of_actions, of_actions) == REAL[name]
