@@ -107,7 +107,6 @@ def launches(call: Callable[[], object]) -> Counter[str]:
 
 def peak_bytes(call: Callable[[], object]) -> int:
     """Of ``call``; cycles of references stay until its end, so when they are collected does not matter."""
-    gc.collect()
     gc.disable()
     try:
         with Peak() as mode:
