@@ -10,6 +10,7 @@ from wam_models import Policy, cli
 from wam_models.data import ClipDataset
 from wam_models.simulator.record import RecordConfig, record
 from wam_models.train import TrainConfig, train
+from wam_models.train.log import MEASURED
 from wam_models.train.periodic import PeriodicEvaluation
 
 from .conftest import EXAMPLES
@@ -46,7 +47,7 @@ def rows(out):
 
 
 def losses(log):
-    return [{k: v for k, v in row.items() if k not in ("seconds", "evaluation")} for row in log]
+    return [{k: v for k, v in row.items() if k not in (*MEASURED, "evaluation")} for row in log]
 
 
 def weights(out):
@@ -70,6 +71,7 @@ def test_the_training_is_that_of_a_run_without(flags, folder, capsys):
     assert (broken["simulator"], broken["episode"]) == (SIMULATORS[1], 1) and "motor is stuck" in broken["failure"]
     assert len(found["imagined_mse"]) == 1 and found["imagined_mse"][0] > 0  # one frame a chunk
     assert found["recorded"]["episodes"] == 2 and found["recorded"]["action_rmse"] > 0
+    assert found["picture"] == "evaluation/step-000006.png" and (folder / "with" / found["picture"]).stat().st_size
     assert "step 6: " in printed and "of 4 succeed [" in printed and ", 1 broken" in printed
     assert found != log[2]["evaluation"]
 

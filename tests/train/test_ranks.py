@@ -17,7 +17,7 @@ from wam_models.train.trainer import Trainer
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig.from_dict(TINY | {"batch": 4, "steps": 3, "model": TINY_MODEL | {"layers": 2}})
-FIELDS = ("loss", "video_loss", "action_loss", "gradient", "rate")
+FIELDS = ("loss", "video_loss", "action_loss", "gradient", "rate", "tokens")
 
 
 def with_engine(**changes):

@@ -27,6 +27,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         args.rest = unknown
     elif unknown:  # argparse's parse_args would name the help page of ``wam``, not that of the command
         parser.commands[args.command].error(f"unrecognized arguments: {' '.join(unknown)}")
+    args.argv = list(sys.argv[1:] if argv is None else argv)
     return args
 
 

@@ -122,6 +122,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
         "--init-action", choices=("copy", "interpolate"), help="of --init: make the action expert from the video's"
     )
     parser.add_argument("--overwrite", action="store_true", help="lose the run that --out holds")
+    parser.add_argument("--tensorboard", action="store_true", default=None, help="write the log for TensorBoard too")
     parser.add_argument(
         "--eval-every", type=at_least(1), metavar="N", help="evaluate after every N steps; a resume keeps it"
     )

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import resource
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,7 +19,7 @@ from ..objectives import GJD, MODEL_PROGRAMS, OBJECTIVES
 from ..rollout import RolloutConfig, RolloutEngine
 from ..rollout.config import CONDITIONAL_CHUNK
 from ..rollout.policy import Policy
-from ..runtime.checks import check_device, writable_folder
+from ..runtime.checks import check_device, peak_memory, writable_folder
 from ..runtime.config_files import with_settings
 from ..runtime.files import new_file
 from ..runtime.json_fields import from_fields
@@ -219,8 +217,5 @@ def _film(args: argparse.Namespace, name: str, pictures: list[Image.Image], fram
 
 
 def _peak_memory(device: torch.device) -> str:
-    if device.type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB on {device}"
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # kilobytes on Linux, bytes on macOS
-    return f"{peak / (2**20 if sys.platform == 'darwin' else 2**10):.0f} MiB (whole process)"
+    where = f"on {device}" if device.type == "cuda" else "(whole process)"
+    return f"{peak_memory(device) / 2**20:.0f} MiB {where}"

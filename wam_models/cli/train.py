@@ -40,6 +40,7 @@ from ..train.trainer import train
 from ..training_state import VALUES
 from ..weights.start import initial_weights
 from .estimate import check_estimate_flags, training_estimate
+from .run_readme import run_files
 from .train_evaluation import make_evaluation
 
 MOMENT = 0.2  # seconds within which signals are one: timeout(1) sends it to the process and to its group
@@ -54,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         print(training_estimate(args, recipe.train))
         return 0
     with joined_ranks(check_device(args.device)) as device, _quiet_but_first():
-        return _train(args, recipe.train, device)
+        return _train(args, recipe, device)
 
 
 @contextmanager
@@ -67,8 +68,8 @@ def _quiet_but_first() -> Iterator[None]:
         yield
 
 
-def _train(args: argparse.Namespace, asked: TrainConfig, device: torch.device) -> int:
-    policy, resume, seed = None, None, args.seed
+def _train(args: argparse.Namespace, asked: Recipe, device: torch.device) -> int:
+    policy, resume, seed, steps_done = None, None, args.seed, 0
     training: dict[str, Any] = {}
     if args.resume is not None:
         others = [setting for setting in args.set if not setting.startswith("engine.")]
@@ -90,9 +91,9 @@ def _train(args: argparse.Namespace, asked: TrainConfig, device: torch.device) -
         config = TrainConfig.from_dict(changed, f"{where}.config")
         seed = whole(f"{where}.seed", training["seed"], 0, LARGEST_INT64)
         if args.config is not None:
-            config = _resumed(config, asked, args.resume)
+            config = _resumed(config, asked.train, args.resume)
     else:
-        config = asked
+        config = asked.train
     if args.steps is not None:
         config = replace(config, steps=args.steps)
     if resume is not None:
@@ -100,7 +101,8 @@ def _train(args: argparse.Namespace, asked: TrainConfig, device: torch.device) -
         steps_done = whole(f"{args.resume / TRAINING / VALUES}: step", values.get("step"), 1)
         if steps_done >= config.steps:
             raise ValueError(f"--steps must be above {steps_done}, the steps done, got {config.steps}")
-    RunFolder(args.out, resume, overwrite=args.overwrite)  # refuses before the data is read
+    # refuses before the data is read
+    RunFolder(args.out, resume, overwrite=args.overwrite, tensorboard=args.tensorboard)
     init = _initial_weights(args, config)
     data = read_data(args.datasets, config, policy)
     short = sum(data.length(i) < config.frames for i in data.train)
@@ -124,9 +126,14 @@ def _train(args: argparse.Namespace, asked: TrainConfig, device: torch.device) -
             else:  # sums of float32 depend on their number, and a resumed run has the losses of an uninterrupted one
                 threads = set_threads(whole(f"{where}.threads", threads, 1))
             print(f"threads: {threads}")
+        recipe = _as_run(args, asked, config, seed)
+        files = run_files(
+            recipe, data, out=args.out, argv=args.argv, step=steps_done,
+            processes=dist.get_world_size() if dist.is_initialized() else 1,
+        )  # fmt: skip
         done = train(
-            config, data, seed=seed, device=device, seconds=args.seconds, out=args.out, resume=resume,
-            init=init, evaluation=evaluation, overwrite=args.overwrite, stop=stop,
+            config, data, seed=seed, device=device, seconds=args.seconds, out=args.out, resume=resume, init=init,
+            evaluation=evaluation, overwrite=args.overwrite, tensorboard=args.tensorboard, files=files, stop=stop,
         )  # fmt: skip
     steps, losses = loss_ends(done.log)
     spans = [f"steps {rows[0]['step']} to {rows[-1]['step']}" for rows in (done.log[:steps], done.log[-steps:])]
@@ -137,6 +144,17 @@ def _train(args: argparse.Namespace, asked: TrainConfig, device: torch.device) -
             print(f"{stream} loss {' -> '.join(means_of_spans)}")
     print(f"step {done.step} of {config.steps}; checkpoint: {args.out / 'checkpoint'}")
     return 0
+
+
+def _as_run(args: argparse.Namespace, asked: Recipe, config: TrainConfig, seed: int) -> Recipe:
+    """The recipe of this very run, flags and what a checkpoint had included."""
+    return replace(
+        asked, train=config, data=args.datasets, out=str(args.out), seed=seed, device=args.device,
+        init=asked.init if args.init is None else str(args.init), init_layout=args.init_layout,
+        init_without=tuple(args.init_without), init_action=args.init_action, tensorboard=args.tensorboard,
+        eval_every=args.eval_every, simulator=tuple(args.simulator or ()), eval_episodes=args.eval_episodes,
+        eval_chunk=args.eval_chunk,
+    )  # fmt: skip
 
 
 def _resumed(saved: TrainConfig, asked: TrainConfig, checkpoint: Path) -> TrainConfig:
@@ -169,9 +187,13 @@ def with_flags(args: argparse.Namespace) -> Recipe:
         raise ValueError("--camera must be left out without --data: CONFIG says the cameras of its data")
     elif recipe.data:
         args.data, args.camera = recipe.data[0].path, recipe.data[0].camera
-    for name, default in (("out", None), ("seed", 0), ("device", "cpu"), ("init", None)):
+    defaults = {"out": None, "seed": 0, "device": "cpu", "tensorboard": False, "eval_every": None}
+    defaults |= {"simulator": None, "eval_episodes": None, "eval_chunk": None}
+    if args.resume is None:  # whose weights are those of the checkpoint
+        defaults["init"] = None
+    for name, default in defaults.items():
         if getattr(args, name) is None:
-            setattr(args, name, default if getattr(recipe, name) is None else getattr(recipe, name))
+            setattr(args, name, getattr(recipe, name) or default)
     if recipe.init is not None and args.init == recipe.init:
         args.init_layout = args.init_layout or recipe.init_layout
         args.init_without = args.init_without or list(recipe.init_without)

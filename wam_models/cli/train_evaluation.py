@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +14,14 @@ from tqdm import tqdm
 
 from ..data import ClipDataset
 from ..data.latents import pictures_of
+from ..draw.charts import curves, film_strip
 from ..evaluate import evaluate as evaluate_recorded
+from ..evaluate import join, stream
 from ..model.dual_expert import WorldActionModel
+from ..rollout import RolloutEngine
 from ..rollout.policy import Policy
 from ..runtime.checks import instance, whole
+from ..runtime.files import new_file
 from ..simulator.evaluate import Rate, Task, describe, evaluate, summary
 from ..simulator.process import SimulatorFailure, SimulatorProcess
 from ..text import WordEmbedding
@@ -73,6 +79,9 @@ def make_evaluation(
         policy = replace(policy, rollout=replace(policy.rollout, chunk_size=settings.chunk))
         try:
             found = (_recorded(policy, clips) if clips else {}) | (_played(policy, tasks) if tasks else {})
+            if clips:
+                found["picture"] = f"evaluation/step-{step:06d}.png"
+                imagined_beside_real(policy, clips[0], args.out / found["picture"], f"step {step}: {clips[0]['text']}")
         except Exception as error:  # PeriodicEvaluation stores it, and the training goes on
             tqdm.write(f"step {step}: the evaluation failed: {type(error).__name__}: {error}")
             raise
@@ -136,6 +145,39 @@ def _recorded(policy: Policy, clips: Sequence[dict[str, Any]]) -> dict[str, Any]
     found = evaluate_recorded(policy, clips, chunks=RECORDED_CHUNKS, cases=cases, timed=1, progress=False)
     names = ("action_rmse", "repeat_action_rmse", "mean_action_rmse", "frame_rmse", "repeat_frame_rmse")
     return {"recorded": {"episodes": len(clips)} | {name: getattr(found.rows[0], name) for name in names}}
+
+
+def imagined_beside_real(policy: Policy, clip: Mapping[str, Any], path: Path, title: str) -> None:
+    """A PNG of a held-out episode's frames, real and imagined chunk by chunk from the real history; of states the curve
+    of the one that varies most.
+
+    Args:
+        policy: What imagines.
+        clip: As :meth:`Policy.clip` gives it.
+        path: The file.
+        title: One line.
+    """
+    with torch.no_grad():
+        text = policy.text([clip["text"]])
+    chunks = stream(
+        RolloutEngine(policy.model, policy.rollout), clip["video"], clip["action"], text, objective="joint",
+        generator=torch.Generator().manual_seed(0), state=clip["state"],
+    )  # fmt: skip
+    some = list(islice(chunks, RECORDED_CHUNKS))
+    latents = join((clip["video"][:, :, :1], *(c.video for c in some)), 2)[0]
+    if not policy.frames_are_states:
+        imagined = pictures_of(policy.codec, latents)
+        rows = {"real": clip["frames"][: len(imagined)], "imagined": imagined}
+        film_strip(rows, path, title=title, columns=min(8, len(imagined)))
+        return
+    both = torch.stack([clip["video"][0, :, : latents.shape[1]], latents])[..., 0, 0]  # [2, S, F], in units of the std
+    number = int(both[0].std(1).argmax())
+    heights = both[:, number] - both[:, number].min()
+    with new_file(path) as part:
+        curves(
+            dict(zip(("real", "imagined"), heights.tolist(), strict=True)), part, smooth=1, x_label="latent frame",
+            title=f"{title}: number {number} of the state, in its std",
+        )  # fmt: skip
 
 
 def _played(policy: Policy, tasks: Sequence[Task]) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import os
+import resource
+import sys
 from collections.abc import Callable, Collection, Iterable
 from numbers import Real
 from pathlib import Path
@@ -144,6 +146,14 @@ def memory(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if device.type == "cpu" else math.inf
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: on a GPU the most that this process's tensors have had there, else the most that the process has had."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 2**10 * peak  # bytes on macOS, kilobytes on Linux
 
 
 def check_device(name: str) -> torch.device:

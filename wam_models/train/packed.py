@@ -16,7 +16,7 @@ from ..model.blocks import Uncast, at_least_float32
 from ..model.dual_expert import WorldActionModel
 from ..objectives import OBJECTIVES, frames_before_chunks
 from .loader import ClipDraw, Pack, PackedDraws
-from .samples import StepConfig
+from .samples import StepConfig, error_sums
 from .step import draw_kept_text, draw_marginals, noised_video
 
 
@@ -53,9 +53,8 @@ def packed_step(
         impl: Backend of ``block_attention``.
 
     Returns:
-        ``pack.share`` times the sum of the clips' losses, float32; and metrics without gradient: of each stream
-        ``<stream>_loss``, the mean over the ``<stream>_samples`` clips that count, and the number of clips of each
-        objective as ``samples/<name>``.
+        ``pack.share`` times the sum of the clips' losses, float32; and metrics without gradient: ``sums``, as
+        :func:`error_sums` gives them, and ``visible_pairs`` of the attention.
     """
     inside = getattr(model, "module", model)
     device = inside.device
@@ -90,22 +89,20 @@ def packed_step(
     )
     videos = at_least_float32(video_flow).split(pack.frames, 2)
     actions = [None] * len(clips) if action_flow is None else at_least_float32(action_flow).split(pack.frames, 1)
-    total, sums = torch.zeros((), device=device), {"video": [0.0, 0], "action": [0.0, 0]}
+    total, found = torch.zeros((), device=device), []
     for draw, clip, video, action in zip(pack.draws, clips, videos, actions, strict=True):
         config = draws.kinds[draw.kind].config
-        errors = {"video": (video - clip.video_target)[:, :, 1:].square().mean()}
+        video_error = (video - clip.video_target)[:, :, 1:].square().mean()
+        action_error = torch.zeros_like(video_error)
         if action is not None:
-            errors["action"] = (action - clip.action_target)[:, 1:].square().mean()
-        for (name, error), counts in zip(errors.items(), clip.counts, strict=False):
-            weight = config.video_weight if name == "video" else config.action_weight
-            total = total + weight * error * float(counts)
-            sums[name] = [sums[name][0] + error.detach() * counts, sums[name][1] + counts]
-    metrics: dict[str, Any] = {}
-    for name, (error, count) in sums.items():
-        metrics |= {f"{name}_loss": torch.as_tensor(error) / count if count else torch.tensor(torch.nan)}
-        metrics[f"{name}_samples"] = count
-    names = [draw.objective for draw in pack.draws]
-    return pack.share * total, metrics | {f"samples/{name}": names.count(name) for name in sorted(set(names))}
+            action_error = (action - clip.action_target)[:, 1:].square().mean()
+        weights = config.video_weight * clip.counts[0], config.action_weight * clip.counts[1]
+        total = total + weights[0] * video_error + weights[1] * action_error
+        found.append(torch.stack([video_error, action_error]))
+    counts = torch.tensor([clip.counts for clip in clips], dtype=torch.float32, device=device)
+    counts[:, 1] *= has_actions
+    sums = error_sums([draw.objective for draw in pack.draws], torch.stack(found, 1).unbind(), counts.T.unbind())
+    return pack.share * total, {"sums": sums, "visible_pairs": plan.visible_pairs}
 
 
 def _noised(draw: ClipDraw, held: Any, config: StepConfig, model: WorldActionModel) -> _Noised:

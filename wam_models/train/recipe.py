@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config import ModelConfig
 from ..data.config import DataConfig, data_configs
-from ..runtime.checks import check_field, whole
+from ..runtime.checks import check_field, switch, whole
 from ..runtime.config_files import read_config, with_settings
 from ..runtime.json_fields import nearest
 from ..runtime.limits import LARGEST_INT64
@@ -33,6 +33,11 @@ class Recipe:
         init_layout: Their layout, as ``diffusers``; default our own.
         init_without: Parts to leave out of them.
         init_action: How an action expert is made of the video's: ``"copy"`` or ``"interpolate"``.
+        tensorboard: Write the log for TensorBoard too.
+        eval_every: Steps between evaluations; default none.
+        simulator: Simulators that an evaluation acts in.
+        eval_episodes: Of each of them.
+        eval_chunk: Frames of a chunk in evaluations.
 
     Raises:
         ValueError: a value of the wrong type or outside its range; the message names the field.
@@ -47,6 +52,11 @@ class Recipe:
     init_layout: str | None = None
     init_without: tuple[str, ...] = ()
     init_action: str | None = None
+    tensorboard: bool = False
+    eval_every: int | None = None
+    simulator: tuple[str, ...] = ()
+    eval_episodes: int | None = None
+    eval_chunk: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("out", "device", "init", "init_layout", "init_action"):
@@ -55,10 +65,21 @@ class Recipe:
                 raise ValueError(f"Recipe: {name} must be text, got {value!r}; quote it")
         if self.seed is not None:
             check_field(self, "seed", whole, 0, LARGEST_INT64)
-        parts = self.init_without
-        if not isinstance(parts, list | tuple) or not all(isinstance(part, str) for part in parts):
-            raise ValueError(f"Recipe: init_without must be a list of parts, got {parts!r}")
-        object.__setattr__(self, "init_without", tuple(parts))
+        for name in ("eval_every", "eval_episodes", "eval_chunk"):
+            if getattr(self, name) is not None:
+                check_field(self, name, whole, 1)
+        check_field(self, "tensorboard", switch)
+        for name, what in (("init_without", "parts"), ("simulator", "names")):
+            listed = getattr(self, name)
+            if not isinstance(listed, list | tuple) or not all(isinstance(one, str) for one in listed):
+                raise ValueError(f"Recipe: {name} must be a list of {what}, got {listed!r}")
+            object.__setattr__(self, name, tuple(listed))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a config file holds of it: all fields but those that are left out."""
+        own = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ("train", "data")}
+        own = {name: value for name, value in own.items() if value is not None and value != ()}
+        return self.train.to_dict() | {"data": [one.to_dict() for one in self.data]} | own
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], source: str = "Recipe") -> Recipe:

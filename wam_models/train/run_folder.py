@@ -1,4 +1,4 @@
-"""The folder of a run: log rows as they come, the latest checkpoint, one process at a time."""
+"""The folder of a run: what was run, log rows as they come, the latest checkpoint, one process at a time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 
 from ..checkpoint import Checkpoint, locked_folder, remove_checkpoint, saved_as
 from ..runtime.checks import writable_folder
+from ..runtime.files import new_file
+from .tensorboard import TensorBoard, summary_writer
 
 
 class RunFolder:
@@ -20,13 +22,27 @@ class RunFolder:
         out: The folder.
         resume: The checkpoint that the run goes on from.
         overwrite: Whether another run in the folder may be lost.
+        tensorboard: Write the log's rows for TensorBoard too.
+        files: Name and text of files that say what was run.
 
     Raises:
         ValueError: a folder that cannot be written, or that holds another run.
+        ModuleNotFoundError: ``tensorboard`` without that package.
     """
 
-    def __init__(self, out: str | Path, resume: Checkpoint | None = None, *, overwrite: bool = False) -> None:
+    def __init__(
+        self,
+        out: str | Path,
+        resume: Checkpoint | None = None,
+        *,
+        overwrite: bool = False,
+        tensorboard: bool = False,
+        files: Mapping[str, str] | None = None,
+    ) -> None:
         self.out, self.resume, self.overwrite = Path(out), resume, overwrite
+        self.tensorboard, self.files = tensorboard, dict(files or {})
+        if tensorboard:
+            summary_writer()
         self.log, self.checkpoint = self.out / "log.jsonl", self.out / "checkpoint"
         for folder in (self.out, self.checkpoint):
             writable_folder("--out", folder)
@@ -64,7 +80,12 @@ class RunFolder:
                 ) from error
             self._check_contents()
             self._drop_rows_after(step)
+            for name, text in self.files.items():
+                with new_file(self.out / name) as part:
+                    part.write_text(text, encoding="utf-8")
             self._file = stack.enter_context(self.log.open("ab", buffering=0))
+            kept = step if self.continues else 0
+            self._board = stack.enter_context(TensorBoard(self.out, kept)) if self.tensorboard else None
             yield
 
     def _drop_rows_after(self, step: int) -> None:
@@ -86,6 +107,8 @@ class RunFolder:
                 unwritten = unwritten[self._file.write(unwritten) :]
         except OSError as error:
             raise OSError(f"train: cannot write {self.log}: {error.strerror}") from error
+        if self._board is not None:
+            self._board.add(row)
 
 
 def _step_of(line: bytes) -> float:

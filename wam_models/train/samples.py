@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from wam_kernels import HISTORIES
 
 from ..flow import TimestepDraw
-from ..objectives import GJD, GJD_COUNTERFACTUAL, GJD_MIXTURE, MODEL_PROGRAMS, checked_conditional, checked_mixture
+from ..objectives import (
+    GJD,
+    GJD_COUNTERFACTUAL,
+    GJD_MIXTURE,
+    MODEL_PROGRAMS,
+    OBJECTIVES,
+    checked_conditional,
+    checked_mixture,
+)
 from ..runtime.checks import check_field, choice, number, whole_range
 from ..runtime.limits import LARGEST_INT32
 
@@ -93,6 +104,22 @@ class StepConfig(SampleConfig):
         check_field(self, "stop_gradient", stream_pairs)
         if not isinstance(self.timesteps, TimestepDraw):
             raise ValueError(f"StepConfig: timesteps must be a TimestepDraw, got {self.timesteps!r}")
+
+
+def error_sums(objectives: Sequence[str], errors: Sequence[Tensor], counts: Sequence[Tensor]) -> Tensor:
+    """float32 ``[streams, 2, 3]``: of each stream and each of ``OBJECTIVES`` the sum of its samples' errors, and how
+    many count.
+
+    Args:
+        objectives: Of each of B samples.
+        errors: ``[B]`` of each stream.
+        counts: ``[B]`` of each stream, 1 where the sample carries its loss, else 0.
+    """
+    names = list(OBJECTIVES)
+    chosen = torch.zeros(len(objectives), len(names))
+    chosen[range(len(objectives)), [names.index(name) for name in objectives]] = 1
+    pairs = [torch.stack([error.detach() * count, count]) for error, count in zip(errors, counts, strict=True)]
+    return (torch.stack(pairs).float()[..., None] * chosen.to(pairs[0].device)).sum(2)
 
 
 def stream_pairs(where: str, value: Any) -> tuple[tuple[str, str], ...]:

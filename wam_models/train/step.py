@@ -31,7 +31,7 @@ from ..objectives import (
     geometry_for,
 )
 from ..runtime.checks import instance
-from .samples import StepConfig
+from .samples import StepConfig, error_sums
 
 DEFAULT = StepConfig()
 
@@ -76,8 +76,9 @@ def training_step(
     Returns:
         The loss, a float32 scalar, and metrics without gradient: ``video_loss``, ``action_loss`` (scalar tensors: means
         over the samples that count; nan when none does), how many those are as ``video_samples`` and
-        ``action_samples``, ``alignment_loss`` of a model with aligned streams, ``chunk_size``, ``window``, and the
-        number of samples of each objective as ``samples/<name>``.
+        ``action_samples``, ``alignment_loss`` of a model with aligned streams, ``chunk_size``, ``window``,
+        ``visible_pairs`` of the attention, the number of samples of each objective as ``samples/<name>``, and ``sums``
+        as :func:`error_sums` gives them.
 
     Raises:
         TypeError: a batch entry, generator or config of another class.
@@ -130,6 +131,10 @@ def training_step(
         "action_samples": d.counts_action.sum(),
         "chunk_size": chunk_size,
         "window": window,
+        "visible_pairs": plan.visible_pairs * (len(samples) if one else 1),
+        "sums": error_sums(
+            [o.name for o in d.objectives], (video_error, action_error), (d.counts_video, d.counts_action)
+        ),
     }
     if read_out:
         alignment = _alignment(batch, read_out[0])

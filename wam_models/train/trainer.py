@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..checkpoint import Checkpoint, Save
+from ..costs import Sizes
 from ..data import ClipDataset
 from ..data.latents import codec_kind
 from ..model.dual_expert import WorldActionModel
@@ -36,7 +37,7 @@ from .config import DECAY_PART, TrainConfig, check_fit
 from .ema import update_average
 from .initialise import initialise
 from .loader import Pack, PackedDraws, PackLoader
-from .log import STREAMS, recent
+from .log import ERRORS, STREAMS, Meter, losses, recent
 from .optimizers import make_optimizers, set_learning_rate
 from .packed import packed_step
 from .periodic import PeriodicEvaluation
@@ -80,6 +81,8 @@ def train(
     rollout: RolloutConfig | None = None,
     evaluation: PeriodicEvaluation | None = None,
     overwrite: bool = False,
+    tensorboard: bool = False,
+    files: Mapping[str, str] | None = None,
     stop: Callable[[], bool] = lambda: False,
     progress: bool = True,
 ) -> Trained:
@@ -106,21 +109,23 @@ def train(
         evaluation: Measured after every so many steps; neither its random numbers nor its time are the training's, so
             the losses are those of a run without.
         overwrite: Whether a run in ``out`` may be lost.
+        tensorboard: Write the rows to ``out/tensorboard`` too.
+        files: Written to ``out`` when the run begins: a text by the name of its file.
         stop: Asked after every step; True ends the run as if its time were up.
         progress: Show a progress bar.
 
     Returns:
         The trained policy, in eval mode, and a log row for each step of this call: ``step`` (from 1), ``loss``,
-        ``video_loss``, ``action_loss`` (None where no sample of the step has it), ``rate``, ``gradient`` (its norm
-        before clipping), ``seconds`` since the start of the call, without evaluations; and ``evaluation`` where there
-        was one.
+        ``video_loss``, ``action_loss`` (None where no sample of the step has it), the same of each objective that was
+        drawn (``video_loss/joint``), ``rate``, ``gradient`` (its norm before clipping), ``seconds`` since the start of
+        the call, without evaluations, what :meth:`Meter.row` says; and ``evaluation`` where there was one.
 
     Raises:
         ValueError: data that does not fit the model or the checkpoint, a codec that cannot be saved to ``out``, a
             checkpoint without a training state or with a damaged one, an ``out`` that holds another run or cannot be
             written.
         TypeError: a config, data or checkpoint of another class.
-        ModuleNotFoundError: ``config.lora`` without the package peft.
+        ModuleNotFoundError: ``config.lora`` without the package peft, ``tensorboard`` without that package.
         OSError: no room for a row or a checkpoint; the message names the file.
         FloatingPointError: a loss or a gradient that is not finite.
     """
@@ -130,7 +135,9 @@ def train(
         instance("train: resume", resume, Checkpoint)
     device = torch.device(device)
     seed = whole("train: seed", seed, 0, LARGEST_INT64)
-    folder = None if out is None else RunFolder(out, resume, overwrite=overwrite)
+    folder = None
+    if out is not None:
+        folder = RunFolder(out, resume, overwrite=overwrite, tensorboard=tensorboard, files=files)
     check_fit(config, data)
     if out is not None:
         codec_kind(data.codec)  # refuses before the run what could not be saved after it
@@ -215,18 +222,22 @@ class Trainer:
         self.kinds = config.draws(frozen_streams(self.learner))
         self.shares = torch.tensor([kind.share for kind in self.kinds])
         self.draws = PackedDraws(config, self.kinds, data, seed) if config.tokens else None
+        grid = self.model.token_grid(*data.latent_shape[1:])
+        sizes = Sizes(config.model, grid, self.text.tokens)
+        self.meter = Meter(sizes, self.ranks.count, device, bf16=self.bf16)
         self.log: list[dict[str, Any]] = []
 
     def run(self, folder: RunFolder | None = None, *, stop: Callable[[], bool], progress: bool = True) -> Trained:
         """Steps until the last one is done, time is up or ``stop`` says so; ``folder`` gets the log and checkpoints."""
         self.first_step, self.began = self.step, time.perf_counter()
+        self._spent = 0.0  # seconds, when the last step was done
         done = self.step >= self.config.steps
         log = folder if self.ranks.main else None
         with (
             self._progress_bar(progress and self.ranks.main) as show,
             nullcontext() if log is None else log.begin(self.step),
             self._saves_finished(),
-            closing(self._steps()) as steps,
+            closing(self.steps()) as steps,
         ):
             while not done:
                 row = self._train_step(next(steps))
@@ -243,7 +254,7 @@ class Trainer:
                     self.save(folder.checkpoint)
         return Trained(self.policy(), self.log, self.step)
 
-    def _steps(self) -> Generator[Batch | list[Pack], None, None]:
+    def steps(self) -> Generator[Batch | list[Pack], None, None]:
         """What each step is made of, from the next one on."""
         if self.draws is not None:
             ranks = {"part": self.ranks.part, "parts": self.ranks.parts}
@@ -256,8 +267,8 @@ class Trainer:
         clips = [clip for pack in step for clip in pack.clips] if isinstance(step, list) else [step.clips]
         rate = self.config.rate(self.step, self.planned_end)
         set_learning_rate(self.optimizers, rate)
-        losses = self._gradients(step)
-        self._raise_if_diverged("loss", losses["loss"], rate, clips)
+        means, size = self._gradients(step)
+        self._raise_if_diverged("loss", means["loss"], rate, clips)
         norm = nn.utils.clip_grad_norm_(self.learner.parameters(), self.config.clip_norm)
         gradient = whole_tensor(norm).item()
         self._raise_if_diverged("gradient", gradient, rate, clips)  # a step along it would lose the weights
@@ -265,32 +276,29 @@ class Trainer:
             optimizer.step()
         self.step += 1
         update_average(self.average, self.learner.state_dict(), self.step, self.config.ema)
-        return {
-            "step": self.step,
-            **losses,
-            "rate": rate,
-            "gradient": gradient,
-            "seconds": self.ranks.agreed(time.perf_counter() - self.began),
-        }
+        spent = self.ranks.agreed(time.perf_counter() - self.began)
+        row = {"step": self.step, **means, "rate": rate, "gradient": gradient, "seconds": spent}
+        row |= self.meter.row(*size, spent - self._spent)
+        self._spent = spent
+        return row
 
-    def _gradients(self, step: Batch | list[Pack]) -> dict[str, Any]:
-        """Those of the step, micro-batch by micro-batch; returns its losses, of all processes."""
+    def _gradients(self, step: Batch | list[Pack]) -> tuple[dict[str, Any], tuple[int, int, int]]:
+        """Those of the step, micro-batch by micro-batch; returns, of all processes, its losses, and its clips, frames
+        and visible pairs."""
         self.learner.zero_grad(set_to_none=True)
-        drawn, sums = self.generator.get_state(), [0.0] * 5
+        drawn, sums = self.generator.get_state(), [0.0] * (4 + ERRORS)
         parts = step if isinstance(step, list) else self.parts
         for part in parts:
             self.ranks.synchronise(self.learner, part is parts[-1])
             self.generator.set_state(drawn)  # each micro-batch is a part of the same draw
-            loss, metrics = self._forward(step, part)
+            loss, metrics = self.forward(step, part)
             (loss * self.ranks.parts).backward()  # processes take the mean of their gradients
-            found = [loss.item()]
-            for stream in STREAMS:
-                samples = float(metrics[f"{stream}_samples"])
-                found += [float(metrics[f"{stream}_loss"]) * samples if samples else 0.0, samples]
-            sums = [a + b for a, b in zip(sums, found, strict=True)]
-        total_loss, *of_streams = self.ranks.sums(sums)
-        pairs = zip(STREAMS, of_streams[::2], of_streams[1::2], strict=True)
-        return {"loss": total_loss} | {f"{s}_loss": _finite_or_none(total / n) if n else None for s, total, n in pairs}
+            extent = extent_of(part, self.config.frames)
+            if extent[0]:  # else what is computed here is of other processes
+                found = [loss.item(), *extent, metrics["visible_pairs"], *metrics["sums"].flatten().tolist()]
+                sums = [a + b for a, b in zip(sums, found, strict=True)]
+        total, clips, frames, pairs, *errors = self.ranks.sums(sums)
+        return {"loss": total} | losses(errors), (int(clips), int(frames), int(pairs))
 
     def _evaluate(self, evaluation: PeriodicEvaluation) -> dict[str, Any]:
         began = time.perf_counter()
@@ -306,7 +314,8 @@ class Trainer:
         clips = self.data.sample(self.config.batch, self.config.frames, self.generator, kind.splits)
         return Batch(kind.config, clips)
 
-    def _forward(self, step: Batch | list[Pack], part: slice | Pack) -> tuple[Tensor, Mapping[str, Any]]:
+    def forward(self, step: Batch | list[Pack], part: slice | Pack) -> tuple[Tensor, Mapping[str, Any]]:
+        """Loss and metrics of a part of a step."""
         # sharded parameters are cast as they are gathered
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16 and not self.ranks.sharded):
             if isinstance(part, Pack):
@@ -428,5 +437,9 @@ def _start_from(model: WorldActionModel, init: Mapping[str, Tensor] | None, resu
     check_finite(init, "train: init: ")
 
 
-def _finite_or_none(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def extent_of(part: slice | Pack, frames: int) -> tuple[int, int]:
+    """Clips and latent frames of a part of a step; none of a pack that is there because a process must have one."""
+    if isinstance(part, Pack):
+        return (len(part.frames), sum(part.frames)) if part.share else (0, 0)
+    clips = part.stop - part.start
+    return clips, clips * frames
