@@ -47,7 +47,7 @@ def test_wam_mask(name, tmp_path, capsys):
     [
         ("--program tri_tower --window 3", "--window must be left out with --program tri_tower"),
         ("--program tri_tower --out mask.gif", "--out must be a file name that ends in .png, got mask.gif"),
-        ("--program tri_tawer", "--program must be one of ('video_then_action', .* 'dream_vla'), got 'tri_tawer'"),
+        ("--program tri_tawer", "--program must be one of ('video_then_action', .* 'being_h'), got 'tri_tawer'"),
     ],
 )
 def test_mistakes_are_one_line(flags, message, capsys):

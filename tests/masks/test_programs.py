@@ -122,6 +122,23 @@ def giga_world_policy(states, actions, reference, future) -> np.ndarray:
     return mask
 
 
+def one_way(main, depth) -> np.ndarray:
+    mask = np.ones((main + depth,) * 2, bool)
+    mask[:main, main:] = False
+    return mask
+
+
+def two_branches(context, latents, actions) -> np.ndarray:
+    """Of each branch the mask of a prefix, laid over the same context."""
+    n = latents + actions
+    mask = np.zeros((context + 2 * n,) * 2, bool)
+    mask[:, :context] = True
+    for first in (context, context + n):
+        mask[first : first + n, first : first + n] = True
+        mask[first : first + latents, first + latents : first + n] = False
+    return mask
+
+
 def read_out(steps, context, kinds, own, actions) -> np.ndarray:
     """``kinds`` of queries after the context of every step, then action queries."""
     each = context + sum(kinds) + actions
@@ -201,6 +218,8 @@ RULES = {
             steps, context, [frames, depth, trajectories], [False, True, True], actions
         ),
     ),
+    "x_wam": (st.fixed_dictionaries({"main": few, "depth": few}), one_way),
+    "being_h": (st.fixed_dictionaries({"context": few, "latents": few, "actions": few}), two_branches),
 }
 
 

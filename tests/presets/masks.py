@@ -2,9 +2,9 @@
 
 Three frames, of which the first is observed: in two chunks of one frame, or one chunk of two. A token stands for all
 of its frame. ``V0`` is the observed frame; ``v1`` and ``a1`` are noisy video and actions of frame 1, ``V1`` and ``A1``
-their clean copies. Lines are queries, columns keys, in the same order. Tokens without a part in what a chunk is made of
-are left out: the noisy copy of the observed frame, actions of it, and the clean copy of the last chunk where nobody
-attends to it.
+their clean copies; ``C`` is a token of context, as a register. Lines are queries, columns keys, in the same order.
+Tokens without a part in what a chunk is made of are left out: the noisy copy of the observed frame, actions of it, and
+the clean copy of the last chunk where nobody attends to it.
 """
 
 from typing import Any, NamedTuple
@@ -18,6 +18,7 @@ class Mask(NamedTuple):
     system: str | None = None  # name of its rule among RULE_PROGRAMS
     sizes: dict[str, Any] = {}
     tokens: str = ""  # names of the rule's tokens; several may be one of ours, ``-`` is none of ours
+    cached: str = ""  # tokens that attend to noisy ones there: here their keys are computed once
 
     @property
     def names(self) -> list[str]:
@@ -117,3 +118,43 @@ MASKS = {
     ),
 }  # fmt: skip
 MASKS["openwam_gjd"] = MASKS["openwam"]
+WITH_CONTEXT = """
+    V0 v1 v2 a1 a2  C
+ V0  1  .  .  .  .  1
+ v1  1  1  1  1  1  1
+ v2  1  1  1  1  1  1
+ a1  1  1  1  1  1  1
+ a2  1  1  1  1  1  1
+  C  .  .  .  .  .  1
+"""
+ONE_CHUNK = """
+    V0 v1 v2 a1 a2
+ V0  1  .  .  .  .
+ v1  1  1  1  1  1
+ v2  1  1  1  1  1
+ a1  1  1  1  1  1
+ a2  1  1  1  1  1
+"""
+THREE = {"video": 3, "actions": 2, "understanding": 1}
+MASKS |= {
+    "motus": Mask(2, WITH_CONTEXT, "tri_tower", THREE, "V0 v1 v2 a1 a2 C", "V0 C"),
+    "uwm": Mask(2, WITH_CONTEXT, "tri_tower", THREE, "V0 v1 v2 a1 a2 C", "V0 C"),
+    "pad": Mask(2, ONE_CHUNK, "tri_tower", THREE | {"understanding": 0}, "V0 v1 v2 a1 a2", "V0"),
+    "x_wam": Mask(2, ONE_CHUNK, "tri_tower", THREE | {"understanding": 0}, "V0 v1 v2 a1 a2", "V0"),
+    # self-attention beside the bridge, and a cascade: as two programs of Fast-WAM
+    "vpp": Mask(2, MASKS["fast_wam_uncond"].rows),
+    "dit4dit": Mask(2, MASKS["fast_wam_uncond"].rows),
+    "unipi": Mask(2, MASKS["fast_wam_idm"].rows),
+    "giga_world_policy": Mask(
+        2,
+        """
+    V0 v1 v2 a1 a2
+ V0  1  .  .  .  .
+ v1  1  1  1  1  1
+ v2  1  1  1  1  1
+ a1  1  .  .  1  1
+ a2  1  .  .  1  1
+""",
+        "giga_world_policy", {"states": 0, "actions": 2, "reference": 1, "future": 2}, "a1 a2 V0 v1 v2",
+    ),
+}  # fmt: skip

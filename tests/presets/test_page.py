@@ -32,7 +32,11 @@ def test_masks(command, capsys):
     assert "density" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", [command for command in COMMANDS if command not in MASKS])
+QUICK = [f"wam train recipes/presets/{name}.toml" for name in ("fast_wam_uncond", "lingbot_va", "motus", "vpp")]
+SLOW_BUT = [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in COMMANDS if c not in MASKS]
+
+
+@pytest.mark.parametrize("command", SLOW_BUT)
 def test_presets_train_and_roll_out(command, tmp_path, monkeypatch, capsys):
     for name in ("recipes", "data"):
         (tmp_path / name).symlink_to(ROOT / name)

@@ -8,6 +8,7 @@ Each function is one rule in words, then in code; a :class:`wam_kernels.masks.ru
     cosmos_policy, prefix_suffix, tri_tower           Cosmos Policy; pi-0 and pi-0.5; Motus
     giga_world_policy                                 GigaWorld-Policy
     seer, dream_vla                                   read-out tokens: Seer, DreamVLA
+    x_wam, being_h                                    a branch beside the main tokens: X-WAM, Being-H0.7
 """
 
 from __future__ import annotations
@@ -337,3 +338,32 @@ def dream_vla(*, steps: int, context: int, frames: int, depth: int, trajectories
     _require(name, steps=steps, context=context, actions=actions, **kinds)
     names = "context", *kinds, "action"
     return _read_out(name, steps, context, list(kinds.values()), [False, True, True], actions, names)
+
+
+# --- A branch that reads the main tokens one way ----------------------------------------------------------------------
+
+
+@register_program
+def x_wam(*, main: int, depth: int) -> RuleGeometry:
+    """Main tokens (video, state, actions) attend to each other, tokens of the depth branch to everything."""
+    _require("x_wam", main=main, depth=depth)
+    parts = [_segment(index, 1, n) for index, n in enumerate((main, depth))]
+    return _square("x_wam", ("main", "depth"), parts, lambda q, k: k.segment <= q.segment)
+
+
+@register_program
+def being_h(*, context: int, latents: int, actions: int) -> RuleGeometry:
+    """Being-H0.7 in training, two branches behind one context: learned queries, or as many embeddings of the future.
+
+    The context attends to itself; the latents of a branch to it and to each other, its actions to these and each other.
+    Branches do not attend to each other. A policy runs the first branch alone: :func:`prefix_suffix` with ``states``.
+    """
+    _require("being_h", context=context, latents=latents, actions=actions)
+
+    def visible(q: Runs, k: Runs) -> np.ndarray:
+        return (k.segment == 0) | ((k.block == q.block) & (k.segment <= q.segment) & (q.segment > 0))
+
+    names = "context", "queries", "actions", "future", "actions of the future"
+    sizes = (context, 0), (latents, 1), (actions, 1), (latents, 2), (actions, 2)
+    parts = [_segment(index, 1, n, block=branch) for index, (n, branch) in enumerate(sizes)]
+    return _square("being_h", names, parts, visible)

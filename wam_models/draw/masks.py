@@ -46,6 +46,8 @@ EXAMPLE_SIZES: dict[str, dict[str, Any]] = {
     "giga_world_policy": {"states": 2, "actions": 8, "reference": 8, "future": 18},
     "seer": {"steps": 3, "context": 6, "foresight": 4, "actions": 2},
     "dream_vla": {"steps": 2, "context": 6, "frames": 4, "depth": 3, "trajectories": 3, "actions": 2},
+    "x_wam": {"main": 24, "depth": 12},
+    "being_h": {"context": 10, "latents": 6, "actions": 6},
 }
 
 
