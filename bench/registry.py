@@ -192,9 +192,10 @@ SUITES = {
         Suite(
             "stop_gradient",
             Section(
-                "Stop-gradient: pairs of dk and dv",
+                "Stop-gradient: pairs of dk and dv, and of dq",
                 ("workload", "history", "stopped", "provider", "visible_pairs", "skipped_pairs", "key_tiles",
-                 "idle_tiles", "computed_pairs", "useful"),
+                 "idle_tiles", "computed_pairs", "useful", "dq_tiles", "dq_idle_tiles", "dq_computed_pairs",
+                 "dq_useful"),
             ),
             devices=("cpu",),
             ceilings=False,

@@ -61,7 +61,8 @@ def parts(made) -> list:
     """What two equal objects have in common; tensors last."""
     if isinstance(made, Plan):
         sides = [side.shape for side in (made.queries, made.keys)]
-        return [made.geometries, made.length, made.key_length, made.visible_pairs, *sides, *made.tensors()]
+        tensors = dict.fromkeys(made.tensors())  # each once: without frozen queries dq has the forward's tiles
+        return [made.geometries, made.length, made.key_length, made.visible_pairs, *sides, *tensors]
     if isinstance(made, Side):
         return [made.shape, *made.tensors()]
     if isinstance(made, FrameIndex):

@@ -145,36 +145,50 @@ def gate_residual_ada_layer_norm(tokens: int, rows: int, width: int, itemsize: i
 # ---- formulas of PyTorch's counter: get_raw, because visible pairs are in the index tensors ----
 
 
-def _pairs_of_plan(q: Tensor, runs: Tensor, shared: bool) -> int:
-    """From runs ``[N, 3 + 2 R]``: batch element, first and end query token, then first and end of each key range."""
-    rows = runs.long()
-    pairs = (rows[:, 2] - rows[:, 1]) * (rows[:, 4::2] - rows[:, 3::2]).clamp(min=0).sum(1)
-    return int(pairs.sum()) * (q.shape[0] if shared else 1)
+def _backward_flops(pairs_of_queries: int, pairs_of_keys: int, pairs: int) -> int:
+    """For each head and channel: two products of what any gradient needs, one of dq, two of dk and dv."""
+    return 2 * (2 * pairs + pairs_of_queries + 2 * pairs_of_keys)
+
+
+def _keys_of_runs(runs: Tensor) -> Tensor:
+    """int64 ``[N]``: keys of each, see :class:`wam_kernels.plan.runs.Runs`."""
+    return (runs[:, 4::2] - runs[:, 3::2]).long().clamp(min=0).sum(1)
 
 
 @register_flop_formula(torch.ops.wam.block_attention, get_raw=True)
 def _block_attention_flops(q: Tensor, k: Tensor, v: Tensor, *args, out_val=None, **kwargs) -> int:
     # the plan's tensors end with its runs with a gradient and its runs; then shared, step, scale, impl
     runs, shared = args[-5:-3]
-    return 4 * q.shape[2] * q.shape[3] * _pairs_of_plan(q, runs, shared)
+    pairs = ((runs[:, 2] - runs[:, 1]) * _keys_of_runs(runs)).sum()
+    return 4 * q.shape[2] * q.shape[3] * int(pairs) * (q.shape[0] if shared else 1)
 
 
 @register_flop_formula(torch.ops.wam.block_attention_backward, get_raw=True)
 def _block_attention_backward_flops(dout: Tensor, dlse: Tensor, q: Tensor, *args, out_val=None, **kwargs) -> int:
     gradient, runs, shared = args[-6:-3]
-    pairs = _pairs_of_plan(q, runs, shared)
-    of_keys = _pairs_of_plan(q, gradient, shared) if gradient.shape[0] else pairs
-    return (6 * pairs + 4 * of_keys) * q.shape[2] * q.shape[3]
-
-
-@register_flop_formula(
-    [torch.ops.wam.block_attention_boxes, torch.ops.wam.block_attention_boxes_backward], get_raw=True
-)
-def _boxes_flops(*args, out_val=None, **kwargs) -> int:
-    raise NotImplementedError(
-        "FlopCounterMode: block_attention with impl='cuda' has no formula, because boxes do not hold their pairs; "
-        "count with another impl"
+    gradient = gradient if gradient.shape[0] else runs
+    queries, attended, kept = runs[:, 2] - runs[:, 1], _keys_of_runs(runs), _keys_of_runs(gradient)
+    some = gradient[:, 2] > gradient[:, 1]
+    of_queries, of_keys, pairs = (
+        (queries * n).sum() for n in (attended * some, kept, torch.where(some, attended, kept))
     )
+    flops = _backward_flops(int(of_queries), int(of_keys), int(pairs))
+    return flops * q.shape[2] * q.shape[3] * (q.shape[0] if shared else 1)
+
+
+@register_flop_formula(torch.ops.wam.block_attention_boxes, get_raw=True)
+def _boxes_flops(q: Tensor, k: Tensor, v: Tensor, *args, out_val=None, **kwargs) -> int:
+    pairs, shared, _ = args[-3:]
+    visible, *_ = pairs.view(torch.int64).flatten().tolist()
+    return 4 * q.shape[2] * q.shape[3] * visible * (q.shape[0] if shared else 1)
+
+
+@register_flop_formula(torch.ops.wam.block_attention_boxes_backward, get_raw=True)
+def _boxes_backward_flops(dout: Tensor, dlse: Tensor, q: Tensor, *args, out_val=None, **kwargs) -> int:
+    pairs, shared, _ = args[-3:]
+    _, of_queries, of_keys, any_of_them = pairs.view(torch.int64).flatten().tolist()
+    flops = _backward_flops(of_queries, of_keys, any_of_them)
+    return flops * q.shape[2] * q.shape[3] * (q.shape[0] if shared else 1)
 
 
 @register_flop_formula(torch.ops.wam.cached_attention, get_raw=True)

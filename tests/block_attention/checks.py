@@ -77,15 +77,16 @@ def run_rounded(plan: Plan, inputs: list[torch.Tensor], scale: float | None = No
     p = (scores - lse.masked_fill(blind, 0.0)[..., None]).exp()
     delta = (dout * out).sum(-1) - inputs[4].double().masked_fill(blind, 0.0)
     ds = rounded(p * (dout @ v.mT - delta[..., None]))
+    of_queries = ds.masked_fill(plan.frozen_queries()[:, None, :, None], 0.0)
     flow = plan.mask(gradient=True)
     dk, dv = (ds * flow).mT @ q * scale, (rounded(p) * flow).mT @ dout
     dk, dv = (t.unflatten(1, (-1, group)).sum(2) for t in (dk, dv))
-    out, dq, dk, dv = (t.transpose(1, 2).to(dtype) for t in (out, ds @ k * scale, dk, dv))
+    out, dq, dk, dv = (t.transpose(1, 2).to(dtype) for t in (out, of_queries @ k * scale, dk, dv))
     return [out, lse.float(), dq, dk, dv]
 
 
 def run_detached(plan: Plan, inputs: list[torch.Tensor], scale: float | None = None) -> list[torch.Tensor]:
-    """As :func:`run`, by autograd of plain products: for pairs with a stop-gradient k and v are detached."""
+    """As :func:`run`, by autograd of plain products: what gets no gradient is detached, k and v for single pairs."""
     q, k, v = (t.detach().requires_grad_() for t in inputs[:3])
     out, lse = attend_detached(plan, q, k, v, scale)
     dout, dlse = inputs[3], inputs[4].to(lse.dtype).masked_fill(torch.isinf(lse), 0.0)
@@ -95,6 +96,7 @@ def run_detached(plan: Plan, inputs: list[torch.Tensor], scale: float | None = N
 def attend_detached(plan: Plan, q, k, v, scale: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """out and lse. Fully masked rows have a score of 0 for the key that they do not attend to."""
     mask, flow = plan.mask(), plan.mask(gradient=True)
+    q = torch.where(plan.frozen_queries()[:, :, None, None], q.detach(), q)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k, v = (t.transpose(1, 2) for t in (q, k, v))
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
@@ -114,6 +116,21 @@ def stopped_plan() -> Plan:
     plan = compile_plan(batch, length=75, stop_gradient=[("action", "video")])
     assert 0 < plan.gradient_pairs < plan.visible_pairs and (plan.mask().sum(-1) == 0).any()
     return plan
+
+
+def frozen_plan() -> Plan:
+    """A program and a rule of which one stream is frozen, ranges of which some queries are, fully masked ones too."""
+    tower = RULE_PROGRAMS["tri_tower"](video=20, actions=9, understanding=12)
+    plan = compile_plan([[small("joint", history="full", video_tokens=4)], [tower]], length=80, frozen=["video"])
+    assert 0 < plan.query_gradient_pairs < plan.visible_pairs and (plan.mask().sum(-1) == 0).any()
+    return plan
+
+
+def frozen_ranges() -> Plan:
+    """Frozen queries at both ends and amid a range of others; their keys are not, others have a stop-gradient."""
+    spans = [(0, 9), (4, 30), (30, 40)], [(3, 50), (60, 61), (20, 45)]
+    sample = Ranges(*spans, 45, 70, stop_gradient=[False, True, False], frozen_queries=[(0, 6), (12, 20), (38, 45)])
+    return compile_plan([[sample]], length=50)
 
 
 def insulated_plan() -> Plan:

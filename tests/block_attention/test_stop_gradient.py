@@ -11,6 +11,8 @@ from tests.block_attention.checks import (
     NAMES,
     attend_detached,
     check_against_reference,
+    frozen_plan,
+    frozen_ranges,
     insulated_plan,
     make_inputs,
     run,
@@ -26,6 +28,7 @@ from wam_kernels import (
     roofline,  # noqa: F401 - tells PyTorch's counter the formulas
     varlen_attention,
 )
+from wam_kernels.block_attention import op
 
 ACTION_TO_VIDEO = [("action", "video")]
 FROZEN_VIDEO = [("video", "video"), ("action", "video")]
@@ -48,11 +51,11 @@ def test_every_program(program, pairs):
     check(plan)
 
 
-@pytest.mark.parametrize("make_plan", [stopped_plan, insulated_plan])
+@pytest.mark.parametrize("make_plan", [stopped_plan, insulated_plan, frozen_plan, frozen_ranges])
 def test_other_plans(make_plan):
     plan = make_plan()
     check(plan, kv_heads=1)
-    check_against_reference(plan, make_inputs(plan, 2, 4, 64, torch.bfloat16, kv_heads=2), "cpu")
+    check_against_reference(plan, make_inputs(plan, plan.batch, 4, 64, torch.bfloat16, kv_heads=2), "cpu")
 
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
@@ -70,13 +73,17 @@ def test_forward_and_queries_have_the_same_bits_as_without(impl):
 
 @pytest.mark.parametrize("impl", ["reference", "cpu"])
 def test_a_frozen_stream_gets_zeros_whatever_the_rest_holds(impl):
-    plan = compile_plan(small("joint"), stop_gradient=FROZEN_VIDEO)
+    plan, queries_too = compile_plan(small(), stop_gradient=FROZEN_VIDEO), compile_plan(small(), frozen=["video"])
     inputs = make_inputs(plan, 1, 2, 16, torch.float32)
     video = torch.arange(plan.length) < 2 * 6 * 5
     inputs[3][0, -1] = torch.nan  # dout of an action, which attends to video
     _, _, dq, dk, dv = run(plan, inputs, impl)
     assert not dk[0, video].any() and not dv[0, video].any()
     assert dv[0, ~video].isnan().any() and dq[0, video].isfinite().all() and dq[0, video].any()
+    _, _, frozen, *others = run(queries_too, inputs, impl)
+    assert not frozen[0, video].any()
+    dq[0, video] = 0.0
+    torch.testing.assert_close([frozen, *others], [dq, dk, dv], equal_nan=True)
 
 
 @pytest.mark.parametrize("flags", [[True, False, False], np.array([True, True, True]), torch.tensor([False] * 3)])
@@ -96,8 +103,9 @@ def test_ranges_mark_their_entries(flags):
         torch.testing.assert_close(a.double(), b[0], atol=1e-5, rtol=1e-4)
 
 
-def test_second_order_and_forward_mode_of_the_reference():
-    plan = compile_plan(small(video_frames=3, action_frames=3), stop_gradient=ACTION_TO_VIDEO)
+@pytest.mark.parametrize("stops", [{"stop_gradient": ACTION_TO_VIDEO}, {"frozen": ["action"]}], ids=str)
+def test_second_order_and_forward_mode_of_the_reference(stops):
+    plan = compile_plan(small(video_frames=3, action_frames=3), **stops)
     inputs = [t.double() for t in make_inputs(plan, 1, 2, 8, torch.float64)]
     weights = inputs[3]
 
@@ -114,8 +122,9 @@ def test_second_order_and_forward_mode_of_the_reference():
         torch.testing.assert_close(of(ours), of(lambda q, k, v: attend_detached(plan, q, k, v)[0]))
 
 
-def test_compiles_whole_and_batches_under_vmap():
-    plan = compile_plan(small(), stop_gradient=ACTION_TO_VIDEO)
+@pytest.mark.parametrize("stops", [{"stop_gradient": ACTION_TO_VIDEO}, {"frozen": ["action"]}], ids=str)
+def test_compiles_whole_and_batches_under_vmap(stops):
+    plan = compile_plan(small(), **stops)
     q, k, v, dout, _ = make_inputs(plan, 2, 2, 16, torch.float32)
 
     def loss(k):
@@ -130,10 +139,38 @@ def test_compiles_whole_and_batches_under_vmap():
     assert torch.equal(dk, eager)
 
 
-def test_flops_leave_out_what_is_stopped():
-    plan = compile_plan(small(), stop_gradient=ACTION_TO_VIDEO)
-    q, k, v = (t.requires_grad_() for t in make_inputs(plan, 2, 3, 16, torch.float32)[:3])
-    out = block_attention(q, k, v, plan)
+def counted(op, *args) -> int:
     with FlopCounterMode(display=False) as counter:
-        out.sum().backward()
-    assert counter.get_total_flops() == 2 * 3 * 16 * (6 * plan.visible_pairs + 4 * plan.gradient_pairs)
+        op(*args)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(
+    "stops", [{}, {"stop_gradient": ACTION_TO_VIDEO}, {"frozen": ["video"]}, {"frozen": ["action", "video"]}], ids=str
+)
+def test_flops_leave_out_what_is_stopped(stops, monkeypatch):
+    """The same by runs and by the numbers that boxes carry: scores and dp, dq, dk and dv, each over its own pairs."""
+    plan, (B, H, D) = compile_plan(small(), **stops), (2, 3, 16)
+    q, k, v = (t.requires_grad_() for t in make_inputs(plan, B, H, D, torch.float32)[:3])
+    of_queries = plan.mask()[0, 0] & ~plan.frozen_queries()[0, :, None]
+    of_keys = plan.mask(gradient=True)[0, 0]
+    products = 2 * (of_queries | of_keys).sum() + of_queries.sum() + 2 * of_keys.sum()
+    out, lse = block_attention(q, k, v, plan, return_lse=True)
+    assert counted(out.sum().backward) == 2 * B * H * D * products
+    monkeypatch.setattr(op, "launchers", lambda *_: Nothing)
+    boxes = *plan.boxes.tensors(), True, 1.0
+    assert counted(torch.ops.wam.block_attention_boxes, q, k, v, *boxes) == 4 * B * H * D * plan.visible_pairs
+    gradients = torch.ops.wam.block_attention_boxes_backward
+    assert counted(gradients, out, lse, q, k, v, out, lse, *boxes) == 2 * B * H * D * products
+
+
+class Nothing:
+    """Launchers that launch nothing."""
+
+    @staticmethod
+    def forward(q, k, v, *_):
+        return torch.empty_like(q), q.new_empty(q.shape[:3]).transpose(1, 2)
+
+    @staticmethod
+    def backward(dout, dlse, q, k, v, *_):
+        return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)

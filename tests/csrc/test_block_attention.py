@@ -11,6 +11,8 @@ import torch
 from tests.block_attention.checks import (
     NAMES,
     blind_plan,
+    frozen_plan,
+    frozen_ranges,
     insulated_plan,
     make_inputs,
     ragged_plan,
@@ -34,10 +36,11 @@ def run_cuda(plan, inputs, scale=None):
     """out, lse, dq, dk, dv."""
     q, k, v, dout, dlse = inputs
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    queries, keys, shared = plan.boxes.queries.tensors(), plan.boxes.keys.tensors(), plan.batch == 1
-    out, lse = kernel_cuda.forward(q, k, v, queries, shared, scale)
+    boxes, shared = plan.boxes, plan.batch == 1
+    out, lse = kernel_cuda.forward(q, k, v, boxes.queries.tensors(), shared, scale)
     dlse = dlse.masked_fill(torch.isinf(lse), 0.0)
-    return out, lse, *kernel_cuda.backward(dout, dlse, q, k, v, out, lse, queries, keys, shared, scale)
+    sides = boxes.query_gradients.tensors(), boxes.keys.tensors()
+    return out, lse, *kernel_cuda.backward(dout, dlse, q, k, v, out, lse, *sides, shared, scale)
 
 
 def check(machine, plan, inputs, scale=None, orders=2):
@@ -100,6 +103,8 @@ def test_every_program(machine, program, history):
         pytest.param(rectangular_plan, 2, 3, 1, 64, BF16, id="rectangular-groups-of-three"),
         pytest.param(stopped_plan, 2, 2, 1, 64, BF16, id="stop-gradient"),
         pytest.param(insulated_plan, 1, 1, 1, 128, FP16, id="insulated-prefix"),
+        pytest.param(frozen_plan, 2, 1, 1, 64, BF16, id="frozen-streams"),
+        pytest.param(frozen_ranges, 1, 2, 1, 128, FP16, id="frozen-queries"),
         pytest.param(lambda: compile_plan([small(), small(window=2)]), 2, 4, 2, 128, FP16, id="groups-of-two"),
         pytest.param(lambda: compile_plan(Ranges((), (), 70, 40)), 1, 1, 1, 64, BF16, id="no-pair"),
         pytest.param(lambda: compile_plan(small(video_tokens=13), length=203), 3, 1, 1, 64, BF16, id="shared-plan"),

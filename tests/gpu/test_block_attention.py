@@ -6,6 +6,7 @@ import torch
 from tests.block_attention.checks import (
     blind_plan,
     check_against_reference,
+    frozen_plan,
     make_inputs,
     ragged_plan,
     rectangular_plan,
@@ -50,6 +51,7 @@ def test_shapes_and_dtypes(make_plan, B, H, D, dtype):
         pytest.param(rectangular_plan, 2, 2, 2, 128, torch.bfloat16, id="rectangular"),
         pytest.param(rectangular_plan, 2, 8, 1, 256, torch.bfloat16, id="rectangular-pi-heads"),
         pytest.param(stopped_plan, 2, 4, 2, 128, torch.bfloat16, id="stop-gradient"),
+        pytest.param(frozen_plan, 2, 4, 2, 64, torch.bfloat16, id="frozen-streams"),
     ],
 )
 def test_grouped_query_heads_and_rectangular_plans(make_plan, B, H, kv_heads, D, dtype):

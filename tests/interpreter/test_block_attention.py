@@ -11,6 +11,7 @@ from tests.block_attention.checks import (
     check_edge,
     check_infinite_scores,
     check_nan_stays,
+    frozen_plan,
     insulated_plan,
     make_inputs,
     ragged_plan,
@@ -78,7 +79,12 @@ def test_grouped_query_heads_and_rectangular_plans(plan, B, H, kv_heads, D, dtyp
 
 
 @pytest.mark.parametrize(
-    "make_plan, B, H, dtype", [(stopped_plan, 2, 2, torch.float32), (insulated_plan, 1, 1, torch.bfloat16)]
+    "make_plan, B, H, dtype",
+    [
+        (stopped_plan, 2, 2, torch.float32),
+        (insulated_plan, 1, 1, torch.bfloat16),
+        (frozen_plan, 2, 2, torch.float32),
+    ],
 )
 def test_stop_gradient(make_plan, B, H, dtype):
     plan = make_plan()

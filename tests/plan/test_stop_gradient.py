@@ -1,4 +1,4 @@
-"""Stop-gradient in plans against brute force: the key side alone leaves pairs out, and all of what nothing needs."""
+"""Stop-gradient and frozen streams in plans against brute force: key side and dq leave out what nothing needs."""
 
 import pickle
 
@@ -35,6 +35,25 @@ def require_skips(plan: Plan, flow: np.ndarray) -> None:
         assert side.idle_tiles == needed.count(False)
 
 
+def require_frozen(plan: Plan, frozen: np.ndarray) -> None:
+    """``frozen`` ``[batch, S]``: queries that get no gradient, by brute force."""
+    np.testing.assert_array_equal(plan.frozen_queries().numpy(), frozen)
+    assert plan.query_gradient_pairs == (plan.mask()[:, 0].numpy() & ~frozen[..., None]).sum()
+    for side, dq, counts in (
+        (plan.queries, plan.query_gradients, slice(1, 5)),
+        (plan.boxes.queries, plan.boxes.query_gradients, slice(3, 7)),
+    ):
+        # a tile has frozen queries alone or none; of the first there are no steps, of the others all
+        of_tile = [frozen[tile[0], row[row >= 0]] for tile, row in zip(side.tiles, side.rows, strict=True)]
+        left_out = np.array([rows.any() for rows in of_tile], bool)
+        assert left_out.tolist() == [rows.all() for rows in of_tile]
+        expected = side.tiles.clone()
+        expected[left_out, counts] = 0
+        assert torch.equal(dq.tiles, expected)
+        assert all(a is b for a, b in zip(dq.tensors()[1:], side.tensors()[1:], strict=True))
+        assert frozen.any() or dq is side
+
+
 def require_the_same_queries(plan: Plan, plain: Plan) -> None:
     ours, theirs = ([*p.queries.tensors(), *p.boxes.queries.tensors()] for p in (plan, plain))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
@@ -44,25 +63,25 @@ def require_the_same_queries(plan: Plan, plain: Plan) -> None:
 @settings(max_examples=40, deadline=None)
 @given(
     samples=st.lists(geometries(), min_size=1, max_size=3),
-    pairs=st.lists(st.sampled_from(PAIRS), min_size=1, max_size=4),
+    pairs=st.lists(st.sampled_from(PAIRS), max_size=4),
+    frozen=st.lists(st.sampled_from(STREAMS), max_size=2),
     tile=st.sampled_from([TileShape(8, 8), TileShape(16, 8, key_rows=8), None]),
 )
-def test_programs(samples, pairs, tile):
-    check(samples, pairs, tile)
-
-
-def check(samples, pairs, tile):
+def test_programs(samples, pairs, frozen, tile):
     length = sum(g.length for g in samples) + 7
-    plan = compile_plan([samples], length=length, tile=tile, stop_gradient=pairs)
-    flow, first = np.zeros((1, length, length), bool), 0
+    plan = compile_plan([samples], length=length, tile=tile, stop_gradient=pairs, frozen=frozen)
+    flow, of_frozen, first = np.zeros((1, length, length), bool), np.zeros((1, length), bool), 0
     for sample in samples:
         stream = np.array(STREAMS)[tokens(sample).stream]
         stopped = np.zeros((sample.length,) * 2, bool)
         for query, key in pairs:
             stopped |= (stream == query)[:, None] & (stream == key)
+        stopped |= np.isin(stream, frozen)
+        of_frozen[0, first : first + sample.length] = np.isin(stream, frozen)
         flow[0, first : first + sample.length, first : first + sample.length] = dense_mask(sample) & ~stopped
         first += sample.length
     require_skips(plan, flow)
+    require_frozen(plan, of_frozen)
     require_the_same_queries(plan, compile_plan([samples], length=length, tile=tile))
 
 
@@ -77,12 +96,18 @@ def check_ranges(seed):
     queries, keys = rng.integers(1, 200, 2)
     q_ranges, k_ranges = (np.sort(rng.integers(0, n + 1, (5, 2)), 1) for n in (queries, keys))
     flags = rng.random(5) < 0.5
-    plan = compile_plan(Ranges(q_ranges, k_ranges, queries, keys, flags), tile=TileShape(16, 8))
+    frozen = np.sort(rng.integers(0, queries + 1, (rng.integers(3), 2)), 1)
+    plan = compile_plan(Ranges(q_ranges, k_ranges, queries, keys, flags, frozen), tile=TileShape(16, 8))
     flow = np.zeros((1, queries, keys), bool)
     for (q, q_end), (k, k_end), stopped in zip(q_ranges, k_ranges, flags, strict=True):
         flow[0, q:q_end, k:k_end] |= not stopped
     require_skips(plan, flow)
-    require_the_same_queries(plan, compile_plan(Ranges(q_ranges, k_ranges, queries, keys), tile=TileShape(16, 8)))
+    of_frozen = np.zeros((1, queries), bool)
+    for begin, end in frozen:
+        of_frozen[0, begin:end] = True
+    require_frozen(plan, of_frozen)
+    if not of_frozen.any():
+        require_the_same_queries(plan, compile_plan(Ranges(q_ranges, k_ranges, queries, keys), tile=TileShape(16, 8)))
 
 
 @pytest.mark.parametrize("pairs", [[("action", "prefix"), ("state", "prefix")], [("prefix", "prefix")]], ids=str)
@@ -95,6 +120,10 @@ def test_segments_of_rules(pairs):
         flow &= ~((q == query)[:, None] & (k == key))
     require_skips(plan, flow[None])
     require_the_same_queries(plan, compile_plan(sample))
+    plan = compile_plan(sample, frozen=["prefix", "padding"])
+    constant = np.isin(q, ["prefix", "padding"])
+    require_skips(plan, (sample.dense_mask() & ~constant)[None])
+    require_frozen(plan, constant[None])
 
 
 def test_runs_and_their_keys_with_gradients():
@@ -122,6 +151,11 @@ def test_cached_by_the_pairs_in_any_order_and_pickled():
     assert marked != plain == Ranges([(0, 4)], [(0, 4)], 4) and pickle.loads(pickle.dumps(marked)) == marked
     assert "1 with stop-gradient" in repr(marked) and "stopped_pairs=16," in repr(compile_plan(marked))
     assert "stopped" not in repr(compile_plan(plain))
+    of_both = compile_plan(small(), frozen=["video", "action"])
+    assert of_both is compile_plan(small(), frozen=("action", "video", "video")) is not plan
+    assert of_both.to("meta").frozen == pickle.loads(pickle.dumps(of_both)).frozen == ("action", "video")
+    some, none = Ranges([(0, 4)], [(0, 4)], 4, frozen_queries=[(1, 3)]), Ranges([(0, 4)], [(0, 4)], 4)
+    assert some != none and pickle.loads(pickle.dumps(some)) == some
 
 
 @pytest.mark.parametrize("chunk_size, window", [(4, 64), (1, 8)])
@@ -136,6 +170,12 @@ def test_computed_pairs_fall_with_the_needed_ones(chunk_size, window):
         whole, left, of_actions = (side(plan).computed_pairs for plan in (plain, stopped, frozen))
         assert left < whole and of_actions < 0.15 * whole
         assert side(frozen).idle_tiles > 0.8 * len(side(frozen).tiles) and side(plain).idle_tiles == 0
+    constant = compile_plan(libero(chunk_size, window), frozen=["video"])
+    assert constant.gradient_pairs == frozen.gradient_pairs
+    for part in (lambda plan: plan, lambda plan: plan.boxes):
+        whole, left = part(constant).queries, part(constant).query_gradients
+        assert left.computed_pairs < 0.3 * whole.computed_pairs
+        assert left.idle_tiles > 0.8 * len(left.tiles) and whole.idle_tiles == 0
 
 
 @pytest.mark.parametrize(
@@ -161,6 +201,20 @@ def test_computed_pairs_fall_with_the_needed_ones(chunk_size, window):
 def test_refusals(sample, pairs, message):
     with pytest.raises(ValueError, match=f"compile_plan: stop_gradient .*{message}"):
         compile_plan(sample, stop_gradient=pairs)
+
+
+@pytest.mark.parametrize(
+    "sample, frozen, message",
+    [
+        (small(), "video", r"must hold names of streams, got 'video'; use as \['video'\]"),
+        (small(), [("video",)], "must hold names of streams, got .*"),
+        (small(), ["text"], r"must name streams of joint, \('video', 'action'\), got 'text'"),
+        (Ranges([(0, 4)], [(0, 4)], 4), ["video"], r"got Ranges; .*frozen_queries=\[\(begin, end\), \.\.\.\]"),
+    ],
+)
+def test_names_that_are_refused(sample, frozen, message):
+    with pytest.raises(ValueError, match=f"compile_plan: frozen .*{message}"):
+        compile_plan(sample, frozen=frozen)
 
 
 @pytest.mark.parametrize("flags", [[True], [1, 0], [[True, False]], torch.ones(2)])

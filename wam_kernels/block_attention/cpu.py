@@ -10,7 +10,8 @@ one chunk, or both where their keys agree. So a run needs no mask: lay its slice
 Nothing masked is multiplied, so a NaN stays with the rows that attend to it. A row whose scores are all -inf has out 0
 and lse -inf, like a fully masked one.
 
-A plan may stop gradients: then p and ds of a run go into dq whole, and into dk and dv with the keys that are left.
+A plan may stop gradients: then p and ds of a run go into dq whole, and into dk and dv with the keys that are left. A
+run of frozen queries has no dq, and is left out where no key is left.
 
 Runs are visited in order, so dk and dv sum in the same order every time. Work is float32 (float64 for float64).
 Query heads that share a key head are laid under each other as more rows of one GEMM, which also sums their dk and dv.
@@ -30,18 +31,18 @@ def _ranges(bounds: list[int]) -> tuple[tuple[int, int], ...]:
 
 def _runs(runs: Tensor) -> list[tuple[int, _Slices, _Slices]]:
     """(batch element, query slices, key slices) of every run; empty ranges dropped, blind queries left out."""
-    return [(b, queries, keys) for b, queries, keys, _ in _gradient_runs(runs, runs)]
+    return [(b, queries, keys) for b, queries, keys, _, _ in _gradient_runs(runs, runs)]
 
 
-def _gradient_runs(runs: Tensor, gradient: Tensor) -> list[tuple[int, _Slices, _Slices, _Slices]]:
-    """As :func:`_runs`, and the slices of the keys that get gradients."""
+def _gradient_runs(runs: Tensor, gradient: Tensor) -> list[tuple[int, _Slices, _Slices, _Slices, bool]]:
+    """As :func:`_runs`, the slices of the keys that get gradients, and whether the queries get any."""
     queries: dict[tuple, _Slices] = {}
-    for (b, start, end, *bounds), (_, _, _, *kept) in zip(runs.tolist(), gradient.tolist(), strict=True):
+    for (b, start, end, *bounds), (_, first, last, *kept) in zip(runs.tolist(), gradient.tolist(), strict=True):
         keys = _ranges(bounds)
         if keys:
             # a 16-row action run is a poor GEMM; joined to its chunk's video run it is nearly free
-            queries.setdefault((b, keys, _ranges(kept)), []).append((start, end))
-    return [(b, slices, list(keys), list(kept)) for (b, keys, kept), slices in queries.items()]
+            queries.setdefault((b, keys, _ranges(kept), first < last), []).append((start, end))
+    return [(b, slices, list(keys), list(kept), some) for (b, keys, kept, some), slices in queries.items()]
 
 
 def _inside(keys: _Slices, kept: _Slices) -> tuple[_Slices, _Slices]:
@@ -118,13 +119,15 @@ def backward(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, runs: Tensor,
     gradient: Tensor, shared: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv. ``gradient``: the runs, with the keys that get gradients; without rows where all do."""
+    """dq, dk, dv. ``gradient``: the runs, with what gets gradients (``Runs``); without rows where all does."""
     H, Hkv, acc = q.shape[2], k.shape[2], lse.dtype
     q_GSD, k_NTD, v_NTD, dout_GSD = (_heads(t, acc) for t in (q, k, v, dout))
     dq_GSD, dk_NTD, dv_NTD = (torch.zeros_like(t) for t in (q_GSD, k_NTD, v_NTD))
     lse_GS = _finite(lse).flatten(0, 1)
     delta_GS = (dout_GSD * _heads(out, acc)).sum(-1) - dlse.flatten(0, 1)
-    for b, queries, keys, kept in _gradient_runs(runs, gradient if gradient.shape[0] else runs):
+    for b, queries, keys, kept, of_queries in _gradient_runs(runs, gradient if gradient.shape[0] else runs):
+        if not (kept or of_queries):
+            continue
         g, n = (slice(None) if shared else slice(b * heads, (b + 1) * heads) for heads in (H, Hkv))
         q_heads, k_run, v_run = _take(q_GSD[g], queries), _take(k_NTD[n], keys), _take(v_NTD[n], keys)
         N = k_run.shape[0]
@@ -139,5 +142,6 @@ def backward(
         if kept:
             _add(dv_NTD[n], kept, p_keys @ dout_run)
             _add(dk_NTD[n], kept, ds_keys @ q_run)
-        _put(dq_GSD[g], queries, (ds @ k_run).mul_(scale).view(q_heads.shape))
+        if of_queries:
+            _put(dq_GSD[g], queries, (ds @ k_run).mul_(scale).view(q_heads.shape))
     return _unheads(dq_GSD, q), _unheads(dk_NTD, k), _unheads(dv_NTD, v)

@@ -49,7 +49,10 @@ def backward(
     shared: bool,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv, contiguous: two launches, the same bits every time."""
+    """dq, dk, dv, contiguous: two launches, the same bits every time.
+
+    ``queries`` are those for dq: tiles of frozen ones have no steps, and leave delta and zeros.
+    """
     if dout.stride(-1) != 1 or dout.data_ptr() % 16 or any(stride % 8 for stride in dout.stride()[:-1]):
         dout = dout.contiguous()  # autograd chose these strides, which TMA cannot take
     (B, S, H, D), (T, Hkv) = q.shape, k.shape[1:3]

@@ -394,7 +394,10 @@ def backward(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor,
     queries: list[Tensor], keys: list[Tensor], full_step: int, shared: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dq, dk, dv in the shapes of q, k, v, contiguous. The launch for dk and dv reads what that for dq leaves."""
+    """dq, dk, dv in the shapes of q, k, v, contiguous. The launch for dk and dv reads what that for dq leaves.
+
+    ``queries`` are those for dq: tiles of frozen ones have no steps, and leave delta and zeros.
+    """
     B, S, H, D = q.shape
     if q.numel() == 0:
         return q.new_zeros(q.shape), k.new_zeros(k.shape), v.new_zeros(v.shape)

@@ -22,8 +22,8 @@ _ROW = OPS[_OP]
 _SIDE = len(Side.FIELDS)
 _BOX_SIDE = len(BoxSide.FIELDS)
 
-# ---- the registered forward and backward: after the tensors, those of a plan (query side, key side, runs with a
-# ---- gradient, runs) ----
+# ---- the registered forward and backward: after the tensors, those of a plan (query side, key side, tiles of dq, runs
+# ---- with a gradient, runs) ----
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, *args):
@@ -38,12 +38,12 @@ def _backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: 
     if impl == "cpu":
         return cpu.backward(dout, dlse, q, k, v, out, lse, plan[-1], plan[-2], shared, scale)
     dout = dout if dout.stride(-1) == 1 else dout.contiguous()
-    sides = plan[:_SIDE], plan[_SIDE : 2 * _SIDE]
+    sides = [plan[2 * _SIDE], *plan[1:_SIDE]], plan[_SIDE : 2 * _SIDE]
     grads = launchers(__package__, impl).backward
     return grads(dout, dlse.contiguous(), q, k, v, out, lse, *sides, step, shared, scale)
 
 
-# ---- the same for a plan as boxes, which the CUDA kernels walk ----
+# ---- the same for a plan as boxes, which the CUDA kernels walk (query side, key side, tiles of dq, pairs) ----
 
 
 def _boxes_forward(q: Tensor, k: Tensor, v: Tensor, *args):
@@ -53,7 +53,7 @@ def _boxes_forward(q: Tensor, k: Tensor, v: Tensor, *args):
 
 def _boxes_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, *args):
     *boxes, shared, scale = args
-    sides = boxes[:_BOX_SIDE], boxes[_BOX_SIDE:]
+    sides = [boxes[2 * _BOX_SIDE], *boxes[1:_BOX_SIDE]], boxes[_BOX_SIDE : 2 * _BOX_SIDE]
     return launchers(__package__, "cuda").backward(dout, dlse.contiguous(), q, k, v, out, lse, *sides, shared, scale)
 
 
@@ -125,7 +125,7 @@ register_attention(
     "wam::block_attention",
     _forward,
     _backward,
-    [*(f"{side}_{name}" for side in ("query", "key") for name in Side.FIELDS), "gradient_runs", "runs"],
+    [*(f"{side}_{name}" for side in ("query", "key") for name in Side.FIELDS), "dq_tiles", "gradient_runs", "runs"],
     ["bool shared", "int step", "float scale", "str impl"],
 )
 register_attention(
@@ -133,7 +133,7 @@ register_attention(
     "wam::block_attention_boxes",
     _boxes_forward,
     _boxes_backward,
-    [f"{side}_{name}" for side in ("query", "key") for name in BoxSide.FIELDS],
+    [*(f"{side}_{name}" for side in ("query", "key") for name in BoxSide.FIELDS), "dq_tiles", "pairs"],
     ["bool shared", "float scale"],
 )
 
@@ -194,7 +194,8 @@ def block_attention(
     their sample and in rows that share a tile with one that attends to them; what attends to nothing, or is attended
     to by nothing, gets gradient 0 whatever it holds.
 
-    Pairs with a stop-gradient in the plan are left out of dk and dv; out, lse and dq are as without.
+    Pairs with a stop-gradient in the plan are left out of dk and dv; out, lse and dq are as without. Frozen streams get
+    gradients 0.
 
     Args:
         q: ``[B, S, H, D]``, bf16, fp16 or float32; last dim stride 1, others free. D a multiple of 8 from 8 to 256.
@@ -249,6 +250,8 @@ def block_attention(
     if impl == "reference":
         mask = plan.mask()
         stopped = plan.gradient_pairs != plan.visible_pairs
+        if plan.query_gradient_pairs != plan.visible_pairs:
+            q = torch.where(plan.frozen_queries()[:, :, None, None], q.detach(), q)
         out, lse = reference.block_attention(q, k, v, mask, plan.mask(gradient=True) if stopped else mask, scale)
         return (out, lse) if return_lse else out
     for name, t in (("q", q), ("k", k), ("v", v)):

@@ -48,6 +48,7 @@ class Ranges:
         key_length: Key tokens; default ``length``. Another number makes a rectangular plan: queries over a cache.
         stop_gradient: bool ``[R]``: the keys and values of ``k_ranges[i]`` get no gradient from the queries of
             ``q_ranges[i]``, which get theirs. A pair that another i names without it keeps its gradient. Default: none.
+        frozen_queries: int ``[F, 2]``, begin and end of queries that get no gradient themselves. Default: none.
 
     Raises:
         ValueError: a shape, numbers that are no integers, a range that leaves the tokens or runs backwards, flags that
@@ -61,6 +62,7 @@ class Ranges:
     length: int
     key_length: int
     stop_gradient: np.ndarray
+    frozen_queries: np.ndarray
 
     def __init__(
         self,
@@ -69,10 +71,15 @@ class Ranges:
         length: int,
         key_length: int | None = None,
         stop_gradient: Flags | None = None,
+        frozen_queries: IntPairs = (),
     ) -> None:
         for name, value in (("length", length), ("key_length", length if key_length is None else key_length)):
             object.__setattr__(self, name, integer("Ranges", name, value))
-        for name, pairs, tokens in (("q_ranges", q_ranges, self.length), ("k_ranges", k_ranges, self.key_length)):
+        for name, pairs, tokens in (
+            ("q_ranges", q_ranges, self.length),
+            ("k_ranges", k_ranges, self.key_length),
+            ("frozen_queries", frozen_queries, self.length),
+        ):
             array = int_pairs("Ranges", name, pairs)  # a copy: nobody else may change it
             bad = np.flatnonzero((array[:, 0] < 0) | (array[:, 1] < array[:, 0]) | (array[:, 1] > tokens))
             if bad.size:
@@ -107,7 +114,7 @@ class Ranges:
 
     @cached_property
     def _content(self) -> tuple:
-        arrays = self.q_ranges, self.k_ranges, self.stop_gradient
+        arrays = self.q_ranges, self.k_ranges, self.stop_gradient, self.frozen_queries
         return self.length, self.key_length, *(a.tobytes() for a in arrays)
 
     def __hash__(self) -> int:
@@ -117,7 +124,8 @@ class Ranges:
         return isinstance(other, Ranges) and self._content == other._content
 
     def __reduce__(self) -> tuple:
-        return Ranges, (self.q_ranges, self.k_ranges, self.length, self.key_length, self.stop_gradient)
+        lengths = self.length, self.key_length
+        return Ranges, (self.q_ranges, self.k_ranges, *lengths, self.stop_gradient, self.frozen_queries)
 
     def __repr__(self) -> str:
         stopped = f", {self.stop_gradient.sum()} with stop-gradient" if self.stop_gradient.any() else ""
@@ -137,33 +145,39 @@ class Ranges:
     @cached_property
     def rows(self) -> RangeRows:
         """Runs of queries and the keys that they attend to."""
-        return _rows(self.q_ranges, self.k_ranges, self.length, self.key_length)
+        some = self.frozen_queries[:, 0] < self.frozen_queries[:, 1]
+        return _rows(self.q_ranges, self.k_ranges, self.length, self.key_length, self.frozen_queries[some])
+
+    @cached_property
+    def frozen_rows(self) -> np.ndarray:
+        """bool ``[N]``: do the queries of each of :attr:`rows` get no gradient?"""
+        start = self.rows.start[:, None]
+        return np.any((self.frozen_queries[:, 0] <= start) & (start < self.frozen_queries[:, 1]), axis=1)
 
     @cached_property
     def gradient_rows(self) -> RangeRows:
         """The runs of :attr:`rows` and the keys that get gradients from them."""
         if not self.stop_gradient.any():
             return self.rows
-        flow, edges = ~self.stop_gradient, np.append(self.rows.start, self.length)
-        return _rows(self.q_ranges[flow], self.k_ranges[flow], self.length, self.key_length, edges)
+        flow = ~self.stop_gradient
+        return _rows(self.q_ranges[flow], self.k_ranges[flow], self.length, self.key_length, self.rows.start)
 
     @cached_property
     def key_rows(self) -> RangeRows:
         """Runs of keys and the queries that they get gradients from."""
         flow = ~self.stop_gradient
-        return _rows(self.k_ranges[flow], self.q_ranges[flow], self.key_length, self.length)
+        return _rows(self.k_ranges[flow], self.q_ranges[flow], self.key_length, self.length, self.k_ranges[:0])
 
 
 def _rows(
-    q_ranges: np.ndarray, k_ranges: np.ndarray, length: int, key_length: int, edges: np.ndarray | None = None
+    q_ranges: np.ndarray, k_ranges: np.ndarray, length: int, key_length: int, more_edges: np.ndarray
 ) -> RangeRows:
-    """Cut the queries wherever a pair begins or ends (or at ``edges``, all of these among them), and give every piece
-    its keys, sorted into columns.
+    """Cut the queries wherever a pair begins or ends and at ``more_edges``, and give every piece its keys, sorted into
+    columns.
     """
     used = (q_ranges[:, 0] < q_ranges[:, 1]) & (k_ranges[:, 0] < k_ranges[:, 1])
     q_ranges, k_ranges = q_ranges[used], k_ranges[used]
-    if edges is None:
-        edges = np.unique(np.concatenate([[0, length], q_ranges.ravel()]))
+    edges = np.unique(np.concatenate([[0, length], q_ranges.ravel(), more_edges.ravel()]))
     start, count = edges[:-1], np.diff(edges)
     if not used.any():  # padding, above all: one fully masked row, if there are queries
         return RangeRows(start, count, np.zeros_like(start), np.zeros((start.size, 1, 2), np.int64))

@@ -86,21 +86,27 @@ class RuleGeometry:
         """The predicate on every pair of runs, as ranges."""
         return self.stopped(())
 
-    def stopped(self, pairs: Collection[tuple[str, str]]) -> Ranges:
-        """As :attr:`ranges`, with a stop-gradient for the ``pairs`` (segment of the query, segment of the key)."""
+    def stopped(self, pairs: Collection[tuple[str, str]], frozen: Collection[str] = ()) -> Ranges:
+        """As :attr:`ranges`, with a stop-gradient for the ``pairs`` (segment of the query, segment of the key) and no
+        gradient to anything of the segments in ``frozen``.
+        """
         shape = (self.queries.count.size, self.keys.count.size)
         visible = np.broadcast_to(self.visible(self.queries[:, None], self.keys[None, :]), shape)
         kind = visible.astype(np.int8)  # 2: with a stop-gradient
         for query, key in pairs:
             of_query, of_key = self.segments.index(query), self.segments.index(key)
             kind[visible & (self.queries.segment == of_query)[:, None] & (self.keys.segment == of_key)] = 2
+        constant = [self.segments.index(name) for name in frozen]
+        kind[visible & np.isin(self.keys.segment, constant)] = 2
         change = np.diff(np.pad(kind, ((0, 0), (1, 1))), axis=1) != 0
         before, after = np.pad(kind, ((0, 0), (1, 0))), np.pad(kind, ((0, 0), (0, 1)))
-        row, begin = np.nonzero(change & (after > 0))
+        row_of, begin = np.nonzero(change & (after > 0))
         _, end = np.nonzero(change & (before > 0))
         q, k = (np.concatenate([[0], runs.count.cumsum()]) for runs in (self.queries, self.keys))
-        q_ranges, k_ranges = np.stack([q[row], q[row + 1]], 1), np.stack([k[begin], k[end]], 1)
-        return Ranges(q_ranges, k_ranges, self.length, self.key_length, after[row, begin] == 2)
+        q_ranges, k_ranges = np.stack([q[row_of], q[row_of + 1]], 1), np.stack([k[begin], k[end]], 1)
+        stopped, row = after[row_of, begin] == 2, np.flatnonzero(np.isin(self.queries.segment, constant))
+        frozen_queries = np.stack([q[row], q[row + 1]], 1)
+        return Ranges(q_ranges, k_ranges, self.length, self.key_length, stopped, frozen_queries)
 
     def __reduce__(self) -> tuple:
         if self.program is not None and self.sizes is not None:

@@ -18,8 +18,8 @@ warpgroup hold the scores (``words``), so one coalesced 4-byte load a thread mas
 What the format carries beyond the programs of today, each without another field:
 
 - a stop-gradient of a pair of streams: the sides are independent, so its pairs are left out of the key side alone,
-  where dk and dv come from, and stay on the query side (forward and dq). No gradient to the queries would need query
-  sides of their own for the forward and for dq.
+  where dk and dv come from, and stay on the query side (forward and dq). Of a frozen stream, whose queries get no
+  gradient either, the tiles have no steps in ``query_gradients``, a query side for dq alone that shares the rest.
 - any number of streams and query groups: they are nothing but row sets (``SideRows.row_set``), the order in which rows
   fill tiles.
 - many query batches on one row of a cache: a tile names the batch element of its rows and that of its steps. In the
@@ -90,18 +90,30 @@ class BoxSide:
         """Tiles without a step: their kernel only writes zeros."""
         return int((self.tiles[:, 3:7] == 0).all(1).sum())
 
+    def with_tiles(self, tiles: Tensor) -> BoxSide:
+        """Other steps of the same rows."""
+        return BoxSide([tiles, *self.tensors()[1:]])
+
 
 class Boxes(Packed):
-    """Both sides of a plan as boxes: ``queries`` for the forward and dq, ``keys`` for dk and dv."""
+    """Both sides of a plan as boxes: ``queries`` for the forward, ``keys`` for dk and dv; and ``query_gradients`` for
+    dq, the queries without the steps of tiles whose rows are all frozen.
+
+    ``pairs`` int32 ``[4, 2]``, which no kernel reads: int64 numbers of pairs, those of the forward, of dq, of dk and
+    dv, and of any of the three gradients.
+    """
 
     def __init__(self, layout: Layout, buffer: Tensor) -> None:
         super().__init__(layout, buffer)
         # each array of the queries lies beside that of the keys
-        views = index_buffer.views(layout, self.buffer)
-        self.queries, self.keys = BoxSide(views[::2]), BoxSide(views[1::2])
+        self.pairs, *views = index_buffer.views(layout, self.buffer)
+        both, dq_tiles = views[: 2 * len(BoxSide.FIELDS)], views[2 * len(BoxSide.FIELDS) :]
+        self.queries, self.keys = BoxSide(both[::2]), BoxSide(both[1::2])
+        self.query_gradients = self.queries.with_tiles(*dq_tiles) if dq_tiles else self.queries
 
     def tensors(self) -> list[Tensor]:
-        return [*self.queries.tensors(), *self.keys.tensors()]
+        """What the registered op reads: query side, key side, tiles of dq, pairs."""
+        return [*self.queries.tensors(), *self.keys.tensors(), self.query_gradients.tiles, self.pairs]
 
 
 def compile_boxes(rows: BatchRows) -> Boxes:
@@ -323,7 +335,8 @@ def _words(
 
 
 def _arrays(rows: BatchRows) -> list[Entry]:
-    """Each of ``BoxSide.FIELDS`` of the queries and of the keys: what the samples have, moved to where they lie.
+    """Numbers of pairs; each of ``BoxSide.FIELDS`` of the queries and of the keys: what the samples have, moved to
+    where they lie; and the tiles of dq where they are others.
 
     Both go through the array operations together: what small plans cost is the number of these.
     """
@@ -345,6 +358,10 @@ def _arrays(rows: BatchRows) -> list[Entry]:
     about = np.array([batch.element, full_at.step, masked_at.step, n0, n_full, n_both, n1, batch.element])
     about = about.take(heavy, axis=1).T
     n_first = masked_at.lengths[0]
+    dq_tiles = []
+    if tiles.frozen.any():
+        dq_tiles = [about[:n_queries].copy()]
+        dq_tiles[0][tiles.frozen.take(tile.take(heavy[:n_queries])), 3:7] = 0
 
     def write_rows(out: np.ndarray) -> None:
         moved(tiles.token.reshape(-1, ROWS), tile.take(heavy), batch.own.take(heavy), -1, out.reshape(-1, ROWS))
@@ -364,6 +381,7 @@ def _arrays(rows: BatchRows) -> list[Entry]:
             out[begin:end] = words
 
     return [
+        np.array(rows.pairs, np.int64).view(np.int32).reshape(-1, 2),
         about[:n_queries],
         about[n_queries:],
         Together(((n_queries, ROWS), (tile.size - n_queries, ROWS)), write_rows),
@@ -371,4 +389,5 @@ def _arrays(rows: BatchRows) -> list[Entry]:
         Unwritten((n_first, PLACES), partial(write_boxes, slice(n_first))),
         Unwritten((step.size - n_first, PLACES), partial(write_boxes, slice(n_first, None))),
         Together(tuple((n, 2, THREADS) for n in masked_at.lengths), write_words),
+        *dq_tiles,
     ]

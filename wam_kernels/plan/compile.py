@@ -30,7 +30,7 @@ from ..masks.visibility import Geometry
 from ..runtime.checks import MAX_INT, integer
 from ..runtime.host import device_of, eager, host_side
 from .plan import FORMS, Plan
-from .side_rows import StreamPairs, batch_rows
+from .side_rows import Stops, StreamPairs, batch_rows
 from .tile_shape import LONG_WINDOW, TileShape, tile_shape
 
 # What a plan is made of: one sample, whose tokens attend to each other and nothing else.
@@ -47,6 +47,7 @@ def compile_plan(
     tile: TileShape | None = None,
     impl: str | None = None,
     stop_gradient: Collection[tuple[str, str]] = (),
+    frozen: Collection[str] = (),
 ) -> Plan:
     """Compile geometries into a :class:`Plan`. Cached by geometry; never builds anything of size S x S.
 
@@ -65,15 +66,18 @@ def compile_plan(
             queries, as if they were detached for them. The forward and the gradients of the queries are as without.
             Streams of a Geometry are ``"video"`` and ``"action"``, those of a RuleGeometry are its ``segments``.
             ``Ranges`` mark their own entries.
+        frozen: Streams of which nothing gets a gradient: neither their queries, whose tiles dq leaves out, nor their
+            keys and values, whatever queries attend to them. ``Ranges`` name their own queries.
 
     Raises:
         ValueError: an empty batch, no queries or no keys at all, ``length`` or ``key_length`` that is no integer or
             shorter than the samples, more tokens than int32 counts (than boxes can name, for ``impl="cuda"``),
-            another ``impl``, or a ``stop_gradient`` that is no such pairs or names no stream of some sample.
+            another ``impl``, or a ``stop_gradient`` or ``frozen`` that is no such pairs or names, or names no stream of
+            some sample.
         TypeError: an entry that is none of the three.
     """
-    stopped = _stream_pairs(stop_gradient)
-    packed = _packed(batch, stopped)
+    stops = Stops(_stream_pairs(stop_gradient), _stream_names(frozen))
+    packed = _packed(batch, stops)
     lengths = [[(s.length, s.key_length) for s in samples] for samples in packed]
     square = all(queries == keys for samples in lengths for queries, keys in samples)
     longest = max(sum(queries for queries, _ in samples) for samples in lengths)
@@ -101,7 +105,7 @@ def compile_plan(
         raise ValueError(f"compile_plan: impl must be one of {', '.join(FORMS)} or None, got {impl!r}")
     # what is tuned for this GPU is known as soon as CUDA runs, so plans from before are others
     tuned_tiles = tile is None and torch.cuda.is_initialized()
-    plan = compiled(packed, stopped, (length, key_length), tile, tuned_tiles, device_of("compile_plan", device))
+    plan = compiled(packed, stops, (length, key_length), tile, tuned_tiles, device_of("compile_plan", device))
     plan.compile_for(impl)
     return plan
 
@@ -114,7 +118,7 @@ def _listed(samples: Any) -> tuple:
         return (samples,)
 
 
-def _packed(batch: Any, stopped: StreamPairs) -> tuple[tuple[Geometry | Ranges, ...], ...]:
+def _packed(batch: Any, stops: Stops) -> tuple[tuple[Geometry | Ranges, ...], ...]:
     """The samples of each batch element, those of rules as ranges."""
     packed = tuple(_listed(entry) for entry in _listed(batch))
     if not packed:
@@ -124,9 +128,8 @@ def _packed(batch: Any, stopped: StreamPairs) -> tuple[tuple[Geometry | Ranges, 
             if not isinstance(sample, Sample):
                 kind = type(sample).__name__
                 raise TypeError(f"compile_plan: batch must hold Geometry, RuleGeometry or Ranges objects, got {kind}")
-            if stopped:
-                _require_streams(sample, stopped)
-    return tuple(tuple(_ranges(s, stopped) if isinstance(s, RuleGeometry) else s for s in each) for each in packed)
+            _require_streams(sample, stops)
+    return tuple(tuple(_ranges(s, stops) if isinstance(s, RuleGeometry) else s for s in each) for each in packed)
 
 
 def _stream_pairs(stop_gradient: Any) -> StreamPairs:
@@ -143,21 +146,29 @@ def _stream_pairs(stop_gradient: Any) -> StreamPairs:
     return tuple(sorted({(query, key) for query, key in stop_gradient}))
 
 
-def _require_streams(sample: Sample, pairs: StreamPairs) -> None:
-    if isinstance(sample, Ranges):
-        raise ValueError(
-            "compile_plan: stop_gradient must come with samples that have streams, got Ranges; mark entries of theirs "
-            "instead: Ranges(..., stop_gradient=[True, ...])"
-        )
-    kind, known = (sample.name, sample.segments) if isinstance(sample, RuleGeometry) else (sample.program, STREAMS)
-    for name in {name: None for pair in pairs for name in pair}:
+def _stream_names(frozen: Any) -> tuple[str, ...]:
+    """The names, each once and sorted, so that equal ones make one plan."""
+    if not isinstance(frozen, tuple | list | set | frozenset) or not all(isinstance(name, str) for name in frozen):
+        raise ValueError(f"compile_plan: frozen must hold names of streams, got {frozen!r}; use as ['video']")
+    return tuple(sorted(set(frozen)))
+
+
+def _require_streams(sample: Sample, stops: Stops) -> None:
+    named = [("stop_gradient", name) for pair in stops.pairs for name in pair] + [("frozen", s) for s in stops.frozen]
+    for argument, name in named:
+        if isinstance(sample, Ranges):
+            raise ValueError(
+                f"compile_plan: {argument} must come with samples that have streams, got Ranges; mark theirs instead: "
+                "Ranges(..., stop_gradient=[True, ...], frozen_queries=[(begin, end), ...])"
+            )
+        kind, known = (sample.name, sample.segments) if isinstance(sample, RuleGeometry) else (sample.program, STREAMS)
         if name not in known:
-            raise ValueError(f"compile_plan: stop_gradient must name streams of {kind}, {known}, got {name!r}")
+            raise ValueError(f"compile_plan: {argument} must name streams of {kind}, {known}, got {name!r}")
 
 
 @lru_cache(maxsize=64)
-def _ranges(sample: RuleGeometry, pairs: StreamPairs) -> Ranges:
-    return sample.stopped(pairs) if pairs else sample.ranges
+def _ranges(sample: RuleGeometry, stops: Stops) -> Ranges:
+    return sample.stopped(*stops) if any(stops) else sample.ranges
 
 
 def forget_plans() -> None:
@@ -169,16 +180,15 @@ def forget_plans() -> None:
 @host_side
 def compiled(
     packed: tuple,
-    stop_gradient: StreamPairs,
+    stops: Stops,
     lengths: tuple[int, int],
     tile: TileShape | None,
     tuned_tiles: bool,
     device: torch.device,
 ) -> Plan:
     """A plan without any form: what is visible, and which tiles it gets."""
-    rows = batch_rows(packed, lengths, stop_gradient)
-    visible = rows.visible_pairs
+    rows = batch_rows(packed, lengths, stops)
+    visible, of_queries, of_keys, _ = rows.pairs
     tile = tile or tile_shape(visible >= LONG_WINDOW * len(packed) * lengths[0])
     shapes = tile, TileShape(tile.key_rows or tile.rows, tile.step)
-    gradient = visible if rows.gradient is rows.queries else rows.gradient_pairs
-    return Plan(packed, stop_gradient, lengths, (visible, gradient), shapes, device, rows=rows)
+    return Plan(packed, stops, lengths, (visible, of_keys, of_queries), shapes, device, rows=rows)

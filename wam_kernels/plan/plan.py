@@ -12,7 +12,7 @@ from ..masks.visibility import Geometry, dense_mask, tokens
 from ..runtime.host import device_of, host_side
 from .boxes import Boxes, compile_boxes
 from .runs import Runs, compile_runs
-from .side_rows import BatchRows, StreamPairs, batch_rows, stopped_streams
+from .side_rows import BatchRows, Stops, batch_rows, frozen_streams, stopped_streams
 from .sides import Side, Sides, compile_sides
 from .tile_shape import TileShape
 
@@ -24,8 +24,8 @@ _FIRST = {"cpu": "cpu", "cuda": "triton"}
 class Plan:
     """What ``block_attention`` needs to know about a batch. Made by :func:`compile_plan`; immutable.
 
-    Every backend has a form of its own: ``"cpu"`` walks ``runs``, ``"triton"`` walks ``queries`` and ``keys``,
-    ``"cuda"`` walks ``boxes``. A form is compiled at its first use, on the host, and kept.
+    Every backend has a form of its own: ``"cpu"`` walks ``runs``, ``"triton"`` walks ``queries``, ``query_gradients``
+    and ``keys``, ``"cuda"`` walks ``boxes``. A form is compiled at its first use, on the host, and kept.
 
     Can be copied and pickled, a DataLoader's workers may send it: as its samples and the forms that it has.
 
@@ -35,25 +35,28 @@ class Plan:
         batch: Batch elements; 1 serves any batch size with the same visibility.
         visible_pairs: Pairs of a query and a key that it attends to, over the batch elements of the plan.
         gradient_pairs: Those of them through which keys and values get gradients: without a stop-gradient, all.
+        query_gradient_pairs: Those through which queries get gradients: without frozen streams, all.
         stop_gradient: Pairs (query stream, key stream) whose keys and values get none, as ``compile_plan`` was told.
+        frozen: Streams that get none at all, likewise.
         device: Where the index tensors live; q, k, v must be there too.
     """
 
     def __init__(
         self,
         batch_geometries: tuple[tuple[Geometry | Ranges, ...], ...],
-        stop_gradient: StreamPairs,
+        stops: Stops,
         lengths: tuple[int, int],
-        pairs: tuple[int, int],
+        pairs: tuple[int, int, int],
         shapes: tuple[TileShape, TileShape],
         device: torch.device,
         forms: tuple[Runs | None, Sides | None, Boxes | None] = (None, None, None),
         rows: BatchRows | None = None,
     ) -> None:
-        self.geometries, self.stop_gradient = batch_geometries, stop_gradient
+        self.geometries, self._stops = batch_geometries, stops
+        self.stop_gradient, self.frozen = stops
         self.batch = len(batch_geometries)
         self.length, self.key_length = lengths
-        self.visible_pairs, self.gradient_pairs = pairs
+        self.visible_pairs, self.gradient_pairs, self.query_gradient_pairs = pairs
         self.device = device
         self._shapes, self._rows = shapes, rows
         self._runs, self._sides, self._boxes = forms
@@ -67,6 +70,11 @@ class Plan:
     def queries(self) -> Side:
         """Tiles of queries, for ``impl="triton"``."""
         return self._of_sides().queries
+
+    @property
+    def query_gradients(self) -> Side:
+        """The same tiles for dq: without steps where all queries of a tile are frozen."""
+        return self._of_sides().query_gradients
 
     @property
     def keys(self) -> Side:
@@ -94,7 +102,7 @@ class Plan:
     def _compiled(self, impl: str) -> Any:
         """The form that a backend walks; torch.compile cannot trace it."""
         if self._rows is None:
-            self._rows = batch_rows(self.geometries, (self.length, self.key_length), self.stop_gradient)
+            self._rows = batch_rows(self.geometries, (self.length, self.key_length), self._stops)
         form: Any
         if impl == "triton":
             form = compile_sides(self._rows, self._shapes)
@@ -133,15 +141,16 @@ class Plan:
         return self.visible_pairs / max(1, self.batch * self.length * self.key_length)
 
     def tensors(self, impl: str = "triton") -> list[Tensor]:
-        """What the registered op reads with ``impl``, "triton" or "cpu": query side, key side, runs with a gradient,
-        runs.
+        """What the registered op reads with ``impl``, "triton" or "cpu": query side, key side, tiles of dq, runs with a
+        gradient, runs.
 
         Those that the backend does not walk are empty; runs are always there, to count FLOPs by.
         """
         runs = self._of_runs()
         if impl == "triton":
-            return [*self.queries.tensors(), *self.keys.tensors(), runs.gradient, runs.rows]
-        return [*(runs.nothing,) * (2 * len(Side.FIELDS)), runs.gradient, runs.rows]
+            sides = [*self.queries.tensors(), *self.keys.tensors(), self.query_gradients.tiles]
+            return [*sides, runs.gradient, runs.rows]
+        return [*(runs.nothing,) * (2 * len(Side.FIELDS) + 1), runs.gradient, runs.rows]
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Plan:
         """The same plan on another device, each of its forms in one copy; itself when it is there already."""
@@ -152,17 +161,18 @@ class Plan:
         device = device_of("Plan.to", device)
         if device == self.device:
             return self
-        geometries, stop_gradient, lengths, pairs, shapes, _, forms = self._parts()
+        geometries, stops, lengths, pairs, shapes, _, forms = self._parts()
         there: Any = tuple(form and form.to(device, non_blocking) for form in forms)
-        plan = Plan(geometries, stop_gradient, lengths, pairs, shapes, device, there, self._rows)
+        plan = Plan(geometries, stops, lengths, pairs, shapes, device, there, self._rows)
         plan.compile_for()
         return plan
 
     def _parts(self) -> tuple:
         """What it is made of."""
-        lengths, pairs = (self.length, self.key_length), (self.visible_pairs, self.gradient_pairs)
+        lengths = self.length, self.key_length
+        pairs = self.visible_pairs, self.gradient_pairs, self.query_gradient_pairs
         forms = self._runs, self._sides, self._boxes
-        return self.geometries, self.stop_gradient, lengths, pairs, self._shapes, self.device, forms
+        return self.geometries, self._stops, lengths, pairs, self._shapes, self.device, forms
 
     def __reduce__(self) -> tuple:
         return Plan, self._parts()
@@ -181,11 +191,26 @@ class Plan:
                     dense = sample.dense_mask(gradient)
                 else:
                     dense, stream = dense_mask(sample), tokens(sample).stream
-                    if gradient and self.stop_gradient:
-                        dense &= ~stopped_streams(self.stop_gradient)[stream[:, None], stream]
+                    if gradient:
+                        dense &= ~stopped_streams(self._stops)[stream[:, None], stream]
                 mask[b, 0, q : q + sample.length, k : k + sample.key_length] = torch.from_numpy(dense)
                 q, k = q + sample.length, k + sample.key_length
         return mask.to(self.device)
+
+    @host_side
+    def frozen_queries(self) -> Tensor:
+        """bool ``[batch, S]``: the queries that get no gradient, for the reference backend and for tests."""
+        frozen = torch.zeros(self.batch, self.length, dtype=torch.bool, device="cpu")
+        for b, samples in enumerate(self.geometries):
+            q = 0
+            for sample in samples:
+                if isinstance(sample, Ranges):
+                    of_token = sample.frozen_rows.repeat(sample.rows.tokens)
+                else:
+                    of_token = frozen_streams(self._stops)[tokens(sample).stream]
+                frozen[b, q : q + sample.length] = torch.from_numpy(of_token)
+                q += sample.length
+        return frozen.to(self.device)
 
     def __repr__(self) -> str:
         stopped = self.visible_pairs - self.gradient_pairs

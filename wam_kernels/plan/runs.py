@@ -16,7 +16,8 @@ from .side_rows import BatchRows, SideRows
 class Runs(Packed):
     """``rows`` int32 ``[R, 3 + 2 * ranges]``: batch element, first token, end, lo, hi, lo, hi, ... of each run.
 
-    ``gradient``: the same runs, with the keys that get gradients from them; no rows at all where all do.
+    ``gradient``: the same runs, with the keys that get gradients from them, and the first token as the end where no
+    query gets one; no rows at all where all do.
     ``nothing``: a tensor without entries, on the same device.
     """
 
@@ -27,7 +28,7 @@ class Runs(Packed):
 
 def compile_runs(rows: BatchRows) -> Runs:
     """The runs of a batch, on the CPU."""
-    sides = [rows.queries] if rows.gradient is rows.queries else [rows.queries, rows.gradient]
+    sides = [rows.queries, rows.gradient] if rows.stops_something else [rows.queries]
     runs, *gradient = _runs(sides, rows.placement)
     return Runs(*index_buffer.pack([runs, *(gradient or [runs[:0]]), np.empty(0, np.int32)]))
 
@@ -43,6 +44,7 @@ def _runs(sides: list[SideRows], placement: Placement) -> list[np.ndarray]:
     masked = (rows.bounds == NOWHERE).all((0, 1))
     new = np.ones(masked.size, bool)
     new[1:] = np.logical_or.reduce([(s.bounds[..., 1:] != s.bounds[..., :-1]).any((0, 1)) for s in sides])
+    new[1:] |= rows.frozen[1:] != rows.frozen[:-1]
 
     row, counts = members(rows.of_sample, placement.which)
     batch, first_query, first_key = np.array([placement.batch, *placement.first]).repeat(counts, axis=1)
@@ -58,4 +60,7 @@ def _runs(sides: list[SideRows], placement: Placement) -> list[np.ndarray]:
         runs[:, 0], runs[:, 1], runs[:, 2] = batch[run_starts], start[run_starts], start[last] + rows.tokens[row[last]]
         runs[:, 3:] = moved(side.bounds_by_row(), row[run_starts], first_key[run_starts], 0)
         found.append(runs)
+    if len(found) > 1:
+        gradient = found[1]
+        gradient[:, 2] = np.where(rows.frozen[row[run_starts]], gradient[:, 1], gradient[:, 2])
     return found

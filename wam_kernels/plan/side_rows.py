@@ -26,6 +26,7 @@ class SideRows(NamedTuple):
     order: np.ndarray  # int64 [N]: inside (sample, row set), rows next to each other attend to nearly the same
     start: np.ndarray  # int64 [N]: first token
     tokens: np.ndarray  # int64 [N]: how many
+    frozen: np.ndarray  # bool [N]: queries that get no gradient; of keys none, theirs have no pairs
     bounds: np.ndarray  # int32 [2, columns, N]: lo and hi; both NOWHERE where a range is empty
 
     def bounds_by_row(self) -> np.ndarray:
@@ -48,36 +49,55 @@ class BatchRows(NamedTuple):
         return self._pairs(self.queries)
 
     @property
-    def gradient_pairs(self) -> int:
-        """Visible pairs of the whole batch through which keys and values get gradients."""
-        return self._pairs(self.gradient)
+    def pairs(self) -> tuple[int, int, int, int]:
+        """Visible pairs of the whole batch, and those of them through which queries get gradients, keys and values do,
+        and any of the three.
+        """
+        visible = self.visible_pairs
+        if not self.stops_something:
+            return visible, visible, visible, visible
+        frozen = self.queries.frozen
+        of_queries = self._pairs(self.queries, ~frozen)
+        return visible, of_queries, self._pairs(self.gradient), of_queries + self._pairs(self.gradient, frozen)
 
-    def _pairs(self, rows: SideRows) -> int:
+    @property
+    def stops_something(self) -> bool:
+        """Is there a visible pair without some gradient, or a frozen query?"""
+        return self.gradient is not self.queries or bool(self.queries.frozen.any())
+
+    def _pairs(self, rows: SideRows, some: np.ndarray | bool = True) -> int:
+        """Of ``some`` rows, bool ``[N]``."""
         lo, hi = rows.bounds
         times = np.bincount(self.placement.which).repeat(rows.of_sample)  # that each row occurs
-        return int((times * rows.tokens * (hi - lo).sum(0)).sum())
+        return int((times * rows.tokens * some * (hi - lo).sum(0)).sum())
 
 
 # (query stream, key stream), by name
 StreamPairs = tuple[tuple[str, str], ...]
 
 
+class Stops(NamedTuple):
+    """What gets no gradient, by the names of streams; sorted, so that equal ones make one plan."""
+
+    pairs: StreamPairs = ()  # keys and values of the second one from queries of the first one
+    frozen: tuple[str, ...] = ()  # queries, keys and values of these
+
+
+NOTHING = Stops()
+
+
 def batch_rows(
-    packed: tuple[tuple[Geometry | Ranges, ...], ...], lengths: tuple[int, int], stop_gradient: StreamPairs = ()
+    packed: tuple[tuple[Geometry | Ranges, ...], ...], lengths: tuple[int, int], stops: Stops = NOTHING
 ) -> BatchRows:
-    """The rows of a batch that is padded to ``lengths`` = (queries, keys), with a stop-gradient for pairs of streams
-    of its geometries.
-    """
+    """The rows of a batch that is padded to ``lengths`` = (queries, keys), with ``stops`` of its geometries."""
     placement = place(packed, lengths)
-    return BatchRows(placement, *side_rows(placement.samples, stop_gradient), lengths)
+    return BatchRows(placement, *side_rows(placement.samples, stops), lengths)
 
 
-def side_rows(
-    samples: Sequence[Geometry | Ranges], stop_gradient: StreamPairs = ()
-) -> tuple[SideRows, SideRows, SideRows]:
+def side_rows(samples: Sequence[Geometry | Ranges], stops: Stops = NOTHING) -> tuple[SideRows, SideRows, SideRows]:
     """Query side, key side and ``gradient`` (see :class:`BatchRows`) of samples, geometries before ranges."""
     geometries = [s for s in samples if isinstance(s, Geometry)]
-    pieces = [_geometry_sides(geometries, stop_gradient)] if geometries else []
+    pieces = [_geometry_sides(geometries, stops)] if geometries else []
     pieces += [_range_sides(s) for s in samples if isinstance(s, Ranges)]
     if len(pieces) == 1:
         return pieces[0]
@@ -87,15 +107,21 @@ def side_rows(
     return of_queries, concatenated(keys), of_queries if nothing_stopped else concatenated(gradient)
 
 
-def stopped_streams(stop_gradient: StreamPairs) -> np.ndarray:
-    """bool ``[query stream, key stream]`` of a geometry's streams."""
+def stopped_streams(stops: Stops) -> np.ndarray:
+    """bool ``[query stream, key stream]`` of a geometry's streams: do keys and values get no gradient?"""
     stopped = np.zeros((len(STREAMS),) * 2, bool)
-    for query, key in stop_gradient:
+    for query, key in stops.pairs:
         stopped[STREAMS.index(query), STREAMS.index(key)] = True
+    stopped[:, frozen_streams(stops)] = True
     return stopped
 
 
-def _geometry_sides(geometries: Sequence[Geometry], stop_gradient: StreamPairs) -> tuple[SideRows, SideRows, SideRows]:
+def frozen_streams(stops: Stops) -> np.ndarray:
+    """bool ``[stream]`` of a geometry's streams: does nothing of it get a gradient?"""
+    return np.array([stream in stops.frozen for stream in STREAMS])
+
+
+def _geometry_sides(geometries: Sequence[Geometry], stops: Stops) -> tuple[SideRows, SideRows, SideRows]:
     """Both sides of programs: each token is a query and a key.
 
     Noisy and clean queries of a chunk attend to almost the same history. As keys they have next to nothing in common:
@@ -104,14 +130,15 @@ def _geometry_sides(geometries: Sequence[Geometry], stop_gradient: StreamPairs) 
     """
     rows = token_rows(geometries)
     of_queries, of_keys = intervals(rows)
-    rest = rows.chunk, rows.start, rows.tokens
+    rest, none = (rows.chunk, rows.start, rows.tokens), np.zeros(rows.start.size, bool)
     are_programs = np.ones(len(geometries), bool)
     stream = STREAM_OF_SEGMENT.take(rows.segment)
-    queries = SideRows(rows.of_geometry, are_programs, stream, *rest, of_queries)
-    keys = SideRows(rows.of_geometry, are_programs, rows.segment, *rest, of_keys)
-    if not stop_gradient:
+    queries = SideRows(rows.of_geometry, are_programs, stream, *rest, none, of_queries)
+    keys = SideRows(rows.of_geometry, are_programs, rows.segment, *rest, none, of_keys)
+    if not any(stops):
         return queries, keys, queries
-    stopped, columns = stopped_streams(stop_gradient), np.append(STREAM_OF_SEGMENT, [VIDEO, VIDEO])
+    queries = queries._replace(frozen=frozen_streams(stops).take(stream))
+    stopped, columns = stopped_streams(stops), np.append(STREAM_OF_SEGMENT, [VIDEO, VIDEO])
     columns = columns[: queries.bounds.shape[1], None]  # those of a prefix come last
     keys.bounds[:, stopped[columns, stream]] = NOWHERE
     bounds = np.where(stopped[stream, columns], NOWHERE, queries.bounds)
@@ -119,16 +146,17 @@ def _geometry_sides(geometries: Sequence[Geometry], stop_gradient: StreamPairs) 
 
 
 def _range_sides(sample: Ranges) -> tuple[SideRows, SideRows, SideRows]:
-    queries = _range_side(sample.rows)
-    gradient = queries if sample.gradient_rows is sample.rows else _range_side(sample.gradient_rows)
-    return queries, _range_side(sample.key_rows), gradient
+    queries = _range_side(sample.rows, sample.frozen_rows)
+    gradient = queries if sample.gradient_rows is sample.rows else _range_side(sample.gradient_rows, sample.frozen_rows)
+    return queries, _range_side(sample.key_rows, np.zeros_like(sample.key_rows.start, bool)), gradient
 
 
-def _range_side(rows: RangeRows) -> SideRows:
+def _range_side(rows: RangeRows, frozen: np.ndarray) -> SideRows:
+    """``frozen`` rows share no tile with others."""
     lo, hi = rows.bounds.transpose(2, 1, 0)
     bounds = np.where(lo < hi, (lo, hi), NOWHERE).astype(np.int32)
-    of_sample, row_set = np.array([lo.shape[1]]), np.zeros_like(rows.start)
-    return SideRows(of_sample, np.zeros(1, bool), row_set, rows.order, rows.start, rows.tokens, bounds)
+    of_sample, row_set = np.array([lo.shape[1]]), frozen.astype(np.int64)
+    return SideRows(of_sample, np.zeros(1, bool), row_set, rows.order, rows.start, rows.tokens, frozen, bounds)
 
 
 def concatenated(pieces: Sequence[SideRows]) -> SideRows:

@@ -58,8 +58,13 @@ class Side:
 
     @property
     def computed_pairs(self) -> int:
-        steps = self.full.shape[0] * self.shape.step + self.part.shape[0] * STEP_PART
-        return steps * self.shape.rows
+        """(row, token) pairs that the tiles compute, masked ones too."""
+        full, part = (self.tiles[:, [2, 4]] - self.tiles[:, [1, 3]]).sum(0).tolist()
+        return (full * self.shape.step + part * STEP_PART) * self.shape.rows
+
+    def with_tiles(self, tiles: Tensor) -> Side:
+        """Other steps of the same rows."""
+        return Side(self.shape, [tiles, *self.tensors()[1:]])
 
     @property
     def idle_tiles(self) -> int:
@@ -72,13 +77,17 @@ def _unpickled_side(shape: TileShape, tensors: Sequence[Tensor]) -> Side:
 
 
 class Sides(Packed):
-    """Both sides: ``queries`` for the forward and dq, ``keys`` for dk and dv."""
+    """Both sides: ``queries`` for the forward, ``keys`` for dk and dv; and ``query_gradients`` for dq, the queries
+    without the steps of tiles whose rows are all frozen.
+    """
 
     def __init__(self, layout: Layout, buffer: Tensor, shapes: tuple[TileShape, TileShape]) -> None:
         super().__init__(layout, buffer, shapes)
         # each array of the queries lies beside that of the keys
         views = index_buffer.views(layout, self.buffer)
-        self.queries, self.keys = Side(shapes[0], views[::2]), Side(shapes[1], views[1::2])
+        both, dq_tiles = views[: 2 * len(Side.FIELDS)], views[2 * len(Side.FIELDS) :]
+        self.queries, self.keys = Side(shapes[0], both[::2]), Side(shapes[1], both[1::2])
+        self.query_gradients = self.queries.with_tiles(*dq_tiles) if dq_tiles else self.queries
 
 
 def compile_sides(rows: BatchRows, shapes: tuple[TileShape, TileShape]) -> Sides:
@@ -87,7 +96,7 @@ def compile_sides(rows: BatchRows, shapes: tuple[TileShape, TileShape]) -> Sides
 
 
 def _arrays(rows: BatchRows, shapes: tuple[TileShape, TileShape]) -> list[Entry]:
-    """Each of ``Side.FIELDS`` of the queries and of the keys.
+    """Each of ``Side.FIELDS`` of the queries and of the keys, and the tiles of dq where they are others.
 
     Queries and keys go through the array operations together: what small plans cost is the number of these.
     """
@@ -131,6 +140,11 @@ def _arrays(rows: BatchRows, shapes: tuple[TileShape, TileShape]) -> list[Entry]
             for template, side in zip(templates, sides, strict=True)
         ]
 
+    dq_tiles = []
+    if tiles.frozen.any():
+        dq_tiles = [steps[:n_queries].copy()]
+        dq_tiles[0][tiles.frozen.take(heavy_tile[:n_queries]), 1:] = 0
+
     return [
         *(steps[side] for side in sides),
         *of_rows(tiles.token, batch.own, -1),
@@ -138,6 +152,7 @@ def _arrays(rows: BatchRows, shapes: tuple[TileShape, TileShape]) -> list[Entry]
         *(_bounds(of_side, rows.placement, i) for i, of_side in enumerate((rows.queries, rows.keys))),
         Together(tuple((n,) for n in full_at.lengths), lambda out: full.write(tile, other, full_at.entry, out)),
         Together(tuple((n, STEP_PART) for n in part_at.lengths), write_part),
+        *dq_tiles,
     ]
 
 

@@ -29,6 +29,7 @@ class Tiles(NamedTuple):
     row_of: np.ndarray  # int64 [M]: which of ``order``
     first: np.ndarray  # int64 [M]: the places of all tokens of each, in this tile and in its neighbours
     end: np.ndarray  # int64 [M]
+    frozen: np.ndarray  # bool [T]: all rows of each get no gradient as queries
 
     def by_place(self, of_row: np.ndarray, nowhere: int = NOWHERE) -> np.ndarray:
         """What each place's row of ``order`` has, int32 ``[places]``; ``nowhere`` where a row set is padded."""
@@ -156,4 +157,5 @@ def cut(rows: SideRows, of_queries: int, of_keys: int) -> Tiles:
     token += np.arange(token.size, dtype=np.int32)
     token[empty] = NOWHERE
     of_sample = np.bincount(sample.take(row.take(begins)), minlength=rows.of_sample.size)
-    return Tiles(of_sample, order, width, empty, token, begins, tile, row, place.take(row), end.take(row))
+    frozen = rows.frozen.take(order.take(row.take(begins)))  # those share no row set with others
+    return Tiles(of_sample, order, width, empty, token, begins, tile, row, place.take(row), end.take(row), frozen)
