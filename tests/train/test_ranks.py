@@ -9,10 +9,12 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from tests.train.conftest import TINY, TINY_MODEL
-from wam_models.data import ClipDataset
+from wam_models.data import ClipDataset, LeRobotDataset
+from wam_models.evaluate import evaluate
 from wam_models.rollout.policy import Policy
 from wam_models.train import TrainConfig, train
 from wam_models.train.engine import EngineConfig
+from wam_models.train.periodic import PeriodicEvaluation
 from wam_models.train.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -127,3 +129,23 @@ def refused(root, config):
 
 def test_micro_batches_take_the_steps_of_one_batch(one, root):
     check(trained(root, with_engine(accumulation=4)), one)
+
+
+def evaluated(root, config):
+    """What a rollout on a recorded episode is off by, of a model that is sharded over the ranks."""
+    dataset = LeRobotDataset(root)
+
+    def measure(policy, step):
+        policy = replace(policy, rollout=replace(policy.rollout, chunk_size=1))
+        clips = [policy.clip(dataset, 0)]
+        row = evaluate(policy, clips, chunks=2, cases=[("joint", "joint")], timed=1, progress=False).rows[0]
+        return {"action_rmse": row.action_rmse, "frame_rmse": row.frame_rmse}
+
+    trainer = Trainer(config, ClipDataset(root), seed=3, device=CPU, evaluation=PeriodicEvaluation(3, measure))
+    found = trainer.run(stop=lambda: False, progress=False).log[-1]["evaluation"]
+    return {name: found[name] for name in ("action_rmse", "frame_rmse")}
+
+
+def test_a_sharded_model_rolls_out(two, root):
+    first, second = two(evaluated, root, CONFIG)
+    assert first == second == pytest.approx(evaluated(root, CONFIG), rel=1e-4)

@@ -43,6 +43,7 @@ from .estimate import check_estimate_flags, training_estimate
 from .run_readme import run_files
 from .train_evaluation import make_evaluation
 
+MAY_CHANGE = ("steps", "save_every", "keep", "engine")  # of a config, where a run goes on
 MOMENT = 0.2  # seconds within which signals are one: timeout(1) sends it to the process and to its group
 
 
@@ -164,10 +165,10 @@ def _resumed(saved: TrainConfig, asked: TrainConfig, checkpoint: Path) -> TrainC
         ValueError: CONFIG trains something else.
     """
     ours, theirs = asked.to_dict(), saved.to_dict()
-    other = [name for name in ours if ours[name] != theirs[name] and name not in ("steps", "save_every", "engine")]
+    other = [name for name in ours if ours[name] != theirs[name] and name not in MAY_CHANGE]
     if other:
         raise ValueError(
-            f"CONFIG must be that of the run to resume, {checkpoint}, but for steps, save_every and engine; it has "
+            f"CONFIG must be that of the run to resume, {checkpoint}, but for {', '.join(MAY_CHANGE)}; it has "
             f"another {', '.join(other)}"
         )
     return asked

@@ -89,7 +89,16 @@ def make_evaluation(
         return found
 
     kept = {**vars(settings), "simulators": list(settings.simulators)}
-    return PeriodicEvaluation(settings.every, measure, kept)
+    return PeriodicEvaluation(settings.every, measure, score_of, kept)
+
+
+def score_of(found: Mapping[str, Any]) -> float | None:
+    """The rate of success where it acted, else how small the error of actions, or of frames, is; None without any."""
+    if "all" in found:
+        return found["all"]["successes"] / found["all"]["episodes"]
+    errors = found.get("recorded", {})
+    wrong = [errors[name] for name in ("action_rmse", "frame_rmse") if errors.get(name) is not None]
+    return -wrong[0] if wrong else None
 
 
 def _settings(args: argparse.Namespace, config: TrainConfig, stored: Mapping[str, Any] | None) -> Settings | None:

@@ -104,6 +104,7 @@ class TrainConfig(SampleConfig):
             holds; 0 for none. It always spans the last 1 / (ema + 1) or so of the run, so training may stop at any
             time, without a learning rate that has to know when.
         save_every: Steps between checkpoints.
+        keep: Saves, the last ones, that stay in ``checkpoints/`` beside the latest in ``checkpoint/``.
         frozen: Components that do not train: ``video``, ``video.blocks``, ``video.text``, ``action``,
             ``action.blocks``, ``words``, or modules of the model by name.
         lora: Components that train through LoRA adapters on their linear maps alone, by ``peft``; named as in
@@ -147,6 +148,7 @@ class TrainConfig(SampleConfig):
     clip_norm: float = 1.0
     ema: float = 7.0
     save_every: int = 500
+    keep: int = 0
     frozen: tuple[str, ...] = ()
     lora: tuple[str, ...] = ()
     lora_rank: int = 16
@@ -186,6 +188,7 @@ class TrainConfig(SampleConfig):
             ("steps", 1),
             ("warmup", 0),
             ("save_every", 1),
+            ("keep", 0),
         ):
             check_field(self, name, whole, low)
         check_field(self, "learning_rate", number, SMALLEST_POSITIVE, 100)

@@ -21,6 +21,8 @@ class PeriodicEvaluation:
         every: Steps between evaluations; they are at its multiples, in a resumed run as well.
         evaluate: Called with the policy of averaged weights and the step; what it returns, anything for JSON, stands in
             the step's row of the log. Where it raises, the row says so and the training goes on.
+        score: Of what ``evaluate`` has returned, the greater the better; the step of the best is saved and stays. None
+            where there is no best.
         settings: Anything for JSON; stored with the checkpoint, as ``metadata.training.evaluation``, so that a resume
             can measure the same.
 
@@ -30,6 +32,7 @@ class PeriodicEvaluation:
 
     every: int
     evaluate: Callable[[Policy, int], Mapping[str, Any]]
+    score: Callable[[Mapping[str, Any]], float | None] = lambda found: None
     settings: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -20,6 +20,7 @@ from ..model.dual_expert import WorldActionModel
 from .context_parallel import split_tokens
 from .engine import EngineConfig
 
+Result = TypeVar("Result")
 PATIENCE = timedelta(hours=4)  # processes wait so long for the first, while it evaluates
 
 
@@ -112,13 +113,36 @@ class Ranks:
         dist.all_reduce(total)
         return total.tolist()
 
-    def any(self, value: bool) -> bool:
-        """Whether it is so in any process."""
+    def largest(self, value: int) -> int:
+        """That of any process."""
         if not self.sharded:
             return value
         found = torch.tensor(value, dtype=torch.int32, device=self.device)
         dist.all_reduce(found, dist.ReduceOp.MAX)
-        return bool(found)
+        return int(found)
+
+    def raise_any(self, error: Exception | None) -> None:
+        """Raises in every process the error of the first one that has any; what a user can mend keeps its class."""
+        if error is not None and not isinstance(error, OSError | ValueError):
+            error = OSError(f"train: {type(error).__name__}: {error}")
+        errors = [error]
+        if self.sharded:
+            errors = [None] * self.count
+            dist.all_gather_object(errors, error, group=self.group)
+        found = next((e for e in errors if e is not None), None)
+        if found is not None:
+            raise found
+
+    def of_first(self, call: Callable[[], Result]) -> Result | None:
+        """What the first process's call returns, there; an error of it is raised in all."""
+        result, error = None, None
+        if self.main:
+            try:
+                result = call()
+            except (OSError, ValueError) as found:
+                error = found
+        self.raise_any(error)
+        return result
 
     def synchronise(self, learner: nn.ModuleDict, last: bool) -> None:
         """Whether the backward that follows reduces the gradients over the processes: that of the last micro-batch."""

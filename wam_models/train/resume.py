@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import cast
 
@@ -13,7 +14,7 @@ from ..checkpoint import CONFIG, Checkpoint
 from ..data import ClipDataset
 from ..data.codec import SavedCodec
 from ..model.weights import abridged, check_finite
-from ..runtime.checks import whole
+from ..runtime.checks import number, whole
 from ..text import WordEmbedding
 from ..training_state import VALUES, SavedState
 from .config import TrainConfig
@@ -55,6 +56,16 @@ def check_resumable(config: TrainConfig, data: ClipDataset, resume: Checkpoint) 
                 "units=policy.units), of the policy that Policy.load gives with the checkpoint"
             )
     return resume.text
+
+
+def best_of(resume: Checkpoint) -> float | None:
+    """Score of the best evaluation of the run so far; None without one.
+
+    Raises:
+        ValueError: no number.
+    """
+    score = resume.metadata["training"].get("best")
+    return None if score is None else number(f"{resume.folder}: metadata.training.best", score, -math.inf)
 
 
 def state_tensors(

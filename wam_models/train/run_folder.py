@@ -12,6 +12,7 @@ from typing import Any
 from ..checkpoint import Checkpoint, locked_folder, remove_checkpoint, saved_as
 from ..runtime.checks import writable_folder
 from ..runtime.files import new_file
+from .kept import remove_kept
 from .tensorboard import TensorBoard, summary_writer
 
 
@@ -92,6 +93,7 @@ class RunFolder:
         before = self.log.read_bytes() if self.log.exists() else b""
         if not self.continues:
             remove_checkpoint(self.checkpoint)
+            remove_kept(self.out)
         # rows behind the checkpoint belong to steps that are run again, and a kill can leave half a row
         rows = [line + b"\n" for line in before.splitlines() if self.continues and _step_of(line) <= step]
         if (kept := b"".join(rows)) != before:

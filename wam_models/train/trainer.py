@@ -11,7 +11,7 @@ import secrets
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, cast
@@ -36,13 +36,14 @@ from ..weights.parts import choose_parts, frozen_streams, merged
 from .config import DECAY_PART, TrainConfig, check_fit
 from .ema import update_average
 from .initialise import initialise
+from .kept import keep_save
 from .loader import Pack, PackedDraws, PackLoader
 from .log import ERRORS, STREAMS, Meter, losses, recent
 from .optimizers import make_optimizers, set_learning_rate
 from .packed import packed_step
 from .periodic import PeriodicEvaluation
 from .ranks import Ranks, whole_tensor
-from .resume import check_resumable, restore, state_tensors
+from .resume import best_of, check_resumable, restore, state_tensors
 from .run_folder import RunFolder
 from .samples import StepConfig
 from .step import training_step
@@ -100,8 +101,8 @@ def train(
             the speed of the first half decides, once, at which step the rate reaches 0 and the run ends; that step is
             stored, so a resumed run keeps it.
         out: Folder of ``log.jsonl`` (a row a step) and ``checkpoint/``, written every ``config.save_every`` steps
-            and at the end. None writes nothing. A folder that holds a run is refused, unless it is the one that is
-            resumed.
+            and at the end, ``checkpoints/``, the last ``config.keep`` of these, and ``best/``, by ``evaluation``. None
+            writes nothing. A folder that holds a run is refused, unless it is the one that is resumed.
         resume: From ``load_checkpoint`` on a folder that this function wrote.
         init: Weights of the model by name, in place of fresh ones, from ``wam_models.weights.start``; what it lacks
             is fresh.
@@ -217,6 +218,7 @@ class Trainer:
             self.step, self.planned_end = restore(
                 resume, self.learner, self.average, self.optimizers, self.generator, self.ranks.group
             )
+        self.best = None if resume is None else best_of(resume)  # score of the best evaluation
         self._saving: Future | None = None
         self._writer = ThreadPoolExecutor(1, "save")
         self.kinds = config.draws(frozen_streams(self.learner))
@@ -232,27 +234,54 @@ class Trainer:
         self.first_step, self.began = self.step, time.perf_counter()
         self._spent = 0.0  # seconds, when the last step was done
         done = self.step >= self.config.steps
-        log = folder if self.ranks.main else None
-        with (
-            self._progress_bar(progress and self.ranks.main) as show,
-            nullcontext() if log is None else log.begin(self.step),
-            self._saves_finished(),
-            closing(self.steps()) as steps,
-        ):
+        with ExitStack() as stack:
+            show = stack.enter_context(self._progress_bar(progress and self.ranks.main))
+            if folder is not None:
+                self.ranks.of_first(lambda: stack.enter_context(folder.begin(self.step)))
+            stack.enter_context(self._saves_finished())
+            steps = stack.enter_context(closing(self.steps()))
             while not done:
                 row = self._train_step(next(steps))
                 if self.evaluation is not None and self.step % self.evaluation.every == 0:
                     row["evaluation"] = self._evaluate(self.evaluation)
                 self.log.append(row)
-                if log is not None:
-                    log.add(row)
-                show(row)
                 self._plan_end(row["seconds"])
-                late = self.seconds is not None and row["seconds"] >= self.seconds
-                done = self._at_end() or self.ranks.any(stop()) or late
-                if folder is not None and (done or self.step % self.config.save_every == 0):
-                    self.save(folder.checkpoint)
+                done = self._log_and_ask(folder, row, stop)
+                show(row)
+                best = self._is_best(row.get("evaluation"))
+                if folder is not None and (done or best or self.step % self.config.save_every == 0):
+                    self.save(folder, best)
         return Trained(self.policy(), self.log, self.step)
+
+    def _log_and_ask(self, folder: RunFolder | None, row: Mapping[str, Any], stop: Callable[[], bool]) -> bool:
+        """Adds a row to the log; whether it is the last, because all steps are done, time is up or any process is asked
+        to stop.
+
+        Raises:
+            OSError: no room for the row; in every process.
+        """
+        ends = self._at_end() or (self.seconds is not None and row["seconds"] >= self.seconds)
+        error = None
+        if folder is not None and self.ranks.main:
+            try:
+                folder.add(row)
+            except OSError as found:
+                error = found
+        # one exchange for both
+        asked = self.ranks.largest(2 if error is not None else int(not ends and bool(stop())))
+        if asked > 1:
+            self.ranks.raise_any(error)
+        return ends or asked > 0
+
+    def _is_best(self, found: Mapping[str, Any] | None) -> bool:
+        """Whether what an evaluation found is better than all before."""
+        if found is None or self.evaluation is None or "error" in found:
+            return False
+        score = self.evaluation.score(found)
+        if score is None or not math.isfinite(score) or (self.best is not None and score <= self.best):
+            return False
+        self.best = score
+        return True
 
     def steps(self) -> Generator[Batch | list[Pack], None, None]:
         """What each step is made of, from the next one on."""
@@ -303,8 +332,11 @@ class Trainer:
     def _evaluate(self, evaluation: PeriodicEvaluation) -> dict[str, Any]:
         began = time.perf_counter()
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            policy = self.policy()
-            found = self.ranks.agreed(evaluation.run(policy, self.step) if self.ranks.main else None)
+            average = self._gathered(self.device, self.ranks.main)
+            found = None
+            if self.ranks.main:
+                found = evaluation.run(self._policy_of(average, self.device), self.step)
+            found = self.ranks.agreed(found)
         self.began += time.perf_counter() - began  # else it would cost a run of limited time its steps
         return found
 
@@ -354,7 +386,18 @@ class Trainer:
         ``device`` is where it is, default the run's.
         """
         device = self.device if device is None else device
-        average = {name: whole_tensor(value) for name, value in self.average.items()}
+        return self._policy_of(self._gathered(device, True), device)
+
+    def _gathered(self, device: torch.device, wanted: bool) -> dict[str, Tensor]:
+        """The averaged weights, whole, on a device; to be called on all ranks, of which some may not want them."""
+        found = {}
+        for name, value in self.average.items():
+            gathered = whole_tensor(value)
+            if wanted:
+                found[name] = gathered.to(device)
+        return found
+
+    def _policy_of(self, average: Mapping[str, Tensor], device: torch.device) -> Policy:
         sizes = self.config.model
         model = WorldActionModel(sizes).to(device).requires_grad_(False)
         text = WordEmbedding(self.text.vocabulary, sizes.text_dim, tokens=self.text.tokens)
@@ -362,16 +405,20 @@ class Trainer:
         load_weights(nn.ModuleDict({"model": model, "text": text}), merged(average, self.config.lora_scale))
         return Policy.of(model, text, self.data, self.rollout)
 
-    def save(self, checkpoint: Path) -> None:
+    def save(self, folder: RunFolder, best: bool = False) -> None:
         """Begin to write the policy and all that a resume needs, as they are now; on all ranks.
 
         It goes on beside the steps that follow; the next save, and the end of the run, wait for it.
 
+        Args:
+            folder: Of the run.
+            best: Whether this is the best so far, and stays.
+
         Raises:
-            OSError: no room, also for the save before; the message names the file.
+            OSError: no room, also for the save before; the message names the file. In every process.
         """
         self.finish_saving()
-        policy = self.policy(torch.device("cpu"))
+        average = self._gathered(torch.device("cpu"), self.ranks.main)
         training = {
             "config": self.config.to_dict(),
             "step": self.step,
@@ -380,14 +427,21 @@ class Trainer:
         }
         if self.evaluation is not None:
             training["evaluation"] = dict(self.evaluation.settings)
+            training["best"] = self.best
         tensors = state_tensors(self.learner, self.average, self.optimizers, self.generator)
         state = TrainingState(tensors, {"step": self.step, "planned": self.planned_end}, self.ranks.group)
-        save = Save(checkpoint, secrets.token_hex(8), state) if self.ranks.main else None
-        folder = self.ranks.agreed(None if save is None else str(save.training))
+        save = self.ranks.of_first(lambda: Save(folder.checkpoint, secrets.token_hex(8), state))
+        training_folder = self.ranks.agreed(None if save is None else str(save.training))
         if save is None:
-            self._saving = state.write(Path(folder))
-        else:
-            self._saving = self._writer.submit(policy.save, save, training=training)
+            self._saving = state.write(Path(training_folder))
+            return
+        policy, step, keep = self._policy_of(average, torch.device("cpu")), self.step, self.config.keep
+
+        def write() -> None:
+            policy.save(save, training=training)
+            keep_save(folder.out, step, last=keep, best=best)
+
+        self._saving = self._writer.submit(write)
 
     @contextmanager
     def _saves_finished(self) -> Iterator[None]:
@@ -399,14 +453,15 @@ class Trainer:
             self._writer.shutdown()
 
     def finish_saving(self) -> None:
-        """Wait for the save that goes on, if there is one.
+        """Wait for the save that goes on, if there is one; on all ranks.
 
         Raises:
-            OSError: it found no room; the message names the file.
+            OSError: it found no room; the message names the file. In every process.
         """
         saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
+        if saving is None:
+            return
+        self.ranks.raise_any(cast(Exception | None, saving.exception()))
 
     @contextmanager
     def _progress_bar(self, shown: bool) -> Iterator[Callable[[Mapping[str, Any]], None]]:
