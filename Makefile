@@ -104,8 +104,9 @@ $(VENV)/installed: $(VENV)/created requirements/runtime.txt $(PACKAGE)
 	@ls wam_kernels/_C*.so >/dev/null 2>&1 || echo "The CUDA extension was left out (no nvcc, or WAM_CUDA=0)."
 	touch $@
 
-$(VENV)/installed-test: $(VENV)/installed requirements/test.txt
+$(VENV)/installed-test: $(VENV)/installed requirements/test.txt requirements/openpi_client.txt
 	$(PIP) install --quiet -r requirements/test.txt
+	$(PIP) install --quiet --no-deps -r requirements/openpi_client.txt
 	touch $@
 
 clean:

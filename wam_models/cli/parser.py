@@ -156,6 +156,19 @@ def _rollout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=at_least(0), default=0)
 
 
+def _serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--robots", type=at_least(1), default=1, metavar="N", help="at a time; default: %(default)s")
+    where = "address to listen on; whoever reaches it can use the policy; default: %(default)s, this machine alone"
+    parser.add_argument("--host", default="127.0.0.1", help=where)
+    parser.add_argument("--port", type=at_least(0), default=8000, help="0: a free one; default: %(default)s")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="NAME=VALUE", help="of the rollout, as video.steps=2; repeat it"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise where a robot gives no seed")
+
+
 def _record(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--simulator", metavar="NAME", action="append", required=True, help=f"{SIMULATOR}; repeatable")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the data set")
@@ -258,6 +271,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None] | None,
     "encode": ("wam_models.cli.encode", _encode, "write a data set's latents and embedded instructions to disk"),
     "validate": ("wam_models.cli.validate", _validate, "list all that is wrong with a config, before a training"),
     "rollout": ("wam_models.cli.rollout", _rollout, "denoise video and actions of one episode from a checkpoint"),
+    "serve": ("wam_models.cli.serve", _serve, "answer robots over a socket, as openpi-client asks"),
     "record": ("wam_models.cli.record", _record, "record demonstrations of a simulator's scripted expert"),
     "eval": ("wam_models.cli.eval", _eval, "measure how often a policy succeeds in simulators"),
     "ablate": ("wam_models.cli.ablate", _ablate, "compare the interaction programs in simulators, with intervals"),

@@ -91,7 +91,7 @@ class ChunkForward:
             bridge = bridge._replace(video=torch.cat([bridge.video] * repeat), timesteps=levels)
         elif bridge is not None:
             bridge = torch.cat([to_device(bridge, device)] * repeat)
-        fresh = self.model.embed_text(to_device(text, device), True, modes=modes, bridge=bridge)
+        fresh = self._embed_text(to_device(text, device), modes, bridge)
         if not self.text:
             self.text = fresh
             return
@@ -102,6 +102,25 @@ class ChunkForward:
                         old_tensor[b].copy_(new_tensor[i])
                         if self.layout.guided:
                             old_tensor[self.layout.batch + b].copy_(new_tensor[len(rollouts) + i])
+
+    def _embed_text(
+        self, text: Tensor, modes: Tensor | None, bridge: Tensor | BridgeVideo | None
+    ) -> list[PerStream[Text]]:
+        """Each sample on its own: products of more rows round otherwise, and who begins beside it is no matter of it.
+
+        A bridge that the model makes of its video is always that of all samples.
+        """
+        if isinstance(bridge, BridgeVideo):
+            return self.model.embed_text(text, True, modes=modes, bridge=bridge)
+        parts = []
+        for i in range(len(text)):
+            one, mode, own = (None if t is None else t[i : i + 1] for t in (text, modes, bridge))
+            assert one is not None
+            parts.append(self.model.embed_text(one, True, modes=mode, bridge=own))
+        return [
+            tuple(tuple(map(torch.cat, zip(*same, strict=True))) for same in zip(*streams, strict=True))  # type: ignore[misc]
+            for streams in zip(*parts, strict=True)
+        ]
 
     def set_context(self, rollouts: Sequence[int], context: Mapping[str, Tensor]) -> None:
         """Compute the keys and values of the given streams, after the text; ``context`` is that of some rollouts."""

@@ -1,0 +1,5 @@
+"""A policy behind a socket, for robots whose programs speak the protocol of ``openpi-client``."""
+
+from .server import PolicyServer
+
+__all__ = ["PolicyServer"]
