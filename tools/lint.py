@@ -51,6 +51,7 @@ LEVELS = (
         "wam_models.objectives",
         "wam_models.data",
         "wam_models.draw",
+        "wam_models.state_dicts",
         "wam_models.training_state",
     ),
     ("wam_models.text", "wam_models.costs"),

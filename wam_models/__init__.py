@@ -16,7 +16,6 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .data import LeRobotDataset as LeRobotDataset
     from .flow import TimestepDraw as TimestepDraw
     from .model.dual_expert import WorldActionModel as WorldActionModel
-    from .model.weights import load_weights as load_weights
     from .objectives import GJD as GJD
     from .objectives import GJD_MIXTURE as GJD_MIXTURE
     from .objectives import MODEL_PROGRAMS as MODEL_PROGRAMS
@@ -27,6 +26,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .rollout.episode import RolloutEngine as RolloutEngine
     from .rollout.policy import Policy as Policy
     from .rollout.schedule import Schedule as Schedule
+    from .state_dicts import load_weights as load_weights
     from .text import WordEmbedding as WordEmbedding
     from .text import umt5_encoder as umt5_encoder
     from .train.samples import StepConfig as StepConfig
@@ -63,7 +63,7 @@ HOME_OF = {
     "from_diffusers": "weights.convert",
     "golden_config": "config",
     "load_checkpoint": "checkpoint",
-    "load_weights": "model.weights",
+    "load_weights": "state_dicts",
     "read_weights": "weight_files",
     "save_checkpoint": "checkpoint",
     "sizes_from": "weights.convert",

@@ -24,8 +24,8 @@ from torch.distributed.checkpoint import CheckpointException
 
 from .config import ModelConfig
 from .model.dual_expert import WorldActionModel
-from .model.weights import abridged, bare_names, check_finite, load_weights, not_here
 from .runtime.json_fields import read_json
+from .state_dicts import abridged, bare_names, check_finite, load_weights, not_here
 from .text import WordEmbedding
 from .training_state import VALUES, SavedState, TrainingState, write_values
 from .weight_files import INDEX, SAVE_ID, read_tensors, stamp

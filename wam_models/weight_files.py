@@ -8,8 +8,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .model.weights import abridged
 from .runtime.json_fields import read_json
+from .state_dicts import abridged
 
 SAVE_ID = "save_id"  # entry of a file that save_checkpoint wrote, see there
 INDEX = ".index.json"  # ends the name of a list of shards, behind that of the file which they are in place of

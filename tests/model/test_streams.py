@@ -1,11 +1,13 @@
 """Models of other streams than two experts: one expert for all, three, or no actions; registers; numbers of OpenWAM."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch.utils._pytree import tree_map_only
 
+import wam_models.model
 from wam_kernels import Geometry, compile_plan, dense_mask
 from wam_kernels.masks import RULE_PROGRAMS
 from wam_kernels.masks.context import with_context
@@ -319,6 +321,11 @@ def test_a_tri_tower_under_the_mask_of_motus():
     assert given.grad.abs().sum(-1).all()
 
 
+def test_the_model_fits_in_one_reading():
+    folder = Path(wam_models.model.__file__).parent
+    assert sum(len(path.read_text().splitlines()) for path in folder.glob("*.py")) < 1200
+
+
 def test_refusals_name_what_is_wrong():
     with pytest.raises(ValueError, match="expert of stream a must be its own or one of .*'video', 'action'.* 'none'"):
         replace(SMALL, context=(Stream(name="a", width=4, ffn=4, tokens=1, expert="none"),))
@@ -376,10 +383,16 @@ def openwam_pair(topology: str, program: str, states: bool):
     return openwam_models, pipeline, ours, theirs
 
 
-@pytest.mark.parametrize("program,states", [("video_then_action", False), ("joint", True)])
-def test_forward_and_gradients_are_those_of_openwam(program, states, monkeypatch):
+@pytest.mark.parametrize(
+    "topology,program,states",
+    [
+        ("parallel_stream", "video_then_action", False),
+        ("parallel_stream", "joint", True),
+    ],
+)
+def test_forward_and_gradients_are_those_of_openwam(topology, program, states, monkeypatch):
     """With states: behind an external frame, which has no actions; ours of it are attended to by nothing."""
-    openwam_models, pipeline, ours, weights = openwam_pair("parallel_stream", program, states)
+    openwam_models, pipeline, ours, weights = openwam_pair(topology, program, states)
     core, steps, generator = pipeline.visual_tower.core, [], torch.Generator().manual_seed(1)
     execute = core.execute_runtime_step
     monkeypatch.setattr(core, "execute_runtime_step", lambda step: steps.append((step, execute(step))) or steps[-1][1])

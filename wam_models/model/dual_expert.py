@@ -3,7 +3,7 @@
 The blocks are in ``blocks``; what makes tokens of a stream's data, and flows of tokens, is in ``streams``.
 Letters of shapes: B samples, S tokens, F frames, n action tokens of a frame, A numbers of an action, C latent channels,
 D width of an expert, T timesteps of a stream, H heads, h head width, L text tokens, N context tokens, E features of
-one. Names of attributes are keys of the state dict, see ``weights``.
+one. Names of attributes are keys of the state dict, see ``state_dicts``.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..checkpoint import CONFIG, Checkpoint
 from ..data import ClipDataset
 from ..data.codec import SavedCodec
-from ..model.weights import abridged, check_finite
 from ..runtime.checks import number, whole
+from ..state_dicts import abridged, check_finite
 from ..text import WordEmbedding
 from ..training_state import VALUES, SavedState
 from .config import TrainConfig

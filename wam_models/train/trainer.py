@@ -25,11 +25,11 @@ from ..costs import Sizes
 from ..data import ClipDataset
 from ..data.latents import codec_kind
 from ..model.dual_expert import WorldActionModel
-from ..model.weights import abridged, check_finite, load_weights
 from ..rollout import RolloutConfig
 from ..rollout.policy import Policy
 from ..runtime.checks import instance, whole
 from ..runtime.limits import LARGEST_INT64
+from ..state_dicts import abridged, check_finite, load_weights
 from ..text import WordEmbedding
 from ..training_state import TrainingState
 from ..weights.parts import choose_parts, frozen_streams, merged

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from ..config import ModelConfig
 from ..model.dual_expert import WorldActionModel
-from ..model.weights import abridged, bare_names, not_here
 from ..runtime.checks import choice
 from ..runtime.json_fields import from_fields
+from ..state_dicts import abridged, bare_names, not_here
 from .layouts import LAYOUTS, PARTS, PATCHES, STATE, Layout, part_of
 
 

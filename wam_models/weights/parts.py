@@ -14,8 +14,8 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..model.weights import abridged
 from ..runtime.checks import writable_folder
+from ..state_dicts import abridged
 from .layouts import PARTS
 
 _BLOCKS = r"packed_block_stack\.packed_blocks\.\d+\."
