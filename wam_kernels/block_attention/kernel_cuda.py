@@ -1,4 +1,4 @@
-"""Block attention over a plan's boxes, the CUDA kernels for Hopper: ``csrc/block_attention/README.md`` has a picture.
+"""Block attention over a plan's boxes, the CUDA kernels for Hopper: ``csrc/README.md`` has a picture of them.
 
 Tensors go to the extension as (address, batch stride, token stride, head stride). Launched on the current stream of
 their device; errors come from csrc and name the argument.
