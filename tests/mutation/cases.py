@@ -259,11 +259,12 @@ def plan_outcomes(kernel: str, source: str) -> Iterator[tuple[str, str]]:
 
 
 def _plan_cases(kernel: str) -> tuple[tuple[str, Callable[[], object]], ...]:
-    if kernel == "stop":
-        from tests.plan import test_stop_gradient as stop
+    from tests.plan import test_stop_gradient as stop
 
+    if kernel == "stop":
         return (
-            ("actions to video", lambda: stop.check([small()], [("action", "video")], TileShape(8, 8))),
+            ("actions to video", lambda: stop.check([small()], [("action", "video")], [], TileShape(8, 8))),
+            ("frozen video", lambda: stop.check([small()], [], ["video"], TileShape(8, 8))),
             ("runs and their keys", stop.test_runs_and_their_keys_with_gradients),
             ("ranges", lambda: [stop.check_ranges(seed) for seed in range(8)]),
         )
@@ -277,5 +278,6 @@ def _plan_cases(kernel: str) -> tuple[tuple[str, Callable[[], object]], ...]:
         ("every kind of step", lambda: tests.test_every_program_with_steps_of_every_kind("joint")),
         ("ranges with holes", lambda: [tests.check(tests.random_ranges(seed)) for seed in range(8)]),
         ("few steps", tests.test_the_steps_of_a_tile_are_few),
+        ("frozen video", lambda: stop.check([small()], [], ["video"], TileShape(8, 8))),
         ("useful share", lambda: tests.test_the_useful_share_of_long_windows(34, 0.90, 0.89)),
     )

@@ -648,6 +648,7 @@ MUTANTS = (
     Mutant(
         "plan", "full steps of one sample twice", "count = (end - begin) // FULL", "count = (end - begin) // FULL + 1"
     ),
+    Mutant("plan", "dq takes the masked steps of frozen queries", ", 3:7] = 0", ", 4] = 0"),
     Mutant("plan", "a box has bits of its first column alone", "    if more.size:\n", "    if not more.size:\n"),
     Mutant(
         "plan",
@@ -678,7 +679,13 @@ MUTANTS = (
     Mutant(
         "stop",
         "marked ranges flow on",
-        "else _range_side(sample.gradient_rows)",
+        "else _range_side(sample.gradient_rows, sample.frozen_rows)",
         "else queries",
     ),
+    Mutant("stop", "keys of a frozen stream get gradients", "    stopped[:, frozen_streams(stops)] = True\n", ""),
+    Mutant(
+        "stop", "queries of a frozen stream get gradients", "frozen=frozen_streams(stops).take(stream)", "frozen=none"
+    ),
+    Mutant("stop", "frozen queries share tiles with others", "frozen.astype(np.int64)", "np.zeros_like(rows.start)"),
+    Mutant("stop", "pairs of frozen queries count", "self._pairs(self.queries, ~frozen)", "self._pairs(self.queries)"),
 )

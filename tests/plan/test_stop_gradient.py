@@ -68,6 +68,10 @@ def require_the_same_queries(plan: Plan, plain: Plan) -> None:
     tile=st.sampled_from([TileShape(8, 8), TileShape(16, 8, key_rows=8), None]),
 )
 def test_programs(samples, pairs, frozen, tile):
+    check(samples, pairs, frozen, tile)
+
+
+def check(samples, pairs, frozen, tile):
     length = sum(g.length for g in samples) + 7
     plan = compile_plan([samples], length=length, tile=tile, stop_gradient=pairs, frozen=frozen)
     flow, of_frozen, first = np.zeros((1, length, length), bool), np.zeros((1, length), bool), 0
