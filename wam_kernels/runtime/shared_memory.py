@@ -9,7 +9,7 @@ from types import MappingProxyType
 import torch
 
 # Bytes by compute capability (90 is 9.0): "Maximum amount of shared memory per thread block" of the CUDA Programming
-# Guide 13, section 5.1.3, table "Memory Information per Compute Capability". More than 48 KB are asked for by opting in.
+# Guide 13, section 5.1.3, table "Memory Information per Compute Capability". Kernels opt in to more than 48 KB.
 BLOCK_BYTES: Mapping[int, int] = MappingProxyType(
     {
         capability: kilobytes * 1024
