@@ -95,6 +95,7 @@ def test_flops_of_a_packed_forward_are_those_that_torch_counts(config, frames, i
         ("joint", {}),
         ("joint", {"guidance": 3.0, "steps": 3}),
         ("video_then_action", {"cache": "recomputed"}),
+        ("decoupled_same_step", {"cache": "last_frame"}),
         ("action_then_video", {"history": "video_only"}),
         ("action_noisy_to_video", {"video": Schedule(steps=1), "action": Schedule(steps=4, solver="heun")}),
         ("video_then_action", {"video": Schedule(steps=3, stop=0.2), "candidates": 3}),

@@ -282,6 +282,28 @@ def test_the_two_caches_differ_after_eviction_and_only_then():
             e.observe(*real(2, 40 + i))
 
 
+@pytest.mark.parametrize("history", HISTORIES)
+@pytest.mark.parametrize("program", ROLLED_OUT)
+def test_last_frame_makes_every_chunk_the_first_of_an_episode(program, history):
+    """Whatever was observed before, and with frames that do not fill a chunk; the window says nothing."""
+    options = {"chunk_size": 2, "history": history, "cache": "last_frame"}
+    episode = started(program, window=8, **options)
+    for i, frames in enumerate((2, 1, 3, 2)):
+        video, action = real(frames, 40 + i)
+        if i == 2:
+            episode.accept(episode.propose(**noises(2, 9)))  # which the observation replaces
+        episode.observe(video, action)
+        anew = started(program, window=2, **options)
+        anew.restart(range(B), video[:, :, -1:], randn(B, 3, 8, seed=1))
+        found, first = (e.propose(**noises(2, i)) for e in (episode, anew))
+        assert_same(found.video, first.video)
+        assert_same(found.action, first.action)
+    # and of the frame that a prediction ends with
+    episode.accept(found)
+    anew.restart(range(B), found.video[:, :, -1:], randn(B, 3, 8, seed=1))
+    assert_same(*(e.propose(**noises(2, 7)).action for e in (episode, anew)))
+
+
 # ---- observations ----
 
 

@@ -24,6 +24,9 @@ class Mask(NamedTuple):
     def names(self) -> list[str]:
         return self.rows.split("\n")[1].split()
 
+    def places(self, names: list[str]) -> list[int]:
+        return [self.names.index(name) for name in names]
+
     @property
     def matrix(self) -> np.ndarray:
         lines = [line.split() for line in self.rows.strip("\n").split("\n")[1:]]

@@ -12,13 +12,14 @@ from wam_kernels import RULE_PROGRAMS, dense_mask
 from wam_kernels.masks.context import with_context
 from wam_models import RolloutEngine, WorldActionModel, weights_from, weights_to
 from wam_models.objectives import OBJECTIVES, geometry_for
+from wam_models.rollout.layout import ChunkLayout
 from wam_models.train.recipe import Recipe
 from wam_models.train.step import training_step
 
 from .masks import MASKS, Mask
 
 PRESETS = Path(__file__).parents[2] / "recipes/presets"
-FRAMES, WINDOW = 3, 8
+FRAMES = 3
 
 
 def config(name: str):
@@ -49,9 +50,10 @@ def made(name: str, dtype=torch.float32) -> WorldActionModel:
 
 
 def step_config(name: str):
-    """Of the joint samples, on the three frames of the mask; a window that reaches all of them."""
-    chunk = MASKS[name].chunk
-    return replace(config(name).draws()[0].config, chunk_sizes=(chunk, chunk), windows=(WINDOW, WINDOW))
+    """Of the joint samples, on the three frames of the mask; of the windows the largest."""
+    chunk, settings = MASKS[name].chunk, config(name)
+    windows = (settings.windows[1],) * 2
+    return replace(settings.draws()[0].config, chunk_sizes=(chunk, chunk), windows=windows)
 
 
 def copies(per_frame: int, context: int) -> list[str]:
@@ -85,7 +87,7 @@ def test_the_mask_is_the_one_written_out(name):
     context = context_tokens(config(name).model)
     geometry = geometry_for(
         settings.program, OBJECTIVES["joint"], frames=FRAMES, video_tokens=1, action_tokens=1,
-        chunk_size=mask.chunk, window=WINDOW, history=settings.history,
+        chunk_size=mask.chunk, window=settings.windows[1], history=settings.history,
     )  # fmt: skip
     names = copies(1, context)
     found = with_context(geometry, context).dense_mask() if context else dense_mask(geometry)
@@ -94,6 +96,18 @@ def test_the_mask_is_the_one_written_out(name):
     # and what is listed attends to nothing else
     others = [i for i, name in enumerate(names) if name not in mask.names]
     assert not found[np.ix_(listed, others)].any()
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_the_last_chunk_of_a_rollout_attends_to_the_same(name):
+    mask, settings = MASKS[name], config(name).default_rollout()
+    before = FRAMES - mask.chunk
+    layout = ChunkLayout(replace(settings, chunk_size=mask.chunk), OBJECTIVES["joint"], 1, (1, 1), 1)
+    found, names = dense_mask(layout.geometry(0, before)), copies(1, 0)
+    keys = [k for k in mask.names if k != "C"]
+    queries = [q for q in keys if q[0] in "va" and int(q[1]) >= before]
+    ours, by_hand = [names.index(k) for k in keys], mask.matrix[np.ix_(*map(mask.places, (queries, keys)))]
+    np.testing.assert_array_equal(found[np.ix_([names.index(q) for q in queries], ours)], by_hand)
 
 
 @pytest.mark.parametrize("name", [name for name, mask in MASKS.items() if mask.system])
@@ -168,24 +182,25 @@ def test_twenty_steps_on_one_batch_halve_the_loss(name):
     assert losses[20] < losses[0] / 2
 
 
-# forwards of a chunk that denoise; of one whose actions alone are wanted; and how often its video is embedded
+# forwards of a chunk that denoise; of one whose actions alone are wanted; and how often its video is embedded: here and
+# there once more for the observed frame, for what a later stage attends to, or for features
 ROLLOUTS = {
     "openwam": (20, 20, 20),
     "openwam_parallel": (20, 20, 20),
     "openwam_gjd": (20, 20, 20),
-    "fast_wam_uncond": (10 + 10, 10, 0),
-    "fast_wam_joint": (10, 10, 10),
-    "fast_wam_idm": (10 + 10, 10 + 10, 10 + 1),
+    "fast_wam_uncond": (10 + 10, 10, 1),
+    "fast_wam_joint": (10, 10, 1 + 10),
+    "fast_wam_idm": (10 + 10, 10 + 10, 1 + 10 + 1),
     "lingbot_va": (25 + 50, 25 + 50, 25 + 1),
     "dreamzero": (16, 16, 16),
-    "motus": (10, 10, 10),
-    "uwm": (10, 10, 10),
-    "pad": (10, 10, 10),
-    "x_wam": (25, 5, 5),
-    "vpp": (10 + 10, 10, 1 + 1),  # for the features, and the history, which is new with them
+    "motus": (10, 10, 1 + 10),
+    "uwm": (10, 10, 1 + 10),
+    "pad": (10, 10, 1 + 10),
+    "x_wam": (25, 5, 1 + 5),
+    "vpp": (10 + 10, 10, 1 + 1),
     "dit4dit": (10 + 10, 10, 1 + 1),
-    "unipi": (10 + 10, 10 + 10, 10 + 1),
-    "giga_world_policy": (10, 10, 0),
+    "unipi": (10 + 10, 10 + 10, 1 + 10 + 1),
+    "giga_world_policy": (10, 10, 1),
 }
 
 

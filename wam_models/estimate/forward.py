@@ -58,7 +58,7 @@ class Part:
 
 def chunk_forward(
     s: Sizes, layout: ChunkLayout, streams: Sequence[int], noise: int, wanted: Sequence[int],
-    history: int | None = None, candidates: int = 1, heads: bool = True,
+    history: int | None = None, candidates: int = 1, heads: bool = True, there: int | None = None,
 ) -> Cost:  # fmt: skip
     """One forward of a chunk, as ``ChunkForward`` runs it.
 
@@ -71,6 +71,7 @@ def chunk_forward(
         history: Frames before the chunk; default a full window.
         candidates: Chunks at work of each rollout, which read the history once.
         heads: Whether wanted streams run through their heads too.
+        there: Frames of the chunk that are attended to; default all.
     """
     history = layout.reach if history is None else history
     c, samples, frames = s.model, layout.samples, layout.chunk_size
@@ -84,7 +85,11 @@ def chunk_forward(
         cost += block_rest(s, stream, rows[stream], timesteps, samples, bridge) * full
         cost += ends(s, stream, rows[stream], timesteps, rows[stream] if heads and stream in wanted else 0)
     geometry = layout.geometry(layout.reach, history)
-    spans = key_spans(geometry, history, tuple(streams), noise)
+    end_there = history + (frames if there is None else there)
+    spans = [
+        [(key, copy, first, min(end, end_there)) for key, copy, first, end in of_stream if first < end_there]
+        for of_stream in key_spans(geometry, history, tuple(streams), noise)
+    ]
     given = s.context_tokens
     visible = [sum((end - first) * s.tokens(key) for key, _, first, end in of_stream) + given for of_stream in spans]
     pairs = sum(rows[stream] * slots for stream, slots in zip(streams, visible, strict=True))
@@ -117,7 +122,8 @@ def rollout_chunk(
     if config.cache == "persistent":
         return [*parts, Part("accepted chunk to history", 1, tokens, chunk_forward(s, layout, kept, CLEAN, ()))]
     befores = range(0, layout.reach, layout.chunk_size)  # as if the episode began with the window
-    anew = sum((chunk_forward(s, layout, kept, CLEAN, (), before) for before in befores), Cost())
+    there = min(layout.reach, layout.chunk_size)
+    anew = sum((chunk_forward(s, layout, kept, CLEAN, (), before, there=there) for before in befores), Cost())
     return [*parts, Part("window computed anew", 1, tokens * len(befores), anew)]
 
 

@@ -15,7 +15,7 @@ from ..runtime.json_fields import from_fields
 from .schedule import Schedule, Trajectory, trajectory
 from .stages import stages
 
-CACHES = ("persistent", "recomputed")
+CACHES = ("persistent", "recomputed", "last_frame")
 # The conditional objectives denoise one frame at a time, over one frame of history.
 CONDITIONAL_CHUNK, CONDITIONAL_WINDOW = 1, 3
 
@@ -40,7 +40,9 @@ class RolloutConfig:
             computed when those were visible, and stay; equals a packed forward over the whole episode, as in
             training. ``"recomputed"``: before each chunk the window is computed anew, as if the episode began with
             it; equals a packed forward over the window, as in OpenWAM's rollouts, and costs a forward for each chunk
-            of the window.
+            of the window. ``"last_frame"``: the same of the frame before the chunk alone, whatever the window: each
+            chunk is the first of an episode that begins with that frame, as of a policy that is given one observation
+            (Fast-WAM).
         reuse_flow: Cosine from -1 to 1 of the flows of two successive forwards, from which on the next forward is left
             out and the last flow used again; None: never. See ``wam_models/rollout/skipping.py``.
         reuse_chunk: Relative change, at least 0, against the same forward of the last chunk, up to which what the

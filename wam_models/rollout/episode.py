@@ -566,7 +566,7 @@ class Episode:
     def set_context(self, context: Mapping[str, Tensor]) -> None:
         """Features of the given streams of all rollouts from now on, such as those of the frame that is observed now.
 
-        Keys and values of accepted chunks stay as they are, but for ``cache="recomputed"``.
+        Keys and values of accepted chunks stay as they are with ``cache="persistent"`` alone.
 
         Args:
             context: ``[B, N, E]`` of each given stream that is made of features, by name; N as at the start.
@@ -577,7 +577,7 @@ class Episode:
         self._check_model("set_context")
         self._check_context(context, self.layout.batch)
         self.forward.set_context(range(self.layout.batch), context)
-        self._stale |= self.config.cache == "recomputed"
+        self._stale |= self.config.cache != "persistent"
 
     def _first_bridge(self, given: Tensor | None, rollouts: int) -> Tensor | None:
         """That of a new rollout: of a model that makes its own, room for it."""
@@ -596,7 +596,7 @@ class Episode:
         chunk = started if c.bridge_sigma == 1 else self.chunk[VIDEO]
         video = bridge_video(c, torch.cat([last, chunk], 2), torch.cat([last, started], 2))
         self.forward.set_text(range(self.layout.batch), self._text, video)
-        self._stale |= self.config.cache == "recomputed"
+        self._stale |= self.config.cache != "persistent"
 
     def _set_text(self, rollouts: Sequence[int], text: Tensor, bridge: Tensor | None) -> None:
         if bridge is not None:
@@ -638,7 +638,7 @@ class Episode:
             self._moment = uuid.uuid4()
         if self.solver.skipping is not None:
             self.solver.skipping.remember_chunk()
-        self._stale = self.config.cache == "recomputed"
+        self._stale = self.config.cache != "persistent"
 
     def _append_observed(self, frames: dict[int, Tensor], counts: list[int]) -> None:
         """As :meth:`_append`, in place of all predictions of the rollouts that bring any frame."""
@@ -651,7 +651,7 @@ class Episode:
         lows = [self.layout.first_visible(f) for f in self.next_frame]
         for back in range(self.layout.reach, 0, -self.chunk_size):
             firsts = [max(f - back, low) for f, low in zip(self.next_frame, lows, strict=True)]
-            ends = [max(f - back + self.chunk_size, low) for f, low in zip(self.next_frame, lows, strict=True)]
+            ends = [max(min(f - back + self.chunk_size, f), low) for f, low in zip(self.next_frame, lows, strict=True)]
             counts = [end - first for first, end in zip(firsts, ends, strict=True)]
             if max(counts):
                 self._tell_state(firsts)

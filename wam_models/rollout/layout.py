@@ -44,13 +44,14 @@ class ChunkLayout:
         self.batch, self.grid, self.action_tokens, self.context_tokens = batch, grid, action_tokens, context_tokens
         self.streams = (VIDEO, ACTION) if action_tokens else (VIDEO,)
         self.chunk_size = CONDITIONAL_CHUNK if conditional else config.chunk_size
-        self.window = CONDITIONAL_WINDOW if conditional else config.window
+        # one that reaches the frame before the chunk
+        self.window = CONDITIONAL_WINDOW if conditional or config.cache == "last_frame" else config.window
         self.guided = config.guidance != 1 and not conditional
         self.samples = 2 * batch if self.guided else batch
         # A query of the stream that is resolved first attends to its other stream one order block further back: half a
         # chunk, if the window is odd. OpenWAM's rollouts cut that off.
         order_blocks = self.window + 1 if config.cache == "persistent" else self.window
-        self.reach = order_blocks // 2 * self.chunk_size
+        self.reach = 1 if config.cache == "last_frame" else order_blocks // 2 * self.chunk_size
         # Where later chunks attend to video alone, clean actions matter only to the clean video of their own chunk, in
         # programs in which that attends to them.
         video_only = conditional or config.history == "video_only"
@@ -65,6 +66,8 @@ class ChunkLayout:
 
     def geometry(self, start: int, history: int) -> Geometry:
         """``history`` frames, the first of them frame ``start``, and the chunk after them, as one packed sample."""
+        if self.config.cache == "last_frame":
+            start = 0  # whose actions nobody attends to
         return geometry_for(
             self.config.program,
             self.objective,
