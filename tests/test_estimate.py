@@ -1,6 +1,8 @@
 """The roofline model against PyTorch's counter over real forwards, against built models, and against counts by hand."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,12 +18,22 @@ from wam_models import RolloutConfig, RolloutEngine, Schedule, WorldActionModel,
 from wam_models.bridge import bridge_video
 from wam_models.config import Stream, golden_config
 from wam_models.costs import block_matrices, packed_forward
-from wam_models.estimate import PRESETS, Sizes, parameters, rollout_chunk, rollout_memory
+from wam_models.estimate import (
+    PRESETS,
+    Share,
+    Sizes,
+    parameters,
+    rollout_chunk,
+    rollout_memory,
+    train_memory,
+    train_step,
+)
 from wam_models.estimate.forward import optimizers
 from wam_models.estimate.memory import block_activations
 from wam_models.objectives import OBJECTIVES, frames_before_chunks, geometry_for
 from wam_models.rollout.layout import ChunkLayout
 from wam_models.train import TrainConfig
+from wam_models.train.engine import EngineConfig
 from wam_models.train.optimizers import make_optimizers
 
 SMALL = golden_config()
@@ -209,7 +221,7 @@ def test_optimizers_are_those_of_a_run(config):
         p.grad = torch.ones_like(p)
     muon, adamw = make_optimizers(torch.nn.ModuleDict({"model": model}), TrainConfig())
     got = counted(lambda: (muon.step(), adamw.step()))
-    assert got == optimizers(config, averaged=True).float32_flops
+    assert got == optimizers(config, TrainConfig()).float32_flops
     of_muon = sum(state["average"].numel() for state in muon.state.values())
     assert of_muon == sum(rows * columns * times for rows, columns, times in block_matrices(config))
 
@@ -242,6 +254,68 @@ def test_presets_are_those_of_models_at_full_size(name):
     others, _ = packed_forward(here, 1, frames, "joint", chunk_size=2, window=4, history="full")
     tokens = 2 * frames * (sizes.grid[0] * sizes.grid[1] + c.actions_per_frame)
     assert got == others.flops + c.layers * 4 * c.inner * tokens**2
+
+
+# ---- several GPUs ----
+
+
+def test_eight_gpus_share_a_step():
+    preset = PRESETS["libero"]
+    sizes, one = preset.sizes(), preset.train()
+    eight = replace(one, batch=8)
+    alone, shared = train_memory(sizes, one), train_memory(sizes, eight, 8)
+    for name in ("weights and gradients", "optimizers", "average"):
+        assert shared[name] == alone[name] // 8
+    assert shared["activations of blocks"] == alone["activations of blocks"]  # a sample each, as alone
+    assert shared["gathered blocks"] < 0.2 * alone["weights in bf16"]
+    for a, b in zip(train_step(sizes, one)[1:3], train_step(sizes, eight, 8)[1:3], strict=True):
+        assert a == b
+    # the tokens of one sample over all eight
+    split = replace(one, engine=EngineConfig(context_parallel=8))
+    for a, b in zip(train_step(sizes, one)[1:3], train_step(sizes, split, 8)[1:3], strict=True):
+        assert b.cost.flops == a.cost.flops // 8 and b.tokens == a.tokens // 8
+    # two forwards and a backward of weights in, gradients out, but for the own eighth
+    total = parameters(sizes.model)
+    assert Share.of(sizes, eight, 8).exchanged(sizes, 68) == pytest.approx(total * 7 / 8 * (2 + 2 + 4), rel=1e-6)
+    assert Share.of(sizes, one).exchanged(sizes, 68) == 0
+    hybrid = replace(eight, engine=EngineConfig(replicas=2))
+    assert train_memory(sizes, hybrid, 8)["average"] == alone["average"] // 4
+
+
+@pytest.mark.parametrize("config", [SMALL, OTHER], ids=["small", "other"])
+def test_what_is_computed_again_is_not_kept(config):
+    sizes, training = Sizes(config, GRID, TEXT), TrainConfig(model=config, batch=2, frames=5)
+
+    def activations(recompute):
+        return train_memory(sizes, replace(training, engine=EngineConfig(recompute=recompute)))["activations of blocks"]
+
+    of_block = block_activations(sizes, 2, 5)
+    tokens = 2 * 2 * 5
+    streams = sum(tokens * n * w for n, w in ((6, config.hidden), (config.actions_per_frame, config.action_hidden)))
+    assert activations("none") == config.layers * of_block
+    assert activations("block") == of_block + config.layers * 2 * streams
+    assert activations("block") < activations("selective") < activations("none") + of_block
+
+
+def test_packed_tokens_are_as_many_long_clips():
+    preset = PRESETS["libero"]
+    sizes, config = preset.sizes(), replace(preset.train(), frames=1000, tokens=100_000)
+    assert train_step(sizes, config)[1].tokens == 72_000  # one of 1,000 frames fits
+    split = replace(config, engine=EngineConfig(context_parallel=8))
+    assert train_step(sizes, split, 8)[1].tokens == 9_000
+
+
+def test_the_page_has_what_the_commands_print(capsys):
+    page = (Path(__file__).parents[1] / "docs/training.md").read_text()
+    rows = re.findall(r"\| `(wam train .* --gpus 8 .*)` \| (\S+) B \| (\S+) \| (\S+) \| (\S+) \|", page)
+    assert len(rows) == 2
+    for command, *figures in rows:
+        assert cli.main([*command.split()[1:], *"--device-model h100 --video-tokens 32 --text-tokens 512".split()]) == 0
+        out = capsys.readouterr().out
+        found = re.search(r"parameters +(\S+)\n.*\nmemory +(\S+) GB, fits", out)
+        ms, rate = re.search(r"takes at least (\S+) ms.* at most (\S+) tokens", out).groups()
+        billions = int(found[1].replace(",", "")) / 1e9
+        assert figures == [f"{billions:.2f}", found[2], ms, rate]
 
 
 # ---- the command line ----
@@ -289,6 +363,8 @@ def test_rollout_estimate_reads_a_checkpoint_without_its_weights(capsys, tmp_pat
         ("train --estimate --preset demo --device-model tpu", "--device-model must be one of ('h100', 'h200', "),
         ("train --estimate --device-model h100", "--estimate must have one of --preset, --data and --video-tokens"),
         ("train --estimate --preset demo --resume x", "--resume must be left out with --estimate"),
+        ("train --estimate --preset demo --gpus 8", "batch must be a multiple of 8 on --gpus 8, got 2"),
+        ("train --gpus 8 --data x --out y", "--gpus must be left out without --estimate"),
     ],
 )
 def test_a_bad_estimate_is_one_line(command, message, capsys):

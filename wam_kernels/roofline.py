@@ -33,6 +33,7 @@ class DeviceModel:
     bandwidth: float  # bytes a second, of the device's memory
     memory: float  # bytes of it
     source: str
+    link: float = 0.0  # bytes a second that come in from the other GPUs of its machine; 0: the data sheet has no NVLink
 
     def __str__(self) -> str:
         return (
@@ -44,11 +45,11 @@ class DeviceModel:
 # by the name that the command line takes
 DEVICE_MODELS: Mapping[str, DeviceModel] = MappingProxyType(
     {
-        "h100": DeviceModel("NVIDIA H100 80GB HBM3", 989e12, 67e12, 3.35e12, 80e9, "NVIDIA H100 SXM data sheet"),
-        "h200": DeviceModel("NVIDIA H200", 989e12, 67e12, 4.8e12, 141e9, "NVIDIA H200 SXM data sheet"),
+        "h100": DeviceModel("NVIDIA H100 80GB HBM3", 989e12, 67e12, 3.35e12, 80e9, "NVIDIA H100 SXM data sheet", 450e9),
+        "h200": DeviceModel("NVIDIA H200", 989e12, 67e12, 4.8e12, 141e9, "NVIDIA H200 SXM data sheet", 450e9),
         "h100-pcie": DeviceModel("NVIDIA H100 PCIe", 756e12, 51e12, 2.0e12, 80e9, "NVIDIA H100 PCIe data sheet"),
         "a100": DeviceModel(
-            "NVIDIA A100-SXM4-80GB", 312e12, 19.5e12, 2.039e12, 80e9, "NVIDIA A100 80GB SXM data sheet"
+            "NVIDIA A100-SXM4-80GB", 312e12, 19.5e12, 2.039e12, 80e9, "NVIDIA A100 80GB SXM data sheet", 300e9
         ),
         "l40s": DeviceModel("NVIDIA L40S", 362e12, 91.6e12, 0.864e12, 48e9, "NVIDIA L40S data sheet"),
         "rtx4090": DeviceModel(

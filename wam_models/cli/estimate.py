@@ -15,6 +15,7 @@ from ..config import ModelConfig
 from ..data import LeRobotDataset
 from ..estimate import (
     PRESETS,
+    Share,
     Sizes,
     report,
     rollout_chunk,
@@ -37,8 +38,8 @@ def check_estimate_flags(args: argparse.Namespace) -> None:
     """Raises ValueError where a flag of the estimate comes without --estimate."""
     if args.estimate:
         return
-    for flag in ("preset", "device_model", "video_tokens", "text_tokens"):
-        if getattr(args, flag) is not None:
+    for flag in ("preset", "device_model", "video_tokens", "text_tokens", "gpus"):
+        if getattr(args, flag, None) is not None:
             raise ValueError(f"--{flag.replace('_', '-')} must be left out without --estimate")
 
 
@@ -146,17 +147,33 @@ def training_estimate(args: argparse.Namespace, config: TrainConfig) -> str:
                 f"{args.config or '--set'}: frozen and lora must be left out with --estimate, which counts all weights"
             )
         sizes = _with_tokens(args, Sizes(config.model, _grid_of_data(args, config), DEFAULT_TEXT_TOKENS))
-    parts = train_step(sizes, config)
+    gpus = args.gpus or 1
+    share, parts = Share.of(sizes, config, gpus), train_step(sizes, config, gpus)
     ms = sum(part.ms(on) for part in parts)
     named = args.preset or args.config or "the defaults"
-    what = f"training of {named}, one step of {config.batch} x {config.frames} frames"
-    steps = args.steps or config.steps
-    work = total(parts[1:3])
-    ends = (
-        f"{steps:,} steps: at least {ms * steps / 3.6e6:.2f} hours; without the optimizers at most "
-        f"{parts[1].tokens / (work.ms(on) / 1e3):,.0f} tokens a second"
+    clips = (
+        f"packed clips of at most {config.frames} frames, {config.tokens:,} tokens"
+        if config.tokens
+        else (f"{config.batch} x {config.frames} frames")
     )
-    return f"{report(what, sizes, parts, train_memory(sizes, config), name, on)}\n{ends}"
+    what = f"training of {named}, one step of {clips}"
+    steps = args.steps or config.steps
+    ends = []
+    if gpus > 1:
+        what += f", on one of {gpus} GPUs"
+        moved = share.exchanged(sizes, config.frames)
+        if on.link:
+            ms = max(ms, 1e3 * moved / on.link)
+            beside = f"at least {1e3 * moved / on.link:.3f} ms at {on.link / 1e9:.0f} GB/s, beside the rest"
+        else:
+            beside = "whose time is not in this, for want of a link in the data sheet"
+        ends.append(f"from the other GPUs {moved / 1e9:.2f} GB a step, {beside}")
+    work = total(parts[1:3])
+    ends.append(
+        f"a step takes at least {ms:.1f} ms, {steps:,} steps {ms * steps / 3.6e6:.2f} hours; without the optimizers at "
+        f"most {gpus * parts[1].times * parts[1].tokens / (work.ms(on) / 1e3):,.0f} tokens a second"
+    )
+    return "\n".join([report(what, sizes, parts, train_memory(sizes, config, gpus), name, on), *ends])
 
 
 def _grid_of_data(args: argparse.Namespace, config: TrainConfig) -> tuple[int, int]:

@@ -111,6 +111,7 @@ def _train(parser: argparse.ArgumentParser) -> None:
     _recipe(parser)
     parser.add_argument("--camera", metavar="FEATURE", help="of --data; needed only where it has several")
     _estimate(parser)
+    parser.add_argument("--gpus", type=at_least(1), metavar="N", help="of --estimate: that train together; default: 1")
     limit = "training ends at whichever of --steps and --seconds comes first"
     parser.add_argument("--steps", type=at_least(1), metavar="N", help=limit)
     parser.add_argument("--seconds", type=positive_seconds, metavar="S", help=limit)

@@ -69,7 +69,8 @@ def examine(args: argparse.Namespace) -> tuple[list[str], list[str]]:
     lines.insert(0, f"model: {parameters(config.model):,} parameters")
     if device is not None and grids and not faults:
         sizes = Sizes(config.model, max(grids, key=lambda g: g[0] * g[1]), DEFAULT_TEXT_TOKENS)
-        needed, available = sum(train_memory(sizes, config).values()), memory(device)
+        estimated = faults_of(faults, train_memory, sizes, config)
+        needed, available = sum((estimated or {}).values()), memory(device)
         if needed > available:
             faults.append(
                 f"{source}: a step needs {needed / GB:.3g} GB (estimated), {device} has {available / GB:.3g}; make "

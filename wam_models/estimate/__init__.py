@@ -8,8 +8,9 @@ from .forward import Part, rollout_chunk, train_step
 from .memory import rollout_memory, train_memory
 from .presets import PRESETS
 from .report import report, total
+from .share import Share
 
 __all__ = [
-    "PRESETS", "Part", "Sizes", "parameters", "report", "rollout_chunk", "rollout_memory", "total", "train_memory",
-    "train_step",
+    "PRESETS", "Part", "Share", "Sizes", "parameters", "report", "rollout_chunk", "rollout_memory", "total",
+    "train_memory", "train_step",
 ]  # fmt: skip

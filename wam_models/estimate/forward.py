@@ -31,6 +31,7 @@ from ..rollout.layout import ChunkLayout
 from ..rollout.stages import Stage, stages
 from ..train.config import TrainConfig
 from ..train.optimizers import ROUNDS
+from .share import Share
 
 # bytes that a parameter costs in a step, in float32
 CAST_BYTES = 6  # read, and written in bf16
@@ -165,34 +166,48 @@ def _tokens(s: Sizes, layout: ChunkLayout, streams: Sequence[int]) -> int:
 # ---- training ----
 
 
-def train_step(s: Sizes, config: TrainConfig) -> list[Part]:
-    """One training step on a GPU, for the largest chunk and window that may be drawn and the first of the programs.
+def train_step(s: Sizes, config: TrainConfig, gpus: int = 1) -> list[Part]:
+    """What one GPU of a training step computes, for the largest chunk and window that may be drawn and the first of the
+    programs; packed clips are as many of the longest as there is room for.
 
     Products in bf16 from float32 weights, the optimizers in float32. The backward is counted as twice the forward (2.5
-    times in attention): what the inputs' own gradients would take, which nobody asks for, is in it.
+    times in attention): what the inputs' own gradients would take, which nobody asks for, is in it, and what
+    ``engine.recompute`` computes again.
+
+    Raises:
+        ValueError: ``gpus`` that the engine or the batch does not divide.
     """
-    program = config.programs[0]
+    share, program = Share.of(s, config, gpus), config.programs[0]
     others, attention = packed_forward(
-        s, config.batch, config.frames, program, chunk_size=config.chunk_sizes[1], window=config.windows[1],
+        s, share.clips, config.frames, program, chunk_size=config.chunk_sizes[1], window=config.windows[1],
         history=config.history,
     )  # fmt: skip
-    tokens = packed_tokens(s, config.batch, config.batch * config.frames)
+    tokens = share.of_samples(packed_tokens(s, share.clips, share.clips * config.frames))
     # 10 H D pairs for 4 H D, 8 tensors for 4
     backward = Cost(attention.flops * 5 // 2, attention.bytes * 2) + others * 2
+    if config.engine.recompute == "block":
+        backward += others + attention
+    forward, backward = (_shared(cost, share.split) for cost in (others + attention, backward))
+    cast = Cost(0, CAST_BYTES * parameters(s.model) // share.shards)
     return [
-        Part("weights to bf16", 1, 0, Cost(0, CAST_BYTES * parameters(s.model))),
-        Part(f"forward, {program}", 1, tokens, others + attention),
-        Part("backward", 1, tokens, backward),
-        Part("clipping and optimizers", 1, 0, optimizers(s.model, averaged=config.ema > 0)),
+        Part("weights to bf16", share.micro_batches, 0, cast),
+        Part(f"forward, {program}", share.micro_batches, tokens, forward),
+        Part("backward", share.micro_batches, tokens, backward),
+        Part("clipping and optimizers", 1, 0, _shared(optimizers(s.model, config), share.shards)),
     ]
 
 
-def optimizers(c: ModelConfig, *, averaged: bool) -> Cost:
-    """Clipping, Muon for the matrices of the blocks, AdamW for the rest, and the average of the weights."""
-    total, flops = parameters(c), 0
-    for rows, columns, times in block_matrices(c):
+def _shared(cost: Cost, count: int) -> Cost:
+    return Cost(cost.flops // count, cost.bytes // count, cost.float32_flops // count)
+
+
+def optimizers(c: ModelConfig, config: TrainConfig) -> Cost:
+    """Clipping, Muon for the matrices of the blocks where it is the optimizer, AdamW for the rest, and the average of
+    the weights."""
+    total, flops, muon = parameters(c), 0, 0
+    for rows, columns, times in block_matrices(c) if config.optimizer == "muon" else ():
         m, n = sorted((rows, columns))
         flops += times * ROUNDS * (4 * m * m * n + 2 * m**3)  # x x^T, its square, and their sum by x
-    muon = sum(rows * columns * times for rows, columns, times in block_matrices(c))
-    moved = total * (NORM_BYTES + EMA_BYTES * averaged) + MUON_BYTES * muon + ADAMW_BYTES * (total - muon)
+        muon += rows * columns * times
+    moved = total * (NORM_BYTES + EMA_BYTES * (config.ema > 0)) + MUON_BYTES * muon + ADAMW_BYTES * (total - muon)
     return Cost(0, moved, flops)

@@ -8,8 +8,7 @@ from ..costs import Sizes, block_matrices, parameters
 from ..rollout import RolloutConfig
 from ..train.config import TrainConfig
 from .forward import layout_of
-
-FLOAT32 = 4
+from .share import FLOAT32, Share
 
 
 def rollout_memory(s: Sizes, config: RolloutConfig, *, objective: str = "joint", batch: int = 1) -> dict[str, int]:
@@ -36,14 +35,46 @@ def block_activations(s: Sizes, samples: int, frames: int) -> int:
     return numbers * s.itemsize
 
 
-def train_memory(s: Sizes, config: TrainConfig) -> dict[str, int]:
-    """Bytes at the end of the forward of a training step, by name: weights in float32, products in bf16."""
-    total = parameters(s.model)
+def block_products(s: Sizes, samples: int, frames: int) -> int:
+    """Bytes of what the matrix products and attentions of one block give."""
+    c, numbers = s.model, 0
+    for place, stream in enumerate(c.streams):
+        rows = samples * (2 * frames * s.tokens(place) if place in s.denoised else stream.tokens)
+        numbers += rows * (6 * c.inner + 3 * stream.width + stream.ffn) + samples * s.texts * 2 * c.inner
+    return numbers * s.itemsize
+
+
+def block_inputs(s: Sizes, samples: int, frames: int) -> int:
+    """Bytes of the streams between two blocks."""
+    numbers = 0
+    for place, stream in enumerate(s.model.streams):
+        rows = samples * (2 * frames * s.tokens(place) if place in s.denoised else stream.tokens)
+        numbers += rows * stream.width
+    return numbers * s.itemsize
+
+
+def train_memory(s: Sizes, config: TrainConfig, gpus: int = 1) -> dict[str, int]:
+    """Bytes of one GPU at the end of a forward of a training step, by name: weights in float32, products in bf16.
+
+    Raises:
+        ValueError: ``gpus`` that the engine or the batch does not divide.
+    """
+    share, layers = Share.of(s, config, gpus), s.model.layers
+    total, n = parameters(s.model), share.shards
     muon = sum(rows * columns * times for rows, columns, times in block_matrices(s.model))
+    if config.optimizer == "adamw":
+        muon = 0
+    of_block = block_activations(s, share.clips, config.frames)
+    kept = {"none": of_block, "block": block_inputs(s, share.clips, config.frames)}
+    kept["selective"] = kept["block"] + block_products(s, share.clips, config.frames)
+    recompute = config.engine.recompute
+    # of the blocks two are gathered, one at work and the next, and one has its gradients
+    block = sum(rows * columns * times for rows, columns, times in block_matrices(s.model)) // layers
+    cast = s.itemsize * total if n == 1 else s.itemsize * (total - (layers - 2) * block) + FLOAT32 * block
     return {
-        "weights and gradients": 2 * FLOAT32 * total,
-        "optimizers": FLOAT32 * (muon + 2 * (total - muon)),
-        "average": FLOAT32 * total,
-        "weights in bf16": s.itemsize * total,
-        "activations of blocks": s.model.layers * block_activations(s, config.batch, config.frames),
+        "weights and gradients": 2 * FLOAT32 * total // n,
+        "optimizers": FLOAT32 * (muon + 2 * (total - muon)) // n,
+        "average": FLOAT32 * total // n,
+        "weights in bf16" if n == 1 else "gathered blocks": cast,
+        "activations of blocks": share.of_samples(layers * kept[recompute] + (recompute != "none") * of_block),
     }
