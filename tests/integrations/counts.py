@@ -1,4 +1,6 @@
-"""What one step of a stand-in does, unpatched and patched: operators, bytes moved, peak of live tensors. Not timed.
+"""What one step of a stand-in does, unpatched and patched: operators, bytes, peak of live tensors, Python calls.
+
+Nothing is timed.
 
     python -m tests.integrations.counts
 
@@ -8,16 +10,19 @@ A training step is forward and backward, with attention through a plan as at rel
 is under ``no_grad``, where calls of these sizes are dense. In both, norms are the fused ops, as on a GPU. Each
 is counted from the second on: what is found once for each mask or table (plans, rope tables) is found. A
 ``TorchDispatchMode`` gets every operator, one that this library has registered as one. What passes inside of an
-operator, attention's scores above all, is in no row.
+operator, attention's scores above all, or is found by it, as the index of rows, is in no row.
 
 - operators: those that launch a kernel on a GPU; views and bookkeeping do not count.
 - bytes: elements of their tensor arguments and results, an expanded element once. A lookup counts its whole table.
+- Python calls: functions entered, a kernel's backend not included: on a CPU that is Python, on a GPU a launch.
 - peak: storages that were born in the step and are still referenced (weak references), at the most after an operator.
 """
 
 from __future__ import annotations
 
 import gc
+import re
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,6 +49,7 @@ from wam_kernels.ops import OPS
 
 README = Path(integrations.__file__).parent / "README.md"
 NAME = "integrations"
+KERNEL = re.compile(r"wam_kernels/\w+/cpu\.py$")
 # views and bookkeeping: nothing is launched for them
 FREE = {
     "view", "_unsafe_view", "reshape", "transpose", "t", "permute", "expand", "slice", "select", "split", "unsqueeze",
@@ -105,14 +111,40 @@ def launches(call: Callable[[], object]) -> Counter[str]:
     return mode.of
 
 
-def peak_bytes(call: Callable[[], object]) -> int:
-    """Of ``call``; cycles of references stay until its end, so when they are collected does not matter."""
+@contextmanager
+def no_collection() -> Iterator[None]:
+    """What a collection of garbage ends or calls is not the step's."""
     gc.disable()
     try:
-        with Peak() as mode:
-            call()
+        yield
     finally:
         gc.enable()
+
+
+def python_calls(call: Callable[[], object]) -> int:
+    """Python functions that ``call`` enters, without those of a registered op's kernel."""
+    count = inside = 0
+
+    def look(frame, event: str, arg: object) -> None:
+        nonlocal count, inside
+        if event in ("call", "return"):
+            is_kernel = KERNEL.search(frame.f_code.co_filename) is not None
+            count += event == "call" and not inside and not is_kernel
+            inside += is_kernel * (1 if event == "call" else -1)
+
+    with no_collection():
+        sys.setprofile(look)
+        try:
+            call()
+        finally:
+            sys.setprofile(None)
+    return count
+
+
+def peak_bytes(call: Callable[[], object]) -> int:
+    """Of ``call``; cycles of references stay until its end, so when they are collected does not matter."""
+    with no_collection(), Peak() as mode:
+        call()
     return mode.bytes
 
 
@@ -135,7 +167,8 @@ def counted(run: Callable[[], object]) -> Row:
     run()
     with Launches() as mode:
         run()
-    return {"counted": True, "operators": mode.of.total(), "bytes": mode.bytes, "peak_bytes": peak_bytes(run)}
+    counts = {"operators": mode.of.total(), "bytes": mode.bytes, "peak_bytes": peak_bytes(run)}
+    return {"counted": True, **counts, "python_calls": python_calls(run)}
 
 
 def rows(step: str, system: str) -> list[Row]:
@@ -172,7 +205,10 @@ def recorded(step: str, system: str) -> list[Row]:
     return [select(shown, provider=provider)[-1] for provider in ("original", "wam")]
 
 
-HEAD = ["| system | step | operators | kB moved | peak, kB |", "| --- | --- | --: | --: | --: |"]
+HEAD = [
+    "| system | step | operators | kB moved | peak, kB | Python calls |",
+    "| --- | --- | --: | --: | --: | --: |",
+]
 
 
 def table() -> str:
@@ -183,7 +219,8 @@ def table() -> str:
             before, after = recorded(step, system)
             kb = [f"{before[key] / 1e3:,.0f} to {after[key] / 1e3:,.0f}" for key in ("bytes", "peak_bytes")]
             operators = f"{before['operators']} to {after['operators']}"
-            lines.append(f"| {' | '.join((system, step, operators, *kb))} |")
+            calls = f"{before['python_calls']:,} to {after['python_calls']:,}"
+            lines.append(f"| {' | '.join((system, step, operators, *kb, calls))} |")
     return "\n".join(lines) + "\n"
 
 

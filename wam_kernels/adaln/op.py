@@ -276,24 +276,34 @@ def _check(op: str, t: _Inputs, index: FrameIndex) -> None:
         )
 
 
-def uniform_gate_residual_norm(t: dict[str, Tensor | None], rows: int, eps: float) -> tuple[Tensor, Tensor]:
-    """r and h, each empty where there is none, for ``rows`` rows of equally many tokens, as :meth:`FrameIndex.uniform`.
+def uniform_gate_residual_norm(
+    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
+    gate_table: Tensor | None, shift_table: Tensor | None, scale_table: Tensor | None,
+    weight: Tensor | None, bias: Tensor | None, rows: int, eps: float,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """r and h, each of no meaning where there is none, for ``rows`` rows of equally many tokens, as
+    :meth:`FrameIndex.uniform`.
 
-    For graphs that are traced: the index of a length is found where the op runs. Nothing is checked.
+    For callers that know what they pass: nothing is checked. The index of a length is found where the op runs, so a
+    traced graph has none.
     """
-    inputs = _Inputs(**t)  # type: ignore[arg-type]
-    impl = select_backend("gate_residual_ada_layer_norm", _ROW, None, x=inputs.x)
+    inputs = x, y, gate, shift, scale, gate_table, shift_table, scale_table, weight, bias
+    impl = select_backend("gate_residual_ada_layer_norm", _ROW, None, x=x)
+    S = x.shape[1]
+    if impl == "cpu" and scale is not None and shift is not None and _is_plain(x, y, rows):
+        return x, reference.plain_norm(x, shift, scale, shift_table, scale_table, eps)
     if impl == "reference":
-        row_of_token = torch.arange(inputs.x.shape[1], device=inputs.x.device) // -(-inputs.x.shape[1] // rows)
-        r, h = reference.gate_residual_norm(*inputs, row_of_token, eps)
+        even = S % rows == 0
+        row_of_token = None if even else torch.arange(S, device=x.device) // -(-S // rows)
+        r, h = reference.gate_residual_norm(*inputs, row_of_token, eps, S // rows if even else 0)
         return r, r if h is None else h
     return autograd.call(torch.ops.wam.uniform_gate_residual_norm.default, *inputs, rows, eps, impl)
 
 
-def _is_plain(t: _Inputs, index: FrameIndex) -> bool:
+def _is_plain(x: Tensor, y: Tensor | None, rows: int) -> bool:
     """No more than a LayerNorm, in a call outside of a graph."""
-    one_row = t.y is None and index.frames == 1 and t.x.shape[0] > 0
-    return one_row and t.x.dtype == accumulator(t.x) and not torch.compiler.is_compiling()
+    one_row = y is None and rows == 1 and x.shape[0] > 0
+    return one_row and x.dtype == accumulator(x) and not torch.compiler.is_compiling()
 
 
 def _call(op: str, t: _Inputs, index: FrameIndex, eps: float, impl: str | None) -> tuple[Tensor, Any]:
@@ -301,7 +311,7 @@ def _call(op: str, t: _Inputs, index: FrameIndex, eps: float, impl: str | None) 
     _check(op, t, index)
     eps = number(op, "eps", eps, least=0.0)
     chosen, impl = impl, select_backend(op, _ROW, impl, x=t.x)
-    if chosen is None and impl == "cpu" and _is_plain(t, index):
+    if chosen is None and impl == "cpu" and _is_plain(t.x, t.y, index.frames):
         assert t.shift is not None and t.scale is not None
         return t.x, reference.plain_norm(t.x, t.shift, t.scale, t.shift_table, t.scale_table, eps)
     if impl == "reference":

@@ -8,7 +8,7 @@ from torch import Tensor
 def gate_residual_norm(
     x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor | None, scale: Tensor | None,
     gate_table: Tensor | None, shift_table: Tensor | None, scale_table: Tensor | None,
-    weight: Tensor | None, bias: Tensor | None, row_of_token: Tensor, eps: float, tokens_a_row: int = 0,
+    weight: Tensor | None, bias: Tensor | None, row_of_token: Tensor | None, eps: float, tokens_a_row: int = 0,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """r (x itself where y is None) and h (None without a norm). Any device.
 
@@ -23,6 +23,7 @@ def gate_residual_norm(
         rows_BFD = rows_BFD if table_D is None else rows_BFD + table_D.to(acc)
         if tokens_a_row:
             return rows_BFD.unsqueeze(2)
+        assert row_of_token is not None
         # on a GPU the backward of index_select adds in any order
         return rows_BFD[:, row_of_token.long()] if rows_BFD.is_cuda else rows_BFD.index_select(1, row_of_token)
 

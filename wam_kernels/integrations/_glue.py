@@ -13,10 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..adaln import ada_layer_norm, gate_residual_ada_layer_norm
 from ..adaln.config import MAX_D
 from ..adaln.op import uniform_gate_residual_norm
-from ..frame_index import FrameIndex
 from ._patching import Foreign, Patch, Unsupported
 
 
@@ -84,9 +82,14 @@ def require_rows(system: str, x: Tensor, *rows: Rows) -> None:
     Raises:
         Unsupported: tokens that are no ``[B, S, D]``, or a mixture of float64 and other dtypes.
     """
-    dtypes = {x.dtype, *(r.rows.dtype for r in rows), *(r.table.dtype for r in rows if r.table is not None)}
-    if x.ndim != 3 or torch.float64 in dtypes and len(dtypes) > 1 or not all(d.is_floating_point for d in dtypes):
-        names = ", ".join(sorted(map(str, dtypes)))
+    tensors = [x]
+    for r in rows:
+        tensors += (r.rows,) if r.table is None else (r.rows, r.table)
+    fine = x.ndim == 3
+    for t in tensors:
+        fine = fine and t.is_floating_point() and (t.dtype == torch.float64) == (x.dtype == torch.float64)
+    if not fine:
+        names = ", ".join(sorted({str(t.dtype) for t in tensors}))
         raise Unsupported(
             f"patch: {system}'s modulation must be of tokens [B, S, D] in floats of at most 32 bits, or float64 alone, "
             f"got {list(x.shape)} and {names}"
@@ -102,14 +105,15 @@ def promoted(x: Tensor, *others: Tensor | Rows | None) -> torch.dtype:
 
 def modulated(norm: Foreign, x: Tensor, shift: Rows, scale: Rows, dtype: torch.dtype | None = None) -> Tensor:
     """``LN(x) (1 + scale) + shift`` ``[B, S, D]`` of ``dtype``, that of ``x`` unless it is given."""
-    return _fused(_tokens(x, dtype or x.dtype), shift=shift, scale=scale, eps=norm.eps)[1]
+    return _fused(dtype, x, None, None, shift, scale, eps=norm.eps)[1]
 
 
 def added(x: Tensor, y: Tensor, gate: Rows | None, dtype: torch.dtype | None = None) -> Tensor:
     """``x + gate y`` ``[B, S, D]`` of ``dtype``, that of ``x`` unless it is given."""
-    x = _tokens(x, dtype or x.dtype)
-    y = _tokens(y, x.dtype)
-    return x + y if gate is None else _fused(x, y, gate)[0]
+    if gate is None:
+        x = x if dtype is None else x.to(dtype)
+        return x + y.to(x.dtype)
+    return _fused(dtype, x, y, gate)[0]
 
 
 def added_and_modulated(
@@ -119,8 +123,7 @@ def added_and_modulated(
     if gate is not None and gate.rows.shape[1] != shift.rows.shape[1]:
         r = added(x, y, gate, dtype)
         return r, modulated(norm, r, shift, scale)
-    x = _tokens(x, dtype or x.dtype)
-    return _fused(x, _tokens(y, x.dtype), gate, shift, scale, eps=norm.eps)
+    return _fused(dtype, x, y, gate, shift, scale, eps=norm.eps)
 
 
 def added_and_normed(
@@ -130,14 +133,12 @@ def added_and_normed(
 
     The sums over all tokens of weight and bias want long segments, which a row for every token does not have.
     """
-    x = _tokens(x, dtype or x.dtype)
-    y = _tokens(y, x.dtype)
     token_rows = gate is not None and gate.rows.shape[1] == x.shape[1]
     weight = getattr(norm, "weight", None)
-    if token_rows or weight is None or weight.dtype not in (x.dtype, torch.float32):
-        r = added(x, y, gate)
+    if token_rows or weight is None or weight.dtype not in (dtype or x.dtype, torch.float32):
+        r = added(x, y, gate, dtype)
         return r, norm(r)
-    return _fused(x, y, gate, affine=norm, eps=norm.eps)
+    return _fused(dtype, x, y, gate, weight=weight, bias=norm.bias, eps=norm.eps)
 
 
 def rows_of_mixture(t_mod: Tensor, block: Foreign) -> list[Rows]:
@@ -200,33 +201,31 @@ def rest_of_mixture(
 
 
 def _fused(
-    x: Tensor, y: Tensor | None = None, gate: Rows | None = None, shift: Rows | None = None, scale: Rows | None = None,
-    affine: Foreign = None, eps: float = 1e-6,
-) -> tuple[Tensor, Any]:  # fmt: skip
-    """r and h of ``gate_residual_ada_layer_norm``; h alone without ``y``."""
-    rows = {"gate": gate, "shift": shift, "scale": scale}
-    inputs: dict[str, Any] = {name: None if r is None else _of_batch(r, x) for name, r in rows.items()}
-    # PyTorch 2.7 traces neither |= of dicts nor next with a default
-    inputs.update({f"{name}_table": None if r is None else r.table for name, r in rows.items()})
-    counts = [r.rows.shape[1] for r in rows.values() if r is not None]
-    count = counts[0] if counts else 1
-    inputs.update(weight=getattr(affine, "weight", None), bias=getattr(affine, "bias", None))
-    if torch.compiler.is_compiling():
-        return uniform_gate_residual_norm({"x": x, "y": y, **inputs}, count, eps)
-    index = FrameIndex.uniform(x.shape[1], count, device=x.device)
-    if y is None:
-        norm_alone = {name: inputs[name] for name in ("shift", "scale", "shift_table", "scale_table")}
-        return x, ada_layer_norm(x, index=index, eps=eps, **norm_alone)
-    return gate_residual_ada_layer_norm(x, y, index=index, eps=eps, **inputs)
+    dtype: torch.dtype | None, x: Tensor, y: Tensor | None = None,
+    gate: Rows | None = None, shift: Rows | None = None, scale: Rows | None = None,
+    weight: Tensor | None = None, bias: Tensor | None = None, eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """r and h of ``gate_residual_ada_layer_norm`` for tokens that become ``dtype``; h alone without ``y``.
 
-
-def _tokens(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """``[B, S, D]`` of a dtype, channels side by side."""
-    t = t.to(dtype)
-    return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def _of_batch(rows: Rows, x: Tensor) -> Tensor:
-    t = rows.rows
-    t = t if t.stride(-1) == 1 else t.contiguous()
-    return t if t.shape[0] == x.shape[0] else t.expand(x.shape[0], -1, -1)
+    Up to here everything is as that op asks for it but for layouts, which it gets here, so its checks are left out: they
+    are most of what a short step would wait for.
+    """
+    if dtype is None:
+        dtype = x.dtype
+    if x.dtype != dtype or x.stride(-1) != 1:
+        x = x.to(dtype).contiguous()
+    if y is not None and (y.dtype != dtype or y.stride(-1) != 1):
+        y = y.to(dtype).contiguous()
+    count, rows, tables = 1, [], []
+    for r in (gate, shift, scale):
+        t = table = None
+        if r is not None:
+            t, table = r.rows, r.table
+            count = t.shape[1]
+            if t.stride(-1) != 1:
+                t = t.contiguous()
+            if t.shape[0] != x.shape[0]:
+                t = t.expand(x.shape[0], -1, -1)
+        rows.append(t)
+        tables.append(table)
+    return uniform_gate_residual_norm(x, y, *rows, *tables, weight, bias, count, eps)

@@ -26,6 +26,7 @@ from ..masks import RULE_PROGRAMS, RuleProgram
 from ..masks.ranges import Ranges
 from ..plan import Plan, compile_plan
 from ..qk_norm_rope import qk_norm_rope
+from ..qk_norm_rope.op import unchecked_qk_norm_rope
 from ..runtime.host import host_side, plain
 from ._patching import Cache, Foreign, Unsupported
 
@@ -185,11 +186,12 @@ def attend_under_mask(
     _require_qkv(system, q, k, v)
     mask = required_mask(mask)
     _require_lengths(system, q, k, mask.shape[-2], mask.shape[-1])
-    compiling = torch.compiler.is_compiling()
-    # a compiled rollout may be one CUDA graph, in which no mask can be read
-    if q.shape[1] * k.shape[1] <= DENSE_PAIRS or compiling and not torch.is_grad_enabled():
+    if q.shape[1] * k.shape[1] <= DENSE_PAIRS:
         return _dense(q, k, v, mask, scale)
-    if compiling:
+    if torch.compiler.is_compiling():
+        # a compiled rollout may be one CUDA graph, in which no mask can be read
+        if not torch.is_grad_enabled():
+            return _dense(q, k, v, mask, scale)
         return torch.ops.wam.mask_attention(q, k, v, mask, _scale(q, scale))[0]
     return _attend(system, q, k, v, PLANS.of(mask, q.device), scale)
 
@@ -230,11 +232,16 @@ def _scale(q: Tensor, scale: float | None) -> float:
 def _dense(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float | None) -> Tensor:
     mask = mask.to(q.device) if mask.dtype == torch.bool else mask.to(q.device, q.dtype)
     mask = mask[:, None] if mask.ndim == 3 else mask
-    q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     if k.shape[1] == 1:  # PyTorch 2.7 has no fused kernel for groups, but for keys that several heads share in memory
-        k, v = (t.expand(-1, q.shape[1], -1, -1) for t in (k, v))
+        k, v = k.expand(-1, q.shape[1], -1, -1), v.expand(-1, q.shape[1], -1, -1)
     grouped = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=grouped).transpose(1, 2)
+
+
+def of_heads(t: Tensor, heads: int) -> Tensor:
+    """``[B, S, H, D]`` of ``[B, S, H * D]``."""
+    return t.view(*t.shape[:-1], heads, -1)
 
 
 def _require_qkv(system: str, q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -337,11 +344,13 @@ def require_complex(system: str, freqs: Tensor) -> None:
 
 
 def norm_rope(
-    system: str, q: Tensor, k: Tensor, norm_q: Foreign, norm_k: Foreign, table: Tensor, **options
-) -> tuple[Tensor, ...]:
+    system: str, q: Tensor, k: Tensor, norm_q: Foreign, norm_k: Foreign, table: Tensor, head_dim: int,
+    per_head: bool = False, interleaved: bool = True, **cache: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """``qk_norm_rope`` with the weights of the model's two norms, refused as Unsupported where the op refuses them.
 
-    ``q`` and ``k`` ``[B, S, inner]`` as they leave their projections; returns ``[B, S, H, D]``.
+    ``q`` and ``k`` ``[B, S, inner]`` as they leave their projections; returns ``[B, S, H, D]``. ``cache`` is ``v`` and
+    ``out`` of the op, whose checks are left out without them: what they ask for is asked here or of the model.
     """
     for norm in (norm_q, norm_k):
         if norm.weight.dtype not in (q.dtype, torch.float32):
@@ -350,7 +359,20 @@ def norm_rope(
             )
     if k.dtype != q.dtype:
         raise Unsupported(f"patch: {system}'s keys must be {q.dtype} like its queries, got {k.dtype}")
-    return qk_norm_rope(q, k, norm_q.weight, norm_k.weight, table, eps=norm_q.eps, **options)
+    row = q.shape[1], head_dim // 2, 2
+    if table.shape not in (row, (q.shape[0], *row)) or table.device != q.device:
+        raise Unsupported(
+            f"patch: {system}'s rope must be of {row[0]} tokens and {head_dim} channels on {q.device} like its queries, "
+            f"got a table {list(table.shape)} on {table.device}"
+        )
+    options = norm_q.weight, norm_k.weight, table
+    if cache:
+        return qk_norm_rope(
+            q, k, *options, head_dim=head_dim, per_head=per_head, interleaved=interleaved, eps=norm_q.eps, **cache
+        )
+    if q.stride(-1) != 1 or k.stride(-1) != 1:
+        q, k = q.contiguous(), k.contiguous()
+    return unchecked_qk_norm_rope(q, k, *options, head_dim, per_head, interleaved, norm_q.eps)
 
 
 @lru_cache(maxsize=256)

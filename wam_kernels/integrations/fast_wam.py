@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _glue
-from ._kernels import Tables, attend_under_mask, norm_rope, require_complex, require_kernel
+from ._kernels import Tables, attend_under_mask, norm_rope, of_heads, require_complex, require_kernel
 from ._patching import Foreign, Patch, Unsupported, of_class, require_class, require_norms, require_parts
 
 SYSTEM = "Fast-WAM"
@@ -73,7 +73,7 @@ def _mixed_attention(
 ) -> Tensor:
     """attention of both experts under one mask."""
     heads = mot.num_heads if num_heads is None else num_heads  # VPP 2 gives those of the expert that attends
-    q, k, v = (t.unflatten(-1, (heads, -1)) for t in (q_cat, k_cat, v_cat))
+    q, k, v = of_heads(q_cat, heads), of_heads(k_cat, heads), of_heads(v_cat, heads)
     return attend_under_mask(SYSTEM, q, k, v, attention_mask).flatten(2)
 
 
@@ -85,7 +85,7 @@ def _build_io_of_rows(
     table = _table(tables, freqs, x.device)
     shift, scale, gate, *mlp = _glue.rows_of_mixture(t_mod, block)
     _glue.require_rows(SYSTEM, x, shift)
-    h = _glue.modulated(block.norm1, x, shift, scale, _glue.promoted(x, shift))
+    h = _glue.modulated(block.norm1, x, shift, scale, torch.promote_types(x.dtype, shift.dtype))
     return *_projected(block.self_attn, h, table), x, gate, *mlp, _is_checkpointed(expert)
 
 

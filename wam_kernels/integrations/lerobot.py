@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from . import _glue
-from ._kernels import Tables, attend_under_mask, norm_rope, require_complex, require_kernel
+from ._kernels import Tables, attend_under_mask, norm_rope, of_heads, require_complex, require_kernel
 from ._patching import Foreign, Patch, Unsupported, of_class, require_class, require_norms, require_parts
 
 SYSTEM = "lerobot Fast-WAM"
@@ -74,7 +74,8 @@ def _mixed_attention(layer: Foreign, q_cat: Tensor, k_cat: Tensor, v_cat: Tensor
     """attention of both experts under one mask."""
     full = layer.fp32_attention and not torch.is_autocast_enabled(q_cat.device.type)
     dtype = torch.float32 if full else v_cat.dtype
-    q, k, v = (t.to(dtype).unflatten(-1, (layer.num_heads, -1)) for t in (q_cat, k_cat, v_cat))
+    heads = layer.num_heads
+    q, k, v = of_heads(q_cat.to(dtype), heads), of_heads(k_cat.to(dtype), heads), of_heads(v_cat.to(dtype), heads)
     return attend_under_mask(SYSTEM, q, k, v, attention_mask).flatten(2)
 
 
@@ -85,7 +86,7 @@ def _build_io_of_rows(
     block, table = layer.blocks[name], _table(tables, freqs, x.shape[1])
     shift, scale, gate, *mlp = _glue.rows_of_mixture(t_mod, block)
     _glue.require_rows(SYSTEM, x, shift)
-    h = _glue.modulated(block.norm1, x, shift, scale, _glue.promoted(x, shift))
+    h = _glue.modulated(block.norm1, x, shift, scale, torch.promote_types(x.dtype, shift.dtype))
     return *_projected(layer, block, h, table), x, gate, *mlp, _is_checkpointed(layer, name)
 
 

@@ -63,5 +63,5 @@ def _attention(
     if isinstance(attention_mask, Tensor) and attention_mask.dtype == torch.bool:  # the original would add it
         got = list(attention_mask.shape)
         raise Unsupported(f"patch: {SYSTEM}'s attention_mask must be additive [B, 1, Sq, Sk], got torch.bool {got}")
-    q, k, v = (t.transpose(1, 2) for t in (query, key, value))
+    q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     return attend_under_mask(SYSTEM, q, k, v, attention_mask, scale=scaling), None

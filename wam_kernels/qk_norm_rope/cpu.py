@@ -9,7 +9,7 @@ sum in the same order every time (with as many threads: they set the size of a c
 float64); results are rounded when they are copied out.
 """
 
-from collections.abc import Iterator
+import math
 from typing import NamedTuple
 
 import torch
@@ -27,21 +27,21 @@ class _Chunk(NamedTuple):
     def of(self, t: Tensor, head_dim: int) -> Tensor:
         """The chunk of ``[B, S, inner]`` or ``[B, S, H, D]``, as ``[b, n, H, D]``."""
         part = t[self.batch, self.tokens]
-        return part if part.ndim == 4 else part.unflatten(-1, (-1, head_dim))
+        return part if part.ndim == 4 else part.view(*part.shape[:2], -1, head_dim)
 
 
-def _chunks(x: Tensor) -> Iterator[_Chunk]:
+_ALL = _Chunk(slice(None), slice(None))
+
+
+def _chunks(x: Tensor) -> list[_Chunk]:
     B, S, inner = x.shape
     if x.numel() == 0:
-        return
+        return []
     # every operation splits its chunk over all threads: the cache and the cost of a barrier are theirs together
     step = max(1, CPU_CHUNK * torch.get_num_threads() // inner)
     if B * S <= step:
-        yield _Chunk(slice(None), slice(None))
-        return
-    for b in range(B):
-        for start in range(0, S, step):
-            yield _Chunk(slice(b, b + 1), slice(start, start + step))
+        return [_ALL]
+    return [_Chunk(slice(b, b + 1), slice(start, start + step)) for b in range(B) for start in range(0, S, step)]
 
 
 def _rstd(x_bnHD: Tensor, per_head: bool, eps: float) -> Tensor:
@@ -65,8 +65,8 @@ def _turned(x_bnHD: Tensor, table: Tensor, scale: Tensor, interleaved: bool, bac
         turn = torch.view_as_complex(table) * scale
         if back:
             turn.conj_physical_()
-        pairs, to = (torch.view_as_complex(t.unflatten(-1, (-1, 2))) for t in (x_bnHD, out))
-        torch.mul(pairs, turn, out=to)
+        pairs = *x_bnHD.shape[:-1], -1, 2
+        torch.mul(torch.view_as_complex(x_bnHD.view(pairs)), turn, out=torch.view_as_complex(out.view(pairs)))
         return out
     cos, sin = (table * scale.unsqueeze(-1)).unbind(-1)
     first, second = x_bnHD.chunk(2, -1)
@@ -79,7 +79,8 @@ def _turned(x_bnHD: Tensor, table: Tensor, scale: Tensor, interleaved: bool, bac
 
 def _complex_strides(t: Tensor) -> bool:
     """Whether pairs of the last dim can be viewed as complex numbers in place."""
-    return t.storage_offset() % 2 == 0 and all(stride % 2 == 0 for stride in t.stride()[:-1])
+    *outer, _ = t.stride()
+    return t.storage_offset() % 2 == 0 and math.gcd(*outer) % 2 == 0
 
 
 def forward(

@@ -191,8 +191,10 @@ def _check_out(
         same_kind(_OP, "q", q, **{name: t})
         if t.stride(-1) != 1:
             raise ValueError(f"{_OP}: {name} must have last-dim stride 1, got {t.stride(-1)}")
-        if any(stride == 0 and size > 1 for stride, size in zip(t.stride(), t.shape, strict=True)):
-            raise ValueError(f"{_OP}: {name} must not be expanded, got strides {t.stride()}: its tokens share memory")
+        for stride, size in zip(t.stride(), t.shape, strict=True):
+            if stride == 0 and size > 1:
+                got = t.stride()
+                raise ValueError(f"{_OP}: {name} must not be expanded, got strides {got}: its tokens share memory")
 
 
 def _firsts(out_first: tuple[int, int]) -> tuple[int, int]:
@@ -200,6 +202,18 @@ def _firsts(out_first: tuple[int, int]) -> tuple[int, int]:
         raise ValueError(f"{_OP}: out_first must be 2 tokens, of q_out and of k_out and v_out, got {out_first}")
     q_first, kv_first = (integer(_OP, f"out_first[{i}]", first) for i, first in enumerate(out_first))
     return q_first, kv_first
+
+
+def unchecked_qk_norm_rope(
+    q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, table: Tensor,
+    head_dim: int, per_head: bool = False, interleaved: bool = True, eps: float = 1e-6,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """:func:`qk_norm_rope` for callers that know what they pass: nothing is checked."""
+    args = q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, eps
+    impl = select_backend(_OP, _ROW, None, q=q)
+    if impl == "reference":
+        return reference.qk_norm_rope(*args)
+    return autograd.call(torch.ops.wam.qk_norm_rope.default, *args, impl)
 
 
 def qk_norm_rope(

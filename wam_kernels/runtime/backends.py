@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Callable, Mapping
-from functools import wraps
+from functools import cache, wraps
 from importlib import import_module
 from types import ModuleType
 from typing import ParamSpec, TypeVar
@@ -18,6 +18,7 @@ T = TypeVar("T")
 MODULES = {"cpu": ".cpu", "triton": ".kernel_triton", "cuda": ".kernel_cuda"}
 
 
+@cache
 def launchers(package: str, impl: str) -> ModuleType:
     """The module of an op's folder with the launchers of ``impl``; imported at the first call that needs it.
 
