@@ -232,3 +232,25 @@ def test_patching_twice_is_refused():
         patch(torch.nn.ModuleList([mot]))
     with pytest.raises(ValueError, match="unpatch it first"):
         patch(mot)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"freqs": lambda t: t[1:]}, f"rope must be of {VIDEO} tokens and {D} channels on cpu like its queries"),
+        ({"t_mod": lambda t: t[:1].expand(3, -1, -1, -1)}, "must have rows of one shape"),
+        ({"t_mod": lambda t: t[..., :16]}, "must have rows of one shape"),
+        (
+            {"t_mod": lambda t: t.double()},
+            "floats of at most 32 bits, or float64 alone, got .* torch.float32, torch.float64",
+        ),
+    ],
+)
+def test_what_does_not_go_with_the_tokens(change, message):
+    """The ops' own checks are left out, so these stand between a wrong call and memory of others."""
+    mot, data = model(), inputs(VIDEO)["video"]
+    data |= {name: cut(data[name]) for name, cut in change.items()}
+    patch(mot)
+    block = mot.mixtures["video"].blocks[0]
+    with pytest.raises(Unsupported, match=message):
+        mot._build_expert_attention_io(mot.mixtures["video"], block, data["x"], data["freqs"], data["t_mod"])

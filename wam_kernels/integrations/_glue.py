@@ -213,19 +213,33 @@ def _fused(
     if dtype is None:
         dtype = x.dtype
     if x.dtype != dtype or x.stride(-1) != 1:
-        x = x.to(dtype).contiguous()
+        x = _tokens(x, dtype)
     if y is not None and (y.dtype != dtype or y.stride(-1) != 1):
-        y = y.to(dtype).contiguous()
-    count, rows, tables = 1, [], []
+        y = _tokens(y, dtype)
+    B, _, D = x.shape
+    if y is not None and y.shape != x.shape:
+        raise Unsupported(f"patch: what is added to tokens {list(x.shape)} must have their shape, got {list(y.shape)}")
+    count, rows, tables = 0, [], []
     for r in (gate, shift, scale):
         t = table = None
         if r is not None:
             t, table = r.rows, r.table
-            count = t.shape[1]
+            count = count or t.shape[1]
+            if t.shape[0] not in (1, B) or t.shape[1] != count or t.shape[2] != D:
+                raise Unsupported(
+                    f"patch: the modulation of tokens {list(x.shape)} must have rows of one shape [B, F, D], got "
+                    f"{list(t.shape)}"
+                )
             if t.stride(-1) != 1:
                 t = t.contiguous()
-            if t.shape[0] != x.shape[0]:
-                t = t.expand(x.shape[0], -1, -1)
+            if t.shape[0] != B:
+                t = t.expand(B, -1, -1)
         rows.append(t)
         tables.append(table)
-    return uniform_gate_residual_norm(x, y, *rows, *tables, weight, bias, count, eps)
+    return uniform_gate_residual_norm(x, y, *rows, *tables, weight, bias, count or 1, eps)
+
+
+def _tokens(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """``[B, S, D]`` of a dtype, channels side by side."""
+    t = t.to(dtype)
+    return t if t.stride(-1) == 1 else t.contiguous()
