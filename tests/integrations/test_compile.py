@@ -153,7 +153,7 @@ class Row(NamedTuple):
 
 
 def check_after(name: str, step: str, backend: CompileCounterWithBackend) -> None:
-    """One graph of fewer operations than the original's, as many as the row says for the PyTorch that it was made with."""
+    """One graph of fewer operations than the original's, as many as the row says for its PyTorch."""
     row = Row.of(name, step)
     assert backend.frame_count == row.graphs[1] == 1
     if torch.__version__.startswith("2.13."):

@@ -251,6 +251,7 @@ def test_what_does_not_go_with_the_tokens(change, message):
     mot, data = model(), inputs(VIDEO)["video"]
     data |= {name: cut(data[name]) for name, cut in change.items()}
     patch(mot)
-    block = mot.mixtures["video"].blocks[0]
     with pytest.raises(Unsupported, match=message):
-        mot._build_expert_attention_io(mot.mixtures["video"], block, data["x"], data["freqs"], data["t_mod"])
+        mot.prefill_video_cache(
+            data["x"], data["freqs"], data["t_mod"], data["context"], mask("fast_wam_joint")[:VIDEO, :VIDEO]
+        )

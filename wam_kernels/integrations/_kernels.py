@@ -362,8 +362,8 @@ def norm_rope(
     row = q.shape[1], head_dim // 2, 2
     if table.shape not in (row, (q.shape[0], *row)) or table.device != q.device:
         raise Unsupported(
-            f"patch: {system}'s rope must be of {row[0]} tokens and {head_dim} channels on {q.device} like its queries, "
-            f"got a table {list(table.shape)} on {table.device}"
+            f"patch: {system}'s rope must be of {row[0]} tokens and {head_dim} channels on {q.device} like its "
+            f"queries, got a table {list(table.shape)} on {table.device}"
         )
     options = norm_q.weight, norm_k.weight, table
     if cache:
