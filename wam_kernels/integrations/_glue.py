@@ -207,8 +207,8 @@ def _fused(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """r and h of ``gate_residual_ada_layer_norm`` for tokens that become ``dtype``; h alone without ``y``.
 
-    Up to here everything is as that op asks for it but for layouts and shapes, which are seen to here, so its checks are
-    left out: they are most of what a short step would wait for.
+    Up to here everything is as that op asks for it but for layouts, which are made here, and shapes, which are compared
+    here, so its checks are left out: they are most of what a short step would wait for.
     """
     if dtype is None:
         dtype = x.dtype
