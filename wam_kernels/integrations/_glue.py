@@ -219,7 +219,9 @@ def _fused(
     B, _, D = x.shape
     if y is not None and y.shape != x.shape:
         raise Unsupported(f"patch: what is added to tokens {list(x.shape)} must have their shape, got {list(y.shape)}")
-    count, rows, tables = 0, [], []
+    count = 0
+    rows: list[Tensor | None] = []
+    tables: list[Tensor | None] = []
     for r in (gate, shift, scale):
         t = table = None
         if r is not None:
@@ -236,7 +238,8 @@ def _fused(
                 t = t.expand(B, -1, -1)
         rows.append(t)
         tables.append(table)
-    return uniform_gate_residual_norm(x, y, *rows, *tables, weight, bias, count or 1, eps)
+    inputs = x, y, rows[0], rows[1], rows[2], tables[0], tables[1], tables[2], weight, bias
+    return uniform_gate_residual_norm(*inputs, count or 1, eps)
 
 
 def _tokens(t: Tensor, dtype: torch.dtype) -> Tensor:
