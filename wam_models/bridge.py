@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from wam_kernels.masks.visibility import VIDEO
+from wam_kernels.masks.visibility import ACTION, VIDEO
 
 from .config import ModelConfig
 from .flow import add_noise, timesteps
@@ -26,6 +26,13 @@ def bridge_video(config: ModelConfig, video: Tensor, noise: Tensor, trains: bool
     sigma[:, 0] = 0
     noised = add_noise(video.transpose(1, 2), noise.transpose(1, 2), sigma).transpose(1, 2)
     return BridgeVideo(noised, Uncast(timesteps(sigma)), trains)
+
+
+def video_attends_to_actions(program: str, history: str) -> bool:
+    """Whether the video attends to actions of its chunk or of earlier ones, and so to the features that these know."""
+    row = MODEL_PROGRAMS[program]
+    relations = row.noisy_to_noisy, row.noisy_to_clean, row.clean_to_clean
+    return history == "full" or any((VIDEO, ACTION) in relation.pairs for relation in relations)
 
 
 def rolls_out(config: ModelConfig, program: str, objective: Objective) -> bool:

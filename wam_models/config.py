@@ -104,7 +104,8 @@ class ModelConfig:
             the caller gives them. They are of the frame before a chunk, clean, and the chunk's frames, noised to
             ``bridge_sigma``, which attend to each other and to nothing else; ``bridge_dim`` is then ``hidden``.
         bridge_sigma: Noise level of these frames: at 1 they are the noise that a rollout begins with; below, a program
-            must resolve the video before the actions.
+            must resolve the video before the actions, and the video must not attend to earlier actions, which would
+            tell it what it comes to: ``history`` is ``"video_only"`` or ``"video_queries_video_only"``.
 
     Raises:
         ValueError: a value of the wrong type or outside its range; the message names the field.

@@ -12,6 +12,7 @@ from wam_kernels import Geometry, compile_plan, dense_mask
 from wam_kernels.masks import RULE_PROGRAMS
 from wam_kernels.masks.context import with_context
 from wam_models import RolloutConfig, RolloutEngine, WorldActionModel, golden_config
+from wam_models.bridge import bridge_video
 from wam_models.config import ModelConfig, Stream, wan_5b_config, wan_5b_small_action_config
 from wam_models.objectives import OBJECTIVES, frames_before_chunks, geometry_for
 from wam_models.train.samples import StepConfig
@@ -207,6 +208,75 @@ def test_the_keys_of_a_bridge_are_computed_once_and_can_be_replaced():
     assert torch.equal(with_second.action, again.action) and not torch.equal(with_first.action, again.action)
 
 
+@pytest.mark.parametrize(
+    "sigma,program,history,cache",
+    [
+        (1.0, "joint", "full", "recomputed"),
+        (0.5, "video_then_action", "video_only", "persistent"),
+        (0.5, "video_then_action", "video_queries_video_only", "recomputed"),
+    ],
+)
+def test_a_bridge_of_the_model_s_own_equals_a_packed_forward(sigma, program, history, cache):
+    """Of each chunk: one packed forward up to it, whose bridge is of its frame before and its own denoised video."""
+    size, window, chunks = 2, 8, 3
+    model = made(replace(SMALL, bridge_dim=64, bridge_layer=0, bridge_sigma=sigma)).requires_grad_(False)
+    config = RolloutConfig(program=program, chunk_size=size, window=window, steps=1, cache=cache, history=history)
+    first, text = randn(B, C, 1, *GRID), randn(B, 3, 8, seed=1)
+    episode = RolloutEngine(model, config).start(first, text)
+    noisy, clean = {"video": first, "action": randn(B, 1, 2, 7)}, {"video": first, "action": randn(B, 1, 2, 7)}
+    for i in range(chunks):
+        noise = {"video": randn(B, C, size, *GRID, seed=10 + i), "action": randn(B, size, 2, 7, seed=20 + i)}
+        candidate = episode.propose(**{f"{stream}_noise": t for stream, t in noise.items()})
+        last = clean["video"][:, :, -1:]
+        for stream, dim in (("video", 2), ("action", 1)):
+            noisy[stream] = torch.cat([noisy[stream], noise[stream]], dim)
+            clean[stream] = torch.cat([clean[stream], getattr(candidate, stream)], dim)
+        frames = clean["video"].shape[2]
+        geometry = geometry_for(
+            program, OBJECTIVES["joint"], frames=frames, video_tokens=TOKENS, action_tokens=2, chunk_size=size,
+            window=window, history=history,
+        )  # fmt: skip
+        level = torch.full((B, frames), 1000.0, dtype=torch.float64)
+        bridge = bridge_video(model.config, torch.cat([last, candidate.video], 2), torch.cat([last, noise["video"]], 2))
+        flows = model(
+            noisy["video"], clean["video"], noisy["action"], clean["action"], level, level, text,
+            compile_plan(geometry), bridge=bridge,
+        )  # fmt: skip
+        for stream, flow, dim in (("video", flows[0], 2), ("action", flows[1], 1)):
+            found, start = getattr(candidate, stream), frames - size
+            moved = (noisy[stream] - flow).narrow(dim, start, size)
+            torch.testing.assert_close(moved, found, rtol=1e-10, atol=1e-10)
+        episode.accept(candidate)
+
+
+def test_a_bridge_tells_no_video_its_future():
+    """Through actions that it attends to: then earlier chunks carry no loss of video, and late bridges are refused."""
+    model = made(replace(SMALL, bridge_dim=64, bridge_layer=0), torch.float32)
+    batch = {"video": randn(B, C, 7, *GRID), "action": randn(B, 7, 2, 7, seed=2), "text": randn(B, 3, 8, seed=1)}
+    batch = {k: v.float() for k, v in batch.items()}
+
+    def learned(**settings):
+        """Frames whose video, and whose actions, carry a loss."""
+        flows, config = [], StepConfig(mixture={"joint": 1}, chunk_sizes=(2, 2), **settings)
+        hook = model.register_forward_hook(lambda module, args, out: flows.extend(out))
+        loss, _ = training_step(model, batch, torch.Generator().manual_seed(0), config)
+        hook.remove()
+        video, action = torch.autograd.grad(loss, flows)
+        counts = video.transpose(1, 2).flatten(2).any(2)[0], action.flatten(2).any(2)[0]
+        return [frames.nonzero().flatten().tolist() for frames in counts]
+
+    assert learned(program="joint", history="video_only") == [[5, 6], [5, 6]]
+    assert learned(program="decoupled_same_step", history="full") == [[5, 6], [5, 6]]
+    assert learned(program="decoupled_same_step", history="video_only") == [[1, 2, 3, 4, 5, 6], [5, 6]]
+    late = made(replace(SMALL, bridge_dim=64, bridge_layer=0, bridge_sigma=0.5), torch.float32)
+    with pytest.raises(ValueError, match="must not let the video attend to actions .* got program 'joint'"):
+        training_step(late, batch, torch.Generator(), StepConfig(program="joint", mixture={"joint": 1}))
+    late = late.double().requires_grad_(False)
+    engine = RolloutEngine(late, RolloutConfig(program="video_then_action", chunk_size=2, steps=1))
+    with pytest.raises(ValueError, match="history must be video_only or .* for bridge_sigma=0.5"):
+        engine.start(randn(B, C, 1, *GRID), randn(B, 3, 8))
+
+
 def test_the_mode_token_says_which_objective_a_rollout_has():
     model = made(replace(SMALL, mode_token=True)).requires_grad_(False)
     engine = RolloutEngine(model, RolloutConfig(chunk_size=1, steps=1))
@@ -383,16 +453,27 @@ def openwam_pair(topology: str, program: str, states: bool):
     return openwam_models, pipeline, ours, theirs
 
 
-@pytest.mark.parametrize(
-    "topology,program,states",
-    [
-        ("parallel_stream", "video_then_action", False),
-        ("parallel_stream", "joint", True),
-    ],
-)
-def test_forward_and_gradients_are_those_of_openwam(topology, program, states, monkeypatch):
+def without_prefix_actions(geometry: Geometry):
+    """Attention of a packed sequence in which our model has actions of the external frame too: left out of it."""
+    frames, prefix, mask = geometry.video_frames, geometry.prefix_frames, torch.as_tensor(dense_mask(geometry))
+
+    def attend(layer, q, k, v):
+        places = torch.arange(q.shape[1])
+        for segment in (0, 1):
+            begin = 2 * frames * 4 + segment * (frames - prefix) * 2
+            places = torch.cat([places[:begin], places[begin + 2 * prefix :]])
+        out = torch.nn.functional.scaled_dot_product_attention(
+            *(t[:, places].transpose(1, 2) for t in (q, k, v)), attn_mask=mask
+        )
+        return torch.zeros_like(q).index_copy(1, places, out.transpose(1, 2))
+
+    return attend
+
+
+@pytest.mark.parametrize("program,states", [("video_then_action", False), ("joint", True)])
+def test_forward_and_gradients_are_those_of_openwam(program, states, monkeypatch):
     """With states: behind an external frame, which has no actions; ours of it are attended to by nothing."""
-    openwam_models, pipeline, ours, weights = openwam_pair(topology, program, states)
+    openwam_models, pipeline, ours, weights = openwam_pair("parallel_stream", program, states)
     core, steps, generator = pipeline.visual_tower.core, [], torch.Generator().manual_seed(1)
     execute = core.execute_runtime_step
     monkeypatch.setattr(core, "execute_runtime_step", lambda step: steps.append((step, execute(step))) or steps[-1][1])
@@ -410,18 +491,7 @@ def test_forward_and_gradients_are_those_of_openwam(topology, program, states, m
         history=str(getattr(payload["history_stream_visibility"], "value", payload["history_stream_visibility"])),
         chunk_origin=payload.get("chunk_origin_frame") or 0,
     )  # fmt: skip
-    mask = torch.as_tensor(dense_mask(geometry))
-
-    def attend(layer, q, k, v):  # of the packed sequence, without the actions of the external frame
-        places = torch.arange(q.shape[1])
-        for segment in (0, 1):
-            begin = 2 * frames * 4 + segment * (frames - prefix) * 2
-            places = torch.cat([places[:begin], places[begin + 2 * prefix :]])
-        out = torch.nn.functional.scaled_dot_product_attention(
-            *(t[:, places].transpose(1, 2) for t in (q, k, v)), attn_mask=mask
-        )
-        return torch.zeros_like(q).index_copy(1, places, out.transpose(1, 2))
-
+    attend = without_prefix_actions(geometry)
     by_frame = [action[name].detach().permute(0, 2, 3, 1, 4).flatten(3) for name in ("noisy_latents", "latent")]
     by_frame = [torch.nn.functional.pad(t, (0, 0, 0, 0, prefix, 0)) for t in by_frame]
     told = payload["per_chunk_proprio_state"][:, frames_before_chunks(frames, 2)] if states else None
@@ -443,6 +513,66 @@ def test_forward_and_gradients_are_those_of_openwam(topology, program, states, m
     for name, p in ours.named_parameters():
         wanted = weights[name].grad
         torch.testing.assert_close(p.grad, wanted, rtol=0, atol=1e-5 * largest, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("program", ["joint", "video_then_action"])
+def test_gradients_of_two_experts_with_states_are_those_of_openwam(program, monkeypatch):
+    """Behind an external frame, as in its LIBERO recipes: the state reaches the action expert by its own linear map."""
+    openwam_models, pipeline, ours, weights = openwam_pair("dual_expert", program, True)
+    packed_training = pytest.importorskip("open_wam.models.policy_variants.dual_expert.packed_training")
+    variant, seen, named = pipeline.policy_variant, {}, list(weights.values())
+    expert, denoise = variant.action_expert, "forward_dual_expert_packed_coupling_denoise"
+    pre, post, run = expert.pre_dit, expert.post_dit, getattr(packed_training, denoise)
+    tell = type(variant.conditioning).action_hidden_context_for_tokens
+
+    def forward(**given):
+        flow, hidden = run(**given)
+        seen.update(given, video_flow=flow)
+        return flow, hidden
+
+    def finish(*given):
+        flow = post(*given)
+        noisy = flow.chunk(2, 1)[0]
+        loss = seen["video_flow"].square().mean() + noisy.square().mean()
+        seen.update(action_flow=noisy.detach(), gradients=torch.autograd.grad(loss, named, retain_graph=True))
+        return flow
+
+    def told(conditioning, tower, state, **given):
+        seen["state"] = state
+        return tell(conditioning, tower, state, **given)
+
+    monkeypatch.setattr(packed_training, denoise, forward)
+    monkeypatch.setattr(expert, "pre_dit", lambda **given: seen.update(actions=given) or pre(**given))
+    monkeypatch.setattr(expert, "post_dit", finish)
+    monkeypatch.setattr(type(variant.conditioning), "action_hidden_context_for_tokens", told)
+    generator = torch.Generator().manual_seed(1)
+    extra = {"condition_latents": torch.randn(1, 48, 6, 4, 4, generator=generator)}
+    extra["proprio_context_frames"] = torch.randn(1, 6, openwam_models.STATE_DIM, generator=generator)
+    metadata = ({"sampled_chunk_size": 2, "sampled_window_size": 4, "history_frames": 1},)
+    openwam_models.train_step(pipeline, metadata=metadata, extra=extra)
+    frames, pad = seen["noisy_video_latents"].shape[2], torch.nn.functional.pad
+    geometry = Geometry(
+        program=program, video_frames=frames, video_tokens=4, action_frames=frames - 1, action_tokens=2, chunk_size=2,
+        window=4, prefix_frames=1, history=variant.config.history_stream_visibility, chunk_origin=0,
+    )  # fmt: skip
+    of_frames = [t.detach().unflatten(1, (-1, 2)) for t in seen["actions"]["action_tokens"].chunk(2, 1)]
+    level = seen["actions"]["timestep"].chunk(2, 1)[0].unflatten(1, (-1, 2))[..., 0]
+    # rope is relative: our frames begin at 0, the package's at -1
+    flows = ours(
+        seen["noisy_video_latents"].detach(), seen["clean_video_latents"].detach(),
+        *(pad(t, (0, 0, 0, 0, 1, 0)) for t in of_frames), seen["noisy_video_timesteps"].float(),
+        pad(level.float(), (1, 0)), seen["text_context"].detach(), attend=without_prefix_actions(geometry),
+        clean_video_timesteps=seen["clean_video_timesteps"].float(), state=pad(seen["state"], (0, 0, 1, 0)),
+    )  # fmt: skip
+    flows = flows[0], flows[1][:, 1:]
+    assert error(flows[0].detach(), seen["video_flow"].detach()) < 1e-5
+    assert error(flows[1].detach().flatten(1, 2), seen["action_flow"]) < 1e-5
+    (flows[0].square().mean() + flows[1].square().mean()).backward()
+    wanted = dict(zip(weights, seen["gradients"], strict=True))
+    largest = max(float(g.abs().max()) for g in wanted.values())
+    for name, p in ours.named_parameters():
+        torch.testing.assert_close(p.grad, wanted[name], rtol=0, atol=1e-5 * largest, msg=lambda m, n=name: f"{n}: {m}")
+    assert wanted["action_expert.hidden_context_proj.weight"].any()
 
 
 @pytest.mark.parametrize(

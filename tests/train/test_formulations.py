@@ -26,6 +26,7 @@ KINDS = {
     "one expert": {"topology": "parallel_stream", "state_dim": 8, "context": [REGISTERS], "mode_token": True},
     "video alone": {"topology": "video_only"},
 }
+LATE = {"programs": ["decoupled_same_step", "video_then_action"], "history": "video_queries_video_only"}
 
 
 class Room:
@@ -58,8 +59,7 @@ def of_tiny(root, config: TrainConfig) -> ClipDataset:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_leaves_a_policy_that_acts(kind, root, tmp_path):
-    late = {"programs": ["decoupled_same_step", "video_then_action"]} if kind == "late bridge" else {}
-    config = made(kind, **late)
+    config = made(kind, **LATE) if kind == "late bridge" else made(kind)
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     data = of_tiny(root, config)
     done = train(config, data, out=tmp_path, progress=False)
@@ -155,6 +155,12 @@ def test_refusals_name_the_field(data, root):
         ({"bridge_dim": 32}, {}, "without bridge_layer; call training_step"),
         ({"topology": "video_only"}, {"mixture": {"joint": 1, "inverse_dynamics": 1}}, "joint alone"),
         ({"topology": "video_only"}, {"video_marginal": 0.5}, "must be 0 for a model without actions"),
+        (
+            KINDS["late bridge"],
+            LATE | {"history": "full"},
+            "must not let the video attend .* history 'full'",
+        ),
+        (KINDS["late bridge"], LATE | {"programs": ["joint"]}, "must not let the video attend .* got .'joint'."),
         (KINDS["bridge"], {"counterfactual": {"inverse_dynamics": 1}}, "joint alone for .* bridge_layer=0"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -166,7 +172,7 @@ def test_refusals_name_the_field(data, root):
     ):
         with pytest.raises(ValueError, match=message):
             train(config, data, progress=False)
-    late = made("late bridge", steps=1)
+    late = made("late bridge", steps=1, **LATE)
     policy = train(late, data, progress=False).policy
     with pytest.raises(ValueError, match="must resolve the video before the actions .* got 'joint'"):
         evaluate(policy, [policy.clip(policy.dataset(root), 3)], cases=[("joint", "joint")], progress=False)

@@ -171,6 +171,11 @@ class RolloutEngine:
                 f"start: RolloutConfig.video must be denoised to the end for bridge_sigma={c.bridge_sigma}, got "
                 f"{self.config.video}"
             )
+        if c.bridge_layer is not None and c.bridge_sigma < 1 and self.config.history == "full":
+            raise ValueError(
+                "start: RolloutConfig.history must be video_only or video_queries_video_only for bridge_sigma="
+                f"{c.bridge_sigma}: the video must not attend to actions, which know what it comes to, got 'full'"
+            )
         choice(f"start with program {program}: objective", objective, possible if program == GJD else ("joint",))
         instance("start: observation", observation, Tensor)
         instance("start: text", text, Tensor)
@@ -401,6 +406,13 @@ class Episode:
         ran = solver.denoise(parts[0], self.next_frame, full)
         if own and not early:
             self._set_own_bridge(starts[0][VIDEO])
+            if self._stale:  # so are the keys of earlier actions, which know the bridge of the chunk before
+                held = {s: t.clone() for s, t in self.chunk.items()}
+                self._recompute_history()
+                for s, t in held.items():
+                    self.chunk[s].copy_(t)
+                self._tell_state(self.next_frame)
+                solver.promote(loops[0], self.next_frame)
             ran = [a + b for a, b in zip(ran, solver.denoise(parts[1], self.next_frame, full), strict=True)]
         left = {s: solver.level_left(stage, s) for stage in loops for s in stage.streams}
         candidates = []

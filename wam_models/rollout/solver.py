@@ -78,6 +78,12 @@ class Solver:
         chunk()
         return [sum(len(self._forwards(stage)) for stage in stages)] * len(firsts) * self.forward.candidates
 
+    def promote(self, stage: Stage, firsts: Sequence[int]) -> None:
+        """Compute the keys and values again of the stream that a stage has left clean, for these chunks."""
+        if stage.promoted is not None:
+            self.forward.set_frames((stage.promoted,), CLEAN, firsts)
+            self.forward.run_clean((stage.promoted,), self._level_of(stage, -1))
+
     def _forwards(self, stage: Stage) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         return list(stage.forwards({s: t.forwards for s, t in self.trajectories.items()}))
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from wam_kernels import PROGRAMS
 
+from ..bridge import video_attends_to_actions
 from ..config import ModelConfig
 from ..data import ClipDataset
 from ..data.clips import ACTION_FREE, COUNTERFACTUAL, TRAIN
@@ -317,6 +318,14 @@ def _check_objectives(config: TrainConfig) -> None:
             f"TrainConfig: mixture and counterfactual must have weight on joint alone for topology "
             f"{config.model.topology!r} and bridge_layer={config.model.bridge_layer}, got {conditional}"
         )
+    if config.model.bridge_layer is not None and config.model.bridge_sigma < 1:
+        knowing = [p for p in config.programs if video_attends_to_actions(p, config.history)]
+        if knowing:
+            raise ValueError(
+                "TrainConfig: programs and history must not let the video attend to actions for bridge_sigma="
+                f"{config.model.bridge_sigma}, which know what it comes to; got {knowing} with history "
+                f"{config.history!r}; give video_then_action with video_only"
+            )
     of_actions = {name: getattr(config, name) for name in ("video_marginal", "action_marginal", "action_free")}
     if not config.model.has_actions and any(of_actions.values()):
         raise ValueError(

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 from wam_kernels import Geometry, RuleGeometry, compile_plan
 from wam_kernels.masks.context import with_context
 
-from ..bridge import bridge_video
+from ..bridge import bridge_video, video_attends_to_actions
 from ..flow import add_noise, target, timesteps
 from ..model.blocks import BridgeVideo, Uncast, at_least_float32
 from ..model.dual_expert import WorldActionModel
@@ -96,9 +96,11 @@ def training_step(
     sizes = {"frames": frames, "video_tokens": rows * columns, "action_tokens": d.action.shape[2]}
     sizes |= {"chunk_size": chunk_size, "window": window}
     told = _told(inside, batch, d.objectives, chunk_size)
-    learned = 1  # first frame whose actions are
+    learned = imagined = 1  # first frame whose actions, whose video is
     if inside.config.bridge_layer is not None:
         learned, told["bridge"] = _own_bridge(inside, config, d.video, d.video_noise, chunk_size)
+        if video_attends_to_actions(config.program, config.history):
+            imagined = learned  # to the video of earlier chunks, the actions' features are of the future
     given = sum(s.tokens or batch[s.name].shape[1] for s in inside.config.context)
     samples = _visibility(config, d.objectives, d.action_free, given, sizes)
     one = len(set(samples)) == 1
@@ -118,7 +120,7 @@ def training_step(
     )
     # [B] each
     video_error = at_least_float32(video_flow) - target(d.video, d.video_noise)
-    video_error = video_error[:, :, 1:].square().flatten(1).mean(1)
+    video_error = video_error[:, :, imagined:].square().flatten(1).mean(1)
     action_error = torch.zeros_like(video_error)
     if action_flow is not None:
         wrong = at_least_float32(action_flow) - target(d.action, d.action_noise)
@@ -308,6 +310,12 @@ def _own_bridge(
     model: WorldActionModel, config: StepConfig, video: Tensor, noise: Tensor, chunk_size: int
 ) -> tuple[int, BridgeVideo]:
     """First frame of the last chunk, whose actions alone know the bridge that a rollout would give them; and that."""
+    if model.config.bridge_sigma < 1 and video_attends_to_actions(config.program, config.history):
+        raise ValueError(
+            "training_step: config must not let the video attend to actions for bridge_sigma="
+            f"{model.config.bridge_sigma}, which know what it comes to; got program {config.program!r} with history "
+            f"{config.history!r}; give 'video_then_action' with 'video_only'"
+        )
     before = frames_before_chunks(video.shape[2], chunk_size)[-1]
     trains = ("action", "video") not in config.stop_gradient
     return before + 1, bridge_video(model.config, video[:, :, before:], noise[:, :, before:], trains)
