@@ -159,7 +159,17 @@ SUITES = {
             threads=1,
             ceilings=False,
         ),
-        # These two need openwam, which is no requirement; the last takes minutes of training.
+        Suite(
+            "packed",
+            Section(
+                "Packed training steps: the loader against packs in memory",
+                ("workload", "tokens", "provider", "tokens/s", "ratio"),
+            ),
+            devices=("cpu",),
+            threads=1,
+            ceilings=False,
+        ),
+        # These need openwam, which is no requirement; the last takes minutes of training.
         Suite(
             "openwam",
             Section(
@@ -175,6 +185,15 @@ SUITES = {
                 ("program", "provider", "chunks", *EPISODE, "ratio_last", "ratio_total"),
             ),
             devices=("cpu",),
+        ),
+        Suite(
+            "training_openwam",
+            Section(
+                "A training step, compared with unmodified OpenWAM",
+                ("program", "tokens", "provider", "ms", "ms_min", "peak_MB", "ratio", "ratio_min", "ratio_peak"),
+            ),
+            devices=("cpu",),
+            threads=1,
         ),
         # predicted, on any machine
         Suite(

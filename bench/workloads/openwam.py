@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import harness
+from wam_models import RolloutConfig, RolloutEngine, WorldActionModel, load_weights
 from wam_models.config import ModelConfig
 
 RTOL = 1e-4
@@ -141,3 +143,60 @@ def wam_config() -> ModelConfig:
         action_ffn=2 * SIZES["action_hidden"],
         action_dim=openwam_package().ACTION_DIM, actions_per_frame=SIZES["per_frame"],
     )  # fmt: skip
+
+
+@contextmanager
+def recorded() -> Iterator[dict[str, list[Tensor]]]:
+    """What the package draws: its text and frame with ``randn``, its noise with ``randn_like``."""
+    drawn: dict[str, list[Tensor]] = {"randn": [], "randn_like": []}
+    originals = {name: getattr(torch, name) for name in drawn}
+
+    def recorder(name: str):
+        def draw(*args, **kwargs):
+            drawn[name].append(originals[name](*args, **kwargs))
+            return drawn[name][-1].clone()
+
+        return draw
+
+    for name in drawn:
+        setattr(torch, name, recorder(name))
+    try:
+        yield drawn
+    finally:
+        for name, original in originals.items():
+            setattr(torch, name, original)
+
+
+def compared(program: str, chunks: int) -> dict[str, list[float]]:
+    """Seconds of every chunk of both providers.
+
+    Raises:
+        RuntimeError: a chunk within the window that differs.
+    """
+    pipeline = make_pipeline("dual_expert", program)
+    with recorded() as drawn:
+        theirs, results = episode(pipeline, chunks, "openwam")
+    model = WorldActionModel(wam_config())
+    load_weights(model, golden_names(pipeline))
+    config = RolloutConfig(
+        program=program, chunk_size=SIZES["chunk"], window=SIZES["window"], steps=SIZES["steps"], history="video_only"
+    )  # fmt: skip
+    frame = results["1"][:, :, :1]
+    (text,) = (t for t in drawn["randn"] if t.shape == (1, TEXT_TOKENS, model.config.text_dim))
+    rollout = RolloutEngine(model.eval(), config).start(frame, text)
+    ours = []
+    for i in range(chunks):
+        # one draw for each stream, in the order in which the program resolves them
+        video, action = sorted(drawn["randn_like"][2 * i : 2 * i + 2], key=lambda t: -t.ndim)
+        begin = time.perf_counter()
+        candidate = rollout.propose(video_noise=video, action_noise=action.unflatten(1, (SIZES["chunk"], -1)))
+        rollout.accept(candidate)
+        ours.append(time.perf_counter() - begin)
+        assert candidate.action is not None and candidate.video is not None  # both were asked for
+        if (i + 1) * SIZES["chunk"] < SIZES["window"] // 2 * SIZES["chunk"]:
+            harness.require_equal(
+                f"{program}, chunk {i + 1}", candidate.action.flatten(1, 2), results[str(3 * i)], RTOL
+            )
+            latents = results[str(3 * i + 1)][:, :, -SIZES["chunk"] :]
+            harness.require_equal(f"{program}, chunk {i + 1}", candidate.video, latents, RTOL)
+    return {"openwam": theirs, "wam": ours}

@@ -18,6 +18,7 @@ from bench.workloads import attention as workloads
 from tests.bench import machine_code
 from wam_models import golden_config
 from wam_models.rollout.episode import Episode
+from wam_models.train.trainer import Trainer
 
 OPTIONS = Options(device="cpu", quick=True, seed=0)
 SMALL = replace(golden_config(), text_dim=8, freq_dim=16)
@@ -110,6 +111,18 @@ def _patched_openwam_is_off(patch: Patch) -> None:
     patch.setattr(module, "train_step", off)
 
 
+def _losses_are_off(patch: Patch) -> None:
+    train_step, runs = Trainer.train_step, list[Trainer]()
+
+    def off(self, step):
+        row = train_step(self, step)
+        if self not in runs:
+            runs.append(self)
+        return row | {"loss": row["loss"] * (1.001 if self is runs[0] else 1)}
+
+    patch.setattr(Trainer, "train_step", off)
+
+
 def _demo_without_training(patch: Patch) -> None:
     errors = dict.fromkeys(("action_rmse", "repeat_action_rmse", "psnr", "repeat_frame_psnr"), 0.5)
     report = {
@@ -158,6 +171,8 @@ EXAMPLES = {
     "short_calls": Example(
         _set("short_calls", CASES=[("fast_wam_joint", 2, 4, 3)]), _off("short_calls", "block_attention")
     ),
+    "packed": Example(_set("packed", WIDTH=32, TOKENS=400), _losses_are_off),
+    "training_openwam": Example(_small_openwam, _rollout_is_off, needs="open_wam"),
     "openwam": Example(_small_openwam, _patched_openwam_is_off, needs="open_wam"),
     "rollout_openwam": Example(_small_openwam, _rollout_is_off, needs="open_wam"),
     "static": Example(_one_kernel_by_hand, None),

@@ -228,11 +228,16 @@ class Trainer:
         sizes = Sizes(config.model, grid, self.text.tokens)
         self.meter = Meter(sizes, self.ranks.count, device, bf16=self.bf16)
         self.log: list[dict[str, Any]] = []
+        self._begin()
+
+    def _begin(self) -> None:
+        """From here on the run's seconds count."""
+        self.first_step, self.began = self.step, time.perf_counter()
+        self._spent = 0.0  # seconds, when the last step was done
 
     def run(self, folder: RunFolder | None = None, *, stop: Callable[[], bool], progress: bool = True) -> Trained:
         """Steps until the last one is done, time is up or ``stop`` says so; ``folder`` gets the log and checkpoints."""
-        self.first_step, self.began = self.step, time.perf_counter()
-        self._spent = 0.0  # seconds, when the last step was done
+        self._begin()
         done = self.step >= self.config.steps
         with ExitStack() as stack:
             show = stack.enter_context(self._progress_bar(progress and self.ranks.main))
@@ -241,7 +246,7 @@ class Trainer:
             stack.enter_context(self._saves_finished())
             steps = stack.enter_context(closing(self.steps()))
             while not done:
-                row = self._train_step(next(steps))
+                row = self.train_step(next(steps))
                 if self.evaluation is not None and self.step % self.evaluation.every == 0:
                     row["evaluation"] = self._evaluate(self.evaluation)
                 self.log.append(row)
@@ -291,7 +296,7 @@ class Trainer:
         while True:
             yield self._draw()
 
-    def _train_step(self, step: Batch | list[Pack]) -> dict[str, Any]:
+    def train_step(self, step: Batch | list[Pack]) -> dict[str, Any]:
         """Forward, backward, clip, update, average; returns the row for the log."""
         clips = [clip for pack in step for clip in pack.clips] if isinstance(step, list) else [step.clips]
         rate = self.config.rate(self.step, self.planned_end)
