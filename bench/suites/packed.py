@@ -24,7 +24,6 @@ from bench.harness import Options
 from bench.rows import ROOT, Row
 from wam_models.data import ClipDataset
 from wam_models.train.config import TrainConfig
-from wam_models.train.loader import PackLoader
 from wam_models.train.recipe import Recipe
 from wam_models.train.trainer import Trainer
 
@@ -39,21 +38,21 @@ def packed_config() -> TrainConfig:
 
 def rows(options: Options) -> Iterable[Row]:
     config = packed_config()
-    actions = {"actions_per_frame": config.actions_per_frame, "actions_per_token": config.actions_per_token}
-    data = ClipDataset(ROOT / "data/metaworld_demo", **actions)
+    data = ClipDataset(ROOT / "data/metaworld_demo", actions_per_frame=config.actions_per_frame)
     device = torch.device(options.device)
     runs = {name: Trainer(config, data, seed=options.seed, device=device) for name in ("loader", "memory")}
     rates: dict[str, list[float]] = {name: [] for name in runs}
     block, blocks = (2, 1) if options.quick else (BLOCK, BLOCKS)
     for turn in tqdm(range(blocks + 1), desc="packed", unit="block"):
-        first, found = turn * block, {}
+        found = {}
         for name, run in runs.items():
             begin = time.perf_counter()
             if name == "loader":
-                with closing(iter(PackLoader(run.draws, first))) as packs:
-                    found[name] = [run.train_step(next(packs)) for _ in range(block)]
+                with closing(run.steps()) as coming:
+                    found[name] = [run.train_step(next(coming)) for _ in range(block)]
             else:
-                held = list(islice(PackLoader(run.draws, first), block))
+                with closing(run.steps()) as coming:
+                    held = list(islice(coming, block))
                 begin = time.perf_counter()
                 found[name] = [run.train_step(packs) for packs in held]
             seconds = time.perf_counter() - begin
