@@ -629,6 +629,20 @@ def test_guidance_mixes_the_flows_with_and_without_text():
     assert_same(got.video, without.video + g * (with_text.video - without.video))
 
 
+@pytest.mark.parametrize("whose", ["video", "action"])
+def test_a_stream_has_a_guidance_of_its_own(whose):
+    g, other = 3.0, {"video": "action", "action": "video"}[whose]
+    guided = started("joint", steps=1, **{whose: {"guidance": g}})
+    plain, blind = started("joint", steps=1), started("joint", steps=1)
+    blind.restart([0, 1], randn(B, C, 1, *GRID), torch.zeros(B, 3, 8, dtype=torch.float64))
+    got, with_text, without = (e.propose(**noises(2, 0)) for e in (guided, plain, blind))
+    a, b = getattr(with_text, whose), getattr(without, whose)
+    assert_same(getattr(got, whose), b + g * (a - b))
+    assert_same(getattr(got, other), getattr(with_text, other))
+    # one that every stream turns off costs nothing
+    assert not started("joint", guidance=g, video={"guidance": 1}, action={"guidance": 1}).layout.guided
+
+
 def test_samples_of_a_batch_do_not_mix():
     together, alone = started("joint"), started("joint", batch=1)
     for i in range(3):

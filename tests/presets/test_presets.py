@@ -227,7 +227,7 @@ def test_a_rollout_follows_the_schedule_of_the_preset(name):
 
 def test_lingbot_va_acts_on_video_that_is_still_noisy():
     """The early stop of its paper: three steps down to noise level 0.4, and ten of the actions."""
-    asked = {"video": {"steps": 3, "stop": 0.4}, "action": {"steps": 10}}
+    asked = {"video": {"steps": 3, "stop": 0.4, "guidance": 5.0}, "action": {"steps": 10}}
     episode, draw = started("lingbot_va", made("lingbot_va"), **asked), torch.Generator().manual_seed(4)
     candidate = episode.propose(generator=draw)
     assert candidate.forwards == (13,) and candidate.video_level == pytest.approx(0.4)

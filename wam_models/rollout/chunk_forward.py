@@ -220,8 +220,8 @@ class ChunkForward:
         flows = {s: flow for s, flow in enumerate(found) if flow is not None}
         if layout.guided:
             halves = {s: flow.chunk(2) for s, flow in flows.items()}
-            g = layout.config.guidance
-            flows = {s: without + g * (text - without) for s, (text, without) in halves.items()}
+            strength = {s: layout.config.guidance_of(s) for s in flows}
+            flows = {s: without + strength[s] * (text - without) for s, (text, without) in halves.items()}
         return flows
 
     def run_clean(self, streams: Sequence[int], sigma: Mapping[int, Tensor]) -> None:

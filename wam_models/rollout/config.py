@@ -34,8 +34,9 @@ class RolloutConfig:
         action: The same of the actions, which must be denoised to the end.
         video_shift: Shift of the video's noise levels, from 0.001 to 1000.
         action_shift: Shift of the actions' noise levels, likewise.
-        guidance: Strength g of classifier-free guidance, ``flow(no text) + g (flow(text) - flow(no text))``; 1 is none
-            and costs nothing, else every forward is a batch of two.
+        guidance: Strength g of classifier-free guidance, ``flow(no text) + g (flow(text) - flow(no text))``, of a
+            stream whose schedule has none of its own; 1 is none. Unless both streams have none, which costs nothing,
+            every forward is a batch of two.
         cache: What frames that have left the window leave behind. ``"persistent"``: the keys of the frames in it were
             computed when those were visible, and stay; equals a packed forward over the whole episode, as in
             training. ``"recomputed"``: before each chunk the window is computed anew, as if the episode began with
@@ -115,7 +116,16 @@ class RolloutConfig:
     def trajectory(self, stream: int) -> Trajectory:
         """What the loop runs of a stream."""
         shift = self.video_shift if stream == VIDEO else self.action_shift
-        return trajectory(self.video if stream == VIDEO else self.action, self.steps, shift)
+        return trajectory(self.schedule(stream), self.steps, shift)
+
+    def schedule(self, stream: int) -> Schedule:
+        """That of a stream."""
+        return self.video if stream == VIDEO else self.action
+
+    def guidance_of(self, stream: int) -> float:
+        """Strength of a stream's guidance."""
+        own = self.schedule(stream).guidance
+        return self.guidance if own is None else own
 
 
 def _schedule(where: str, value: object) -> Schedule:

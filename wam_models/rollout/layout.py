@@ -46,7 +46,7 @@ class ChunkLayout:
         self.chunk_size = CONDITIONAL_CHUNK if conditional else config.chunk_size
         # one that reaches the frame before the chunk
         self.window = CONDITIONAL_WINDOW if conditional or config.cache == "last_frame" else config.window
-        self.guided = config.guidance != 1 and not conditional
+        self.guided = any(config.guidance_of(s) != 1 for s in self.streams) and not conditional
         self.samples = 2 * batch if self.guided else batch
         # A query of the stream that is resolved first attends to its other stream one order block further back: half a
         # chunk, if the window is odd. OpenWAM's rollouts cut that off.

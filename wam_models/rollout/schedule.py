@@ -35,6 +35,7 @@ class Schedule:
             and noised to that level, in place of noise.
         stop: Noise level at which denoising ends, below ``start``; of video alone. What is left noisy serves the
             actions and cannot be accepted as history.
+        guidance: Strength of its classifier-free guidance; default ``RolloutConfig.guidance``.
 
     Raises:
         ValueError: a value of the wrong type or outside its range; the message names the field.
@@ -44,6 +45,7 @@ class Schedule:
     solver: str = "euler"
     start: float = 1.0
     stop: float = 0.0
+    guidance: float | None = None
 
     def __post_init__(self) -> None:
         if self.steps is not None:
@@ -51,6 +53,8 @@ class Schedule:
         check_field(self, "solver", choice, tuple(SOLVERS))
         check_field(self, "start", number, 1e-3, 1)
         check_field(self, "stop", number, 0, 1)
+        if self.guidance is not None:
+            check_field(self, "guidance", number, 0)
         if self.stop >= self.start:
             raise ValueError(f"Schedule: stop must be below start={self.start}, got {self.stop}")
         if self.steps == 0 and self.stop:
