@@ -20,6 +20,8 @@ MASKS = [command for command in COMMANDS if command.startswith("wam mask ")]
 
 def test_every_row_has_a_command():
     assert len(ROWS) > 20 and {len(row) for row in ROWS} == {6}
+    scripts = [shlex.split(command)[1] for command in COMMANDS if command not in MASKS + TRAININGS]
+    assert all(re.match(r"examples/\w+\.py", path) and (ROOT / path).is_file() for path in scripts)  # test_examples.py
     assert [row[0] for row in ROWS if row[-1] == "-"] == ["GENIMA, VPP's first version"]  # out of scope
     assert {f"wam train recipes/presets/{path.name}" for path in (ROOT / "recipes/presets").glob("*.toml")} <= set(
         COMMANDS
@@ -33,7 +35,8 @@ def test_masks(command, capsys):
 
 
 QUICK = [f"wam train recipes/presets/{name}.toml" for name in ("fast_wam_uncond", "lingbot_va", "motus", "vpp")]
-SLOW_BUT = [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in COMMANDS if c not in MASKS]
+TRAININGS = [command for command in COMMANDS if command.startswith("wam train ")]
+SLOW_BUT = [c if c in QUICK else pytest.param(c, marks=pytest.mark.slow) for c in TRAININGS]
 
 
 @pytest.mark.parametrize("command", SLOW_BUT)

@@ -16,6 +16,7 @@ from wam_models.rollout.layout import ChunkLayout
 from wam_models.train.recipe import Recipe
 from wam_models.train.step import training_step
 
+from .dense import Densely
 from .masks import MASKS, Mask
 
 PRESETS = Path(__file__).parents[2] / "recipes/presets"
@@ -119,30 +120,6 @@ def test_the_mask_is_that_of_the_system(name):
     cached = np.isin(mask.names, mask.cached.split())
     np.testing.assert_array_equal(found[~cached], mask.matrix[~cached])
     assert (found[cached] > mask.matrix[cached]).any(1).all()  # else they need not be named
-
-
-class Densely(nn.Module):
-    """A model whose attention is a softmax over the mask by hand, in place of a plan."""
-
-    def __init__(self, model: WorldActionModel, mask: np.ndarray, names: list[str], insulated: bool) -> None:
-        super().__init__()
-        self.module, self.mask = model, torch.from_numpy(mask)
-        streams = np.array([{"A": "action", "C": "context"}.get(name[:1].upper(), "video") for name in names])
-        self.action, self.video = (torch.from_numpy(streams == s) for s in ("action", "video"))
-        self.action &= insulated
-
-    def forward(self, *inputs, **named):
-        named.pop("impl")
-
-        def dense(q, k, v):
-            scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * q.shape[-1] ** -0.5
-            return torch.einsum("bhqk,bkhd->bqhd", scores.masked_fill(~self.mask, float("-inf")).softmax(-1), v)
-
-        def attend(layer, q, k, v):
-            blind = (torch.where(self.video[:, None, None], t.detach(), t) for t in (k, v))
-            return torch.where(self.action[:, None, None], dense(q, *blind), dense(q, k, v))
-
-        return self.module(*inputs[:-1], attend=attend, **named)  # without the plan
 
 
 @pytest.mark.parametrize("name", MASKS)
