@@ -19,9 +19,11 @@ STEPS, CANDIDATES, DISCOUNT = 30, 8, 0.9
 
 torch.manual_seed(0)
 data, draw = wam.ClipDataset(DATA), torch.Generator().manual_seed(0)
-size = {"hidden": 64, "heads": 4, "head_dim": 16, "layers": 2, "ffn": 256, "patch": (1, 1, 1), "rope_theta": 100.0}
-unused = dict.fromkeys(("action_hidden", "action_ffn", "action_dim", "actions_per_frame"), 1)  # sizes of no stream
-model = wam.WorldActionModel(wam.ModelConfig(topology="video_only", latent_channels=17, text_dim=32, **size, **unused))
+sizes = wam.ModelConfig(
+    topology="video_only", hidden=64, heads=4, head_dim=16, layers=2, ffn=256, latent_channels=17, text_dim=32,
+    patch=(1, 1, 1), rope_theta=100.0, action_hidden=1, action_ffn=1, action_dim=1, actions_per_frame=1,
+)  # fmt: skip
+model = wam.WorldActionModel(sizes)
 words = wam.WordEmbedding.from_instructions(data.tasks, 32)
 optimizer = torch.optim.AdamW([*model.parameters(), *words.parameters()], lr=3e-3)
 # one chunk of three frames behind the observed one
@@ -40,8 +42,13 @@ for number in range(STEPS):
     print(f"step {number + 1}: loss {loss.item():.3f}")
 
 
+def frame_of(candidate: wam.Candidate, place: int) -> torch.Tensor:
+    assert candidate.video is not None
+    return candidate.video[:, :, [place]]
+
+
 def value(candidate: wam.Candidate) -> torch.Tensor:
-    return from_frame(candidate.video[:, :, [VALUE]], 1)[:, 0]
+    return from_frame(frame_of(candidate, VALUE), 1)[:, 0]
 
 
 config = wam.RolloutConfig(program="joint", chunk_size=3, steps=5, cache="last_frame", candidates=CANDIDATES)
@@ -51,7 +58,8 @@ with torch.no_grad():
 episode = wam.RolloutEngine(model.eval(), config).start(clip["video"][:, :, :1], text)
 for frame in (1, 2):
     chosen = best(episode.propose_many(generator=draw), value)
-    actions = from_frame(chosen.video[:, :, [ACTIONS]], clip["action"][0, 0].numel()).view_as(clip["action"][:, 0])
-    error = (chosen.video[:, :, FUTURE] - clip["video"][:, :, frame]).square().mean().sqrt()
+    actions = from_frame(frame_of(chosen, ACTIONS), clip["action"][0, 0].numel()).view_as(clip["action"][:, 0])
+    shown = clip["video"][:, :, [frame]]  # by the camera, once they are executed
+    error = (frame_of(chosen, FUTURE) - shown).square().mean().sqrt()
     print(f"value {value(chosen).item():.2f}, actions {list(actions.shape)}, error of the future {error:.2f}")
-    episode.observe(clip["video"][:, :, frame : frame + 1], None)  # what the camera shows then
+    episode.observe(shown, None)
