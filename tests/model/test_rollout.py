@@ -92,7 +92,7 @@ def attend_densely(geometry):
     return attend
 
 
-def dense_chunk(episode, video, action, *, update=("video", "action")):
+def dense_chunk(episode, video, action, *, update=("video", "action"), committed=None):
     """A chunk denoised by packed forwards with dense masks over window and chunk, written from the spec alone.
 
     Everything that the chunk must not attend to (noisy copies of history, clean copies of the unresolved) holds junk.
@@ -130,9 +130,19 @@ def dense_chunk(episode, video, action, *, update=("video", "action")):
     paths = {name: config.trajectory(i) for i, name in enumerate(now)}
     levels = {k: path.levels.tolist() for k, path in paths.items()}
     lasts = {"video": past_video[:, :, -1:], "action": past_action[:, -1:]}
+    first_noise, held = action.flatten(1, 2), 0 if committed is None else committed.shape[1]
+
+    def hold(level):
+        """The first actions are on the line from their noise to what they are committed to be."""
+        if held:
+            flat = now["action"].flatten(1, 2).clone()
+            flat[:, :held] = (1 - level) * committed + level * first_noise[:, :held]
+            now["action"] = flat.reshape(now["action"].shape)
+
     for k in (k for stage in stages for k in stage):
         start = paths[k].levels[0].item()
         now[k] = (1 - start) * lasts[k] + start * now[k]
+    hold(levels["action"][0])
     for stage in stages:
         states = {k: [now[k], *[torch.full_like(now[k], torch.nan)] * paths[k].kept] for k in stage}
         for i in range(max(paths[k].forwards for k in stage)):
@@ -160,6 +170,9 @@ def dense_chunk(episode, video, action, *, update=("video", "action")):
                     rows = paths[k].updates[i].tolist()
                     states[k] = [sum(w * x for w, x in zip(row, before, strict=True) if w) for row in rows]
                     now[k] = states[k][0]
+                    if k == "action":
+                        hold(levels[k][i + 1])
+                        states[k][0] = now[k]
         for k in stage:
             clean[k] = now[k]
             clean_level = paths[k].end if k == "video" else clean_level

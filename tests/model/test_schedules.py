@@ -116,16 +116,52 @@ def test_any_schedules_equal_packed_forwards(data):
     episode = started(program, candidates=count, **config)
     episode.observe(*real(data.draw(st.integers(1, 4), "frames"), 3))
     noise = [noises(2, i) for i in range(count)]
-    found = episode.propose_many(want=want, **{k: [n[k] for n in noise] for k in noise[0]})
+    held = data.draw(st.integers(0, 4), "committed") if count == 1 else 0
+    committed = real(2, 5)[1].flatten(1, 2)[:, :held] if held else None
+    if count == 1:
+        found = [episode.propose(want=want, committed=committed, **noise[0])]
+    else:
+        found = episode.propose_many(want=want, **{k: [n[k] for n in noise] for k in noise[0]})
     assert len(found) == count
     for n, candidate in zip(noise, found, strict=True):
-        video, action = dense_chunk(episode, *n.values())
+        video, action = dense_chunk(episode, *n.values(), committed=committed)
+        if held:
+            assert torch.equal(candidate.action.flatten(1, 2)[:, :held], committed)
         assert_same(candidate.action, action)
         if want == "both":
             assert (candidate.video is None) == (config["video"].steps == 0)
         if candidate.video is not None:
             assert_same(candidate.video, video)
             assert candidate.video_level == pytest.approx(config["video"].stop)
+
+
+def test_actions_that_are_committed():
+    """As many as each rollout has; the others follow from them, and nothing else of the episode does."""
+    episode = started("joint", chunk_size=2)
+    free, committed = episode.propose(**noises(2, 0)), real(2, 5)[1].flatten(1, 2)
+    junk = torch.cat([committed[:, :3], torch.full_like(committed[:, :1], torch.nan)], 1)
+    found = episode.propose(**noises(2, 0), committed=junk, committed_tokens=[0, 3]).action.flatten(1, 2)
+    assert torch.equal(found[1, :3], committed[1, :3])
+    assert_same(found[0], free.action.flatten(1, 2)[0])
+    assert (found[1, 3] - free.action.flatten(1, 2)[1, 3]).abs().max() > 1e-6
+    assert_same(episode.propose(**noises(2, 0)).action, free.action)  # and the next proposal is free again
+    every = episode.propose(**noises(2, 0), committed=committed)
+    assert torch.equal(every.action.flatten(1, 2), committed)
+    assert (every.video - free.video).abs().max() > 1e-6
+    for wrong, message in (
+        ({"committed": committed[:1]}, r"committed must be \[2, 1 to 4, 7\], got \[1, 4, 7\]"),
+        ({"committed": committed[:, :0]}, "1 to 4"),
+        ({"committed": committed[..., :2]}, "committed must be"),
+        ({"committed": committed, "committed_tokens": 5}, "committed_tokens must be at most 4"),
+        ({"committed": committed, "committed_tokens": [1]}, "a number or 2 of them"),
+        ({"committed": torch.full_like(committed, torch.inf)}, "committed must be finite.* samples \\[0, 1\\]"),
+        ({"committed_tokens": 1}, "committed_tokens must be None without committed"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            episode.propose(**noises(2, 0), **wrong)
+    given = started(GJD, objective="forward_dynamics")
+    with pytest.raises(ValueError, match="committed must be None where no actions are denoised"):
+        given.propose(committed=committed, video_noise=noises(1, 0)["video_noise"], clean_action=real(1, 5)[1])
 
 
 @pytest.mark.parametrize(

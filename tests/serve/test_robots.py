@@ -85,6 +85,9 @@ def test_a_robot_that_is_wrong_costs_itself_alone():
         ({"pictures": {"top": np.zeros((2, 16, 16, 3), np.uint8)}}, "equally many observations"),
         ({"executed": np.zeros((3, 2))}, r"executed must be floats \[2, 2\]"),
         ({"executed": np.full((2, 2), 1e30)}, "executed must be within"),
+        ({"committed": np.zeros((1, 2))}, "a multiple of 2 actions, at most 4, got 1"),
+        ({"committed": np.zeros((6, 2))}, "a multiple of 2 actions, at most 4, got 6"),
+        ({"committed": np.zeros((2, 3))}, r"committed must be floats \[K, 2\]"),
         ({"seed": -1}, "seed must be a whole number"),
         ({"seed": "0"}, "seed must be a whole number"),
     ],
@@ -113,6 +116,17 @@ def test_nothing_is_new_in_an_episode():
     turns(robots, 1, others=(0,))
     assert (robots.episode.solver.chunks, robots.episode.forward.buffers) == before
     assert before[0] and before[1]
+
+
+def test_committed_actions_come_out_as_they_are():
+    """For the robot that has any; the other's answer stays what it was."""
+    robots, rng = RobotBatch(of_states(), CONFIG, places=2), np.random.default_rng(0)
+    sent, committed = request(rng, seed=3), rng.normal(size=(2, 2)).astype(np.float32)
+    free = robots.act({0: sent, 1: sent})
+    found = robots.act({0: sent, 1: replace(sent, committed=committed)})
+    np.testing.assert_allclose(found[0], free[0], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found[1][:2], committed, rtol=1e-5, atol=1e-6)
+    assert np.abs(found[1][2:] - free[1][2:]).max() > 1e-4
 
 
 def test_actions_that_are_no_numbers_are_no_answer():

@@ -97,7 +97,11 @@ def test_the_real_client(server):
         second = one.infer(SENT | twice | {"executed": 4})
         assert second["server_timing"]["prev_total_ms"] > 0
         same(second["actions"], after)
-        same(one.infer(SENT | {"executed": np.zeros((2, 2))})["actions"], last)
+        third = one.infer(SENT | {"executed": np.zeros((2, 2))})["actions"]
+        same(third, last)
+        # two of these were executed, the two after them will be before the answer is there
+        fourth = one.infer(SENT | {"executed": 2, "committed": 2})["actions"]
+        same(fourth[:2], third[2:])
         # without executed an observation stands alone, as for openpi's policies
         same(one.infer(SENT | {"seed": 3})["actions"], begun)
     gone(server)
@@ -105,6 +109,10 @@ def test_the_real_client(server):
         same(again.infer(SENT | {"seed": 3})["actions"], begun)
         with pytest.raises(RuntimeError, match="executed must be a whole number from 1 to 4, got 6"):
             again.infer(SENT | {"executed": 6})
+    with robot(server) as again:
+        first = again.infer(SENT)["actions"]
+        with pytest.raises(RuntimeError, match="committed must be a whole number from 1 to 2, got 3"):
+            again.infer(SENT | {"executed": 2, "committed": 3})
     with robot(server) as again, pytest.raises(RuntimeError, match="executed must be left out before the first"):
         again.infer(SENT | {"executed": 2})
     gone(server)

@@ -297,6 +297,8 @@ class Episode:
         clean_action: Tensor | None = None,
         generator: torch.Generator | None = None,
         full: bool = False,
+        committed: Tensor | None = None,
+        committed_tokens: int | Sequence[int] | None = None,
     ) -> Candidate:
         """Denoise the chunk that comes next. What was accepted stays as it is.
 
@@ -308,6 +310,10 @@ class Episode:
             clean_action: ``[B, 1, n, A]``, the actions whose outcome is asked for; for forward dynamics alone.
             generator: Draws the noise that is not given; both streams' always, so ``want`` does not change the numbers.
             full: Leave no forward out, whatever ``reuse_flow`` and ``reuse_chunk`` say: what their error is against.
+            committed: ``[B, m, A]``, actions that are executed already or will be before this chunk is there, the first
+                ones of it. They come out as they are, and the others follow from them: at every noise level they are
+                what the denoising would have made of them, ``(1 - s) action + s noise``.
+            committed_tokens: How many of the m action tokens each rollout holds fixed, or all of them; default m.
 
         Returns:
             The chunk, with every stream that was resolved or given.
@@ -317,7 +323,8 @@ class Episode:
                 not finite; or a chunk on the CPU that is not finite.
         """
         given = ((video_noise, action_noise), (clean_video, clean_action))
-        return self._propose(self.solver, want, [given], generator, full)[0]
+        held = self._checked_committed(committed, committed_tokens)
+        return self._propose(self.solver, want, [given], generator, full, held)[0]
 
     @_in_plain_mode
     def propose_many(
@@ -371,9 +378,10 @@ class Episode:
         return self._propose(solver, want, [((v, a), (cv, ca)) for v, a, cv, ca in each], generator, False)
 
     def _propose(
-        self, solver: Solver, want: str, given: Sequence[_Given], generator: torch.Generator | None, full: bool
-    ) -> list[Candidate]:
-        """A candidate for each (noise, clean) in ``given``."""
+        self, solver: Solver, want: str, given: Sequence[_Given], generator: torch.Generator | None, full: bool,
+        committed: tuple[Tensor, Tensor] | None = None,
+    ) -> list[Candidate]:  # fmt: skip
+        """A candidate for each (noise, clean) in ``given``; ``committed`` as :meth:`_checked_committed` gives it."""
         self._check_model("propose")
         for noise, clean in given:
             self._check_request(want, *clean)
@@ -401,9 +409,13 @@ class Episode:
                 if start is not None:
                     level = solver.trajectories[s].levels[0].item() if s in denoised else 1.0
                     chunks[s][:, i].copy_(self._begun(s, to_device(start, self.model.device), level))
+        holds = committed is not None
+        if committed is not None:
+            actions, which = (to_device(t, self.model.device) for t in committed)
+            solver.hold(actions, to_device(cast(Tensor, starts[0][ACTION]), self.model.device), which)
         self._tell_state(self.next_frame)
         parts = [loops[:1], loops[1:]] if own and not early else [loops]
-        ran = solver.denoise(parts[0], self.next_frame, full)
+        ran = solver.denoise(parts[0], self.next_frame, full, holds)
         if own and not early:
             self._set_own_bridge(starts[0][VIDEO])
             if self._stale:  # so are the keys of earlier actions, which know the bridge of the chunk before
@@ -413,7 +425,7 @@ class Episode:
                     self.chunk[s].copy_(t)
                 self._tell_state(self.next_frame)
                 solver.promote(loops[0], self.next_frame)
-            ran = [a + b for a, b in zip(ran, solver.denoise(parts[1], self.next_frame, full), strict=True)]
+            ran = [a + b for a, b in zip(ran, solver.denoise(parts[1], self.next_frame, full, holds), strict=True)]
         left = {s: solver.level_left(stage, s) for stage in loops for s in stage.streams}
         candidates = []
         for i in range(len(given)):
@@ -734,6 +746,38 @@ class Episode:
                 "propose: want must not ask for video alone where RolloutConfig.video.steps is 0, so that it is not "
                 "denoised"
             )
+
+    def _checked_committed(
+        self, committed: Tensor | None, tokens: int | Sequence[int] | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Actions as the chunk's, and which of them are committed; None where none are."""
+        if committed is None:
+            if tokens is not None:
+                raise ValueError(f"propose: committed_tokens must be None without committed, got {tokens}")
+            return None
+        if not self.objective.action or ACTION not in self.layout.streams:
+            raise ValueError(
+                f"propose: committed must be None where no actions are denoised, as for objective "
+                f"{self.objective.name!r}, got a tensor"
+            )
+        instance("propose: committed", committed, Tensor)
+        chunk = self.chunk[ACTION]
+        batch, per_frame, width = chunk.shape[0], *chunk.shape[2:]
+        m = committed.shape[1] if committed.ndim == 3 else -1
+        most = self.chunk_size * per_frame
+        if [*committed.shape] != [batch, m, width] or not 1 <= m <= most:
+            raise ValueError(f"propose: committed must be [{batch}, 1 to {most}, {width}], got {list(committed.shape)}")
+        counts = self._one_per_rollout("propose: committed_tokens", m if tokens is None else tokens)
+        if max(counts) > m:
+            raise ValueError(f"propose: committed_tokens must be at most {m}, as committed has, got {counts}")
+        check_finite("propose: committed", committed[:, :, None], ACTION, counts)
+        padded = torch.zeros(batch, most, width, dtype=chunk.dtype, device=committed.device)
+        padded[:, :m] = committed
+        places = torch.arange(most, device="cpu") < torch.tensor(counts, device="cpu")[:, None]
+        which = places[:, :, None].expand(-1, -1, width).to(committed.device)
+        # what is not committed may be no number
+        known = torch.where(which, padded, 0).reshape(chunk.shape)
+        return known, which.reshape(chunk.shape)
 
     def _initial_latents(
         self,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ class Request:
         pictures: Camera to uint8 ``[K, H, W, 3]``.
         executed: Floats ``[K n, A]`` in the units of the data set, n a frame: the actions that led to these K
             observations from the last one that was sent. None: an episode begins, with one observation.
+        committed: Floats ``[m, A]``, m a multiple of the actions of a token and at most F n: the first actions of the
+            answer, because they are executed already or will be before it is there. The others follow from them.
         seed: Of the noise of an episode that begins; None: drawn.
     """
 
@@ -44,6 +46,7 @@ class Request:
     states: np.ndarray | None = None
     pictures: Mapping[str, np.ndarray] = field(default_factory=dict)
     executed: np.ndarray | None = None
+    committed: np.ndarray | None = None
     seed: int | None = None
 
 
@@ -52,6 +55,7 @@ class _Encoded(NamedTuple):
     states: Tensor | None  # [K, S]
     text: Tensor  # [L, text_dim]
     executed: Tensor | None  # [K, tokens, k A], normalised
+    committed: Tensor | None  # [m / k, k A], normalised
 
 
 class RobotBatch:
@@ -87,13 +91,13 @@ class RobotBatch:
         self._seeds = torch.Generator().manual_seed(seed)
         self._noise = [torch.Generator() for _ in range(places)]
         self._begun: set[int] = set()
+        self.horizon = config.chunk_size * policy.actions_per_frame
         self.width = policy.codec.channels if policy.frames_are_states else policy.model.config.state_dim
         states = np.zeros((1, self.width), np.float32) if self.width else None
         pictures = {name: np.zeros((1, *size, 3), np.uint8) for name, size in policy.cameras.items()}
         self._nothing = self._encoded(Request(prompt="", states=states, pictures=pictures))
-        first, told, text, _ = (None if t is None else torch.stack([t] * places) for t in self._nothing)
+        first, told, text, *_ = (None if t is None else torch.stack([t] * places) for t in self._nothing)
         self.episode = RolloutEngine(policy.model, config).start(_given(first), _given(text), state=told)
-        self.horizon = self.episode.chunk_size * policy.actions_per_frame
         self.warm_up()
 
     def warm_up(self) -> None:
@@ -101,7 +105,7 @@ class RobotBatch:
         c = self.policy.model.config
         executed = torch.zeros(1, c.actions_per_frame, c.action_dim)
         self._act({0: self._nothing})
-        self._act({0: self._nothing._replace(executed=executed)})
+        self._act({0: self._nothing._replace(executed=executed, committed=executed[0, :1])})
         self.leave(0)
 
     def leave(self, place: int) -> None:
@@ -138,7 +142,7 @@ class RobotBatch:
 
     def _encoded(self, request: Request) -> _Encoded:
         """As the episode takes it. Raises ValueError, naming what does not fit."""
-        policy, n, A = self.policy, self.policy.actions_per_frame, len(self.policy.action_mean)
+        policy, n = self.policy, self.policy.actions_per_frame
         states = None
         if self.width:
             states = _floats("states", request.states, (None, self.width))
@@ -157,15 +161,20 @@ class RobotBatch:
         K = next(iter(counts.values()))
         if len(set(counts.values())) > 1 or K < 1:
             raise ValueError(f"request: states and pictures must be of equally many observations, got {counts}")
-        if request.executed is None:
-            if K != 1:
-                raise ValueError(f"request: an episode begins with 1 observation, got {K}; give executed to go on")
-            executed = None
-        else:
-            given = _floats("executed", request.executed, (K * n, A))
-            executed = (torch.from_numpy(given) - policy.action_mean) / policy.action_std
-            _near("executed", executed)
+        executed = committed = None
+        if request.executed is not None:
+            executed = self._normalised("executed", request.executed, K * n)
             executed = executed.reshape(K, policy.model.config.actions_per_frame, -1)
+        elif K != 1:
+            raise ValueError(f"request: an episode begins with 1 observation, got {K}; give executed to go on")
+        if request.committed is not None and len(request.committed):
+            committed = self._normalised("committed", request.committed, None)
+            m, k = len(committed), policy.actions_per_token
+            if m % k or m > self.horizon:
+                raise ValueError(
+                    f"request: committed must be a multiple of {k} actions, at most {self.horizon}, got {m}"
+                )
+            committed = committed.reshape(m // k, -1)
         if request.seed is not None:
             whole("request: seed", request.seed, 0, 2**63 - 1)
         none = np.empty(0, np.float32)
@@ -180,7 +189,15 @@ class RobotBatch:
             text = policy.text([request.prompt])[0]
         latents = policy.codec.encode(np.stack(frames))
         _near("states", latents)
-        return _Encoded(latents, told, text, executed)
+        return _Encoded(latents, told, text, executed, committed)
+
+    def _normalised(self, name: str, given: object, count: int | None) -> Tensor:
+        """Actions ``[K, A]`` in the model's units."""
+        policy = self.policy
+        found = torch.from_numpy(_floats(name, given, (count, len(policy.action_mean))))
+        normalised = (found - policy.action_mean) / policy.action_std
+        _near(name, normalised)
+        return normalised
 
     # ---- the episode ----
 
@@ -191,7 +208,16 @@ class RobotBatch:
         for b in requests:
             for noise in (video, action):
                 noise[b] = torch.randn(noise.shape[1:], generator=self._noise[b])
-        found = self.episode.propose(want="action", video_noise=video, action_noise=action).action
+        counts = [0 if b not in requests or requests[b].committed is None else len(_given(requests[b].committed))
+                  for b in range(self.places)]  # fmt: skip
+        options: dict[str, Any] = {}
+        if max(counts):
+            known = torch.zeros(self.places, max(counts), action.shape[-1])
+            for b, count in enumerate(counts):
+                if count:
+                    known[b, :count] = _given(requests[b].committed)
+            options = {"committed": known, "committed_tokens": counts}
+        found = self.episode.propose(want="action", video_noise=video, action_noise=action, **options).action
         assert found is not None
         found = found.cpu()
         answers: dict[int, np.ndarray | ValueError] = {}

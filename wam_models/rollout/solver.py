@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from wam_kernels.masks.visibility import CLEAN, NOISY
+from wam_kernels.masks.visibility import ACTION, CLEAN, NOISY
 
 from .chunk_forward import ChunkForward
 from .config import RolloutConfig
@@ -24,7 +24,8 @@ class Solver:
 
     Attributes:
         trajectories: Of each stream, what its schedule comes to.
-        chunks: The denoising of a chunk, for each list of stages that was asked for so far.
+        chunks: The denoising of a chunk, for each list of stages that was asked for so far, with and without actions
+            that are held.
         skipping: Which forwards are left out; None: none.
     """
 
@@ -33,7 +34,9 @@ class Solver:
         self.trajectories = {s: config.trajectory(s) for s in forward.latents}
         self._levels = {s: self.trajectories[s].levels.to(t) for s, t in forward.latents.items()}
         self._kept = {s: t.new_zeros(self.trajectories[s].kept, *t.shape) for s, t in forward.latents.items()}
-        self.chunks: dict[tuple[Stage, ...], Callable[[], None]] = {}
+        self.chunks: dict[tuple[tuple[Stage, ...], bool], Callable[[], None]] = {}
+        # of actions that are held: what they are, the noise that they begin as, and which; bool
+        self._held: tuple[Tensor, Tensor, Tensor] | None = None
         self.skipping = Skipping(forward, config) if config.skips else None
 
     def __getstate__(self) -> dict:
@@ -48,13 +51,37 @@ class Solver:
         runs = sum(stream in live for _, live in stage.forwards(counts))
         return self.trajectories[stream].end if 0 < runs == counts[stream] else None
 
-    def denoise(self, stages: tuple[Stage, ...], firsts: Sequence[int], full: bool = False) -> list[int]:
+    def hold(self, actions: Tensor, noise: Tensor, which: Tensor) -> None:
+        """Let these actions come out as they are: at every forward they lie between themselves and their noise.
+
+        Args:
+            actions: As the chunk's, ``[B k, chunk, n, A]``.
+            noise: Of the same shape.
+            which: bool, of the same shape.
+        """
+        latents = self.forward.latents[ACTION]
+        if self._held is None:  # at addresses that never change, as a captured graph reads them
+            self._held = torch.zeros_like(latents), torch.zeros_like(latents), torch.zeros_like(latents).bool()
+        for held, new in zip(self._held, (actions, noise, which), strict=True):
+            held.copy_(new)
+
+    def _keep_held(self, number: int) -> None:
+        """Put what is held to its place at this forward's noise level."""
+        assert self._held is not None
+        known, noise, which = self._held
+        latents, level = self.forward.latents[ACTION], self._levels[ACTION][number]
+        latents.copy_(torch.where(which, known + (noise - known) * level, latents))
+
+    def denoise(
+        self, stages: tuple[Stage, ...], firsts: Sequence[int], full: bool = False, held: bool = False
+    ) -> list[int]:
         """All stages, in order, for the chunks that begin with these frames of each rollout.
 
         Args:
             stages: What the request needs.
             firsts: First frame of each rollout's chunk.
             full: Leave no forward out.
+            held: Whether there are actions of :meth:`hold`.
 
         Returns:
             The forwards that ran for each chunk.
@@ -66,15 +93,15 @@ class Solver:
                 self.forward.set_frames((stage.promoted,), CLEAN, firsts)
         if self.skipping is not None and not full:
             self.skipping.begin()
-            self._chunk(stages, self.skipping)
+            self._chunk(stages, self.skipping, held)
             return self.skipping.ran.tolist()
-        chunk = self.chunks.get(stages)
+        chunk = self.chunks.get((stages, held))
         if chunk is None:
-            chunk, device = lambda: self._chunk(stages, None), self.forward.model.device
+            chunk, device = lambda: self._chunk(stages, None, held), self.forward.model.device
             if self.config.cuda_graphs and device.type == "cuda":
                 changed = [self.forward.latents[s] for stage in stages for s in stage.denoised]
                 chunk = _replayed(chunk, device, changed)
-            self.chunks[stages] = chunk
+            self.chunks[stages, held] = chunk
         chunk()
         return [sum(len(self._forwards(stage)) for stage in stages)] * len(firsts) * self.forward.candidates
 
@@ -87,8 +114,11 @@ class Solver:
     def _forwards(self, stage: Stage) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
         return list(stage.forwards({s: t.forwards for s, t in self.trajectories.items()}))
 
-    def _chunk(self, stages: tuple[Stage, ...], skipping: Skipping | None) -> None:
+    def _chunk(self, stages: tuple[Stage, ...], skipping: Skipping | None, held: bool) -> None:
         for stage in stages:
+            held_here = held and ACTION in stage.denoised
+            if held_here:
+                self._keep_held(0)
             for number, (streams, live) in enumerate(self._forwards(stage)):
                 sigma = self._level_of(stage, number)
                 if skipping is None:
@@ -97,6 +127,8 @@ class Solver:
                     flows = skipping.flows((stage, number), streams, sigma, live)
                 for s, flow in flows.items():
                     self._update(s, self.trajectories[s].updates[number].tolist(), flow)
+                if held_here and ACTION in live:
+                    self._keep_held(number + 1)
             if stage.promoted is not None:
                 self.forward.run_clean((stage.promoted,), self._level_of(stage, -1))
 

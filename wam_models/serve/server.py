@@ -12,6 +12,8 @@ A message has these keys:
 - ``executed``, optional: the actions that led to these K observations from the last one that was sent, ``[K n, A]``,
   or how many of the last answer's they were. Without it the observation stands alone, as it does for openpi's
   policies: an episode begins.
+- ``committed``, optional: the first actions of the answer, ``[m, A]``, because they will be executed before it is
+  there; or how many of the last answer's they are, after the executed ones.
 - ``seed``, optional: of an episode that begins.
 
 The answer has ``actions``, float32 ``[F n, A]``, and ``server_timing``.
@@ -44,7 +46,7 @@ from .wire import pack, unpack
 LOOPBACK = "127.0.0.1"
 PREFIX = "observation/"
 STATE = PREFIX + "state"
-KEYS = ("prompt", "executed", "seed")
+KEYS = ("prompt", "executed", "committed", "seed")
 MOST_CHUNKS = 4  # of observations in one message
 # Seconds that a prediction waits for robots that are connected and have not asked yet. Without, two robots that ask
 # as soon as they are answered take turns for ever, each with a prediction of its own.
@@ -240,22 +242,24 @@ def request_of(data: bytes | str, last: np.ndarray | None, actions_per_frame: in
     if states is not None and states.ndim == 1:
         states = states[None]
     pictures = {key.removeprefix(PREFIX): p[None] if p.ndim == 3 else p for key, p in observed.items()}
+    executed = _of_last("executed", message.get("executed"), last, 0)
+    begun = 0 if executed is None else len(executed)
+    if executed is not None and len(executed) % actions_per_frame:
+        raise ValueError(
+            f"message: executed must be a multiple of {actions_per_frame}, the actions from one observation to the "
+            f"next, got {len(executed)}"
+        )
+    committed = _of_last("committed", message.get("committed"), last, begun)
     return Request(
-        prompt=prompt, states=states, pictures=pictures, seed=message.get("seed"),
-        executed=_executed(message.get("executed"), last, actions_per_frame),
+        prompt=prompt, states=states, pictures=pictures, executed=executed, committed=committed,
+        seed=message.get("seed"),
     )  # fmt: skip
 
 
-def _executed(given: Any, last: np.ndarray | None, actions_per_frame: int) -> np.ndarray | None:
-    """The actions themselves."""
+def _of_last(name: str, given: Any, last: np.ndarray | None, first: int) -> np.ndarray | None:
+    """The actions themselves; of a number, so many of the last answer's from ``first``."""
     if given is None or (isinstance(given, np.ndarray) and given.ndim):
         return given
     if last is None:
-        raise ValueError("message: executed must be left out before the first answer")
-    count = whole("message: executed", given, 1, len(last))
-    if count % actions_per_frame:
-        raise ValueError(
-            f"message: executed must be a multiple of {actions_per_frame}, the actions from one observation to the "
-            f"next, got {count}"
-        )
-    return last[:count]
+        raise ValueError(f"message: {name} must be left out before the first answer, or the actions themselves")
+    return last[first : first + whole(f"message: {name}", given, 1, len(last) - first)]
