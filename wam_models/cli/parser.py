@@ -153,6 +153,13 @@ def _rollout(parser: argparse.ArgumentParser) -> None:
         help="of the rollout, as video.steps=2, action.solver=unipc or reuse_flow=0.98; repeat it",
     )  # fmt: skip
     parser.add_argument("--open-loop", action="store_true", help="continue from predictions, not from recorded frames")
+    parser.add_argument(
+        "--realtime", action="store_true", help="of a simulator: it does not wait, and plans are made while it acts"
+    )
+    parser.add_argument(
+        "--control", action="append", default=[], metavar="NAME=VALUE",
+        help="of --realtime, as rate=10, late=drop or rate_limit=0.5; repeat it",
+    )  # fmt: skip
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
     parser.add_argument("--seed", type=at_least(0), default=0)
 

@@ -28,8 +28,7 @@ from ..simulator import control_freq, load, play
 from ..simulator.closed_loop import imagined_of_frames
 from .estimate import check_estimate_flags, rollout_estimate, rollout_sizes
 from .live import drawing, window
-
-SIMULATED_CHUNKS = 40
+from .realtime import SIMULATED_CHUNKS, roll_out_in_real_time
 
 
 @restores_threads
@@ -48,6 +47,8 @@ def run(args: argparse.Namespace) -> int:
         sizes, config = rollout_sizes(args)
         print(rollout_estimate(args, sizes, _with_flags(args, config, objective), objective))
         return 0
+    if (args.realtime and args.simulator is None) or (args.control and not args.realtime):
+        raise ValueError("--realtime must be with --simulator, and --control with --realtime")
     device = check_device(args.device)
     if args.out is not None:
         writable_folder("--out", args.out)
@@ -64,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
                 raise ValueError(f"{flag} must be left out with --simulator: it concerns recorded episodes")
         if denoised.conditional:
             raise ValueError(f"--objective must be joint with --simulator, got {objective}")
+        if args.realtime:
+            return roll_out_in_real_time(args, policy, config)
         return roll_out_in_simulator(args, policy, config, name)
     return _recorded(args, policy, config, objective, name)
 
