@@ -173,7 +173,7 @@ ROLLOUTS = {
     "motus": (10, 10, 1 + 10),
     "uwm": (10, 10, 1 + 10),
     "pad": (10, 10, 1 + 10),
-    "x_wam": (25, 5, 1 + 5),
+    "x_wam": (50, 10, 1 + 10),
     "vpp": (10 + 10, 10, 1 + 1),
     "dit4dit": (10 + 10, 10, 1 + 1),
     "unipi": (10 + 10, 10 + 10, 1 + 10 + 1),
@@ -247,6 +247,8 @@ WAN_2_2_5B, WAN_2_1_14B = 4_999_787_712, 14_288_491_584
 REAL = {
     # "1.02 B action expert": huggingface.co/humanoid-benchmark/fastwam
     "fast_wam": (WAN_2_2_5B, 1_019_838_471, 0),
+    # 6.0216 B in all, headers of its released weights; its action expert projects the text twice and has a state encoder
+    "giga_world_policy": (WAN_2_2_5B, 1_019_856_912, 0),
     # "~5B-param" with the video: lerobot's documentation; the layout of its weights is exact
     "lingbot_va": (WAN_2_2_5B, 67_058_718, 0),
     # 641.5 M and 253.5 M, its README: there the two experts do not cross-attend to the text, 30 x 4 matrices of 3072 x
