@@ -13,6 +13,7 @@ TRAIN_TIMESTEPS = 1000
 VIDEO_SHIFT, ACTION_SHIFT = 5.0, 1.0
 # of a shift: far outside, float32 noise levels no longer fall from 1 to 0, and the last steps do nothing
 SHIFTS = (1e-3, 1e3)
+LEVELS_PER = ("frame", "clip")
 COUPLINGS = ("independent", "shared_index", "shared_video_schedule", "matched_sigma")
 
 
@@ -58,9 +59,11 @@ def target(x: Tensor, noise: Tensor) -> Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class TimestepDraw:
-    """How training draws noise levels: one for each frame and stream.
+    """How training draws noise levels: one for each frame, or clip, and stream.
 
     Args:
+        per: ``"frame"``, a level for each; or ``"clip"``, one for all frames of a clip, as in a rollout of clips that
+            are one chunk.
         coupling: Relation of the two streams' draws of a frame. ``"independent"``; ``"shared_index"``: the same index
             of each stream's own grid; ``"shared_video_schedule"``: actions use the video's noise level itself;
             ``"matched_sigma"``: actions use the level of their own grid that is nearest to the video's.
@@ -71,11 +74,13 @@ class TimestepDraw:
         ValueError: an unknown coupling, or a shift outside its range; the message names the field.
     """
 
+    per: str = "frame"
     coupling: str = "independent"
     video_shift: float = VIDEO_SHIFT
     action_shift: float = ACTION_SHIFT
 
     def __post_init__(self) -> None:
+        check_field(self, "per", choice, LEVELS_PER)
         check_field(self, "coupling", choice, COUPLINGS)
         for name in ("video_shift", "action_shift"):
             check_field(self, name, number, *SHIFTS)
@@ -89,6 +94,8 @@ class TimestepDraw:
             torch.randint(TRAIN_TIMESTEPS, (batch, frames), generator=generator, device=generator.device)
             for _ in range(2)
         )
+        if self.per == "clip":
+            video_index, action_index = (index[:, :1].expand(-1, frames) for index in (video_index, action_index))
         video = video_grid[video_index]
         if self.coupling == "shared_index":
             action_index = video_index

@@ -57,6 +57,7 @@ CONFIG = {
     "mixture overflowing": (
         trains("mixture", dict.fromkeys(("joint", "forward_dynamics"), 1e308)), "config.json", "mixture must have",
     ),
+    "levels_per unknown": (trains("levels_per", "year"), "config.json", "levels_per must be one of", "'year'"),
     "coupling unknown": (trains("coupling", "loose"), "config.json", "coupling must be one of", "'loose'"),
     "rollout a number": (trains("rollout", 3), "config.json", "rollout must be a table of", "got 3"),
     "rollout unknown": (trains("rollout", {"stepz": 3}), "config.json", "rollout: unknown fields ['stepz'] (is steps"),

@@ -59,6 +59,19 @@ def test_couplings():
         TimestepDraw(coupling="magic")
 
 
+@pytest.mark.parametrize("coupling", COUPLINGS)
+def test_one_level_for_all_frames_of_a_clip(coupling):
+    """That of its first frame where each has its own, so other draws stay as they are."""
+    each, one = (
+        TimestepDraw(per=per, coupling=coupling).sigmas(50, 3, torch.Generator().manual_seed(0))
+        for per in ("frame", "clip")
+    )
+    for levels, of_clip in zip(each, one, strict=True):
+        assert torch.equal(of_clip, levels[:, :1].expand(-1, 3)) and of_clip.unique().numel() > 40
+    with pytest.raises(ValueError, match="per must be one of"):
+        TimestepDraw(per="chunk")
+
+
 def test_history_is_noised_for_half_of_the_samples_at_the_low_half():
     sigma = TimestepDraw().history_sigmas(4000, 3, 0.5, torch.Generator().manual_seed(0))
     noised = (sigma > 0).any(1)

@@ -14,7 +14,7 @@ from ..config import ModelConfig
 from ..data import ClipDataset
 from ..data.clips import ACTION_FREE, COUNTERFACTUAL, TRAIN
 from ..data.latents import PATCH
-from ..flow import COUPLINGS, SHIFTS, TimestepDraw
+from ..flow import COUPLINGS, LEVELS_PER, SHIFTS, TimestepDraw
 from ..objectives import GJD, GJD_MIXTURE, OBJECTIVES
 from ..rollout import RolloutConfig
 from ..rollout.config import CONDITIONAL_CHUNK
@@ -80,6 +80,7 @@ class TrainConfig(SampleConfig):
         action_free: Share, among the ``joint`` samples, of those of the split ``action_free``, videos without actions.
         video_shift: Shift of the video's noise levels.
         action_shift: Shift of the actions' noise levels.
+        levels_per: What has a noise level of its own: ``"frame"`` or ``"clip"``.
         coupling: Relation of the two streams' noise levels, one of ``flow.COUPLINGS``.
         rollout: Fields of ``RolloutConfig`` by which the policy is rolled out unless told otherwise, in place of those
             of :meth:`default_rollout`; a stream's schedule is a table of its fields.
@@ -132,6 +133,7 @@ class TrainConfig(SampleConfig):
     action_free: float = 0.0
     video_shift: float = 20.0
     action_shift: float = 15.0
+    levels_per: str = "frame"
     coupling: str = "independent"
     rollout: Mapping[str, Any] = field(default_factory=dict)
     batch: int = 2
@@ -206,6 +208,7 @@ class TrainConfig(SampleConfig):
         check_field(self, "lora_scale", number, SMALLEST_POSITIVE)
         if self.stop_gradient is not None:
             check_field(self, "stop_gradient", stream_pairs)
+        check_field(self, "levels_per", choice, LEVELS_PER)
         check_field(self, "coupling", choice, COUPLINGS)
         self.default_rollout()
 
@@ -257,7 +260,10 @@ class TrainConfig(SampleConfig):
         common = StepConfig(
             **{f.name: getattr(self, f.name) for f in fields(SampleConfig)},
             timesteps=TimestepDraw(
-                coupling=self.coupling, video_shift=self.video_shift, action_shift=self.action_shift
+                per=self.levels_per,
+                coupling=self.coupling,
+                video_shift=self.video_shift,
+                action_shift=self.action_shift,
             ),
             stop_gradient=tuple(p for p in CROSS if p[1] in frozen)
             if self.stop_gradient is None
