@@ -26,11 +26,12 @@ from .config import ModelConfig
 from .model.dual_expert import WorldActionModel
 from .runtime.json_fields import read_json
 from .state_dicts import abridged, bare_names, check_finite, load_weights, not_here
-from .text import WordEmbedding
+from .text import FrozenText, Text, WordEmbedding
 from .training_state import VALUES, SavedState, TrainingState, write_values
 from .weight_files import INDEX, SAVE_ID, read_tensors, stamp
 
 MODEL, CONFIG, EXTRA, TRAINING = "model.safetensors", "config.json", "extra.safetensors", "training"
+WORDS, FROZEN = ("vocabulary", "text_tokens"), ("instructions", "text_tokens", "text_encoder")  # of a config.json
 _TEXT_KEY = "text."  # prefix of the word embedding's tensors among the extra tensors
 
 # Every file of a save holds the save's id, drawn anew each time: 16 hexadecimal digits. A save writes all its files to
@@ -44,7 +45,7 @@ class Checkpoint:
     """What :func:`load_checkpoint` finds; ``save_id`` is None in a folder that an older version wrote."""
 
     model: WorldActionModel
-    text: WordEmbedding | None
+    text: Text | None
     extra: dict[str, Tensor] = field(default_factory=dict)
     metadata: dict = field(default_factory=dict)
     training_state: SavedState | None = None
@@ -56,7 +57,7 @@ def save_checkpoint(
     folder: str | Path | Save,
     model: WorldActionModel,
     *,
-    text: WordEmbedding | None = None,
+    text: Text | None = None,
     extra: Mapping[str, Tensor] | None = None,
     metadata: dict | None = None,
     training_state: TrainingState | None = None,
@@ -69,7 +70,8 @@ def save_checkpoint(
     Args:
         folder: Made if it does not exist; files of an earlier save are replaced. Or a save that was begun there.
         model: The model, any dtype, on any device, also compiled or wrapped by DDP; not sharded.
-        text: The word embedding trained with it; its vocabulary goes to ``config.json``.
+        text: The word embedding trained with it, whose vocabulary goes to ``config.json``, or what a frozen encoder
+            has made of its instructions.
         extra: Further tensors, for example of the latent codec; names must not start with ``text.``.
         metadata: Anything ``json.dumps`` takes: program, normalisation, codec sizes.
         training_state: For resume: optimizers, generator, step. Of a save that was begun with one, it is being written.
@@ -96,7 +98,7 @@ def save_checkpoint(
 
 def _files(
     model: WorldActionModel,
-    text: WordEmbedding | None,
+    text: Text | None,
     extra: dict[str, Tensor],
     metadata: dict | None,
     save_id: str,
@@ -117,9 +119,8 @@ def _files(
     config: dict[str, Any] = {"model": model_config.to_dict(), "metadata": metadata or {}}
     config["save"] = {"id": save_id, "training_state": resumable}
     if text is not None:
-        config["vocabulary"] = list(text.vocabulary)
-        config["text_tokens"] = text.tokens
-        extra |= {_TEXT_KEY + k: v for k, v in text.state_dict().items()}
+        config |= text.settings()
+        extra |= {_TEXT_KEY + k: v for k, v in text.tensors().items()}
     settings = json.dumps(config, indent=1) + "\n"
     state = model.state_dict()
     weights, extra = _plain({name: state[key] for name, key in bare_names(state).items()}), _plain(extra)
@@ -313,7 +314,11 @@ def _load(folder: Path, device: torch.device | str, training: bool) -> Checkpoin
         model = WorldActionModel(ModelConfig.from_dict(config["model"], "model")).to(device)
     with _about(folder / MODEL):
         _load_all(model, state)
-    text = None
+    text: Text | None = None
+    if "instructions" in config:
+        with _about(folder / EXTRA):
+            text = _frozen_text(config, extra).to(device)
+        extra = {k: v for k, v in extra.items() if not k.startswith(_TEXT_KEY)}
     if "vocabulary" in config:
         with _about(folder / CONFIG):
             text = WordEmbedding(config["vocabulary"], model.config.text_dim, tokens=config["text_tokens"]).to(device)
@@ -323,6 +328,17 @@ def _load(folder: Path, device: torch.device | str, training: bool) -> Checkpoin
         extra = {k: v for k, v in extra.items() if not k.startswith(_TEXT_KEY)}
         text.eval()
     return Checkpoint(model.eval(), text, extra, config.get("metadata", {}), training_state, folder, save_id)
+
+
+def _frozen_text(config: dict, extra: Mapping[str, Tensor]) -> FrozenText:
+    found = [extra.get(f"{_TEXT_KEY}{name}") for name in ("rows", "lengths")]
+    if found[0] is None or found[1] is None:
+        raise ValueError("text.rows and text.lengths must be there; save it again")
+    rows, lengths = found[0], found[1].cpu()
+    check_finite({"text.rows": rows})
+    return FrozenText(
+        config["instructions"], rows, lengths.tolist(), tokens=config["text_tokens"], made_by=config["text_encoder"]
+    )
 
 
 @contextmanager
@@ -344,11 +360,13 @@ def _load_all(module: nn.Module, state: Mapping[str, Tensor]) -> None:
 
 
 def _check_entries(config: dict, path: Path) -> None:
-    known = {"model", "metadata", "save", "vocabulary", "text_tokens"}
+    known = {"model", "metadata", "save", *WORDS, *FROZEN}
     if not set(config) <= known:
         raise ValueError(f"{path}: unknown entries {sorted(set(config) - known)}; expected some of {sorted(known)}")
-    if ("vocabulary" in config) != ("text_tokens" in config):
-        raise ValueError(f"{path}: vocabulary and text_tokens must both be there or both be missing; save it again")
+    if {*WORDS, *FROZEN} & set(config) not in (set(), {*WORDS}, {*FROZEN}):
+        raise ValueError(
+            f"{path}: {' and '.join(WORDS)}, or {', '.join(FROZEN)}, must all be there or all be missing; save it again"
+        )
     if not isinstance(config.get("metadata", {}), dict):
         raise ValueError(f"{path}: metadata must be an object, got {config['metadata']!r}; save it again")
 

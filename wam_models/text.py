@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import unicodedata
 import warnings
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .runtime.checks import whole
+from .runtime.checks import whole, wholes
 from .runtime.limits import LARGEST_SIZE
 
 # How the names of Unicode begin for characters of scripts without spaces between words; one character is one word.
@@ -97,6 +99,22 @@ class WordEmbedding(nn.Module):
         longest = max((len(words) for words in sentences), default=1)
         return cls(sorted({word for words in sentences for word in words}), text_dim, tokens=tokens or max(longest, 1))
 
+    @property
+    def text_dim(self) -> int:
+        return self.words.embedding_dim
+
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint's config says of it."""
+        return {"vocabulary": list(self.vocabulary), "text_tokens": self.tokens}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint stores of it."""
+        return self.state_dict()
+
+    def anew(self) -> WordEmbedding:
+        """One of the same words, with vectors of its own."""
+        return WordEmbedding(self.vocabulary, self.text_dim, tokens=self.tokens)
+
     def forward(self, instructions: Sequence[str]) -> Tensor:
         """``[B, L, text_dim]`` of B instructions.
 
@@ -123,6 +141,97 @@ class WordEmbedding(nn.Module):
             filled[row, : len(words)] = 1
         device = self.places.device
         return (self.words(index.to(device)) + self.places) * filled.to(device, self.places.dtype)
+
+
+class FrozenText(nn.Module):
+    """What a frozen encoder, such as UMT5, has made of certain instructions; nothing in it is trained.
+
+    Args:
+        instructions: Different ones.
+        rows: ``[R, text_dim]``, the embeddings of one instruction after the other, without the zeros behind each.
+        lengths: How many of the rows each has.
+        tokens: Places of every instruction, L.
+        made_by: What tells the encoder from others.
+
+    Attributes:
+        encoder: As :func:`umt5_encoder` makes it, for further instructions; None refuses them.
+
+    Raises:
+        ValueError: instructions, rows and lengths that do not fit together.
+    """
+
+    rows: Tensor
+
+    def __init__(
+        self, instructions: Sequence[str], rows: Tensor, lengths: Sequence[int], *, tokens: int, made_by: str
+    ) -> None:
+        super().__init__()
+        self.tokens = whole("FrozenText: tokens", tokens, 1, LARGEST_SIZE)
+        self.lengths = tuple(wholes("FrozenText: lengths", lengths, 0, self.tokens))
+        listed = isinstance(instructions, list | tuple) and all(isinstance(text, str) for text in instructions)
+        if not listed or len(set(instructions)) != len(instructions) or len(instructions) != len(self.lengths):
+            raise ValueError(
+                f"FrozenText: instructions must be {len(self.lengths)} different strings, got {instructions!r}"
+            )
+        if rows.ndim != 2 or len(rows) != sum(self.lengths) or not rows.is_floating_point():
+            raise ValueError(
+                f"FrozenText: rows must be floats [{sum(self.lengths)}, text_dim], got {rows.dtype} {list(rows.shape)}"
+            )
+        if not isinstance(made_by, str):
+            raise ValueError(f"FrozenText: made_by must be a string, got {made_by!r}")
+        self.instructions, self.made_by = tuple(instructions), made_by
+        self.encoder: Callable[[Sequence[str]], Tensor] | None = None
+        self.register_buffer("rows", rows.float(), persistent=False)  # no weight of a model, which trains or averages
+        self._starts = dict(zip(self.instructions, accumulate((0, *self.lengths)), strict=False))
+
+    @classmethod
+    def of(cls, found: Mapping[str, Tensor], made_by: str) -> FrozenText:
+        """Of the embeddings ``[L, text_dim]`` of each instruction, as an encoder gives them."""
+        lengths = [int(1 + max((*e.any(1).nonzero().flatten().tolist(), -1))) for e in found.values()]
+        rows = torch.cat([e[:n] for e, n in zip(found.values(), lengths, strict=True)])
+        return cls(list(found), rows, lengths, tokens=len(next(iter(found.values()))), made_by=made_by)
+
+    @property
+    def text_dim(self) -> int:
+        return self.rows.shape[1]
+
+    def settings(self) -> dict[str, Any]:
+        """What a checkpoint's config says of it."""
+        return {"instructions": list(self.instructions), "text_tokens": self.tokens, "text_encoder": self.made_by}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint stores of it."""
+        return {"rows": self.rows, "lengths": torch.tensor(self.lengths)}
+
+    def anew(self) -> FrozenText:
+        """The same, elsewhere."""
+        found = FrozenText(self.instructions, self.rows, self.lengths, tokens=self.tokens, made_by=self.made_by)
+        found.encoder = self.encoder
+        return found
+
+    def forward(self, instructions: Sequence[str]) -> Tensor:
+        """``[B, L, text_dim]`` of B instructions.
+
+        Raises:
+            ValueError: one that was not encoded, without an ``encoder``.
+        """
+        out = self.rows.new_zeros(len(instructions), self.tokens, self.text_dim)
+        for place, text in zip(out, instructions, strict=True):
+            if text in self._starts:
+                first = self._starts[text]
+                length = self.lengths[self.instructions.index(text)]
+                place[:length] = self.rows[first : first + length]
+            elif self.encoder is not None:
+                place[:] = self.encoder([text])[0].to(out)
+            else:
+                raise ValueError(
+                    f"FrozenText: {text!r} was not encoded, but {', '.join(map(repr, self.instructions[:3]))} ... "
+                    f"({len(self.instructions)}); use one of these, or set .encoder = umt5_encoder(FOLDER)"
+                )
+        return out
+
+
+Text = WordEmbedding | FrozenText
 
 
 def _sentence(instruction: str) -> list[str]:

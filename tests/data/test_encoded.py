@@ -103,11 +103,16 @@ def test_texts_are_kept_by_content(tmp_path):
 
     assert encode_texts(["lift", "push it", "lift"], encoder, "one", tmp_path) == 2
     assert encode_texts(["lift", "turn"], encoder, "one", tmp_path) == 1 and asked == ["lift", "push it", "turn"]
-    found = read_texts(["turn", "push it"], "one", tmp_path)
+    found = read_texts(["turn", "push it"], tmp_path)
     assert torch.equal(found["push it"], torch.full((3, 2), 7.0)) and list(found) == ["turn", "push it"]
-    for text, made_by in (("open", "one"), ("lift", "another")):
-        with pytest.raises(ValueError, match=f"'{text}' is not encoded yet"):
-            read_texts([text], made_by, tmp_path)
+    with pytest.raises(ValueError, match="'open' is not encoded yet"):
+        read_texts(["open"], tmp_path)
+    with pytest.raises(ValueError, match="holds texts of another encoder"):
+        encode_texts(["lift"], encoder, "another", tmp_path)
+    for damage, message in (("{}", "texts.json: must hold made_by"), (None, "texts.json: not found")):
+        (tmp_path / "texts.json").write_text(damage) if damage else (tmp_path / "texts.json").unlink()
+        with pytest.raises(ValueError, match=message):
+            read_texts(["lift"], tmp_path)
 
 
 @pytest.mark.slow

@@ -23,14 +23,14 @@ from ..checkpoint import CONFIG, TRAINING
 from ..data import ClipDataset, LeRobotDataset
 from ..data.clips import TRAINED
 from ..data.config import DataConfig
-from ..data.encoded import EncodedLatents
+from ..data.encoded import EncodedLatents, encoder_of, holds_text, read_texts
 from ..data.mix import ClipMix, pooled_units
 from ..rollout.policy import Policy
 from ..runtime.checks import check_device, whole
 from ..runtime.config_files import with_settings
 from ..runtime.limits import LARGEST_INT64
 from ..runtime.threads import pick_threads, restores_threads, set_threads
-from ..text import words_of
+from ..text import FrozenText, WordEmbedding, words_of
 from ..train.config import TrainConfig
 from ..train.log import loss_ends
 from ..train.ranks import joined_ranks
@@ -106,6 +106,7 @@ def _train(args: argparse.Namespace, asked: Recipe, device: torch.device) -> int
     RunFolder(args.out, resume, overwrite=args.overwrite, tensorboard=args.tensorboard)
     init = _initial_weights(args, config)
     data = read_data(args.datasets, config, policy)
+    text = read_text(args.datasets, data.tasks)
     short = sum(data.length(i) < config.frames for i in data.train)
     if short and not config.tokens:
         print(
@@ -123,7 +124,9 @@ def _train(args: argparse.Namespace, asked: Recipe, device: torch.device) -> int
             if threads is None and dist.is_initialized():
                 threads = torch.get_num_threads()  # torchrun, or who called it, has shared out the cores
             elif threads is None:
-                threads = pick_threads(lambda: train(replace(config, steps=2), data, stop=stop, progress=False))
+                threads = pick_threads(
+                    lambda: train(replace(config, steps=2), data, text=text, stop=stop, progress=False)
+                )
             else:  # sums of float32 depend on their number, and a resumed run has the losses of an uninterrupted one
                 threads = set_threads(whole(f"{where}.threads", threads, 1))
             print(f"threads: {threads}")
@@ -134,7 +137,8 @@ def _train(args: argparse.Namespace, asked: Recipe, device: torch.device) -> int
         )  # fmt: skip
         done = train(
             config, data, seed=seed, device=device, seconds=args.seconds, out=args.out, resume=resume, init=init,
-            evaluation=evaluation, overwrite=args.overwrite, tensorboard=args.tensorboard, files=files, stop=stop,
+            text=text, evaluation=evaluation, overwrite=args.overwrite, tensorboard=args.tensorboard, files=files,
+            stop=stop,
         )  # fmt: skip
     steps, losses = loss_ends(done.log)
     spans = [f"steps {rows[0]['step']} to {rows[-1]['step']}" for rows in (done.log[:steps], done.log[-steps:])]
@@ -269,13 +273,36 @@ def differences(policy: Policy, data: ClipDataset) -> Iterator[str]:
     still = (own_varying & ~varying).nonzero().flatten().tolist()
     if still:
         yield f"action dimensions {still} did not vary before: their unit stays 1, and errors leave them out"
-    words = sorted({word for task in data.tasks for word in words_of(task)} - set(policy.text.vocabulary))
+    words = []
+    if isinstance(policy.text, WordEmbedding):
+        words = sorted({word for task in data.tasks for word in words_of(task)} - set(policy.text.vocabulary))
     if words:
         yield f"words that the checkpoint does not know share one vector: {', '.join(words)}"
     camera = policy.camera
     if camera is not None and tuple(data.picture_size) != (camera.height, camera.width):
         height, width = data.picture_size
         yield f"pictures are {height} x {width} from now on, those before were {camera.height} x {camera.width}"
+
+
+def read_text(data: Sequence[DataConfig], tasks: Sequence[str]) -> FrozenText | None:
+    """What ``wam encode --text`` has made of instructions, if the data sets say where it is; the empty one too.
+
+    Raises:
+        ValueError: some do and some do not, several encoders, or an instruction that is not there.
+    """
+    folders = {one.texts for one in data}
+    if folders == {None}:
+        return None
+    named = [folder for folder in folders if folder is not None]
+    encoders = {encoder_of(folder) for folder in named}
+    if None in folders or len(encoders) > 1:
+        raise ValueError(f"data: texts must be of one encoder for all data sets, got {sorted(map(str, folders))}")
+    found, last = dict[str, Tensor](), len(named) - 1
+    for i, folder in enumerate(named):
+        for task in ("", *tasks):
+            if task not in found and (i == last or holds_text(task, folder)):
+                found |= read_texts([task], folder)
+    return FrozenText.of(found, encoders.pop())
 
 
 def read_data(

@@ -24,6 +24,8 @@ class DataConfig:
         normalization: Units of actions and states: ``"mean_std"``, ``"min_max"``, ``"quantile"`` or ``"none"``; the
             same of all data sets of a training. They are saved with the policy.
         latents: Folder that ``wam encode`` wrote of it; without, pictures are encoded when a training begins.
+        texts: Folder that ``wam encode --text`` wrote, of the same encoder for all data sets of a training; without,
+            the vectors of words are trained.
 
     Raises:
         ValueError: a value of the wrong type or outside its range; the message names the field.
@@ -35,6 +37,7 @@ class DataConfig:
     state: str | None = None
     normalization: str = "mean_std"
     latents: str | None = None
+    texts: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str | Path) or not str(self.path):
@@ -43,6 +46,7 @@ class DataConfig:
         for name, what in (
             ("camera", "the name of a feature"),
             ("latents", "the folder of its latents"),
+            ("texts", "the folder of its texts"),
             ("state", "the name of a feature"),
         ):
             value = getattr(self, name)

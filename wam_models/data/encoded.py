@@ -26,7 +26,7 @@ from .codec import Codec, SavedCodec
 from .latents import CODECS, codec_kind
 from .source import Source
 
-ENCODED, CODEC = "encoded.json", "codec.safetensors"
+ENCODED, CODEC, TEXTS = "encoded.json", "codec.safetensors", "texts.json"
 
 
 class EncodedLatents:
@@ -194,7 +194,7 @@ def description(codec: SavedCodec) -> dict[str, Any]:
 def encode_texts(
     instructions: Iterable[str], encoder: Callable[[Sequence[str]], Tensor], made_by: str, out: str | Path
 ) -> int:
-    """Write the embeddings of instructions that are not in the folder yet, and return how many.
+    """Write the embeddings of instructions that are not in the folder yet, and ``texts.json``; return how many.
 
     Args:
         instructions: Any; each is encoded by itself.
@@ -203,8 +203,13 @@ def encode_texts(
         out: The folder.
 
     Raises:
+        ValueError: a folder of another encoder.
         OSError: no room, or no right to write.
     """
+    if (Path(out) / TEXTS).exists() and encoder_of(out) != made_by:
+        raise ValueError(f"{out}: holds texts of another encoder; name another folder")
+    with new_file(Path(out) / TEXTS) as part_file:
+        part_file.write_text(json.dumps({"made_by": made_by}) + "\n")
     written = 0
     for text in dict.fromkeys(instructions):
         path = object_path(Path(out), key_of(made_by, text))
@@ -215,18 +220,41 @@ def encode_texts(
     return written
 
 
-def read_texts(instructions: Iterable[str], made_by: str, folder: str | Path) -> dict[str, Tensor]:
+def encoder_of(folder: str | Path) -> str:
+    """What tells the encoder of a folder's texts from others.
+
+    Raises:
+        ValueError: no folder of :func:`encode_texts`.
+    """
+    path = Path(folder) / TEXTS
+    if not path.exists():
+        raise ValueError(f"{path}: not found; name a folder that wam encode --text wrote")
+    held = read_json(path)
+    if not isinstance(held, dict) or not isinstance(held.get("made_by"), str):
+        raise ValueError(f"{path}: must hold made_by, got {held!r}; run wam encode --text again")
+    return held["made_by"]
+
+
+def holds_text(instruction: str, folder: str | Path) -> bool:
+    """Whether a folder of :func:`encode_texts` has an instruction."""
+    return object_path(Path(folder), key_of(encoder_of(folder), instruction)).exists()
+
+
+def read_texts(instructions: Iterable[str], folder: str | Path) -> dict[str, Tensor]:
     """The embeddings ``[L, D]`` of instructions that :func:`encode_texts` wrote.
 
     Raises:
-        ValueError: one that is not there.
+        ValueError: one that is not there, or cannot be read.
     """
-    found = {}
+    found, made_by = dict[str, Tensor](), encoder_of(folder)
     for text in dict.fromkeys(instructions):
         path = object_path(Path(folder), key_of(made_by, text))
         if not path.exists():
             raise ValueError(f"{path}: not found, so {text!r} is not encoded yet; run wam encode --text again")
-        found[text] = torch.from_numpy(np.load(path))
+        try:
+            found[text] = torch.from_numpy(np.load(path))
+        except (OSError, ValueError, EOFError) as error:
+            raise ValueError(f"{path}: cannot be read ({error}); remove it and run wam encode --text again") from error
     return found
 
 

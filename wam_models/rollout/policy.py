@@ -21,7 +21,7 @@ from ..data.lerobot import Episode
 from ..model.dual_expert import WorldActionModel
 from ..runtime.checks import check_field, instance, whole
 from ..runtime.json_fields import from_fields
-from ..text import WordEmbedding
+from ..text import Text
 from ..training_state import TrainingState
 from .config import RolloutConfig
 
@@ -97,7 +97,7 @@ class Policy:
     """
 
     model: WorldActionModel
-    text: WordEmbedding
+    text: Text
     codec: Codec
     action_mean: Tensor
     action_std: Tensor
@@ -131,7 +131,7 @@ class Policy:
         self._check_state_units(c.state_dim)
         for name, has, wants in (
             ("codec.channels", self.codec.channels, c.latent_channels),
-            ("text.text_dim", self.text.words.embedding_dim, c.text_dim),
+            ("text.text_dim", self.text.text_dim, c.text_dim),
         ):
             if has != wants:
                 raise ValueError(f"Policy: {name} must be {wants} for this model, got {has}")
@@ -149,7 +149,7 @@ class Policy:
                 )
 
     @classmethod
-    def of(cls, model: WorldActionModel, text: WordEmbedding, data: ClipDataset, rollout: RolloutConfig) -> Policy:
+    def of(cls, model: WorldActionModel, text: Text, data: ClipDataset, rollout: RolloutConfig) -> Policy:
         """With the codec, the action statistics and the camera of the data that the model was trained on."""
         units = data.action_mean.clone(), data.action_std.clone(), ~data.constant_actions
         cells = () if data.canvas is None or len(data.canvas.cells) == 1 else data.canvas.cells

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -85,7 +85,9 @@ class Ranks:
         # what it warns of, an in-place operation on the model's output, is nowhere
         warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view tensor")
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
-        for module in (*model.packed_block_stack.packed_blocks, model, learner.get_submodule("text")):
+        text = learner.get_submodule("text")
+        trained = [text] if list(text.parameters()) else []
+        for module in (*model.packed_block_stack.packed_blocks, model, *trained):
             fully_shard(module, mesh=mesh, mp_policy=policy)
 
     def samples(self, batch: int) -> list[slice]:
@@ -148,7 +150,8 @@ class Ranks:
         """Whether the backward that follows reduces the gradients over the processes: that of the last micro-batch."""
         if self.sharded:
             for module in learner.values():
-                cast(FSDPModule, module).set_requires_gradient_sync(last)
+                if isinstance(module, FSDPModule):
+                    module.set_requires_gradient_sync(last)
 
     def agreed(self, value: Any) -> Any:
         """The first process's value."""

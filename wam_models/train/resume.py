@@ -15,7 +15,7 @@ from ..data import ClipDataset
 from ..data.codec import SavedCodec
 from ..runtime.checks import number, whole
 from ..state_dicts import abridged, check_finite
-from ..text import WordEmbedding
+from ..text import Text
 from ..training_state import VALUES, SavedState
 from .config import TrainConfig
 from .optimizers import STATE_NAMES
@@ -26,8 +26,8 @@ ENTRIES = {"step", "planned"}  # of a training state, beside its tensors
 WEIGHTS, AVERAGE, OPTIMIZER, GENERATOR = "weights.", "average.", "optimizer.", "generator"
 
 
-def check_resumable(config: TrainConfig, data: ClipDataset, resume: Checkpoint) -> WordEmbedding:
-    """The checkpoint's words, where a run of this config can go on from it with this data.
+def check_resumable(config: TrainConfig, data: ClipDataset, resume: Checkpoint) -> Text:
+    """The checkpoint's text, where a run of this config can go on from it with this data.
 
     Raises:
         ValueError: no training state, a model of other sizes, or data in other latents or units.

@@ -30,7 +30,7 @@ from ..rollout.policy import Policy
 from ..runtime.checks import instance, whole
 from ..runtime.limits import LARGEST_INT64
 from ..state_dicts import abridged, check_finite, load_weights
-from ..text import WordEmbedding
+from ..text import FrozenText, Text, WordEmbedding
 from ..training_state import TrainingState
 from ..weights.parts import choose_parts, frozen_streams, merged
 from .config import DECAY_PART, TrainConfig, check_fit
@@ -79,6 +79,7 @@ def train(
     out: str | Path | None = None,
     resume: Checkpoint | None = None,
     init: Mapping[str, Tensor] | None = None,
+    text: FrozenText | None = None,
     rollout: RolloutConfig | None = None,
     evaluation: PeriodicEvaluation | None = None,
     overwrite: bool = False,
@@ -106,6 +107,8 @@ def train(
         resume: From ``load_checkpoint`` on a folder that this function wrote.
         init: Weights of the model by name, in place of fresh ones, from ``wam_models.weights.start``; what it lacks
             is fresh.
+        text: What a frozen encoder has made of the data's instructions; default: vectors of words, which are trained,
+            or with ``resume`` the checkpoint's text.
         rollout: Stored with the checkpoint as its default; default: chunks of the largest size trained on.
         evaluation: Measured after every so many steps; neither its random numbers nor its time are the training's, so
             the losses are those of a run without.
@@ -143,7 +146,7 @@ def train(
     if out is not None:
         codec_kind(data.codec)  # refuses before the run what could not be saved after it
     trainer = Trainer(
-        config, data, seed=seed, device=device, seconds=seconds, resume=resume, init=init, rollout=rollout,
+        config, data, seed=seed, device=device, seconds=seconds, resume=resume, init=init, text=text, rollout=rollout,
         evaluation=evaluation,
     )  # fmt: skip
     return trainer.run(folder, stop=stop, progress=progress)
@@ -160,6 +163,7 @@ class Trainer:
         seconds: The run's time; None for no limit.
         resume: The checkpoint to go on from.
         init: Weights in place of fresh ones, by name.
+        text: What a frozen encoder has made of the instructions.
         rollout: Stored with the checkpoint as its default.
         evaluation: Measured after every so many steps.
 
@@ -177,6 +181,7 @@ class Trainer:
         seconds: float | None = None,
         resume: Checkpoint | None = None,
         init: Mapping[str, Tensor] | None = None,
+        text: FrozenText | None = None,
         rollout: RolloutConfig | None = None,
         evaluation: PeriodicEvaluation | None = None,
     ) -> None:
@@ -189,10 +194,7 @@ class Trainer:
         if config.initialisation == "by_hand":
             initialise(self.model)
         _start_from(self.model, init, resume)
-        self.text = WordEmbedding.from_instructions(data.tasks, config.model.text_dim)
-        if resume is not None:
-            words = check_resumable(config, data, resume)
-            self.text = WordEmbedding(words.vocabulary, config.model.text_dim, tokens=words.tokens)
+        self.text = _text_of(config, data, text, resume)
         with torch.no_grad():
             self.text(data.tasks)  # what it refuses could be drawn an hour later
         self.learner = nn.ModuleDict({"model": self.model, "text": self.text})
@@ -405,8 +407,7 @@ class Trainer:
     def _policy_of(self, average: Mapping[str, Tensor], device: torch.device) -> Policy:
         sizes = self.config.model
         model = WorldActionModel(sizes).to(device).requires_grad_(False)
-        text = WordEmbedding(self.text.vocabulary, sizes.text_dim, tokens=self.text.tokens)
-        text = text.to(device).requires_grad_(False)
+        text = self.text.anew().to(device).requires_grad_(False)
         load_weights(nn.ModuleDict({"model": model, "text": text}), merged(average, self.config.lora_scale))
         return Policy.of(model, text, self.data, self.rollout)
 
@@ -484,6 +485,20 @@ class Trainer:
                 bar.set_postfix_str(", ".join([f"step {row['step']}", *means]), refresh=False)
 
             yield show
+
+
+def _text_of(config: TrainConfig, data: ClipDataset, given: FrozenText | None, resume: Checkpoint | None) -> Text:
+    """Vectors of words, or what a frozen encoder gives, as a checkpoint has it."""
+    wanted = config.model.text_dim
+    if given is not None and given.text_dim != wanted:
+        raise ValueError(f"TrainConfig: model.text_dim must be {given.text_dim} for this text, got {wanted}")
+    if resume is None:
+        return WordEmbedding.from_instructions(data.tasks, wanted) if given is None else given.anew()
+    saved = check_resumable(config, data, resume)
+    made_by = saved.made_by if isinstance(saved, FrozenText) else None
+    if given is not None and given.made_by != made_by:
+        raise ValueError(f"train: text must be of the checkpoint's encoder, {made_by}, got {given.made_by}")
+    return (saved if given is None else given).anew()
 
 
 def _start_from(model: WorldActionModel, init: Mapping[str, Tensor] | None, resume: Checkpoint | None) -> None:
