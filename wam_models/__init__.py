@@ -20,8 +20,8 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .objectives import GJD_MIXTURE as GJD_MIXTURE
     from .objectives import MODEL_PROGRAMS as MODEL_PROGRAMS
     from .objectives import OBJECTIVES as OBJECTIVES
+    from .rollout.candidates import Candidate as Candidate
     from .rollout.config import RolloutConfig as RolloutConfig
-    from .rollout.episode import Candidate as Candidate
     from .rollout.episode import Episode as Episode
     from .rollout.episode import RolloutEngine as RolloutEngine
     from .rollout.policy import Policy as Policy
@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
 
 # Names load on first use, so that ``wam --help`` and the data tools do not pay for torch.
 HOME_OF = {
-    "Candidate": "rollout.episode",
+    "Candidate": "rollout.candidates",
     "Checkpoint": "checkpoint",
     "ClipDataset": "data",
     "Converted": "weights.convert",

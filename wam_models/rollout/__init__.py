@@ -1,13 +1,14 @@
 """Predicting an episode chunk by chunk, and the policy that does it.
 
-A prediction reads from top to bottom: ``episode`` (what a caller asks for and what is history), ``stages`` (the loops
-that it takes), ``schedule`` (noise levels and solvers), ``solver`` (the steps of a chunk), ``skipping`` (which of them
-are left out), ``chunk_forward`` (the model over the history's keys and values). ``layout`` has the sizes,
-``latent_ring`` the accepted frames.
+A prediction reads from top to bottom: ``episode`` (what a caller asks for and what is history), ``candidates`` (what it
+gets), ``stages`` (the loops that it takes), ``schedule`` (noise levels and solvers), ``solver`` (the steps of a chunk),
+``skipping`` (which of them are left out), ``chunk_forward`` (the model over the history's keys and values). ``layout``
+has the sizes, ``latent_ring`` the accepted frames. ``robots`` has one batch act for many of them.
 """
 
+from .candidates import Candidate, best
 from .config import RolloutConfig
-from .episode import Candidate, Episode, RolloutEngine, best
+from .episode import Episode, RolloutEngine
 from .schedule import Schedule
 
 __all__ = ["Candidate", "Episode", "RolloutConfig", "RolloutEngine", "Schedule", "best"]

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import copy
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import wraps
 from typing import Any, Concatenate, ParamSpec, TypeVar, cast
 
@@ -34,6 +34,7 @@ from ..model.blocks import at_least_float32
 from ..model.dual_expert import WorldActionModel
 from ..objectives import GJD, OBJECTIVES, Objective
 from ..runtime.checks import choice, instance, whole, wholes
+from .candidates import Candidate
 from .chunk_forward import ChunkForward
 from .config import RolloutConfig
 from .frames import FRAME_DIM, STATE, check_finite, check_frames, to_device, with_frames
@@ -46,49 +47,7 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-@dataclass(frozen=True, eq=False)
-class Candidate:
-    """A proposed chunk. A stream that the request did not need is None."""
-
-    video: Tensor | None  # [B, C, chunk, y, x] float32
-    action: Tensor | None  # [B, chunk, n, A] float32
-    moment: uuid.UUID  # what it continues: an episode as it was between two changes, and its copies
-    video_level: float = 0.0  # noise level at which the denoising of the video was stopped
-    forwards: tuple[int, ...] = ()  # of the denoising, that were run for each rollout
-
-
 _Given = tuple[tuple[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]  # noise, clean
-
-
-def best(candidates: Sequence[Candidate], value: Callable[[Candidate], Tensor]) -> Candidate:
-    """Of candidates that continue one episode, for each of its rollouts the one that is worth most.
-
-    Args:
-        candidates: From :meth:`Episode.propose_many`.
-        value: Worth ``[B]`` of a candidate.
-
-    Raises:
-        ValueError: no candidates, or those of several moments; values of another shape, or NaN.
-    """
-    if not candidates or len({c.moment for c in candidates}) > 1:
-        raise ValueError(f"best: candidates must continue one episode, got {len(candidates)} of them")
-    worth = [value(c) for c in candidates]
-    rollouts = len(candidates[0].forwards)
-    for i, v in enumerate(worth):
-        if not isinstance(v, Tensor) or list(v.shape) != [rollouts] or v.isnan().any():
-            got = f"{v.tolist()}" if isinstance(v, Tensor) else type(v).__name__
-            raise ValueError(f"best: value must give {rollouts} numbers, one for each rollout, got {got} of {i}")
-    chosen = torch.stack(worth).argmax(0).tolist()
-
-    def picked(tensors: list[Tensor | None]) -> Tensor | None:
-        held = [t for t in tensors if t is not None]
-        return torch.stack([held[i][b] for b, i in enumerate(chosen)]) if held else None
-
-    forwards = tuple(candidates[i].forwards[b] for b, i in enumerate(chosen))
-    return replace(
-        candidates[0], video=picked([c.video for c in candidates]), action=picked([c.action for c in candidates]),
-        forwards=forwards,
-    )  # fmt: skip
 
 
 def _in_plain_mode(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
@@ -195,15 +154,18 @@ class Episode:
     A call that raises leaves what was accepted as it was. Not for several threads at once. The model keeps its dtype
     and device as long as the episode lasts: calls after ``model.half()`` or ``model.to(...)`` raise ValueError.
 
-    To choose the best of N chunks, :meth:`propose_many` and accept the :func:`best` one. To look further ahead, branch:
-    ``copy.deepcopy`` gives an episode that shares nothing but the model, equal from there on, with a cache and CUDA
-    graphs of its own. A candidate continues every episode whose history is the one that it was proposed for, so it may
-    be given to copies that were made after it::
+    To choose the best of N chunks, :meth:`propose_many` and accept the :func:`best` one. To look further ahead,
+    :meth:`fork`: what is accepted then is taken back, and nothing is copied for it::
 
-        candidates = [episode.propose(generator=g) for _ in range(n)]
-        branches = [copy.deepcopy(episode) for _ in candidates]
-        for branch, candidate in zip(branches, candidates):
-            branch.accept(candidate)  # imagine on, and judge what comes of it
+        candidates = episode.propose_many(generator=g)
+        for candidate in candidates:
+            with episode.fork():
+                episode.accept(candidate)  # imagine on, and judge what comes of it
+                later = episode.propose(generator=g)
+
+    For branches that live side by side, ``copy.deepcopy`` gives an episode that shares nothing but the model, equal
+    from there on, with a cache and CUDA graphs of its own. A candidate continues every episode whose history is the one
+    that it was proposed for, so it may be given to copies that were made after it.
 
     A pickled episode holds its model.
 
@@ -254,6 +216,7 @@ class Episode:
         self._text_length = text.shape[1] if text.ndim == 3 else "L"
         self._moment = uuid.uuid4()
         self._stale = False  # the keys and values must be computed anew before they are read
+        self._needed: list[int] | None = None  # in a fork: the first frame that each rollout needs after it
 
     @property
     def next_frame(self) -> list[int]:
@@ -281,8 +244,49 @@ class Episode:
     def __deepcopy__(self, memo: dict) -> Episode:
         memo.setdefault(id(self.model), self.model)
         copied = memo[id(self)] = object.__new__(type(self))
-        vars(copied).update(copy.deepcopy(vars(self), memo))
+        vars(copied).update(copy.deepcopy(vars(self) | {"_needed": None}, memo))
         return copied
+
+    def __getstate__(self) -> dict:
+        return vars(self) | {"_needed": None}  # a copy of a fork is an episode
+
+    # ---- planning ----
+
+    @contextmanager
+    def fork(self) -> Iterator[Episode]:
+        """Look ahead: what is accepted within the ``with`` block is taken back at its end, whatever ends it.
+
+        In the block the episode proposes and accepts as ever; it cannot observe, begin anew or be told another bridge
+        or context. Nothing is copied: what is accepted takes the places of frames that have left the window, of which
+        there are ``RolloutConfig.lookahead`` chunks beyond the last observation. Forks may be nested.
+
+        Returns:
+            This episode, for ``with episode.fork() as branch``. Candidates from before the block are still good after
+            it; those of chunks that were taken back are not.
+        """
+        outermost, ring, skipping = self._needed is None, self.ring, self.solver.skipping
+        before = list(ring.next_frame), list(ring.observed), self._moment, self._stale
+        known = None if skipping is None else skipping.state()
+        if outermost:
+            self._needed = [self.layout.first_visible(f) for f in self.observed]
+        try:
+            yield self
+        finally:
+            (ring.next_frame, ring.observed, moment, stale), accepted = before, self._moment != before[2]
+            self._moment = moment
+            # keys that were computed anew for the window of a chunk that is taken back are not those of this one
+            self._stale = stale or (accepted and self.config.cache == "recomputed")
+            if skipping is not None and known is not None:
+                skipping.restore(known)
+            if outermost:
+                self._needed = None
+
+    def _refuse_in_fork(self, call: str) -> None:
+        if self._needed is not None:
+            raise ValueError(
+                f"{call}: the episode must not be in a fork, which only proposes and accepts; leave the with block, or "
+                "use copy.deepcopy"
+            )
 
     # ---- requests ----
 
@@ -468,6 +472,12 @@ class Episode:
         for s, t in frames.items():
             check_frames(f"accept: candidate.{STREAMS[s]}", t, s, self.chunk_size, self.chunk[s])
             check_finite(f"accept: candidate.{STREAMS[s]}", t)
+        lost = zip(self.next_frame, self._needed or (), strict=False)
+        if any(f + self.chunk_size - self.cache.frames > needed for f, needed in lost):
+            raise ValueError(
+                f"accept: in a fork at most RolloutConfig.lookahead={self.config.lookahead} chunks beyond the last "
+                "observation, whose history must stay; raise lookahead"
+            )
         if STATE in self.ring.latents:  # the last one that is known
             states = [self.ring.frame(STATE, b, f - 1) for b, f in enumerate(self.next_frame)]
             frames[STATE] = torch.stack(states)[:, None].expand(-1, self.chunk_size, -1)
@@ -502,6 +512,7 @@ class Episode:
             ValueError: shapes that do not fit; frames on the CPU that are not finite; an observation that was there
                 already or that has a gap before it; or the history before it has left the rings.
         """
+        self._refuse_in_fork("observe")
         self._check_model("observe")
         K = video.shape[2] if getattr(video, "ndim", 0) == 5 else -1
         if ACTION not in self.layout.streams and action is not None:
@@ -542,6 +553,7 @@ class Episode:
             ValueError: rollouts that do not exist or repeat, shapes that do not fit, or numbers on the CPU that are not
                 finite.
         """
+        self._refuse_in_fork("restart")
         self._check_model("restart")
         rollouts = wholes("restart: rollouts", rollouts, 0)
         batch = self.layout.batch
@@ -581,6 +593,7 @@ class Episode:
         Args:
             bridge: ``[B, N, bridge_dim]``; N as at the start.
         """
+        self._refuse_in_fork("set_bridge")
         self._check_model("set_bridge")
         instance("set_bridge: bridge", bridge, Tensor)
         self._first_bridge(bridge, self.layout.batch)
@@ -598,6 +611,7 @@ class Episode:
         Raises:
             ValueError: streams that the model does not have, other shapes, or numbers on the CPU that are not finite.
         """
+        self._refuse_in_fork("set_context")
         self._check_model("set_context")
         self._check_context(context, self.layout.batch)
         self.forward.set_context(range(self.layout.batch), context)

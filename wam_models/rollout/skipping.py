@@ -61,6 +61,14 @@ class Skipping:
         self._known |= self._proposed
         self._proposed = {}
 
+    def state(self) -> tuple[dict, dict]:
+        """What is known of the last chunk and of the one that was proposed, for :meth:`restore`."""
+        return dict(self._known), dict(self._proposed)
+
+    def restore(self, state: tuple[dict, dict]) -> None:
+        """As it was; chunks since then are taken back."""
+        self._known, self._proposed = dict(state[0]), dict(state[1])
+
     def forget(self, rollouts: Sequence[int]) -> None:
         """Another text, context or episode: what is known of these rollouts says nothing about it."""
         self._proposed = {}
