@@ -60,7 +60,7 @@ LEVELS = (
     ("wam_models.checkpoint",),
     ("wam_models.rollout", "wam_models.weights"),
     ("wam_models.train", "wam_models.evaluate", "wam_models.simulator", "wam_models.serve", "wam_models.control"),
-    ("wam_models.estimate", "wam_models.ablate"),
+    ("wam_models.estimate", "wam_models.ablate", "wam_models.eight_bit"),
     ("wam_models.cli",),
     ("wam_models",),
     ("bench.rows",),

@@ -108,9 +108,10 @@ class Cost:
         return "arithmetic" if arithmetic > memory else "memory"
 
 
-def linear(rows: int, width_in: int, width_out: int, itemsize: int) -> Cost:
-    """A linear map forward: its weights, input and output once each."""
-    return Cost(2 * rows * width_in * width_out, itemsize * (width_in * width_out + rows * (width_in + width_out)))
+def linear(rows: int, width_in: int, width_out: int, itemsize: int, weight_itemsize: int | None = None) -> Cost:
+    """A linear map forward: its weights, of another itemsize where they are quantised, input and output once each."""
+    weights = width_in * width_out * (itemsize if weight_itemsize is None else weight_itemsize)
+    return Cost(2 * rows * width_in * width_out, weights + itemsize * rows * (width_in + width_out))
 
 
 def block_attention(

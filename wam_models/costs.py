@@ -36,12 +36,14 @@ class Sizes:
         grid: Rows and columns of a frame's video tokens.
         text_tokens: Of an instruction.
         itemsize: Bytes of a number in weights, activations and caches.
+        block_itemsize: Bytes of a weight in the blocks' linear maps, where they are quantised; default ``itemsize``.
     """
 
     model: ModelConfig
     grid: tuple[int, int]
     text_tokens: int
     itemsize: int = BF16
+    block_itemsize: int | None = None
 
     def __post_init__(self) -> None:
         m = self.model
@@ -113,19 +115,19 @@ def block_matrices(c: ModelConfig) -> list[tuple[int, int, int]]:
 
 def block_keys(s: Sizes, stream: int, rows: int, timesteps: int) -> Cost:
     """Of one block, up to the attention: norm, q, k and v, their norm and rotation."""
-    c, e, width = s.model, s.itemsize, s.width(stream)
-    cost = ada_layer_norm(rows, timesteps, width, e) + linear(rows, width, c.inner, e) * 3
+    c, e, w, width = s.model, s.itemsize, s.block_itemsize, s.width(stream)
+    cost = ada_layer_norm(rows, timesteps, width, e) + linear(rows, width, c.inner, e, w) * 3
     return cost + qk_norm_rope(rows, c.heads, c.head_dim, e)
 
 
 def block_rest(s: Sizes, stream: int, rows: int, timesteps: int, samples: int, bridge: int = 0) -> Cost:
     """Of one block, after the attention; the text's keys and values, and those of a bridge, are there."""
-    c, e, width, ffn = s.model, s.itemsize, s.width(stream), s.model.streams[stream].ffn
+    c, e, w, width, ffn = s.model, s.itemsize, s.block_itemsize, s.width(stream), s.model.streams[stream].ffn
     texts = s.texts + bridge * (stream == ACTION and c.has_actions)
-    cost = linear(rows, c.inner, width, e) * 2 + linear(rows, width, c.inner, e)
+    cost = linear(rows, c.inner, width, e, w) * 2 + linear(rows, width, c.inner, e, w)
     cost += cached_attention(rows * texts, rows, samples * texts, c.heads, c.head_dim, e)
     cost += Cost(0, 4 * rows * c.inner * e)  # RMSNorm of the cross-attention's q, and its residual's norm below
-    cost += linear(rows, width, ffn, e) + linear(rows, ffn, width, e) + Cost(0, 2 * rows * ffn * e)
+    cost += linear(rows, width, ffn, e, w) + linear(rows, ffn, width, e, w) + Cost(0, 2 * rows * ffn * e)
     return cost + gate_residual_ada_layer_norm(rows, timesteps, width, e) * 3
 
 
@@ -156,7 +158,7 @@ def text_products(s: Sizes, samples: int, bridge: int = 0) -> Cost:
 def block_text_keys(s: Sizes, stream: int, samples: int, bridge: int = 0) -> Cost:
     """Of one block: keys and values of the text, and of a bridge."""
     texts = s.texts + bridge * (stream == ACTION and s.model.has_actions)
-    return linear(samples * texts, s.width(stream), s.model.inner, s.itemsize) * 2
+    return linear(samples * texts, s.width(stream), s.model.inner, s.itemsize, s.block_itemsize) * 2
 
 
 def bridge_features(s: Sizes, samples: int, frames: int) -> Cost:

@@ -7,6 +7,8 @@ chunks from the same noise with the same weights, in one run. CPU: two layers of
 a frame, one thread; CUDA: the full size in bf16. The weights are random, so the errors show what an option changes, not
 what a trained policy loses; times are the thread's own on a CPU, ratios of one run.
 
+``8-bit weights`` is the full schedule with weights and products of 8 bits, where torchao is installed.
+
 ``what``: ``option`` (``error``: ||a - b|| / ||b|| against ``full``, 8 Euler steps; ``GFLOP`` and ``MB`` are estimated,
 with the forwards that ran), ``candidates`` (k at once, k proposals on end, and k episodes in a batch, of which
 ``held_MB`` is what stays in memory: keys, values and latents), ``same`` (largest difference of an action from that of
@@ -22,6 +24,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -34,6 +37,7 @@ from bench.workloads.models import make_model
 from bench.workloads.rollout import require_equal_chunks
 from wam_models import RolloutConfig, RolloutEngine, Schedule, WorldActionModel
 from wam_models.config import demo_config, wan_5b_config
+from wam_models.eight_bit import with_eight_bits
 from wam_models.estimate import Sizes, rollout_chunk, total
 from wam_models.rollout import Candidate, Episode
 
@@ -57,6 +61,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     # one forward of video, and from then on action tokens alone
     "video features once": ({"program": "video_noisy_to_action", "video": Schedule(steps=0)}, "action"),
 }  # fmt: skip
+EIGHT_BIT = "8-bit weights"
 COLD = """
 import torch
 from bench.suites.rollout_options import FULL, episode_of, model_of
@@ -122,15 +127,19 @@ def option_rows(model: WorldActionModel, seed: int, chunks: int) -> Iterator[Row
     full: dict[str, dict[str, list[Any]]] = {}
     base = 0.0
     sizes = Sizes(model.config, (GRID[0] // 2, GRID[1] // 2), TEXT_TOKENS, model.dtype.itemsize)
-    for name, (options, want) in VARIANTS.items():
+    variants = dict(VARIANTS)
+    if find_spec("torchao") is not None:
+        variants[EIGHT_BIT] = {}, "both"
+    for name, (options, want) in variants.items():
         config = replace(FULL, **options)
         if config.program not in full:
             full[config.program] = play(model, replace(FULL, program=config.program), "both", seed, chunks)
         truth = full[config.program]
-        again = play(model, config, want, seed, chunks)
+        quantised = name == EIGHT_BIT
+        again = play(with_eight_bits(model) if quantised else model, config, want, seed, chunks)
         ms = statistics.median(again["ms"][1:])
         base = base or ms
-        parts = rollout_chunk(sizes, config, want=want)
+        parts = rollout_chunk(replace(sizes, block_itemsize=1 if quantised else None), config, want=want)
         steps = [part for part in parts if part.name.startswith("denoising")]
         ran = statistics.mean(again["forwards"])
         left_out = 1 - ran / sum(part.times for part in steps)

@@ -152,6 +152,12 @@ def _rollout(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="NAME=VALUE",
         help="of the rollout, as video.steps=2, action.solver=unipc or reuse_flow=0.98; repeat it",
     )  # fmt: skip
+    parser.add_argument("--eight-bit", type=Path, metavar="DIR", help="8-bit weights, calibrated on this data set")
+    parser.add_argument(
+        "--eight-bit-keep", action="append", metavar="NAME", help="linear maps that keep their weights; repeatable"
+    )
+    error = "of a decision on its held-out episodes, above which 8 bits are refused; default: 0.05"
+    parser.add_argument("--eight-bit-error", type=float, metavar="X", help=error)
     parser.add_argument("--open-loop", action="store_true", help="continue from predictions, not from recorded frames")
     parser.add_argument(
         "--realtime", action="store_true", help="of a simulator: it does not wait, and plans are made while it acts"

@@ -17,8 +17,9 @@ def rollout_memory(s: Sizes, config: RolloutConfig, *, objective: str = "joint",
     of_text = s.texts * sum(stream.owns_expert for stream in c.streams)
     of_text += (1 + layout.chunk_size) * s.tokens(VIDEO) if c.bridge_layer is not None else 0
     text = layout.samples * of_text * 2 * c.layers * c.inner * s.itemsize  # keys and values
+    narrower = 0 if s.block_itemsize is None else s.itemsize - s.block_itemsize
     return {
-        "weights": parameters(c) * s.itemsize,
+        "weights": parameters(c) * s.itemsize - narrower * sum(m * n * times for m, n, times in block_matrices(c)),
         "keys and values": layout.cache_bytes(c, s.itemsize),
         "of the text": text,
     }
