@@ -4,6 +4,8 @@ Emulated, threads run in random order and what Hopper does on its own (TMA, wgmm
 must give the same bits in several orders (``csrc/common/sm90_emulation.h``).
 """
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -148,6 +150,28 @@ def test_long_windows_in_many_orders(machine, D, H, kv_heads, dtype):
 def test_longer_windows_in_more_orders(machine, chunk_size, frames, D, H, kv_heads):
     plan = compile_plan(libero(chunk_size, 64, frames))
     check(machine, plan, make_inputs(plan, 1, H, D, BF16, kv_heads=kv_heads), orders=6)
+
+
+def test_queries_of_several_elements_share_the_keys_of_one(machine):
+    """What the plan's format has room for: tiles whose steps are of another batch element than their rows."""
+    plan = compile_plan([small(), small()]).to(machine.device)
+    q, k, v, dout, dlse = (t.to(machine.device) for t in make_inputs(plan, 2, 2, 64, BF16, kv_heads=1))
+    shared = [q, *(t[:1].repeat(2, 1, 1, 1) for t in (k, v)), dout, dlse]
+    boxes = copy.deepcopy(plan.boxes)
+    boxes.queries.tiles[:, 7] = 0
+    k[1], v[1] = torch.nan, torch.nan
+
+    def run_shared():
+        queries = boxes.queries.tensors()
+        out, lse = kernel_cuda.forward(q, k, v, queries, False, 0.125)
+        dq, _, _ = kernel_cuda.backward(dout, dlse, q, k, v, out, lse, queries, boxes.keys.tensors(), False, 0.125)
+        return out, lse, dq
+
+    actual = machine.run(run_shared)
+    rounded, truth = run_rounded(plan, shared), run(plan, [t.double() for t in shared], "reference")
+    rounded[1] = run(plan, shared, "reference")[1]
+    for name, a, r, t in zip(NAMES, actual, rounded, truth, strict=False):
+        assert_within_budget(name, a, r, t, SLACK[name])
 
 
 def test_strided_tensors(machine):
