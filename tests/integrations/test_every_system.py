@@ -43,6 +43,11 @@ SYSTEMS = {
     "DreamZero": (dreamzero.model, lambda m: dreamzero.train(m, 2), lambda m: dreamzero.rollout(m, 2)),
     "Cosmos Policy": (cosmos.model, cosmos.call, cosmos.call),
     "openpi": (openpi.model, openpi_step, openpi_step),
+    "openpi, all of it": (
+        openpi.whole,
+        lambda m: m(*openpi.batch()),
+        lambda m: m.sample_actions(*openpi.batch()),
+    ),
 }
 MODES = {"grad": nullcontext, "no_grad": torch.no_grad, "inference": torch.inference_mode}
 # every mode behind every mode, itself too, and the caches are born in inference mode

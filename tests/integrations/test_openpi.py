@@ -5,13 +5,14 @@ from weakref import ref
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.integrations.checks import CLOSE, check_patch
 from tests.integrations.stand_ins import openpi
-from tests.integrations.stand_ins.openpi import PaliGemmaWithExpertModel
+from tests.integrations.stand_ins.openpi import PaliGemmaWithExpertModel, PI0Pytorch
 from wam_kernels import RULE_PROGRAMS, compile_plan
 from wam_kernels.integrations import Unsupported, _kernels, patch, unpatch
-from wam_kernels.integrations._kernels import MaskPlans
+from wam_kernels.integrations._kernels import MaskPlans, PaddedBlocks
 
 PREFIX, ACTIONS, HIDDEN = 9, 4, -2.3819763e38
 PADDING = ((2, 4), (7, 9))  # a missing image and the end of the prompt, of sample 1; sample 0 has none
@@ -156,3 +157,111 @@ def test_refusals():
     with pytest.raises(Unsupported, match="openpi has heads of 12 channels"):
         patch(model(head_dim=12))
     assert openpi.eager_attention_forward is function
+
+
+# ---- the model around them, whose masks stay two vectors ----
+
+
+def whole(states: int = 1, **options) -> PI0Pytorch:
+    torch.manual_seed(0)
+    return PI0Pytorch(states, **options)
+
+
+def batch(states: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    prefix, suffix = tokens(states)
+    return prefix, visible(states)[:, 0, :PREFIX], suffix
+
+
+@pytest.mark.parametrize("call", ["forward", "sample_actions"])
+@pytest.mark.parametrize("states, checkpointing", [(0, False), (1, False), (1, True)])
+def test_the_whole_model(call, states, checkpointing):
+    pi = whole(states, checkpointing=checkpointing)
+    made = {"PI0Pytorch.make_att_2d_masks", "PI0Pytorch._prepare_attention_masks_4d"}
+    if call == "forward":
+        check_patch(pi, lambda: pi(*batch(states)), REPLACED | made)
+        return
+    expected = pi.sample_actions(*batch(states))
+    done = patch(pi)
+    torch.testing.assert_close(pi.sample_actions(*batch(states)), expected, **CLOSE)
+    assert all(done.calls.values())
+
+
+class Squares(TorchDispatchMode):
+    """Operators that give something of S x S."""
+
+    def __init__(self, S: int) -> None:
+        super().__init__()
+        self.S, self.found = S, []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for t in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(t, torch.Tensor) and t.shape[-2:] == (self.S, self.S):
+                self.found.append(func)
+        return out
+
+
+def test_nothing_of_s_times_s_and_one_plan_a_batch(monkeypatch):
+    monkeypatch.setattr(_kernels, "PLANS", MaskPlans())
+    plans, make = [], _kernels.plan_of_ranges
+    monkeypatch.setattr(_kernels, "plan_of_ranges", lambda samples, shape: plans.append(shape) or make(samples, shape))
+    pi, (prefix, pads, suffix) = whole(), batch()
+    S = prefix.shape[1] + suffix.shape[1]
+
+    def step(pads) -> list:
+        with Squares(S) as squares:
+            pi(prefix, pads, suffix).sum().backward()
+        return squares.found
+
+    assert step(pads), "the original makes masks and scores"
+    patch(pi)
+    assert step(pads) == [] and plans == [(2, S, S)]
+    assert step(pads.flip(0)) == [] and len(plans) == 2
+    assert step(pads.clone()) == [] and len(plans) == 2, "known by the digest of the two vectors"
+    assert len(_kernels.PLANS) == 2
+
+
+def test_masks_are_what_the_original_makes(monkeypatch):
+    pi, function = whole(), openpi.make_att_2d_masks
+    g = torch.Generator().manual_seed(3)
+    cases = [(torch.rand(3, 12, generator=g) > 0.3, torch.rand(3, 12, generator=g).round()) for _ in range(20)]
+    cases.append((torch.ones(1, 12, dtype=torch.bool), torch.tensor([[1.0, 0, 0, -1, 0, 1, 0, -1, -1, 0, 0, 3]])))
+    expected = [(mask := function(*case), pi._prepare_attention_masks_4d(mask)) for case in cases]
+    patch(pi)
+    for case, (want, additive) in zip(cases, expected, strict=True):
+        mask = openpi.make_att_2d_masks(*case)
+        assert isinstance(mask, PaddedBlocks) and mask.shape == want.shape and mask.dtype == want.dtype
+        assert torch.equal(MaskPlans().of(mask, mask.device).mask()[:, 0].expand(want.shape), want)
+        assert torch.equal(mask[:, 3:], want[:, 3:]) and torch.equal(mask & want.mT, want & want.mT)
+        again = pi._prepare_attention_masks_4d(mask)
+        assert isinstance(again, PaddedBlocks) and again.dtype == additive.dtype and torch.equal(again + 0, additive)
+        with pytest.raises(RuntimeError, match="a patched model's mask cannot be written to"):
+            mask &= want
+    with pytest.raises(Unsupported, match=r"masks must be of bool pads and of blocks \[B, S\], got torch.float32"):
+        openpi.make_att_2d_masks(torch.ones(1, 4), torch.ones(1, 4))
+    unpatch(pi)
+    assert openpi.make_att_2d_masks is function
+    monkeypatch.delattr(PI0Pytorch, "_prepare_attention_masks_4d")
+    done = patch(pi)
+    assert "masks of S x S: patch: openpi's PI0Pytorch must have the method _prepare" in done.explain()
+
+
+def test_a_model_that_is_not_patched_runs_beside_one_that_is():
+    pi, other = whole(), whole()
+    expected = other(*batch())
+    done = patch(pi)
+    assert torch.equal(other(*batch()), expected)
+    pi(*batch())
+    assert done.calls["PI0Pytorch.make_att_2d_masks"] > 0
+    unpatch(pi)
+    assert torch.equal(pi(*batch()), expected)
+
+
+@pytest.mark.parametrize("part", ["all", "pair"])
+def test_the_whole_model_compiles(part):
+    pi = whole(layers=1)
+    expected = pi(*batch())
+    patch(pi)
+    torch._dynamo.reset()
+    (pi if part == "all" else pi.paligemma_with_expert).compile(backend="eager", fullgraph=True)
+    torch.testing.assert_close(pi(*batch()), expected, **CLOSE)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..block_attention import block_attention
@@ -54,12 +55,16 @@ class MaskPlans(Cache):
 
     def of(self, mask: Tensor, device: torch.device) -> Plan:
         """The plan, on ``device``, of a boolean mask ``[Sq, Sk]`` or ``[B, Sq, Sk]``, or of an additive one
-        ``[B, 1, Sq, Sk]``: 0 is visible, -1e30 and less is not.
+        ``[B, 1, Sq, Sk]``: 0 is visible, -1e30 and less is not; or of a :class:`PaddedBlocks`.
 
         Raises:
             Unsupported: another value in an additive mask (a bias, which a plan cannot express), or a mask that needs
                 more key columns than a plan has.
         """
+        if isinstance(mask, PaddedBlocks):
+            if mask.plan is None:
+                mask.plan = self._of_blocks(mask)
+            return mask.plan.to(device)
         if mask.is_inference():
             return self._find(mask).to(device)
         plans, key = self._views_of(mask)
@@ -87,24 +92,81 @@ class MaskPlans(Cache):
         if not host[0]:
             raise Unsupported("patch: attention_mask must hold 0 and at most -1e30, but it is a bias of other values")
         if host[1]:
-            digested = host
-        else:
-            host_mask = by_sample.cpu().numpy()
-            digested = np.packbits(host_mask)
-        key = visible.shape, bool(host[1]), hashlib.sha256(digested.data).digest()
+            return self._of_vectors(host[2:], visible.shape)
+        host_mask = by_sample.cpu().numpy()
+        return self._remembered(np.packbits(host_mask), visible.shape, lambda: map(Ranges.from_mask, host_mask))
+
+    def _of_blocks(self, mask: PaddedBlocks) -> Plan:
+        """From the two vectors, which are all that goes to the host."""
+        keys, counts, staircase = mask.vectors()
+        flag = staircase.to(torch.int32)[None]
+        host = torch.cat((flag, keys.to(torch.int32).flatten(), counts.flatten())).cpu().numpy()
+        return self._of_vectors(host[1:], (keys.shape[0], *mask.shape[-2:])) if host[0] else self._find(mask.spelled())
+
+    def _of_vectors(self, host: np.ndarray, shape: Sequence[int]) -> Plan:
+        """Of keys ``[B, Sk]`` and counts ``[B, Sq]``, flat, one behind the other."""
+        batch, queries, keys = (1, *shape)[-3:]
+        n = batch * keys
+        vectors = zip(host[:n].reshape(batch, keys) > 0, host[n:].reshape(batch, queries), strict=True)
+        return self._remembered(host, shape, lambda: map(staircase_ranges, vectors))
+
+    def _remembered(self, digested: np.ndarray, shape: Sequence[int], samples: Callable[[], Iterable[Ranges]]) -> Plan:
+        key = tuple(shape), digested.dtype, hashlib.sha256(digested.data).digest()
         plan = self._by_digest.pop(key, None)
         if plan is None:
-            n = keys.numel()
-            vectors = host[2 : 2 + n].reshape(keys.shape) > 0, host[2 + n :].reshape(counts.shape)
-            if host[1]:
-                samples = [staircase_ranges(sample) for sample in zip(*vectors, strict=True)]
-            else:
-                samples = [Ranges.from_mask(sample) for sample in host_mask]
-            plan = plan_of_ranges(samples, visible.shape)
+            plan = plan_of_ranges(list(samples()), shape)
         self._by_digest[key] = plan
         while len(self._by_digest) > self.KEPT:
             self._by_digest.popitem(last=False)
         return plan
+
+
+class PaddedBlocks(Tensor):
+    """A mask of padding and blocks, bool ``[B, S, S]`` or additive ``[B, 1, S, S]``, as the two vectors behind it.
+
+    A token attends to its own block and those before it; padding attends to nothing and nothing to it. There is a mask
+    of S x S only from where a short call, or other code than this library's, reads it. It cannot be written to.
+
+    Attributes:
+        pads: bool ``[B, S]``: no padding.
+        blocks: ``[B, S]``: where it is not 0, a block begins.
+        plan: Of the mask, once it was needed.
+    """
+
+    pads: Tensor
+    blocks: Tensor
+    plan: Plan | None = None
+    _spelled: Tensor | None = None
+
+    @staticmethod
+    def __new__(cls, pads: Tensor, blocks: Tensor, spell: Callable[[], Tensor], dtype: torch.dtype) -> PaddedBlocks:
+        B, S = pads.shape
+        shape = (B, S, S) if dtype == torch.bool else (B, 1, S, S)
+        return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=pads.device)
+
+    def __init__(self, pads: Tensor, blocks: Tensor, spell: Callable[[], Tensor], dtype: torch.dtype) -> None:
+        self.pads, self.blocks, self._spell = pads, blocks, spell
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[override]
+        if func._schema.is_mutable:
+            raise RuntimeError("a patched model's mask cannot be written to; write to a clone() of it")
+        args, kwargs = tree_map_only(cls, lambda mask: mask.spelled(), (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def spelled(self) -> Tensor:
+        """The mask itself, of S x S, kept from here on."""
+        if self._spelled is None:
+            self._spelled = self._spell()
+        return self._spelled
+
+    def vectors(self) -> tuple[Tensor, Tensor, Tensor]:
+        """As :func:`staircase_vectors` of the mask; blocks that count down are no staircase."""
+        at = torch.cumsum(self.blocks, 1).float()
+        ends = torch.searchsorted(at, at, right=True)
+        rank = self.pads.cumsum(1, dtype=torch.int32)
+        counts = rank.gather(1, (ends - 1).clamp(0)) * self.pads  # below 0 where no staircase
+        return self.pads, counts, (at.diff(dim=1) >= 0).all()
 
 
 def staircase_vectors(mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -187,7 +249,7 @@ def attend_under_mask(
     mask = required_mask(mask)
     _require_lengths(system, q, k, mask.shape[-2], mask.shape[-1])
     if q.shape[1] * k.shape[1] <= DENSE_PAIRS:
-        return _dense(q, k, v, mask, scale)
+        return _dense(q, k, v, mask.spelled() if isinstance(mask, PaddedBlocks) else mask, scale)
     if torch.compiler.is_compiling():
         # a compiled rollout may be one CUDA graph, in which no mask can be read
         if not torch.is_grad_enabled():

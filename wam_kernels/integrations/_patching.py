@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from functools import wraps
 from types import FunctionType, ModuleType
 from typing import Any
-from weakref import WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -278,6 +278,8 @@ class FunctionReplacement(Replacement):
     The Python module gets a function that looks at its first argument, and its own back when no model is left.
     """
 
+    by_module = True
+
     def __init__(self, module_name: str, *args) -> None:
         super().__init__(*args)
         self.module_name = module_name
@@ -287,9 +289,9 @@ class FunctionReplacement(Replacement):
         namespace = sys.modules[self.module_name]
         dispatch = getattr(namespace, self.name)
         if not isinstance(dispatch, _Dispatch):
-            dispatch = _Dispatch(self.name, dispatch)
+            dispatch = _Dispatch(self.name, dispatch, self.by_module)
             setattr(namespace, self.name, dispatch)
-        dispatch.users.add(self.owner)
+        dispatch.users[self.owner] = None
 
     @property
     def original(self) -> Callable:
@@ -307,20 +309,33 @@ class FunctionReplacement(Replacement):
         namespace = sys.modules[self.module_name]
         dispatch = getattr(namespace, self.name)
         if isinstance(dispatch, _Dispatch):
-            dispatch.users.discard(self.owner)
+            dispatch.users.pop(self.owner, None)
             if not dispatch.users:
                 setattr(namespace, self.name, dispatch.original)
 
 
+class SharedFunctionReplacement(FunctionReplacement):
+    """Stands for a function of a Python module whoever calls it, as long as a patched model is left.
+
+    For functions that get no module: what stands there must serve models that are not patched as well. Calls count for
+    the model that was patched last. A graph is traced with the original.
+    """
+
+    by_module = False
+
+
 class _Dispatch:
-    """A module-level function that is another one for some first arguments."""
+    """A module-level function that is another one for some first arguments, or while somebody uses another."""
 
-    def __init__(self, name: str, original: Callable) -> None:
-        self.name, self.original = name, original
-        self.users: WeakSet[nn.Module] = WeakSet()
+    def __init__(self, name: str, original: Callable, by_module: bool) -> None:
+        self.name, self.original, self.by_module = name, original, by_module
+        self.users: WeakKeyDictionary[nn.Module, None] = WeakKeyDictionary()  # in order
 
-    def __call__(self, key: nn.Module, *args, **kwargs):
-        return getattr(key, self.name, self.original)(key, *args, **kwargs)
+    def __call__(self, first: Any, *args, **kwargs):
+        user = first
+        if not self.by_module:
+            user = None if torch.compiler.is_compiling() else next(reversed([*self.users]), None)
+        return getattr(user, self.name, self.original)(first, *args, **kwargs)
 
 
 class ProcessReplacement(Replacement):
@@ -407,8 +422,13 @@ class Patch:
         signature = Signature(what, original, new, len(shared), 0 if static else 1)
         self._put(owner, name, lambda: replacement(self.policy, owner, name, new, shared, signature))
 
-    def function(self, module_name: str, name: str, key: nn.Module, new: Callable, *shared: Any) -> None:
+    def function(
+        self, module_name: str, name: str, key: nn.Module, new: Callable, *shared: Any,
+        replacement: type[FunctionReplacement] = FunctionReplacement,
+    ) -> None:  # fmt: skip
         """The function ``name`` of a Python module becomes ``new(*shared, ...)`` where its first argument is ``key``.
+
+        With ``SharedFunctionReplacement`` wherever it is called, as long as ``key`` is there and patched.
 
         Raises:
             Unsupported: no such function, one with other parameters, or one that is replaced already.
@@ -418,7 +438,7 @@ class Patch:
             raise Unsupported(f"patch: {self.system}'s module {module_name} must have {name}, but it has none")
         original = original.original if isinstance(original, _Dispatch) else original
         signature = Signature(f"{module_name}.{name}", original, new, len(shared), 0)
-        self._put(key, name, lambda: FunctionReplacement(module_name, self.policy, key, name, new, shared, signature))
+        self._put(key, name, lambda: replacement(module_name, self.policy, key, name, new, shared, signature))
 
     def process(self, owner: Foreign, name: str, new: Callable, *shared: Any) -> None:
         """The function ``name`` of a Python module, or of a class, becomes ``new(original, *shared, ...)`` for all of

@@ -5,6 +5,10 @@ scores, their float32 softmax and the repeated key head as whole tensors. It is 
 this model only: 8 query heads read 1 key head of 256 channels under the program ``prefix_suffix`` (the prefix blind to
 the suffix), padding included, in training and over the prefix cache.
 
+The whole model, ``PI0Pytorch``, makes that mask anew for every batch, from two vectors ``[B, S]``. Where it is what is
+patched, the mask stays those two vectors up to the attention, so nothing of S x S is made or kept, and a batch has one
+plan. Short calls, a traced graph and whatever else reads the mask get it as it was.
+
 Padding tokens, which nothing attends to, come out as 0, where the original's are a mean of all values. Heads of 256
 channels have a GPU kernel in bfloat16 and float16, not in float32.
 """
@@ -16,21 +20,22 @@ import sys
 import torch
 from torch import Tensor, nn
 
-from ._kernels import attend_under_mask, require_kernel
-from ._patching import Foreign, Patch, Unsupported, of_class, require_class, require_parts
+from ._kernels import PaddedBlocks, attend_under_mask, require_kernel
+from ._patching import Foreign, Patch, SharedFunctionReplacement, Unsupported, of_class, require_class, require_parts
 
 SYSTEM = "openpi"
-_FUNCTION = "eager_attention_forward"
+_PAIR = "PaliGemmaWithExpertModel"
+_ATTENTION, _MASKS, _ADDITIVE = "eager_attention_forward", "make_att_2d_masks", "_prepare_attention_masks_4d"
 
 
 def find(model: nn.Module) -> list[nn.Module]:
     """The pairs of Gemmas in a model."""
-    return of_class(model, "PaliGemmaWithExpertModel")
+    return of_class(model, _PAIR)
 
 
 def apply(patch: Patch, pairs: list[Foreign]) -> None:
     for pair in pairs:
-        require_class(SYSTEM, pair, "PaliGemmaWithExpertModel")
+        require_class(SYSTEM, pair, _PAIR)
         whole = (
             pair.paligemma if hasattr(pair.paligemma, "language_model") else pair.paligemma.model
         )  # newer transformers
@@ -39,19 +44,49 @@ def apply(patch: Patch, pairs: list[Foreign]) -> None:
                 attn = layer.self_attn
                 require_parts(SYSTEM, attn, ("q_proj", "head_dim"))
                 require_kernel(SYSTEM, attn.q_proj.weight.new_empty(attn.head_dim))
-                patch.function(_module_of(attn), _FUNCTION, attn, _attention)
+                patch.function(_module_of(attn, _ATTENTION), _ATTENTION, attn, _attention)
+    for owner in of_class(patch.model, "PI0Pytorch") if patch.model is not None else ():
+        try:
+            patch.function(_module_of(owner, _MASKS), _MASKS, owner, _make_masks, replacement=SharedFunctionReplacement)
+            patch.method(owner, _ADDITIVE, _additive)
+        except Unsupported as refused:  # attention is served in either case
+            patch.leave_alone(owner, f"masks of S x S: {refused}")
 
 
-def _module_of(attn: Foreign) -> str:
-    """The Python module with the function that this attention calls: that of its class, which FSDP2 may have derived.
+def _module_of(owner: Foreign, function: str) -> str:
+    """The Python module with the function that this module calls: that of its class, which FSDP2 may have derived.
 
     Raises:
         Unsupported: there is none.
     """
-    for cls in type(attn).__mro__:
-        if hasattr(sys.modules.get(cls.__module__), _FUNCTION):
+    for cls in type(owner).__mro__:
+        if hasattr(sys.modules.get(cls.__module__), function):
             return cls.__module__
-    raise Unsupported(f"patch: {SYSTEM}'s {type(attn).__name__} must call {_FUNCTION} of its module, but it has none")
+    raise Unsupported(f"patch: {SYSTEM}'s {type(owner).__name__} must call {function} of its module, but it has none")
+
+
+def _make_masks(pad_masks: Tensor, att_masks: Tensor) -> Tensor:
+    """the mask as the two vectors that it follows from."""
+
+    def spelled() -> Tensor:
+        at = torch.cumsum(att_masks, 1)
+        return (at[:, None] <= at[:, :, None]) & (pad_masks[:, None] & pad_masks[:, :, None])
+
+    if pad_masks.ndim != 2 or pad_masks.dtype != torch.bool or pad_masks.shape != att_masks.shape:
+        raise Unsupported(
+            f"patch: {SYSTEM}'s masks must be of bool pads and of blocks [B, S], got {pad_masks.dtype} "
+            f"{list(pad_masks.shape)} and {list(att_masks.shape)}"
+        )
+    return PaddedBlocks(pad_masks, att_masks, spelled, torch.bool)
+
+
+def _additive(owner: Foreign, att_2d_masks: Tensor) -> Tensor:
+    """the additive mask, still as two vectors."""
+    own, mask, pair = getattr(type(owner), _ADDITIVE), att_2d_masks, owner.paligemma_with_expert
+    # a graph takes no other kind of tensor
+    if not isinstance(mask, PaddedBlocks) or pair._compiled_call_impl is not None or hasattr(pair, "_orig_mod"):
+        return own(owner, mask)
+    return PaddedBlocks(mask.pads, mask.blocks, lambda: own(owner, mask.spelled()), torch.get_default_dtype())
 
 
 def _attention(

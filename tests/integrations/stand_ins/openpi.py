@@ -1,7 +1,11 @@
-"""openpi: two Gemmas with one attention. This module plays ``modeling_gemma``: its function is what both call."""
+"""openpi: two Gemmas with one attention, and the model around them.
+
+This module plays ``modeling_gemma``, whose function both call, and ``pi0_pytorch``.
+"""
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
@@ -81,3 +85,50 @@ class PaliGemmaWithExpertModel(nn.Module):
             parts = out.flatten(2).split([prefix.shape[1], suffix.shape[1]], 1)
             prefix, suffix = (x + a.o_proj(p) for x, a, p in zip((prefix, suffix), attns, parts, strict=True))
         return prefix, suffix
+
+
+def make_att_2d_masks(pad_masks, att_masks):
+    """bool ``[B, S, S]`` of padding and blocks ``[B, S]``."""
+    at = att_masks.cumsum(1)
+    return (at[:, None, :] <= at[:, :, None]) & (pad_masks[:, None, :] * pad_masks[:, :, None])
+
+
+class PI0Pytorch(nn.Module):
+    """Masks are made in every call: for all tokens in training, for the prefix and then for each step in sampling."""
+
+    def __init__(self, states=1, checkpointing=False, **sizes):
+        super().__init__()
+        self.states, self.checkpointing = states, checkpointing
+        self.paligemma_with_expert = PaliGemmaWithExpertModel(**sizes)
+
+    def _prepare_attention_masks_4d(self, att_2d_masks):
+        return torch.where(att_2d_masks[:, None, :, :], 0.0, -2.3819763e38)
+
+    def _suffix(self, x):
+        """Its padding and blocks: a block of states, one of actions. Blocks have the dtype of the embeddings."""
+        blocks = [1] * self.states + [1] + [0] * (x.shape[1] - self.states - 1)
+        blocks = torch.tensor(blocks, dtype=x.dtype, device=x.device)
+        return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), blocks[None].expand(x.shape[0], -1)
+
+    def forward(self, prefix, pads, suffix):
+        suffix_pads, suffix_blocks = self._suffix(suffix)
+        pad_masks = torch.cat([pads, suffix_pads], dim=1)
+        att_masks = torch.cat([torch.zeros_like(pads), suffix_blocks], dim=1)
+        mask = self._prepare_attention_masks_4d(make_att_2d_masks(pad_masks, att_masks))
+        call = lambda prefix, suffix, mask: self.paligemma_with_expert((prefix, suffix), mask)[1]  # noqa: E731
+        if self.checkpointing:
+            return checkpoint(call, prefix, suffix, mask, use_reentrant=False)
+        return call(prefix, suffix, mask)
+
+    @torch.no_grad()
+    def sample_actions(self, prefix, pads, x, steps=2):
+        mask = self._prepare_attention_masks_4d(make_att_2d_masks(pads, torch.zeros_like(pads)))
+        _, cache = self.paligemma_with_expert((prefix, None), mask)
+        for _ in range(steps):
+            x = x - self.denoise_step(pads, cache, x) / steps
+        return x
+
+    def denoise_step(self, pads, cache, x):
+        prefix = pads[:, None, :].expand(-1, x.shape[1], -1)
+        mask = torch.cat([prefix, make_att_2d_masks(*self._suffix(x))], dim=2)
+        return self.paligemma_with_expert((None, x), self._prepare_attention_masks_4d(mask), past=cache)
