@@ -226,14 +226,14 @@ def test_masks_are_what_the_original_makes(monkeypatch):
     g = torch.Generator().manual_seed(3)
     cases = [(torch.rand(3, 12, generator=g) > 0.3, torch.rand(3, 12, generator=g).round()) for _ in range(20)]
     cases.append((torch.ones(1, 12, dtype=torch.bool), torch.tensor([[1.0, 0, 0, -1, 0, 1, 0, -1, -1, 0, 0, 3]])))
-    expected = [(mask := function(*case), pi._prepare_attention_masks_4d(mask)) for case in cases]
+    expected = [(mask := function(*case), pi.additive(mask)) for case in cases]
     patch(pi)
     for case, (want, additive) in zip(cases, expected, strict=True):
         mask = openpi.make_att_2d_masks(*case)
         assert isinstance(mask, PaddedBlocks) and mask.shape == want.shape and mask.dtype == want.dtype
         assert torch.equal(MaskPlans().of(mask, mask.device).mask()[:, 0].expand(want.shape), want)
         assert torch.equal(mask[:, 3:], want[:, 3:]) and torch.equal(mask & want.mT, want & want.mT)
-        again = pi._prepare_attention_masks_4d(mask)
+        again = pi.additive(mask)
         assert isinstance(again, PaddedBlocks) and again.dtype == additive.dtype and torch.equal(again + 0, additive)
         with pytest.raises(RuntimeError, match="a patched model's mask cannot be written to"):
             mask &= want
