@@ -221,7 +221,7 @@ def test_nothing_of_s_times_s_and_one_plan_a_batch(monkeypatch):
     assert len(_kernels.PLANS) == 2
 
 
-def test_masks_are_what_the_original_makes(monkeypatch):
+def test_masks_are_what_the_original_makes():
     pi, function = whole(), openpi.make_att_2d_masks
     g = torch.Generator().manual_seed(3)
     cases = [(torch.rand(3, 12, generator=g) > 0.3, torch.rand(3, 12, generator=g).round()) for _ in range(20)]
@@ -241,9 +241,16 @@ def test_masks_are_what_the_original_makes(monkeypatch):
         openpi.make_att_2d_masks(torch.ones(1, 4), torch.ones(1, 4))
     unpatch(pi)
     assert openpi.make_att_2d_masks is function
-    monkeypatch.delattr(PI0Pytorch, "_prepare_attention_masks_4d")
+
+
+def test_masks_that_are_made_in_another_way_stay_the_model_s_own(monkeypatch):
+    pi = whole()
+    expected = pi(*batch())
+    monkeypatch.setattr(openpi, "make_att_2d_masks", lambda blocks, pads: torch.ones(0))
     done = patch(pi)
-    assert "masks of S x S: patch: openpi's PI0Pytorch must have the method _prepare" in done.explain()
+    assert "masks of S x S: patch: tests.integrations.stand_ins.openpi.make_att_2d_masks must take" in done.explain()
+    monkeypatch.undo()
+    torch.testing.assert_close(pi(*batch()), expected, **CLOSE)
 
 
 def test_a_model_that_is_not_patched_runs_beside_one_that_is():
