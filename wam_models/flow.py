@@ -14,7 +14,7 @@ VIDEO_SHIFT, ACTION_SHIFT = 5.0, 1.0
 # of a shift: far outside, float32 noise levels no longer fall from 1 to 0, and the last steps do nothing
 SHIFTS = (1e-3, 1e3)
 LEVELS_PER = ("frame", "clip")
-COUPLINGS = ("independent", "shared_index", "shared_video_schedule", "matched_sigma")
+COUPLINGS = ("independent", "shared_index", "shared_video_schedule", "matched_sigma", "asynchronous")
 
 
 def sigmas(steps: int, shift: float) -> Tensor:
@@ -67,6 +67,8 @@ class TimestepDraw:
         coupling: Relation of the two streams' draws of a frame. ``"independent"``; ``"shared_index"``: the same index
             of each stream's own grid; ``"shared_video_schedule"``: actions use the video's noise level itself;
             ``"matched_sigma"``: actions use the level of their own grid that is nearest to the video's.
+            ``"asynchronous"``, as X-WAM (arXiv 2604.26694) draws where the actions are denoised in fewer steps than the
+            video: half of the samples have clean actions, at level 0, and of the others the video is the noisier one.
         video_shift: Shift of the video grid, from 0.001 to 1000.
         action_shift: Shift of the action grid, likewise.
 
@@ -94,6 +96,12 @@ class TimestepDraw:
             torch.randint(TRAIN_TIMESTEPS, (batch, frames), generator=generator, device=generator.device)
             for _ in range(2)
         )
+        clean = torch.zeros(batch, 1, dtype=torch.bool, device=generator.device)
+        if self.coupling == "asynchronous":
+            clean = torch.rand(batch, 1, generator=generator, device=generator.device) < 0.5
+            # before its shift a level is 1 - index / 1000, and Beta(1.5, 1) is a uniform number's power of 1 / 1.5
+            noisier = torch.rand(batch, frames, generator=generator, device=generator.device) ** (1 / 1.5)
+            video_index = torch.where(clean, video_index, (action_index * (1 - noisier)).long())
         if self.per == "clip":
             video_index, action_index = (index[:, :1].expand(-1, frames) for index in (video_index, action_index))
         video = video_grid[video_index]
@@ -103,7 +111,7 @@ class TimestepDraw:
             return video, video.clone()
         if self.coupling == "matched_sigma":
             action_index = (action_grid - video[..., None]).abs().argmin(-1)
-        return video, action_grid[action_index]
+        return video, action_grid[action_index].masked_fill(clean, 0.0)
 
     def history_sigmas(self, batch: int, frames: int, probability: float, generator: torch.Generator) -> Tensor:
         """Noise levels of the clean video copy, ``[batch, frames]``: 0 but for samples whose history is noised.

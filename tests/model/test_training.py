@@ -10,6 +10,7 @@ from wam_models import (
     GJD,
     OBJECTIVES,
     StepConfig,
+    TimestepDraw,
     WorldActionModel,
     golden_config,
     training_step,
@@ -54,6 +55,22 @@ def test_mixture_frequencies():
             draw_objectives(GJD, 1, generator(), bad)
     with pytest.raises(ValueError, match="program must be one of"):
         draw_objectives("dream", 1, generator())
+
+
+def test_actions_that_are_given_carry_no_loss():
+    """Half of the samples of the asynchronous coupling, whose text and video loss they keep."""
+    settings = StepConfig(program="joint", timesteps=TimestepDraw(coupling="asynchronous", per="clip"))
+    model, data = small_model(), batch(16, 3)
+    _, metrics = training_step(model, data, generator(1), settings)
+    given = settings.timesteps.sigmas(16, 3, _after_chunk_and_window(generator(1), settings))[1].eq(0).all(1)
+    assert metrics["action_samples"] == (~given).sum() and metrics["video_samples"] == 16 and 2 < given.sum() < 14
+
+
+def _after_chunk_and_window(drawn: torch.Generator, settings: StepConfig) -> torch.Generator:
+    """A generator that has given what a step of one joint program draws before its noise levels."""
+    for low, high in (settings.chunk_sizes, settings.windows):
+        torch.randint(low, high + 1, (), generator=drawn)
+    return drawn
 
 
 def test_geometries_of_the_objectives():

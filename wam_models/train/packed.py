@@ -141,7 +141,10 @@ def _noised(draw: ClipDraw, held: Any, config: StepConfig, model: WorldActionMod
         history_sigma=history_sigma,
         video_target=target(video, video_noise),
         action_target=target(action, action_noise),
-        counts=(objective.video and not video_alone, objective.action and not action_alone),
+        counts=(
+            objective.video and not video_alone,
+            objective.action and not action_alone and bool(levels[1].any()),
+        ),
         keeps_text=keeps_text,
     )
 

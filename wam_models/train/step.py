@@ -209,7 +209,11 @@ def _draw(
             action_sigma=action_sigma.to(device).masked_fill(action_marginal, 1.0) * denoises_action,
             keeps_text=keeps_text,
             counts_video=denoises_video[:, 0] * ~video_marginal[:, 0],
-            counts_action=denoises_action[:, 0] * ~action_marginal[:, 0] * has_actions,
+            # at level 0 throughout there is nothing to denoise
+            counts_action=denoises_action[:, 0]
+            * ~action_marginal[:, 0]
+            * action_sigma.any(1).to(device)
+            * has_actions,
             objectives=objectives,
             action_free=action_free,
         ),
