@@ -163,7 +163,7 @@ SUITES = {
             "packed",
             Section(
                 "Packed training steps: the loader against packs in memory",
-                ("workload", "tokens", "provider", "tokens/s", "ratio"),
+                ("workload", "tokens", "provider", "tokens/s", "tokens/CPU s", "ratio", "ratio_cpu"),
             ),
             devices=("cpu",),
             threads=1,

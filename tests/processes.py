@@ -8,7 +8,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-PATIENCE = 120  # seconds; on a busy machine the import of torch alone can take 30
+PATIENCE = 600  # seconds, of a hang alone; on a busy machine the import of torch can take a minute
 
 
 def _serve(rank, count, store, tasks, results):
