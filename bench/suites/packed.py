@@ -3,9 +3,9 @@
     python -m bench.suites packed
 
 The ratio of ``loader`` is its tokens a second over those of ``memory``: what is left of the speed when clips are drawn,
-cut, and balanced beside the steps. ``ratio_cpu`` is of CPU seconds of all threads, for a machine that others use. Two trainings of one seed take turns, a block of steps each, on the demonstrations
-of ``data/metaworld_demo``; before a speed is printed, the losses of every step are compared. The model is that of
-``recipes/tiny.toml``, 256 wide.
+cut, and balanced beside the steps. ``ratio_cpu`` is of CPU seconds of all threads, for a machine that others use. Two
+trainings of one seed take turns, a block of steps each, on the demonstrations of ``data/metaworld_demo``; before a
+speed is printed, the losses of every step are compared. The model is that of ``recipes/tiny.toml``, 256 wide.
 """
 
 from __future__ import annotations
