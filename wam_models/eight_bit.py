@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .evaluate import join, rmse, stream
+from .evaluate import decisions, rmse
 from .model.dual_expert import WorldActionModel
-from .rollout import RolloutConfig, RolloutEngine
+from .rollout import RolloutConfig
 from .rollout.policy import Policy
 from .runtime.checks import number
 
@@ -130,7 +130,7 @@ def eight_bit(
     if not chosen:
         raise ValueError(f"eight_bit: no layer has an error of at most layer_error={layer_error}; raise it")
     found = replace(policy, model=_with(policy.model, chosen))
-    want, got = (_decisions(p, config, held_out, chunks, seed) for p in (policy, found))
+    want, got = (decisions(p, config, held_out, chunks=chunks, seed=seed) for p in (policy, found))
     action = rmse(got["action"], want["action"], policy.varying) if "action" in want else None
     video = _relative(got["video"], want["video"]) if "video" in want else None
     sizes = _bytes(policy.model), _bytes(found.model)
@@ -222,41 +222,11 @@ def _layer_errors(
     hooks = [linear.register_forward_hook(measured(name)) for name, linear in linears.items()]
     try:
         # a captured graph would replay no hook
-        _decisions(policy, replace(config, cuda_graphs=False), clips, chunks, seed)
+        decisions(policy, replace(config, cuda_graphs=False), clips, chunks=chunks, seed=seed)
     finally:
         for hook in hooks:
             hook.remove()
     return {name: float((s[0] / s[1].clamp_min(1e-300)).sqrt()) for name, s in sums.items()}
-
-
-def _decisions(
-    policy: Policy, config: RolloutConfig, clips: Sequence[Mapping[str, Any]], chunks: int, seed: int
-) -> dict[str, Tensor]:
-    """Actions ``[N, n, A]`` and video ``[C, N, y, x]`` of the first chunks of every episode, from recorded history."""
-    engine, found = RolloutEngine(policy.model, config), list[dict[str, Tensor]]()
-    for clip in clips:
-        frames = min(clip["video"].shape[2], 1 + chunks * config.chunk_size)
-        with torch.no_grad():
-            text = policy.text([clip["text"]])
-            done = list(
-                stream(
-                    engine,
-                    clip["video"],
-                    clip["action"],
-                    text,
-                    objective="joint",
-                    state=clip["state"],
-                    end=frames,
-                    generator=torch.Generator().manual_seed(seed),
-                )  # fmt: skip
-            )
-        if done:
-            found.append({"video": join((c.video for c in done), 2)[0]})
-            if policy.model.config.has_actions:
-                found[-1]["action"] = join((c.action for c in done), 1)[0]
-    if not found:
-        raise ValueError(f"eight_bit: episodes must hold a chunk of {config.chunk_size} frames behind their first one")
-    return {name: torch.cat([f[name] for f in found], int(name == "video")) for name in found[0]}
 
 
 def _relative(got: Tensor, want: Tensor) -> float:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,7 @@ from .bridge import rolls_out
 from .data import psnr
 from .data.latents import pictures_of
 from .objectives import GJD, OBJECTIVES
-from .rollout import RolloutEngine
+from .rollout import RolloutConfig, RolloutEngine
 from .rollout.config import CONDITIONAL_CHUNK
 from .rollout.policy import Policy
 
@@ -111,6 +112,40 @@ def stream(
                     "in the weights, or do they overflow in half precision?"
                 )
         yield Chunk(frame, candidate.video, candidate.action, seconds, candidate.forwards)
+
+
+@torch.no_grad()
+def decisions(
+    policy: Policy, config: RolloutConfig, clips: Sequence[Mapping[str, Any]], *, chunks: int, seed: int = 0
+) -> dict[str, Tensor]:
+    """Actions ``[N, n, k A]`` and video ``[C, N, y, x]`` of the first chunks of every episode, from recorded history.
+
+    The noise is the seed's, whatever the policy and its steps: what differs between two policies is what they decide.
+
+    Args:
+        policy: Of what is decided.
+        config: How it is rolled out.
+        clips: Episodes, from :meth:`Policy.clip`.
+        chunks: Of each, or as many as it has.
+        seed: Of each episode's noise.
+
+    Raises:
+        ValueError: no episode has a whole chunk behind its first frame.
+    """
+    engine, found = RolloutEngine(policy.model, config), list[dict[str, Tensor]]()
+    for clip in clips:
+        frames = min(clip["video"].shape[2], 1 + chunks * config.chunk_size)
+        parts = stream(
+            engine, clip["video"], clip["action"], policy.text([clip["text"]]), objective="joint",
+            state=clip["state"], end=frames, generator=torch.Generator().manual_seed(seed),
+        )  # fmt: skip
+        if done := list(parts):
+            found.append({"video": join((c.video for c in done), 2)[0]})
+            if policy.model.config.has_actions:
+                found[-1]["action"] = join((c.action for c in done), 1)[0]
+    if not found:
+        raise ValueError(f"decisions: clips must hold a chunk of {config.chunk_size} frames behind their first one")
+    return {name: torch.cat([f[name] for f in found], int(name == "video")) for name in found[0]}
 
 
 def join(parts: Iterable[Tensor | None], dim: int) -> Tensor:

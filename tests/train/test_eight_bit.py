@@ -107,7 +107,7 @@ def test_what_is_refused(policy, clips, monkeypatch):
         eight_bit(policy, clips[:1], clips[3:], keep=["nothing"])
     with pytest.raises(ValueError, match="no layer has an error of at most layer_error=0"):
         eight_bit(policy, clips[:1], clips[3:], layer_error=0)
-    with pytest.raises(ValueError, match="episodes must hold a chunk of 2 frames"):
+    with pytest.raises(ValueError, match="clips must hold a chunk of 2 frames"):
         eight_bit(policy, [{**clips[0], "video": clips[0]["video"][:, :, :2]}], clips[3:])
     model = policy.model.__class__(policy.model.config).eval()
     from peft import LoraConfig, inject_adapter_in_model

@@ -1,4 +1,4 @@
-"""The command line: ``wam demo | train | validate | rollout | serve | export | verify | mask | bench | doctor``.
+"""The command line: ``wam demo | train | distill | rollout | serve | export | verify | mask | bench | doctor`` ...
 
 Every subcommand is a function ``run(args: argparse.Namespace)`` of a module that is imported when it is chosen, so
 ``wam --help`` needs neither torch nor time. What a user can get wrong (a flag, a file, a config field, a learning rate,

@@ -183,6 +183,19 @@ def _serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise where a robot gives no seed")
 
 
+def _distill(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR", help="the teacher")
+    parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="data set in LeRobot layout")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the student's checkpoint, a new folder")
+    parser.add_argument("--camera", metavar="FEATURE", help="of --data; default: its only one, or the checkpoint's")
+    parser.add_argument("--teacher-steps", type=at_least(1), metavar="N", help="of each stream; default: 5")
+    parser.add_argument("--steps", type=at_least(1), metavar="N", help="of the training; default: 300")
+    parser.add_argument("--batch", type=at_least(1), metavar="N", help="clips of a step; default: 8")
+    parser.add_argument("--learning-rate", type=float, metavar="X", help="default: 0.0003")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
+    parser.add_argument("--seed", type=at_least(0), default=0)
+
+
 def _record(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--simulator", metavar="NAME", action="append", required=True, help=f"{SIMULATOR}; repeatable")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder of the data set")
@@ -286,6 +299,7 @@ COMMANDS: dict[str, tuple[str, Callable[[argparse.ArgumentParser], None] | None,
     "validate": ("wam_models.cli.validate", _validate, "list all that is wrong with a config, before a training"),
     "rollout": ("wam_models.cli.rollout", _rollout, "denoise video and actions of one episode from a checkpoint"),
     "serve": ("wam_models.cli.serve", _serve, "answer robots over a socket, as openpi-client asks"),
+    "distill": ("wam_models.cli.distill", _distill, "train a policy to take one denoising step in place of several"),
     "record": ("wam_models.cli.record", _record, "record demonstrations of a simulator's scripted expert"),
     "eval": ("wam_models.cli.eval", _eval, "measure how often a policy succeeds in simulators"),
     "ablate": ("wam_models.cli.ablate", _ablate, "compare the interaction programs in simulators, with intervals"),
