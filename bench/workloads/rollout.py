@@ -71,6 +71,8 @@ def packed_chunk(
     """The chunk after ``history`` (video ``[B, C, T, y, x]``, actions ``[B, T, n, A]``), all of it in every forward."""
     past, chunk = dict(zip((VIDEO, ACTION), history, strict=True)), config.chunk_size
     frames = past[VIDEO].shape[2] + chunk
+    if config.cache == "last_frame":  # the first chunk of an episode that begins there
+        next_frame = frames - chunk
     rows, columns = model.token_grid(*past[VIDEO].shape[-2:])
     geometry = geometry_for(
         config.program, OBJECTIVES["joint"], frames=frames, video_tokens=rows * columns,
