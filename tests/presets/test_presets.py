@@ -247,7 +247,7 @@ WAN_2_2_5B, WAN_2_1_14B = 4_999_787_712, 14_288_491_584
 REAL = {
     # "1.02 B action expert": huggingface.co/humanoid-benchmark/fastwam
     "fast_wam": (WAN_2_2_5B, 1_019_838_471, 0),
-    # 6.0216 B in all, headers of its released weights; its action expert projects the text twice and has a state encoder
+    # 6.0216 B in all, headers of its released weights; its action expert projects text twice and has a state encoder
     "giga_world_policy": (WAN_2_2_5B, 1_019_856_912, 0),
     # "~5B-param" with the video: lerobot's documentation; the layout of its weights is exact
     "lingbot_va": (WAN_2_2_5B, 67_058_718, 0),
