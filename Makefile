@@ -57,10 +57,10 @@ test-triton: $(VENV)/installed-test
 
 # environments of their own, which no other target touches
 test-lerobot: $(LEROBOT)/installed
-	PYTHONPATH=. $(LEROBOT)/bin/python -m pytest tests/integrations/with_lerobot.py
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(LEROBOT)/bin/python -m pytest tests/integrations/with_lerobot.py
 
 test-torch27: $(TORCH27)/installed
-	env -u TRITON_INTERPRET PYTHONPATH=. $(TORCH27)/bin/python -m pytest tests/integrations \
+	env -u TRITON_INTERPRET OMP_NUM_THREADS=1 PYTHONPATH=. $(TORCH27)/bin/python -m pytest tests/integrations \
 	  --ignore=tests/integrations/test_openwam.py -m "not slow"
 
 docs: $(DOCS)/installed
