@@ -32,6 +32,7 @@ from ..rollout.policy import Policy
 from ..runtime.checks import check_field, instance, number, whole
 from ..runtime.limits import LARGEST_SIZE
 
+WARM_UP = 0.1  # of the steps: a student begins at the teacher, which a first step of full length would lose
 FRAME_DIM = {VIDEO: 2, ACTION: 1}
 
 
@@ -44,7 +45,7 @@ class DistillConfig:
         steps: Of the training.
         batch: Clips of a step.
         chunks: Of a clip, behind its first frame; as many as the episodes have room for.
-        learning_rate: Of AdamW; falls linearly to 0.
+        learning_rate: Of AdamW; rises over the first tenth of the steps and falls linearly to 0.
         average: Of the moving average, which gives the targets and is what is kept: how much of it stays at a step.
         clip_norm: Longest gradient.
 
@@ -56,7 +57,7 @@ class DistillConfig:
     steps: int = 300
     batch: int = 8
     chunks: int = 2
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-4
     average: float = 0.95
     clip_norm: float = 1.0
 
@@ -119,7 +120,8 @@ def distill(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(student.parameters(), config.clip_norm)
-        optimizer.param_groups[0]["lr"] = config.learning_rate * (1 - step / config.steps)
+        warmed = min(1.0, (step + 1) / (WARM_UP * config.steps))
+        optimizer.param_groups[0]["lr"] = config.learning_rate * warmed * (1 - step / config.steps)
         optimizer.step()
         with torch.no_grad():
             torch._foreach_lerp_(list(average.parameters()), list(student.parameters()), 1 - config.average)
