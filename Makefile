@@ -81,7 +81,7 @@ $(LEROBOT)/installed $(TORCH27)/installed $(DOCS)/installed: .venv-%/installed: 
 test-slow: $(VENV)/installed-test
 	env -u TRITON_INTERPRET $(WORKERS) tests --ignore=tests/interpreter -m slow
 
-# Twelve minutes on one idle core; less where only some sources have changed. The table is tests/mutation/README.md.
+# Five to twelve CPU minutes; less where only some sources have changed. The table is tests/mutation/README.md.
 mutation: $(VENV)/installed-test
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutation
 
