@@ -12,7 +12,7 @@ what a trained policy loses; times are the thread's own on a CPU, ratios of one 
 ``what``: ``option`` (``error``: ||a - b|| / ||b|| against ``full``, 8 Euler steps; ``GFLOP`` and ``MB`` are estimated,
 with the forwards that ran), ``candidates`` (k at once, k proposals on end, and k episodes in a batch, of which
 ``held_MB`` is what stays in memory: keys, values and latents), ``same`` (largest difference of an action from that of
-an episode alone) and ``cold start`` (process start to the first chunk, seconds in ``ms`` / 1000).
+an episode alone, in ``gap``) and ``cold start`` (process start to the first chunk, seconds in ``ms`` / 1000).
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     "video features once": ({"program": "video_noisy_to_action", "video": Schedule(steps=0)}, "action"),
 }  # fmt: skip
 EIGHT_BIT = "8-bit weights"
+TINY = ", 32 wide, 1 token a frame, chunk 2"
 COLD = """
 import torch
 from bench.suites.rollout_options import FULL, episode_of, model_of
@@ -76,6 +77,13 @@ def model_of(device: str, seed: int) -> WorldActionModel:
     for head in (model.core.proj_out, model.action_expert.action_proj_out):
         head.weight *= 10  # flows as large as noise
     return model
+
+
+def tiny_model(seed: int) -> WorldActionModel:
+    """So small that products have few rows where a rollout is alone: other routines than those of many rows."""
+    sizes = {"hidden": 32, "heads": 2, "head_dim": 16, "ffn": 32, "action_hidden": 32, "action_ffn": 32, "text_dim": 8}
+    config = replace(demo_config(), **sizes, layers=2, actions_per_frame=1, patch=(1, 2, 2))
+    return make_model(config, "cpu", torch.float32, seed).eval().requires_grad_(False)
 
 
 def randn(model: WorldActionModel, seed: int, *shape: int) -> Tensor:
@@ -194,13 +202,29 @@ def candidate_rows(model: WorldActionModel, seed: int, counts: Iterable[int], re
         gap = max((a.action - b.action).abs().max().item() for a, b in zip(together, alone, strict=True))
         same: Row = {"what": "same", "program": FULL.program, "provider": "wam"}
         yield same | {"option": f"one of {k} candidates", "gap": gap}
-        noise = [randn(model, seed + 7, *t.shape).to(t) for t in single.chunk.values()]
-        lonely = single.propose(video_noise=noise[0], action_noise=noise[1]).action
-        every = [t.repeat(k, *[1] * (t.ndim - 1)) for t in noise]
-        among = batch.propose(video_noise=every[0], action_noise=every[1]).action
-        assert among is not None and lonely is not None
-        gap = (among - lonely).abs().max().item()
-        yield same | {"option": f"in a batch of {k}", "gap": gap}
+
+
+def same_rows(
+    model: WorldActionModel, what: str, grid: tuple[int, int], frames: int, seed: int, batch: int
+) -> Iterator[Row]:
+    """Rollouts of chunks of so many frames alone and in a batch of others: the first, the middle and the last of it."""
+    c = model.config
+    shapes = (c.latent_channels, 1, *grid), (TEXT_TOKENS, c.text_dim)
+    first, text = (randn(model, seed + 20 + i, batch, *shape) for i, shape in enumerate(shapes))
+    shapes = (c.latent_channels, frames, *grid), (frames, c.actions_per_frame, c.action_dim)
+    frame, acted, video, action = (randn(model, seed + 22 + i, batch, *shape) for i, shape in enumerate(shapes * 2))
+
+    def actions(rollouts: list[int]) -> Tensor:
+        episode = RolloutEngine(model, replace(FULL, chunk_size=frames, steps=2)).start(first[rollouts], text[rollouts])
+        episode.observe(frame[rollouts], acted[rollouts])
+        found = episode.propose(video_noise=video[rollouts], action_noise=action[rollouts]).action
+        assert found is not None
+        return found
+
+    together = actions(list(range(batch)))
+    gap = max((actions([b])[0] - together[b]).abs().max().item() for b in (0, batch // 2, batch - 1))
+    yield {"what": "same", "program": FULL.program, "provider": "wam", "option": f"in a batch of {batch}{what}",
+           "gap": gap}  # fmt: skip
 
 
 def rows(options: Options) -> Iterable[Row]:
@@ -209,6 +233,9 @@ def rows(options: Options) -> Iterable[Row]:
     require_equal_chunks(model, replace(FULL, steps=2), GRID, options.seed, 1e-4 if options.device == "cpu" else 3e-2)
     yield from option_rows(model, options.seed, chunks)
     yield from candidate_rows(model, options.seed, (1, 4) if options.quick else (1, 4, 16), 2 if options.quick else 3)
+    yield from same_rows(model, "", GRID, FULL.chunk_size, options.seed, 4 if options.quick else 120)
+    if options.device == "cpu":
+        yield from same_rows(tiny_model(options.seed), TINY, (2, 2), 2, options.seed, 4 if options.quick else 120)
     if options.device == "cpu":
         begin = time.perf_counter()
         subprocess.run([sys.executable, "-c", COLD], check=True, cwd=ROOT)
