@@ -1,6 +1,7 @@
 """``wam serve`` beside the real openpi-client: robots that come, go, die, and send what is no message."""
 
 import os
+import random
 import signal
 import socket
 import threading
@@ -24,6 +25,7 @@ from websockets.sync.client import connect  # noqa: E402
 from wam_models.cli import main  # noqa: E402
 from wam_models.rollout.robots import Request, RobotBatch  # noqa: E402
 from wam_models.serve import PolicyServer  # noqa: E402
+from wam_models.serve.server import request_of  # noqa: E402
 from wam_models.serve.wire import pack, unpack  # noqa: E402
 
 from .policies import CONFIG, of_pictures  # noqa: E402
@@ -170,6 +172,24 @@ def test_malformed_messages(server, message, expected):
     gone(server)
 
 
+def test_damaged_messages_are_refused_by_value_errors():
+    """Whatever a mutation makes of one: other errors would end the thread of its connection without an answer."""
+    robots, rng, refused = RobotBatch(of_pictures(), CONFIG), random.Random(0), 0
+    last = np.zeros((4, 2), np.float32)
+    good = [pack(SENT | {"seed": 3}), pack(SENT | {"executed": last[:2], "committed": 2})]
+    for _ in range(400):
+        damaged = bytearray(rng.choice(good))
+        for _ in range(rng.choice((1, 1, 3))):
+            place = rng.choice((rng.randrange(60), len(damaged) - 1 - rng.randrange(200)))
+            damaged[place : place + rng.randrange(3)] = rng.randbytes(rng.randrange(3))
+        try:
+            answer = robots.act({0: request_of(bytes(damaged), last, 2)})[0]
+            refused += isinstance(answer, ValueError)
+        except ValueError:
+            refused += 1
+    assert 200 < refused < 400
+
+
 def test_the_client_raises_what_is_wrong(server):
     with robot(server) as own:
         with pytest.raises(RuntimeError, match="prompt must be a string, got NoneType"):
@@ -271,6 +291,8 @@ def test_the_command(tmp_path, capsys):
     thread.join()
     assert found == [(2, 2)] and signal.getsignal(signal.SIGTERM) is before
     printed = capsys.readouterr().out
+    assert main(["serve", "--checkpoint", str(tmp_path), "--port", "70000"]) == 2
+    assert "--port must be a whole number from 0 to 65535, got 70000" in capsys.readouterr().err
     assert f"ws://127.0.0.1:{port}" in printed and "up to 2" in printed and "observation/top [16, 16, 3]" in printed
 
 

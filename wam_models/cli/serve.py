@@ -9,7 +9,7 @@ from dataclasses import asdict
 from ..rollout.config import RolloutConfig
 from ..rollout.policy import Policy
 from ..rollout.robots import RobotBatch
-from ..runtime.checks import check_device
+from ..runtime.checks import check_device, whole
 from ..runtime.config_files import with_settings
 from ..runtime.json_fields import from_fields
 from ..runtime.threads import pick_threads, restores_threads
@@ -20,6 +20,7 @@ def run(args: argparse.Namespace) -> int:
     """``wam serve``."""
     from ..serve import PolicyServer  # needs websockets and msgpack: named before a checkpoint is read
 
+    whole("--port", args.port, 0, 65535)
     device = check_device(args.device)
     policy, _ = Policy.load(args.checkpoint, device, training=False)
     config = from_fields(RolloutConfig, with_settings(asdict(policy.rollout), args.set), "--set")

@@ -51,6 +51,7 @@ MOST_CHUNKS = 4  # of observations in one message
 # Seconds that a prediction waits for robots that are connected and have not asked yet. Without, two robots that ask
 # as soon as they are answered take turns for ever, each with a prediction of its own.
 GATHER = 0.005
+LONGEST = 1000  # characters of an error, which may quote what came
 # of websockets: what the other side is told when a connection ends
 TOO_BIG, ERROR, LATER = 1009, 1011, 1013
 
@@ -169,7 +170,7 @@ class PolicyServer:
                 last = future.result()
             except ValueError as error:
                 self.metrics.count("wam_errors_total", "malformed")
-                connection.send(str(error))
+                connection.send(str(error)[:LONGEST])
                 connection.close(ERROR, "the message before this says why")
                 return
             seconds = time.perf_counter() - began
