@@ -70,7 +70,8 @@ from dataclasses import replace
 import torch
 from wam_models import RolloutConfig, RolloutEngine, WorldActionModel, demo_config
 model = WorldActionModel(replace(demo_config(), layers=2)).eval().requires_grad_(False)
-first, text = torch.randn(1, model.config.latent_channels, 1, *{GRID}), torch.randn(1, {TEXT_TOKENS}, model.config.text_dim)
+c = model.config
+first, text = torch.randn(1, c.latent_channels, 1, *{GRID}), torch.randn(1, {TEXT_TOKENS}, c.text_dim)
 episode = RolloutEngine(model, RolloutConfig(program="joint", window=8, steps={STEPS})).start(first, text)
 episode.propose(generator=torch.Generator().manual_seed(0))
 """
