@@ -88,8 +88,10 @@ def model_of(device: str, seed: int) -> WorldActionModel:
 
 def tiny_model(seed: int) -> WorldActionModel:
     """So small that products have few rows where a rollout is alone: other routines than those of many rows."""
-    sizes = {"hidden": 32, "heads": 2, "head_dim": 16, "ffn": 32, "action_hidden": 32, "action_ffn": 32, "text_dim": 8}
-    config = replace(demo_config(), **sizes, layers=2, actions_per_frame=1, patch=(1, 2, 2))
+    config = replace(
+        demo_config(), hidden=32, heads=2, head_dim=16, ffn=32, action_hidden=32, action_ffn=32, text_dim=8, layers=2,
+        actions_per_frame=1, patch=(1, 2, 2),
+    )  # fmt: skip
     return make_model(config, "cpu", torch.float32, seed).eval().requires_grad_(False)
 
 
@@ -216,8 +218,8 @@ def same_rows(
 ) -> Iterator[Row]:
     """Rollouts of chunks of so many frames alone and in a batch of others: the first, the middle and the last of it."""
     c = model.config
-    shapes = (c.latent_channels, 1, *grid), (TEXT_TOKENS, c.text_dim)
-    first, text = (randn(model, seed + 20 + i, batch, *shape) for i, shape in enumerate(shapes))
+    first = randn(model, seed + 20, batch, c.latent_channels, 1, *grid)
+    text = randn(model, seed + 21, batch, TEXT_TOKENS, c.text_dim)
     shapes = (c.latent_channels, frames, *grid), (frames, c.actions_per_frame, c.action_dim)
     frame, acted, video, action = (randn(model, seed + 22 + i, batch, *shape) for i, shape in enumerate(shapes * 2))
 
