@@ -32,7 +32,7 @@ def run(args) -> int:
         choice("--program", args.program, MODEL_PROGRAMS)
     out = args.out or args.checkpoint.parent / "eval"
     writable_folder("--out, by default beside the checkpoint,", out)
-    policy, _ = Policy.load(args.checkpoint, device, training=False)
+    policy, _ = Policy.load(args.checkpoint, device, training=False, robot=args.robot)
     given = {"program": args.program, "chunk_size": args.chunk, "steps": args.steps, "window": args.window}
     config = replace(policy.rollout, **{name: value for name, value in given.items() if value is not None})
     saved = saved_as(args.checkpoint)

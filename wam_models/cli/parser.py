@@ -144,6 +144,7 @@ def _rollout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chunks", type=at_least(1), metavar="N", help="at most so many; default: all, or 40 in a simulator"
     )
+    parser.add_argument("--robot", metavar="NAME", help="of several that it was trained on; default: the first")
     parser.add_argument("--program", metavar="P", help="interaction program; default: the checkpoint's")
     parser.add_argument("--objective", metavar="O", help="what is denoised given what; default: joint")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of what it writes; default: in the checkpoint")
@@ -225,6 +226,7 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=at_least(0), default=0, help="of episode 0; episode i has SEED + i")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of what it writes; default: eval/ beside it")
     parser.add_argument("--overwrite", action="store_true", help="lose the evaluation that --out holds")
+    parser.add_argument("--robot", metavar="NAME", help="of several that it was trained on; default: the first")
     parser.add_argument("--program", metavar="P", help="interaction program; default: the checkpoint's")
     parser.add_argument("--chunk", type=at_least(1), metavar="N", help="frames of a chunk; default: the checkpoint's")
     parser.add_argument("--steps", type=at_least(1), metavar="N", help="denoising steps; default: the checkpoint's")

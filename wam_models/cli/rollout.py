@@ -64,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
         writable_folder("--out", args.out)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    policy, _ = Policy.load(args.checkpoint, device, training=False)
+    policy, _ = Policy.load(args.checkpoint, device, training=False, robot=args.robot)
     writable_folder("--out, by default the checkpoint,", _out(args))
     config = _with_flags(args, policy.rollout, objective)
     name = f"{objective}_{config.program}"

@@ -21,12 +21,12 @@ from tqdm import tqdm
 
 from ..checkpoint import CONFIG, TRAINING
 from ..data import ClipDataset, LeRobotDataset
-from ..data.clips import TRAINED
+from ..data.clips import TRAINED, Units, filled_up
 from ..data.config import DataConfig
 from ..data.encoded import EncodedLatents, encoder_of, holds_text, read_texts
 from ..data.mix import ClipMix, pooled_units
 from ..rollout.policy import Policy
-from ..runtime.checks import check_device, whole
+from ..runtime.checks import check_device, choice, whole
 from ..runtime.config_files import with_settings
 from ..runtime.limits import LARGEST_INT64
 from ..runtime.threads import pick_threads, restores_threads, set_threads
@@ -79,7 +79,7 @@ def _train(args: argparse.Namespace, asked: Recipe, device: torch.device) -> int
                 f"--set {others[0]} cannot be given with --resume: the checkpoint has its config, of which --set "
                 "changes engine.* alone"
             )
-        policy, resume = Policy.load(args.resume)
+        policy, resume = Policy.load(args.resume, every=True)
         if resume.training_state is None or not resume.metadata.get("training"):
             raise ValueError(f"--resume: {args.resume} has no training state; name a checkpoint that wam train wrote")
         training = resume.metadata["training"]
@@ -263,6 +263,8 @@ def unused_splits(config: TrainConfig, data: ClipDataset) -> list[str]:
 
 def differences(policy: Policy, data: ClipDataset) -> Iterator[str]:
     """What is another in this data than in that which the policy was trained on, and what becomes of it."""
+    if policy.robots:  # each in its own units, which are the checkpoint's
+        return
     (mean, std, varying), (own_mean, own_std, own_varying) = policy.units, data.own_units
     if not (torch.allclose(mean, own_mean, rtol=1e-3, atol=1e-3) and torch.allclose(std, own_std, rtol=1e-3)):
         ratios = own_std / std
@@ -321,18 +323,28 @@ def read_data(
     configs = (DataConfig(path=str(data), camera=camera),) if isinstance(data, Path) else tuple(data)
     usual = None if policy is None or policy.camera is None else policy.camera.name
     datasets = [LeRobotDataset(c.path, c.camera, usual, state=c.state) for c in configs]
-    kinds = sorted({c.normalization for c in configs})
-    if len(kinds) > 1:
-        raise ValueError(f"data: normalization must be the same of all data sets, got {kinds}")
-    codec, units = (None, None) if policy is None else (policy.codec, policy.units)
-    states: bool | tuple[Tensor, Tensor] = bool(config.model.state_dim)
-    if policy is not None:
-        states = policy.state_units or False
-    elif len(configs) > 1:
-        units, of_states = pooled_units(datasets, bool(states), kinds[0])
-        states = of_states or False
+    robots = [one.robot for one in configs]
+    if None in robots and set(robots) != {None}:
+        raise ValueError(f"data: robot must be given of all data sets or of none, got {robots}")
+    for robot in dict.fromkeys(robots):
+        kinds = sorted({c.normalization for c in configs if c.robot == robot})
+        if len(kinds) > 1:
+            of = "all data sets" if robot is None else f"all data sets of robot {robot!r}"
+            raise ValueError(f"data: normalization must be the same of {of}, got {kinds}")
+    codec = None if policy is None else policy.codec
+    widths = None
+    if None not in robots and config.model.has_actions:
+        widths = config.model.action_dim // config.actions_per_token, config.model.state_dim
+    of_robots = {
+        robot: _units_for(
+            robot, policy, [d for d, r in zip(datasets, robots, strict=True) if r == robot], widths,
+            states=bool(config.model.state_dim), normalization=configs[robots.index(robot)].normalization,
+        )
+        for robot in dict.fromkeys(robots)
+    }  # fmt: skip
     parts: list[ClipDataset] = []
     for one, dataset in zip(configs, datasets, strict=True):
+        units, states = of_robots[one.robot]
         part = ClipDataset(
             dataset,
             codec,
@@ -345,7 +357,37 @@ def read_data(
             cell=config.cell,
             normalization=one.normalization,
             latents=None if one.latents is None else EncodedLatents(one.latents),
+            widths=widths,
         )
         codec = part.codec
         parts.append(part)
-    return parts[0] if len(parts) == 1 else ClipMix(parts, [one.weight for one in configs])
+    if len(parts) == 1 and widths is None:
+        return parts[0]
+    return ClipMix(parts, [one.weight for one in configs], None if widths is None else [str(r) for r in robots])
+
+
+def _units_for(
+    robot: str | None,
+    policy: Policy | None,
+    datasets: Sequence[LeRobotDataset],
+    widths: tuple[int, int] | None,
+    *,
+    states: bool,
+    normalization: str,
+) -> tuple[Units | None, bool | tuple[Tensor, Tensor]]:
+    """Units of the actions and of the states of a robot: a policy's, or of its data sets together; None for a data
+    set's own."""
+    if policy is not None and robot is None:
+        return policy.units, policy.state_units or False
+    if robot is None and len(datasets) == 1:
+        return None, states
+    if policy is not None and robot is not None:
+        held = policy.robots[choice("data: robot", robot, policy.robots)]
+        units, of_states = (held.action_mean, held.action_std, held.varying), held.state_units
+    else:
+        units, of_states = pooled_units(datasets, states, normalization)
+    if widths is not None:
+        units = filled_up(units[0], widths[0]), filled_up(units[1], widths[0], 1.0), filled_up(units[2], widths[0])
+        if of_states is not None:
+            of_states = filled_up(of_states[0], widths[1]), filled_up(of_states[1], widths[1], 1.0)
+    return units, of_states or False

@@ -64,7 +64,8 @@ def make_evaluation(
     if settings is None:
         return None
     begin = 1 + 2 * settings.chunk  # a frame, a chunk to observe and one to predict
-    recorded = [i for i in data.held_out if data.length(i) >= begin][:RECORDED]
+    held_out = data.sources("held_out")[0][1] if data.robots else data.held_out  # of several robots the first acts
+    recorded = [i for i in held_out if data.length(i) >= begin][:RECORDED]
     if not settings.simulators and not recorded:
         raise ValueError(
             f"--eval-every: nothing to measure: no --simulator, and no held-out episode of {begin} latent frames or "
@@ -76,6 +77,7 @@ def make_evaluation(
     tasks = [Task(name, i, i) for name in settings.simulators for i in range(settings.episodes)]
 
     def measure(policy: Policy, step: int) -> dict[str, Any]:
+        policy = policy.of_robot()
         policy = replace(policy, rollout=replace(policy.rollout, chunk_size=settings.chunk))
         try:
             found = (_recorded(policy, clips) if clips else {}) | (_played(policy, tasks) if tasks else {})
@@ -126,7 +128,7 @@ def _check(config: TrainConfig, data: ClipDataset, names: Sequence[str]) -> None
     with torch.device("meta"):
         model = WorldActionModel(config.model)
     text = WordEmbedding.from_instructions(data.tasks, config.model.text_dim)
-    policy = Policy.of(model, text, data, config.default_rollout())
+    policy = Policy.of(model, text, data, config.default_rollout()).of_robot()
     try:
         with SimulatorProcess(policy.cameras) as process:
             describe(policy, names, process)
@@ -139,13 +141,12 @@ def _clip(data: ClipDataset, index: int) -> dict[str, Any]:
     held = data.episode(index)
     frames = pictures_of(data.codec, held["video"][0])
     text = data.tasks[int(held["task"][0])]
-    return {
-        "video": held["video"],
-        "action": held["action"],
-        "frames": frames,
-        "text": text,
-        "state": held.get("state"),
-    }
+    action, state = held["action"], held.get("state")
+    if data.robots:
+        first = next(iter(data.robots.values()))
+        action = action[..., held["action_mask"][0]]
+        state = None if state is None else state[..., : first.own_widths[1]]
+    return {"video": held["video"], "action": action, "frames": frames, "text": text, "state": state}
 
 
 def _recorded(policy: Policy, clips: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -99,9 +99,14 @@ def data_faults(config: TrainConfig, one: DataConfig, dataset: LeRobotDataset) -
     where, model = f"{one.path} ({dataset.camera})", config.model
     if model.has_actions:
         width = dataset.width("action")
-        if width is not None and width * config.actions_per_token != model.action_dim:
+        fits = width is None or width * config.actions_per_token == model.action_dim
+        if width is not None and one.robot is not None:
+            fits = width * config.actions_per_token <= model.action_dim
+        if width is not None and not fits:
             yield f"{where}: model.action_dim must be {width * config.actions_per_token}, got {model.action_dim}"
-    if model.state_dim and (states := dataset.width(dataset.state_name)) != model.state_dim:
+    states = dataset.width(dataset.state_name) if model.state_dim else None
+    narrower = one.robot is not None and 0 < (states or 0) <= model.state_dim
+    if model.state_dim and states != model.state_dim and not narrower:
         name = dataset.state_name or STATE
         yield f"{where}: model.state_dim must be {states}, the numbers of {name}, got {model.state_dim}"
     cell = 1 if dataset.has_states_as_frames else config.cell

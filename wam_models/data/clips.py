@@ -17,7 +17,7 @@ from .lerobot import Episode, LeRobotDataset
 from .source import Source
 from .states import StateCodec
 
-__all__ = ["ClipDataset", "reaching_actions", "episode_frames"]
+__all__ = ["ClipDataset", "filled_up", "reaching_actions", "episode_frames"]
 
 # mean and std of an action, float32 [A], and bool [A], which of its numbers vary
 Units = tuple[Tensor, Tensor, Tensor]
@@ -117,6 +117,18 @@ def _actions_of(dataset: Source) -> list[Tensor]:
     return actions
 
 
+def filled_up(values: Tensor, width: int, value: float = 0.0) -> Tensor:
+    """[..., A] with further numbers, up to so many.
+
+    Raises:
+        ValueError: there are more.
+    """
+    more = width - values.shape[-1] if width else 0
+    if more < 0:
+        raise ValueError(f"ClipDataset: widths must be at least {values.shape[-1]}, the data's, got {width}")
+    return torch.cat([values, torch.full((*values.shape[:-1], more), value).to(values.dtype)], -1) if more else values
+
+
 def _some_frames(episodes: list[np.ndarray], every: bool) -> np.ndarray:
     """Frames [N, ...] that a codec is fitted to, spread evenly over those of all episodes, or all of them."""
     pool = [(i, t) for i, frames in enumerate(episodes) for t in range(len(frames))]
@@ -142,6 +154,8 @@ class ClipDataset:
         constant_actions: bool [A], dimensions that never vary in the training split; leave them out of error averages.
         own_units: mean, std and which dimensions vary, of this training split even where `units` are others.
         state_units: mean and std of the states, float32 [S] each, as `units` of actions; None without `states`.
+        own_widths: numbers of an action and of a state, without what they are filled up with.
+        robots: the first data set of each of several robots, by name; see ClipMix.
         latent_shape: (channels, rows, columns) of one latent frame.
         camera, picture_size, canvas: as of LeRobotDataset.
         actions_per_frame, actions_per_token: as given.
@@ -162,6 +176,7 @@ class ClipDataset:
         latents: latents on disk of this data set, EncodedLatents, in place of encoding its pictures; `codec` is then
             theirs.
         normalization: units of actions and states, one of NORMALIZATIONS, where they are not given.
+        widths: numbers of an action and of a state that these are filled up to with zeros; default: as they are.
 
     Raises:
         ValueError: no training episode, pictures that the codec's cells do not divide, episodes whose actions differ in
@@ -182,6 +197,7 @@ class ClipDataset:
         states: bool | tuple[Tensor, Tensor] = False,
         latents: Latents | None = None,
         normalization: str = "mean_std",
+        widths: tuple[int, int] | None = None,
     ) -> None:
         self.actions_per_frame = whole("ClipDataset: actions_per_frame", actions_per_frame, 1)
         self.actions_per_token = whole("ClipDataset: actions_per_token", actions_per_token, 1)
@@ -197,6 +213,7 @@ class ClipDataset:
         self.fps = dataset.fps
         self._splits = {name: [e.index for e in episodes if e.split == name] for name in TRAINED}
         self.train = self._splits[TRAIN]
+        self.robots = dict[str, ClipDataset]()
         self._weights, self._sources = [1.0], list[dict[str, list[int]]]()  # of several data sets: see ClipMix
         self.held_out = self._splits["held_out"] = [e.index for e in episodes if e.split and e.split not in TRAINED]
         if not self.train:
@@ -227,6 +244,9 @@ class ClipDataset:
                 "or scale them, or pass a codec with smaller cells"
             )
         actions = _actions_of(dataset)  # before the pictures, which take far longer to read
+        self.own_widths = [actions[0].shape[1], 0]  # of an action and, where there are any, of a state
+        self._filled = widths or (0, 0)
+        actions = [filled_up(action, self._filled[0]) for action in actions]
         if units is not None and len(units[0]) != actions[0].shape[1]:
             raise ValueError(f"{dataset.root}: actions have {actions[0].shape[1]} numbers, the units {len(units[0])}")
 
@@ -260,7 +280,10 @@ class ClipDataset:
         self.state_units: tuple[Tensor, Tensor] | None = None
         self._state: list[np.ndarray] = []
         if states is not False:
-            self._read_states([dataset.state(e) for e in episodes], None if states is True else states)
+            of_episodes = [torch.from_numpy(dataset.state(e)) for e in episodes]
+            self.own_widths[1] = of_episodes[0].shape[1]
+            filled = [filled_up(state, self._filled[1]).numpy() for state in of_episodes]
+            self._read_states(filled, None if states is True else states)
 
     def _read_states(self, states: list[np.ndarray], units: tuple[Tensor, Tensor] | None) -> None:
         widths = sorted({state.shape[1] for state in states} | ({len(units[0])} if units else set()))

@@ -22,8 +22,10 @@ class DataConfig:
         weight: Its share of the clips, beside those of the other data sets.
         state: The feature of the robot's state; default ``observation.state``, or the only one there is.
         normalization: Units of actions and states: ``"mean_std"``, ``"min_max"``, ``"quantile"`` or ``"none"``; the
-            same of all data sets of a training. They are saved with the policy.
+            same of all data sets of a robot. They are saved with the policy.
         latents: Folder that ``wam encode`` wrote of it; without, pictures are encoded when a training begins.
+        robot: Its robot, of a training on robots whose actions or states differ in width or units: data sets of one
+            robot share units. Of all data sets of a training or of none.
         texts: Folder that ``wam encode --text`` wrote, of the same encoder for all data sets of a training; without,
             the vectors of words are trained.
 
@@ -38,6 +40,7 @@ class DataConfig:
     normalization: str = "mean_std"
     latents: str | None = None
     texts: str | None = None
+    robot: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.path, str | Path) or not str(self.path):
@@ -47,6 +50,7 @@ class DataConfig:
             ("camera", "the name of a feature"),
             ("latents", "the folder of its latents"),
             ("texts", "the folder of its texts"),
+            ("robot", "the name of its robot"),
             ("state", "the name of a feature"),
         ):
             value = getattr(self, name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,24 +22,39 @@ class ClipMix(ClipDataset):
     Args:
         parts: The data sets.
         weights: Of each, its share of the clips that are drawn, whatever its length.
+        robots: Of each the name of its robot; data sets of one share units. Clips then have ``action_mask``, bool
+            ``[k A]``: the numbers that the robot has. None for one robot.
 
     Raises:
-        ValueError: data sets that differ in latents, codec, units or actions of a frame.
+        ValueError: data sets that differ in latents, codec, actions of a frame or, of one robot, units.
     """
 
-    def __init__(self, parts: Sequence[ClipDataset], weights: Sequence[float]) -> None:
+    def __init__(
+        self, parts: Sequence[ClipDataset], weights: Sequence[float], robots: Sequence[str] | None = None
+    ) -> None:
         first = parts[0]
         vars(self).update(vars(first))
+        names = ["" for _ in parts] if robots is None else list(robots)
+        firsts_of = {name: parts[names.index(name)] for name in names}
+        self.robots = {} if robots is None else firsts_of
+        self._masks: list[np.ndarray] = []
+        for part in parts if robots is not None else ():
+            mask = np.arange(len(part.action_mean)) < part.own_widths[0]
+            self._masks += [np.tile(mask, part.actions_per_token)] * len(part)
         for i, part in enumerate(parts):
             for name in ("latent_shape", "actions_per_frame", "actions_per_token"):
                 ours, theirs = getattr(first, name), getattr(part, name)
                 if ours != theirs:
                     raise ValueError(f"ClipMix: {name} of data set {i} must be that of the first, {ours}, got {theirs}")
+            whose = firsts_of[names[i]]
             same = part.codec is first.codec and all(
-                torch.equal(a, b) for a, b in zip(_units(part), _units(first), strict=True)
+                torch.equal(a, b) for a, b in zip(_units(part), _units(whose), strict=True)
             )
             if not same:
-                raise ValueError(f"ClipMix: data set {i} must be made with the codec and the units of the first")
+                of = "the first" if robots is None else f"the first of robot {names[i]!r}"
+                raise ValueError(
+                    f"ClipMix: data set {i} must be made with the codec of the first and the units of {of}"
+                )
         self.tasks = list(dict.fromkeys(task for part in parts for task in part.tasks))
         firsts = np.cumsum([0, *(len(part) for part in parts)]).tolist()
         self._weights = [float(weight) for weight in weights]
@@ -55,6 +71,10 @@ class ClipMix(ClipDataset):
             for name, episodes in own.items():
                 self._splits[name] += episodes
         self.train, self.held_out = self._splits[TRAIN], self._splits["held_out"]
+
+    def clip(self, index: int, start: int, frames: int) -> dict[str, Any]:
+        found = super().clip(index, start, frames)
+        return found | ({"action_mask": self._masks[index]} if self._masks else {})
 
 
 def _units(data: ClipDataset) -> list[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,14 +19,15 @@ from ..data.codec import Codec, SavedCodec
 from ..data.latents import CODECS, codec_kind
 from ..data.lerobot import Episode
 from ..model.dual_expert import WorldActionModel
-from ..runtime.checks import check_field, instance, whole
+from ..runtime.checks import check_field, choice, instance, whole
 from ..runtime.json_fields import from_fields
 from ..text import Text
 from ..training_state import TrainingState
 from .config import RolloutConfig
+from .robot import STATE_UNITS, UNITS, Robot, model_of
 
 PICTURES = "observation.images."  # how the features of cameras begin
-_STATE_UNITS = ("state_mean", "state_std")  # of the extra tensors of a checkpoint
+_STATE_UNITS = STATE_UNITS  # of the extra tensors of a checkpoint
 _CODEC = "codec."  # prefix of the codec's tensors in a checkpoint
 
 
@@ -91,6 +92,8 @@ class Policy:
         actions_per_token: Actions that one action token holds: the model's ``action_dim`` is so many times A.
         state_units: Mean and std of the states that a model with ``state_dim`` is told, float32 ``[S]`` each, in the
             units of the data set.
+        robots: Several that it was trained on, by name; its own units are then those of the first, filled up to the
+            model's widths.
 
     Raises:
         ValueError: parts that do not fit together, or action statistics that turn actions into no numbers.
@@ -106,6 +109,7 @@ class Policy:
     camera: Camera | None = None
     actions_per_token: int = 1
     state_units: tuple[Tensor, Tensor] | None = None
+    robots: Mapping[str, Robot] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         c = self.model.config
@@ -155,7 +159,26 @@ class Policy:
         cells = () if data.canvas is None or len(data.canvas.cells) == 1 else data.canvas.cells
         camera = Camera(name=data.camera, height=data.picture_size[0], width=data.picture_size[1], cells=cells)
         states = data.state_units if model.config.state_dim else None
-        return cls(model.eval(), text.eval(), data.codec, *units, rollout, camera, data.actions_per_token, states)
+        robots = {name: _robot_of(part, model.config.state_dim) for name, part in data.robots.items()}
+        return cls(
+            model.eval(), text.eval(), data.codec, *units, rollout, camera, data.actions_per_token, states, robots
+        )
+
+    def of_robot(self, name: str | None = None) -> Policy:
+        """The policy of one of its robots, default the first: that model alone, in that robot's units.
+
+        Raises:
+            ValueError: no such robot.
+        """
+        if not self.robots and name is None:
+            return self
+        name = choice("Policy.of_robot: name", next(iter(self.robots)) if name is None else name, self.robots)
+        robot = self.robots[name]
+        return replace(
+            self, model=model_of(robot, self.model, self.actions_per_token), action_mean=robot.action_mean,
+            action_std=robot.action_std, varying=robot.varying, camera=Camera(**robot.camera),
+            state_units=robot.state_units, robots={},
+        )  # fmt: skip
 
     @property
     def actions_per_frame(self) -> int:
@@ -238,13 +261,23 @@ class Policy:
             metadata |= {"actions_per_frame": self.actions_per_frame, "actions_per_token": self.actions_per_token}
         if self.camera is not None:
             metadata["camera"] = asdict(self.camera)
+        if self.robots:
+            metadata["robots"] = {name: robot.camera for name, robot in self.robots.items()}
+            for name, robot in self.robots.items():
+                extra |= robot.tensors(name)
         save_checkpoint(
             folder, self.model, text=self.text, extra=extra, metadata=metadata, training_state=training_state
         )
 
     @classmethod
     def load(
-        cls, folder: str | Path, device: torch.device | str = "cpu", *, training: bool = True
+        cls,
+        folder: str | Path,
+        device: torch.device | str = "cpu",
+        *,
+        training: bool = True,
+        robot: str | None = None,
+        every: bool = False,
     ) -> tuple[Policy, Checkpoint]:
         """The policy of a folder that :meth:`save` wrote, and the checkpoint itself.
 
@@ -252,6 +285,8 @@ class Policy:
             folder: See :func:`load_checkpoint`.
             device: Of the model and its text embedding.
             training: Also read the training state, which only a resume needs.
+            robot: Of a policy that was trained on several, the one that it is to act for; default: the first.
+            every: Load the model of all robots, which a resume goes on with.
 
         Raises:
             ValueError: a file that is missing, unreadable or lacks an entry; the message names it.
@@ -287,10 +322,11 @@ class Policy:
             codec = CODECS[kind["kind"]].from_state_dict(state, kind["config"])
             mean, std, varying, *states = (found.extra[name].cpu() for name in units)
             of_states = (states[0], states[1]) if states else None
-            policy = cls(found.model, found.text, codec, mean, std, varying, rollout, camera, packed, of_states)
+            robots = _robots_in(found)
+            policy = cls(found.model, found.text, codec, mean, std, varying, rollout, camera, packed, of_states, robots)
         except ValueError as error:
             raise ValueError(f"{extra}: {error}; train again") from error
-        return policy, found
+        return policy if every else policy.of_robot(robot), found
 
     def denormalize_action(self, action: Tensor, where: str = "Policy.denormalize_action") -> Tensor:
         """float32 ``[..., k A]`` on the CPU, in the units of the data set, of normalised actions on any device; k is
@@ -360,3 +396,31 @@ class Policy:
         if self.state_units is not None:
             state = self.state(dataset.state(episode)[:: self.actions_per_frame][None, : video.shape[1]])
         return {"frames": pictures, "video": video[None], "action": slots[None], "text": task, "state": state}
+
+
+def _robot_of(part: ClipDataset, state_dim: int) -> Robot:
+    actions, states = part.own_widths
+    cells = () if part.canvas is None or len(part.canvas.cells) == 1 else part.canvas.cells
+    camera = Camera(name=part.camera, height=part.picture_size[0], width=part.picture_size[1], cells=cells)
+    mean, std = part.state_units or (None, None)
+    of_states = None if mean is None or std is None or not state_dim else (mean[:states].clone(), std[:states].clone())
+    units = [u[:actions].clone() for u in (part.action_mean, part.action_std, ~part.constant_actions)]
+    return Robot(units[0], units[1], units[2], of_states, asdict(camera))
+
+
+def _robots_in(found: Checkpoint) -> dict[str, Robot]:
+    """Those of a checkpoint; none where it was trained on one."""
+    cameras = found.metadata.get("robots", {})
+    if not isinstance(cameras, dict):
+        raise ValueError(f"metadata.robots must be an object, got {cameras!r}")
+    robots = {}
+    for name, camera in cameras.items():
+        wanted = (*UNITS, *(STATE_UNITS if found.model.config.state_dim else ()))
+        held = {key: found.extra.get(f"robots.{name}.{key}") for key in wanted}
+        missing = [key for key, value in held.items() if value is None]
+        if missing:
+            raise ValueError(f"robots.{name}: {missing} are missing")
+        units = [cast(Tensor, held[key]).cpu() for key in wanted]
+        asdict(from_fields(Camera, camera, f"metadata.robots.{name}", defaults=True))  # refuses what is none
+        robots[name] = Robot(units[0], units[1], units[2], (units[3], units[4]) if len(units) > 3 else None, camera)
+    return robots

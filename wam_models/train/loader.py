@@ -178,7 +178,7 @@ class PackedDraws:
         """The clips with their data."""
         held = [self.data.clip(clip.episode, clip.start, clip.frames) for clip in clips]
         tasks = [self.data.tasks[int(one["task"])] for one in held]
-        streams = "video", "action", "state", "episode"
+        streams = "video", "action", "action_mask", "state", "episode"
         tensors: list[dict[str, Tensor]] = [{k: torch.as_tensor(one[k]) for k in streams if k in one} for one in held]
         return Pack(clips, tensors, tasks, share)
 

@@ -17,7 +17,7 @@ from ..model.dual_expert import WorldActionModel
 from ..objectives import OBJECTIVES, frames_before_chunks
 from .loader import ClipDraw, Pack, PackedDraws
 from .samples import StepConfig, error_sums
-from .step import draw_kept_text, draw_marginals, noised_video
+from .step import draw_kept_text, draw_marginals, mean_of_numbers, noised_video
 
 
 class _Noised(NamedTuple):
@@ -35,6 +35,7 @@ class _Noised(NamedTuple):
     action_target: Tensor
     counts: tuple[bool, bool]  # whether video and actions carry a loss
     keeps_text: bool
+    action_mask: Tensor | None
 
 
 def packed_step(
@@ -95,7 +96,8 @@ def packed_step(
         video_error = (video - clip.video_target)[:, :, 1:].square().mean()
         action_error = torch.zeros_like(video_error)
         if action is not None:
-            action_error = (action - clip.action_target)[:, 1:].square().mean()
+            held_mask = None if clip.action_mask is None else clip.action_mask[None]
+            action_error = mean_of_numbers((action - clip.action_target)[:, 1:], held_mask)[0]
         weights = config.video_weight * clip.counts[0], config.action_weight * clip.counts[1]
         total = total + weights[0] * video_error + weights[1] * action_error
         found.append(torch.stack([video_error, action_error]))
@@ -122,6 +124,9 @@ def _noised(draw: ClipDraw, held: Any, config: StepConfig, model: WorldActionMod
     video_noise, history_noise, action_noise = (
         torch.randn(t.shape, generator=generator, dtype=torch.float32).to(device) for t in (video, video, action)
     )
+    mask = None if "action_mask" not in held else held["action_mask"].to(device)
+    if mask is not None:
+        action_noise = action_noise * mask
     (video_alone,), (action_alone,) = draw_marginals(config, generator, [objective], [draw.action_free])
     keeps_text = bool(draw_kept_text(config.text_dropout, 1, generator)) and not objective.conditional
     video_sigma, action_sigma = (
@@ -146,6 +151,7 @@ def _noised(draw: ClipDraw, held: Any, config: StepConfig, model: WorldActionMod
             objective.action and not action_alone and bool(levels[1].any()),
         ),
         keeps_text=keeps_text,
+        action_mask=mask,
     )
 
 

@@ -43,6 +43,9 @@ def check_resumable(config: TrainConfig, data: ClipDataset, resume: Checkpoint) 
     units = {"action_mean": data.action_mean, "action_std": data.action_std, "varying": ~data.constant_actions}
     if data.state_units is not None:
         units |= zip(("state_mean", "state_std"), data.state_units, strict=True)
+    for robot, part in data.robots.items():
+        units[f"robots.{robot}.action_mean"] = part.action_mean[: part.own_widths[0]]
+        units[f"robots.{robot}.action_std"] = part.action_std[: part.own_widths[0]]
     for name, value in (units | {f"codec.{k}": v for k, v in codec.state_dict().items()}).items():
         saved = resume.extra.get(name)
         # on another machine the same data gives a mean with other last digits

@@ -67,6 +67,8 @@ def training_step(
             embeddings that its tokens are trained towards. F at least 2. Optional, bool ``[B]``:
             ``counterfactual``, the samples whose actions did not come from a demonstration; ``action_free``, those of a
             video without actions: whatever ``action`` holds of them is neither learned nor attended to.
+            ``action_mask`` ``[B, A]``, the numbers that a sample's robot has: the others, zeros, get no noise and
+            carry no loss.
         generator: Source of every random number; its device may differ from the model's.
         config: What is drawn and how it is weighed.
         impl: Backend of ``block_attention``.
@@ -124,7 +126,7 @@ def training_step(
     action_error = torch.zeros_like(video_error)
     if action_flow is not None:
         wrong = at_least_float32(action_flow) - target(d.action, d.action_noise)
-        action_error = wrong[:, learned:].square().flatten(1).mean(1)
+        action_error = mean_of_numbers(wrong[:, learned:], batch.get("action_mask"))
     loss = config.video_weight * video_error * d.counts_video + config.action_weight * action_error * d.counts_action
     metrics: dict[str, float | int | Tensor] = {
         "video_loss": (video_error.detach() * d.counts_video).sum() / d.counts_video.sum(),
@@ -143,6 +145,15 @@ def training_step(
         metrics["alignment_loss"] = alignment.detach()
         loss = loss + config.alignment_weight * alignment
     return loss.sum() / whole, metrics | _counted(d.objectives)
+
+
+def mean_of_numbers(wrong_BFnA: Tensor, mask_BA: Tensor | None) -> Tensor:
+    """``[B]``: the mean square over frames, tokens and those numbers of an action that a sample's robot has."""
+    squares = wrong_BFnA.square().flatten(1, 2)
+    if mask_BA is None:
+        return squares.flatten(1).mean(1)
+    mask = mask_BA.to(squares)
+    return (squares.mean(1) * mask).sum(1) / mask.sum(1)
 
 
 class Drawn(NamedTuple):
@@ -192,6 +203,8 @@ def _draw(
         torch.randn(t.shape, generator=generator, dtype=torch.float32, device=draws).to(device)
         for t in (video, video, action)
     )
+    if "action_mask" in batch:
+        action_noise = action_noise * batch["action_mask"].to(action_noise)[:, None, None]
     denoises_video, denoises_action, keeps_text = _flags(objectives, device)
     # True where it is noise alone, and carries no loss
     video_marginal, action_marginal = (
