@@ -123,7 +123,7 @@ def filled_up(values: Tensor, width: int, value: float = 0.0) -> Tensor:
     Raises:
         ValueError: there are more.
     """
-    more = width - values.shape[-1] if width else 0
+    more = width - values.shape[-1]
     if more < 0:
         raise ValueError(f"ClipDataset: widths must be at least {values.shape[-1]}, the data's, got {width}")
     return torch.cat([values, torch.full((*values.shape[:-1], more), value).to(values.dtype)], -1) if more else values
@@ -219,14 +219,7 @@ class ClipDataset:
         if not self.train:
             raise ValueError(f'{dataset.root / "meta/info.json"}: splits has no episode in "train"')
         self.tasks = list(dict.fromkeys(task for e in episodes for task in e.tasks))
-        # of an episode the number of its task, or of several that at each latent frame
-        self._task: list[int | np.ndarray] = [
-            self.tasks.index(e.task)
-            if len(e.tasks) == 1
-            else np.array([self.tasks.index(t) for t in dataset.instructions(e)[::actions_per_frame]])
-            for e in episodes
-        ]
-
+        self._task = self._tasks_of(dataset)
         info = dataset.root / "meta/info.json"
         self.camera, self.picture_size, self.canvas = dataset.camera, dataset.picture_size, dataset.canvas
         if latents is not None:
@@ -245,8 +238,8 @@ class ClipDataset:
             )
         actions = _actions_of(dataset)  # before the pictures, which take far longer to read
         self.own_widths = [actions[0].shape[1], 0]  # of an action and, where there are any, of a state
-        self._filled = widths or (0, 0)
-        actions = [filled_up(action, self._filled[0]) for action in actions]
+        if widths is not None:
+            actions = [filled_up(action, widths[0]) for action in actions]
         if units is not None and len(units[0]) != actions[0].shape[1]:
             raise ValueError(f"{dataset.root}: actions have {actions[0].shape[1]} numbers, the units {len(units[0])}")
 
@@ -280,12 +273,23 @@ class ClipDataset:
         self.state_units: tuple[Tensor, Tensor] | None = None
         self._state: list[np.ndarray] = []
         if states is not False:
-            of_episodes = [torch.from_numpy(dataset.state(e)) for e in episodes]
-            self.own_widths[1] = of_episodes[0].shape[1]
-            filled = [filled_up(state, self._filled[1]).numpy() for state in of_episodes]
-            self._read_states(filled, None if states is True else states)
+            self._read_states([dataset.state(e) for e in episodes], None if states is True else states, widths)
 
-    def _read_states(self, states: list[np.ndarray], units: tuple[Tensor, Tensor] | None) -> None:
+    def _tasks_of(self, dataset: Source) -> list[int | np.ndarray]:
+        """Of each episode the number of its task, or of several that at each latent frame."""
+        return [
+            self.tasks.index(e.task)
+            if len(e.tasks) == 1
+            else np.array([self.tasks.index(t) for t in dataset.instructions(e)[:: self.actions_per_frame]])
+            for e in dataset.episodes
+        ]
+
+    def _read_states(
+        self, states: list[np.ndarray], units: tuple[Tensor, Tensor] | None, widths: tuple[int, int] | None
+    ) -> None:
+        self.own_widths[1] = states[0].shape[1]
+        if widths is not None:
+            states = [filled_up(torch.from_numpy(state), widths[1]).numpy() for state in states]
         widths = sorted({state.shape[1] for state in states} | ({len(units[0])} if units else set()))
         if len(widths) != 1:
             raise ValueError(f"ClipDataset: states must be of one width, that of the units, got {widths}")

@@ -52,9 +52,7 @@ class ClipMix(ClipDataset):
             )
             if not same:
                 of = "the first" if robots is None else f"the first of robot {names[i]!r}"
-                raise ValueError(
-                    f"ClipMix: data set {i} must be made with the codec of the first and the units of {of}"
-                )
+                raise ValueError(f"ClipMix: data set {i} must be made with the codec and the units of {of}")
         self.tasks = list(dict.fromkeys(task for part in parts for task in part.tasks))
         firsts = np.cumsum([0, *(len(part) for part in parts)]).tolist()
         self._weights = [float(weight) for weight in weights]
