@@ -285,11 +285,11 @@ class ClipDataset:
         ]
 
     def _read_states(
-        self, states: list[np.ndarray], units: tuple[Tensor, Tensor] | None, widths: tuple[int, int] | None
+        self, states: list[np.ndarray], units: tuple[Tensor, Tensor] | None, filled: tuple[int, int] | None
     ) -> None:
         self.own_widths[1] = states[0].shape[1]
-        if widths is not None:
-            states = [filled_up(torch.from_numpy(state), widths[1]).numpy() for state in states]
+        if filled is not None:
+            states = [filled_up(torch.from_numpy(state), filled[1]).numpy() for state in states]
         widths = sorted({state.shape[1] for state in states} | ({len(units[0])} if units else set()))
         if len(widths) != 1:
             raise ValueError(f"ClipDataset: states must be of one width, that of the units, got {widths}")
