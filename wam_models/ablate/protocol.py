@@ -235,11 +235,11 @@ def metaworld_pixels() -> Track:
         record={"episodes": 50, "picture_every": 4},
         training={
             "model": model, "actions_per_token": 4, "cell": 8, "history": "video_only", "chunk_sizes": [1, 4],
-            "windows": [2, 8], "noised_history": 0.0, "video_shift": 5.0, "action_shift": 5.0, "batch": 16, "frames": 6,
-            "steps": 500, "learning_rate": 1.5e-3, "warmup": 100, "schedule": "decay", "ema": 7.0,
+            "windows": [2, 8], "noised_history": 0.0, "video_shift": 5.0, "action_shift": 5.0, "batch": 8, "frames": 6,
+            "steps": 300, "learning_rate": 1.5e-3, "warmup": 60, "schedule": "decay", "ema": 7.0,
         },
-        settings=((2, 1), (2, 5)),
-        early=1, episodes=15, batch=10,
+        settings=((2, 1), (4, 1)),
+        early=2, episodes=8, batch=10,
     )  # fmt: skip
 
 
