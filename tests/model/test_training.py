@@ -9,6 +9,8 @@ from wam_kernels import PROGRAMS
 from wam_models import (
     GJD,
     OBJECTIVES,
+    RolloutConfig,
+    RolloutEngine,
     StepConfig,
     TimestepDraw,
     WorldActionModel,
@@ -126,6 +128,53 @@ def test_noised_history_modulates_itself(monkeypatch):
     assert (given["clean_video_timesteps"] > 0).all() and given["clean_video_timesteps"].shape == (2, 5)
     assert not torch.equal(given["clean_video"], data["video"])
     assert torch.equal(given["clean_action"][:, 1:], data["action"][:, 1:])
+
+
+def test_an_imagined_history_is_what_a_rollout_would_imagine(monkeypatch):
+    """The clean copy of every chunk: one step from noise after the recorded frames before it, as the engine does it."""
+    config = StepConfig(
+        program="video_then_action", mixture=ONLY["joint"], history="video_only", chunk_sizes=(2, 2), windows=(8, 8),
+        noised_history=0.0, imagined_history=1.0,
+    )  # fmt: skip
+    data, seen = batch(), []
+    flows = step_module._flows
+    monkeypatch.setattr(step_module, "_flows", lambda model, d, *more: (seen.append(d), flows(model, d, *more))[1])
+    given, loss, _ = recorded_call(config, monkeypatch, data)
+    asked, d = seen
+    assert torch.equal(given["clean_video"], d.history) and not given["clean_video_timesteps"].any()
+    assert torch.equal(d.history[:, :, 0], data["video"][:, :, 0]) and loss.requires_grad
+
+    engine = RolloutEngine(
+        small_model().eval(),
+        RolloutConfig(program="video_then_action", chunk_size=2, window=8, history="video_only", steps=1),
+    )
+    with torch.no_grad():
+        episode = engine.start(data["video"][:, :, :1], data["text"])
+        for first in (1, 3):
+            chunk = slice(first, first + 2)
+            candidate = episode.propose(
+                video_noise=asked.video_noise[:, :, chunk], action_noise=asked.action_noise[:, chunk]
+            )
+            torch.testing.assert_close(candidate.video, d.history[:, :, chunk], rtol=1e-4, atol=1e-4)
+            episode.observe(data["video"][:, :, chunk], data["action"][:, chunk])
+
+
+def test_a_part_of_the_samples_imagines(monkeypatch):
+    """The others, and video that is given, stay as recorded; what else is drawn does not change."""
+    data = batch(8)
+    recorded = {
+        k: v.clone()
+        for k, v in recorded_call(StepConfig(noised_history=0.0), monkeypatch, data)[0].items()
+        if k == "noisy_video"
+    }
+    given, _, metrics = recorded_call(StepConfig(noised_history=0.0, imagined_history=0.5), monkeypatch, data)
+    assert torch.equal(given["noisy_video"], recorded["noisy_video"])
+    same = [torch.equal(a, b) for a, b in zip(given["clean_video"], data["video"], strict=True)]
+    assert 0 < sum(same) < 8
+    given, _, _ = recorded_call(
+        StepConfig(mixture=ONLY["inverse_dynamics"], imagined_history=1.0, noised_history=0.0), monkeypatch
+    )
+    assert torch.equal(given["clean_video"], batch()["video"])
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

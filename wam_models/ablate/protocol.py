@@ -30,6 +30,7 @@ class Arm:
         steps_factor: Its training steps over those of the track.
         video_weight: Factor on the video loss.
         want: What a rollout denoises: ``"both"``, or ``"action"`` where nothing is imagined.
+        training: Fields of :class:`~wam_models.train.TrainConfig` in place of the track's, other than the above.
 
     Raises:
         ValueError: a value of the wrong type or outside its range; the message names the field.
@@ -41,6 +42,7 @@ class Arm:
     steps_factor: float = 1.0
     video_weight: float = 1.0
     want: str = "both"
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_field(self, "program", choice, MODEL_PROGRAMS)
@@ -48,6 +50,8 @@ class Arm:
         check_field(self, "steps_factor", number, 0.001)
         check_field(self, "video_weight", number, 0)
         check_field(self, "want", choice, ("both", "action"))
+        if own := sorted({"programs", "mixture", "video_weight"} & set(self.training)):
+            raise ValueError(f"Arm: training must leave {', '.join(own)} to the arm's own fields, got {self.training}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,8 +120,8 @@ class Track:
 
     def train_config(self, arm: Arm) -> TrainConfig:
         """The training of an arm."""
-        training = {"initialisation": "by_hand"} | dict(self.training)
-        base = TrainConfig.from_dict(training, f"Track {self.name}: training")
+        training = {"initialisation": "by_hand"} | dict(self.training) | dict(arm.training)
+        base = TrainConfig.from_dict(training, f"Track {self.name}, arm {arm.name}: training")
         program = "joint" if arm.program == GJD else arm.program
         steps = round(base.steps * arm.steps_factor)
         return replace(base, programs=(program,), mixture=dict(arm.mixture), video_weight=arm.video_weight, steps=steps)

@@ -106,7 +106,7 @@ def open_folder(out: Path, protocol: Protocol) -> None:
     """
     file, given = _file(out), json.loads(json.dumps(protocol.to_dict()))
     if file.exists():
-        held = read_json(file)
+        held = json.loads(json.dumps(Protocol.from_json(file).to_dict()))  # with fields that it was written without
         if held != given:
             raise ValueError(
                 f"--out: {out} holds an ablation of another protocol, which differs in "

@@ -177,6 +177,11 @@ class TrainConfig(SampleConfig):
                 "TrainConfig: tokens must be 0 with model.bridge_layer, whose features are of equally long clips, got "
                 f"{self.tokens}; give batch instead"
             )
+        if self.tokens and self.imagined_history:
+            raise ValueError(
+                "TrainConfig: imagined_history must be 0 with tokens, whose packed clips are not imagined first, got "
+                f"{self.imagined_history}; give batch instead"
+            )
         check_field(self, "actions_per_token", whole, 1, LARGEST_SIZE)
         check_field(self, "cell", whole, 1, LARGEST_SIZE)
         check_field(self, "programs", _programs)

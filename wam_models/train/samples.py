@@ -40,6 +40,9 @@ class SampleConfig:
         action_marginal: The same of its actions: the video is learned without them.
         text_dropout: Probability that a sample's text is zeroed, for classifier-free guidance.
         noised_history: Probability that the clean video copy of a sample is itself noised.
+        imagined_history: Probability that the clean video copy of a sample is what the model imagines of it at that
+            step, each chunk in one denoising step from noise after the recorded frames before it: what actions act
+            beside and go on from in a rollout. Costs a forward without gradient in every step.
         video_weight: Factor on the video loss.
         action_weight: Factor on the action loss.
         alignment_weight: Factor on the alignment loss of a model with aligned streams: 1 - the cosine of the angle
@@ -58,6 +61,7 @@ class SampleConfig:
     action_marginal: float = 0.0
     text_dropout: float = 0.0
     noised_history: float = 0.5
+    imagined_history: float = 0.0
     video_weight: float = 1.0
     action_weight: float = 1.0
     alignment_weight: float = 1.0
@@ -68,7 +72,7 @@ class SampleConfig:
             check_field(self, name, whole_range, 1, LARGEST_INT32)
         check_field(self, "mixture", checked_mixture)
         check_field(self, "counterfactual", checked_conditional)
-        for name in ("video_marginal", "action_marginal", "text_dropout", "noised_history"):
+        for name in ("video_marginal", "action_marginal", "text_dropout", "noised_history", "imagined_history"):
             check_field(self, name, number, 0, 1)
         if self.video_marginal + self.action_marginal > 1:
             raise ValueError(

@@ -15,11 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from wam_kernels import Geometry, RuleGeometry, compile_plan
+from wam_kernels import Geometry, Plan, RuleGeometry, compile_plan
 from wam_kernels.masks.context import with_context
 
 from ..bridge import bridge_video, video_attends_to_actions
-from ..flow import add_noise, target, timesteps
+from ..flow import add_noise, like, target, timesteps
 from ..model.blocks import BridgeVideo, Uncast, at_least_float32
 from ..model.dual_expert import WorldActionModel
 from ..objectives import (
@@ -93,7 +93,7 @@ def training_step(
     whole = len(d.video)
     if part is not None:
         d, batch = d.part(part), {name: t[part] for name, t in batch.items()}
-    has_actions, frames = inside.config.has_actions, d.video.shape[2]
+    frames = d.video.shape[2]
     rows, columns = inside.token_grid(*d.video.shape[-2:])
     sizes = {"frames": frames, "video_tokens": rows * columns, "action_tokens": d.action.shape[2]}
     sizes |= {"chunk_size": chunk_size, "window": window}
@@ -107,19 +107,9 @@ def training_step(
     samples = _visibility(config, d.objectives, d.action_free, given, sizes)
     one = len(set(samples)) == 1
     plan = compile_plan(samples[0] if one else samples, device=inside.device, stop_gradient=config.stop_gradient)
-    video_flow, action_flow, *read_out = model(
-        noised_video(d.video, d.video_noise, d.video_sigma),
-        noised_video(d.video, d.history_noise, d.history_sigma),
-        add_noise(d.action, d.action_noise, d.action_sigma) if has_actions else None,
-        d.action if has_actions else None,
-        Uncast(timesteps(d.video_sigma)),
-        Uncast(timesteps(d.action_sigma)) if has_actions else None,
-        torch.where(d.keeps_text[:, :, None] > 0, d.text, 0),
-        plan,
-        clean_video_timesteps=Uncast(timesteps(d.history_sigma)),
-        impl=impl,
-        **told,
-    )
+    if config.imagined_history:
+        d = _imagining(model, d, plan, told, impl)
+    video_flow, action_flow, *read_out = _flows(model, d, plan, told, impl)
     # [B] each
     video_error = at_least_float32(video_flow) - target(d.video, d.video_noise)
     video_error = video_error[:, :, imagined:].square().flatten(1).mean(1)
@@ -171,6 +161,9 @@ class Drawn(NamedTuple):
     keeps_text: Tensor  # [B, 1]
     counts_video: Tensor  # [B], 1 where the sample carries the loss, else 0
     counts_action: Tensor
+    history: Tensor  # as video: what the clean copy is of
+    imagines: Tensor  # bool [B], whether that is to be imagined
+    imagination_noise: Tensor  # as video_noise; [B] where none imagines
     objectives: list[Objective]
     action_free: list[bool]
 
@@ -212,6 +205,10 @@ def _draw(
         for marked in draw_marginals(config, generator, objectives, action_free)
     )
     keeps_text = keeps_text * draw_kept_text(config.text_dropout, B, generator).to(device)
+    imagines, imagination_noise = torch.zeros(B, dtype=torch.bool), torch.zeros(B)
+    if config.imagined_history:  # else nothing is drawn, and every run goes on with the numbers that it had
+        imagines = torch.rand(B, generator=generator, device=draws) < config.imagined_history
+        imagination_noise = torch.randn(video.shape, generator=generator, dtype=torch.float32, device=draws)
     return (
         chunk_size,
         window,
@@ -227,10 +224,49 @@ def _draw(
             * ~action_marginal[:, 0]
             * action_sigma.any(1).to(device)
             * has_actions,
+            history=video,
+            imagines=imagines.to(device),
+            imagination_noise=imagination_noise.to(device),
             objectives=objectives,
             action_free=action_free,
         ),
     )  # fmt: skip
+
+
+def _flows(model: WorldActionModel, d: Drawn, plan: Plan, told: Mapping[str, Any], impl: str | None) -> Sequence[Any]:
+    """What the model answers to what was drawn."""
+    has_actions = bool(d.action.shape[2])
+    return model(
+        noised_video(d.video, d.video_noise, d.video_sigma),
+        noised_video(d.history, d.history_noise, d.history_sigma),
+        add_noise(d.action, d.action_noise, d.action_sigma) if has_actions else None,
+        d.action if has_actions else None,
+        Uncast(timesteps(d.video_sigma)),
+        Uncast(timesteps(d.action_sigma)) if has_actions else None,
+        torch.where(d.keeps_text[:, :, None] > 0, d.text, 0),
+        plan,
+        clean_video_timesteps=Uncast(timesteps(d.history_sigma)),
+        impl=impl,
+        **told,
+    )
+
+
+@torch.no_grad()
+def _imagining(model: WorldActionModel, d: Drawn, plan: Plan, told: Mapping[str, Any], impl: str | None) -> Drawn:
+    """The same with the history of samples that imagine it: every chunk in one step from noise, after the recorded
+    frames before it; as recorded where a sample is given its video, and in frame 0, which is observed."""
+    denoises_video, denoises_action, _ = _flags(d.objectives, d.video.device)
+    asked = d._replace(
+        video_noise=d.imagination_noise,
+        video_sigma=denoises_video.expand_as(d.video_sigma),
+        action_sigma=denoises_action.expand_as(d.action_sigma),
+        history_sigma=torch.zeros_like(d.history_sigma),
+    )
+    flow = at_least_float32(_flows(model, asked, plan, told, impl)[0])
+    torch.clear_autocast_cache()  # of weights that were cast without gradient
+    found = torch.where(like(denoises_video > 0, flow), asked.video_noise - flow, d.video)
+    found[:, :, 0] = d.video[:, :, 0]
+    return d._replace(history=torch.where(like(d.imagines, found), found, d.video))
 
 
 def _flags(objectives: list[Objective], device: torch.device) -> list[Tensor]:
