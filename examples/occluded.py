@@ -1,11 +1,11 @@
-"""Meta-World where not everything is seen: late, or the objects and the target in one frame of four alone.
+"""Meta-World where not everything is shown: late, or the objects and the target in one frame of four alone.
 
     cd examples
     wam record --simulator occluded:late_reach --simulator occluded:blinking_drawer-open --out occluded_data
     wam train metaworld_train.json --data occluded_data --out occluded_run
     wam eval --checkpoint occluded_run/checkpoint --simulator occluded:late_reach --episodes 20
 
-The expert of ``wam record`` sees everything, so a policy learns to act as if it did. docs/ablation.md says what that
+The expert of ``wam record`` is told everything, so a policy learns to act as if it were. docs/ablation.md says what that
 does to the interaction programs.
 """
 
@@ -14,7 +14,7 @@ from functools import partial
 from wam_models.simulator import Observation, load
 
 LATE = 8  # actions, a tenth of a second
-BLINK = 16  # actions from one sight of the objects to the next
+BLINK = 16  # actions from one frame with the objects to the next
 ROBOT = 4  # numbers of the state that are the robot's own: where its hand is, how far the gripper is open
 
 

@@ -12,7 +12,11 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SCRIPTS = sorted(path.stem for path in EXAMPLES.glob("*.py"))
 NOTEBOOKS = sorted(EXAMPLES.glob("*.ipynb"))
-TESTED_ELSEWHERE = {"point_simulator": "tests/simulator/test_evaluate.py", "npz_source": "tests/data/test_source.py"}
+TESTED_ELSEWHERE = {
+    "point_simulator": "tests/simulator/test_evaluate.py",
+    "npz_source": "tests/data/test_source.py",
+    "occluded": "tests/simulator/test_simulators.py",
+}
 LONGER = {"npz_source": 100, "cosmos_policy": 70}  # a second source of data; a training and what acts
 RUN = """
 import json, runpy, sys, traceback

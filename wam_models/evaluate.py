@@ -298,6 +298,14 @@ def evaluate(
     return Evaluation(tuple(rows), len(clips), (begin, end), config.steps)
 
 
+def joint_errors(policy: Policy, clips: Sequence[dict], *, chunks: int) -> dict[str, float | int | None]:
+    """Errors of actions and frames of the policy's own program, each chunk from the real history: the numbers of a
+    :class:`Row` by name, and ``episodes``. Arguments as of :func:`evaluate`."""
+    found = evaluate(policy, clips, chunks=chunks, cases=[("joint", policy.rollout.program)], timed=1, progress=False)
+    names = ("action_rmse", "repeat_action_rmse", "mean_action_rmse", "frame_rmse", "repeat_frame_rmse")
+    return {"episodes": len(clips)} | {name: getattr(found.rows[0], name) for name in names}
+
+
 def _psnrs(
     policy: Policy, video: Tensor, guess: Tensor, pictures: np.ndarray, begin: int, before: np.ndarray
 ) -> dict[str, float]:

@@ -12,7 +12,7 @@ import pytest
 from wam_models import cli
 from wam_models.ablate.protocol import Arm, Protocol, Track, metaworld, quick
 from wam_models.ablate.report import write_report
-from wam_models.ablate.run import EXPERT, SHUFFLED, collect, is_done, run_all, run_everywhere, units
+from wam_models.ablate.run import EXPERT, SHUFFLED, collect, is_done, open_folder, run_all, run_everywhere, units
 from wam_models.ablate.statistics import difference, permuted_differences, rates, relative_video_error
 from wam_models.objectives import GJD
 from wam_models.simulator import load
@@ -122,6 +122,29 @@ def test_the_protocol_of_metaworld():
     protocol = replace(protocol, tracks=protocol.tracks[:1])
     order = [unit.seed for unit in units(protocol)]
     assert order[: len(order) // 2] == sorted(order[: len(order) // 2])
+
+
+def test_an_arm_of_any_training_field():
+    track = tiny().tracks[0]
+    arm = Arm(name="x", program="video_then_action", steps_factor=2.0, training={"imagined_history": 0.5, "steps": 3})
+    config = track.train_config(arm)
+    assert (config.imagined_history, config.steps, config.programs) == (0.5, 6, ("video_then_action",))
+    for training, message in (
+        ({"mixture": {"joint": 1.0}}, "Arm: training must leave mixture to the arm's own fields"),
+        ({"colour": 1}, "Track state, arm x: training: unknown fields"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            track.train_config(Arm(name="x", program="joint", training=training))
+
+
+def test_a_folder_of_before_arms_had_training_is_gone_on_with(made, monkeypatch):
+    monkeypatch.chdir(made)
+    file = made / "run/protocol.json"
+    held = json.loads(file.read_text())
+    for arm in held["arms"]:
+        del arm["training"]
+    file.write_text(json.dumps(held))
+    open_folder(made / "run", tiny())
 
 
 def test_a_report_of_part_of_a_run(made, tmp_path, capsys, monkeypatch):

@@ -136,13 +136,17 @@ def test_an_imagined_history_is_what_a_rollout_would_imagine(monkeypatch):
         program="video_then_action", mixture=ONLY["joint"], history="video_only", chunk_sizes=(2, 2), windows=(8, 8),
         noised_history=0.0, imagined_history=1.0,
     )  # fmt: skip
-    data, seen = batch(), []
-    flows = step_module._flows
-    monkeypatch.setattr(step_module, "_flows", lambda model, d, *more: (seen.append(d), flows(model, d, *more))[1])
-    given, loss, _ = recorded_call(config, monkeypatch, data)
-    asked, d = seen
-    assert torch.equal(given["clean_video"], d.history) and not given["clean_video_timesteps"].any()
-    assert torch.equal(d.history[:, :, 0], data["video"][:, :, 0]) and loss.requires_grad
+    data, calls = batch(), []
+    model = small_model()
+    forward = model.forward
+    monkeypatch.setattr(
+        model, "forward", lambda *args, **named: (calls.append((args, named)), forward(*args, **named))[1]
+    )
+    loss, _ = training_step(model, data, generator(), config)
+    (asked, _), ((_, history, *_), named) = calls
+    video_noise, action_noise = asked[0], asked[2]  # noise alone
+    assert (asked[4].tensors[0] == 1000).all() and not named["clean_video_timesteps"].tensors[0].any()
+    assert torch.equal(history[:, :, 0], data["video"][:, :, 0]) and loss.requires_grad
 
     engine = RolloutEngine(
         small_model().eval(),
@@ -152,10 +156,8 @@ def test_an_imagined_history_is_what_a_rollout_would_imagine(monkeypatch):
         episode = engine.start(data["video"][:, :, :1], data["text"])
         for first in (1, 3):
             chunk = slice(first, first + 2)
-            candidate = episode.propose(
-                video_noise=asked.video_noise[:, :, chunk], action_noise=asked.action_noise[:, chunk]
-            )
-            torch.testing.assert_close(candidate.video, d.history[:, :, chunk], rtol=1e-4, atol=1e-4)
+            candidate = episode.propose(video_noise=video_noise[:, :, chunk], action_noise=action_noise[:, chunk])
+            torch.testing.assert_close(candidate.video, history[:, :, chunk], rtol=1e-4, atol=1e-4)
             episode.observe(data["video"][:, :, chunk], data["action"][:, chunk])
 
 

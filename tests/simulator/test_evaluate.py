@@ -130,7 +130,7 @@ def test_the_command_goes_on_where_it_stopped(trained, folder, tmp_path, capsys)
     policy, _ = trained
     policy.save(tmp_path / "checkpoint")
     flags = ["eval", "--checkpoint", str(tmp_path / "checkpoint"), "--simulator", POINT, "--simulator", "broken:Raises"]
-    flags += ["--episodes", "3", "--out", str(tmp_path / "eval"), "--keep-frames"]
+    flags += ["--episodes", "3", "--out", str(tmp_path / "eval"), "--keep-frames", "--films", str(tmp_path / "films")]
     assert cli.main(flags) == 0
     printed = capsys.readouterr().out
     assert "broken:Raises" in printed and ", 1 broken" in printed and "the motor is stuck" in printed
@@ -139,6 +139,15 @@ def test_the_command_goes_on_where_it_stopped(trained, folder, tmp_path, capsys)
     assert len(rows) == 6 and whole["all"]["episodes"] == 6 and whole["timing"]["chunk_seconds"]["p50"] > 0
     held = np.load(tmp_path / "eval/frames/point_simulator+Point/00000.npz")
     assert held["frames"].shape[1:] == (4,) and held["imagined"].shape[1:] == (2, 4)
+    films = {film.name: film for film in (tmp_path / "films").iterdir()}
+    assert len(films) == 6 and sum(name.endswith("_broken.gif") for name in films) == 1
+    for row in map(json.loads, rows):
+        end = "broken" if row["broken"] else "success" if row["success"] else "failure"
+        path = films[f"{row['simulator'].replace(':', '+')}_{row['episode']:05d}_{end}.gif"]
+        if row["simulator"] == POINT:
+            held = np.load(tmp_path / f"eval/frames/point_simulator+Point/{row['episode']:05d}.npz")
+            with Image.open(path) as film:  # what happened beside what was imagined, as fast as the robot
+                assert (film.n_frames, film.size) == (len(held["frames"]), (880, 200)) and film.info["duration"] == 100
     (tmp_path / "eval/episodes.jsonl").write_text("".join(rows[:4]) + rows[4][:20])  # as a kill leaves it
     assert cli.main(flags) == 0
     assert "4 episodes of" in (printed := capsys.readouterr().out) and "2 are left" in printed
@@ -147,6 +156,30 @@ def test_the_command_goes_on_where_it_stopped(trained, folder, tmp_path, capsys)
     assert cli.main([*flags, "--steps", "2"]) == 2
     assert "holds an evaluation of other settings" in capsys.readouterr().err
     assert cli.main([*flags, "--steps", "2", "--overwrite"]) == 0
+
+
+def test_the_command_on_recorded_episodes(trained, folder, tmp_path, capsys):
+    """Without a simulator: the errors of the held-out episodes, beside those of guesses that know nothing."""
+    policy, _ = trained
+    policy.save(tmp_path / "checkpoint")
+    record(folder / "data", [POINT], RecordConfig(episodes=1, held_out=3, interrupted=0.0), jobs=1)
+    flags = ["eval", "--checkpoint", str(tmp_path / "checkpoint"), "--out", str(tmp_path / "eval")]
+    assert cli.main([*flags, "--data", str(folder / "data"), "--program", "joint"]) == 0
+    printed = capsys.readouterr().out
+    found = json.loads((tmp_path / "eval/summary.json").read_text())["recorded"]
+    dataset = policy.dataset(folder / "data")
+    clips = [policy.clip(dataset, e) for e in dataset.episodes if e.split != "train" and e.length >= 9]
+    assert 0 < found["episodes"] == len(clips) <= 3 and f"recorded       {len(clips)} episodes" in printed
+    joint = replace(policy, rollout=replace(policy.rollout, program="joint"))
+    row = evaluate_recorded(joint, clips, cases=[("joint", "joint")], progress=False).rows[0]
+    for name in ("action_rmse", "repeat_action_rmse", "mean_action_rmse", "frame_rmse", "repeat_frame_rmse"):
+        assert found[name] == pytest.approx(getattr(row, name), rel=1e-5)  # of another number of threads
+    assert row.action_rmse < row.mean_action_rmse and f"action error   {row.action_rmse:.3f}" in printed
+    for more, message in (([], "--simulator or --data"), (["--data", "data", "--films", "f"], "--films needs")):
+        assert cli.main([*flags, *more]) == 2
+        assert message in capsys.readouterr().err
+    assert cli.main([*flags, "--data", str(folder / "data"), "--chunk", "50", "--overwrite"]) == 2
+    assert "no held-out episode of 101 latent frames" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

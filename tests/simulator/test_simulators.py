@@ -144,3 +144,29 @@ def test_metaworld():
         load("metaworld/fly-v3")
     with pytest.raises(ValueError, match="no camera nowhere; cameras are topview"):
         load("metaworld/reach-v3", {"nowhere": (64, 64)})
+
+
+def test_what_is_hidden_from_a_policy(folder):
+    """The example of late and hidden states, beside the simulator itself; the expert is told everything."""
+    pytest.importorskip("metaworld", reason="an optional package")
+    (folder / "occluded.py").write_text((EXAMPLES / "occluded.py").read_text())
+    shown = load("metaworld/reach-v3")
+    late, blinking = (load(f"occluded:{kind}_reach") for kind in ("late", "blinking"))
+    start = shown.initial_state(3)
+    for simulator in (shown, late, blinking):
+        simulator.reset(start)
+    states = [shown.state()]
+    for count in range(1, 20):
+        action = shown.expert()
+        for simulator in (late, blinking):
+            np.testing.assert_array_equal(simulator.expert(), action)
+            simulator.act(action)
+        shown.act(action)
+        states.append(shown.state())
+        np.testing.assert_array_equal(late.observe().state, states[max(0, count - 8)])
+        expected = states[-1].copy()
+        if count % 16:
+            expected[4:] = 0
+        np.testing.assert_array_equal(blinking.observe().state, expected)
+    with pytest.raises(ValueError, match="occluded has late_TASK and blinking_TASK, not dark_reach"):
+        load("occluded:dark_reach")

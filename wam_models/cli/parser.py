@@ -221,7 +221,8 @@ def _record(parser: argparse.ArgumentParser) -> None:
 
 def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--simulator", metavar="NAME", action="append", required=True, help=f"{SIMULATOR}; repeatable")
+    parser.add_argument("--simulator", metavar="NAME", action="append", default=[], help=f"{SIMULATOR}; repeatable")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="also errors on its held-out episodes, without acting")
     parser.add_argument("--episodes", type=at_least(1), default=20, metavar="N", help="of each; default: %(default)s")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of episode 0; episode i has SEED + i")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of what it writes; default: eval/ beside it")
@@ -235,6 +236,7 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=at_least(1), default=16, metavar="N", help="episodes at once; %(default)s")
     parser.add_argument("--timeout", type=positive_seconds, default=120.0, metavar="S", help="of a simulator's answer")
     parser.add_argument("--keep-frames", action="store_true", help="store what was observed and imagined")
+    parser.add_argument("--films", type=Path, metavar="DIR", help="a film of each episode, beside what was imagined")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
 
 

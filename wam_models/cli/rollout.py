@@ -29,6 +29,7 @@ from ..runtime.json_fields import from_fields
 from ..runtime.threads import pick_threads, restores_threads
 from ..simulator import control_freq, load, play
 from ..simulator.closed_loop import imagined_of_frames
+from ..simulator.named import file_name
 from .estimate import check_estimate_flags, rollout_estimate, rollout_sizes
 from .live import drawing, window
 from .realtime import SIMULATED_CHUNKS, roll_out_in_real_time
@@ -203,8 +204,7 @@ def roll_out_in_simulator(args: argparse.Namespace, policy: Policy, config: Roll
     if policy.frames_are_states:
         arrays |= {"state": played.pictures, "imagined": played.imagined}
     # another task, program or seed is another film
-    task = args.simulator.replace("/", "+").replace(":", "+")
-    name = f"simulated_{task}_{name}_seed{args.seed}"
+    name = f"simulated_{file_name(args.simulator)}_{name}_seed{args.seed}"
     _write(args, name, **arrays)
     if draw is not None:
         imagined = imagined_of_frames(played.imagined, played.frames, len(played.pictures))

@@ -15,8 +15,7 @@ from tqdm import tqdm
 from ..data import ClipDataset
 from ..data.latents import pictures_of
 from ..draw.charts import curves, film_strip
-from ..evaluate import evaluate as evaluate_recorded
-from ..evaluate import join, stream
+from ..evaluate import join, joint_errors, stream
 from ..model.dual_expert import WorldActionModel
 from ..rollout import RolloutEngine
 from ..rollout.policy import Policy
@@ -80,7 +79,8 @@ def make_evaluation(
         policy = policy.of_robot()
         policy = replace(policy, rollout=replace(policy.rollout, chunk_size=settings.chunk))
         try:
-            found = (_recorded(policy, clips) if clips else {}) | (_played(policy, tasks) if tasks else {})
+            found = {"recorded": joint_errors(policy, clips, chunks=RECORDED_CHUNKS)} if clips else {}
+            found |= _played(policy, tasks) if tasks else {}
             if clips:
                 found["picture"] = f"evaluation/step-{step:06d}.png"
                 imagined_beside_real(policy, clips[0], args.out / found["picture"], f"step {step}: {clips[0]['text']}")
@@ -147,14 +147,6 @@ def _clip(data: ClipDataset, index: int) -> dict[str, Any]:
         action = action[..., held["action_mask"][0]]
         state = None if state is None else state[..., : first.own_widths[1]]
     return {"video": held["video"], "action": action, "frames": frames, "text": text, "state": state}
-
-
-def _recorded(policy: Policy, clips: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Of the joint objective on held-out episodes, each chunk from the real history."""
-    cases = [("joint", policy.rollout.program)]
-    found = evaluate_recorded(policy, clips, chunks=RECORDED_CHUNKS, cases=cases, timed=1, progress=False)
-    names = ("action_rmse", "repeat_action_rmse", "mean_action_rmse", "frame_rmse", "repeat_frame_rmse")
-    return {"recorded": {"episodes": len(clips)} | {name: getattr(found.rows[0], name) for name in names}}
 
 
 def imagined_beside_real(policy: Policy, clip: Mapping[str, Any], path: Path, title: str) -> None:

@@ -57,6 +57,11 @@ def load(name: str, cameras: Cameras | None = None) -> Any:
     return made
 
 
+def file_name(name: str) -> str:
+    """The name of a simulator as part of a file's."""
+    return name.replace("/", "+").replace(":", "+")
+
+
 def is_adapter(made: object) -> bool:
     """Whether it is an adapter of two methods, ``reset`` and ``step``, and no :class:`~.protocol.Simulator`."""
     return all(callable(getattr(made, m, None)) for m in ("reset", "step")) and not hasattr(made, "act")

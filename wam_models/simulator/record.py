@@ -21,6 +21,7 @@ from ..data.writer import Recorded, write_lerobot
 from ..runtime.checks import check_field, number, whole, whole_range
 from ..runtime.files import new_file
 from ..runtime.json_fields import read_json
+from .named import file_name
 from .process import TIMEOUT, Description, SimulatorFailure, SimulatorProcess, first_answer
 
 SETTINGS = Path("meta/wam_record.json")  # of a data set: what it was recorded with
@@ -250,7 +251,7 @@ def _attempts(
 
 
 def _path(folder: Path, name: str, attempt: int) -> Path:
-    return folder / name.replace("/", "+").replace(":", "+") / f"{attempt:05d}.npz"
+    return folder / file_name(name) / f"{attempt:05d}.npz"
 
 
 def store_attempt(path: Path, success: bool, initial_state: dict, pieces: list[dict]) -> None:
