@@ -5,8 +5,8 @@
     wam train metaworld_train.json --data occluded_data --out occluded_run
     wam eval --checkpoint occluded_run/checkpoint --simulator occluded:late_reach --episodes 20
 
-The expert of ``wam record`` is told everything, so a policy learns to act as if it were. docs/ablation.md says what that
-does to the interaction programs.
+The expert of ``wam record`` is told everything, so a policy learns to act as if it were. docs/ablation.md says what
+that does to the interaction programs.
 """
 
 from functools import partial
