@@ -28,7 +28,9 @@ from wam_models.simulator import Observation
 
 
 class Drawn(Point):
-    "The example with two cameras; a file counts its pictures."
+    "The example with two cameras and words of its own; a file counts its pictures."
+
+    instruction = "touch the mark"
 
     def state(self):
         return super().observe().state
@@ -110,7 +112,7 @@ def test_from_recording_to_acting(drawn, capsys):
     assert cli.main(["rollout", *flags, "--chunks", "2", "--program", "joint"]) == 0
     with Image.open(drawn / "eval/simulated_drawn+Drawn_joint_joint_seed0.gif") as film:
         assert film.n_frames == 5 and film.width > film.height  # what happened beside what was imagined
-    assert f'simulator      {DRAWN}: "reach the target"' in capsys.readouterr().out
+    assert f'simulator      {DRAWN}: "touch the mark"' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

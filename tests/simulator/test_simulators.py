@@ -170,3 +170,54 @@ def test_what_is_hidden_from_a_policy(folder):
         np.testing.assert_array_equal(blinking.observe().state, expected)
     with pytest.raises(ValueError, match="occluded has late_TASK and blinking_TASK, not dark_reach"):
         load("occluded:dark_reach")
+
+
+CARS = """
+import gymnasium
+
+
+class Says(gymnasium.Wrapper):
+    def step(self, action):
+        observed, reward, terminated, truncated, info = self.env.step(action)
+        return observed, reward, terminated, truncated, info | {"is_success": terminated}
+
+
+gymnasium.register("Uphill-Car-v0", lambda: Says(gymnasium.make("MountainCarContinuous-v0")), max_episode_steps=150)
+"""
+
+
+def test_an_environment_of_gymnasium(folder):
+    """Its own car, which swings itself up the hill; success is what info says, and nothing else is taken for it."""
+    gymnasium = pytest.importorskip("gymnasium", reason="an optional package")
+    (folder / "cars.py").write_text(CARS)
+    with SimulatorProcess() as process:
+        described = process.describe("gymnasium/cars:Uphill-Car-v0")
+        assert (described.instruction, described.horizon, described.control_freq) == ("Uphill Car", 150, 30)
+        assert (len(described.action_names), len(described.state_names), described.has_expert) == (1, 2, False)
+        process.send("begin", "gymnasium/cars:Uphill-Car-v0", 3)
+        begun = process.receive()
+        again, env = gymnasium.make("MountainCarContinuous-v0"), []
+        first, _ = again.reset(seed=3)
+        np.testing.assert_array_equal(begun.observation.state, first)
+        states, done = [first], False
+        while not done:
+            env.append(np.sign(states[-1][1:]) * 5.0)  # with its velocity; the space ends at 1
+            found, _, done, _, _ = again.step(np.clip(env[-1], -1, 1))
+            states.append(found)
+        process.send("run", "gymnasium/cars:Uphill-Car-v0", np.stack(env), 1)
+        played = process.receive()
+        assert played.outcome == Outcome(True) and played.actions == len(env) < 150
+        np.testing.assert_array_equal(np.stack([o.state for o in played.observations]), states[1:])
+        process.send("begin", "gymnasium/MountainCarContinuous-v0", 3)
+        process.receive()
+        process.send("run", "gymnasium/MountainCarContinuous-v0", np.stack(env), 1)
+        with pytest.raises(SimulatorFailure, match="info must have is_success or success where an episode ends"):
+            process.receive()
+    for name, message in (
+        ("gymnasium/CartPole-v1", "actions must be a Box of one axis, got Discrete"),
+        ("gymnasium/Nowhere-v0", "gymnasium/Nowhere-v0: .*doesn't exist"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            load(name)
+    with pytest.raises(ValueError, match="cameras must be left out, got top"):
+        load("gymnasium/MountainCarContinuous-v0", {"top": (16, 16)})

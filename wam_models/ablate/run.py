@@ -313,7 +313,8 @@ def _evaluate(
     # "seed" is that of the training
     rows = [{**result.row(), "episode_seed": result.seed, **head} for result in results]
     rows.sort(key=lambda row: (order[row["simulator"]], row["episode"]))
-    timing = {"chunk_cpu_seconds": chunk_cpu_seconds(policy, config, arm.want)}
+    instruction = pool.describe(track.simulators[0]).instruction
+    timing = {"chunk_cpu_seconds": chunk_cpu_seconds(policy, config, arm.want, instruction)}
     return [*rows, head | {"evaluation_seconds": time.perf_counter() - began} | timing]
 
 
@@ -329,7 +330,7 @@ def _others(track: Track, pool: SimulatorPool) -> dict[str, str]:
 
 
 @torch.no_grad()
-def chunk_cpu_seconds(policy: Policy, config: RolloutConfig, want: str) -> float:
+def chunk_cpu_seconds(policy: Policy, config: RolloutConfig, want: str, instruction: str) -> float:
     """Median CPU seconds, of one thread, of a chunk of one episode: prediction and the pass over what was observed.
 
     On a GPU, seconds by the clock.
@@ -348,7 +349,7 @@ def chunk_cpu_seconds(policy: Policy, config: RolloutConfig, want: str) -> float
     else:
         frame = np.zeros((1, camera.height, camera.width, 3), np.uint8)
     first = policy.codec.encode(frame)[None]
-    episode = RolloutEngine(policy.model, config).start(first, policy.text(["reach"]))
+    episode = RolloutEngine(policy.model, config).start(first, policy.text([instruction]))
     observed, seconds = first.repeat(1, 1, episode.chunk_size, 1, 1), []
     for _ in range(LATENCY_CHUNKS):
         began = now()

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from ..runtime.limits import LARGEST_INT64
 
-SIMULATOR = "metaworld/pick-place-v3, libero/libero_object/3 and the like, or MODULE:FACTORY, see docs/closed_loop.md"
+SIMULATOR = "metaworld/pick-place-v3, libero/libero_object/3, gymnasium/ID, or MODULE:FACTORY, see docs/closed_loop.md"
 
 
 class UserError(Exception):

@@ -79,7 +79,9 @@ def make_evaluation(
         policy = policy.of_robot()
         policy = replace(policy, rollout=replace(policy.rollout, chunk_size=settings.chunk))
         try:
-            found = {"recorded": joint_errors(policy, clips, chunks=RECORDED_CHUNKS)} if clips else {}
+            found: dict[str, Any] = {}
+            if clips:
+                found["recorded"] = joint_errors(policy, clips, chunks=RECORDED_CHUNKS)
             found |= _played(policy, tasks) if tasks else {}
             if clips:
                 found["picture"] = f"evaluation/step-{step:06d}.png"

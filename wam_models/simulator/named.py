@@ -15,6 +15,7 @@ FREQUENCIES = 1e-6, 1e9  # Hz; those of data sets too
 SUITES = {  # suite -> what makes a task of it
     "metaworld": "wam_models.simulator.metaworld:MetaWorld",
     "libero": "wam_models.simulator.libero:Libero",
+    "gymnasium": "wam_models.simulator.gymnasium:Gymnasium",
 }
 Cameras = Mapping[str, tuple[int, int]]
 
@@ -24,8 +25,8 @@ def load(name: str, cameras: Cameras | None = None) -> Any:
     found too.
 
     Args:
-        name: ``metaworld/pick-place-v3``, ``libero/libero_object/3``, or ``module:factory``; the factory is called
-            without arguments.
+        name: ``metaworld/pick-place-v3``, ``libero/libero_object/3``, ``gymnasium/ID`` (the ID may be ``module:ID``),
+            or ``module:factory``; the factory is called without arguments.
         cameras: Camera to (height, width) of the pictures to render; a factory decides that itself.
 
     Returns:
@@ -36,7 +37,7 @@ def load(name: str, cameras: Cameras | None = None) -> Any:
         ModuleNotFoundError: the suite's packages are not installed; the message says what to install.
     """
     suite, slash, task = name.partition("/")
-    if slash and ":" not in name:
+    if suite in SUITES or (slash and ":" not in name):
         if suite not in SUITES:
             raise ValueError(f"--simulator {name}: there is no suite {suite!r}; the suites are {', '.join(SUITES)}")
         return _imported(SUITES[suite])(task, cameras or {})
