@@ -192,7 +192,7 @@ def _distill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher-steps", type=at_least(1), metavar="N", help="of each stream; default: 5")
     parser.add_argument("--steps", type=at_least(1), metavar="N", help="of the training; default: 300")
     parser.add_argument("--batch", type=at_least(1), metavar="N", help="clips of a step; default: 8")
-    parser.add_argument("--learning-rate", type=float, metavar="X", help="default: 0.0001")
+    parser.add_argument("--learning-rate", type=float, metavar="X", help="default: 0.0002")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
     parser.add_argument("--seed", type=at_least(0), default=0)
 

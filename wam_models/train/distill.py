@@ -57,7 +57,7 @@ class DistillConfig:
     steps: int = 300
     batch: int = 8
     chunks: int = 2
-    learning_rate: float = 1e-4
+    learning_rate: float = 2e-4
     average: float = 0.95
     clip_norm: float = 1.0
 
