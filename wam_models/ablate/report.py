@@ -23,6 +23,15 @@ NOT_COMPARABLE = (
     "pretrained models of 5B parameters on LIBERO-Long, whose row stands here so that nobody has to look for it."
 )
 
+EXPLAINED = {  # by the arm that it is about, "" of all
+    "gjd_equal_steps": "`gjd_equal_steps` has as many steps as the others, of which 60 % of the samples are joint; "
+    "`gjd_equal_joint_steps` has 1 / 0.6 as many, so as many joint samples.",
+    "behaviour_cloning": "`behaviour_cloning` is the model of `decoupled_same_step` with video weight 0, whose "
+    "rollouts denoise actions alone: it imagines nothing.",
+    "": "Video error: mean square error of imagined frames over that of the last observed one repeated, along each "
+    "arm's own episodes. CPU ms: a chunk of one episode on one thread, prediction and the pass over what was observed.",
+}
+
 
 def write_report(out: Path) -> str:
     """Write ``report.md`` and a figure for each track, from what a folder holds; returns the text.
@@ -63,14 +72,7 @@ def _track(out: Path, protocol: Protocol, track: Track, rows: Sequence[Row], tra
         "bootstrap clustered by training seed, which with three seeds is still rather too narrow, and with one is none."
     )
     yield ""
-    yield (
-        "`gjd_equal_steps` has as many steps as the others, of which 60 % of the samples are joint; "
-        "`gjd_equal_joint_steps` has 1 / 0.6 as many, so as many joint samples. `behaviour_cloning` is the model of "
-        "`decoupled_same_step` with video weight 0, whose rollouts denoise actions alone: it imagines nothing. "
-        "Video error: mean square error of imagined frames over that of the last observed one repeated, along each "
-        "arm's own episodes. CPU ms: a chunk of one episode on one thread, prediction and the pass over what was "
-        "observed."
-    )
+    yield " ".join(text for name, text in EXPLAINED.items() if not name or name in names)
     yield ""
     yield from _by_task(track, names, rows)
     yield from _sanity(track, names, rows, trainings)
