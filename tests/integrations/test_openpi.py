@@ -1,6 +1,7 @@
 """openpi: joint training pass, prefix cache and action steps, with padding; several models on one function."""
 
 import copy
+import gc
 from weakref import ref
 
 import pytest
@@ -16,12 +17,19 @@ from wam_kernels.integrations._kernels import MaskPlans, PaddedBlocks
 
 PREFIX, ACTIONS, HIDDEN = 9, 4, -2.3819763e38
 PADDING = ((2, 4), (7, 9))  # a missing image and the end of the prompt, of sample 1; sample 0 has none
+ATTENTION, MASKS = openpi.eager_attention_forward, openpi.make_att_2d_masks  # before anything is patched
 REPLACED = {"GemmaAttention.eager_attention_forward"}
 
 
 def model(**sizes) -> PaliGemmaWithExpertModel:
     torch.manual_seed(0)
     return PaliGemmaWithExpertModel(**sizes)
+
+
+def forget_compiled() -> None:
+    """Patched models of other tests, which compiled code may hold."""
+    torch.compiler.reset()
+    gc.collect()
 
 
 def visible(states: int) -> torch.Tensor:
@@ -125,7 +133,7 @@ def test_compiles():
 
 
 def test_several_models_share_the_function():
-    function = openpi.eager_attention_forward
+    forget_compiled()
     mask, x = bias(visible(0)), tokens()
     gemmas = [model() for _ in range(3)]
     expected = gemmas[0](x, mask)[1]
@@ -138,7 +146,7 @@ def test_several_models_share_the_function():
     assert all(not torch.equal(gemma(x, mask)[1], expected) for gemma in (gemmas[1], twin))
     unpatch(gemmas[1])
     unpatch(twin)
-    assert openpi.eager_attention_forward is function
+    assert openpi.eager_attention_forward is ATTENTION
 
 
 def test_refusals():
@@ -222,11 +230,12 @@ def test_nothing_of_s_times_s_and_one_plan_a_batch(monkeypatch):
 
 
 def test_masks_are_what_the_original_makes():
-    pi, function = whole(), openpi.make_att_2d_masks
+    forget_compiled()
+    pi = whole()
     g = torch.Generator().manual_seed(3)
     cases = [(torch.rand(3, 12, generator=g) > 0.3, torch.rand(3, 12, generator=g).round()) for _ in range(20)]
     cases.append((torch.ones(1, 12, dtype=torch.bool), torch.tensor([[1.0, 0, 0, -1, 0, 1, 0, -1, -1, 0, 0, 3]])))
-    expected = [(mask := function(*case), pi.additive(mask)) for case in cases]
+    expected = [(mask := MASKS(*case), pi.additive(mask)) for case in cases]
     patch(pi)
     for case, (want, additive) in zip(cases, expected, strict=True):
         mask = openpi.make_att_2d_masks(*case)
@@ -240,7 +249,7 @@ def test_masks_are_what_the_original_makes():
     with pytest.raises(Unsupported, match=r"masks must be of bool pads and of blocks \[B, S\], got torch.float32"):
         openpi.make_att_2d_masks(torch.ones(1, 4), torch.ones(1, 4))
     unpatch(pi)
-    assert openpi.make_att_2d_masks is function
+    assert openpi.make_att_2d_masks is MASKS
 
 
 def test_masks_that_are_made_in_another_way_stay_the_model_s_own(monkeypatch):
