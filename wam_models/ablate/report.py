@@ -56,7 +56,7 @@ def write_report(out: Path) -> str:
 
 def _track(out: Path, protocol: Protocol, track: Track, rows: Sequence[Row], trainings: Sequence[Row]) -> Iterable[str]:
     names = [arm.name for arm in protocol.arms]
-    yield from (f"## {_capital(track.name)}s as frames" if track.name == "state" else f"## {track.name}", "")
+    yield from (f"## {_heading(track)}", "")
     yield from _missing(protocol, track, rows, trainings)
     if not any(row["arm"] in names for row in rows):
         return
@@ -83,8 +83,8 @@ def _track(out: Path, protocol: Protocol, track: Track, rows: Sequence[Row], tra
     yield ""
 
 
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
+def _heading(track: Track) -> str:
+    return "States as frames" if track.name == "state" else track.name
 
 
 def _missing(protocol: Protocol, track: Track, rows: Sequence[Row], trainings: Sequence[Row]) -> Iterable[str]:
@@ -268,4 +268,4 @@ def draw(track: Track, names: Sequence[str], rows: Sequence[Row], path: Path) ->
         if lines:
             panels[f"chunk {chunk}, {steps} denoising step{'s' * (steps > 1)}"] = lines
     note = "line: Wilson's 95 % interval over episodes alone; circles: the training seeds"
-    intervals(panels, path, title=f"Success, %: {track.name}s as frames", note=note)
+    intervals(panels, path, title=f"Success, %: {_heading(track)}", note=note)
