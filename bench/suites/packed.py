@@ -44,24 +44,22 @@ def rows(options: Options) -> Iterable[Row]:
     runs = {name: Trainer(config, data, seed=options.seed, device=device) for name in ("loader", "memory")}
     rates: dict[str, list[tuple[float, float]]] = {name: [] for name in runs}  # by the clock, by CPU time
     block, blocks = (2, 1) if options.quick else (BLOCK, BLOCKS)
-    for turn in tqdm(range(blocks + 1), desc="packed", unit="block"):
-        found = {}
-        for name, run in runs.items():
-            begin = time.perf_counter(), time.process_time()
-            if name == "loader":
-                with closing(run.steps()) as coming:
-                    found[name] = [run.train_step(next(coming)) for _ in range(block)]
-            else:
-                with closing(run.steps()) as coming:
-                    held = list(islice(coming, block))
+    with closing(runs["loader"].steps()) as coming:  # reads ahead from one block to the next, as in a training
+        for turn in tqdm(range(blocks + 1), desc="packed", unit="block"):
+            found = {}
+            for name, run in runs.items():
+                packs: Iterable = islice(coming, block)
+                if name == "memory":
+                    with closing(run.steps()) as its:
+                        packs = list(islice(its, block))
                 begin = time.perf_counter(), time.process_time()
-                found[name] = [run.train_step(packs) for packs in held]
-            end = time.perf_counter(), time.process_time()
-            if turn:
-                tokens = sum(row["tokens"] for row in found[name])
-                rates[name].append((tokens / (end[0] - begin[0]), tokens / (end[1] - begin[1])))
-        ours, theirs = (torch.tensor([row["loss"] for row in found[name]]) for name in runs)
-        harness.require_equal("losses of the loader's steps", ours, theirs, 1e-6)
+                found[name] = [run.train_step(step) for step in packs]
+                end = time.perf_counter(), time.process_time()
+                if turn:
+                    tokens = sum(row["tokens"] for row in found[name])
+                    rates[name].append((tokens / (end[0] - begin[0]), tokens / (end[1] - begin[1])))
+            ours, theirs = (torch.tensor([row["loss"] for row in found[name]]) for name in runs)
+            harness.require_equal("losses of the loader's steps", ours, theirs, 1e-6)
     medians = {name: [statistics.median(of) for of in zip(*values, strict=True)] for name, values in rates.items()}
     for name in runs:
         yield {

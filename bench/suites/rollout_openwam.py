@@ -20,14 +20,14 @@ from bench.harness import Options
 from bench.rows import Row
 from bench.workloads import openwam
 
-CHUNKS, CHUNKS_OF_OTHERS = 40, 12  # `joint` first; each of the others takes the package minutes even so
+CHUNKS = 40
 SHOWN = (1, 2, 5, 10, 12, 20, 30, 40)
 
 
 def rows(options: Options) -> Iterable[Row]:
     programs = sorted(openwam.openwam_package().PROGRAMS, key=lambda program: program != "joint")
     for program in tqdm(programs, desc="rollout, openwam", unit="program"):
-        chunks = 3 if options.quick else CHUNKS if program == "joint" else CHUNKS_OF_OTHERS
+        chunks = 3 if options.quick else CHUNKS
         times = openwam.compared(program, chunks)
         for provider, seconds in times.items():
             yield {
