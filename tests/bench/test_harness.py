@@ -62,7 +62,8 @@ def test_committed_rows_are_readable():
     for path in rows.RESULTS.glob("*.jsonl"):
         for row in rows.read(path):
             assert {"date", "device", "provider"} <= row.keys() and not {*rows.RECORDED_AS.values()} & row.keys(), path
-            times = [row[name] for name in ("ms", "ms_min", "s_total", "seconds", "training_seconds") if name in row]
+            names = "ms", "ms_min", "s_total", "seconds", "training_seconds", "tokens/s"
+            times = [row[name] for name in names if name in row]
             not_timed = row.get("predicted") or row.get("counted") or {"published", "gap"} & row.keys()
             assert "error" in row or (not_timed and not times) or min(times) > 0, path
 
