@@ -264,7 +264,8 @@ def test_the_readme_is_short_and_begins_with_the_two_commands():
     assert len(README.splitlines()) <= 100
     first = blocks_of("README.md", README)[0].text.split("\n")
     assert [line.partition("#")[0].strip() for line in first if line] == ["make demo", "make test"]
-    assert README.count("](docs/demo.png)") == 1 and README.count("![") == 1
+    pictures = ["docs/demo.png", "docs/results/ablation/state.png"]
+    assert re.findall(r"!\[[^]]*\]\(([^)]*)\)", README) == pictures and README.count("![") == len(pictures)
 
 
 @pytest.mark.parametrize("page", PAGES)
