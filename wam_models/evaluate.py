@@ -27,6 +27,13 @@ from .rollout import RolloutConfig, RolloutEngine
 from .rollout.config import CONDITIONAL_CHUNK
 from .rollout.policy import Policy
 
+RECORDED_CHUNKS = 6  # of each episode at most, where a command gives errors on recorded ones
+
+
+def fewest_frames(chunk_size: int) -> int:
+    """Latent frames of an episode that can be evaluated: one, a chunk to observe and one to predict."""
+    return 1 + 2 * chunk_size
+
 
 def all_cases() -> list[tuple[str, str]]:
     """(objective, program): GJD's conditional objectives, and every program that has a rollout, ``joint`` first.
@@ -247,7 +254,7 @@ def evaluate(
     chunks = min(chunks, (shortest - begin) // size)
     if chunks < 1:
         raise ValueError(
-            f"evaluate: episodes must have at least {begin + size} latent frames, the shortest has {shortest}"
+            f"evaluate: episodes must have at least {fewest_frames(size)} latent frames, the shortest has {shortest}"
         )
     end = begin + chunks * size
     video = torch.cat([c["video"][:, :, :end] for c in clips])

@@ -1,12 +1,15 @@
 """A tiny data set and a config that trains on it in seconds."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from tests.data import tiny
 from tests.processes import Processes
 from wam_models.data import ClipDataset
-from wam_models.train import TrainConfig
+from wam_models.rollout.policy import Policy
+from wam_models.train import TrainConfig, train
 
 TINY_MODEL = {
     "hidden": 32,
@@ -21,6 +24,19 @@ TINY_MODEL = {
 }
 # the tiny episodes have 5 or 6 latent frames: one observed, one chunk of 2 to observe, one to predict
 TINY = {"model": TINY_MODEL, "frames": 5, "batch": 2, "chunk_sizes": [1, 2], "windows": [3, 6], "steps": 8, "warmup": 2}
+
+
+def trained(data: ClipDataset, out: Path, **fields) -> Path:
+    """The checkpoint of a tiny training."""
+    train(TrainConfig.from_dict(TINY | fields), data, out=out, progress=False)
+    return out / "checkpoint"
+
+
+def frozen(checkpoint: Path) -> Policy:
+    """The policy of a checkpoint, whose weights need no gradient."""
+    policy, _ = Policy.load(checkpoint, training=False)
+    policy.model.requires_grad_(False)
+    return policy
 
 
 @pytest.fixture(autouse=True)

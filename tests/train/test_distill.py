@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.conftest import TINY
+from tests.train.conftest import frozen, trained
 from wam_models import Schedule, cli
 from wam_models.cli.closed_loop_demo import demo_training
 from wam_models.cli.distill import compared
@@ -15,23 +15,19 @@ from wam_models.cli.train import read_data
 from wam_models.data import ClipDataset
 from wam_models.flow import noise_levels
 from wam_models.rollout.policy import Policy
-from wam_models.train import TrainConfig, train
+from wam_models.train import train
 from wam_models.train.distill import DistillConfig, distill
 
 
 @pytest.fixture(scope="module")
 def folder(data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("distill")
-    config = TrainConfig.from_dict(TINY | {"steps": 30, "batch": 8, "rollout": {"program": "joint", "chunk_size": 2}})
-    train(config, data, out=out, progress=False)
-    return out / "checkpoint"
+    rollout = {"program": "joint", "chunk_size": 2}
+    return trained(data, tmp_path_factory.mktemp("distill"), steps=30, batch=8, rollout=rollout)
 
 
 @pytest.fixture(scope="module")
 def teacher(folder):
-    policy, _ = Policy.load(folder, training=False)
-    policy.model.requires_grad_(False)
-    return policy
+    return frozen(folder)
 
 
 @pytest.fixture(scope="module")

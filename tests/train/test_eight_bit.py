@@ -6,28 +6,23 @@ from dataclasses import replace
 import pytest
 import torch
 
-from tests.train.conftest import TINY, TINY_MODEL
+from tests.train.conftest import TINY_MODEL, frozen, trained
 from wam_models import RolloutEngine, cli
 from wam_models.eight_bit import eight_bit, kind_on, with_eight_bits
 from wam_models.estimate import Sizes, rollout_chunk, rollout_memory, total
-from wam_models.rollout.policy import Policy
-from wam_models.train import TrainConfig, train
 
 pytest.importorskip("torchao", reason="torchao is in requirements/test.txt")
 
 
 @pytest.fixture(scope="module")
 def folder(data, tmp_path_factory):
-    out = tmp_path_factory.mktemp("eight_bit")
-    config = TrainConfig.from_dict(TINY | {"model": TINY_MODEL | {"layers": 2}, "steps": 20, "lora": ["video.blocks"]})
-    train(config, data, out=out, progress=False)
-    return out / "checkpoint"
+    model = TINY_MODEL | {"layers": 2}
+    return trained(data, tmp_path_factory.mktemp("eight_bit"), model=model, steps=20, lora=["video.blocks"])
 
 
 @pytest.fixture(scope="module")
 def policy(folder):
-    policy, _ = Policy.load(folder, training=False)
-    policy.model.requires_grad_(False)
+    policy = frozen(folder)
     return replace(policy, rollout=replace(policy.rollout, chunk_size=2, steps=2))
 
 

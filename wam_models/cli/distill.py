@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..data import ClipDataset
-from ..evaluate import decisions, evaluate, rmse
+from ..evaluate import RECORDED_CHUNKS, decisions, evaluate, fewest_frames, rmse
 from ..rollout import Schedule
 from ..rollout.policy import Policy
 from ..runtime.checks import check_device, writable_folder
@@ -20,7 +20,6 @@ from ..runtime.threads import pick_threads, restores_threads
 from ..train.distill import DistillConfig, distill
 
 JUDGED = 8  # held-out episodes at most
-CHUNKS = 6  # of each, at most
 COLUMNS = ("action_rmse", "action_gap", "frame_rmse", "frame_gap", "seconds")
 
 
@@ -40,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
         dataset, teacher.codec, units=teacher.units, states=teacher.state_units or False,
         actions_per_frame=teacher.actions_per_frame, actions_per_token=teacher.actions_per_token,
     )  # fmt: skip
-    least = 1 + 2 * teacher.rollout.chunk_size  # what `evaluate` observes, and a chunk
+    least = fewest_frames(teacher.rollout.chunk_size)
     judged = [i for i in data.held_out if data.length(i) >= least][:JUDGED]
     if not judged:
         raise ValueError(f"--data {args.data} must have a held-out episode of {least} latent frames")
@@ -79,9 +78,9 @@ def compared(
     for name, (policy, how) in several.items():
         cases = [("joint", how.program)]
         (row,) = evaluate(
-            replace(policy, rollout=how), clips, chunks=CHUNKS, seed=seed, cases=cases, progress=False
+            replace(policy, rollout=how), clips, chunks=RECORDED_CHUNKS, seed=seed, cases=cases, progress=False
         ).rows
-        chosen = decisions(policy, how, clips, chunks=CHUNKS, seed=seed)
+        chosen = decisions(policy, how, clips, chunks=RECORDED_CHUNKS, seed=seed)
         full = full or chosen
         video = (chosen["video"] - full["video"]).double().square().mean().sqrt().item()
         action = rmse(chosen["action"], full["action"], policy.varying) if "action" in full else None

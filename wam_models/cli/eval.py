@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ..checkpoint import saved_as
 from ..draw.charts import save_film
-from ..evaluate import joint_errors
+from ..evaluate import RECORDED_CHUNKS, fewest_frames, joint_errors
 from ..objectives import MODEL_PROGRAMS
 from ..rollout.policy import Policy
 from ..runtime.checks import check_device, choice, writable_folder
@@ -26,8 +26,6 @@ from ..simulator.named import file_name
 from ..simulator.process import Description, SimulatorFailure, SimulatorPool
 from .live import drawing
 from .parser import UserError
-
-RECORDED_CHUNKS = 6  # of each held-out episode
 
 
 @restores_threads
@@ -111,7 +109,7 @@ def _held_out(policy: Policy, root: Path, most: int) -> list[dict]:
     """
     dataset = policy.dataset(root)
     chosen = [e for e in dataset.episodes if e.split != "train"] or list(dataset.episodes)
-    least = 1 + 2 * policy.rollout.chunk_size
+    least = fewest_frames(policy.rollout.chunk_size)
     clips = [policy.clip(dataset, e) for e in chosen if (e.length - 1) // policy.actions_per_frame + 1 >= least][:most]
     if not clips:
         raise ValueError(

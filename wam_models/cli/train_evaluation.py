@@ -15,7 +15,7 @@ from tqdm import tqdm
 from ..data import ClipDataset
 from ..data.latents import pictures_of
 from ..draw.charts import curves, film_strip
-from ..evaluate import join, joint_errors, stream
+from ..evaluate import RECORDED_CHUNKS, fewest_frames, join, joint_errors, stream
 from ..model.dual_expert import WorldActionModel
 from ..rollout import RolloutEngine
 from ..rollout.policy import Policy
@@ -31,7 +31,6 @@ from .parser import UserError
 EPISODES = 10  # of each simulator, unless told otherwise
 BATCH = 8  # episodes at once, each with a process of its own
 RECORDED = 4  # held-out episodes at most
-RECORDED_CHUNKS = 6  # of each
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ def make_evaluation(
     settings = _settings(args, config, stored)
     if settings is None:
         return None
-    begin = 1 + 2 * settings.chunk  # a frame, a chunk to observe and one to predict
+    begin = fewest_frames(settings.chunk)
     held_out = data.sources("held_out")[0][1] if data.robots else data.held_out  # of several robots the first acts
     recorded = [i for i in held_out if data.length(i) >= begin][:RECORDED]
     if not settings.simulators and not recorded:

@@ -23,17 +23,17 @@ from wam_kernels.masks.context import with_context
 from wam_kernels.masks.visibility import ACTION, VIDEO
 
 from ..data import ClipDataset
-from ..flow import TRAIN_TIMESTEPS, like, noise_levels, timesteps
+from ..flow import TRAIN_TIMESTEPS, add_noise, like, noise_levels, timesteps
 from ..model.blocks import Uncast
 from ..model.dual_expert import WorldActionModel
 from ..objectives import MODEL_PROGRAMS, OBJECTIVES, frames_before_chunks, geometry_for
 from ..rollout import RolloutConfig, Schedule
+from ..rollout.frames import FRAME_DIM
 from ..rollout.policy import Policy
 from ..runtime.checks import check_field, instance, number, whole
 from ..runtime.limits import LARGEST_SIZE
 
 WARM_UP = 0.1  # of the steps: a student begins at the teacher, which a first step of full length would lose
-FRAME_DIM = {VIDEO: 2, ACTION: 1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,17 +180,20 @@ class _Pair:
         x = {}
         for s, data in clean.items():
             noise = torch.randn(data.shape, generator=generator).to(device)
-            level = _over(now[s], data, s)
-            x[s] = (1 - level) * data + level * noise
+            x[s] = add_noise(data, noise, _leading(now[s], s))
+
+        def over(level: Tensor, s: int) -> Tensor:
+            return like(_leading(level, s), x[s])
+
         with torch.no_grad():
             flow = flows(self.teacher, x, now)
-            after = {s: x[s] + _over(then[s] - now[s], x[s], s) * flow[s] for s in x}
+            after = {s: x[s] + over(then[s] - now[s], s) * flow[s] for s in x}
             flow = flows(average, after, then)
-            wanted = {s: after[s] - _over(then[s], x[s], s) * flow[s] for s in x}
+            wanted = {s: after[s] - over(then[s], s) * flow[s] for s in x}
         flow = flows(student, x, now)
         total = torch.zeros((), device=device)
         for s in x:
-            wrong = x[s] - _over(now[s], x[s], s) * flow[s] - wanted[s]
+            wrong = x[s] - over(now[s], s) * flow[s] - wanted[s]
             total = total + wrong.narrow(FRAME_DIM[s], 1, self.frames - 1).square().mean()
         return total
 
@@ -204,6 +207,6 @@ class _Pair:
         return {s: torch.cat([first, of.repeat_interleave(self.size, 1)], 1) for s, of in drawn.items()}
 
 
-def _over(level_BF: Tensor, x: Tensor, stream: int) -> Tensor:
-    """Levels of frames, to broadcast over the latents of a stream."""
-    return like(level_BF, x) if stream == ACTION else level_BF[:, None, :, None, None]
+def _leading(level_BF: Tensor, stream: int) -> Tensor:
+    """Levels of frames as the leading dims of a stream's latents."""
+    return level_BF if stream == ACTION else level_BF[:, None]
