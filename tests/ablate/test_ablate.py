@@ -119,9 +119,14 @@ def test_the_protocol_of_metaworld():
         common = [{k: v for k, v in c.to_dict().items() if k not in same} for c in configs.values()]
         assert all(c == common[0] for c in common)
         assert configs["behaviour_cloning"].video_weight == 0
-    protocol = replace(protocol, tracks=protocol.tracks[:1])
-    order = [unit.seed for unit in units(protocol)]
-    assert order[: len(order) // 2] == sorted(order[: len(order) // 2])
+    seeds = [unit.seed for unit in units(replace(protocol, tracks=protocol.tracks[:1]))]
+    assert seeds == sorted(seeds)
+    full = metaworld(full=True)
+    for track in full.tracks:
+        assert track.seeds == (0, 1, 2) and track.settings == ((2, 1), (4, 1), (2, 5), (4, 5))
+        made = [unit for unit in units(replace(full, tracks=(track,)))]
+        late = [unit for unit in made if unit.settings == track.settings[2:]]  # once every seed is trained
+        assert made[-len(late) :] == late and len(late) == 27
 
 
 def test_an_arm_of_any_training_field():

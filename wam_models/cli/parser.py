@@ -248,7 +248,7 @@ def _ablate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder; the same call goes on with what it holds")
     parser.add_argument("--track", choices=("state", "pixels", "both"), default="state", help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="minutes: two programs, two tasks, few steps")
-    parser.add_argument("--full", action="store_true", help="three seeds of the pixel track too")
+    parser.add_argument("--full", action="store_true", help="also three seeds of pixels, and five denoising steps")
     parser.add_argument("--processes", type=at_least(1), default=1, metavar="N", help="trainings at once; %(default)s")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
 
