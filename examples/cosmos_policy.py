@@ -20,8 +20,8 @@ STEPS, CANDIDATES, DISCOUNT = 30, 8, 0.9
 torch.manual_seed(0)
 data, draw = wam.ClipDataset(DATA), torch.Generator().manual_seed(0)
 sizes = wam.ModelConfig(
-    topology="video_only", hidden=64, heads=4, head_dim=16, layers=2, ffn=256, latent_channels=17, text_dim=32,
-    patch=(1, 1, 1), rope_theta=100.0, action_hidden=1, action_ffn=1, action_dim=1, actions_per_frame=1,
+    topology="video_only", full_attention=True, hidden=64, heads=4, head_dim=16, layers=2, ffn=256, latent_channels=17,
+    text_dim=32, patch=(1, 1, 1), rope_theta=100.0, action_hidden=1, action_ffn=1, action_dim=1, actions_per_frame=1,
 )  # fmt: skip
 model = wam.WorldActionModel(sizes)
 words = wam.WordEmbedding.from_instructions(data.tasks, 32)

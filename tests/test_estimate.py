@@ -10,7 +10,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from wam_kernels import block_attention, cached_attention, compile_plan
-from wam_kernels.masks.context import with_context
 from wam_kernels.ops import OPS
 from wam_kernels.roofline import DEVICE_MODELS, Cost, device_model, device_model_of
 from wam_kernels.roofline import block_attention as attention_cost
@@ -30,7 +29,7 @@ from wam_models.estimate import (
 )
 from wam_models.estimate.forward import optimizers
 from wam_models.estimate.memory import block_activations
-from wam_models.objectives import OBJECTIVES, frames_before_chunks, geometry_for
+from wam_models.objectives import OBJECTIVES, frames_before_chunks, geometry_for, sample_for
 from wam_models.rollout.layout import ChunkLayout
 from wam_models.train import TrainConfig
 from wam_models.train.engine import EngineConfig
@@ -50,6 +49,11 @@ KINDS = {
     "further streams": replace(SMALL, state_dim=5, context=(QUERIES, REGISTERS)),
     "bridge": replace(OTHER, bridge_dim=32, bridge_layer=1),
 }
+FULL = {
+    "full attention": replace(OTHER, full_attention=True, state_dim=5, context=(QUERIES,)),
+    "full attention of video alone": replace(KINDS["video alone"], full_attention=True),
+}
+KINDS |= FULL
 GRID, TEXT = (2, 3), 5
 
 
@@ -76,13 +80,12 @@ def test_flops_of_a_packed_forward_are_those_that_torch_counts(config, frames, i
     """Exact over visible pairs; the reference computes all pairs, and one number more of each."""
     B, c = 2, config
     y, x = 2 * GRID[0], 2 * GRID[1]
-    geometry = geometry_for(
+    sizes, size = Sizes(c, GRID, TEXT, 4), frames - 1 if c.full_attention else 2
+    sample = sample_for(
         "joint", OBJECTIVES["joint"], frames=frames, video_tokens=6, action_tokens=c.actions_per_frame * c.has_actions,
-        chunk_size=2, window=4,
+        chunk_size=size, window=4, context=sizes.context_tokens, full_attention=c.full_attention,
     )  # fmt: skip
-    sizes = Sizes(c, GRID, TEXT, 4)
-    given = sizes.context_tokens
-    plan, model = compile_plan(with_context(geometry, given) if given else geometry), made(c)
+    plan, model = compile_plan(sample), made(c)
     video, action = torch.randn(B, c.latent_channels, frames, y, x), torch.randn(B, frames, c.actions_per_frame, 7)
     t = torch.full((B, frames), 500.0)
     text = torch.randn(B, TEXT, c.text_dim)
@@ -92,15 +95,28 @@ def test_flops_of_a_packed_forward_are_those_that_torch_counts(config, frames, i
         last = video[:, :, frames_before_chunks(frames, 2)[-1] :]
         told["bridge"] = bridge_video(c, last, last)
     of_actions = (action, action, t) if c.has_actions else (None, None, None)
-    got = counted(lambda: model(video, video, *of_actions[:2], t, of_actions[2], text, plan, impl=impl, **told))
-    others, attention = packed_forward(sizes, B, frames, "joint", chunk_size=2, window=4, history="full")
+    clean = video
+    if c.full_attention:
+        clean, of_actions = None, (of_actions[0], None, of_actions[2])
+    got = counted(lambda: model(video, clean, *of_actions[:2], t, of_actions[2], text, plan, impl=impl, **told))
+    others, attention = packed_forward(sizes, B, frames, "joint", chunk_size=size, window=4, history="full")
     more = 0
     if impl == "reference":
         more = 4 * c.inner * (plan.length**2 - plan.visible_pairs) + 2 * c.heads * plan.length**2
     assert got == others.flops + attention.flops + c.layers * B * more
 
 
-@pytest.mark.parametrize("config", KINDS.values(), ids=KINDS)
+CACHED = {name: config for name, config in KINDS.items() if name not in FULL}
+
+
+@pytest.mark.parametrize("config", FULL.values(), ids=FULL)
+@pytest.mark.parametrize("options", [{}, {"guidance": 3.0}, {"video": Schedule(steps=5), "candidates": 3}])
+def test_flops_of_a_chunk_of_full_attention_are_those_that_torch_counts(config, options):
+    test_flops_of_a_chunk_are_those_that_torch_counts(config, "joint", options | {"cache": "last_frame"})
+    assert rollout_memory(Sizes(config, GRID, TEXT, 4), RolloutConfig(cache="last_frame"))["keys and values"] == 0
+
+
+@pytest.mark.parametrize("config", CACHED.values(), ids=CACHED)
 @pytest.mark.parametrize(
     "program,options",
     [

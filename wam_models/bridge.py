@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from wam_kernels import Attends
 from wam_kernels.masks.visibility import ACTION, VIDEO
 
 from .config import ModelConfig
@@ -38,9 +39,12 @@ def video_attends_to_actions(program: str, history: str) -> bool:
 def rolls_out(config: ModelConfig, program: str, objective: Objective) -> bool:
     """Whether a model can roll out an objective under a program that has rollouts.
 
-    One without actions, or with a ``bridge_layer``, has the objective ``joint`` alone; below a ``bridge_sigma`` of 1
-    the program must resolve the video before the actions.
+    One with ``full_attention`` has the programs in which noisy tokens attend to all noisy ones. One without actions, or
+    with a ``bridge_layer``, has the objective ``joint`` alone; below a ``bridge_sigma`` of 1 the program must resolve
+    the video before the actions.
     """
+    if config.full_attention and MODEL_PROGRAMS[program].noisy_to_noisy != Attends.ALL:
+        return False
     if config.has_actions and config.bridge_layer is None:
         return True
     if objective.conditional or not config.has_actions or config.bridge_sigma == 1:

@@ -133,6 +133,7 @@ class ModelConfig:
     bridge_dim: int = 0
     bridge_layer: int | None = None
     bridge_sigma: float = 1.0
+    full_attention: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -160,6 +161,12 @@ class ModelConfig:
                     f"ModelConfig: bridge_dim must be hidden, {self.hidden}, with bridge_layer, got {self.bridge_dim}"
                 )
         check_field(self, "bridge_sigma", number, 0, 1)
+        check_field(self, "full_attention", switch)
+        if self.full_attention and self.bridge_layer is not None:
+            raise ValueError(
+                "ModelConfig: bridge_layer must be None with full_attention, in which no frame has features of its "
+                f"own: all attend to the whole chunk; got {self.bridge_layer}"
+            )
         if self.state_dim and not self.has_actions:
             raise ValueError(f"ModelConfig: state_dim must be 0 without actions to tell it, got {self.state_dim}")
         check_field(self, "context", _context)
@@ -248,6 +255,7 @@ _ADDED: dict[str, Any] = {
     "bridge_dim": 0,
     "bridge_layer": None,
     "bridge_sigma": 1.0,
+    "full_attention": False,
 }
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from wam_kernels import compile_plan
-from wam_kernels.masks.context import with_context
 from wam_kernels.masks.visibility import ACTION, VIDEO
 from wam_kernels.roofline import (
     Cost,
@@ -22,7 +21,7 @@ from wam_kernels.roofline import (
 )
 
 from .config import ModelConfig
-from .objectives import OBJECTIVES, frames_before_chunks, geometry_for
+from .objectives import OBJECTIVES, frames_before_chunks, sample_for
 
 BF16 = 2  # bytes of a number
 
@@ -67,6 +66,11 @@ class Sizes:
     @property
     def context_tokens(self) -> int:
         return sum(self.model.streams[stream].tokens for stream in self.given)
+
+    @property
+    def copies(self) -> int:
+        """Of each denoised stream in a training forward: noisy and clean, or one."""
+        return 1 if self.model.full_attention else 2
 
     @property
     def texts(self) -> int:
@@ -181,13 +185,13 @@ def packed_products(s: Sizes, samples: int, frames: int, bridged: int = 0) -> Co
         frames: Of all clips together.
         bridged: Frames of each clip that a bridge of the model's own is made of.
     """
-    c, e, timesteps, features = s.model, s.itemsize, 2 * frames, bridged * s.tokens(VIDEO)
+    c, e, timesteps, features = s.model, s.itemsize, s.copies * frames, bridged * s.tokens(VIDEO)
     cost = text_products(s, samples, features) + (bridge_features(s, samples, bridged) if bridged else Cost())
     for stream in s.denoised:
         rows = timesteps * s.tokens(stream)
         block = block_keys(s, stream, rows, timesteps) + block_rest(s, stream, rows, timesteps, samples, features)
         block += block_text_keys(s, stream, samples, features)
-        cost += block * c.layers + ends(s, stream, rows, timesteps, rows // 2)
+        cost += block * c.layers + ends(s, stream, rows, timesteps, rows // s.copies)
     for stream in s.given:
         held = c.streams[stream]
         rows = samples * held.tokens
@@ -198,8 +202,8 @@ def packed_products(s: Sizes, samples: int, frames: int, bridged: int = 0) -> Co
 
 
 def packed_tokens(s: Sizes, samples: int, frames: int) -> int:
-    """Of a training forward of ``samples`` clips, ``frames`` together: both copies of the streams, what is given."""
-    return 2 * frames * sum(map(s.tokens, s.denoised)) + samples * s.context_tokens
+    """Of a training forward of ``samples`` clips, ``frames`` together: all copies of the streams, what is given."""
+    return s.copies * frames * sum(map(s.tokens, s.denoised)) + samples * s.context_tokens
 
 
 def packed_forward(
@@ -208,11 +212,12 @@ def packed_forward(
     """The forward of a training step under the joint objective: (all but the attention, the attention)."""
     c = s.model
     bridged = frames - frames_before_chunks(frames, chunk_size)[-1] if c.bridge_layer is not None else 0
-    geometry = geometry_for(
+    sample = sample_for(
         program, OBJECTIVES["joint"], frames=frames, video_tokens=s.tokens(VIDEO),
         action_tokens=s.tokens(ACTION) if c.has_actions else 0, chunk_size=chunk_size, window=window, history=history,
+        context=s.context_tokens, full_attention=c.full_attention,
     )  # fmt: skip
-    plan = compile_plan(with_context(geometry, s.context_tokens) if s.context_tokens else geometry)
+    plan = compile_plan(sample)
     pairs, tokens = samples * plan.visible_pairs, packed_tokens(s, samples, samples * frames)
     attention = block_attention(pairs, tokens, c.heads, c.head_dim, s.itemsize) * c.layers
     return packed_products(s, samples, samples * frames, bridged), attention

@@ -24,7 +24,7 @@ from .data import psnr
 from .data.latents import pictures_of
 from .objectives import GJD, OBJECTIVES
 from .rollout import RolloutConfig, RolloutEngine
-from .rollout.config import CONDITIONAL_CHUNK
+from .rollout.layout import frames_of_chunk
 from .rollout.policy import Policy
 
 RECORDED_CHUNKS = 6  # of each episode at most, where a command gives errors on recorded ones
@@ -274,7 +274,7 @@ def evaluate(
         repeated = (t.repeat_interleave(samples, 0) for t in (video, action, text))
         states = None if state is None else state.repeat_interleave(samples, 0)
         done = list(stream(engine, *repeated, objective=objective, generator=rng, begin=begin, state=states))
-        step = CONDITIONAL_CHUNK if denoises.conditional else size
+        step = frames_of_chunk(config, denoises, c.full_attention)
         before = np.repeat(np.arange(begin, end, step) - 1, step)  # the last frame before each frame's chunk
         timed_end = min(end, begin + timed * step)
         timed_chunks = stream(

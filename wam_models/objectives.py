@@ -15,13 +15,14 @@ from __future__ import annotations
 import math
 from collections import ChainMap
 from collections.abc import Mapping, MutableMapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import cast
+from typing import Any, cast
 
 import torch
 
-from wam_kernels import PROGRAMS, Geometry, InteractionProgram
+from wam_kernels import PROGRAMS, RULE_PROGRAMS, Geometry, InteractionProgram, RuleGeometry
+from wam_kernels.masks.context import with_context
 
 from .runtime.checks import choice, number
 
@@ -147,4 +148,40 @@ def geometry_for(
         singleton_frame=0 if objective.conditional and start == 0 else None,
         conditional_history="previous_boundary_video_only" if objective.conditional else None,
         startup_action_frames=min(action_frames, 1) if start == 0 else 0,
+    )
+
+
+def sample_for(
+    program: str, objective: Objective, *, context: int = 0, full_attention: bool = False, action_free: bool = False,
+    **sizes: Any,
+) -> Geometry | RuleGeometry:  # fmt: skip
+    """A clip of an episode's beginning as a packed sample: what a training step compiles.
+
+    Args:
+        program: As in :func:`geometry_for`.
+        objective: Likewise.
+        context: Tokens that are given.
+        full_attention: Whether it is ``[video | action | context]``, one copy of each, all of which attend to each
+            other: of a model with ``full_attention``, whose clip is the observed frame and one chunk.
+        action_free: Whether nothing attends to its actions.
+        sizes: The others of :func:`geometry_for`.
+
+    Raises:
+        ValueError: as there; or, with ``full_attention``, a clip of several chunks.
+    """
+    geometry = geometry_for(program, objective, **sizes)
+    if action_free:
+        geometry = replace(geometry, startup_action_frames=geometry.action_frames)
+    if not full_attention:
+        return with_context(geometry, context) if context else geometry
+    if geometry.chunk_size != geometry.video_frames - 1:
+        raise ValueError(
+            "sample_for: frames must be 1 + chunk_size for a model with full_attention, whose clip is one chunk behind "
+            f"the observed frame, got frames={geometry.video_frames} and chunk_size={geometry.chunk_size}"
+        )
+    return RULE_PROGRAMS["tri_tower"](
+        video=geometry.video_frames * geometry.video_tokens,
+        actions=geometry.action_frames * geometry.action_tokens,
+        understanding=context,
+        startup=geometry.startup_action_frames * geometry.action_tokens,
     )

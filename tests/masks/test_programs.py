@@ -166,6 +166,12 @@ dreamzero_sizes = st.builds(
 )  # fmt: skip
 padding = st.sampled_from([(), ((2, 4),), ((0, 1), (3, 6)), ((6, 6),)])
 
+
+def all_but_startup(video, actions, understanding, startup):
+    keys = [True] * video + [i >= startup for i in range(actions)] + [True] * understanding
+    return np.array([keys] * len(keys), bool).reshape(len(keys), len(keys))
+
+
 # name -> (sizes, mask in words)
 RULES = {
     name: (fast_wam_sizes, lambda name=name, **sizes: fast_wam(name, **sizes))
@@ -198,8 +204,10 @@ RULES = {
         prefix_suffix,
     ),
     "tri_tower": (
-        st.fixed_dictionaries({"video": few, "actions": few, "understanding": few}),
-        lambda video, actions, understanding: np.ones((video + actions + understanding,) * 2, bool),
+        st.fixed_dictionaries(
+            {"video": few, "actions": st.integers(2, 4), "understanding": few, "startup": st.integers(0, 2)}
+        ),
+        all_but_startup,
     ),
     "giga_world_policy": (
         st.fixed_dictionaries({"states": few, "actions": few, "reference": few, "future": few}),

@@ -18,7 +18,7 @@ class Mask(NamedTuple):
     system: str | None = None  # name of its rule among RULE_PROGRAMS
     sizes: dict[str, Any] = {}
     tokens: str = ""  # names of the rule's tokens; several may be one of ours, ``-`` is none of ours
-    cached: str = ""  # tokens that attend to noisy ones there: here their keys are computed once
+    full: bool = False  # one copy of each stream, all of which attend to all: ``V0`` is a frame of the noisy copy
 
     @property
     def names(self) -> list[str]:
@@ -123,16 +123,16 @@ MASKS = {
 MASKS["openwam_gjd"] = MASKS["openwam"]
 WITH_CONTEXT = """
     V0 v1 v2 a1 a2  C
- V0  1  .  .  .  .  1
+ V0  1  1  1  1  1  1
  v1  1  1  1  1  1  1
  v2  1  1  1  1  1  1
  a1  1  1  1  1  1  1
  a2  1  1  1  1  1  1
-  C  .  .  .  .  .  1
+  C  1  1  1  1  1  1
 """
 ONE_CHUNK = """
     V0 v1 v2 a1 a2
- V0  1  .  .  .  .
+ V0  1  1  1  1  1
  v1  1  1  1  1  1
  v2  1  1  1  1  1
  a1  1  1  1  1  1
@@ -140,10 +140,10 @@ ONE_CHUNK = """
 """
 THREE = {"video": 3, "actions": 2, "understanding": 1}
 MASKS |= {
-    "motus": Mask(2, WITH_CONTEXT, "tri_tower", THREE, "V0 v1 v2 a1 a2 C", "V0 C"),
-    "uwm": Mask(2, WITH_CONTEXT, "tri_tower", THREE, "V0 v1 v2 a1 a2 C", "V0 C"),
-    "pad": Mask(2, ONE_CHUNK, "tri_tower", THREE | {"understanding": 0}, "V0 v1 v2 a1 a2", "V0"),
-    "x_wam": Mask(2, ONE_CHUNK, "tri_tower", THREE | {"understanding": 0}, "V0 v1 v2 a1 a2", "V0"),
+    "motus": Mask(2, WITH_CONTEXT, "tri_tower", THREE, "V0 v1 v2 a1 a2 C", full=True),
+    "uwm": Mask(2, WITH_CONTEXT, "tri_tower", THREE, "V0 v1 v2 a1 a2 C", full=True),
+    "pad": Mask(2, ONE_CHUNK, "tri_tower", THREE | {"understanding": 0}, "V0 v1 v2 a1 a2", full=True),
+    "x_wam": Mask(2, ONE_CHUNK, "tri_tower", THREE | {"understanding": 0}, "V0 v1 v2 a1 a2", full=True),
     # self-attention beside the bridge, and a cascade: as two programs of Fast-WAM
     "vpp": Mask(2, MASKS["fast_wam_uncond"].rows),
     "dit4dit": Mask(2, MASKS["fast_wam_uncond"].rows),

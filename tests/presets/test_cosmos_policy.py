@@ -4,25 +4,25 @@ import numpy as np
 import pytest
 import torch
 
-from wam_kernels import RULE_PROGRAMS, dense_mask
+from wam_kernels import RULE_PROGRAMS
 from wam_models import ModelConfig, RolloutConfig, RolloutEngine, StepConfig, WorldActionModel, training_step
 from wam_models.data.latent_frames import ACTIONS, VALUE, from_frame, policy_frames, to_frame
-from wam_models.objectives import OBJECTIVES, geometry_for
+from wam_models.objectives import OBJECTIVES, sample_for
 from wam_models.rollout import best
 
 from .dense import Densely
 
 SHAPE = (3, 2, 2)  # channels, rows, columns
 STEP = StepConfig(program="joint", mixture={"joint": 1}, chunk_sizes=(3, 3), windows=(4, 4), noised_history=0.0)
-# observed | actions, future, value: the observed frame's keys are computed once, so it attends to itself alone
-BY_HAND = np.array([[1, 0, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]], bool)
+BY_HAND = np.ones((4, 4), bool)  # observed, actions, future, value: all attend to all
 
 
 def made(dtype=torch.float32) -> WorldActionModel:
     torch.manual_seed(0)
     sizes = {"hidden": 32, "heads": 2, "head_dim": 16, "layers": 2, "ffn": 64, "text_dim": 8, "patch": (1, 2, 2)}
     unused = dict.fromkeys(("action_hidden", "action_ffn", "action_dim", "actions_per_frame"), 1)
-    return WorldActionModel(ModelConfig(topology="video_only", latent_channels=3, **sizes, **unused)).to(dtype)
+    config = ModelConfig(topology="video_only", full_attention=True, latent_channels=3, **sizes, **unused)
+    return WorldActionModel(config).to(dtype)
 
 
 def batch(samples: int, dtype=torch.float32) -> dict[str, torch.Tensor]:
@@ -61,21 +61,19 @@ def test_refusals():
         from_frame(torch.zeros(2, 3, 1, 2, 2), 13)
 
 
-def test_the_mask_is_that_of_the_system_but_for_the_observed_frame():
-    geometry = geometry_for(
-        "joint", OBJECTIVES["joint"], frames=4, video_tokens=1, action_tokens=0, chunk_size=3, window=4
-    )
-    listed = [4, 1, 2, 3]  # the clean copy of the observed frame, the noisy ones of the others
-    np.testing.assert_array_equal(dense_mask(geometry)[np.ix_(listed, listed)], BY_HAND)
-    np.testing.assert_array_equal(RULE_PROGRAMS["cosmos_policy"](frames=4, tokens=1).dense_mask()[1:], BY_HAND[1:])
+def test_the_mask_is_that_of_the_system():
+    sample = sample_for(
+        "joint", OBJECTIVES["joint"], frames=4, video_tokens=1, action_tokens=0, chunk_size=3, window=4,
+        full_attention=True,
+    )  # fmt: skip
+    np.testing.assert_array_equal(sample.dense_mask(), BY_HAND)
+    np.testing.assert_array_equal(RULE_PROGRAMS["cosmos_policy"](frames=4, tokens=1).dense_mask(), BY_HAND)
 
 
 def test_a_training_step_is_that_of_a_dense_attention():
     model, found = made(torch.float64), []
     torch.nn.init.normal_(model.core.proj_out.weight, std=0.3)
-    mask = np.eye(8, dtype=bool)
-    mask[np.ix_([4, 1, 2, 3], [4, 1, 2, 3])] = BY_HAND
-    for run in (model, Densely(model, mask, ["v"] * 8, False)):
+    for run in (model, Densely(model, BY_HAND, ["v"] * 4, False)):
         model.zero_grad()
         loss, _ = training_step(run, batch(2, torch.float64), torch.Generator().manual_seed(2), STEP)
         loss.backward()

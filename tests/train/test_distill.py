@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.train.conftest import frozen, trained
+from tests.train.conftest import TINY_MODEL, frozen, trained
 from wam_models import Schedule, cli
 from wam_models.cli.closed_loop_demo import demo_training
 from wam_models.cli.distill import compared
@@ -41,6 +41,24 @@ def test_one_step_of_one_is_the_teacher_itself(teacher, data):
     student, losses = distill(teacher, data, DistillConfig(teacher_steps=1, steps=1, batch=2), progress=False)
     assert losses == [0.0]
     assert student.rollout == replace(teacher.rollout, steps=1, video=Schedule(), action=Schedule())
+
+
+def test_the_observed_frame_of_full_attention_is_given(data, tmp_path, monkeypatch):
+    model = TINY_MODEL | {"full_attention": True}
+    sizes = {"programs": ["joint"], "frames": 3, "chunk_sizes": [2, 2], "steps": 1}
+    policy, told = frozen(trained(data, tmp_path, model=model, **sizes)), []
+    forward = type(policy.model).forward
+
+    def spied(model, *args, **more):
+        told.append(args)
+        return forward(model, *args, **more)
+
+    monkeypatch.setattr(type(policy.model), "forward", spied)
+    distill(policy, data, DistillConfig(teacher_steps=4, steps=1, batch=4), progress=False)
+    assert len(told) == 3
+    for video, clean, action, clean_action, level, *_ in told:
+        assert clean is None and clean_action is None and (level.tensors[0][:, 0] == 0).all()
+        assert torch.equal(video[:, :, 0], told[0][0][:, :, 0]) and action.shape[1] == 3
 
 
 def test_the_target_of_a_step_by_hand(teacher, data, monkeypatch):

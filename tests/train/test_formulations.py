@@ -25,7 +25,13 @@ KINDS = {
     "late bridge": {"bridge_dim": 32, "bridge_layer": 0, "bridge_sigma": 0.5},
     "one expert": {"topology": "parallel_stream", "state_dim": 8, "context": [REGISTERS], "mode_token": True},
     "video alone": {"topology": "video_only"},
+    "full attention": {
+        "full_attention": True,
+        "state_dim": 8,
+        "context": [{"name": "c", "width": 16, "ffn": 16, "tokens": 2}],
+    },
 }
+ONE_CHUNK = {"programs": ["joint"], "frames": 3, "chunk_sizes": [2, 2]}
 LATE = {"programs": ["decoupled_same_step", "video_then_action"], "history": "video_queries_video_only"}
 
 
@@ -59,7 +65,7 @@ def of_tiny(root, config: TrainConfig) -> ClipDataset:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_run_leaves_a_policy_that_acts(kind, root, tmp_path):
-    config = made(kind, **LATE) if kind == "late bridge" else made(kind)
+    config = made(kind, **{"late bridge": LATE, "full attention": ONE_CHUNK}.get(kind, {}))
     assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
     data = of_tiny(root, config)
     done = train(config, data, out=tmp_path, progress=False)
@@ -83,10 +89,11 @@ def test_a_run_leaves_a_policy_that_acts(kind, root, tmp_path):
         encoder.register_forward_pre_hook(lambda module, args: told.append(args[0].clone()))
     played = play(policy, config, room, chunks=2, generator=generator, progress=False)
     assert played.actions.shape == (4, 4, 7) and np.isfinite(played.actions).all()
-    if policy.state_units is not None:  # told[0] is of frame 0, to which no action leads
+    if policy.state_units is not None:  # told first of frame 0, to which no action leads; it is in no history here
+        first = 0 if kind == "full attention" else 1
         mean, std = policy.state_units
         now = [(torch.full((8,), float(value)) - mean) / std for value in (50.0, played.actions[1, -1, 0])]
-        assert torch.equal(told[1][0, 0], now[0]) and torch.equal(told[-1][0, 0], now[1])
+        assert torch.equal(told[first][0, 0], now[0]) and torch.equal(told[-1][0, 0], now[1])
         with pytest.raises(ValueError, match="an adapter of two methods does not give"):
             play(policy, config, Blind(), chunks=1, generator=generator, progress=False)
 
@@ -162,6 +169,16 @@ def test_refusals_name_the_field(data, root):
         ),
         (KINDS["late bridge"], LATE | {"programs": ["joint"]}, "must not let the video attend .* got .'joint'."),
         (KINDS["bridge"], {"counterfactual": {"inverse_dynamics": 1}}, "joint alone for .* bridge_layer=0"),
+        (KINDS["bridge"] | KINDS["full attention"], {}, "bridge_layer must be None with full_attention"),
+        (KINDS["full attention"], {}, r"chunk_sizes must be \[frames - 1, frames - 1\]"),
+        (KINDS["full attention"], ONE_CHUNK | {"tokens": 100}, "tokens must be 0 with model.full_attention"),
+        (KINDS["full attention"], ONE_CHUNK | {"imagined_history": 0.5}, "imagined_history must be 0 with model.full"),
+        (
+            KINDS["full attention"],
+            ONE_CHUNK | {"programs": ["joint", "video_then_action"]},
+            "got .'video_then_action'.",
+        ),
+        (KINDS["full attention"], ONE_CHUNK | {"rollout": {"cache": "persistent"}}, "cache must be 'last_frame' for"),
     ):
         with pytest.raises(ValueError, match=message):
             TrainConfig.from_dict(TINY | {"model": TINY_MODEL | model} | more)

@@ -270,11 +270,19 @@ def prefix_suffix(
 
 
 @register_program
-def tri_tower(*, video: int, actions: int, understanding: int) -> RuleGeometry:
-    """Motus: three experts share one attention, [video | state, actions and registers | understanding], all to all."""
-    _require("tri_tower", video=video, actions=actions, understanding=understanding)
-    parts = [_segment(index, 1, n) for index, n in enumerate((video, actions, understanding))]
-    return _square("tri_tower", ("video", "action", "understanding"), parts, _all)
+def tri_tower(*, video: int, actions: int, understanding: int, startup: int = 0) -> RuleGeometry:
+    """Motus: three experts share one attention, [video | state, actions and registers | understanding], all to all.
+
+    The first ``startup`` of the action tokens query but are never keys: those of the observed frame, to which no action
+    leads, in a model with ``full_attention``.
+    """
+    name = "tri_tower"
+    _require(name, video=video, actions=actions, understanding=understanding, startup=startup)
+    if startup > actions:
+        raise ValueError(f"{name}: startup must be at most actions={actions}, got {startup}")
+    sizes = (0, video, 0), (1, startup, 1), (1, actions - startup, 0), (2, understanding, 0)
+    parts = [_segment(index, 1, n, block=block) for index, n, block in sizes]
+    return _square(name, ("video", "action", "understanding"), parts, lambda q, k: _all(q, k) & (k.block == 0))
 
 
 # --- GigaWorld-Policy: [state | action | reference video | future video] ---------------------------------------------

@@ -20,7 +20,7 @@ from ..eight_bit import DECISION_ERROR, eight_bit
 from ..evaluate import Chunk, join, mean_psnr, rmse, stream
 from ..objectives import GJD, MODEL_PROGRAMS, OBJECTIVES
 from ..rollout import RolloutConfig, RolloutEngine
-from ..rollout.config import CONDITIONAL_CHUNK
+from ..rollout.layout import frames_of_chunk
 from ..rollout.policy import Policy
 from ..runtime.checks import check_device, peak_memory, writable_folder
 from ..runtime.config_files import with_settings
@@ -118,7 +118,7 @@ def _recorded(args: argparse.Namespace, policy: Policy, config: RolloutConfig, o
     if number >= len(dataset.episodes):
         raise ValueError(f"--episode must be below {len(dataset.episodes)}, got {number}")
     clip = policy.clip(dataset, number)
-    size = CONDITIONAL_CHUNK if denoised.conditional else config.chunk_size
+    size = frames_of_chunk(config, denoised, policy.model.config.full_attention)
     frames = clip["video"].shape[2]
     total = min((frames - 1) // size, args.chunks or frames)
     if total < 1:

@@ -100,6 +100,30 @@ def chunk_forward(
     return cost + attention * (c.layers - (not wanted))
 
 
+def full_forward(s: Sizes, layout: ChunkLayout, wanted: Sequence[int], candidates: int = 1) -> Cost:
+    """One forward of a chunk, as ``FullForward`` runs it: the observed frame and the context in it.
+
+    Args:
+        s: Sizes; of the layout too.
+        layout: Of the chunk.
+        wanted: Streams whose flow is needed; the last block computes nothing else but keys and values.
+        candidates: Chunks at work of each rollout.
+    """
+    c, samples, cost, tokens = s.model, layout.samples * candidates, Cost(), 0
+    for stream in (*layout.streams, *s.given):
+        frames = layout.chunk_size + (stream == VIDEO)
+        timesteps = samples * (1 if stream in s.given else frames)
+        rows = samples * (c.streams[stream].tokens if stream in s.given else frames * s.tokens(stream))
+        tokens += rows // samples
+        cost += block_keys(s, stream, rows, timesteps) * c.layers
+        cost += block_rest(s, stream, rows, timesteps, layout.samples) * (c.layers - (stream not in wanted))
+        if stream not in s.given:
+            of_chunk = samples * layout.chunk_size * s.tokens(stream)
+            cost += ends(s, stream, rows, timesteps, of_chunk if stream in wanted else 0)
+    rows = samples * tokens
+    return cost + cached_attention(rows * tokens, rows, rows, c.heads, c.head_dim, s.itemsize) * c.layers
+
+
 def rollout_chunk(
     s: Sizes, config: RolloutConfig, *, objective: str = "joint", want: str = "both", batch: int = 1
 ) -> list[Part]:
@@ -118,6 +142,8 @@ def rollout_chunk(
     parts = [part for stage in loops for part in _of_stage(s, layout, stage)]
     if s.model.bridge_layer is not None:
         parts.insert(0, _of_bridge(s, layout))
+    if layout.full_attention:
+        return parts
     kept = layout.history_streams
     tokens = _tokens(s, layout, kept)
     if config.cache == "persistent":
@@ -131,7 +157,8 @@ def rollout_chunk(
 def layout_of(s: Sizes, config: RolloutConfig, objective: str, batch: int) -> ChunkLayout:
     """That of a chunk of these sizes."""
     actions = s.model.actions_per_frame if s.model.has_actions else 0
-    return ChunkLayout(config, OBJECTIVES[objective], batch, s.grid, actions, s.context_tokens)
+    full = s.model.full_attention
+    return ChunkLayout(config, OBJECTIVES[objective], batch, s.grid, actions, s.context_tokens, full)
 
 
 def _of_bridge(s: Sizes, layout: ChunkLayout) -> Part:
@@ -149,7 +176,11 @@ def _of_stage(s: Sizes, layout: ChunkLayout, stage: Stage) -> Iterator[Part]:
     counts = {stream: config.trajectory(stream).forwards for stream in layout.streams}
     for (streams, live), times in Counter(stage.forwards(counts)).items():
         names, given = (" and ".join(STREAMS[s] for s in found) for found in (live, sorted({*streams} - {*live})))
-        step = chunk_forward(s, layout, streams, NOISY, live, candidates=many)
+        step = (
+            full_forward(s, layout, live, many)
+            if layout.full_attention
+            else chunk_forward(s, layout, streams, NOISY, live, candidates=many)
+        )
         name = f"denoising step of {names}" + (f", {given} given" if given else "")
         yield Part(name, times, many * _tokens(s, layout, streams), step)
     if stage.promoted is not None:
@@ -160,7 +191,9 @@ def _of_stage(s: Sizes, layout: ChunkLayout, stage: Stage) -> Iterator[Part]:
 
 
 def _tokens(s: Sizes, layout: ChunkLayout, streams: Sequence[int]) -> int:
-    return layout.samples * layout.chunk_size * sum(s.tokens(stream) for stream in streams)
+    of_frames = layout.chunk_size * sum(s.tokens(stream) for stream in streams)
+    beside = s.tokens(VIDEO) + s.context_tokens if layout.full_attention else 0
+    return layout.samples * (of_frames + beside)
 
 
 # ---- training ----

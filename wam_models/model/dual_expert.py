@@ -282,7 +282,8 @@ class WorldActionModel(nn.Module):
         """One packed forward over ``[V_noisy | V_clean | A_noisy | A_clean | context]``.
 
         Args:
-            noisy_video: ``[B, C, F, y, x]`` latents of the noisy copy.
+            noisy_video: ``[B, C, F, y, x]`` latents of the noisy copy; with ``config.full_attention`` the first frame
+                is the observed one, at its own timestep.
             clean_video: As ``noisy_video``: the clean copy that later chunks attend to. None, and None for
                 ``clean_action``, for plans over one copy of each stream.
             noisy_action: ``[B, F, n, A]``; the actions of frame f lead from frame f - 1 to frame f. None, as all else
@@ -396,6 +397,11 @@ class WorldActionModel(nn.Module):
             "clean_action": (action.clean, (*per_slot, c.action_dim)),
             "action_timesteps": (action.timesteps, per_slot[:dims]),
         }
+        if c.full_attention and video.clean is not None:
+            raise ValueError(
+                "clean_video must be None for a model with full_attention, whose observed frame is the first of "
+                f"noisy_video, got {list(video.clean.shape)}"
+            )
         optional = {"clean_video_timesteps"}
         if video.clean is None:
             optional |= {"clean_video", "clean_action"}
@@ -454,7 +460,12 @@ def _in_one_element(stream: StreamInputs) -> StreamInputs:
 
 def noisy_tokens(stream: StreamInputs, copies: int) -> StreamInputs:
     """The first of ``copies`` parts of a packed stream, as far as a head needs it."""
-    shift, scale = stream.head.tensors
-    S, T = stream.x.shape[1] // copies, shift.shape[1] // copies
-    index = FrameIndex.from_runs([S // max(T, 1)] * T, device=stream.x.device)
-    return StreamInputs(stream.x[:, :S], Uncast(), Uncast(shift[:, :T], scale[:, :T]), index)
+    return of_timesteps(stream, 0, stream.head.tensors[0].shape[1] // copies)
+
+
+def of_timesteps(stream: StreamInputs, first: int, end: int) -> StreamInputs:
+    """The tokens of the timesteps from ``first`` to ``end``, as far as a head needs them."""
+    shift, scale = (t[:, first:end] for t in stream.head.tensors)
+    per = stream.x.shape[1] // max(stream.head.tensors[0].shape[1], 1)
+    index = FrameIndex.from_runs([per] * (end - first), device=stream.x.device)
+    return StreamInputs(stream.x[:, first * per : end * per], Uncast(), Uncast(shift, scale), index)

@@ -55,10 +55,10 @@ class ChunkForward:
     """
 
     def __init__(
-        self, model: WorldActionModel, layout: ChunkLayout, cache: StreamingCache, latents: dict[int, Tensor],
+        self, model: WorldActionModel, layout: ChunkLayout, cache: StreamingCache | None, latents: dict[int, Tensor],
         candidates: int = 1,
     ) -> None:  # fmt: skip
-        self.model, self.layout, self.cache, self.latents = model, layout, cache, latents
+        self.model, self.layout, self._cache, self.latents = model, layout, cache, latents
         self.candidates, self.samples = candidates, layout.samples * candidates
         self.text: list[PerStream[Text]] = []
         self.context: dict[str, Tensor] = {}
@@ -71,6 +71,11 @@ class ChunkForward:
     def __getstate__(self) -> dict:
         # buffers are made anew where they are needed
         return vars(self) | {"buffers": {}}
+
+    @property
+    def cache(self) -> StreamingCache:
+        assert self._cache is not None
+        return self._cache
 
     def of_candidates(self, latents: dict[int, Tensor]) -> ChunkForward:
         """Of ``cache.candidates`` chunks of each rollout, over the same history, text and context."""
@@ -124,14 +129,11 @@ class ChunkForward:
 
     def set_context(self, rollouts: Sequence[int], context: Mapping[str, Tensor]) -> None:
         """Compute the keys and values of the given streams, after the text; ``context`` is that of some rollouts."""
-        model, layout, cache = self.model, self.layout, self.cache
+        model, layout = self.model, self.layout
         if not layout.context_tokens:
             return
-        for name, features in context.items():
-            if name not in self.context:
-                self.context[name] = features.new_zeros(layout.batch, *features.shape[1:], device=model.device)
-            for b, new in zip(rollouts, to_device(features, model.device), strict=True):
-                self.context[name][b].copy_(new)
+        self._store_context(rollouts, context)
+        cache = self.cache
         repeat = layout.samples // layout.batch
         given = model.embed_context({n: torch.cat([t] * repeat) for n, t in self.context.items()}, layout.samples)
         slots, c = cache.context_slots, model.config
@@ -145,6 +147,15 @@ class ChunkForward:
         written = [QKVBuffers(queries, cache.keys(i), cache.values(i), slots.start) for i in range(c.layers)]
         streams, rope = model.embed(None, None, given), model.rope(None, *layout.grid, None, given)
         model.packed_block_stack(streams, Uncast(*rope), self.text, attend, written, ())
+
+    def _store_context(self, rollouts: Sequence[int], context: Mapping[str, Tensor]) -> None:
+        for name, features in context.items():
+            if name not in self.context:
+                self.context[name] = features.new_zeros(
+                    self.layout.batch, *features.shape[1:], device=self.model.device
+                )
+            for b, new in zip(rollouts, to_device(features, self.model.device), strict=True):
+                self.context[name][b].copy_(new)
 
     def _empty(self, samples: int, rows: int) -> Tensor:
         """Room for so many queries of each sample."""
@@ -178,14 +189,18 @@ class ChunkForward:
             self.candidates,
         )  # fmt: skip
         buffers.ranges.copy_(to_device(ranges, model.device))
-        each = [first for first in firsts for _ in range(self.candidates)] * repeat
-        first = to_device(torch.tensor(each, device="cpu"), model.device)
-        frames = first[:, None] + self._frames
+        frames = self._chunk_frames(firsts)
         video, action = (frames if s in streams else None for s in (VIDEO, ACTION))
         for stream, table in enumerate(model.rope(video, *layout.grid, action)):
             if table is not None:
                 buffers.rope[stream].copy_(table)
         return buffers
+
+    def _chunk_frames(self, firsts: Sequence[int]) -> Tensor:
+        """Numbers of the chunk's frames, ``[samples, chunk]``."""
+        each = [first for first in firsts for _ in range(self.candidates)]
+        first = to_device(torch.tensor(each * (self.samples // len(each)), device="cpu"), self.model.device)
+        return first[:, None] + self._frames
 
     def flows(self, streams: Sequence[int], sigma: Mapping[int, Tensor], wanted: Sequence[int]) -> dict[int, Tensor]:
         """Flow of the noisy chunk, of each ``wanted`` stream, at the noise levels ``[1]`` in ``sigma``.
@@ -245,19 +260,23 @@ class ChunkForward:
         self.cache.store_chunk(self.layout.history_streams, firsts, counts)
 
     def _embed(self, buffers: Buffers, sigma: Mapping[int, Tensor]) -> PerStream[StreamInputs | None]:
-        model, layout = self.model, self.layout
-        inputs: list[tuple[Tensor, Tensor] | None] = [None, None]
-        for s in buffers.streams:
-            latents = torch.cat([self.latents[s]] * 2) if layout.guided else self.latents[s]
-            level = sigma.get(s, self._clean_sigma)
-            inputs[s] = latents, timesteps(level).expand(self.samples, layout.chunk_size)
-        state = None
-        if self.state is not None:
-            state = torch.cat([self.state] * (layout.samples // layout.batch))[:, None, None]
-            state = state.expand(-1, self.candidates, layout.chunk_size, -1).flatten(0, 1)
-        embedded = model.embed(inputs[VIDEO], inputs[ACTION], state=state)
+        video, action = (self._inputs(s, sigma) if s in buffers.streams else None for s in (VIDEO, ACTION))
+        embedded = self.model.embed(video, action, state=self._state_of_frames())
         buffers.indices = [stream.frame_index for stream in embedded if stream is not None]
         return embedded
+
+    def _inputs(self, stream: int, sigma: Mapping[int, Tensor]) -> tuple[Tensor, Tensor]:
+        """Latents of all samples and timesteps of their frames."""
+        latents = torch.cat([self.latents[stream]] * 2) if self.layout.guided else self.latents[stream]
+        level = sigma.get(stream, self._clean_sigma)
+        return latents, timesteps(level).expand(self.samples, self.layout.chunk_size)
+
+    def _state_of_frames(self) -> Tensor | None:
+        """``[samples, chunk, S]`` of a model that is told states."""
+        if self.state is None:
+            return None
+        state = torch.cat([self.state] * (self.layout.samples // self.layout.batch))[:, None, None]
+        return state.expand(-1, self.candidates, self.layout.chunk_size, -1).flatten(0, 1)
 
     def _blocks(
         self, buffers: Buffers, embedded: PerStream[StreamInputs | None], wanted: Sequence[int]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from wam_kernels import HISTORIES
+from wam_kernels import HISTORIES, Attends
 from wam_kernels.masks.visibility import VIDEO
 
 from ..flow import ACTION_SHIFT, SHIFTS, TRAIN_TIMESTEPS, VIDEO_SHIFT
@@ -43,7 +43,8 @@ class RolloutConfig:
             it; equals a packed forward over the window, as in OpenWAM's rollouts, and costs a forward for each chunk
             of the window. ``"last_frame"``: the same of the frame before the chunk alone, whatever the window: each
             chunk is the first of an episode that begins with that frame, as of a policy that is given one observation
-            (Fast-WAM).
+            (Fast-WAM). Models with ``full_attention`` have no other; they keep no keys, and the frame runs with the
+            chunk in every forward.
         reuse_flow: Cosine from -1 to 1 of the flows of two successive forwards, from which on the next forward is left
             out and the last flow used again; None: never. See ``wam_models/rollout/skipping.py``.
         reuse_chunk: Relative change, at least 0, against the same forward of the last chunk, up to which what the
@@ -126,6 +127,25 @@ class RolloutConfig:
         """Strength of a stream's guidance."""
         own = self.schedule(stream).guidance
         return self.guidance if own is None else own
+
+
+def check_full_attention(where: str, config: RolloutConfig) -> None:
+    """Whether a model with ``full_attention`` can be rolled out like that.
+
+    Raises:
+        ValueError: it cannot; the message names the field.
+    """
+    if config.cache != "last_frame":
+        raise ValueError(
+            f"{where}: cache must be 'last_frame' for a model with full_attention, whose chunk has the frame before it "
+            f"and no other history, got {config.cache!r}"
+        )
+    if MODEL_PROGRAMS[config.program].noisy_to_noisy != Attends.ALL:
+        dense = tuple(name for name, row in MODEL_PROGRAMS.items() if row.noisy_to_noisy == Attends.ALL)
+        raise ValueError(
+            f"{where}: program must be one in which noisy tokens attend to all noisy ones for a model with "
+            f"full_attention, {dense}, got {config.program!r}"
+        )
 
 
 def _schedule(where: str, value: object) -> Schedule:

@@ -36,8 +36,9 @@ from ..objectives import GJD, OBJECTIVES, Objective
 from ..runtime.checks import choice, instance, whole, wholes
 from .candidates import Candidate
 from .chunk_forward import ChunkForward
-from .config import RolloutConfig
+from .config import RolloutConfig, check_full_attention
 from .frames import FRAME_DIM, STATE, check_finite, check_frames, to_device, with_frames
+from .full_forward import FullForward
 from .latent_ring import LatentRing
 from .layout import ChunkLayout
 from .solver import Solver
@@ -106,8 +107,8 @@ class RolloutEngine:
         Args:
             observation: ``[B, C, 1, y, x]`` latents of frame 0.
             text: ``[B, L, text_dim]`` raw embeddings.
-            objective: ``"joint"``, or with GJD also ``"forward_dynamics"`` and ``"inverse_dynamics"``: one frame a
-                chunk, text zeroed.
+            objective: ``"joint"``, or with GJD also ``"forward_dynamics"`` and ``"inverse_dynamics"``: text zeroed,
+                and one frame a chunk but for a model with ``full_attention``.
             context: Features ``[B, N, E]`` of each given stream that is made of features, by name.
             state: ``[B, 1, S]``, the robot's state at frame 0, for a model with ``state_dim``.
             bridge: ``[B, N, bridge_dim]``, for a model that has one and no ``bridge_layer``, until
@@ -119,6 +120,8 @@ class RolloutEngine:
                 objective that the program lacks, or a window whose keys and values exceed the device's memory.
         """
         c, program = self.model.config, self.config.program
+        if c.full_attention:
+            check_full_attention("start: RolloutConfig", self.config)
         possible = [name for name, o in OBJECTIVES.items() if rolls_out(c, program, o)]
         if not possible:
             raise ValueError(
@@ -179,7 +182,7 @@ class Episode:
         observed: For each rollout, the frame up to which its history was observed; the rest is predicted.
         chunk_size: Frames of a chunk: of the config, or 1 for a conditional objective.
         objective: Which streams are denoised and which are given.
-        cache: Keys and values of its history.
+        cache: Keys and values of its history; None of a model with ``full_attention``.
         ring: Its accepted frames.
         chunk: The chunk at work, noisy or clean: ``[B, C, chunk, y, x]`` and ``[B, chunk, n, A]``.
         layout, forward, solver: What computes a chunk.
@@ -196,9 +199,10 @@ class Episode:
         given = model.embed_context(context, batch)
         context_tokens = sum(stream.x.shape[1] for stream in given if stream is not None)
         actions = c.actions_per_frame if c.has_actions else 0
-        self.layout = ChunkLayout(config, objective, batch, grid, actions, context_tokens)
+        self.layout = ChunkLayout(config, objective, batch, grid, actions, context_tokens, c.full_attention)
         self.chunk_size = self.layout.chunk_size
-        self.cache = self.layout.new_cache(model)
+        self.cache = None if c.full_attention else self.layout.new_cache(model)
+        self._made_for = model.dtype, model.device
         dtype = at_least_float32(observation).dtype
         shapes = {VIDEO: observation.shape}
         if c.has_actions:
@@ -208,8 +212,11 @@ class Episode:
             for s, shape in shapes.items()
         }
         states = {STATE: torch.zeros(batch, 1, c.state_dim, dtype=dtype, device=model.device)} if c.state_dim else {}
-        self.ring = LatentRing(self.chunk | states, self.cache.frames)  # the same places as their keys
-        self.forward = ChunkForward(model, self.layout, self.cache, self.chunk)
+        self.ring = LatentRing(self.chunk | states, self.layout.ring_frames)  # the same places as their keys
+        if c.full_attention:
+            self.forward: ChunkForward = FullForward(model, self.layout, self.chunk)
+        else:
+            self.forward = ChunkForward(model, self.layout, self.cache, self.chunk)
         self.solver = Solver(self.forward, config)
         self.many: Solver | None = None
         self._text, self._bridge_length = text.clone(), cast(int | None, None)
@@ -274,8 +281,9 @@ class Episode:
         finally:
             (ring.next_frame, ring.observed, moment, stale), accepted = before, self._moment != before[2]
             self._moment = moment
-            # keys that were computed anew for the window of a chunk that is taken back are not those of this one
-            self._stale = stale or (accepted and self.config.cache == "recomputed")
+            # what was computed anew for the window of a chunk that is taken back is not that of this one
+            anew = self.config.cache == "recomputed" or self.cache is None
+            self._stale = stale or (accepted and anew)
             if skipping is not None and known is not None:
                 skipping.restore(known)
             if outermost:
@@ -310,8 +318,8 @@ class Episode:
             want: ``"both"``, ``"video"`` or ``"action"``: what the caller needs. What nothing needs is not computed.
             video_noise: ``[B, C, chunk, y, x]`` to start from; default drawn from ``generator``.
             action_noise: ``[B, chunk, n, A]``; default drawn from ``generator``, after the video's.
-            clean_video: ``[B, C, 1, y, x]``, the frame that the actions should reach; for inverse dynamics alone.
-            clean_action: ``[B, 1, n, A]``, the actions whose outcome is asked for; for forward dynamics alone.
+            clean_video: ``[B, C, chunk, y, x]``, the frames that the actions should reach; for inverse dynamics alone.
+            clean_action: ``[B, chunk, n, A]``, the actions whose outcome is asked for; for forward dynamics alone.
             generator: Draws the noise that is not given; both streams' always, so ``want`` does not change the numbers.
             full: Leave no forward out, whatever ``reuse_flow`` and ``reuse_chunk`` say: what their error is against.
             committed: ``[B, m, A]``, actions that are executed already or will be before this chunk is there, the first
@@ -473,7 +481,7 @@ class Episode:
             check_frames(f"accept: candidate.{STREAMS[s]}", t, s, self.chunk_size, self.chunk[s])
             check_finite(f"accept: candidate.{STREAMS[s]}", t)
         lost = zip(self.next_frame, self._needed or (), strict=False)
-        if any(f + self.chunk_size - self.cache.frames > needed for f, needed in lost):
+        if any(f + self.chunk_size - self.ring.frames > needed for f, needed in lost):
             raise ValueError(
                 f"accept: in a fork at most RolloutConfig.lookahead={self.config.lookahead} chunks beyond the last "
                 "observation, whose history must stay; raise lookahead"
@@ -685,7 +693,15 @@ class Episode:
         self.ring.mark_observed(counts)
 
     def _recompute_history(self) -> None:
-        """All keys and values that the next chunk attends to, as if its window were the whole episode."""
+        """All keys and values that the next chunk attends to, as if its window were the whole episode.
+
+        Of a model with ``full_attention`` the frame that runs with the chunk.
+        """
+        if isinstance(self.forward, FullForward):
+            for b, first in enumerate(self.next_frame):
+                self.forward.observed[b, :, 0].copy_(self.ring.frame(VIDEO, b, first - 1))
+            self._stale = False
+            return
         lows = [self.layout.first_visible(f) for f in self.next_frame]
         for back in range(self.layout.reach, 0, -self.chunk_size):
             firsts = [max(f - back, low) for f, low in zip(self.next_frame, lows, strict=True)]
@@ -833,16 +849,16 @@ class Episode:
                     f"observe: first_frame[{b}] must be {known}, the frame after the last observed one, "
                     f"got {first}, which {what}"
                 )
-            if count and reached - self.cache.frames > self.layout.first_visible(known):
+            if count and reached - self.ring.frames > self.layout.first_visible(known):
                 raise ValueError(
                     f"observe: rollout {b} was predicted to frame {reached}, so the history before frame {known} has "
                     f"left the cache; restart it, or raise RolloutConfig.lookahead, now {self.config.lookahead} chunks"
                 )
 
     def _check_model(self, call: str) -> None:
-        model, kept = self.model, self.cache.buffer
-        if model.dtype != kept.dtype or model.device != kept.device:
+        model, (dtype, device) = self.model, self._made_for
+        if model.dtype != dtype or model.device != device:
             raise ValueError(
-                f"{call}: model must be {kept.dtype} on {kept.device}, as the episode's keys and values are, got "
+                f"{call}: model must be {dtype} on {device}, as the episode's keys and values are, got "
                 f"{model.dtype} on {model.device}; start an episode after the model was moved or cast"
             )

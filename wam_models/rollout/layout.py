@@ -9,8 +9,13 @@ from ..config import ModelConfig
 from ..model.dual_expert import WorldActionModel
 from ..objectives import MODEL_PROGRAMS, Objective, geometry_for
 from ..runtime.checks import memory
-from .config import CONDITIONAL_CHUNK, CONDITIONAL_WINDOW, RolloutConfig
+from .config import CONDITIONAL_CHUNK, CONDITIONAL_WINDOW, RolloutConfig, check_full_attention
 from .stages import stages
+
+
+def frames_of_chunk(config: RolloutConfig, objective: Objective, full_attention: bool) -> int:
+    """Frames of a chunk: one of the conditional objectives, but for a model with ``full_attention``."""
+    return CONDITIONAL_CHUNK if objective.conditional and not full_attention else config.chunk_size
 
 
 class ChunkLayout:
@@ -23,10 +28,15 @@ class ChunkLayout:
         grid: Rows and columns of a frame's video tokens.
         action_tokens: Of a frame; 0 where the model has no actions.
         context_tokens: Those that every token attends to.
+        full_attention: Whether the frame before a chunk and the context attend to the chunk: nothing is cached.
+
+    Raises:
+        ValueError: ``full_attention`` with a config of rollouts over a longer history, or of another program.
 
     Attributes:
         streams: Those that there are.
         chunk_size: Frames of a chunk.
+        ring_frames: Accepted frames that are held: of the window and of what may be taken back.
         window: In order blocks.
         reach: Frames of history that a chunk attends to, at most.
         guided: Whether a forward is a batch of two: first all rollouts with their text, then all without.
@@ -37,21 +47,26 @@ class ChunkLayout:
 
     def __init__(
         self, config: RolloutConfig, objective: Objective, batch: int, grid: tuple[int, int], action_tokens: int,
-        context_tokens: int = 0,
+        context_tokens: int = 0, full_attention: bool = False,
     ) -> None:  # fmt: skip
-        conditional = objective.conditional
+        if full_attention:
+            check_full_attention("start: RolloutConfig", config)
+        # of one frame behind one frame, as they were trained
+        conditional = objective.conditional and not full_attention
+        self.full_attention = full_attention
         self.config, self.objective = config, objective
         self.batch, self.grid, self.action_tokens, self.context_tokens = batch, grid, action_tokens, context_tokens
         self.streams = (VIDEO, ACTION) if action_tokens else (VIDEO,)
-        self.chunk_size = CONDITIONAL_CHUNK if conditional else config.chunk_size
+        self.chunk_size = frames_of_chunk(config, objective, full_attention)
         # one that reaches the frame before the chunk
         self.window = CONDITIONAL_WINDOW if conditional or config.cache == "last_frame" else config.window
-        self.guided = any(config.guidance_of(s) != 1 for s in self.streams) and not conditional
+        self.guided = any(config.guidance_of(s) != 1 for s in self.streams) and not objective.conditional
         self.samples = 2 * batch if self.guided else batch
         # A query of the stream that is resolved first attends to its other stream one order block further back: half a
         # chunk, if the window is odd. OpenWAM's rollouts cut that off.
         order_blocks = self.window + 1 if config.cache == "persistent" else self.window
         self.reach = 1 if config.cache == "last_frame" else order_blocks // 2 * self.chunk_size
+        self.ring_frames = self.reach + config.lookahead * self.chunk_size
         # Where later chunks attend to video alone, clean actions matter only to the clean video of their own chunk, in
         # programs in which that attends to them.
         video_only = conditional or config.history == "video_only"
@@ -83,11 +98,13 @@ class ChunkLayout:
 
     @property
     def cached_frames(self) -> int:
-        """Those of the window and of what may be taken back, and the chunk at work twice, clean and noisy."""
-        return self.reach + (self.config.lookahead + 2) * self.chunk_size
+        """Those of the rings, and the chunk at work twice, clean and noisy."""
+        return self.ring_frames + 2 * self.chunk_size
 
     def cache_bytes(self, c: ModelConfig, itemsize: int) -> int:
         """Of the keys and values that :meth:`new_cache` allocates for a model of ``c``."""
+        if self.full_attention:
+            return 0
         token = 2 * c.layers * c.inner * itemsize
         frames = self.cached_frames
         if self.config.candidates > 1:
@@ -118,7 +135,7 @@ class ChunkLayout:
             video_tokens=self.grid[0] * self.grid[1],
             action_tokens=self.action_tokens,
             chunk_size=self.chunk_size,
-            frames=self.reach + config.lookahead * self.chunk_size,
+            frames=self.ring_frames,
             context_tokens=self.context_tokens,
             candidates=config.candidates,
             clean_candidates=self.clean_candidates,

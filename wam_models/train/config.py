@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from wam_kernels import PROGRAMS
 
-from ..bridge import video_attends_to_actions
+from ..bridge import rolls_out, video_attends_to_actions
 from ..config import ModelConfig
 from ..data import ClipDataset
 from ..data.clips import ACTION_FREE, COUNTERFACTUAL, TRAIN
@@ -17,7 +17,7 @@ from ..data.latents import PATCH
 from ..flow import COUPLINGS, LEVELS_PER, SHIFTS, TimestepDraw
 from ..objectives import GJD, GJD_MIXTURE, OBJECTIVES
 from ..rollout import RolloutConfig
-from ..rollout.config import CONDITIONAL_CHUNK
+from ..rollout.config import CONDITIONAL_CHUNK, check_full_attention
 from ..runtime.checks import check_field, choice, number, whole
 from ..runtime.json_fields import from_fields
 from ..runtime.limits import LARGEST_SIZE
@@ -215,7 +215,10 @@ class TrainConfig(SampleConfig):
             check_field(self, "stop_gradient", stream_pairs)
         check_field(self, "levels_per", choice, LEVELS_PER)
         check_field(self, "coupling", choice, COUPLINGS)
-        self.default_rollout()
+        rollout = self.default_rollout()
+        if self.model.full_attention:
+            check_full_attention("TrainConfig: rollout", rollout)
+            _check_one_chunk(self)
 
     def to_dict(self) -> dict[str, Any]:
         """A dict that ``json.dumps`` takes."""
@@ -259,8 +262,8 @@ class TrainConfig(SampleConfig):
         """What a step may be trained on, such that the samples keep the weights of ``mixture`` and ``counterfactual``.
 
         A step has one program for all its samples. The conditional objectives share steps of their own, in which each
-        sample draws its objective; their chunks are of one frame, as in a rollout. ``frozen`` are the streams, of
-        ``video`` and ``action``, of which nothing trains.
+        sample draws its objective; their chunks are those of a rollout, of one frame but for ``full_attention``.
+        ``frozen`` are the streams, of ``video`` and ``action``, of which nothing trains.
         """
         common = StepConfig(
             **{f.name: getattr(self, f.name) for f in fields(SampleConfig)},
@@ -281,9 +284,9 @@ class TrainConfig(SampleConfig):
         kinds = [StepKind(joint / len(self.programs), replace(common, program=p), splits) for p in self.programs]
         shares = {TRAIN: sum(share.values()), COUNTERFACTUAL: sum(self.counterfactual.values()) / total}
         if conditional := sum(shares.values()):
-            one = (CONDITIONAL_CHUNK, CONDITIONAL_CHUNK)
+            sizes = self.chunk_sizes if self.model.full_attention else (CONDITIONAL_CHUNK, CONDITIONAL_CHUNK)
             of_train = share if shares[TRAIN] else self.counterfactual  # of no sample then
-            step = replace(common, program=GJD, mixture=of_train, chunk_sizes=one)
+            step = replace(common, program=GJD, mixture=of_train, chunk_sizes=sizes)
             kinds.append(StepKind(conditional, step, {name: part / conditional for name, part in shares.items()}))
         return kinds
 
@@ -295,9 +298,10 @@ class TrainConfig(SampleConfig):
         """
         possible = [p for p in self.programs if PROGRAMS[p].has_rollout]
         joint = "joint" in possible or not possible or not self.mixture.get("joint")
+        cache = "persistent" if self.model.bridge_layer is None else "recomputed"
         found = {
             "program": GJD if joint else possible[0],
-            "cache": "persistent" if self.model.bridge_layer is None else "recomputed",
+            "cache": "last_frame" if self.model.full_attention else cache,
             "chunk_size": self.chunk_sizes[1],
             "window": 4,
             "history": self.history,
@@ -341,6 +345,27 @@ def _check_objectives(config: TrainConfig) -> None:
     if not config.model.has_actions and any(of_actions.values()):
         raise ValueError(
             f"TrainConfig: {', '.join(of_actions)} must be 0 for a model without actions, got {of_actions}"
+        )
+
+
+def _check_one_chunk(config: TrainConfig) -> None:
+    """What a model with ``full_attention`` can learn: a clip is the observed frame and one chunk."""
+    if config.chunk_sizes != (config.frames - 1,) * 2:
+        raise ValueError(
+            "TrainConfig: chunk_sizes must be [frames - 1, frames - 1] with model.full_attention, one chunk behind the "
+            f"observed frame, got {list(config.chunk_sizes)} with frames={config.frames}"
+        )
+    for name in ("tokens", "imagined_history"):
+        if getattr(config, name):
+            raise ValueError(
+                f"TrainConfig: {name} must be 0 with model.full_attention, whose clips are of one length and have no "
+                f"history but the observed frame, got {getattr(config, name)}"
+            )
+    others = [p for p in config.programs if not rolls_out(config.model, p, OBJECTIVES["joint"])]
+    if others:
+        raise ValueError(
+            "TrainConfig: programs must be of those in which noisy tokens attend to all noisy ones with "
+            f"model.full_attention, as joint, got {others}"
         )
 
 

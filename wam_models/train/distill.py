@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from wam_kernels import Plan, compile_plan
-from wam_kernels.masks.context import with_context
 from wam_kernels.masks.visibility import ACTION, VIDEO
 
 from ..data import ClipDataset
 from ..flow import TRAIN_TIMESTEPS, add_noise, like, noise_levels, timesteps
 from ..model.blocks import Uncast
 from ..model.dual_expert import WorldActionModel
-from ..objectives import MODEL_PROGRAMS, OBJECTIVES, frames_before_chunks, geometry_for
+from ..objectives import MODEL_PROGRAMS, OBJECTIVES, frames_before_chunks, sample_for
 from ..rollout import RolloutConfig, Schedule
 from ..rollout.frames import FRAME_DIM
 from ..rollout.policy import Policy
@@ -44,7 +43,8 @@ class DistillConfig:
         teacher_steps: N, Euler steps of each stream that become one.
         steps: Of the training.
         batch: Clips of a step.
-        chunks: Of a clip, behind its first frame; as many as the episodes have room for.
+        chunks: Of a clip, behind its first frame; as many as the episodes have room for. One of a model with
+            ``full_attention``.
         learning_rate: Of AdamW; rises over the first tenth of the steps and falls linearly to 0.
         average: Of the moving average, which gives the targets and is what is kept: how much of it stays at a step.
         clip_norm: Longest gradient.
@@ -101,7 +101,7 @@ def distill(
             raise ValueError(f"distill: policy must have {name}={only}, got {value}")
     size = rollout.chunk_size
     longest = max(data.length(i) for i in data.train)
-    chunks = min(config.chunks, (longest - 1) // size)
+    chunks = min(1 if c.full_attention else config.chunks, (longest - 1) // size)
     if not chunks:
         raise ValueError(f"distill: data must have an episode of {1 + size} latent frames, the longest has {longest}")
     generator = torch.Generator().manual_seed(whole("distill: seed", seed, 0))
@@ -139,13 +139,14 @@ class _Pair:
         self.teacher, self.frames, self.size = policy.model, frames, rollout.chunk_size
         c, device = policy.model.config, policy.model.device
         rows, columns = policy.model.token_grid(*latent)
-        geometry = geometry_for(
+        self.full_attention = c.full_attention
+        sample = sample_for(
             rollout.program, OBJECTIVES["joint"], frames=frames, video_tokens=rows * columns,
             action_tokens=c.actions_per_frame if c.has_actions else 0, chunk_size=self.size, window=rollout.window,
-            history=rollout.history,
+            history=rollout.history, context=sum(stream.tokens for stream in c.context),
+            full_attention=self.full_attention,
         )  # fmt: skip
-        given = sum(stream.tokens for stream in c.context)
-        self.plan: Plan = compile_plan(with_context(geometry, given) if given else geometry, device=device)
+        self.plan: Plan = compile_plan(sample, device=device)
         shifts = {VIDEO: rollout.video_shift} | ({ACTION: rollout.action_shift} if c.has_actions else {})
         self.levels = {s: noise_levels(config.teacher_steps, shift).to(device) for s, shift in shifts.items()}
         self.together = any(len(resolved) > 1 for resolved in MODEL_PROGRAMS[rollout.program].stages)
@@ -169,14 +170,18 @@ class _Pair:
 
         def flows(model: WorldActionModel, x: dict[int, Tensor], levels: dict[int, Tensor]) -> dict[int, Tensor]:
             of = {s: Uncast(timesteps(level)) for s, level in levels.items()}
+            copies = {} if self.full_attention else clean
             found = model(
-                x[VIDEO], clean[VIDEO], x.get(ACTION), clean.get(ACTION), of[VIDEO], of.get(ACTION), text, self.plan,
-                **told,
+                x[VIDEO], copies.get(VIDEO), x.get(ACTION), copies.get(ACTION), of[VIDEO], of.get(ACTION), text,
+                self.plan, **told,
             )  # fmt: skip
             return {s: found[s] for s in x}
 
         places = self._places(len(text), generator)
         now, then = ({s: self.levels[s][places[s].to(device) + k] for s in self.levels} for k in (0, 1))
+        if self.full_attention:  # the observed frame is one of the chunk, and given
+            for levels in (now, then):
+                levels[VIDEO] = torch.cat([torch.zeros_like(levels[VIDEO][:, :1]), levels[VIDEO][:, 1:]], 1)
         x = {}
         for s, data in clean.items():
             noise = torch.randn(data.shape, generator=generator).to(device)

@@ -7,7 +7,6 @@ numbers it would have had.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -15,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from wam_kernels import Geometry, Plan, RuleGeometry, compile_plan
-from wam_kernels.masks.context import with_context
+from wam_kernels import Plan, compile_plan
 
 from ..bridge import bridge_video, video_attends_to_actions
 from ..flow import add_noise, like, target, timesteps
@@ -28,7 +26,7 @@ from ..objectives import (
     Objective,
     draw_objectives,
     frames_before_chunks,
-    geometry_for,
+    sample_for,
 )
 from ..runtime.checks import instance
 from .samples import StepConfig, error_sums
@@ -50,7 +48,9 @@ def training_step(
     A sample's loss is the mean squared error of its flows over the tokens that count, the batch's the mean over
     samples, so a sample weighs the same whatever the objectives of the others. Frame 0 is the observed start-up
     frame: a rollout never generates it, so it carries no loss; its clean video is attended to, its action tokens are
-    not. On a GPU run it under ``torch.autocast`` in bf16, with a bf16 model, or with FSDP2 and
+    not. Of a model with ``full_attention`` it is a frame of the one copy of the video.
+
+    On a GPU run it under ``torch.autocast`` in bf16, with a bf16 model, or with FSDP2 and
     ``MixedPrecisionPolicy(param_dtype=torch.bfloat16)``: ``fully_shard`` each of
     ``model.packed_block_stack.packed_blocks``, then the model. Experts and attentions cannot be sharded on their own:
     they are entered by other methods than ``forward``.
@@ -104,7 +104,13 @@ def training_step(
         if video_attends_to_actions(config.program, config.history):
             imagined = learned  # to the video of earlier chunks, the actions' features are of the future
     given = sum(s.tokens or batch[s.name].shape[1] for s in inside.config.context)
-    samples = _visibility(config, d.objectives, d.action_free, given, sizes)
+    samples = [
+        sample_for(
+            config.program, o, history=config.history, context=given, action_free=free,
+            full_attention=inside.config.full_attention, **sizes,
+        )
+        for o, free in zip(d.objectives, d.action_free, strict=True)
+    ]  # fmt: skip
     one = len(set(samples)) == 1
     plan = compile_plan(samples[0] if one else samples, device=inside.device, stop_gradient=config.stop_gradient)
     if config.imagined_history:
@@ -207,14 +213,24 @@ def _draw(
     keeps_text = keeps_text * draw_kept_text(config.text_dropout, B, generator).to(device)
     imagines, imagination_noise = torch.zeros(B, dtype=torch.bool), torch.zeros(B)
     if config.imagined_history:  # else nothing is drawn, and every run goes on with the numbers that it had
+        if model.config.full_attention:
+            raise ValueError(
+                "training_step: config.imagined_history must be 0 for a model with full_attention, which has no "
+                f"history but the observed frame, got {config.imagined_history}"
+            )
         imagines = torch.rand(B, generator=generator, device=draws) < config.imagined_history
         imagination_noise = torch.randn(video.shape, generator=generator, dtype=torch.float32, device=draws)
+    video_sigma = video_sigma.to(device).masked_fill(video_marginal, 1.0) * denoises_video
+    if (
+        model.config.full_attention
+    ):  # the observed frame is one of the chunk, at the level that its clean copy would have
+        video_sigma = torch.cat([history_sigma[:, :1], video_sigma[:, 1:]], 1)
     return (
         chunk_size,
         window,
         Drawn(
             video, action, text, video_noise, history_noise, action_noise,
-            video_sigma=video_sigma.to(device).masked_fill(video_marginal, 1.0) * denoises_video,
+            video_sigma=video_sigma,
             history_sigma=history_sigma,
             action_sigma=action_sigma.to(device).masked_fill(action_marginal, 1.0) * denoises_action,
             keeps_text=keeps_text,
@@ -236,16 +252,17 @@ def _draw(
 def _flows(model: WorldActionModel, d: Drawn, plan: Plan, told: Mapping[str, Any], impl: str | None) -> Sequence[Any]:
     """What the model answers to what was drawn."""
     has_actions = bool(d.action.shape[2])
+    two_copies = not getattr(model, "module", model).config.full_attention
     return model(
         noised_video(d.video, d.video_noise, d.video_sigma),
-        noised_video(d.history, d.history_noise, d.history_sigma),
+        noised_video(d.history, d.history_noise, d.history_sigma) if two_copies else None,
         add_noise(d.action, d.action_noise, d.action_sigma) if has_actions else None,
-        d.action if has_actions else None,
+        d.action if has_actions and two_copies else None,
         Uncast(timesteps(d.video_sigma)),
         Uncast(timesteps(d.action_sigma)) if has_actions else None,
         torch.where(d.keeps_text[:, :, None] > 0, d.text, 0),
         plan,
-        clean_video_timesteps=Uncast(timesteps(d.history_sigma)),
+        clean_video_timesteps=Uncast(timesteps(d.history_sigma)) if two_copies else None,
         impl=impl,
         **told,
     )
@@ -304,18 +321,6 @@ def draw_sample_objectives(
     if any(c and free for c, free in zip(counterfactual, action_free, strict=True)):
         raise ValueError("training_step: a sample must not be both counterfactual and action_free; got one that is")
     return [OBJECTIVES["joint"] if free else o for o, free in zip(drawn, action_free, strict=True)]
-
-
-def _visibility(
-    config: StepConfig, objectives: list[Objective], action_free: list[bool], context: int, sizes: dict[str, int]
-) -> Sequence[Geometry | RuleGeometry]:
-    """Who attends to whom in each sample; to the actions of one that has none, nothing does."""
-    geometries = [geometry_for(config.program, o, history=config.history, **sizes) for o in objectives]
-    geometries = [
-        replace(g, startup_action_frames=g.action_frames) if free else g
-        for g, free in zip(geometries, action_free, strict=True)
-    ]
-    return [with_context(g, context) for g in geometries] if context else geometries
 
 
 def draw_marginals(
