@@ -173,6 +173,7 @@ def option_rows(model: WorldActionModel, seed: int, chunks: int) -> Iterator[Row
 
 def held(episode: Episode) -> float:
     """Megabytes of keys, values and latents, in use of an episode and its candidates."""
+    assert episode.cache is not None
     tensors = [episode.cache.buffer, *episode.chunk.values(), *episode.ring.latents.values()]
     tensors += [] if episode.many is None else episode.many.forward.latents.values()
     return round(sum(t.numel() * t.element_size() for t in tensors) / 1e6, 3)
