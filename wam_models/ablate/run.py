@@ -21,6 +21,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -37,6 +38,7 @@ from ..rollout import RolloutConfig, RolloutEngine
 from ..rollout.policy import PICTURES, Policy
 from ..runtime.files import new_file
 from ..runtime.json_fields import read_json
+from ..runtime.processes import end_with_parent
 from ..runtime.threads import set_threads
 from ..simulator.evaluate import Task, evaluate
 from ..simulator.process import SimulatorFailure, SimulatorPool, SimulatorProcess
@@ -154,6 +156,7 @@ def run_all(
     Raises:
         ValueError: a folder of another protocol, or one in which another process runs; simulators that do not fit.
         SimulatorFailure: a simulator that cannot be made.
+        ChildProcessError: a process with an arm was killed.
     """
     open_folder(out, protocol)
     try:
@@ -189,8 +192,15 @@ def _run_units(
                 done(unit, run_unit(out, unit, pools[unit.track], device))
         return
     # a new process for each unit: what one leaves behind does not reach the next
-    with ProcessPoolExecutor(processes, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        run_everywhere(todo, lambda unit: pool.submit(run_unit, out, unit, None, device), processes, done)
+    spawn = get_context("spawn")
+    try:
+        with ProcessPoolExecutor(processes, spawn, initializer=end_with_parent, max_tasks_per_child=1) as pool:
+            run_everywhere(todo, lambda unit: pool.submit(run_unit, out, unit, None, device), processes, done)
+    except BrokenProcessPool as error:
+        raise ChildProcessError(
+            f"--processes {processes}: a process with an arm was killed, as the system does where memory runs out; the "
+            "same command goes on, with what is done; give it fewer processes"
+        ) from error
 
 
 def run_everywhere(

@@ -50,6 +50,7 @@ def write_lerobot(
     action_names: Sequence[str],
     robot: str,
     picture_every: int = 1,
+    texts: Mapping[Path, str] | None = None,
 ) -> None:
     """Write a data set that :class:`~.lerobot.LeRobotDataset` and lerobot read; ``out`` is all there or not at all.
 
@@ -63,6 +64,7 @@ def write_lerobot(
         robot: ``robot_type`` of info.json.
         picture_every: Rows from one picture to the next; the rows between repeat it. ``picture_every`` of the cameras'
             features in info.json, where it is not 1.
+        texts: Further files, by their path in the folder.
 
     Raises:
         OSError: no room, or no right to write.
@@ -119,6 +121,8 @@ def write_lerobot(
         "features": features,
     }
     (partial / "meta/info.json").write_text(json.dumps(info, indent=1) + "\n")
+    for path, text in (texts or {}).items():
+        (partial / path).write_text(text)
     partial.rename(out)
 
 

@@ -129,9 +129,8 @@ def record(
     write_lerobot(
         out, episodes, fps=one.control_freq, splits={k: v for k, v in splits.items() if v[1] > v[0]},
         state_names=one.state_names, action_names=one.action_names, robot=names[0].partition("/")[0],
-        picture_every=config.picture_every,
+        picture_every=config.picture_every, texts={SETTINGS: json.dumps(settings, indent=1) + "\n"},
     )  # fmt: skip
-    (out / SETTINGS).write_text(json.dumps(settings, indent=1) + "\n")
     shutil.rmtree(attempts)
     return {name: (wanted, tried) for name, (_, tried) in chosen.items()}
 
