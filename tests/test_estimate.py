@@ -126,6 +126,7 @@ def test_flops_of_a_chunk_of_full_attention_are_those_that_torch_counts(config, 
         ("decoupled_same_step", {"cache": "last_frame"}),
         ("action_then_video", {"history": "video_only"}),
         ("action_noisy_to_video", {"video": Schedule(steps=1), "action": Schedule(steps=4, solver="heun")}),
+        ("joint", {"video": Schedule(steps=2), "action": Schedule(steps=5), "interleave": True, "reuse_keys": True}),
         ("video_then_action", {"video": Schedule(steps=3, stop=0.2), "candidates": 3}),
     ],
 )

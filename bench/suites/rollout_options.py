@@ -48,18 +48,28 @@ TEXT_TOKENS, STEPS, CHUNKS = 8, 8, 5
 FULL = RolloutConfig(program="joint", history="video_only", window=8, steps=STEPS)
 HALF: dict[str, Any] = {"steps": STEPS // 2}
 UNIPC, HEUN = ({s: Schedule(solver=solver) for s in ("video", "action")} for solver in ("unipc", "heun"))
+FEW_VIDEO, FEW_ACTION = ({s: Schedule(steps=2)} for s in ("video", "action"))
+BOTH_RATES = {"interleave": True, "reuse_keys": True}
 VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     "full": ({}, "both"),
     "half the steps": (HALF, "both"),
     "half the steps, UniPC": (HALF | UNIPC, "both"),
     "as many forwards, Heun": (HALF | HEUN, "both"),
-    "2 video steps": ({"video": Schedule(steps=2)}, "both"),
+    "2 video steps": (FEW_VIDEO, "both"),
+    "2 video steps, reuse_keys": (FEW_VIDEO | {"reuse_keys": True}, "both"),
+    "2 video steps, interleaved": (FEW_VIDEO | {"interleave": True}, "both"),
+    "2 video steps, interleaved, reuse_keys": (FEW_VIDEO | BOTH_RATES, "both"),
+    "2 action steps": (FEW_ACTION, "both"),
+    "2 action steps, interleaved, reuse_keys": (FEW_ACTION | BOTH_RATES, "both"),
     "video stops at 0.5": ({"video": Schedule(stop=0.5)}, "both"),
-    "2 action steps, action alone": ({"action": Schedule(steps=2)}, "action"),
+    "2 action steps, action alone": (FEW_ACTION, "action"),
     "from the observation, 0.7": ({"video": Schedule(steps=STEPS // 2, start=0.7)}, "both"),
     "reuse_flow": ({"reuse_flow": 0.9}, "both"),
     "reuse_chunk": ({"reuse_chunk": 0.9}, "both"),
     "UniPC and reuse_flow": (HALF | UNIPC | {"reuse_flow": 0.9}, "both"),
+    "UniPC, 2 video steps, interleaved, reuse_keys, reuse_flow": (
+        HALF | UNIPC | BOTH_RATES | {"video": Schedule(steps=2, solver="unipc"), "reuse_flow": 0.9}, "both",
+    ),
     # one forward of video, and from then on action tokens alone
     "video features once": ({"program": "video_noisy_to_action", "video": Schedule(steps=0)}, "action"),
 }  # fmt: skip

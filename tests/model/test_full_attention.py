@@ -188,6 +188,7 @@ def test_refusals_name_the_field():
     for changes, message in (
         ({"cache": "persistent"}, "cache must be 'last_frame' for a model with full_attention"),
         ({"program": "video_then_action"}, "program must be one in which noisy .* got 'video_then_action'"),
+        ({"reuse_keys": True}, "reuse_keys must be False for a model with full_attention"),
     ):
         with pytest.raises(ValueError, match=message):
             RolloutEngine(model, rollout(**changes)).start(first, text)

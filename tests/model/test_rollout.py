@@ -92,36 +92,68 @@ def attend_densely(geometry):
     return attend
 
 
+def with_reused_keys(attend, frames, memory, reused):
+    """``attend`` where the noisy tokens of the streams in ``reused`` have the keys and values of the call before."""
+    rows = {"video": slice(0, frames * TOKENS)}
+    rows["action"] = slice(2 * frames * TOKENS, 2 * frames * TOKENS + frames * ACTION_TOKENS)
+
+    def attended(layer, q, *kv):
+        kv = tuple(t.clone() for t in kv)
+        for stream, own in rows.items():
+            for i, t in enumerate(kv):
+                if stream in reused:
+                    t[:, own] = memory[layer, stream, i]
+                memory[layer, stream, i] = t[:, own].clone()
+        return attend(layer, q, *kv)
+
+    return attended
+
+
+def dense_forward(episode, now, clean, levels, clean_level, attend):
+    """Flows of the chunk ``now`` at its ``levels``, of one packed forward over the window that ends with it."""
+    past_video, past_action = (torch.stack(t) for t in zip(*(episode.accepted(b) for b in range(B)), strict=True))
+    chunk = now["video"].shape[2]
+    past = min(episode.layout.reach, episode.next_frame[0])
+    junk_video, junk_action = real(past, 90)
+    text = randn(B, 3, 8, seed=1)
+    t = {k: torch.full((B, past + chunk), 500.0, dtype=x.dtype) for k, x in now.items()}
+    at_level = torch.zeros_like(t["video"])
+    at_level[:, past:] = 1000 * clean_level
+    for k, level in levels.items():
+        t[k][:, past:] = 1000 * level
+    video, action = episode.model(
+        torch.cat([junk_video, now["video"]], 2),
+        torch.cat([past_video[:, :, -past:], clean["video"]], 2),
+        torch.cat([junk_action, now["action"]], 1),
+        torch.cat([past_action[:, -past:], clean["action"]], 1),
+        t["video"],
+        t["action"],
+        torch.zeros_like(text) if episode.objective.conditional else text,
+        clean_video_timesteps=at_level,
+        attend=attend,
+        frame_start=episode.next_frame[0] - past,
+    )
+    return {"video": video[:, :, past:], "action": action[:, past:]}
+
+
 def dense_chunk(episode, video, action, *, update=("video", "action"), committed=None):
     """A chunk denoised by packed forwards with dense masks over window and chunk, written from the spec alone.
 
     Everything that the chunk must not attend to (noisy copies of history, clean copies of the unresolved) holds junk.
     """
-    config, model, conditional = episode.config, episode.model, episode.objective.conditional
+    config, conditional = episode.config, episode.objective.conditional
     chunk, window = (1, 3) if conditional else (config.chunk_size, config.window)
     (next_frame,) = set(episode.next_frame)
     past = min(window // 2 * chunk, next_frame)
-    start_frame = next_frame - past
-    past_video, past_action = (torch.stack(t) for t in zip(*(episode.accepted(b) for b in range(B)), strict=True))
     program = "joint" if config.program == GJD else config.program
-    attend = attend_densely(
-        Geometry(
-            program=program,
-            video_frames=past + chunk,
-            video_tokens=TOKENS,
-            action_frames=past + chunk,
-            action_tokens=ACTION_TOKENS,
-            chunk_size=chunk,
-            window=window,
-            history=config.history,
-            chunk_origin=past,
-            startup_action_frames=int(start_frame == 0),
-            conditional_history="previous_boundary_video_only" if conditional else None,
-        )
-    )
-    junk_video, junk_action = real(past, 90)
-    text = randn(B, 3, 8, seed=1)
-    text = torch.zeros_like(text) if conditional else text
+    geometry = Geometry(
+        program=program, video_frames=past + chunk, video_tokens=TOKENS, action_frames=past + chunk,
+        action_tokens=ACTION_TOKENS, chunk_size=chunk, window=window, history=config.history, chunk_origin=past,
+        startup_action_frames=int(next_frame == past),
+        conditional_history="previous_boundary_video_only" if conditional else None,
+    )  # fmt: skip
+    memory, reused, flows = {}, [], {}
+    attend = with_reused_keys(attend_densely(geometry), past + chunk, memory, reused)
     order = {Attends.ACTION_TO_VIDEO: ("video", "action"), Attends.VIDEO_TO_ACTION: ("action", "video")}
     order = order.get(MODEL_PROGRAMS[program].noisy_to_clean)
     stages = [(s,) for s in order] if order else [update]
@@ -129,7 +161,6 @@ def dense_chunk(episode, video, action, *, update=("video", "action"), committed
     now, clean_level = {"video": video, "action": action}, 0.0
     paths = {name: config.trajectory(i) for i, name in enumerate(now)}
     levels = {k: path.levels.tolist() for k, path in paths.items()}
-    lasts = {"video": past_video[:, :, -1:], "action": past_action[:, -1:]}
     first_noise, held = action.flatten(1, 2), 0 if committed is None else committed.shape[1]
 
     def hold(level):
@@ -139,40 +170,39 @@ def dense_chunk(episode, video, action, *, update=("video", "action"), committed
             flat[:, :held] = (1 - level) * committed + level * first_noise[:, :held]
             now["action"] = flat.reshape(now["action"].shape)
 
+    def step(k):
+        """A stream's latents after its flow, and what its solver keeps."""
+        before = [flows.pop(k), *states[k]]
+        rows = paths[k].updates[done[k]].tolist()
+        states[k] = [sum(w * x for w, x in zip(row, before, strict=True) if w) for row in rows]
+        now[k], done[k] = states[k][0], done[k] + 1
+        if k == "action":
+            hold(levels[k][done[k]])
+            states[k][0] = now[k]
+
     for k in (k for stage in stages for k in stage):
-        start = paths[k].levels[0].item()
-        now[k] = (1 - start) * lasts[k] + start * now[k]
+        start, last = levels[k][0], [episode.accepted(b)[k == "action"] for b in range(B)]
+        last = torch.stack([frames[:, -1:] if k == "video" else frames[-1:] for frames in last])
+        now[k] = (1 - start) * last + start * now[k]
     hold(levels["action"][0])
     for stage in stages:
         states = {k: [now[k], *[torch.full_like(now[k], torch.nan)] * paths[k].kept] for k in stage}
-        for i in range(max(paths[k].forwards for k in stage)):
-            t = {k: torch.full((B, past + chunk), 500.0, dtype=video.dtype) for k in now}
-            for k in now:
-                t[k][:, past:] = 1000 * levels[k][min(i, paths[k].forwards)] if k in stage else 0.0
-            at_level = torch.full((B, past + chunk), 0.0, dtype=video.dtype)
-            at_level[:, past:] = 1000 * clean_level
-            flow_video, flow_action = model(
-                torch.cat([junk_video, now["video"]], 2),
-                torch.cat([past_video[:, :, -past:], clean["video"]], 2),
-                torch.cat([junk_action, now["action"]], 1),
-                torch.cat([past_action[:, -past:], clean["action"]], 1),
-                t["video"],
-                t["action"],
-                text,
-                clean_video_timesteps=at_level,
-                attend=attend,
-                frame_start=start_frame,
-            )
-            flows = {"video": flow_video[:, :, past:], "action": flow_action[:, past:]}
-            for k in stage:
-                if i < paths[k].forwards:
-                    before = [flows[k], *states[k]]
-                    rows = paths[k].updates[i].tolist()
-                    states[k] = [sum(w * x for w, x in zip(row, before, strict=True) if w) for row in rows]
-                    now[k] = states[k][0]
-                    if k == "action":
-                        hold(levels[k][i + 1])
-                        states[k][0] = now[k]
+        done, counts = dict.fromkeys(stage, 0), {k: paths[k].forwards for k in stage}
+        most = max(counts.values())
+        spread = {k: [j * most // n if config.interleave else j for j in range(n)] for k, n in counts.items()}
+        for i in range(most):
+            live = [k for k in stage if i in spread[k]]
+            for k in [k for k in live if k in flows]:
+                step(k)
+            idle = [k for k in stage if k not in live and i > (0 if config.interleave else counts[k])]
+            reused[:] = idle * config.reuse_keys
+            at = {k: levels[k][done[k]] if k in stage else 0.0 for k in now}
+            found = dense_forward(episode, now, clean, at, clean_level, attend)
+            flows |= {k: found[k] for k in live}
+            for k in live if not config.interleave else ():
+                step(k)
+        for k in [*flows]:
+            step(k)
         for k in stage:
             clean[k] = now[k]
             clean_level = paths[k].end if k == "video" else clean_level

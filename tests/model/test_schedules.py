@@ -111,6 +111,7 @@ def test_any_schedules_equal_packed_forwards(data):
     config = {"video": data.draw(schedules(), "video"), "action": data.draw(schedules(action=True), "action")}
     config |= {"history": data.draw(st.sampled_from(("full", "video_only")), "history"), "chunk_size": 2}
     config |= {"window": data.draw(st.integers(2, 5), "window"), "cache": "recomputed"}
+    config |= {"interleave": data.draw(st.booleans(), "interleave")}
     want = data.draw(st.sampled_from(("both", "action")), "want")
     count = data.draw(st.sampled_from((1, 2)), "candidates")
     episode = started(program, candidates=count, **config)
@@ -164,25 +165,71 @@ def test_actions_that_are_committed():
         given.propose(committed=committed, video_noise=noises(1, 0)["video_noise"], clean_action=real(1, 5)[1])
 
 
+@pytest.mark.parametrize("program", ["joint", "video_noisy_to_action"])
+@pytest.mark.parametrize("interleave", [False, True])
+@pytest.mark.parametrize("video,action", [(2, 5), (5, 2)], ids=str)
+def test_keys_that_are_used_again_are_those_of_the_last_forward(program, interleave, video, action):
+    """Packed forwards in which a stream between its steps has the keys and values that it had, which changes nothing
+    where it attends to itself alone; without, packed forwards at the same noise levels."""
+    steps = {"video": Schedule(steps=video, solver="heun"), "action": Schedule(steps=action)}
+    options = steps | {"cache": "recomputed", "interleave": interleave}
+    exact, reused = (started(program, reuse_keys=r, **options) for r in (False, True))
+    for e in (exact, reused):
+        e.observe(*real(3, 3))
+    noise = noises(2, 0)
+    full, found = exact.propose(**noise), reused.propose(**noise)
+    for episode, candidate in ((exact, full), (reused, found)):
+        wanted_video, wanted_action = dense_chunk(episode, *noise.values())
+        assert_same(candidate.video, wanted_video)
+        assert_same(candidate.action, wanted_action)
+    same = [torch.allclose(getattr(found, s), getattr(full, s), atol=1e-10) for s in ("video", "action")]
+    assert all(same) == (program != "joint")
+    again = reused.propose(full=True, **noise)
+    assert_same(again.action, full.action)
+    assert_same(again.video, full.video)
+
+
+def test_a_forward_whose_keys_are_used_again_is_not_left_out():
+    """Of 3 video steps and 4 of actions all run: the last of video leaves keys to the actions' own forward."""
+    steps = {"video": Schedule(steps=3), "action": Schedule(steps=4), "reuse_flow": -1.0}
+    episode = started("joint", interleave=True, reuse_keys=True, **steps)
+    rows = counted_rows(episode.model)
+    assert episode.propose(**noises(2, 0)).forwards == (4, 4) and rows == [BOTH, BOTH, BOTH, ACTION]
+
+
+INTERLEAVE, REUSE = {"interleave": True}, {"reuse_keys": True}
+
+
 @pytest.mark.parametrize(
-    "program,video,action,want,expected",
+    "program,video,action,want,options,expected",
     [
         # video is done first: what attends to it reads its keys where they are, unless it attends to what goes on
-        ("video_noisy_to_action", 1, 3, "both", [BOTH, BOTH, ACTION]),
-        ("video_noisy_to_action", 0, 3, "action", [BOTH, ACTION, ACTION]),
-        ("joint", 1, 3, "both", [BOTH, BOTH, BOTH]),
-        ("action_noisy_to_video", 1, 3, "both", [BOTH, ACTION, ACTION]),
+        ("video_noisy_to_action", 1, 3, "both", {}, [BOTH, BOTH, ACTION]),
+        ("video_noisy_to_action", 0, 3, "action", {}, [BOTH, ACTION, ACTION]),
+        ("joint", 1, 3, "both", {}, [BOTH, BOTH, BOTH]),
+        ("joint", 1, 3, "both", REUSE, [BOTH, BOTH, ACTION]),
+        ("joint", 0, 3, "action", REUSE, [BOTH, ACTION, ACTION]),
+        ("action_noisy_to_video", 1, 3, "both", {}, [BOTH, ACTION, ACTION]),
         # actions are done first, and that is all that was asked for
-        ("joint", 4, 2, "action", [BOTH, BOTH]),
-        ("video_then_action", 0, 2, "action", [VIDEO, ACTION, ACTION]),
-        ("decoupled_same_step", 4, 2, "action", [ACTION, ACTION]),
+        ("joint", 4, 2, "action", {}, [BOTH, BOTH]),
+        ("video_then_action", 0, 2, "action", {}, [VIDEO, ACTION, ACTION]),
+        ("decoupled_same_step", 4, 2, "action", {}, [ACTION, ACTION]),
+        # interleaved: a step ends where the next one begins, so its keys need no second forward
+        ("video_noisy_to_action", 2, 5, "both", INTERLEAVE, [BOTH, ACTION, BOTH, ACTION, ACTION]),
+        ("joint", 2, 5, "both", INTERLEAVE, [BOTH] * 5),
+        ("joint", 2, 5, "both", INTERLEAVE | REUSE, [BOTH, ACTION, BOTH, ACTION, ACTION]),
+        ("joint", 4, 2, "both", INTERLEAVE | REUSE, [BOTH, VIDEO, BOTH, VIDEO]),
+        ("joint", 4, 2, "action", INTERLEAVE | REUSE, [BOTH, VIDEO, BOTH]),
+        ("joint", 0, 2, "action", INTERLEAVE | REUSE, [BOTH, ACTION]),
+        ("video_then_action", 1, 2, "both", INTERLEAVE | REUSE, [VIDEO, VIDEO, ACTION, ACTION]),
     ],
 )
-def test_a_stream_that_is_done_runs_where_it_must(program, video, action, want, expected):
-    episode = started(program, video=Schedule(steps=video), action=Schedule(steps=action))
+def test_a_stream_that_takes_no_step_runs_where_it_must(program, video, action, want, options, expected):
+    episode = started(program, video=Schedule(steps=video), action=Schedule(steps=action), **options)
     rows = counted_rows(episode.model)
     candidate = episode.propose(want=want, **noises(2, 0))
-    assert rows == expected and candidate.forwards == (len([r for r in expected if r != VIDEO]),) * 2
+    clean = program == "video_then_action"  # one forward that makes the video clean
+    assert rows == expected and candidate.forwards == (len(expected) - clean,) * 2
 
 
 def test_what_was_not_denoised_to_the_end_is_no_history():

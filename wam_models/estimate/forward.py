@@ -28,7 +28,7 @@ from ..costs import (
 from ..objectives import OBJECTIVES
 from ..rollout import RolloutConfig
 from ..rollout.layout import ChunkLayout
-from ..rollout.stages import Stage, stages
+from ..rollout.stages import Pace, Stage, stages
 from ..train.config import TrainConfig
 from ..train.optimizers import ROUNDS
 from .share import Share
@@ -174,7 +174,8 @@ def _of_bridge(s: Sizes, layout: ChunkLayout) -> Part:
 def _of_stage(s: Sizes, layout: ChunkLayout, stage: Stage) -> Iterator[Part]:
     config, many = layout.config, layout.config.candidates
     counts = {stream: config.trajectory(stream).forwards for stream in layout.streams}
-    for (streams, live), times in Counter(stage.forwards(counts)).items():
+    pace = Pace(counts, config.interleave, config.reuse_keys)
+    for (streams, live), times in Counter((f.streams, f.live) for f in stage.forwards(pace)).items():
         names, given = (" and ".join(STREAMS[s] for s in found) for found in (live, sorted({*streams} - {*live})))
         step = (
             full_forward(s, layout, live, many)

@@ -45,6 +45,11 @@ class RolloutConfig:
             chunk is the first of an episode that begins with that frame, as of a policy that is given one observation
             (Fast-WAM). Models with ``full_attention`` have no other; they keep no keys, and the frame runs with the
             chunk in every forward.
+        interleave: In a stage of both streams, the one of fewer steps takes them evenly among the other's, and between
+            two of them stays as it was at the first; else it takes them in the first forwards.
+        reuse_keys: In a stage of both streams, one that takes no step at a forward does not run, and the other attends
+            to its last keys and values, which come from an earlier state of the other. Changes nothing where the
+            program has it attend to itself alone.
         reuse_flow: Cosine from -1 to 1 of the flows of two successive forwards, from which on the next forward is left
             out and the last flow used again; None: never. See ``wam_models/rollout/skipping.py``.
         reuse_chunk: Relative change, at least 0, against the same forward of the last chunk, up to which what the
@@ -73,6 +78,8 @@ class RolloutConfig:
     action_shift: float = ACTION_SHIFT
     guidance: float = 1.0
     cache: str = "persistent"
+    interleave: bool = False
+    reuse_keys: bool = False
     reuse_flow: float | None = None
     reuse_chunk: float | None = None
     candidates: int = 1
@@ -107,7 +114,8 @@ class RolloutConfig:
         check_field(self, "video_shift", number, *SHIFTS)
         check_field(self, "action_shift", number, *SHIFTS)
         check_field(self, "guidance", number, 0)
-        check_field(self, "cuda_graphs", switch)
+        for name in ("interleave", "reuse_keys", "cuda_graphs"):
+            check_field(self, name, switch)
 
     @property
     def skips(self) -> bool:
@@ -139,6 +147,10 @@ def check_full_attention(where: str, config: RolloutConfig) -> None:
         raise ValueError(
             f"{where}: cache must be 'last_frame' for a model with full_attention, whose chunk has the frame before it "
             f"and no other history, got {config.cache!r}"
+        )
+    if config.reuse_keys:
+        raise ValueError(
+            f"{where}: reuse_keys must be False for a model with full_attention, which keeps no keys, got True"
         )
     if MODEL_PROGRAMS[config.program].noisy_to_noisy != Attends.ALL:
         dense = tuple(name for name, row in MODEL_PROGRAMS.items() if row.noisy_to_noisy == Attends.ALL)

@@ -299,7 +299,8 @@ class Policy:
             raise ValueError(f"{config}: no checkpoint of wam train, {lacks} is missing; train again")
         rollout = found.metadata["rollout"]
         if isinstance(rollout, dict):
-            rollout = dict.fromkeys(("video", "action"), {}) | rollout  # schedules, which older checkpoints lack
+            # fields that older checkpoints lack
+            rollout = {"video": {}, "action": {}, "interleave": False, "reuse_keys": False} | rollout
         rollout = from_fields(RolloutConfig, rollout, f"{config}: metadata.rollout")
         camera = found.metadata.get("camera")
         if camera is not None:

@@ -28,8 +28,9 @@ class Schedule:
 
     Args:
         steps: Steps of the solver, at most 1000; default ``RolloutConfig.steps``. In a stage of both streams each takes
-            its steps in the first forwards; the one that is done stays as it is while the other goes on. 0, of video
-            alone: it is not denoised, and actions attend to its features at the level ``start``.
+            its steps in the first forwards, unless ``RolloutConfig.interleave`` spreads them; the one that is done
+            stays as it is while the other goes on. 0, of video alone: it is not denoised, and actions attend to its
+            features at the level ``start``.
         solver: ``"euler"``; ``"heun"``, two forwards a step; or ``"unipc"`` (order 2, B2), one forward a step.
         start: Noise level of the first forward, up to 1. Below 1 a chunk begins as the last accepted frame, repeated
             and noised to that level, in place of noise.

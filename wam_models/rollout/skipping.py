@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .chunk_forward import ChunkForward
 from .config import RolloutConfig
-from .stages import Stage
+from .stages import Forward, Stage
 
 _Of = dict[int, Tensor]  # of each stream
 
@@ -77,11 +77,10 @@ class Skipping:
                 for b in rollouts:
                     t[b :: self._batch] = float("nan")
 
-    def flows(
-        self, key: tuple[Stage, int], streams: Sequence[int], sigma: Mapping[int, Tensor], live: Sequence[int]
-    ) -> dict[int, Tensor]:
+    def flows(self, key: tuple[Stage, int], forward: Forward, sigma: Mapping[int, Tensor]) -> dict[int, Tensor]:
         """As ``ChunkForward.flows``; ``key`` is the stage and the number of the forward in it."""
-        may_skip = tuple(streams) == tuple(live)  # else the forward renews keys and values for later ones
+        streams, live, read_later = forward
+        may_skip = streams == live and not read_later  # else the forward renews keys and values for later ones
         again = self._agree if may_skip and set(self._flows) == set(live) else self._mask(False)
         if bool(again.all()):
             found, self._agree = dict(self._flows), self._mask(False)

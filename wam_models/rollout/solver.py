@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from wam_kernels.masks.visibility import ACTION, CLEAN, NOISY
 from .chunk_forward import ChunkForward
 from .config import RolloutConfig
 from .skipping import Skipping
-from .stages import Stage
+from .stages import Forward, Pace, Stage
 
 
 class Solver:
@@ -25,7 +25,7 @@ class Solver:
     Attributes:
         trajectories: Of each stream, what its schedule comes to.
         chunks: The denoising of a chunk, for each list of stages that was asked for so far, with and without actions
-            that are held.
+            that are held, and keys that are used again.
         skipping: Which forwards are left out; None: none.
     """
 
@@ -34,7 +34,7 @@ class Solver:
         self.trajectories = {s: config.trajectory(s) for s in forward.latents}
         self._levels = {s: self.trajectories[s].levels.to(t) for s, t in forward.latents.items()}
         self._kept = {s: t.new_zeros(self.trajectories[s].kept, *t.shape) for s, t in forward.latents.items()}
-        self.chunks: dict[tuple[tuple[Stage, ...], bool], Callable[[], None]] = {}
+        self.chunks: dict[tuple[tuple[Stage, ...], bool, bool], Callable[[], None]] = {}
         # of actions that are held: what they are, the noise that they begin as, and which; bool
         self._held: tuple[Tensor, Tensor, Tensor] | None = None
         self.skipping = Skipping(forward, config) if config.skips else None
@@ -47,9 +47,9 @@ class Solver:
         """Noise level of a stream after its stage; None where the request left it before its last step."""
         if stream not in stage.denoised:
             return 0.0
-        counts = {s: t.forwards for s, t in self.trajectories.items()}
-        runs = sum(stream in live for _, live in stage.forwards(counts))
-        return self.trajectories[stream].end if 0 < runs == counts[stream] else None
+        runs = sum(stream in forward.live for forward in self._forwards(stage))
+        path = self.trajectories[stream]
+        return path.end if 0 < runs == path.forwards else None
 
     def hold(self, actions: Tensor, noise: Tensor, which: Tensor) -> None:
         """Let these actions come out as they are: at every forward they lie between themselves and their noise.
@@ -80,66 +80,74 @@ class Solver:
         Args:
             stages: What the request needs.
             firsts: First frame of each rollout's chunk.
-            full: Leave no forward out.
+            full: Leave no forward out, and use no keys and values again that have changed.
             held: Whether there are actions of :meth:`hold`.
 
         Returns:
             The forwards that ran for each chunk.
         """
+        reuse_keys = self.config.reuse_keys and not full
         for stage in stages:
-            for streams in {streams for streams, _ in self._forwards(stage)}:
+            for streams in {forward.streams for forward in self._forwards(stage, reuse_keys)}:
                 self.forward.set_frames(streams, NOISY, firsts)
             if stage.promoted is not None:
                 self.forward.set_frames((stage.promoted,), CLEAN, firsts)
         if self.skipping is not None and not full:
             self.skipping.begin()
-            self._chunk(stages, self.skipping, held)
+            self._chunk(stages, self.skipping, held, reuse_keys)
             return self.skipping.ran.tolist()
-        chunk = self.chunks.get((stages, held))
+        chunk = self.chunks.get((stages, held, reuse_keys))
         if chunk is None:
-            chunk, device = lambda: self._chunk(stages, None, held), self.forward.model.device
+            chunk, device = lambda: self._chunk(stages, None, held, reuse_keys), self.forward.model.device
             if self.config.cuda_graphs and device.type == "cuda":
                 changed = [self.forward.latents[s] for stage in stages for s in stage.denoised]
                 chunk = _replayed(chunk, device, changed)
-            self.chunks[stages, held] = chunk
+            self.chunks[stages, held, reuse_keys] = chunk
         chunk()
-        return [sum(len(self._forwards(stage)) for stage in stages)] * len(firsts) * self.forward.candidates
+        return [sum(len(self._forwards(stage, reuse_keys)) for stage in stages)] * len(firsts) * self.forward.candidates
 
     def promote(self, stage: Stage, firsts: Sequence[int]) -> None:
         """Compute the keys and values again of the stream that a stage has left clean, for these chunks."""
         if stage.promoted is not None:
             self.forward.set_frames((stage.promoted,), CLEAN, firsts)
-            self.forward.run_clean((stage.promoted,), self._level_of(stage, -1))
+            self.forward.run_clean((stage.promoted,), self._at_end(stage))
 
-    def _forwards(self, stage: Stage) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-        return list(stage.forwards({s: t.forwards for s, t in self.trajectories.items()}))
+    def _forwards(self, stage: Stage, reuse_keys: bool = False) -> list[Forward]:
+        counts = {s: t.forwards for s, t in self.trajectories.items()}
+        return stage.forwards(Pace(counts, self.config.interleave, reuse_keys))
 
-    def _chunk(self, stages: tuple[Stage, ...], skipping: Skipping | None, held: bool) -> None:
+    def _chunk(self, stages: tuple[Stage, ...], skipping: Skipping | None, held: bool, reuse_keys: bool) -> None:
         for stage in stages:
-            held_here = held and ACTION in stage.denoised
-            if held_here:
-                self._keep_held(0)
-            for number, (streams, live) in enumerate(self._forwards(stage)):
-                sigma = self._level_of(stage, number)
-                if skipping is None:
-                    flows = self.forward.flows(streams, sigma, live)
-                else:
-                    flows = skipping.flows((stage, number), streams, sigma, live)
-                for s, flow in flows.items():
-                    self._update(s, self.trajectories[s].updates[number].tolist(), flow)
-                if held_here and ACTION in live:
-                    self._keep_held(number + 1)
+            self._denoise_stage(stage, skipping, held and ACTION in stage.denoised, reuse_keys)
             if stage.promoted is not None:
-                self.forward.run_clean((stage.promoted,), self._level_of(stage, -1))
+                self.forward.run_clean((stage.promoted,), self._at_end(stage))
 
-    def _level_of(self, stage: Stage, number: int) -> dict[int, Tensor]:
-        """Noise levels ``[1]`` of the denoised streams at a forward; -1: at their end."""
-        found = {}
-        for s in stage.denoised:
-            last = self.trajectories[s].forwards
-            at = last if number < 0 else min(number, last)
-            found[s] = self._levels[s][at : at + 1]
-        return found
+    def _denoise_stage(self, stage: Stage, skipping: Skipping | None, held: bool, reuse_keys: bool) -> None:
+        if held:
+            self._keep_held(0)
+        taken, waiting = dict.fromkeys(stage.denoised, 0), dict[int, Tensor]()
+
+        def step(streams: Iterable[int]) -> None:
+            for s in streams:
+                self._update(s, self.trajectories[s].updates[taken[s]].tolist(), waiting.pop(s))
+                taken[s] += 1
+                if held and s == ACTION:
+                    self._keep_held(taken[s])
+
+        for number, forward in enumerate(self._forwards(stage, reuse_keys)):
+            # between its steps an interleaved stream stays where its last one began: a step ends where the next begins
+            step([s for s in waiting if not self.config.interleave or s in forward.live])
+            sigma = {s: self._levels[s][n : n + 1] for s, n in taken.items()}
+            if skipping is None:
+                flows = self.forward.flows(forward.streams, sigma, forward.live)
+            else:
+                flows = skipping.flows((stage, number), forward, sigma)
+            waiting |= flows
+        step([*waiting])
+
+    def _at_end(self, stage: Stage) -> dict[int, Tensor]:
+        """Noise levels ``[1]`` at which the denoised streams of a stage are left."""
+        return {s: self._levels[s][-1:] for s in stage.denoised}
 
     def _update(self, stream: int, weights: Sequence[Sequence[float]], flow: Tensor) -> None:
         latents, kept = self.forward.latents[stream], self._kept[stream]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import NamedTuple
 
 from wam_kernels.masks.programs import STREAMS
 from wam_kernels.masks.visibility import ACTION, VIDEO
@@ -12,6 +14,22 @@ from ..objectives import MODEL_PROGRAMS, Objective
 from ..runtime.checks import choice
 
 WANTS = {"both": (VIDEO, ACTION), "video": (VIDEO,), "action": (ACTION,)}
+
+
+class Pace(NamedTuple):
+    """How often the streams of a stage step, and what runs between the steps of one."""
+
+    counts: Mapping[int, int]  # forwards of each stream
+    interleave: bool = False  # as RolloutConfig has it
+    reuse_keys: bool = False  # likewise
+
+
+class Forward(NamedTuple):
+    """One forward of a denoising loop."""
+
+    streams: tuple[int, ...]  # whose tokens run
+    live: tuple[int, ...]  # of them, those whose flow is needed
+    read_later: bool  # whether its keys and values stay for a later forward that does not compute them again
 
 
 @dataclass(frozen=True)
@@ -24,22 +42,36 @@ class Stage:
     attends: frozenset[tuple[int, int]] = frozenset()  # (query, key): whose noisy tokens attend to whose
     wanted: tuple[int, ...] = ()  # whose end the request or a later stage needs
 
-    def forwards(self, counts: Mapping[int, int]) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """(streams that run, those of them whose flow is needed) of each forward of the loop, in order.
+    def forwards(self, pace: Pace) -> list[Forward]:
+        """The forwards of the loop, in order.
 
-        A stream that has had its ``counts[s]`` forwards, 0 if it is given, stays as it is. Its keys and values are in
-        their slots, so it runs again only where another attends to it and they have changed: right after its last
-        step, or where it attends to a stream that goes on itself.
+        A stream that takes no step at a forward stays as it is. Its keys and values are in their slots, so it runs only
+        where another attends to it and they have changed: right after its last step, unless that waits for the end of
+        the loop (``interleave``), or where it attends to a stream that steps, unless its keys are used again.
         """
-        for i in range(max((counts[s] for s in self.wanted if s in self.denoised), default=0)):
-            live = tuple(s for s in self.denoised if i < counts[s])
-            done = {s: counts[s] if s in self.denoised else 0 for s in self.streams if s not in live}
+        at = {s: self._steps_at(s, pace) for s in self.denoised}
+        # a stream that never steps is read as it is given
+        renewed = {s: 0 if pace.interleave else len(at.get(s, ())) for s in self.streams}
+        runs = []
+        for i in range(1 + max((at[s][-1] for s in self.wanted if at.get(s)), default=-1)):
+            live = tuple(s for s in self.denoised if i in at[s])
             again = [
-                s for s, count in done.items()
-                if any((other, s) in self.attends for other in live)
-                and (i == count or any((s, other) in self.attends for other in live))
+                s for s in self.streams
+                if s not in live
+                and any((other, s) in self.attends for other in live)
+                and (i == renewed[s] or not pace.reuse_keys and any((s, other) in self.attends for other in live))
             ]  # fmt: skip
-            yield tuple(sorted((*live, *again))), live
+            runs.append((tuple(sorted((*live, *again))), live))
+        return [
+            Forward(streams, live, any((q, k) in self.attends for q in after for k in {*streams} - {*after}))
+            for (streams, live), (after, _) in pairwise([*runs, ((), ())])
+        ]
+
+    def _steps_at(self, stream: int, pace: Pace) -> list[int]:
+        """The forwards at which a stream steps: its first ones, or evenly among those of the stream with the most."""
+        count = pace.counts[stream]
+        most = max(pace.counts[s] for s in self.denoised)
+        return [k * most // count if pace.interleave else k for k in range(count)]
 
 
 def stages(
