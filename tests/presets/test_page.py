@@ -1,5 +1,6 @@
 """The command of every row of docs/formulations.md, run on the data that ships; a trained preset rolls out too."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -26,6 +27,15 @@ def test_every_row_has_a_command():
     assert {f"wam train recipes/presets/{path.name}" for path in (ROOT / "recipes/presets").glob("*.toml")} <= set(
         COMMANDS
     )
+
+
+def test_what_was_compared_with_a_source_is_a_row():
+    rows = [json.loads(line) for line in (ROOT / "docs/results/systems.jsonl").read_text().splitlines()]
+    assert all(row.get("error", 0) < 1e-6 and not row.get("pairs_that_differ") for row in rows)
+    found = {commit for cells in ROWS for commit in re.findall(r"source ([0-9a-f]{7})", cells[3])}
+    assert found == {row["of"] for row in rows}
+    told = {number for cells in ROWS for number in re.findall(r"error ([0-9.e-]+)", cells[3])}
+    assert told == {f"{row['error']:.1e}" for row in rows if "error" in row}
 
 
 @pytest.mark.parametrize("command", MASKS)
