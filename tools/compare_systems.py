@@ -123,11 +123,11 @@ def x_wam(root: Path) -> Iterator[Row]:
     wan: Any = importlib.import_module("modules.wan_model")
     sizes = dict(num_views=2, in_dim=4, dim=64, ffn_dim=96, freq_dim=32, text_dim=12, action_dim=5, proprio_dim=3)
     net: Any = drawn(wan.XWAMModel(out_dim=4, num_heads=4, num_layers=3, num_extra_layers=2, **sizes))
-    real, seen = wan.attention, []
+    real, calls = wan.attention, []
 
     def recorded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = real(q, k, v, dtype=q.dtype)
-        seen.append((q, k, v, out))
+        calls.append((q, k, v, out))
         return out
 
     wan.attention = recorded
@@ -137,8 +137,8 @@ def x_wam(root: Path) -> Iterator[Row]:
     depth = 3 * 2 * 2 * 2  # frames, views, rows and columns of patches
     main = depth + 8 + 3
     plan, errors = plan_of("x_wam", main=main, depth=depth), []
-    of_main = {k.data_ptr(): (q, k, v, out) for q, k, v, out in seen if q.shape[1] == k.shape[1] == main}
-    for q, k, v, out in seen:
+    of_main = {k.data_ptr(): (q, k, v, out) for q, k, v, out in calls if q.shape[1] == k.shape[1] == main}
+    for q, k, v, out in calls:
         if (q.shape[1], k.shape[1]) != (depth, depth + main):
             continue
         # its own keys, then those of the main tokens
