@@ -22,8 +22,8 @@ if TYPE_CHECKING:  # for editors and type checkers, which do not run __getattr__
     from .objectives import OBJECTIVES as OBJECTIVES
     from .rollout.candidates import Candidate as Candidate
     from .rollout.config import RolloutConfig as RolloutConfig
+    from .rollout.engine import RolloutEngine as RolloutEngine
     from .rollout.episode import Episode as Episode
-    from .rollout.episode import RolloutEngine as RolloutEngine
     from .rollout.policy import Policy as Policy
     from .rollout.schedule import Schedule as Schedule
     from .state_dicts import load_weights as load_weights
@@ -54,7 +54,7 @@ HOME_OF = {
     "Policy": "rollout.policy",
     "RolloutConfig": "rollout.config",
     "Schedule": "rollout.schedule",
-    "RolloutEngine": "rollout.episode",
+    "RolloutEngine": "rollout.engine",
     "TimestepDraw": "flow",
     "StepConfig": "train.samples",
     "WordEmbedding": "text",

@@ -16,10 +16,9 @@ from __future__ import annotations
 
 import copy
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import wraps
-from typing import Any, Concatenate, ParamSpec, TypeVar, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -27,128 +26,34 @@ from torch import Tensor
 from wam_kernels.masks.programs import STREAMS
 from wam_kernels.masks.visibility import ACTION, VIDEO
 
-from ..bridge import bridge_video, rolls_out
-from ..config import ModelConfig
+from ..bridge import bridge_video
 from ..flow import add_noise
 from ..model.blocks import at_least_float32
 from ..model.dual_expert import WorldActionModel
-from ..objectives import GJD, OBJECTIVES, Objective
-from ..runtime.checks import choice, instance, whole, wholes
+from ..objectives import Objective
+from ..runtime.checks import instance, whole, wholes
 from .candidates import Candidate
 from .chunk_forward import ChunkForward
-from .config import RolloutConfig, check_full_attention
-from .frames import FRAME_DIM, STATE, check_finite, check_frames, to_device, with_frames
+from .config import RolloutConfig
+from .frames import FRAME_DIM, STATE, check_finite, to_device, with_frames
 from .full_forward import FullForward
 from .latent_ring import LatentRing
 from .layout import ChunkLayout
+from .modes import in_plain_mode
+from .requests import (
+    accepted_frames,
+    check_context,
+    check_continues,
+    check_request,
+    checked_committed,
+    checked_state,
+    initial_latents,
+    observed_frames,
+)
 from .solver import Solver
-from .stages import WANTS, stages
-
-P = ParamSpec("P")
-R = TypeVar("R")
-
+from .stages import stages
 
 _Given = tuple[tuple[Tensor | None, Tensor | None], tuple[Tensor | None, Tensor | None]]  # noise, clean
-
-
-def _in_plain_mode(method: Callable[Concatenate[Any, P], R]) -> Callable[Concatenate[Any, P], R]:
-    """Out of reach of the caller's grad mode, inference mode and autocast: what it makes serves calls in any mode."""
-
-    @wraps(method)
-    def run(self: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        autocast = torch.autocast(self.model.device.type, enabled=False)
-        with torch.inference_mode(False), torch.no_grad(), autocast:
-            return method(self, *args, **kwargs)
-
-    return run
-
-
-class RolloutEngine:
-    """Starts episodes of a model.
-
-    Args:
-        model: In eval mode, on its device. Its dtype is that of the computation, under autocast too; latents and
-            actions stay float32.
-        config: Program, chunk, window, steps.
-
-    Raises:
-        TypeError: another model or config than these classes.
-        ValueError: a model that is sharded, or on the meta device.
-    """
-
-    def __init__(self, model: WorldActionModel, config: RolloutConfig) -> None:
-        if not isinstance(getattr(model, "config", None), ModelConfig):
-            inside = "; give its .module" if hasattr(model, "module") else ""
-            raise TypeError(f"RolloutEngine: model must be a WorldActionModel, got {type(model).__name__}{inside}")
-        if any(hasattr(p, "full_tensor") for p in model.parameters()):
-            raise ValueError(
-                "RolloutEngine: model must not be sharded, got DTensor parameters; load what "
-                "torch.distributed.checkpoint.state_dict.get_model_state_dict gives with full_state_dict=True into a "
-                "WorldActionModel"
-            )
-        if model.device.type == "meta":
-            raise ValueError("RolloutEngine: model must have weights, got one on the meta device; load them before")
-        instance("RolloutEngine: config", config, RolloutConfig)
-        self.model, self.config = model, config
-
-    @_in_plain_mode
-    def start(
-        self,
-        observation: Tensor,
-        text: Tensor,
-        *,
-        objective: str = "joint",
-        context: Mapping[str, Tensor] | None = None,
-        state: Tensor | None = None,
-        bridge: Tensor | None = None,
-    ) -> Episode:
-        """A batch of episodes after one observed frame each.
-
-        Args:
-            observation: ``[B, C, 1, y, x]`` latents of frame 0.
-            text: ``[B, L, text_dim]`` raw embeddings.
-            objective: ``"joint"``, or with GJD also ``"forward_dynamics"`` and ``"inverse_dynamics"``: text zeroed,
-                and one frame a chunk but for a model with ``full_attention``.
-            context: Features ``[B, N, E]`` of each given stream that is made of features, by name.
-            state: ``[B, 1, S]``, the robot's state at frame 0, for a model with ``state_dim``.
-            bridge: ``[B, N, bridge_dim]``, for a model that has one and no ``bridge_layer``, until
-                :meth:`Episode.set_bridge` gives another.
-
-        Raises:
-            TypeError: an observation or text that is no tensor.
-            ValueError: shapes that do not fit the model or each other, numbers on the CPU that are not finite, an
-                objective that the program lacks, or a window whose keys and values exceed the device's memory.
-        """
-        c, program = self.model.config, self.config.program
-        if c.full_attention:
-            check_full_attention("start: RolloutConfig", self.config)
-        possible = [name for name, o in OBJECTIVES.items() if rolls_out(c, program, o)]
-        if not possible:
-            raise ValueError(
-                f"start: RolloutConfig.program must resolve the video before the actions for bridge_sigma="
-                f"{c.bridge_sigma}, as video_then_action does, got {program!r}"
-            )
-        if c.bridge_layer is not None and c.bridge_sigma < 1 and self.config.trajectory(VIDEO).end:
-            raise ValueError(
-                f"start: RolloutConfig.video must be denoised to the end for bridge_sigma={c.bridge_sigma}, got "
-                f"{self.config.video}"
-            )
-        if c.bridge_layer is not None and c.bridge_sigma < 1 and self.config.history == "full":
-            raise ValueError(
-                "start: RolloutConfig.history must be video_only or video_queries_video_only for bridge_sigma="
-                f"{c.bridge_sigma}: the video must not attend to actions, which know what it comes to, got 'full'"
-            )
-        choice(f"start with program {program}: objective", objective, possible if program == GJD else ("joint",))
-        instance("start: observation", observation, Tensor)
-        instance("start: text", text, Tensor)
-        if observation.ndim != 5 or observation.shape[1:3] != (c.latent_channels, 1) or not observation.shape[0]:
-            raise ValueError(
-                f"start: observation must be [B >= 1, {c.latent_channels}, 1, y, x], got {list(observation.shape)}"
-            )
-        self.model.token_grid(*observation.shape[-2:])
-        episode = Episode(self.model, self.config, OBJECTIVES[objective], observation, text, context or {})
-        episode.restart(range(observation.shape[0]), observation, text, context, state, bridge)
-        return episode
 
 
 class Episode:
@@ -247,7 +152,7 @@ class Episode:
             "Episode: copy.copy would share the history's memory; use copy.deepcopy, which shares the model"
         )
 
-    @_in_plain_mode
+    @in_plain_mode
     def __deepcopy__(self, memo: dict) -> Episode:
         memo.setdefault(id(self.model), self.model)
         copied = memo[id(self)] = object.__new__(type(self))
@@ -298,7 +203,7 @@ class Episode:
 
     # ---- requests ----
 
-    @_in_plain_mode
+    @in_plain_mode
     def propose(
         self,
         *,
@@ -335,10 +240,10 @@ class Episode:
                 not finite; or a chunk on the CPU that is not finite.
         """
         given = ((video_noise, action_noise), (clean_video, clean_action))
-        held = self._checked_committed(committed, committed_tokens)
+        held = checked_committed(self.objective, self.chunk, committed, committed_tokens)
         return self._propose(self.solver, want, [given], generator, full, held)[0]
 
-    @_in_plain_mode
+    @in_plain_mode
     def propose_many(
         self,
         *,
@@ -393,12 +298,11 @@ class Episode:
         self, solver: Solver, want: str, given: Sequence[_Given], generator: torch.Generator | None, full: bool,
         committed: tuple[Tensor, Tensor] | None = None,
     ) -> list[Candidate]:  # fmt: skip
-        """A candidate for each (noise, clean) in ``given``; ``committed`` as :meth:`_checked_committed` gives it."""
+        """A candidate for each (noise, clean) in ``given``; ``committed`` as ``checked_committed`` gives it."""
         self._check_model("propose")
+        video_stays = not self.solver.trajectories[VIDEO].forwards
         for noise, clean in given:
-            self._check_request(want, *clean)
-            if ACTION not in self.layout.streams and (want == "action" or noise[ACTION] is not None):
-                raise ValueError("propose: want and action_noise must not ask for actions of a model that has none")
+            check_request(self.objective, self.layout.streams, video_stays, want, noise, clean)
         if generator is not None:
             instance("propose: generator", generator, torch.Generator)
         own = self.model.config.bridge_layer is not None and want != "video"
@@ -407,7 +311,7 @@ class Episode:
         loops = stages(self.config.program, self.objective, needed, self.layout.streams)
         denoised = {stream for stage in loops for stream in stage.denoised} | ({VIDEO} if own else set())
         starts = [
-            {s: self._initial_latents(s, s in denoised, noise[s], clean[s], generator) for s in self.layout.streams}
+            {s: initial_latents(s, s in denoised, noise[s], clean[s], generator, t) for s, t in self.chunk.items()}
             for noise, clean in given
         ]
         if own and early:
@@ -449,7 +353,7 @@ class Episode:
             candidates.append(Candidate(*streams, self._moment, level, tuple(ran[i :: len(given)])))
         return candidates
 
-    @_in_plain_mode
+    @in_plain_mode
     def accept(self, candidate: Candidate) -> None:
         """The predicted chunk becomes history, until an observation replaces it.
 
@@ -464,22 +368,7 @@ class Episode:
                 "accept: candidate must continue the episode as it is now, got one of an earlier moment or of another "
                 "episode; propose again"
             )
-        if candidate.video_level:
-            raise ValueError(
-                f"accept: candidate.video must be denoised to the end, got one that was stopped at noise level "
-                f"{candidate.video_level:.3g}; observe, or leave RolloutConfig.video.stop at 0"
-            )
-        held = {s: (candidate.video, candidate.action)[s] for s in self.layout.streams}
-        frames = {s: t for s, t in held.items() if t is not None}
-        if len(frames) < len(held):
-            lacks = next(STREAMS[s] for s in held if s not in frames)
-            raise ValueError(
-                f"accept: candidate must have {' and '.join(STREAMS[s] for s in held)}, got no {lacks}; propose with "
-                "want='both', or observe"
-            )
-        for s, t in frames.items():
-            check_frames(f"accept: candidate.{STREAMS[s]}", t, s, self.chunk_size, self.chunk[s])
-            check_finite(f"accept: candidate.{STREAMS[s]}", t)
+        frames = accepted_frames(candidate, self.chunk)
         lost = zip(self.next_frame, self._needed or (), strict=False)
         if any(f + self.chunk_size - self.ring.frames > needed for f, needed in lost):
             raise ValueError(
@@ -491,7 +380,7 @@ class Episode:
             frames[STATE] = torch.stack(states)[:, None].expand(-1, self.chunk_size, -1)
         self._append(frames, [self.chunk_size] * self.layout.batch, self.next_frame)
 
-    @_in_plain_mode
+    @in_plain_mode
     def observe(
         self,
         video: Tensor,
@@ -522,22 +411,12 @@ class Episode:
         """
         self._refuse_in_fork("observe")
         self._check_model("observe")
-        K = video.shape[2] if getattr(video, "ndim", 0) == 5 else -1
-        if ACTION not in self.layout.streams and action is not None:
-            raise ValueError("observe: action must be None for a model without actions, got a tensor")
-        observed = {s: cast(Tensor, (video, action)[s]) for s in self.layout.streams}
-        for s, t in observed.items():
-            check_frames(f"observe: {STREAMS[s]}", t, s, K, self.chunk[s])
-        observed |= self._checked_state("observe", state, self.layout.batch, K)
-        counts = self._one_per_rollout("observe: frames", K if frames is None else frames)
-        if max(counts) > K or not max(counts):
-            raise ValueError(f"observe: frames must be numbers from 0 to K={K}, not all 0, got {counts}")
-        for s, t in observed.items():
-            check_finite(f"observe: {(*STREAMS, 'state')[s]}", t, s, counts)
-        self._check_continues(counts, first_frame)
+        state_dim = self.model.config.state_dim
+        observed, counts = observed_frames(self.chunk, video, action, state, state_dim, frames)
+        check_continues(self.ring, self.layout, self.config.lookahead, counts, first_frame)
         self._append_observed(observed, counts)
 
-    @_in_plain_mode
+    @in_plain_mode
     def restart(
         self,
         rollouts: Sequence[int],
@@ -578,8 +457,8 @@ class Episode:
         check_finite("observation", observation)
         check_finite("text", text)
         context = dict(context or {})
-        self._check_context(context, len(rollouts))
-        states = self._checked_state("restart", state, len(rollouts), 1)
+        check_context(self.model, context, len(rollouts), self.layout.context_tokens)
+        states = checked_state("restart", state, self.model.config.state_dim, len(rollouts), 1)
         self._set_text(rollouts, text, self._first_bridge(bridge, len(rollouts)))
         self.forward.set_context(rollouts, context)
         # no action leads to frame 0: its slots are never a key
@@ -592,7 +471,7 @@ class Episode:
         self.ring.restart(rollouts)
         self._append_observed(frames, [int(b in rollouts) for b in range(batch)])
 
-    @_in_plain_mode
+    @in_plain_mode
     def set_bridge(self, bridge: Tensor) -> None:
         """What the action tokens of all rollouts cross-attend to from now on, beside the text.
 
@@ -607,7 +486,7 @@ class Episode:
         self._first_bridge(bridge, self.layout.batch)
         self._set_text(range(self.layout.batch), self._text, bridge)
 
-    @_in_plain_mode
+    @in_plain_mode
     def set_context(self, context: Mapping[str, Tensor]) -> None:
         """Features of the given streams of all rollouts from now on, such as those of the frame that is observed now.
 
@@ -621,7 +500,7 @@ class Episode:
         """
         self._refuse_in_fork("set_context")
         self._check_model("set_context")
-        self._check_context(context, self.layout.batch)
+        check_context(self.model, context, self.layout.batch, self.layout.context_tokens)
         self.forward.set_context(range(self.layout.batch), context)
         self._stale |= self.config.cache != "persistent"
 
@@ -658,7 +537,7 @@ class Episode:
         for b, new in zip(rollouts, text, strict=True):
             self._text[b].copy_(new)
 
-    @_in_plain_mode
+    @in_plain_mode
     def accepted(self, rollout: int = 0) -> tuple[Tensor, Tensor | None]:
         """Copies of the accepted frames that are still held: video ``[C, T, y, x]`` and actions ``[T, n, A]``, if any.
 
@@ -720,140 +599,12 @@ class Episode:
             for b, first in enumerate(firsts):
                 self.forward.state[b].copy_(self.ring.frame(STATE, b, max(first - 1, 0)))
 
-    # ---- checks ----
-
-    def _checked_state(self, call: str, state: Tensor | None, batch: int, frames: int) -> dict[int, Tensor]:
-        """States that fit the model, as :meth:`_append` takes them: none for a model that is told none."""
-        width = self.model.config.state_dim
-        if (state is None) != (width == 0):
-            raise ValueError(
-                f"{call}: state must be {f'[B, frames, {width}]' if width else 'None for a model without state_dim'}, "
-                f"got {None if state is None else list(state.shape)}"
-            )
-        if state is None:
-            return {}
-        check_frames(f"{call}: state", state, STATE, frames, torch.empty(batch, frames, width, device="meta"))
-        check_finite(f"{call}: state", state, STATE)
-        return {STATE: state}
-
-    def _one_per_rollout(self, name: str, given: int | Sequence[int]) -> list[int]:
-        """A number of each rollout; one number stands for all."""
-        if not isinstance(given, Iterable) or getattr(given, "ndim", 1) == 0:
-            return [whole(name, given, 0)] * self.layout.batch
-        numbers = wholes(name, given, 0)
-        if len(numbers) != self.layout.batch:
-            raise ValueError(f"{name} must be a number or {self.layout.batch} of them, got {len(numbers)}")
-        return numbers
-
-    def _check_context(self, context: Mapping[str, Tensor], rollouts: int) -> None:
-        """Features fit the model's streams, and the cache's room for them."""
-        for name, features in context.items():
-            instance(f"context[{name!r}]", features, Tensor)
-            check_finite(f"context[{name!r}]", features[:, None])
-        given = self.model.embed_context(context, rollouts)
-        tokens = sum(stream.x.shape[1] for stream in given if stream is not None)
-        if tokens != self.layout.context_tokens:
-            raise ValueError(f"context must have {self.layout.context_tokens} tokens as at the start, got {tokens}")
-
-    def _check_request(self, want: str, clean_video: Tensor | None, clean_action: Tensor | None) -> None:
-        objective = self.objective
-        if want not in WANTS:
-            raise ValueError(f"propose: want must be one of {tuple(WANTS)}, got {want!r}")
-        for name, clean, needed in (
-            ("clean_video", clean_video, not objective.video),
-            ("clean_action", clean_action, not objective.action),
-        ):
-            if needed != (clean is not None):
-                expected, got = ("a tensor", "None") if needed else ("None", "a tensor")
-                raise ValueError(f"propose: {name} must be {expected} for objective {objective.name!r}, got {got}")
-        if want in ("video", "action") and not getattr(objective, want):
-            raise ValueError(
-                f"propose: want must be 'both' or what objective {objective.name!r} denoises, got {want!r}"
-            )
-        has_action = objective.action and ACTION in self.layout.streams
-        if not self.solver.trajectories[VIDEO].forwards and (want == "video" or not has_action):
-            raise ValueError(
-                "propose: want must not ask for video alone where RolloutConfig.video.steps is 0, so that it is not "
-                "denoised"
-            )
-
-    def _checked_committed(
-        self, committed: Tensor | None, tokens: int | Sequence[int] | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """Actions as the chunk's, and which of them are committed; None where none are."""
-        if committed is None:
-            if tokens is not None:
-                raise ValueError(f"propose: committed_tokens must be None without committed, got {tokens}")
-            return None
-        if not self.objective.action or ACTION not in self.layout.streams:
-            raise ValueError(
-                f"propose: committed must be None where no actions are denoised, as for objective "
-                f"{self.objective.name!r}, got a tensor"
-            )
-        instance("propose: committed", committed, Tensor)
-        chunk = self.chunk[ACTION]
-        batch, per_frame, width = chunk.shape[0], *chunk.shape[2:]
-        m = committed.shape[1] if committed.ndim == 3 else -1
-        most = self.chunk_size * per_frame
-        if [*committed.shape] != [batch, m, width] or not 1 <= m <= most:
-            raise ValueError(f"propose: committed must be [{batch}, 1 to {most}, {width}], got {list(committed.shape)}")
-        counts = self._one_per_rollout("propose: committed_tokens", m if tokens is None else tokens)
-        if max(counts) > m:
-            raise ValueError(f"propose: committed_tokens must be at most {m}, as committed has, got {counts}")
-        check_finite("propose: committed", committed[:, :, None], ACTION, counts)
-        padded = torch.zeros(batch, most, width, dtype=chunk.dtype, device=committed.device)
-        padded[:, :m] = committed
-        places = torch.arange(most, device="cpu") < torch.tensor(counts, device="cpu")[:, None]
-        which = places[:, :, None].expand(-1, -1, width).to(committed.device)
-        # what is not committed may be no number
-        known = torch.where(which, padded, 0).reshape(chunk.shape)
-        return known, which.reshape(chunk.shape)
-
-    def _initial_latents(
-        self,
-        stream: int,
-        denoised: bool,
-        noise: Tensor | None,
-        clean: Tensor | None,
-        generator: torch.Generator | None,
-    ) -> Tensor | None:
-        """What a stream's noisy copy starts from: the given clean tensor, the given noise, or drawn noise."""
-        name, shape = STREAMS[stream], list(self.chunk[stream].shape)
-        drawn = None
-        if generator is not None and noise is None:
-            drawn = torch.randn(shape, generator=generator, dtype=torch.float32, device=generator.device)
-        for where, given in ((f"propose: clean_{name}", clean), (f"propose: {name}_noise", noise)):
-            if given is not None:
-                check_frames(where, given, stream, self.chunk_size, self.chunk[stream])
-                check_finite(where, given)
-                return given
-        if drawn is None and denoised:
-            raise ValueError(f"propose: {name}_noise must be a tensor {shape} where no generator is given, got None")
-        return drawn
-
     def _begun(self, stream: int, noise: Tensor, level: float) -> Tensor:
         """What a chunk of so much noise begins as: below level 1 there is the last accepted frame under it."""
         if level == 1:
             return noise
         lasts = [self.ring.frame(stream, b, f - 1) for b, f in enumerate(self.next_frame)]
         return add_noise(torch.stack(lasts).unsqueeze(FRAME_DIM[stream]), noise, noise.new_tensor(level))
-
-    def _check_continues(self, counts: list[int], first_frame: int | Sequence[int] | None) -> None:
-        """Observed frames follow what was observed before, whose keys and values are still there."""
-        given = self.observed if first_frame is None else self._one_per_rollout("observe: first_frame", first_frame)
-        for b, (count, first) in enumerate(zip(counts, given, strict=True)):
-            known, reached = self.observed[b], self.next_frame[b]
-            if count and first != known:
-                what = "was observed already" if first < known else "has a gap before it"
-                raise ValueError(
-                    f"observe: first_frame[{b}] must be {known}, the frame after the last observed one, "
-                    f"got {first}, which {what}"
-                )
-            if count and reached - self.ring.frames > self.layout.first_visible(known):
-                raise ValueError(
-                    f"observe: rollout {b} was predicted to frame {reached}, so the history before frame {known} has "
-                    f"left the cache; restart it, or raise RolloutConfig.lookahead, now {self.config.lookahead} chunks"
-                )
 
     def _check_model(self, call: str) -> None:
         model, (dtype, device) = self.model, self._made_for

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..runtime.checks import whole
 from .config import RolloutConfig
-from .episode import RolloutEngine
+from .engine import RolloutEngine
 from .policy import Policy
 
 # Standard deviations from the mean of the training data: no robot is there, and beyond it a half-precision model

@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..rollout.episode import Episode, RolloutConfig, RolloutEngine
+from ..rollout import RolloutConfig, RolloutEngine
+from ..rollout.episode import Episode
 from ..rollout.policy import Policy
 from ..runtime.checks import choice, whole
 from .process import TIMEOUT, Description, SimulatorFailure, SimulatorPool, SimulatorProcess
