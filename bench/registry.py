@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from bench.report.figures import episode_figure, norms_figure, plan_figure, roofline_figure, speed_figure
 from bench.report.section import Section
-from bench.report.tables import attention_table, episode_table, plan_table
+from bench.report.tables import attention_table, episode_table, options_table, plan_table
 
 
 @dataclass(frozen=True)
@@ -130,7 +130,8 @@ SUITES = {
             Section(
                 "Options of a rollout",
                 ("what", "option", "provider", "forwards", "ms", "ratio", "GFLOP", "MB", "action_error", "video_error",
-                 "held_MB", "gap"),
+                 "held_MB", "gap", "cpu_ms"),
+                table=options_table,
             ),
             group="rollout",
             gpu_seconds=120,

@@ -11,7 +11,8 @@ from bench.rows import Row, read
 # What tells two measurements apart; a row has those of them that its benchmark knows.
 IDENTITY = (
     "file", "where", "op", "base", "case", "what", "workload", "objective", "program", "provider", "tokens", "S", "D",
-    "heads", "tokens_a_frame", "samples", "frames", "chunk", "architecture", "fill", "cached", "rows", "dtype",
+    "heads", "option", "tokens_a_frame", "samples", "frames", "chunk", "architecture", "fill", "cached", "rows",
+    "dtype",
 )  # fmt: skip
 LIBERO = "libero joint c4 w64"
 

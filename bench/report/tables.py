@@ -10,6 +10,7 @@ from bench.rows import Row
 from .rows import LIBERO, select, values
 
 BASELINE = "sdpa_dense_mask"
+CANDIDATES = ("candidates", "on end", "episodes")  # k chunks: at once, one after the other, of k episodes in a batch
 
 
 def markdown(header: Sequence[str], lines: Sequence[Sequence[object]]) -> str:
@@ -56,6 +57,21 @@ def attention_table(rows: Sequence[Row]) -> str:
             line += [f"{base / time:.2f}x" if base and time else None for time in times]
         lines.append(line)
     return without_empty_columns(header, lines)
+
+
+def options_table(rows: Sequence[Row]) -> str:
+    """A line for each option of a rollout; then one for each number of candidates; then the rest."""
+    shown = ("forwards", "ms", "ratio", "GFLOP", "MB", "action_error", "video_error")
+    parts = [plain_table(("option", *shown), select(rows, what="option"))]
+    lines = []
+    for option in values(select(rows, what="candidates"), "option"):
+        found = {row["provider"]: row for row in select(rows, what="candidates", option=option)}
+        cells = [(found[provider]["ms"], found[provider]["held_MB"]) for provider in CANDIDATES]
+        lines.append([option, *(cell for pair in cells for cell in pair)])
+    header = [f"{provider}, {unit}" for provider in CANDIDATES for unit in ("ms", "held MB")]
+    parts.append(markdown(["candidates", *header], lines))
+    others = [row for row in rows if row["what"] not in ("option", "candidates")]
+    return "\n\n".join([*parts, plain_table(("what", "option", "gap", "ms", "cpu_ms"), others)])
 
 
 def plan_table(rows: Sequence[Row]) -> str:

@@ -3,9 +3,11 @@
     python -m bench.suites rollout_openwam
 
 Needs ``openwam``, as in requirements/test.txt. Dual expert, 4 layers, 256 (action expert 128) wide, 2 heads of 128,
-32 video tokens and 4 actions a frame, chunks of 4 frames, window 64, 5 steps, 512 text tokens, float32. Both start from
-the same frame and text and draw the same noise; before a speed is recorded, their chunks are compared as long as
-nothing was evicted (later, the package computes its window anew, and the cache of ``wam`` keeps what training saw).
+32 video tokens and 4 actions a frame, chunks of 4 frames, window 64, 5 steps, 512 text tokens, float32. The package has
+``use_cache`` on, which keeps keys of the history from one step of a stage to the next: of its options of inference the
+only one that its dual expert reads beside steps and sizes. Both start from the same frame and text and draw the same
+noise; before a speed is recorded, their chunks are compared as long as nothing was evicted (later, the package computes
+its window anew, and the cache of ``wam`` keeps what training saw).
 ``s_chunk_N`` is the N-th chunk. A chunk of ``wam`` is ``propose`` and ``accept``, with the pass that makes it history;
 the package does that in the next chunk.
 """

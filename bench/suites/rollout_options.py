@@ -7,7 +7,9 @@ chunks from the same noise with the same weights, in one run. CPU: two layers of
 a frame, one thread; CUDA: the full size in bf16. The weights are random, so the errors show what an option changes, not
 what a trained policy loses; times are the thread's own on a CPU, ratios of one run.
 
-``8-bit weights`` is the full schedule with weights and products of 8 bits, where torchao is installed.
+``8-bit weights`` is the full schedule with weights and products of 8 bits, where torchao is installed; the last option
+is all of them together. Of two rates in one stage, ``2 video steps`` are as in Efficient-WAM and ``2 action steps`` as
+in X-WAM.
 
 ``what``: ``option`` (``error``: ||a - b|| / ||b|| against ``full``, 8 Euler steps; ``GFLOP`` and ``MB`` are estimated,
 with the forwards that ran), ``candidates`` (k at once, k proposals on end, and k episodes in a batch, of which
@@ -49,9 +51,12 @@ FULL = RolloutConfig(program="joint", history="video_only", window=8, steps=STEP
 HALF: dict[str, Any] = {"steps": STEPS // 2}
 UNIPC, HEUN = ({s: Schedule(solver=solver) for s in ("video", "action")} for solver in ("unipc", "heun"))
 FEW_VIDEO, FEW_ACTION = ({s: Schedule(steps=2)} for s in ("video", "action"))
-BOTH_RATES = {"interleave": True, "reuse_keys": True}
+BOTH_RATES, REUSE = {"interleave": True, "reuse_keys": True}, {"reuse_flow": 0.9, "reuse_chunk": 0.9}
+TOGETHER = "UniPC, 2 video steps of 4, interleaved, all reuse"
 VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     "full": ({}, "both"),
+    "action alone": ({}, "action"),
+    "video shift 2": ({"video_shift": 2.0}, "both"),
     "half the steps": (HALF, "both"),
     "half the steps, UniPC": (HALF | UNIPC, "both"),
     "as many forwards, Heun": (HALF | HEUN, "both"),
@@ -67,8 +72,8 @@ VARIANTS: dict[str, tuple[dict[str, Any], str]] = {
     "reuse_flow": ({"reuse_flow": 0.9}, "both"),
     "reuse_chunk": ({"reuse_chunk": 0.9}, "both"),
     "UniPC and reuse_flow": (HALF | UNIPC | {"reuse_flow": 0.9}, "both"),
-    "UniPC, 2 video steps, interleaved, reuse_keys, reuse_flow": (
-        HALF | UNIPC | BOTH_RATES | {"video": Schedule(steps=2, solver="unipc"), "reuse_flow": 0.9}, "both",
+    TOGETHER: (
+        HALF | UNIPC | BOTH_RATES | REUSE | {"video": Schedule(steps=2, solver="unipc")}, "both",
     ),
     # one forward of video, and from then on action tokens alone
     "video features once": ({"program": "video_noisy_to_action", "video": Schedule(steps=0)}, "action"),
@@ -156,13 +161,13 @@ def option_rows(model: WorldActionModel, seed: int, chunks: int) -> Iterator[Row
     sizes = Sizes(model.config, (GRID[0] // 2, GRID[1] // 2), TEXT_TOKENS, model.dtype.itemsize)
     variants = dict(VARIANTS)
     if find_spec("torchao") is not None:
-        variants[EIGHT_BIT] = {}, "both"
+        variants |= {EIGHT_BIT: ({}, "both"), f"{TOGETHER}, {EIGHT_BIT}": VARIANTS[TOGETHER]}
     for name, (options, want) in variants.items():
         config = replace(FULL, **options)
         if config.program not in full:
             full[config.program] = play(model, replace(FULL, program=config.program), "both", seed, chunks)
         truth = full[config.program]
-        quantised = name == EIGHT_BIT
+        quantised = name.endswith(EIGHT_BIT)
         again = play(with_eight_bits(model) if quantised else model, config, want, seed, chunks)
         ms = statistics.median(again["ms"][1:])
         base = base or ms

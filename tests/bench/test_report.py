@@ -58,6 +58,21 @@ def test_tables(results):
     assert "xformers" not in text
 
 
+def test_every_option_and_number_of_candidates_has_a_line():
+    options = [
+        {"what": "option", "provider": "wam", "option": name, "ms": ms}
+        for name, ms in (("full", 60.0), ("half the steps", 30.0))
+    ]
+    options += [
+        {"what": "candidates", "provider": provider, "option": f"k = {k}", "ms": k, "held_MB": 2}
+        for k in (1, 4)
+        for provider in ("candidates", "on end", "episodes")
+    ]
+    text = SECTIONS["rollout_options"].render(options)
+    for line in ("| full | 60 |", "| half the steps | 30 |", "| k = 1 | 1 | 2 |", "| k = 4 | 4 | 2 | 4 | 2 | 4 | 2 |"):
+        assert line in text, text
+
+
 def test_figures(results, tmp_path):
     pytest.importorskip("matplotlib", reason="figures are drawn with matplotlib, which is not installed")
     written = page.draw(report.load(results), SECTIONS, tmp_path / "figures")
@@ -76,6 +91,7 @@ def test_the_committed_rows_render(tmp_path):
     rows = report.load(RESULTS)
     text = page.tables(rows, SECTIONS)
     assert "### Attention" in text
+    assert "| half the steps, UniPC | 4 |" in text and "| k = 16 |" in text
     assert "| e80e228 | test_frame_index_cold |" in text and "| e80e228 | test_cached_attention |" in text
 
 
