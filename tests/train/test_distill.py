@@ -10,7 +10,7 @@ import torch
 from tests.train.conftest import TINY_MODEL, frozen, trained
 from wam_models import Schedule, cli
 from wam_models.cli.closed_loop_demo import demo_training
-from wam_models.cli.distill import compared
+from wam_models.cli.distill import JUDGED, compared
 from wam_models.cli.train import read_data
 from wam_models.data import ClipDataset
 from wam_models.flow import noise_levels
@@ -38,8 +38,11 @@ def clips(teacher, root):
 
 def test_one_step_of_one_is_the_teacher_itself(teacher, data):
     """From noise one Euler step ends at level 0, where f is x: the student begins at its target."""
-    student, losses = distill(teacher, data, DistillConfig(teacher_steps=1, steps=1, batch=2), progress=False)
+    once = DistillConfig(teacher_steps=1, steps=1, batch=2, recorded=0)
+    student, losses = distill(teacher, data, once, progress=False)
     assert losses == [0.0]
+    of_clip = [distill(teacher, data, replace(once, recorded=r), progress=False)[1][0] for r in (0.5, 1.0)]
+    assert 0 < of_clip[0] == pytest.approx(of_clip[1] / 4, rel=1e-5)  # a share of the way to the clip
     assert student.rollout == replace(teacher.rollout, steps=1, video=Schedule(), action=Schedule())
 
 
@@ -78,11 +81,14 @@ def test_the_target_of_a_step_by_hand(teacher, data, monkeypatch):
     monkeypatch.setattr(type(teacher.model), "forward", lambda self, *args, **more: constant(self)(*args, **more))
     rollout = replace(teacher.rollout, video_shift=5.0, action_shift=1.0)
     _, losses = distill(
-        replace(teacher, rollout=rollout), data, DistillConfig(teacher_steps=steps, steps=1, batch=4), progress=False
+        replace(teacher, rollout=rollout),
+        data,
+        DistillConfig(teacher_steps=steps, steps=1, batch=4, recorded=0),
+        progress=False,
     )
     assert losses[0] < 1e-10
     (video, action, x, a), (then_video, then_action, moved, moved_action), (again, _, _, _) = told
-    assert torch.equal(video, again) and x.shape[2] == 5
+    assert torch.equal(video, again) and x.shape[2] == 5  # the longest episode has six frames
     at = [(1000 * levels["video"] == level).nonzero().item() for level in video[:, 1]]
     for i, place in enumerate(at):  # joint: both streams at one place, each at its own level; chunks of two frames
         assert torch.equal(video[i, 1:3], 1000 * levels["video"][place].expand(2))
@@ -111,7 +117,7 @@ def test_a_cascade_draws_a_place_for_each_stream(teacher, data, monkeypatch):
 
 
 def test_a_student_comes_nearer_to_the_teacher_s_steps(teacher, data, clips):
-    config = DistillConfig(teacher_steps=4, steps=25, batch=8, learning_rate=2e-3, average=0.8)
+    config = DistillConfig(teacher_steps=4, steps=25, batch=8, learning_rate=2e-3, average=0.8, recorded=0)
     before = [p.clone() for p in teacher.model.parameters()]
     student, losses = distill(teacher, data, config, progress=False)
     rows = compared(teacher, student, clips, 4)
@@ -154,7 +160,7 @@ def test_from_the_command_line(folder, root, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_one_step_of_the_demo_s_model_is_as_good_as_five():
-    """Held-out episodes. So many steps left it 0.3 % worse in actions, 2.5 % in frames (docs/benchmarks.md)."""
+    """As ``wam distill`` does it, on its held-out episodes: no worse in either stream (docs/benchmarks.md)."""
     root = Path(__file__).parents[2] / "data/metaworld_demo"
     config = replace(demo_training(), steps=150, mixture={"joint": 1.0})
     policy = train(config, read_data(root, config, progress=False), progress=False).policy
@@ -164,10 +170,10 @@ def test_one_step_of_the_demo_s_model_is_as_good_as_five():
         dataset, policy.codec, units=policy.units, actions_per_frame=policy.actions_per_frame,
         actions_per_token=policy.actions_per_token,
     )  # fmt: skip
-    clips = [policy.clip(dataset, i) for i in data.held_out if data.length(i) >= 5][:4]
-    student, _ = distill(policy, data, DistillConfig(steps=60, learning_rate=1e-4), progress=False)
+    clips = [policy.clip(dataset, i) for i in data.held_out if data.length(i) >= 5][:JUDGED]
+    student, _ = distill(policy, data, progress=False)
     rows = compared(policy, student, clips, 5)
     before, once, after = rows.values()
     for name in ("action", "frame"):
-        assert after[f"{name}_gap"] < 0.8 * once[f"{name}_gap"]
-        assert after[f"{name}_rmse"] < 1.05 * before[f"{name}_rmse"] < before[f"repeat_{name}_rmse"]
+        assert after[f"{name}_gap"] < once[f"{name}_gap"]
+        assert after[f"{name}_rmse"] <= before[f"{name}_rmse"] < before[f"repeat_{name}_rmse"]

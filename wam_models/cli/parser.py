@@ -190,9 +190,11 @@ def _distill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the student's checkpoint, a new folder")
     parser.add_argument("--camera", metavar="FEATURE", help="of --data; default: its only one, or the checkpoint's")
     parser.add_argument("--teacher-steps", type=at_least(1), metavar="N", help="of each stream; default: 5")
-    parser.add_argument("--steps", type=at_least(1), metavar="N", help="of the training; default: 300")
+    parser.add_argument("--steps", type=at_least(1), metavar="N", help="of the training; default: 200")
     parser.add_argument("--batch", type=at_least(1), metavar="N", help="clips of a step; default: 8")
     parser.add_argument("--learning-rate", type=float, metavar="X", help="default: 0.0002")
+    recorded = "share of the recorded clip in the targets, else the teacher's steps; default: 0.1"
+    parser.add_argument("--recorded", type=float, metavar="X", help=recorded)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
     parser.add_argument("--seed", type=at_least(0), default=0)
 

@@ -5,6 +5,10 @@ of its own, ``f(x, s) = x - s * flow(x, s)`` over its own levels ``s[0] = 1 > ..
 gives; at level 0 it is x itself. With x at level ``s[i]``, the teacher takes one Euler step to ``s[i + 1]``, and the
 student's f at x is drawn to the f of its own moving average there. Streams that a program denoises together are at the
 same place i of their schedules, as in a rollout; others each at a place of their own.
+
+Drawn to that alone the student is at best its teacher, and what it misses of it comes on top of the teacher's own
+errors. So each target holds a share of the recorded clip; over the N levels it adds up to ``1 - (1 - share) ** N`` of
+what the student is drawn to from noise.
 """
 
 from __future__ import annotations
@@ -43,9 +47,10 @@ class DistillConfig:
         teacher_steps: N, Euler steps of each stream that become one.
         steps: Of the training.
         batch: Clips of a step.
-        chunks: Of a clip, behind its first frame; as many as the episodes have room for. One of a model with
-            ``full_attention``.
+        chunks: Of a clip, behind its first frame; as many as the episodes have room for. Where the window holds more
+            than the others, the last chunk has less history than in a rollout. One of a model with ``full_attention``.
         learning_rate: Of AdamW; rises over the first tenth of the steps and falls linearly to 0.
+        recorded: Share of the recorded clip in each target, from 0 to 1; 0: the teacher's steps alone.
         average: Of the moving average, which gives the targets and is what is kept: how much of it stays at a step.
         clip_norm: Longest gradient.
 
@@ -54,10 +59,11 @@ class DistillConfig:
     """
 
     teacher_steps: int = 5
-    steps: int = 300
+    steps: int = 200
     batch: int = 8
-    chunks: int = 2
+    chunks: int = 3
     learning_rate: float = 2e-4
+    recorded: float = 0.1
     average: float = 0.95
     clip_norm: float = 1.0
 
@@ -67,7 +73,8 @@ class DistillConfig:
             check_field(self, name, whole, 1, LARGEST_SIZE)
         for name in ("learning_rate", "clip_norm"):
             check_field(self, name, number, 1e-12, 100)
-        check_field(self, "average", number, 0, 1)
+        for name in ("recorded", "average"):
+            check_field(self, name, number, 0, 1)
 
 
 def distill(
@@ -137,6 +144,7 @@ class _Pair:
         self, policy: Policy, rollout: RolloutConfig, frames: int, latent: tuple[int, int], config: DistillConfig
     ) -> None:
         self.teacher, self.frames, self.size = policy.model, frames, rollout.chunk_size
+        self.recorded = config.recorded
         c, device = policy.model.config, policy.model.device
         rows, columns = policy.model.token_grid(*latent)
         self.full_attention = c.full_attention
@@ -159,7 +167,7 @@ class _Pair:
         text: Tensor,
         generator: torch.Generator,
     ) -> Tensor:
-        """Mean squared distance of the student's f to the average's one step on, the streams' summed."""
+        """Mean squared distance of the student's f to the average's one step on and the clip, the streams' summed."""
         device = self.teacher.device
         clean = {s: clips[name].to(device) for s, name in ((VIDEO, "video"), (ACTION, "action")) if s in self.levels}
         told: dict[str, Any] = {}
@@ -198,6 +206,7 @@ class _Pair:
         flow = flows(student, x, now)
         total = torch.zeros((), device=device)
         for s in x:
+            wanted[s] = torch.lerp(wanted[s], clean[s], self.recorded)
             wrong = x[s] - over(now[s], s) * flow[s] - wanted[s]
             total = total + wrong.narrow(FRAME_DIM[s], 1, self.frames - 1).square().mean()
         return total
