@@ -29,7 +29,7 @@ from wam_models.estimate import (
 )
 from wam_models.estimate.forward import optimizers
 from wam_models.estimate.memory import block_activations
-from wam_models.objectives import OBJECTIVES, frames_before_chunks, geometry_for, sample_for
+from wam_models.objectives import OBJECTIVES, frames_before_chunks, geometry_for, sample_for, told_frames
 from wam_models.rollout.layout import ChunkLayout
 from wam_models.train import TrainConfig
 from wam_models.train.engine import EngineConfig
@@ -48,9 +48,11 @@ KINDS = {
     "video alone": replace(SMALL, topology="video_only", context=(REGISTERS,)),
     "further streams": replace(SMALL, state_dim=5, context=(QUERIES, REGISTERS)),
     "bridge": replace(OTHER, bridge_dim=32, bridge_layer=1),
+    "state tokens": replace(OTHER, state_dim=5, state_tokens=True, context=(QUERIES,)),
 }
 FULL = {
     "full attention": replace(OTHER, full_attention=True, state_dim=5, context=(QUERIES,)),
+    "full attention to state tokens": replace(OTHER, full_attention=True, state_dim=5, state_tokens=True),
     "full attention of video alone": replace(KINDS["video alone"], full_attention=True),
 }
 KINDS |= FULL
@@ -84,12 +86,14 @@ def test_flops_of_a_packed_forward_are_those_that_torch_counts(config, frames, i
     sample = sample_for(
         "joint", OBJECTIVES["joint"], frames=frames, video_tokens=6, action_tokens=c.actions_per_frame * c.has_actions,
         chunk_size=size, window=4, context=sizes.context_tokens, full_attention=c.full_attention,
+        state_tokens=c.state_tokens,
     )  # fmt: skip
     plan, model = compile_plan(sample), made(c)
     video, action = torch.randn(B, c.latent_channels, frames, y, x), torch.randn(B, frames, c.actions_per_frame, 7)
     t = torch.full((B, frames), 500.0)
     text = torch.randn(B, TEXT, c.text_dim)
-    told = {"state": torch.randn(B, frames, c.state_dim) if c.state_dim else None}
+    states = len(told_frames(frames, size, c.state_tokens))
+    told = {"state": torch.randn(B, states, c.state_dim) if c.state_dim else None}
     told["modes"] = torch.zeros(B, dtype=torch.int64) if c.mode_token else None
     if c.bridge_dim:
         last = video[:, :, frames_before_chunks(frames, 2)[-1] :]
@@ -142,6 +146,8 @@ def test_flops_of_a_chunk_are_those_that_torch_counts(config, program, options):
     for seed in range(4):  # until the window is full
         candidate = episode.propose(generator=torch.Generator().manual_seed(seed))
         episode.accept(replace(candidate, video_level=0.0))
+
+    episode.propose_many(generator=torch.Generator().manual_seed(9))  # what is set up once
 
     def chunk():
         *_, last = episode.propose_many(generator=torch.Generator().manual_seed(9))

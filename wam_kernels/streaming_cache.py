@@ -8,10 +8,10 @@ token, so their keys and values are computed once and stay. Every layer has the 
 Frame f lies in place ``f % frames`` of each ring. The next two hold the chunk at work: its noisy tokens are
 overwritten at every denoising step, its clean copies are copied into the rings when the chunk is accepted
 (:meth:`store_chunk`), so a chunk that is not accepted leaves no trace. Every query attends to the context, if there is
-any. Candidates are chunks that continue the same history side by side, each with a place of its own for its noisy
-tokens and, where a program needs it, its clean copies. What a query attends to is a handful of slot ranges
-(:meth:`ranges`), which change from chunk to chunk but not from step to step; ``cached_attention`` reads them from
-device memory.
+any, but to its last ``noisy_context_tokens`` noisy ones alone do. Candidates are chunks that continue the same history
+side by side, each with a place of its own for its noisy tokens and, where a program needs it, its clean copies. What a
+query attends to is a handful of slot ranges (:meth:`ranges`), which change from chunk to chunk but not from step to
+step; ``cached_attention`` reads them from device memory.
 """
 
 from __future__ import annotations
@@ -79,6 +79,7 @@ class StreamingCache:
         chunk_size: Frames of a chunk, at most.
         frames: Frames that each ring holds.
         context_tokens: Tokens that every query attends to.
+        noisy_context_tokens: Tokens behind them that noisy queries attend to, such as the state of the chunk at work.
         candidates: Chunks at work side by side; 1: no places but those of the chunk at work.
         clean_candidates: Whether candidates have clean copies too.
         dtype: Of keys and values.
@@ -107,6 +108,7 @@ class StreamingCache:
         chunk_size: int,
         frames: int,
         context_tokens: int = 0,
+        noisy_context_tokens: int = 0,
         candidates: int = 1,
         clean_candidates: bool = False,
         dtype: torch.dtype,
@@ -119,6 +121,7 @@ class StreamingCache:
             integer(op, name, value, int(name != "action_tokens")) for name, value in sizes.items()
         )
         context_tokens = integer(op, "context_tokens", context_tokens)
+        self.noisy_context_tokens = integer(op, "noisy_context_tokens", noisy_context_tokens)
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise ValueError(f"{op}: dtype must be a torch.dtype of floats, got {dtype!r}")
         if frames < chunk_size:
@@ -131,7 +134,8 @@ class StreamingCache:
             (stream, noise): rings + (chunk if noise == NOISY else 0) + (chunk_size * video_tokens) * (stream == ACTION)
             for stream, noise in SEGMENTS
         }
-        self.context_slots = slice(rings + 2 * chunk, rings + 2 * chunk + context_tokens)
+        end = rings + 2 * chunk + context_tokens + self.noisy_context_tokens
+        self.context_slots = slice(rings + 2 * chunk, end)
         self.candidates = integer(op, "candidates", candidates, 1)
         self._candidate = chunk * (1 + clean_candidates) if self.candidates > 1 else 0  # slots of one
         # ranges are int32
@@ -235,8 +239,9 @@ class StreamingCache:
                     if own_first < own_end:
                         of_own.append(len(slots))
                         slots.append((own + own_first * per, own + own_end * per))
-                if self.context_slots.start < self.context_slots.stop:
-                    slots.append((self.context_slots.start, self.context_slots.stop))
+                end = self.context_slots.stop - self.noisy_context_tokens * (noise == CLEAN)
+                if self.context_slots.start < end:
+                    slots.append((self.context_slots.start, end))
                 for i in range(candidates):
                     table[b, i, g, : len(slots)] = np.reshape(slots, (-1, 2))
                     table[b, i, g, of_own] += i * self._candidate

@@ -19,6 +19,7 @@ from .runtime.json_fields import from_fields
 from .runtime.limits import LARGEST_SIZE
 
 TOPOLOGIES = ("dual_expert", "parallel_stream", "video_only")
+STATE_STREAM = "proprioception"  # of the tokens of ``ModelConfig.state_tokens``
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +97,10 @@ class ModelConfig:
             that shares an expert has its width and ffn.
         state_dim: Numbers of the robot's state that the action tokens of a chunk are told, that of the frame before the
             chunk: one linear map to ``hidden``, one from there to ``action_hidden`` where that differs, added to the
-            tokens. 0 for none. States as tokens of their own are a stream of ``context``.
+            tokens. 0 for none.
+        state_tokens: Whether the state is a token of its own instead, one for each chunk, that runs through the expert
+            of the actions: the noisy tokens of its chunk attend to it, and it to itself alone (DreamZero); with
+            ``full_attention`` all to all (Motus).
         mode_token: Whether a learned token behind the text says which objective a sample has.
         bridge_dim: Numbers of one feature of another network, or of a layer of this one's video expert, that the action
             tokens cross-attend to beside the text; 0 for none. For ``"dual_expert"``.
@@ -134,6 +138,7 @@ class ModelConfig:
     bridge_layer: int | None = None
     bridge_sigma: float = 1.0
     full_attention: bool = False
+    state_tokens: bool = False
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -162,6 +167,14 @@ class ModelConfig:
                 )
         check_field(self, "bridge_sigma", number, 0, 1)
         check_field(self, "full_attention", switch)
+        check_field(self, "state_tokens", switch)
+        if self.state_tokens and not self.state_dim:
+            raise ValueError("ModelConfig: state_dim must be at least 1 with state_tokens, got 0")
+        if self.state_tokens and self.bridge_layer is not None:
+            raise ValueError(
+                "ModelConfig: bridge_layer must be None with state_tokens, which would attend to the features of one "
+                f"chunk, got {self.bridge_layer}; leave state_tokens out, and the state is added to the actions"
+            )
         if self.full_attention and self.bridge_layer is not None:
             raise ValueError(
                 "ModelConfig: bridge_layer must be None with full_attention, in which no frame has features of its "
@@ -188,13 +201,29 @@ class ModelConfig:
 
     @cached_property
     def streams(self) -> tuple[Stream, ...]:
-        """Video, then action where there is one, then those of ``context``: in the order of their packed tokens."""
+        """Video, then action where there is one, then those that are given: in the order of their packed tokens."""
         shared = "video" if self.topology == "parallel_stream" else "action"
         video = Stream(name="video", width=self.hidden, ffn=self.ffn, features=self.patch_width)
         action = Stream(
             name="action", width=self.action_hidden, ffn=self.action_ffn, features=self.action_dim, expert=shared
         )
-        return (video, *([] if self.topology == "video_only" else [action]), *self.context)
+        denoised = (video,) if self.topology == "video_only" else (video, action)
+        if not self.state_tokens:
+            return *denoised, *self.context
+        state = Stream(
+            name=STATE_STREAM, width=action.width, ffn=action.ffn, features=self.state_dim, expert=action.expert
+        )
+        return *denoised, *self.context, state
+
+    @property
+    def given(self) -> tuple[Stream, ...]:
+        """Those that are not denoised: of ``context``, and that of the state's tokens."""
+        return self.streams[1 + self.has_actions :]
+
+    @property
+    def adds_state(self) -> bool:
+        """Whether the state is added to the action tokens."""
+        return bool(self.state_dim) and not self.state_tokens
 
     @property
     def has_actions(self) -> bool:
@@ -256,6 +285,7 @@ _ADDED: dict[str, Any] = {
     "bridge_layer": None,
     "bridge_sigma": 1.0,
     "full_attention": False,
+    "state_tokens": False,
 }
 
 

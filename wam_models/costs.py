@@ -21,7 +21,7 @@ from wam_kernels.roofline import (
 )
 
 from .config import ModelConfig
-from .objectives import OBJECTIVES, frames_before_chunks, sample_for
+from .objectives import OBJECTIVES, frames_before_chunks, sample_for, told_frames
 
 BF16 = 2  # bytes of a number
 
@@ -60,12 +60,21 @@ class Sizes:
 
     @property
     def given(self) -> tuple[int, ...]:
-        """Streams of learned tokens."""
+        """Streams that are not: of learned tokens, and of the state."""
         return tuple(range(len(self.denoised), len(self.model.streams)))
 
     @property
     def context_tokens(self) -> int:
-        return sum(self.model.streams[stream].tokens for stream in self.given)
+        return sum(stream.tokens for stream in self.model.context)
+
+    @property
+    def state_tokens(self) -> int:
+        """Of each chunk."""
+        return int(self.model.state_tokens)
+
+    def given_tokens(self, stream: int, chunks: int = 1) -> int:
+        """Of one that is not denoised, in a clip of so many chunks."""
+        return self.model.streams[stream].tokens or chunks
 
     @property
     def copies(self) -> int:
@@ -99,7 +108,7 @@ def parameters(c: ModelConfig) -> int:
             total += time + 2 * width * stream.owns_expert + linear_numbers(width, data)
         total += linear_numbers(data, width) if data else stream.tokens * width
         total += linear_numbers(width, stream.aligned) if stream.aligned else 0
-    if c.state_dim:
+    if c.adds_state:
         total += linear_numbers(c.state_dim, c.hidden)
         total += linear_numbers(c.hidden, c.action_hidden) if c.hidden != c.action_hidden else 0
     total += len(OBJECTIVES) * c.text_dim if c.mode_token else 0
@@ -142,7 +151,7 @@ def ends(s: Sizes, stream: int, rows: int, timesteps: int, head_rows: int) -> Co
     cost = linear(rows, data, width, e)
     for width_in, width_out in ((c.freq_dim, width), (width, width), (width, 6 * width)):
         cost += linear(timesteps, width_in, width_out, e)
-    if stream == ACTION and c.state_dim:
+    if stream == ACTION and c.adds_state:
         cost += linear(timesteps, c.state_dim, c.hidden, e)
         cost += linear(timesteps, c.hidden, width, e) if c.hidden != width else Cost()
     if head_rows:
@@ -176,7 +185,7 @@ def bridge_features(s: Sizes, samples: int, frames: int) -> Cost:
     )
 
 
-def packed_products(s: Sizes, samples: int, frames: int, bridged: int = 0) -> Cost:
+def packed_products(s: Sizes, samples: int, frames: int, bridged: int = 0, chunks: int = 1) -> Cost:
     """All of a training forward but the attention.
 
     Args:
@@ -184,6 +193,7 @@ def packed_products(s: Sizes, samples: int, frames: int, bridged: int = 0) -> Co
         samples: Clips.
         frames: Of all clips together.
         bridged: Frames of each clip that a bridge of the model's own is made of.
+        chunks: Of each clip, for each of which there is a token of the state.
     """
     c, e, timesteps, features = s.model, s.itemsize, s.copies * frames, bridged * s.tokens(VIDEO)
     cost = text_products(s, samples, features) + (bridge_features(s, samples, bridged) if bridged else Cost())
@@ -194,16 +204,17 @@ def packed_products(s: Sizes, samples: int, frames: int, bridged: int = 0) -> Co
         cost += block * c.layers + ends(s, stream, rows, timesteps, rows // s.copies)
     for stream in s.given:
         held = c.streams[stream]
-        rows = samples * held.tokens
+        rows = samples * s.given_tokens(stream, chunks)
+        cost += linear(rows, held.features, held.width, e) if held.features else Cost()
         rest = block_rest(s, stream, rows, samples, samples) + block_text_keys(s, stream, samples)
         cost += block_keys(s, stream, rows, samples) * c.layers + rest * (c.layers - (not held.aligned))
         cost += linear(rows, held.width, held.aligned, e) if held.aligned else Cost()
     return cost
 
 
-def packed_tokens(s: Sizes, samples: int, frames: int) -> int:
+def packed_tokens(s: Sizes, samples: int, frames: int, chunks: int = 1) -> int:
     """Of a training forward of ``samples`` clips, ``frames`` together: all copies of the streams, what is given."""
-    return s.copies * frames * sum(map(s.tokens, s.denoised)) + samples * s.context_tokens
+    return s.copies * frames * sum(map(s.tokens, s.denoised)) + samples * (s.context_tokens + chunks * s.state_tokens)
 
 
 def packed_forward(
@@ -215,9 +226,10 @@ def packed_forward(
     sample = sample_for(
         program, OBJECTIVES["joint"], frames=frames, video_tokens=s.tokens(VIDEO),
         action_tokens=s.tokens(ACTION) if c.has_actions else 0, chunk_size=chunk_size, window=window, history=history,
-        context=s.context_tokens, full_attention=c.full_attention,
+        context=s.context_tokens, full_attention=c.full_attention, state_tokens=c.state_tokens,
     )  # fmt: skip
     plan = compile_plan(sample)
-    pairs, tokens = samples * plan.visible_pairs, packed_tokens(s, samples, samples * frames)
+    chunks = len(told_frames(frames, chunk_size, True))
+    pairs, tokens = samples * plan.visible_pairs, packed_tokens(s, samples, samples * frames, chunks)
     attention = block_attention(pairs, tokens, c.heads, c.head_dim, s.itemsize) * c.layers
-    return packed_products(s, samples, samples * frames, bridged), attention
+    return packed_products(s, samples, samples * frames, bridged, chunks), attention

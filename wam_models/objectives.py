@@ -114,6 +114,11 @@ def frames_before_chunks(frames: int, chunk_size: int) -> list[int]:
     return [max(frame - 1, 0) // chunk_size * chunk_size for frame in range(frames)]
 
 
+def told_frames(frames: int, chunk_size: int, tokens: bool) -> list[int]:
+    """The frames whose states a model is told: of each frame as above, or with ``tokens`` one of each chunk."""
+    return list(range(0, frames - 1, chunk_size)) if tokens else frames_before_chunks(frames, chunk_size)
+
+
 def geometry_for(
     program: str,
     objective: Objective,
@@ -152,8 +157,8 @@ def geometry_for(
 
 
 def sample_for(
-    program: str, objective: Objective, *, context: int = 0, full_attention: bool = False, action_free: bool = False,
-    **sizes: Any,
+    program: str, objective: Objective, *, context: int = 0, full_attention: bool = False, state_tokens: bool = False,
+    action_free: bool = False, **sizes: Any,
 ) -> Geometry | RuleGeometry:  # fmt: skip
     """A clip of an episode's beginning as a packed sample: what a training step compiles.
 
@@ -163,6 +168,7 @@ def sample_for(
         context: Tokens that are given.
         full_attention: Whether it is ``[video | action | context]``, one copy of each, all of which attend to each
             other: of a model with ``full_attention``, whose clip is the observed frame and one chunk.
+        state_tokens: Whether there is a token of the state for each chunk.
         action_free: Whether nothing attends to its actions.
         sizes: The others of :func:`geometry_for`.
 
@@ -173,7 +179,7 @@ def sample_for(
     if action_free:
         geometry = replace(geometry, startup_action_frames=geometry.action_frames)
     if not full_attention:
-        return with_context(geometry, context) if context else geometry
+        return with_context(geometry, context, state_tokens) if context or state_tokens else geometry
     if geometry.chunk_size != geometry.video_frames - 1:
         raise ValueError(
             "sample_for: frames must be 1 + chunk_size for a model with full_attention, whose clip is one chunk behind "
@@ -182,6 +188,6 @@ def sample_for(
     return RULE_PROGRAMS["tri_tower"](
         video=geometry.video_frames * geometry.video_tokens,
         actions=geometry.action_frames * geometry.action_tokens,
-        understanding=context,
+        understanding=context + state_tokens,
         startup=geometry.startup_action_frames * geometry.action_tokens,
     )

@@ -7,7 +7,7 @@ import torch
 
 from wam_kernels import compile_plan
 from wam_models import RolloutConfig, RolloutEngine
-from wam_models.objectives import GJD, OBJECTIVES, sample_for
+from wam_models.objectives import GJD, OBJECTIVES, sample_for, told_frames
 from wam_models.train.samples import StepConfig
 from wam_models.train.step import training_step
 
@@ -17,6 +17,7 @@ from .test_streams import (
     PARALLEL,
     REGISTERS,
     SMALL,
+    STATE_TOKENS,
     STATES,
     TOKENS,
     VIDEO_ONLY,
@@ -36,6 +37,7 @@ MODELS = {
         "video_only": VIDEO_ONLY,
         "context": CONTEXT,
         "states": STATES,
+        "state tokens": STATE_TOKENS,
         "modes": replace(SMALL, mode_token=True),
     }.items()
 }  # fmt: skip
@@ -61,6 +63,7 @@ def packed(config, model, video, action, text, state, objective="joint", start=0
             window=4,
             context=context_tokens(config),
             full_attention=True,
+            state_tokens=config.state_tokens,
         )  # fmt: skip
     )
     level = 1000 * frames * o.video
@@ -69,7 +72,8 @@ def packed(config, model, video, action, text, state, objective="joint", start=0
     modes = torch.full((B,), list(OBJECTIVES).index(objective)) if config.mode_token else None
     flows = model(
         video, None, *of_actions[:2], level, of_actions[2], text * (not o.conditional), plan, context=features(config),
-        state=None if state is None else state[:, [0] * FRAMES], modes=modes, frame_start=start,
+        state=None if state is None else state[:, told_frames(FRAMES, SIZE, config.state_tokens)], modes=modes,
+        frame_start=start,
     )  # fmt: skip
     found = {"video": video[:, :, 1:] - flows[0][:, :, 1:] * o.video}
     if config.has_actions:

@@ -14,7 +14,7 @@ from wam_kernels.masks.context import with_context
 from wam_models import RolloutConfig, RolloutEngine, WorldActionModel, golden_config
 from wam_models.bridge import bridge_video
 from wam_models.config import ModelConfig, Stream, wan_5b_config, wan_5b_small_action_config
-from wam_models.objectives import OBJECTIVES, frames_before_chunks, geometry_for
+from wam_models.objectives import OBJECTIVES, frames_before_chunks, geometry_for, sample_for, told_frames
 from wam_models.train.samples import StepConfig
 from wam_models.train.step import training_step
 from wam_models.weights.layouts import LAYOUTS
@@ -29,6 +29,7 @@ REGISTERS = Stream(name="registers", width=64, ffn=128, tokens=3, expert="video"
 TRI_TOWER = replace(SMALL, context=(UNDERSTANDING,))
 CONTEXT = replace(SMALL, context=(UNDERSTANDING, REGISTERS))
 STATES = replace(SMALL, state_dim=5)
+STATE_TOKENS = replace(STATES, state_tokens=True)
 BRIDGED = replace(SMALL, bridge_dim=64, mode_token=True)
 MODELS = {
     "parallel_stream": PARALLEL,
@@ -36,9 +37,11 @@ MODELS = {
     "tri_tower": TRI_TOWER,
     "context": CONTEXT,
     "states": STATES,
+    "state tokens": STATE_TOKENS,
+    "state tokens beside context": replace(PARALLEL, context=(REGISTERS,), state_dim=5, state_tokens=True),
     "bridged": BRIDGED,
 }
-BEYOND = ("topology", "context", "state_dim", "mode_token", "bridge_dim")  # what two experts do without
+BEYOND = ("topology", "context", "state_dim", "state_tokens", "mode_token", "bridge_dim")  # what two experts do without
 B, C, GRID, TOKENS = 2, 48, (2, 4), 2
 
 
@@ -99,17 +102,17 @@ def test_streaming_equals_one_packed_forward(name, program, cache):
         for stream, t in noise.items():
             noisy[stream].append(t)
             clean[stream].append(getattr(candidate, stream))
-    geometry = geometry_for(
+    sample = sample_for(
         program, OBJECTIVES["joint"], frames=frames, video_tokens=TOKENS,
-        action_tokens=2 * config.has_actions, chunk_size=size, window=window,
+        action_tokens=2 * config.has_actions, chunk_size=size, window=window, context=context_tokens(config),
+        state_tokens=config.state_tokens,
     )  # fmt: skip
-    given = context_tokens(config)
-    plan = compile_plan(with_context(geometry, given) if given else geometry)
+    plan = compile_plan(sample)
     dim = {"video": 2, "action": 1}
     noisy, clean = ({stream: torch.cat(t, dim[stream]) for stream, t in of.items()} for of in (noisy, clean))
     level = torch.full((B, frames), 1000.0, dtype=torch.float64)
     actions = (noisy["action"], clean["action"], level) if config.has_actions else (None, None, None)
-    told = None if states is None else states[:, frames_before_chunks(frames, size)]
+    told = None if states is None else states[:, told_frames(frames, size, config.state_tokens)]
     video_flow, action_flow = model(
         noisy["video"],
         clean["video"],

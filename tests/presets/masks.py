@@ -2,7 +2,8 @@
 
 Three frames, of which the first is observed: in two chunks of one frame, or one chunk of two. A token stands for all
 of its frame. ``V0`` is the observed frame; ``v1`` and ``a1`` are noisy video and actions of frame 1, ``V1`` and ``A1``
-their clean copies; ``C`` is a token of context, as a register. Lines are queries, columns keys, in the same order.
+their clean copies; ``S1`` is the state of the chunk that begins with frame 1, ``C`` a token of context, as a register.
+Lines are queries, columns keys, in the same order.
 Tokens without a part in what a chunk is made of are left out: the noisy copy of the observed frame, actions of it, and
 the clean copy of the last chunk where nobody attends to it.
 """
@@ -106,18 +107,20 @@ MASKS = {
     ),
     "dreamzero": Mask(
         1, """
-    V0 v1 V1 v2 a1 a2
- V0  1  .  .  .  .  .
- v1  1  1  .  .  1  .
- V1  1  .  1  .  .  .
- v2  1  .  1  1  .  1
- a1  1  1  .  .  1  .
- a2  1  .  1  1  .  1
+    V0 v1 V1 v2 a1 a2 S1 S2
+ V0  1  .  .  .  .  .  .  .
+ v1  1  1  .  .  1  .  1  .
+ V1  1  .  1  .  .  .  .  .
+ v2  1  .  1  1  .  1  .  1
+ a1  1  1  .  .  1  .  1  .
+ a2  1  .  1  1  .  1  .  1
+ S1  .  .  .  .  .  .  1  .
+ S2  .  .  .  .  .  .  .  1
 """,
         "dreamzero_train",
-        {"video_frames": 3, "video_tokens": 1, "frames_per_block": 1, "action_tokens": 1, "state_tokens": 0}
+        {"video_frames": 3, "video_tokens": 1, "frames_per_block": 1, "action_tokens": 1, "state_tokens": 1}
         | {"window": 9},
-        "V0 V1 - - v1 v2 a1 a2",
+        "V0 V1 - - v1 v2 a1 a2 S1 S2",
     ),
 }  # fmt: skip
 MASKS["openwam_gjd"] = MASKS["openwam"]

@@ -56,15 +56,15 @@ def step_config(name: str):
     return replace(settings.draws()[0].config, chunk_sizes=(chunk, chunk), windows=windows)
 
 
-def copies(per_frame: int, context: int, full: bool = False) -> list[str]:
+def copies(per_frame: int, context: int, full: bool = False, states: int = 0) -> list[str]:
     """The token of a mask that each packed token is one of: noisy and clean video, noisy and clean actions.
 
-    With ``full`` attention one copy of each, the observed frame clean.
+    With ``full`` attention one copy of each, the observed frame clean; ``states`` is a chunk that has one.
     """
     numbers = range(FRAMES)
     video = ["V0", *(f"v{f}" for f in numbers[1:])] if full else [f"{v}{f}" for v in "vV" for f in numbers]
     action = [f"{a}{f}" for a in ("a" if full else "aA") for f in numbers for _ in range(per_frame)]
-    return video + action + ["C"] * context
+    return video + action + ["C"] * context + [f"S{f}" for f in numbers[1 :: states or FRAMES] if states]
 
 
 def packed(mask: Mask, names: list[str]) -> np.ndarray:
@@ -91,9 +91,9 @@ def test_the_mask_is_the_one_written_out(name):
     sample = sample_for(
         settings.program, OBJECTIVES["joint"], frames=FRAMES, video_tokens=1, action_tokens=1,
         chunk_size=mask.chunk, window=settings.windows[1], history=settings.history, context=context,
-        full_attention=config(name).model.full_attention,
+        full_attention=config(name).model.full_attention, state_tokens=config(name).model.state_tokens,
     )  # fmt: skip
-    names = copies(1, context, mask.full)
+    names = copies(1, context, mask.full, mask.chunk * config(name).model.state_tokens)
     found = dense_mask(sample) if isinstance(sample, Geometry) else sample.dense_mask()
     listed = [names.index(name) for name in mask.names]
     np.testing.assert_array_equal(found[np.ix_(listed, listed)], mask.matrix)
@@ -108,7 +108,7 @@ def test_the_last_chunk_of_a_rollout_attends_to_the_same(name):
     before = FRAMES - mask.chunk
     layout = ChunkLayout(replace(settings, chunk_size=mask.chunk), OBJECTIVES["joint"], 1, (1, 1), 1)
     found, names = dense_mask(layout.geometry(0, before)), copies(1, 0)
-    keys = [k for k in mask.names if k != "C"]
+    keys = [k for k in mask.names if k[0] not in "CS"]
     queries = [q for q in keys if q[0] in "va" and int(q[1]) >= before]
     ours, by_hand = [names.index(k) for k in keys], mask.matrix[np.ix_(*map(mask.places, (queries, keys)))]
     np.testing.assert_array_equal(found[np.ix_([names.index(q) for q in queries], ours)], by_hand)
@@ -145,7 +145,12 @@ def test_a_step_of_a_rollout_is_that_of_a_dense_attention(name):
 @pytest.mark.parametrize("name", MASKS)
 def test_a_training_step_is_that_of_a_dense_attention(name):
     model, settings = made(name, torch.float64), step_config(name)
-    names = copies(model.config.actions_per_frame, context_tokens(model.config), MASKS[name].full)
+    names = copies(
+        model.config.actions_per_frame,
+        context_tokens(model.config),
+        MASKS[name].full,
+        MASKS[name].chunk * model.config.state_tokens,
+    )
     data, found = batch(model, 2, torch.float64), []
     insulated = ("action", "video") in settings.stop_gradient
     for run in (model, Densely(model, packed(MASKS[name], names), names, insulated)):
@@ -204,7 +209,7 @@ ROLLOUTS = {
 def started(name: str, model: WorldActionModel, **changes):
     engine = RolloutEngine(model.eval().requires_grad_(False), replace(config(name).default_rollout(), **changes))
     data = batch(model, 1)
-    return engine.start(data["video"][:, :, :1], data["text"])
+    return engine.start(data["video"][:, :, :1], data["text"], state=data["state"][:, :1] if "state" in data else None)
 
 
 @pytest.mark.parametrize("name", MASKS)
@@ -214,7 +219,9 @@ def test_a_rollout_follows_the_schedule_of_the_preset(name):
     for _ in range(2):
         candidate = episode.propose(generator=draw)
         assert candidate.video.shape[2] == candidate.action.shape[1] == episode.chunk_size
-        episode.observe(candidate.video, candidate.action)
+        shape = 1, episode.chunk_size, model.config.state_dim
+        state = torch.zeros(shape) if model.config.state_dim else None
+        episode.observe(candidate.video, candidate.action, state=state)
     hook = model.core.patch_embedding_mlp.register_forward_hook(lambda module, args, out: seen.append(out.shape[1]))
     alone = episode.propose(want="action", generator=draw)
     hook.remove()
@@ -246,7 +253,7 @@ LAYOUTS_OF = {
     "openwam_parallel": ("openwam_parallel", ()),
     "fast_wam_uncond": ("fast_wam", ("action",)),
     "lingbot_va": ("lingbot_va", ()),
-    "dreamzero": ("dreamzero", ("action",)),
+    "dreamzero": ("dreamzero", ("action", "proprioception")),
 }
 
 
@@ -274,8 +281,8 @@ REAL = {
     # 641.5 M and 253.5 M, its README: there the two experts do not cross-attend to the text, 30 x 4 matrices of 3072 x
     # 1024 and 3072 x 512, 377 M and 189 M; and the text of neither has a projection
     "motus": (WAN_2_2_5B, 1_019_852_814, 443_684_352),
-    # Wan 2.1 14B; its MLPs of each robot and the cross-attention to CLIP tokens are not here
-    "dreamzero": (WAN_2_1_14B, 185_185_312, 0),
+    # Wan 2.1 14B; its MLPs of each robot and the cross-attention to CLIP tokens are not here; states are of 64 numbers
+    "dreamzero": (WAN_2_1_14B, 185_185_312, 64 * 5120 + 5120),
 }
 
 

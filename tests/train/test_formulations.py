@@ -23,6 +23,7 @@ KINDS = {
     "states": {"state_dim": 8},
     "bridge": {"bridge_dim": 32, "bridge_layer": 0},
     "late bridge": {"bridge_dim": 32, "bridge_layer": 0, "bridge_sigma": 0.5},
+    "state tokens": {"state_dim": 8, "state_tokens": True},
     "one expert": {"topology": "parallel_stream", "state_dim": 8, "context": [REGISTERS], "mode_token": True},
     "video alone": {"topology": "video_only"},
     "full attention": {
@@ -85,12 +86,15 @@ def test_a_run_leaves_a_policy_that_acts(kind, root, tmp_path):
         return
     room, told = Room(), []
     if policy.state_units is not None:
-        encoder = policy.model.core.proprio_hidden_context_encoder
-        encoder.register_forward_pre_hook(lambda module, args: told.append(args[0].clone()))
+        model = policy.model
+        encoder = model.core.proprio_hidden_context_encoder if model.config.adds_state else model.context.proprioception
+        (encoder if model.config.adds_state else encoder.embedder).register_forward_pre_hook(
+            lambda module, args: told.append(args[0].clone())
+        )
     played = play(policy, config, room, chunks=2, generator=generator, progress=False)
     assert played.actions.shape == (4, 4, 7) and np.isfinite(played.actions).all()
     if policy.state_units is not None:  # told first of frame 0, to which no action leads; it is in no history here
-        first = 0 if kind == "full attention" else 1
+        first = {"full attention": 0, "state tokens": -2}.get(kind, 1)
         mean, std = policy.state_units
         now = [(torch.full((8,), float(value)) - mean) / std for value in (50.0, played.actions[1, -1, 0])]
         assert torch.equal(told[first][0, 0], now[0]) and torch.equal(told[-1][0, 0], now[1])
@@ -170,6 +174,9 @@ def test_refusals_name_the_field(data, root):
         (KINDS["late bridge"], LATE | {"programs": ["joint"]}, "must not let the video attend .* got .'joint'."),
         (KINDS["bridge"], {"counterfactual": {"inverse_dynamics": 1}}, "joint alone for .* bridge_layer=0"),
         (KINDS["bridge"] | KINDS["full attention"], {}, "bridge_layer must be None with full_attention"),
+        (KINDS["state tokens"], {"tokens": 100}, "tokens must be 0 with model.state_tokens"),
+        (KINDS["bridge"] | KINDS["state tokens"], {}, "bridge_layer must be None with state_tokens"),
+        ({"state_tokens": True}, {}, "state_dim must be at least 1 with state_tokens"),
         (KINDS["full attention"], {}, r"chunk_sizes must be \[frames - 1, frames - 1\]"),
         (KINDS["full attention"], ONE_CHUNK | {"tokens": 100}, "tokens must be 0 with model.full_attention"),
         (KINDS["full attention"], ONE_CHUNK | {"imagined_history": 0.5}, "imagined_history must be 0 with model.full"),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from wam_kernels.masks.programs import STREAMS
 from wam_kernels.masks.visibility import CLEAN, NOISY, VIDEO
-from wam_kernels.roofline import Cost, DeviceModel, cached_attention
+from wam_kernels.roofline import Cost, DeviceModel, cached_attention, linear
 from wam_kernels.streaming_cache import key_spans
 
 from ..config import ModelConfig
@@ -91,7 +91,7 @@ def chunk_forward(
         [(key, copy, first, min(end, end_there)) for key, copy, first, end in of_stream if first < end_there]
         for of_stream in key_spans(geometry, history, tuple(streams), noise)
     ]
-    given = s.context_tokens
+    given = s.context_tokens + s.state_tokens * (noise == NOISY)
     visible = [sum((end - first) * s.tokens(key) for key, _, first, end in of_stream) + given for of_stream in spans]
     pairs = sum(rows[stream] * slots for stream, slots in zip(streams, visible, strict=True))
     read = {(key, copy, f) for spans_of in spans for key, copy, first, end in spans_of for f in range(first, end)}
@@ -113,13 +113,15 @@ def full_forward(s: Sizes, layout: ChunkLayout, wanted: Sequence[int], candidate
     for stream in (*layout.streams, *s.given):
         frames = layout.chunk_size + (stream == VIDEO)
         timesteps = samples * (1 if stream in s.given else frames)
-        rows = samples * (c.streams[stream].tokens if stream in s.given else frames * s.tokens(stream))
+        rows = samples * (s.given_tokens(stream) if stream in s.given else frames * s.tokens(stream))
         tokens += rows // samples
         cost += block_keys(s, stream, rows, timesteps) * c.layers
         cost += block_rest(s, stream, rows, timesteps, layout.samples) * (c.layers - (stream not in wanted))
         if stream not in s.given:
             of_chunk = samples * layout.chunk_size * s.tokens(stream)
             cost += ends(s, stream, rows, timesteps, of_chunk if stream in wanted else 0)
+        elif c.streams[stream].features:
+            cost += linear(rows, c.streams[stream].features, s.width(stream), s.itemsize)
     rows = samples * tokens
     return cost + cached_attention(rows * tokens, rows, rows, c.heads, c.head_dim, s.itemsize) * c.layers
 
@@ -144,6 +146,8 @@ def rollout_chunk(
         parts.insert(0, _of_bridge(s, layout))
     if layout.full_attention:
         return parts
+    if s.state_tokens:
+        parts.insert(0, _of_given(s, layout))
     kept = layout.history_streams
     tokens = _tokens(s, layout, kept)
     if config.cache == "persistent":
@@ -158,7 +162,24 @@ def layout_of(s: Sizes, config: RolloutConfig, objective: str, batch: int) -> Ch
     """That of a chunk of these sizes."""
     actions = s.model.actions_per_frame if s.model.has_actions else 0
     full = s.model.full_attention
-    return ChunkLayout(config, OBJECTIVES[objective], batch, s.grid, actions, s.context_tokens, full)
+    return ChunkLayout(config, OBJECTIVES[objective], batch, s.grid, actions, s.context_tokens, s.state_tokens, full)
+
+
+def _of_given(s: Sizes, layout: ChunkLayout) -> Part:
+    """What is given, computed anew for the state that a chunk is told."""
+    c, samples, cost = s.model, layout.samples, Cost()
+    for stream in s.given:
+        held, rows = c.streams[stream], samples * s.given_tokens(stream)
+        cost += block_keys(s, stream, rows, samples) * c.layers + block_rest(s, stream, rows, samples, samples) * (
+            c.layers - 1
+        )
+        cost += linear(rows, held.features, held.width, s.itemsize) if held.features else Cost()
+    tokens = s.context_tokens + s.state_tokens
+    pairs = samples * (s.context_tokens**2 + s.state_tokens)
+    cost += cached_attention(pairs, samples * tokens, samples * tokens, c.heads, c.head_dim, s.itemsize) * (
+        c.layers - 1
+    )
+    return Part("tokens of the state", 1, samples * tokens, cost)
 
 
 def _of_bridge(s: Sizes, layout: ChunkLayout) -> Part:
@@ -193,7 +214,7 @@ def _of_stage(s: Sizes, layout: ChunkLayout, stage: Stage) -> Iterator[Part]:
 
 def _tokens(s: Sizes, layout: ChunkLayout, streams: Sequence[int]) -> int:
     of_frames = layout.chunk_size * sum(s.tokens(stream) for stream in streams)
-    beside = s.tokens(VIDEO) + s.context_tokens if layout.full_attention else 0
+    beside = s.tokens(VIDEO) + s.context_tokens + s.state_tokens if layout.full_attention else 0
     return layout.samples * (of_frames + beside)
 
 

@@ -29,7 +29,7 @@ def block_activations(s: Sizes, samples: int, frames: int) -> int:
     """Bytes that the backward of one block needs of its forward, statistics of norms left out."""
     c, numbers = s.model, 0
     for place, stream in enumerate(c.streams):
-        rows = samples * (s.copies * frames * s.tokens(place) if place in s.denoised else stream.tokens)
+        rows = samples * (s.copies * frames * s.tokens(place) if place in s.denoised else s.given_tokens(place))
         # inputs of norms, gates and products; q, k, v and what attends, before and after their norms
         numbers += rows * (8 * stream.width + 11 * c.inner + 2 * stream.ffn)
         numbers += samples * s.texts * 3 * c.inner
@@ -40,7 +40,7 @@ def block_products(s: Sizes, samples: int, frames: int) -> int:
     """Bytes of what the matrix products and attentions of one block give."""
     c, numbers = s.model, 0
     for place, stream in enumerate(c.streams):
-        rows = samples * (s.copies * frames * s.tokens(place) if place in s.denoised else stream.tokens)
+        rows = samples * (s.copies * frames * s.tokens(place) if place in s.denoised else s.given_tokens(place))
         numbers += rows * (6 * c.inner + 3 * stream.width + stream.ffn) + samples * s.texts * 2 * c.inner
     return numbers * s.itemsize
 
@@ -49,7 +49,7 @@ def block_inputs(s: Sizes, samples: int, frames: int) -> int:
     """Bytes of the streams between two blocks."""
     numbers = 0
     for place, stream in enumerate(s.model.streams):
-        rows = samples * (s.copies * frames * s.tokens(place) if place in s.denoised else stream.tokens)
+        rows = samples * (s.copies * frames * s.tokens(place) if place in s.denoised else s.given_tokens(place))
         numbers += rows * stream.width
     return numbers * s.itemsize
 

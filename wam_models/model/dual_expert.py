@@ -19,7 +19,7 @@ from wam_kernels import FrameIndex, Plan, block_attention, rope_table
 from wam_kernels.masks.visibility import ACTION, VIDEO
 from wam_kernels.runtime.checks import integer
 
-from ..config import ModelConfig
+from ..config import STATE_STREAM, ModelConfig
 from ..runtime.checks import memory
 from .blocks import Attend, BridgeVideo, PackedBlock, PackedBlockStack, PerStream, StreamInputs, Text, Uncast, dtype_of
 from .clips import ClipOrder, ClipText, clip_order
@@ -51,8 +51,8 @@ class WorldActionModel(nn.Module):
         self.packed_block_stack = PackedBlockStack(config)
         if config.has_actions:
             self.action_expert = ActionSide(config, config.streams[ACTION])
-        if config.context:
-            self.context = nn.ModuleDict({stream.name: ContextSide(config, stream) for stream in config.context})
+        if config.given:
+            self.context = nn.ModuleDict({stream.name: ContextSide(config, stream) for stream in config.given})
         self._draw_linears()
 
     def reset_parameters(self) -> None:
@@ -68,7 +68,7 @@ class WorldActionModel(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
-        if self.config.state_dim:
+        if self.config.adds_state:
             nn.init.zeros_(self.core.proprio_hidden_context_encoder.proj.weight)
         # A flow of zero is the best guess that knows nothing, and it leaves the first steps to the last layer.
         nn.init.zeros_(self.core.proj_out.weight)
@@ -162,7 +162,7 @@ class WorldActionModel(nn.Module):
             hidden = None if state is None or action is None else self.core.proprio_hidden_context_encoder(state)
             embed = self.action_expert.embed
             denoised.append(None if action is None else embed(action[0], action[1].flatten(1), hidden))
-        return *denoised, *((None,) * len(self.config.context) if context is None else context)
+        return *denoised, *((None,) * len(self.config.given) if context is None else context)
 
     def embed_context(self, context: Mapping[str, Tensor] | None, batch: int) -> PerStream[StreamInputs | None]:
         """The given streams: of features ``[B, N, E]`` by name; learned tokens need none.
@@ -171,10 +171,10 @@ class WorldActionModel(nn.Module):
             ValueError: features that are missing, of another shape or of no stream.
         """
         context = context or {}
-        unknown = sorted(set(context) - {stream.name for stream in self.config.context})
+        unknown = sorted(set(context) - {stream.name for stream in self.config.given})
         if unknown:
             raise ValueError(f"context must hold streams of the model's config.context, got {unknown}")
-        sides = (cast(ContextSide, self.side(stream.name)) for stream in self.config.context)
+        sides = (cast(ContextSide, self.side(stream.name)) for stream in self.config.given)
         return tuple(side.embed(context.get(side.stream.name), batch) for side in sides)
 
     def rope(
@@ -195,7 +195,7 @@ class WorldActionModel(nn.Module):
         if self.config.has_actions:
             per_frame = self.config.actions_per_frame
             tables.append(None if action_frames is None else table(action_positions(action_frames, per_frame)))
-        for stream in (None,) * len(self.config.context) if context is None else context:
+        for stream in (None,) * len(self.config.given) if context is None else context:
             # not turned: at place 0
             nowhere = None if stream is None else torch.zeros(stream.x.shape[1], 3, device=self.device)
             tables.append(None if nowhere is None else table(nowhere.double()))
@@ -296,7 +296,8 @@ class WorldActionModel(nn.Module):
             clean_video_timesteps: ``[B, F]`` where the clean copy is noised; default all 0.
             context: Features ``[B, N, E]`` of each stream of ``config.context`` that is made of features.
             state: ``[B, F, S]``, what the action tokens of a frame are told, noisy and clean: the state of the last
-                frame before its chunk. For a model with ``config.state_dim``, and for no other.
+                frame before its chunk; with ``config.state_tokens`` ``[B, N, S]``, that of each of N chunks. For a
+                model with ``config.state_dim``, and for no other.
             modes: int64 ``[B]`` for a model with ``config.mode_token``, of each sample its objective's place in
                 ``OBJECTIVES``.
             bridge: ``[B, N, bridge_dim]`` features that the action tokens cross-attend to, such as those of
@@ -328,6 +329,8 @@ class WorldActionModel(nn.Module):
         # noisy and clean copies share positions and states
         copies = 1 if clean_video is None else 2
         self._check_state(state, (noisy_video.shape[0], frames))
+        if state is not None and self.config.state_tokens:
+            context, state = {**(context or {}), STATE_STREAM: state}, None
         state = None if state is None else torch.cat([state] * copies, 1)
         given = self.embed_context(context, noisy_video.shape[0] if clips is None else len(clips))
         order = None
@@ -371,6 +374,8 @@ class WorldActionModel(nn.Module):
         return [tuple(found) for _ in texts]
 
     def _check_state(self, state: Tensor | None, frames: tuple[int, ...]) -> None:
+        if self.config.state_tokens and state is not None:
+            return  # as context is checked
         expected = (*frames, self.config.state_dim) if self.config.state_dim else None
         if (None if state is None else tuple(state.shape)) != expected:
             what = "None for a model without state_dim" if expected is None else f"of shape {list(expected)}"

@@ -98,7 +98,7 @@ class VideoSide(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(1, 2, config.hidden))
         self.reset_parameters()
         self.proj_out = nn.Linear(config.hidden, config.patch_width)
-        if config.state_dim:
+        if config.adds_state:
             self.proprio_hidden_context_encoder = StateEncoder(config.state_dim, config.hidden)
         if config.mode_token:
             self.generalist_mode_context_encoder = ModeEncoder(MODES, config.text_dim)
@@ -146,7 +146,7 @@ class ActionSide(nn.Module):
             self.context_proj = nn.Linear(config.text_dim, stream.width)
         if config.bridge_dim:
             self.bridge_proj = nn.Linear(config.bridge_dim, stream.width)
-        self.projects_state = bool(config.state_dim) and config.hidden != stream.width
+        self.projects_state = config.adds_state and config.hidden != stream.width
         if self.projects_state:
             self.hidden_context_proj = nn.Linear(config.hidden, stream.width)
         self.time_conditioner = TimeConditioner(config, stream.width)

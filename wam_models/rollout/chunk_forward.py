@@ -12,6 +12,7 @@ from wam_kernels import FrameIndex, StreamingCache, cached_attention
 from wam_kernels.masks.visibility import ACTION, CLEAN, NOISY, VIDEO
 from wam_kernels.streaming_cache import MAX_RANGES
 
+from ..config import STATE_STREAM
 from ..flow import timesteps
 from ..model.blocks import BridgeVideo, PerStream, QKVBuffers, StreamInputs, Text, Uncast
 from ..model.dual_expert import WorldActionModel
@@ -64,6 +65,8 @@ class ChunkForward:
         self.context: dict[str, Tensor] = {}
         width = model.config.state_dim
         self.state = latents[VIDEO].new_zeros(layout.batch, width) if width else None
+        if self.state is not None and layout.state_tokens:
+            self.context[STATE_STREAM] = self.state.new_zeros(layout.batch, 1, width)
         self._clean_sigma = latents[VIDEO].new_zeros(1)
         self._frames = torch.arange(layout.chunk_size, device=model.device)
         self.buffers: dict[tuple[tuple[int, ...], int], Buffers] = {}
@@ -130,23 +133,33 @@ class ChunkForward:
     def set_context(self, rollouts: Sequence[int], context: Mapping[str, Tensor]) -> None:
         """Compute the keys and values of the given streams, after the text; ``context`` is that of some rollouts."""
         model, layout = self.model, self.layout
-        if not layout.context_tokens:
+        if not layout.context_tokens + layout.state_tokens:
             return
         self._store_context(rollouts, context)
         cache = self.cache
         repeat = layout.samples // layout.batch
         given = model.embed_context({n: torch.cat([t] * repeat) for n, t in self.context.items()}, layout.samples)
         slots, c = cache.context_slots, model.config
-        ranges = torch.tensor([slots.start, slots.stop], dtype=torch.int32, device=model.device)
-        ranges = ranges.expand(layout.samples, 1, 1, 2).contiguous()
-        queries = self._empty(layout.samples, layout.context_tokens)
+        middle = slots.stop - layout.state_tokens  # the context and the state attend to themselves alone
+        rows = layout.context_tokens, layout.state_tokens
+        ranges = torch.tensor([[[slots.start, middle]], [[middle, slots.stop]]], dtype=torch.int32)
+        ranges = to_device(ranges.expand(layout.samples, -1, -1, -1).contiguous(), model.device)
+        queries = self._empty(layout.samples, sum(rows))
 
         def attend(layer: int, q: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-            return cached_attention(q, keys, values, ranges, group_rows=(layout.context_tokens,))
+            return cached_attention(q, keys, values, ranges, group_rows=rows)
 
         written = [QKVBuffers(queries, cache.keys(i), cache.values(i), slots.start) for i in range(c.layers)]
         streams, rope = model.embed(None, None, given), model.rope(None, *layout.grid, None, given)
         model.packed_block_stack(streams, Uncast(*rope), self.text, attend, written, ())
+
+    def set_state(self, states: Mapping[int, Tensor], denoises: bool) -> None:
+        """Let the next chunk to run be told these states ``[S]``, by rollout; ``denoises``: it is noisy."""
+        assert self.state is not None
+        for b, state in states.items():
+            self.state[b].copy_(state)
+        if self.layout.state_tokens and denoises:  # clean tokens do not attend to it
+            self.set_context(range(self.layout.batch), {STATE_STREAM: self.state[:, None]})
 
     def _store_context(self, rollouts: Sequence[int], context: Mapping[str, Tensor]) -> None:
         for name, features in context.items():
@@ -273,7 +286,7 @@ class ChunkForward:
 
     def _state_of_frames(self) -> Tensor | None:
         """``[samples, chunk, S]`` of a model that is told states."""
-        if self.state is None:
+        if self.state is None or self.layout.state_tokens:
             return None
         state = torch.cat([self.state] * (self.layout.samples // self.layout.batch))[:, None, None]
         return state.expand(-1, self.candidates, self.layout.chunk_size, -1).flatten(0, 1)

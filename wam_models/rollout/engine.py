@@ -94,6 +94,11 @@ class RolloutEngine:
                 f"{c.bridge_sigma}: the video must not attend to actions, which know what it comes to, got 'full'"
             )
         choice(f"start with program {program}: objective", objective, possible if program == GJD else ("joint",))
+        if c.state_tokens and self.config.reuse_chunk is not None:
+            raise ValueError(
+                "start: RolloutConfig.reuse_chunk must be None for a model with state_tokens, whose state is not "
+                f"among the tokens that it compares, got {self.config.reuse_chunk}"
+            )
         instance("start: observation", observation, Tensor)
         instance("start: text", text, Tensor)
         if observation.ndim != 5 or observation.shape[1:3] != (c.latent_channels, 1) or not observation.shape[0]:

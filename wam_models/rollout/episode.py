@@ -47,6 +47,7 @@ from .requests import (
     check_request,
     checked_committed,
     checked_state,
+    context_tokens,
     initial_latents,
     observed_frames,
 )
@@ -101,10 +102,17 @@ class Episode:
         c, batch = model.config, observation.shape[0]
         self.model, self.config, self.objective = model, config, objective
         grid = model.token_grid(*observation.shape[-2:])
-        given = model.embed_context(context, batch)
-        context_tokens = sum(stream.x.shape[1] for stream in given if stream is not None)
         actions = c.actions_per_frame if c.has_actions else 0
-        self.layout = ChunkLayout(config, objective, batch, grid, actions, context_tokens, c.full_attention)
+        self.layout = ChunkLayout(
+            config,
+            objective,
+            batch,
+            grid,
+            actions,
+            context_tokens(model, context, batch),
+            int(c.state_tokens),
+            c.full_attention,
+        )
         self.chunk_size = self.layout.chunk_size
         self.cache = None if c.full_attention else self.layout.new_cache(model)
         self._made_for = model.dtype, model.device
@@ -329,7 +337,7 @@ class Episode:
         if committed is not None:
             actions, which = (to_device(t, self.model.device) for t in committed)
             solver.hold(actions, to_device(cast(Tensor, starts[0][ACTION]), self.model.device), which)
-        self._tell_state(self.next_frame)
+        self._tell_state(self.next_frame, denoises=True)
         parts = [loops[:1], loops[1:]] if own and not early else [loops]
         ran = solver.denoise(parts[0], self.next_frame, full, holds)
         if own and not early:
@@ -339,7 +347,7 @@ class Episode:
                 self._recompute_history()
                 for s, t in held.items():
                     self.chunk[s].copy_(t)
-                self._tell_state(self.next_frame)
+                self._tell_state(self.next_frame, denoises=True)
                 solver.promote(loops[0], self.next_frame)
             ran = [a + b for a, b in zip(ran, solver.denoise(parts[1], self.next_frame, full, holds), strict=True)]
         left = {s: solver.level_left(stage, s) for stage in loops for s in stage.streams}
@@ -593,11 +601,11 @@ class Episode:
                 )
         self._stale = False
 
-    def _tell_state(self, firsts: Sequence[int]) -> None:
-        """The next chunk to run begins with these frames: its actions are told the state of the frame before."""
+    def _tell_state(self, firsts: Sequence[int], denoises: bool = False) -> None:
+        """The next chunk to run begins with these frames: it is told the state of the frame before."""
         if self.forward.state is not None:
-            for b, first in enumerate(firsts):
-                self.forward.state[b].copy_(self.ring.frame(STATE, b, max(first - 1, 0)))
+            states = {b: self.ring.frame(STATE, b, max(first - 1, 0)) for b, first in enumerate(firsts)}
+            self.forward.set_state(states, denoises)
 
     def _begun(self, stream: int, noise: Tensor, level: float) -> Tensor:
         """What a chunk of so much noise begins as: below level 1 there is the last accepted frame under it."""

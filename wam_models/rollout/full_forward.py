@@ -55,7 +55,7 @@ class FullForward(ChunkForward):
         buffers = self.buffers[key]
         frames = self._chunk_frames(firsts)
         video = torch.cat([frames[:, :1] - 1, frames], 1)
-        tables = self.model.rope(video, *self.layout.grid, frames if ACTION in streams else None, self._given())
+        tables = self.model.rope(video, *self.layout.grid, frames if ACTION in streams else None)
         for stream, table in enumerate(tables):
             if table is not None:
                 buffers.rope[stream].copy_(table)

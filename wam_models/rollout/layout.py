@@ -28,6 +28,7 @@ class ChunkLayout:
         grid: Rows and columns of a frame's video tokens.
         action_tokens: Of a frame; 0 where the model has no actions.
         context_tokens: Those that every token attends to.
+        state_tokens: Those of the state, to which the noisy tokens of the chunk alone attend.
         full_attention: Whether the frame before a chunk and the context attend to the chunk: nothing is cached.
 
     Raises:
@@ -47,13 +48,13 @@ class ChunkLayout:
 
     def __init__(
         self, config: RolloutConfig, objective: Objective, batch: int, grid: tuple[int, int], action_tokens: int,
-        context_tokens: int = 0, full_attention: bool = False,
+        context_tokens: int = 0, state_tokens: int = 0, full_attention: bool = False,
     ) -> None:  # fmt: skip
         if full_attention:
             check_full_attention("start: RolloutConfig", config)
         # of one frame behind one frame, as they were trained
         conditional = objective.conditional and not full_attention
-        self.full_attention = full_attention
+        self.full_attention, self.state_tokens = full_attention, state_tokens
         self.config, self.objective = config, objective
         self.batch, self.grid, self.action_tokens, self.context_tokens = batch, grid, action_tokens, context_tokens
         self.streams = (VIDEO, ACTION) if action_tokens else (VIDEO,)
@@ -109,7 +110,7 @@ class ChunkLayout:
         frames = self.cached_frames
         if self.config.candidates > 1:
             frames += self.config.candidates * self.chunk_size * (1 + self.clean_candidates)
-        tokens = frames * (self.grid[0] * self.grid[1] + self.action_tokens) + self.context_tokens
+        tokens = frames * (self.grid[0] * self.grid[1] + self.action_tokens) + self.context_tokens + self.state_tokens
         return tokens * token * self.samples
 
     def new_cache(self, model: WorldActionModel) -> StreamingCache:
@@ -137,6 +138,7 @@ class ChunkLayout:
             chunk_size=self.chunk_size,
             frames=self.ring_frames,
             context_tokens=self.context_tokens,
+            noisy_context_tokens=self.state_tokens,
             candidates=config.candidates,
             clean_candidates=self.clean_candidates,
             dtype=model.dtype,

@@ -11,6 +11,7 @@ from torch import Tensor
 from wam_kernels.masks.programs import STREAMS
 from wam_kernels.masks.visibility import ACTION, VIDEO
 
+from ..config import STATE_STREAM
 from ..model.dual_expert import WorldActionModel
 from ..objectives import Objective
 from ..runtime.checks import instance, whole, wholes
@@ -45,13 +46,22 @@ def checked_state(call: str, state: Tensor | None, width: int, batch: int, frame
     return {STATE: state}
 
 
+def context_tokens(model: WorldActionModel, context: Mapping[str, Tensor], rollouts: int) -> int:
+    """Tokens of a context that fits the model's streams, that of the state left out."""
+    if STATE_STREAM in context:
+        raise ValueError(f"context must not hold {STATE_STREAM!r}, which is made of the state; give state")
+    c = model.config
+    state = {STATE_STREAM: torch.zeros(rollouts, 1, c.state_dim, device=model.device)} if c.state_tokens else {}
+    given = model.embed_context({**context, **state}, rollouts)
+    return sum(stream.x.shape[1] for stream in given if stream is not None) - int(c.state_tokens)
+
+
 def check_context(model: WorldActionModel, context: Mapping[str, Tensor], rollouts: int, tokens: int) -> None:
     """Features fit the model's streams, and have as many tokens as the cache has room for."""
     for name, features in context.items():
         instance(f"context[{name!r}]", features, Tensor)
         check_finite(f"context[{name!r}]", features[:, None])
-    given = model.embed_context(context, rollouts)
-    found = sum(stream.x.shape[1] for stream in given if stream is not None)
+    found = context_tokens(model, context, rollouts)
     if found != tokens:
         raise ValueError(f"context must have {tokens} tokens as at the start, got {found}")
 

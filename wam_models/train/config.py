@@ -177,6 +177,11 @@ class TrainConfig(SampleConfig):
                 "TrainConfig: tokens must be 0 with model.bridge_layer, whose features are of equally long clips, got "
                 f"{self.tokens}; give batch instead"
             )
+        if self.tokens and self.model.state_tokens:
+            raise ValueError(
+                "TrainConfig: tokens must be 0 with model.state_tokens, whose clips have equally many chunks, got "
+                f"{self.tokens}; give batch instead"
+            )
         if self.tokens and self.imagined_history:
             raise ValueError(
                 "TrainConfig: imagined_history must be 0 with tokens, whose packed clips are not imagined first, got "

@@ -29,7 +29,7 @@ from ..data import ClipDataset
 from ..flow import TRAIN_TIMESTEPS, add_noise, like, noise_levels, timesteps
 from ..model.blocks import Uncast
 from ..model.dual_expert import WorldActionModel
-from ..objectives import MODEL_PROGRAMS, OBJECTIVES, frames_before_chunks, sample_for
+from ..objectives import MODEL_PROGRAMS, OBJECTIVES, sample_for, told_frames
 from ..rollout import RolloutConfig, Schedule
 from ..rollout.frames import FRAME_DIM
 from ..rollout.policy import Policy
@@ -152,7 +152,7 @@ class _Pair:
             rollout.program, OBJECTIVES["joint"], frames=frames, video_tokens=rows * columns,
             action_tokens=c.actions_per_frame if c.has_actions else 0, chunk_size=self.size, window=rollout.window,
             history=rollout.history, context=sum(stream.tokens for stream in c.context),
-            full_attention=self.full_attention,
+            full_attention=self.full_attention, state_tokens=c.state_tokens,
         )  # fmt: skip
         self.plan: Plan = compile_plan(sample, device=device)
         shifts = {VIDEO: rollout.video_shift} | ({ACTION: rollout.action_shift} if c.has_actions else {})
@@ -172,7 +172,8 @@ class _Pair:
         clean = {s: clips[name].to(device) for s, name in ((VIDEO, "video"), (ACTION, "action")) if s in self.levels}
         told: dict[str, Any] = {}
         if self.teacher.config.state_dim:
-            told["state"] = clips["state"].to(device)[:, frames_before_chunks(self.frames, self.size)]
+            tokens = self.teacher.config.state_tokens
+            told["state"] = clips["state"].to(device)[:, told_frames(self.frames, self.size, tokens)]
         if self.teacher.config.mode_token:
             told["modes"] = torch.zeros(len(text), dtype=torch.int64, device=device)
 

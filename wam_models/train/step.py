@@ -27,6 +27,7 @@ from ..objectives import (
     draw_objectives,
     frames_before_chunks,
     sample_for,
+    told_frames,
 )
 from ..runtime.checks import instance
 from .samples import StepConfig, error_sums
@@ -107,7 +108,7 @@ def training_step(
     samples = [
         sample_for(
             config.program, o, history=config.history, context=given, action_free=free,
-            full_attention=inside.config.full_attention, **sizes,
+            full_attention=inside.config.full_attention, state_tokens=inside.config.state_tokens, **sizes,
         )
         for o, free in zip(d.objectives, d.action_free, strict=True)
     ]  # fmt: skip
@@ -356,7 +357,7 @@ def _told(
     c, device = model.config, model.device
     told: dict[str, Any] = {"context": {s.name: batch[s.name] for s in c.context if s.features}}
     if c.state_dim:
-        told["state"] = batch["state"][:, frames_before_chunks(batch["state"].shape[1], chunk_size)]
+        told["state"] = batch["state"][:, told_frames(batch["state"].shape[1], chunk_size, c.state_tokens)]
     if c.mode_token:
         told["modes"] = torch.tensor([list(OBJECTIVES).index(o.name) for o in objectives])
     if c.bridge_dim and c.bridge_layer is None:
