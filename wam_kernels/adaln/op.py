@@ -36,6 +36,8 @@ class _Inputs(NamedTuple):
     bias: Tensor | None = None
 
 
+_NO_GRADIENTS = (None,) * len(_Inputs._fields)
+
 # ---- the registered forward: (r, h), empty where a variant has none ----
 
 
@@ -45,10 +47,10 @@ def _forward(
 ):  # fmt: skip
     tensors = x, y, gate, shift, scale, gate_table, shift_table, scale_table, weight, bias
     if impl == "cpu":
-        outputs = cpu.forward(*tensors, row_of_token, run, eps)
+        r, h = cpu.forward(*tensors, row_of_token, run, eps)
     else:
-        outputs = launchers(__package__, impl).forward(*tensors, row_of_token, eps)
-    return tuple(x.new_empty(0) if t is None else t for t in outputs)
+        r, h = launchers(__package__, impl).forward(*tensors, row_of_token, eps)
+    return x.new_empty(0) if r is None else r, x.new_empty(0) if h is None else h
 
 
 def _forward_fake(*args):
@@ -73,7 +75,10 @@ def _backward(
     row_of_token, segments, row_begin, row_segments, run, token_rows, eps, impl,
 ):  # fmt: skip
     # an incoming gradient has any strides: that of a sum is expanded from one number
-    dr, dh = (t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (dr, dh))
+    if dr is not None and dr.stride(-1) != 1:
+        dr = dr.contiguous()
+    if dh is not None and dh.stride(-1) != 1:
+        dh = dh.contiguous()
     others = y, gate, scale, gate_table, scale_table, weight
     if impl == "cpu":
         grads = cpu.backward(dr, dh, r, *others, row_of_token, row_begin, run, eps, token_rows)
@@ -82,7 +87,11 @@ def _backward(
         grads = launchers(__package__, impl).backward(dr, dh, r, *others, *index, eps, token_rows)
     like = dr if dh is None else dh
     present = _present(dh, gate, scale, token_rows)
-    return tuple(g if wanted else like.new_empty(0) for g, wanted in zip(grads, present, strict=True))
+    found = list(grads)
+    for i, wanted in enumerate(present):
+        if not wanted:
+            found[i] = like.new_empty(0)
+    return tuple(found)
 
 
 def _backward_fake(
@@ -165,18 +174,17 @@ _define(
 def _save(ctx, inputs, output) -> None:
     # a gradient that nobody asked for stays None and costs nothing
     ctx.set_materialize_grads(False)
-    count = len(_Inputs._fields)
-    t, rest = _Inputs(*inputs[:count]), inputs[count:]
-    index, ctx.options = rest[:-3], rest[-3:]
+    x, y, gate, _, scale, gate_table, shift_table, scale_table, weight, bias, *index = inputs[:-3]
+    ctx.options = inputs[-3:]
     # of the uniform op the first option is the number of rows
-    ctx.token_rows = ctx.options[0] if index else ctx.options[0] == t.x.shape[1]
-    has_norm = t.scale is not None or t.weight is not None
-    ctx.has_y = t.y is not None
-    row = (output[0] if ctx.has_y else t.x) if has_norm else None
-    y = t.y if t.gate is not None else None
-    ctx.dtypes = [None if p is None else p.dtype for p in (t.weight, t.bias)]
-    ctx.table_dtypes = [None if p is None else p.dtype for p in (t.gate_table, t.shift_table, t.scale_table)]
-    ctx.save_for_backward(row, y, t.gate, t.scale, t.gate_table, t.scale_table, t.weight, *index)
+    ctx.token_rows = ctx.options[0] if index else ctx.options[0] == x.shape[1]
+    has_norm = scale is not None or weight is not None
+    ctx.has_y = y is not None
+    row = (output[0] if ctx.has_y else x) if has_norm else None
+    ctx.shift_table_dtype = None if shift_table is None else shift_table.dtype
+    ctx.bias_dtype = None if bias is None else bias.dtype
+    y = y if gate is not None else None
+    ctx.save_for_backward(row, y, gate, scale, gate_table, scale_table, weight, *index)
 
 
 def _gradients(ctx, dr, dh):
@@ -185,36 +193,38 @@ def _gradients(ctx, dr, dh):
         dr = None  # of the empty r
     if row is None:
         dh = None  # of the empty h
+    nothing = [None] * (len(index) + len(ctx.options))
     if dr is None and dh is None:
-        grads: tuple[Tensor | None, ...] = (None,) * len(_Inputs._fields)
-    elif dh is None and gate is None:
-        grads = _Inputs(x=dr, y=dr)
-    else:
-        ops = torch.ops.wam
-        backward = ops.gate_residual_norm_backward if index else ops.uniform_gate_residual_norm_backward
-        dx, dy, dgate, dshift, dscale, dweight, dbias = backward(
-            dr, dh, row, y, gate, scale, gate_table, scale_table, weight, *index, *ctx.options
-        )
-        _, _, has_gate, _, has_scale, has_weight, _ = _present(dh, gate, scale, ctx.token_rows)
-        dx = dr if dh is None else dx
-        if has_scale and ctx.token_rows:
-            dshift = dh
-        dtables = [
-            g.sum((0, 1), dtype=accumulator(g)).to(dtype) if dtype is not None and has_rows else None
-            for g, dtype, has_rows in zip(
-                (dgate, dshift, dscale), ctx.table_dtypes, (has_gate, has_scale, has_scale), strict=True
-            )
-        ]
-        dparameters = (g.to(dtype) for g, dtype in zip((dweight, dbias), ctx.dtypes, strict=True))
-        grads = _Inputs(
-            dx,
-            (dy if has_gate else dx) if ctx.has_y else None,
-            dgate if has_gate else None,
-            *((dshift.to(scale.dtype), dscale) if has_scale else (None, None)),
-            *dtables,
-            *(dparameters if has_weight else (None, None)),
-        )
-    return (*grads, *(None for _ in index), *(None for _ in ctx.options))
+        return (*_NO_GRADIENTS, *nothing)
+    if dh is None and gate is None:
+        return (dr, dr, *_NO_GRADIENTS[2:], *nothing)
+    ops = torch.ops.wam
+    backward = (ops.gate_residual_norm_backward if index else ops.uniform_gate_residual_norm_backward).default
+    dx, dy, dgate, dshift, dscale, dweight, dbias = autograd.call(
+        backward, dr, dh, row, y, gate, scale, gate_table, scale_table, weight, *index, *ctx.options
+    )
+    adaptive = dh is not None and scale is not None
+    dx = dr if dh is None else dx
+    if adaptive and ctx.token_rows:
+        dshift = dh
+    of_rows = dgate if gate is not None else None, dshift if adaptive else None, dscale if adaptive else None
+    dtypes = (
+        None if gate_table is None else gate_table.dtype,
+        ctx.shift_table_dtype,
+        None if scale_table is None else scale_table.dtype,
+    )
+    dtables: list[Tensor | None] = [None] * 3
+    for i, (g, dtype) in enumerate(zip(of_rows, dtypes, strict=True)):
+        if g is not None and dtype is not None:
+            acc = torch.float64 if g.dtype == torch.float64 else torch.float32
+            dtables[i] = g.sum((0, 1), dtype=acc).to(dtype)
+    dgate, dshift, dscale = of_rows
+    if dshift is not None:
+        dshift = dshift.to(scale.dtype)
+    dy = (dx if gate is None else dy) if ctx.has_y else None
+    affine = dh is not None and scale is None
+    dweight, dbias = (dweight.to(weight.dtype), dbias.to(ctx.bias_dtype)) if affine else (None, None)
+    return (dx, dy, dgate, dshift, dscale, *dtables, dweight, dbias, *nothing)
 
 
 def _backward_samples(inputs: tuple, mapped: Collection[int]) -> range:
@@ -222,9 +232,9 @@ def _backward_samples(inputs: tuple, mapped: Collection[int]) -> range:
     return range(6 if inputs[8] is None else 0)
 
 
-for _op in ("wam::gate_residual_norm", "wam::uniform_gate_residual_norm"):
+for _name in ("wam::gate_residual_norm", "wam::uniform_gate_residual_norm"):
     autograd.register(
-        "ada_layer_norm (or gate_residual_ada_layer_norm)", _op, _save, _gradients,
+        "ada_layer_norm (or gate_residual_ada_layer_norm)", _name, _save, _gradients,
         samples=lambda inputs, mapped: range(5), backward_samples=_backward_samples,
     )  # fmt: skip
 

@@ -95,53 +95,53 @@ def _finite(t: Tensor) -> Tensor:
 
 
 # The sums stay in float32 under autocast too, which would take their products in bf16.
-@torch.autocast("cpu", enabled=False)
 def forward(q: Tensor, k: Tensor, v: Tensor, runs: Tensor, shared: bool, scale: float) -> tuple[Tensor, Tensor]:
-    B, S, H, _ = q.shape
-    Hkv = k.shape[2]
-    acc = torch.promote_types(q.dtype, torch.float32)
-    q_GSD, k_NTD, v_NTD = (_heads(t, acc) for t in (q, k, v))
-    out_GSD = torch.zeros_like(q_GSD)
-    lse_GS = q_GSD.new_full((B * H, S), float("-inf"))
-    for b, queries, keys in _runs(runs):
-        g, n = (slice(None) if shared else slice(b * heads, (b + 1) * heads) for heads in (H, Hkv))
-        q_heads, k_run, v_run = _take(q_GSD[g], queries), _take(k_NTD[n], keys), _take(v_NTD[n], keys)
-        s = (_stack(q_heads, k_run.shape[0]) * scale) @ k_run.mT
-        m = _finite(s.amax(-1, keepdim=True))
-        total = s.sub_(m).exp_().sum(-1, keepdim=True)
-        _put(out_GSD[g], queries, (s @ v_run).div_(total.masked_fill(total == 0, 1)).view(q_heads.shape))
-        _put(lse_GS[g], queries, (m + total.log()).view(q_heads.shape[:2]))
-    return _unheads(out_GSD, q), lse_GS.unflatten(0, (B, H))
+    with torch.autocast("cpu", enabled=False):
+        B, S, H, _ = q.shape
+        Hkv = k.shape[2]
+        acc = torch.promote_types(q.dtype, torch.float32)
+        q_GSD, k_NTD, v_NTD = (_heads(t, acc) for t in (q, k, v))
+        out_GSD = torch.zeros_like(q_GSD)
+        lse_GS = q_GSD.new_full((B * H, S), float("-inf"))
+        for b, queries, keys in _runs(runs):
+            g, n = (slice(None) if shared else slice(b * heads, (b + 1) * heads) for heads in (H, Hkv))
+            q_heads, k_run, v_run = _take(q_GSD[g], queries), _take(k_NTD[n], keys), _take(v_NTD[n], keys)
+            s = (_stack(q_heads, k_run.shape[0]) * scale) @ k_run.mT
+            m = _finite(s.amax(-1, keepdim=True))
+            total = s.sub_(m).exp_().sum(-1, keepdim=True)
+            _put(out_GSD[g], queries, (s @ v_run).div_(total.masked_fill(total == 0, 1)).view(q_heads.shape))
+            _put(lse_GS[g], queries, (m + total.log()).view(q_heads.shape[:2]))
+        return _unheads(out_GSD, q), lse_GS.unflatten(0, (B, H))
 
 
-@torch.autocast("cpu", enabled=False)
 def backward(
     dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, runs: Tensor,
     gradient: Tensor, shared: bool, scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dq, dk, dv. ``gradient``: the runs, with what gets gradients (``Runs``); without rows where all does."""
-    H, Hkv, acc = q.shape[2], k.shape[2], lse.dtype
-    q_GSD, k_NTD, v_NTD, dout_GSD = (_heads(t, acc) for t in (q, k, v, dout))
-    dq_GSD, dk_NTD, dv_NTD = (torch.zeros_like(t) for t in (q_GSD, k_NTD, v_NTD))
-    lse_GS = _finite(lse).flatten(0, 1)
-    delta_GS = (dout_GSD * _heads(out, acc)).sum(-1) - dlse.flatten(0, 1)
-    for b, queries, keys, kept, of_queries in _gradient_runs(runs, gradient if gradient.shape[0] else runs):
-        if not (kept or of_queries):
-            continue
-        g, n = (slice(None) if shared else slice(b * heads, (b + 1) * heads) for heads in (H, Hkv))
-        q_heads, k_run, v_run = _take(q_GSD[g], queries), _take(k_NTD[n], keys), _take(v_NTD[n], keys)
-        N = k_run.shape[0]
-        q_run, dout_run = _stack(q_heads, N) * scale, _stack(_take(dout_GSD[g], queries), N)
-        lse_run, delta_run = (_stack(_take(t[g], queries), N)[..., None] for t in (lse_GS, delta_GS))
-        p = torch.baddbmm(lse_run, q_run, k_run.mT, beta=-1).exp_()
-        ds = torch.baddbmm(delta_run, dout_run, v_run.mT, beta=-1).mul_(p)
-        p_keys, ds_keys = p.mT, ds.mT
-        if kept != keys:
-            kept, places = _inside(keys, kept)
-            p_keys, ds_keys = (_take(t, places) if kept else t for t in (p_keys, ds_keys))
-        if kept:
-            _add(dv_NTD[n], kept, p_keys @ dout_run)
-            _add(dk_NTD[n], kept, ds_keys @ q_run)
-        if of_queries:
-            _put(dq_GSD[g], queries, (ds @ k_run).mul_(scale).view(q_heads.shape))
-    return _unheads(dq_GSD, q), _unheads(dk_NTD, k), _unheads(dv_NTD, v)
+    with torch.autocast("cpu", enabled=False):
+        H, Hkv, acc = q.shape[2], k.shape[2], lse.dtype
+        q_GSD, k_NTD, v_NTD, dout_GSD = (_heads(t, acc) for t in (q, k, v, dout))
+        dq_GSD, dk_NTD, dv_NTD = (torch.zeros_like(t) for t in (q_GSD, k_NTD, v_NTD))
+        lse_GS = _finite(lse).flatten(0, 1)
+        delta_GS = (dout_GSD * _heads(out, acc)).sum(-1) - dlse.flatten(0, 1)
+        for b, queries, keys, kept, of_queries in _gradient_runs(runs, gradient if gradient.shape[0] else runs):
+            if not (kept or of_queries):
+                continue
+            g, n = (slice(None) if shared else slice(b * heads, (b + 1) * heads) for heads in (H, Hkv))
+            q_heads, k_run, v_run = _take(q_GSD[g], queries), _take(k_NTD[n], keys), _take(v_NTD[n], keys)
+            N = k_run.shape[0]
+            q_run, dout_run = _stack(q_heads, N) * scale, _stack(_take(dout_GSD[g], queries), N)
+            lse_run, delta_run = (_stack(_take(t[g], queries), N)[..., None] for t in (lse_GS, delta_GS))
+            p = torch.baddbmm(lse_run, q_run, k_run.mT, beta=-1).exp_()
+            ds = torch.baddbmm(delta_run, dout_run, v_run.mT, beta=-1).mul_(p)
+            p_keys, ds_keys = p.mT, ds.mT
+            if kept != keys:
+                kept, places = _inside(keys, kept)
+                p_keys, ds_keys = (_take(t, places) if kept else t for t in (p_keys, ds_keys))
+            if kept:
+                _add(dv_NTD[n], kept, p_keys @ dout_run)
+                _add(dk_NTD[n], kept, ds_keys @ q_run)
+            if of_queries:
+                _put(dq_GSD[g], queries, (ds @ k_run).mul_(scale).view(q_heads.shape))
+        return _unheads(dq_GSD, q), _unheads(dk_NTD, k), _unheads(dv_NTD, v)

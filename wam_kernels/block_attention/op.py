@@ -109,9 +109,11 @@ def register_attention(
         ctx.options = inputs[-n:]
         ctx.save_for_backward(*inputs[:3], *output, *inputs[3:-n])
 
+    grads = getattr(torch.ops.wam, f"{name.removeprefix('wam::')}_backward").default
+
     def gradients(ctx, dout, dlse):
-        grads = getattr(torch.ops.wam, f"{name.removeprefix('wam::')}_backward")
-        return (*grads(dout, dlse, *ctx.saved_tensors, *ctx.options), *(None for _ in range(len(tensors) + n)))
+        dq, dk, dv = autograd.call(grads, dout, dlse, *ctx.saved_tensors, *ctx.options)
+        return (dq, dk, dv, *[None] * (len(tensors) + n))
 
     def samples(count: int) -> autograd.Samples:
         """The tensors before those of the plan, if its one element serves all of the batch."""

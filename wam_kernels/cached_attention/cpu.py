@@ -81,26 +81,26 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tens
 
 
 # under autocast PyTorch would take the products in bf16
-@torch.autocast("cpu", enabled=False)
 def forward(
     q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, group_rows: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor]:
     """out ``[B, S, H, D]`` contiguous, lse ``[B, H, S]``."""
-    B, S, H, _ = q.shape
-    calls = list(_calls(ranges, group_rows, k_cache.shape[1], B // k_cache.shape[0])) if q.numel() else []
-    results = []
-    for samples, cached, rows, slots in calls:
-        operands = _take(q[samples], rows), _take(k_cache[cached], slots), _take(v_cache[cached], slots)
-        out_BHsD, lse_BHs = _attend(*operands, scale)
-        results.append((out_BHsD.transpose(1, 2), lse_BHs))
-    if [call[:3] for call in calls] == [(slice(None), slice(None), [(0, S)])]:  # one call made everything
-        return results[0][0].contiguous(), results[0][1].contiguous()
+    with torch.autocast("cpu", enabled=False):
+        B, S, H, _ = q.shape
+        calls = list(_calls(ranges, group_rows, k_cache.shape[1], B // k_cache.shape[0])) if q.numel() else []
+        results = []
+        for samples, cached, rows, slots in calls:
+            operands = _take(q[samples], rows), _take(k_cache[cached], slots), _take(v_cache[cached], slots)
+            out_BHsD, lse_BHs = _attend(*operands, scale)
+            results.append((out_BHsD.transpose(1, 2), lse_BHs))
+        if [call[:3] for call in calls] == [(slice(None), slice(None), [(0, S)])]:  # one call made everything
+            return results[0][0].contiguous(), results[0][1].contiguous()
 
-    out = q.new_zeros(q.shape)
-    lse = q.new_full((B, H, S), float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
-    for (samples, _, rows, _), (out_BsHD, lse_BHs) in zip(calls, results, strict=True):
-        counts = [end - start for start, end in rows]
-        for (start, end), o, s in zip(rows, out_BsHD.split(counts, 1), lse_BHs.split(counts, 2), strict=True):
-            out[samples, start:end] = o
-            lse[samples, :, start:end] = s
-    return out, lse
+        out = q.new_zeros(q.shape)
+        lse = q.new_full((B, H, S), float("-inf"), dtype=torch.promote_types(q.dtype, torch.float32))
+        for (samples, _, rows, _), (out_BsHD, lse_BHs) in zip(calls, results, strict=True):
+            counts = [end - start for start, end in rows]
+            for (start, end), o, s in zip(rows, out_BsHD.split(counts, 1), lse_BHs.split(counts, 2), strict=True):
+                out[samples, start:end] = o
+                lse[samples, :, start:end] = s
+        return out, lse

@@ -8,6 +8,7 @@ instead of a sum of the two. Results have the dtype that the model's own promoti
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +27,13 @@ class Rows(NamedTuple):
     dtype: torch.dtype  # of the model's own sum of the two
 
 
+_rows = partial(tuple.__new__, Rows)  # as Rows(*values), without a Python function around it
+
+
 def split_rows(rows: Tensor, table: Tensor | None, dtype: torch.dtype) -> list[Rows]:
     """``[B, F, n, D]`` and ``[n, D]``, one by one; ``dtype`` is that of their sum in the model."""
     tables = [None] * rows.shape[2] if table is None else table.unbind(0)
-    return [Rows(row, of_row, dtype) for row, of_row in zip(rows.unbind(2), tables, strict=True)]
+    return [_rows((row, of_row, dtype)) for row, of_row in zip(rows.unbind(2), tables, strict=True)]
 
 
 def why_not(width: int, norms: Sequence[nn.Module], affine: Sequence[nn.Module] = ()) -> str | None:

@@ -26,7 +26,6 @@ from ..block_attention.op import chosen_backend, register_attention, registered_
 from ..masks import RULE_PROGRAMS, RuleProgram
 from ..masks.ranges import Ranges
 from ..plan import Plan, compile_plan
-from ..qk_norm_rope import qk_norm_rope
 from ..qk_norm_rope.op import unchecked_qk_norm_rope
 from ..runtime.host import host_side, plain
 from ._patching import Cache, Foreign, Unsupported
@@ -246,8 +245,10 @@ def attend_under_mask(
             ``torch.compile`` what only the mask's values tell is raised where the compiled model runs.
     """
     _require_qkv(system, q, k, v)
-    mask = required_mask(mask)
-    _require_lengths(system, q, k, mask.shape[-2], mask.shape[-1])
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim not in (2, 3):
+        mask = required_mask(mask)
+    if mask.shape[-2] != q.shape[1] or mask.shape[-1] != k.shape[1]:
+        _refuse_lengths(system, q, k, mask.shape[-2], mask.shape[-1])
     if q.shape[1] * k.shape[1] <= DENSE_PAIRS:
         return _dense(q, k, v, mask.spelled() if isinstance(mask, PaddedBlocks) else mask, scale)
     if torch.compiler.is_compiling():
@@ -267,11 +268,12 @@ def attend_under_program(
         Unsupported: no kernel, or tokens of another number than the program's.
     """
     _require_qkv(system, q, k, v)
-    call = program.name, ",".join(sizes), list(sizes.values())
+    names = ",".join(sizes)
     if torch.compiler.is_compiling():
-        return torch.ops.wam.program_attention(q, k, v, *call, _scale(q, None))[0]
-    plan = plan_of_program(*call, q.device)
-    _require_lengths(system, q, k, plan.length, plan.key_length)
+        return torch.ops.wam.program_attention(q, k, v, program.name, names, list(sizes.values()), _scale(q, None))[0]
+    plan = _plan_of_sizes(program.name, names, tuple(sizes.values()), q.device)
+    if plan.length != q.shape[1] or plan.key_length != k.shape[1]:
+        _refuse_lengths(system, q, k, plan.length, plan.key_length)
     return _attend(system, q, k, v, plan, None)
 
 
@@ -283,6 +285,11 @@ def _attend(system: str, q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: flo
 
 def plan_of_program(name: str, names: str, sizes: Sequence[int], device: torch.device) -> Plan:
     """The plan of a registered program; ``names`` are those of its sizes, with commas between."""
+    return _plan_of_sizes(name, names, tuple(sizes), device)
+
+
+@lru_cache(maxsize=MaskPlans.KEPT)
+def _plan_of_sizes(name: str, names: str, sizes: tuple[int, ...], device: torch.device) -> Plan:
     sample = RULE_PROGRAMS[name](**dict(zip(names.split(","), sizes, strict=True)))
     return compile_plan(sample, device=device)
 
@@ -307,16 +314,17 @@ def of_heads(t: Tensor, heads: int) -> Tensor:
 
 
 def _require_qkv(system: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    require_kernel(system, q)
+    D = q.shape[-1]
+    if D % 8 or not 8 <= D <= MAX_D or q.device.type == "cuda":
+        require_kernel(system, q)
     if not q.dtype == k.dtype == v.dtype:
         raise Unsupported(f"patch: {system}'s q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
 
 
-def _require_lengths(system: str, q: Tensor, k: Tensor, queries: int, keys: int) -> None:
-    if q.shape[1] != queries or k.shape[1] != keys:
-        raise Unsupported(
-            f"patch: {system} has {q.shape[1]} queries and {k.shape[1]} keys, but its mask is for {queries} and {keys}"
-        )
+def _refuse_lengths(system: str, q: Tensor, k: Tensor, queries: int, keys: int) -> None:
+    raise Unsupported(
+        f"patch: {system} has {q.shape[1]} queries and {k.shape[1]} keys, but its mask is for {queries} and {keys}"
+    )
 
 
 def _register(name: str, tensors: Sequence[str], options: Sequence[str], plan_of: Callable[..., Plan]) -> None:
@@ -407,34 +415,35 @@ def require_complex(system: str, freqs: Tensor) -> None:
 
 def norm_rope(
     system: str, q: Tensor, k: Tensor, norm_q: Foreign, norm_k: Foreign, table: Tensor, head_dim: int,
-    per_head: bool = False, interleaved: bool = True, **cache: Any,
+    per_head: bool = False, interleaved: bool = True, v: Tensor | None = None, out: tuple[Tensor, ...] | None = None,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """``qk_norm_rope`` with the weights of the model's two norms, refused as Unsupported where the op refuses them.
 
-    ``q`` and ``k`` ``[B, S, inner]`` as they leave their projections; returns ``[B, S, H, D]``. ``cache`` is ``v`` and
-    ``out`` of the op, whose checks are left out without them: what they ask for is asked here or of the model.
+    ``q`` and ``k`` ``[B, S, inner]`` as they leave their projections; returns ``[B, S, H, D]``. ``out``, where given,
+    is made for them and for ``v``. The op's checks are left out: what they ask for is asked here or of the model.
     """
     for norm in (norm_q, norm_k):
         if norm.weight.dtype not in (q.dtype, torch.float32):
             raise Unsupported(
                 f"patch: {system}'s {type(norm).__name__} must be {q.dtype} like q, or float32, got {norm.weight.dtype}"
             )
-    if k.dtype != q.dtype:
-        raise Unsupported(f"patch: {system}'s keys must be {q.dtype} like its queries, got {k.dtype}")
+    if k.dtype != q.dtype or v is not None and v.dtype != q.dtype:
+        raise Unsupported(
+            f"patch: {system}'s keys and values must be {q.dtype} like its queries, got {k.dtype}"
+            + (f" and {v.dtype}" if v is not None else "")
+        )
     row = q.shape[1], head_dim // 2, 2
     if table.shape not in (row, (q.shape[0], *row)) or table.device != q.device:
         raise Unsupported(
             f"patch: {system}'s rope must be of {row[0]} tokens and {head_dim} channels on {q.device} like its "
             f"queries, got a table {list(table.shape)} on {table.device}"
         )
-    options = norm_q.weight, norm_k.weight, table
-    if cache:
-        return qk_norm_rope(
-            q, k, *options, head_dim=head_dim, per_head=per_head, interleaved=interleaved, eps=norm_q.eps, **cache
-        )
     if q.stride(-1) != 1 or k.stride(-1) != 1:
         q, k = q.contiguous(), k.contiguous()
-    return unchecked_qk_norm_rope(q, k, *options, head_dim, per_head, interleaved, norm_q.eps)
+    if v is not None and v.stride(-1) != 1:
+        v = v.contiguous()
+    options = head_dim, per_head, interleaved, norm_q.eps
+    return unchecked_qk_norm_rope(q, k, norm_q.weight, norm_k.weight, table, *options, v, out)
 
 
 @lru_cache(maxsize=256)

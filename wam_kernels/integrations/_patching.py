@@ -197,6 +197,8 @@ class Policy:
 class Replacement:
     """Stands for a method of one module. Raises what ours refuses, or runs the original then."""
 
+    takes_owner = True  # before a call's own arguments
+
     def __init__(
         self, policy: Policy, owner: Foreign, name: str, new: Callable, shared: tuple, signature: Signature
     ) -> None:
@@ -223,7 +225,9 @@ class Replacement:
     def original(self) -> Callable:
         return getattr(type(self.owner), self.name)
 
-    def _run(self, *args, **kwargs):
+    def __call__(self, *args, **kwargs):
+        if self.takes_owner:
+            args = (self.owner, *args)
         instead = None
         try:
             known = self.signature.known(args, kwargs) if self.signature.takes_more else kwargs
@@ -240,9 +244,6 @@ class Replacement:
         if instead is not None:
             args, kwargs = instead
         return self.original(*args, **kwargs)
-
-    def __call__(self, *args, **kwargs):
-        return self._run(self.owner, *args, **kwargs)
 
     @property
     def about(self) -> str:
@@ -268,8 +269,7 @@ class Replacement:
 class StaticReplacement(Replacement):
     """Stands for a static method: the module is no argument of it."""
 
-    def __call__(self, *args, **kwargs):
-        return self._run(*args, **kwargs)
+    takes_owner = False
 
 
 class FunctionReplacement(Replacement):
@@ -278,6 +278,7 @@ class FunctionReplacement(Replacement):
     The Python module gets a function that looks at its first argument, and its own back when no model is left.
     """
 
+    takes_owner = False
     by_module = True
 
     def __init__(self, module_name: str, *args) -> None:
@@ -297,9 +298,6 @@ class FunctionReplacement(Replacement):
     def original(self) -> Callable:
         function = getattr(sys.modules[self.module_name], self.name)
         return function.original if isinstance(function, _Dispatch) else function
-
-    def __call__(self, *args, **kwargs):
-        return self._run(*args, **kwargs)
 
     def __setstate__(self, state: dict) -> None:
         super().__setstate__(state)
@@ -344,6 +342,8 @@ class ProcessReplacement(Replacement):
     What stands there is ``function``, which binds as a method does; ``new`` gets the original first.
     """
 
+    takes_owner = False
+
     def __init__(self, patch: Patch, owner: Foreign, name: str, new: Callable, shared: tuple) -> None:
         self.patch, self.own = patch, vars(owner)[name]
         # of a method, its module may have any name
@@ -352,7 +352,7 @@ class ProcessReplacement(Replacement):
 
         @wraps(self.own)
         def function(*args, **kwargs):
-            return self._run(*args, **kwargs)
+            return self(*args, **kwargs)
 
         function.replacement = self  # type: ignore[attr-defined]
         self.function = function

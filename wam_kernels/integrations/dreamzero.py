@@ -183,7 +183,7 @@ def _cached(
     buffer[:, :, :start] = kv_cache[:, :, dropped:]
     query = q.new_empty(B, S, *heads)
     table = tables.of(freqs[0], make_table, ("cached", block, registers))
-    slots = query, *buffer[:, :, start:]
+    slots = query, buffer[0, :, start:], buffer[1, :, start:]
     norm_rope(SYSTEM, q, k, attn.norm_q, attn.norm_k, table, head_dim=attn.head_dim, v=v, out=slots)
     out = attn.attn(query, buffer[0], buffer[1])
     return attn.o(out.flatten(2)), buffer[:, :, : start + video]

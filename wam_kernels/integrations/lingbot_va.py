@@ -236,7 +236,6 @@ class _Mirrors(Cache):
     def __init__(self) -> None:
         self._of: WeakKeyDictionary[nn.Module, dict[str, SlotMirror]] = WeakKeyDictionary()
 
-    @eager
     def slots(self, attn: Foreign, cache_name: str) -> SlotMirror:
         cache = attn.attn_caches[cache_name]
         mirrors = self._of.setdefault(attn, {})
@@ -245,6 +244,10 @@ class _Mirrors(Cache):
         return mirrors[cache_name]
 
 
+# What follows has the slots in NumPy, on purpose: nothing of it may become part of a graph.
+
+
+@eager
 def _update_cache(
     mirrors: _Mirrors, attn: Foreign, cache_name: str, key: Tensor, value: Tensor, is_pred: bool
 ) -> np.ndarray:
@@ -254,16 +257,33 @@ def _update_cache(
     return taken
 
 
+@eager
 def _restore_cache(mirrors: _Mirrors, attn: Foreign, cache_name: str, slots: np.ndarray) -> None:
     mirror = mirrors.slots(attn, cache_name)
     mirror.release(slots)
     mirror.publish(attn.attn_caches[cache_name])
 
 
+@eager
 def _clear_pred_cache(mirrors: _Mirrors, attn: Foreign, cache_name: str) -> None:
     mirror = mirrors.slots(attn, cache_name)
     mirror.release(mirror.is_pred)
     mirror.publish(attn.attn_caches[cache_name])
+
+
+@eager
+def _pooled(
+    mirrors: _Mirrors, attn: Foreign, cache_name: str, query: Tensor, key: Tensor, value: Tensor, update_cache: int
+) -> Tensor:
+    """Attention over the pool and the chunk, which stays in it where ``update_cache`` says so."""
+    cache, slots = attn.attn_caches[cache_name], mirrors.slots(attn, cache_name)
+    taken, evicted = slots.write(cache, key, value, update_cache == 1)
+    out = slots.attend(cache, query)
+    if update_cache == 0:
+        slots.release(taken)
+    if update_cache or evicted:
+        slots.publish(cache)
+    return out
 
 
 def _forward(
@@ -281,13 +301,7 @@ def _forward(
     query, key = norm_rope(SYSTEM, query, key, attn.norm_q, attn.norm_k, table, head_dim=head_dim)
     if pooled:
         require_kernel(SYSTEM, query)  # before anything is written
-        slots = mirrors.slots(attn, cache_name)
-        taken, evicted = slots.write(cache, key, value, update_cache == 1)
-        out = slots.attend(cache, query)
-        if update_cache == 0:
-            slots.release(taken)
-        if update_cache or evicted:
-            slots.publish(cache)
+        out = _pooled(mirrors, attn, cache_name, query, key, value, update_cache)
     else:
         out = attn.attn_op(query, key, value)
     return attn.to_out[1](attn.to_out[0](out.flatten(2, 3).type_as(query)))
@@ -310,19 +324,18 @@ class SlotMirror:
         self.pool = ref(cache["mask"])  # which pool it mirrors, without keeping it alive
         self.id, self.mask, self.is_pred = (cache[name].cpu().numpy().copy() for name in ("id", "mask", "is_pred"))
 
-    @eager  # NumPy on purpose: nothing here may become part of a graph
     def write(self, cache: dict[str, Tensor], key: Tensor, value: Tensor, is_pred: bool) -> tuple[np.ndarray, bool]:
         """Put ``[B, n, H, D]`` into the first n free slots; returns them, and whether the lowest ids had to go."""
         n = key.shape[1]
-        free = np.flatnonzero(~self.mask)
+        free = (~self.mask).nonzero()[0]
         evicts = free.size < n
         if evicts:
-            used = np.flatnonzero(self.mask)
+            used = self.mask.nonzero()[0]
             # PyTorch's sort, not a stable one: which slots of one chunk go first is then what it is in the original
             oldest = torch.argsort(torch.from_numpy(self.id[used])).numpy()
             evicted = used[oldest[: n - free.size]]
             self.mask[evicted], self.id[evicted] = False, -1
-            free = np.flatnonzero(~self.mask)
+            free = (~self.mask).nonzero()[0]
         if free.size < n:
             raise ValueError(f"{SYSTEM}: the cache must have {n} slots for the chunk, got {self.mask.size} in all")
         taken = free[:n]
@@ -335,18 +348,15 @@ class SlotMirror:
         self.mask[taken], self.id[taken], self.is_pred[taken] = True, new_id, is_pred
         return taken, evicts
 
-    @eager
     def release(self, slots: np.ndarray) -> None:
         self.mask[slots] = False
 
-    @eager
     def attend(self, cache: dict[str, Tensor], query: Tensor) -> Tensor:
         """Queries ``[B, S, H, D]`` over all valid slots, where they lie."""
-        ranges = device_ranges(stretches(np.flatnonzero(self.mask)), query.shape[0], query.device)
+        ranges = device_ranges(stretches(self.mask.nonzero()[0]), query.shape[0], query.device)
         pool = cache["k"], cache["v"]
         return cached_attention(query.to(pool[0].dtype), *pool, ranges, group_rows=(query.shape[1],)).to(query.dtype)
 
-    @eager
     def publish(self, cache: dict[str, Tensor]) -> None:
         """Bring the pool's own tensors up to date."""
         for name in ("id", "mask", "is_pred"):
@@ -357,6 +367,6 @@ def stretches(slots: np.ndarray) -> tuple[tuple[int, int], ...]:
     """Sorted slots as ranges [begin, end)."""
     if not slots.size:
         return ()
-    cut = np.flatnonzero(np.diff(slots) > 1)
-    begin, end = slots[np.r_[0, cut + 1]], slots[np.r_[cut, slots.size - 1]] + 1
-    return tuple(zip(begin.tolist(), end.tolist(), strict=True))
+    begins = [0, *((slots[1:] - slots[:-1] > 1).nonzero()[0] + 1).tolist()]
+    ends = [*begins[1:], slots.size]
+    return tuple([(int(slots[a]), int(slots[b - 1]) + 1) for a, b in zip(begins, ends, strict=True)])

@@ -29,7 +29,8 @@ def _forward(
     q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, table: Tensor,
     head_dim: int, per_head: bool, interleaved: bool, eps: float, impl: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    outs = q.new_empty(_heads(q, head_dim)), k.new_empty(_heads(k, head_dim))
+    shape = _heads(q, head_dim)
+    outs = q.new_empty(shape), k.new_empty(shape)
     launchers(__package__, impl).forward(q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, eps, *outs)
     return outs
 
@@ -50,8 +51,10 @@ def _written(tokens: int, out: tuple[Any, ...], q_first: int, kv_first: int) -> 
     """The tokens of q_out, k_out and v_out that a call writes, views where that is not all of them."""
     firsts = q_first, kv_first, kv_first
     return tuple(
-        t if t is None or t.shape[1] == tokens else t.narrow(1, first, tokens)
-        for t, first in zip(out, firsts, strict=False)
+        [
+            t if t is None or t.shape[1] == tokens else t.narrow(1, first, tokens)
+            for t, first in zip(out, firsts, strict=False)
+        ]
     )
 
 
@@ -60,7 +63,10 @@ def _backward(
     head_dim: int, per_head: bool, interleaved: bool, eps: float, impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     # the gradient of a sum arrives expanded, with stride 0 in the last dim
-    dq_out, dk_out = (t if t.stride(-1) == 1 else t.contiguous() for t in (dq_out, dk_out))
+    if dq_out.stride(-1) != 1:
+        dq_out = dq_out.contiguous()
+    if dk_out.stride(-1) != 1:
+        dk_out = dk_out.contiguous()
     return launchers(__package__, impl).backward(
         dq_out, dk_out, q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, eps
     )
@@ -112,8 +118,9 @@ def _save(ctx, inputs, output) -> None:
 def _gradients(ctx, dq_out, dk_out):
     if ctx.table_graded:
         raise ValueError(_TABLE_GRADED)
-    grads = torch.ops.wam.qk_norm_rope_backward(dq_out, dk_out, *ctx.saved_tensors, *ctx.options)
-    return (*grads, None, *(None for _ in ctx.options))
+    backward = torch.ops.wam.qk_norm_rope_backward.default
+    grads = autograd.call(backward, dq_out, dk_out, *ctx.saved_tensors, *ctx.options)
+    return (*grads, None, *[None] * len(ctx.options))
 
 
 def _samples(inputs: tuple, mapped: Collection[int]) -> tuple[int, ...]:
@@ -207,13 +214,31 @@ def _firsts(out_first: tuple[int, int]) -> tuple[int, int]:
 def unchecked_qk_norm_rope(
     q: Tensor, k: Tensor, weight_q: Tensor, weight_k: Tensor, table: Tensor,
     head_dim: int, per_head: bool = False, interleaved: bool = True, eps: float = 1e-6,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    v: Tensor | None = None, out: tuple[Tensor, ...] | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """:func:`qk_norm_rope` for callers that know what they pass: nothing is checked."""
     args = q, k, weight_q, weight_k, table, head_dim, per_head, interleaved, eps
-    impl = select_backend(_OP, _ROW, None, q=q)
+    return _run(args, select_backend(_OP, _ROW, None, q=q), v, out, 0, 0)
+
+
+def _run(
+    args: tuple, impl: str, v: Tensor | None, out: tuple[Tensor, ...] | None, q_first: int, kv_first: int
+) -> tuple[Tensor, ...]:
+    if out is None:
+        if impl == "reference":
+            return reference.qk_norm_rope(*args)
+        return autograd.call(torch.ops.wam.qk_norm_rope.default, *args, impl)
     if impl == "reference":
-        return reference.qk_norm_rope(*args)
-    return autograd.call(torch.ops.wam.qk_norm_rope.default, *args, impl)
+        values: tuple[Tensor, ...] = reference.qk_norm_rope(*args)
+        if v is not None:
+            values = *values, v.unflatten(-1, (-1, args[5]))
+        for t, value in zip(_written(args[0].shape[1], out, q_first, kv_first), values, strict=True):
+            t.copy_(value)
+    else:
+        q_out, k_out, *v_out = out
+        into = q_out, k_out, v, *(v_out or (None,)), q_first, kv_first
+        autograd.call(torch.ops.wam.qk_norm_rope_out.default, *args, impl, *into)
+    return tuple(out)
 
 
 def qk_norm_rope(
@@ -289,21 +314,10 @@ def qk_norm_rope(
     if out is None:
         if v is not None:
             raise ValueError(f"{_OP}: v must be None without out, got a tensor; pass out=(q_out, k_out, v_out)")
-        if impl == "reference":
-            return reference.qk_norm_rope(*args)
-        return autograd.call(torch.ops.wam.qk_norm_rope.default, *args, impl)
+        return _run(args, impl, None, None, 0, 0)
     firsts = None if out_first is None else _firsts(out_first)
     _check_out(q, v, head_dim, out, firsts)
     q_first, kv_first = firsts or (0, 0)
     if graded and any(t is not None and t.requires_grad for t in (q, k, v, weight_q, weight_k, *out)):
         raise ValueError(f"{_OP}: out is for inference, but an input requires a gradient; use torch.no_grad()")
-    if impl == "reference":
-        values = reference.qk_norm_rope(*args) + (() if v is None else (v.unflatten(-1, (-1, head_dim)),))
-        for t, value in zip(_written(q.shape[1], out, q_first, kv_first), values, strict=True):
-            t.copy_(value)
-    else:
-        q_out, k_out, *v_out = out
-        autograd.call(
-            torch.ops.wam.qk_norm_rope_out.default, *args, impl, q_out, k_out, v, *(v_out or (None,)), q_first, kv_first
-        )
-    return tuple(out)
+    return _run(args, impl, v, out, q_first, kv_first)

@@ -72,21 +72,23 @@ def register_inference(op: str, name: str, samples: Samples, outs: Collection[in
     _register_vmap(op, name, samples, outs)
 
 
-def call(overload: Callable, *inputs):
+def call(overload: Any, *inputs):
     """A registered op. Where nothing asks for a derivative it goes around autograd: 5 to 10 us of Python."""
+    if torch.compiler.is_dynamo_compiling():  # which traces no more than the call
+        return overload(*inputs)
+    run = overload._op  # what a call of it calls, without a Python function around it
     if (
-        torch.compiler.is_compiling()
-        or torch.is_grad_enabled()
+        torch.is_grad_enabled()
         and _any_requires_grad(*inputs)
         or forward_ad._current_level >= 0
         or torch._C._are_functorch_transforms_active()
     ):
-        return overload(*inputs)
+        return run(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
-        return overload(*inputs)
+        return run(*inputs)
 
 
-def _overload(name: str) -> Callable:
+def _overload(name: str) -> Any:
     namespace, _, op_name = name.partition("::")
     return getattr(getattr(torch.ops, namespace), op_name).default
 
@@ -106,22 +108,19 @@ def _has_tangent(inputs: tuple) -> bool:
 
 
 def _register_function(op: str, name: str, setup_context: Callable, backward: Callable) -> None:
-    overload = _overload(name)
+    # the kernels below record no graph, whatever they are: a device's, a fake tensor's, a tracer's
+    run, below_autograd = _overload(name)._op, torch._C._AutoDispatchBelowAutograd
 
-    def below(*inputs):
-        # the kernels below record no graph, whatever they are: a device's, a fake tensor's, a tracer's
-        with torch._C._AutoDispatchBelowAutograd():
-            return overload(*inputs)
-
-    def forward(ctx, modes, *inputs):
-        if modes is None:
-            output = below(*inputs)
-        else:
-            # the levels of torch.func below this one differentiate too, but a Function turns that off
-            with torch.set_grad_enabled(modes[0]), forward_ad._set_fwd_grad_enabled(modes[1]):
-                output = below(*inputs)
+    def forward(ctx, *inputs):
+        with below_autograd():
+            output = run(*inputs)
         setup_context(ctx, inputs, output)
         return output
+
+    def forward_of_level(ctx, modes, *inputs):
+        # the levels of torch.func below this one differentiate too, but a Function turns that off
+        with torch.set_grad_enabled(modes[0]), forward_ad._set_fwd_grad_enabled(modes[1]):
+            return forward(ctx, *inputs)
 
     def jvp(ctx, *tangents):
         raise NotImplementedError(
@@ -129,24 +128,23 @@ def _register_function(op: str, name: str, setup_context: Callable, backward: Ca
             "reverse mode"
         )
 
-    methods = {
-        "forward": staticmethod(forward),
-        "backward": staticmethod(lambda ctx, *grads: (None, *backward(ctx, *grads))),
-        "jvp": staticmethod(jvp),
-    }
-    # of one level of torch.func, like a kernel of PyTorch's own: the dispatcher goes from level to level
-    function: Any = type(
-        f"Autograd_{name.partition('::')[2]}", (torch.autograd.function._SingleLevelFunction,), methods
-    )
+    def function(forward: Callable, backward: Callable) -> Any:
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(backward), "jvp": staticmethod(jvp)}
+        # of one level of torch.func, like a kernel of PyTorch's own: the dispatcher goes from level to level
+        return type(f"Autograd_{name.partition('::')[2]}", (torch.autograd.function._SingleLevelFunction,), methods)
+
+    of_no_level = function(forward, backward)
+    of_level = function(forward_of_level, lambda ctx, *grads: (None, *backward(ctx, *grads)))
 
     def autograd(*inputs):
         graded = torch.is_grad_enabled() and _any_requires_grad(*inputs)
         if not graded and forward_ad._current_level < 0:
-            return below(*inputs)
+            with below_autograd():
+                return run(*inputs)
         if not torch._C._are_functorch_transforms_active():
-            return function.apply(None, *inputs)
+            return of_no_level.apply(*inputs)
         with enable_single_level_autograd_function():
-            return function.apply((torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()), *inputs)
+            return of_level.apply((torch.is_grad_enabled(), torch._C._is_fwd_grad_enabled()), *inputs)
 
     torch.library.impl(name, "Autograd", autograd)
 
