@@ -38,7 +38,7 @@ def layer_norm_providers(S: int, D: int, device: str) -> tuple[dict[str, harness
     index = FrameIndex.per_sample(S, device=device)
 
     def wam(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
-        return (ada_layer_norm(x, shift[None, None], scale[None, None], index, eps=EPS),)
+        return (ada_layer_norm(x, shift.view(1, 1, D), scale.view(1, 1, D), index, eps=EPS),)
 
     def torch_norm(x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, ...]:
         return (F.layer_norm(x, (D,), (1 + scale).to(x.dtype), shift.to(x.dtype), EPS),)

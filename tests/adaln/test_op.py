@@ -1,5 +1,6 @@
 """The adaLN ops on the CPU: the cpu backend against the formulas written out, registration, refusals."""
 
+import math
 from dataclasses import replace
 from functools import partial
 
@@ -26,6 +27,7 @@ from tests.adaln.checks import (
     make_inputs,
     run,
 )
+from tests.integrations.counts import python_calls
 from wam_kernels.adaln import ada_layer_norm, config, gate_residual_ada_layer_norm
 from wam_kernels.frame_index import FrameIndex
 from wam_kernels.ops import OPS
@@ -143,6 +145,60 @@ def test_small_calls_take_pytorchs_own_ops(variant, monkeypatch):
         torch.testing.assert_close(small[name], value, rtol=1e-5, atol=1e-5)
     monkeypatch.setattr("wam_kernels.adaln.op._ROW", replace(OPS["ada_layer_norm"], small=inputs["x"][0].numel() - 1))
     assert ops_of_a_run(None)[0] == expected
+
+
+@each_variant
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_small_calls_without_a_graph_equal_the_reference(variant, dtype):
+    for index in (UNEVEN, FrameIndex.from_runs([4, 4]), FrameIndex.per_sample(5), FrameIndex.per_token(3)):
+        inputs = make_inputs(index, 2, 16, dtype)
+        # heads before samples, as some attention leaves them
+        inputs["y"] = inputs["y"].transpose(0, 1).contiguous().transpose(0, 1) if index is UNEVEN else inputs["y"]
+        shift, scale, gate, *_ = inputs["t_proj"].unbind(2)
+        tables = inputs["table"].unbind(0) if variant.tables else [None] * 3
+        rows = {"shift": shift, "scale": scale} if variant.norm == "adaptive" else {}
+        options = {"shift_table": tables[0], "scale_table": tables[1]} if rows else {}
+        if variant.norm == "affine":
+            options |= {name: inputs[name] for name in ("weight", "bias")}
+
+        def call(impl, inputs=inputs, gate=gate, tables=tables, rows=rows, options=options, index=index):
+            if not variant.residual:
+                return (ada_layer_norm(inputs["x"], **rows, index=index, **options, impl=impl),)
+            gated = {"gate": gate, "gate_table": tables[2]} if variant.gate else {"gate": None}
+            rows = rows or {"shift": None, "scale": None}
+            return gate_residual_ada_layer_norm(
+                inputs["x"], inputs["y"], **gated, **rows, index=index, **options, impl=impl
+            )
+
+        close = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {"rtol": 1e-5, "atol": 1e-5}
+        with torch.no_grad():
+            for small, expected in zip(call(None), call("reference"), strict=True):
+                assert (small is None) == (expected is None)
+                if small is not None:
+                    assert small.is_contiguous() and small.dtype == dtype
+                    torch.testing.assert_close(small, expected, **close)
+
+
+@torch.no_grad()
+def test_one_row_a_sample_has_the_same_bits_alone_and_in_a_batch():
+    index = FrameIndex.per_sample(40)
+    inputs = make_inputs(index, 3, 72, torch.float32)
+    shift, scale, *_ = inputs["t_proj"].unbind(2)
+    together = ada_layer_norm(inputs["x"], shift, scale, index)
+    for b in range(3):
+        alone = ada_layer_norm(inputs["x"][b : b + 1], shift[b : b + 1], scale[b : b + 1], index)
+        assert torch.equal(alone[0], together[b])
+
+
+def test_a_small_call_costs_few_calls():
+    """They cost most of it, and are the same on every machine."""
+    index = FrameIndex.from_runs([32, 32])
+    inputs = make_inputs(index, 1, 64, torch.float32)
+    shift, scale, gate, *_ = inputs["t_proj"].unbind(2)
+    ada_layer_norm(inputs["x"], shift, scale, index)  # makes what is cached
+    norm = python_calls(lambda: ada_layer_norm(inputs["x"], shift, scale, index))
+    gated = python_calls(lambda: gate_residual_ada_layer_norm(inputs["x"], inputs["y"], gate, shift, scale, index))
+    assert norm <= 20 and gated <= 32, (norm, gated)
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -265,6 +321,35 @@ D64 = torch.zeros(64)
 def test_refusals_name_the_argument(change, error, message):
     with pytest.raises(error, match=f"gate_residual_ada_layer_norm: {message}"):
         gate_residual_ada_layer_norm(**(good_call() | change))
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("x", (1, 26, 64)), ("y", (2, 1, 64)), ("y", (2, 26, 1)), ("y", (26, 64)), ("gate", (2, 1, 64)),
+        ("gate", (1, 5, 64)), ("shift", (2, 5, 1)), ("shift", (5, 64)), ("scale", (1, 5, 64)), ("scale", (1,)),
+        ("gate_table", (1,)), ("shift_table", ()), ("scale_table", (1, 64)), ("weight", (1,)), ("bias", (1, 64)),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_pytorch_would_broadcast_is_refused(name, shape, dtype):
+    """The quick look at a small call lets nothing through that the full checks refuse."""
+    call = {k: v.to(dtype) if k in ("x", "y") else v for k, v in good_call().items()}
+    if name in ("weight", "bias"):
+        call |= {"shift": None, "scale": None, "weight": D64, "bias": D64}
+    gate_residual_ada_layer_norm(**call)
+    call |= {name: torch.zeros(shape, dtype=call[name].dtype if name in call else torch.float32)}
+    with pytest.raises(ValueError, match=r"gate_residual_ada_layer_norm: .* must have "):
+        gate_residual_ada_layer_norm(**call)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("eps", [-1.0, math.nan, math.inf, "1e-6", True, None])
+def test_small_calls_refuse_what_is_no_eps(eps, dtype):
+    call = good_call() | {"eps": eps}
+    call |= {name: call[name].to(dtype) for name in ("x", "y")}
+    with pytest.raises(ValueError, match="gate_residual_ada_layer_norm: eps must be a "):
+        gate_residual_ada_layer_norm(**call)
 
 
 @pytest.mark.parametrize("D", [4, 12, 8200])

@@ -14,7 +14,7 @@ from ..ops import OPS
 from ..runtime import autograd
 from ..runtime.backends import launchers, select_backend
 from ..runtime.checks import accumulator, are_tensors, bind_dims, number
-from . import cpu, reference
+from . import cpu, plain, reference
 from .config import MAX_D
 
 _TABLES = ("gate_table", "shift_table", "scale_table")
@@ -298,32 +298,37 @@ def uniform_gate_residual_norm(
     traced graph has none.
     """
     inputs = x, y, gate, shift, scale, gate_table, shift_table, scale_table, weight, bias
-    impl = select_backend("gate_residual_ada_layer_norm", _ROW, None, x=x)
     S = x.shape[1]
-    if impl == "cpu" and scale is not None and shift is not None and _is_plain(x, y, rows):
-        return x, reference.plain_norm(x, shift, scale, shift_table, scale_table, eps)
+    even = S % rows == 0
+    if even and _is_plain(inputs, S, rows, eps):
+        r, h = plain.forward(inputs, None, S // rows, eps)
+        return r, r if h is None else h
+    impl = select_backend("gate_residual_ada_layer_norm", _ROW, None, x=x)
     if impl == "reference":
-        even = S % rows == 0
         row_of_token = None if even else torch.arange(S, device=x.device) // -(-S // rows)
         r, h = reference.gate_residual_norm(*inputs, row_of_token, eps, S // rows if even else 0)
         return r, r if h is None else h
     return autograd.call(torch.ops.wam.uniform_gate_residual_norm.default, *inputs, rows, eps, impl)
 
 
-def _is_plain(x: Tensor, y: Tensor | None, rows: int) -> bool:
-    """No more than a LayerNorm, in a call outside of a graph."""
-    one_row = y is None and rows == 1 and x.shape[0] > 0
-    return one_row and x.dtype == accumulator(x) and not torch.compiler.is_compiling()
+def _is_plain(t: plain.Tensors, tokens: int, rows: int, eps: float) -> bool:
+    return plain.takes(t, tokens, rows, eps, _ROW.small)
+
+
+def _small(t: plain.Tensors, index: FrameIndex, eps: float, impl: str | None) -> tuple[Tensor, Tensor | None] | None:
+    """r and h of a call that PyTorch's own ops take, or None."""
+    if impl is not None or not isinstance(index, FrameIndex) or not index.buffer.is_cpu:
+        return None
+    if not _is_plain(t, index.length, index.frames, eps):
+        return None
+    return plain.forward(t, index.row_of_token, index.tokens_a_row, eps)
 
 
 def _call(op: str, t: _Inputs, index: FrameIndex, eps: float, impl: str | None) -> tuple[Tensor, Any]:
     """r and h; a variant without a norm has no use for h."""
     _check(op, t, index)
     eps = number(op, "eps", eps, least=0.0)
-    chosen, impl = impl, select_backend(op, _ROW, impl, x=t.x)
-    if chosen is None and impl == "cpu" and _is_plain(t.x, t.y, index.frames):
-        assert t.shift is not None and t.scale is not None
-        return t.x, reference.plain_norm(t.x, t.shift, t.scale, t.shift_table, t.scale_table, eps)
+    impl = select_backend(op, _ROW, impl, x=t.x)
     if impl == "reference":
         # a graph is for all lengths
         tokens_a_row = 0 if torch.compiler.is_compiling() else index.tokens_a_row
@@ -366,7 +371,7 @@ def ada_layer_norm(
         scale_table: As ``shift_table``, for ``scale``.
         eps: Added to the variance.
         impl: ``"reference"`` (plain PyTorch, any device, also float64), ``"cpu"`` (also float64), ``"triton"`` or
-            ``"cuda"`` (CUDA tensors), or ``None``: ``"cpu"`` for CPU tensors, but PyTorch's own ops up to 2**17
+            ``"cuda"`` (CUDA tensors), or ``None``: ``"cpu"`` for CPU tensors, but PyTorch's own ops up to 2**19
             elements of a sample and where a sample has one row and no ``y``, outside a graph; for CUDA tensors
             ``"triton"``, or ``"reference"`` for float64; ``"reference"`` on other devices.
 
@@ -380,8 +385,13 @@ def ada_layer_norm(
 
     Source: Ba et al. 2016 (LayerNorm); Peebles and Xie 2023 (adaLN of DiT).
     """
+    tensors = x, None, None, shift, scale, None, shift_table, scale_table, None, None
+    small = _small(tensors, index, eps, impl)
+    if small is not None:
+        assert small[1] is not None
+        return small[1]
     are_tensors("ada_layer_norm", shift=shift, scale=scale)
-    t = _Inputs(x, shift=shift, scale=scale, shift_table=shift_table, scale_table=scale_table)
+    t = _Inputs(*tensors)
     return _call("ada_layer_norm", t, index, eps, impl)[1]
 
 
@@ -439,6 +449,9 @@ def gate_residual_ada_layer_norm(
     """
     op = "gate_residual_ada_layer_norm"
     t = _Inputs(x, y, gate, shift, scale, gate_table, shift_table, scale_table, weight, bias)
+    small = None if y is None else _small(t, index, eps, impl)
+    if small is not None:
+        return small
     if y is None:
         raise ValueError(f"{op}: y must be a tensor, got None; without a residual use ada_layer_norm")
     for a, b in (("shift", "scale"), ("weight", "bias")):

@@ -42,20 +42,3 @@ def gate_residual_norm(
     normed = F.layer_norm(r.to(acc), (D,), eps=eps).reshape(tokens)
     h = torch.addcmul(of_token(shift, shift_table), normed, 1 + of_token(scale, scale_table))
     return r, h.to(x.dtype).reshape(x.shape)
-
-
-def plain_norm(
-    x: Tensor, shift: Tensor, scale: Tensor, shift_table: Tensor | None, scale_table: Tensor | None, eps: float
-) -> Tensor:
-    """h where a sample has one row: its modulation is weight and bias of PyTorch's LayerNorm, which is as fast as any.
-
-    x float32 or float64 ``[B, S, D]``, shift and scale ``[B, 1, D]``.
-    """
-
-    def row(t: Tensor, table: Tensor | None) -> Tensor:
-        return t[:, 0].to(x.dtype) if table is None else t[:, 0].to(x.dtype) + table.to(x.dtype)
-
-    weight, bias, D = 1 + row(scale, scale_table), row(shift, shift_table), x.shape[-1]
-    if x.shape[0] == 1:
-        return F.layer_norm(x, (D,), weight.view(D), bias.view(D), eps)
-    return torch.stack([F.layer_norm(t, (D,), w, b, eps) for t, w, b in zip(x, weight, bias, strict=True)])
