@@ -133,6 +133,16 @@ WITH_CONTEXT = """
  a2  1  1  1  1  1  1
   C  1  1  1  1  1  1
 """
+WITH_STATE = """
+    V0 v1 v2 a1 a2  C S1
+ V0  1  1  1  1  1  1  1
+ v1  1  1  1  1  1  1  1
+ v2  1  1  1  1  1  1  1
+ a1  1  1  1  1  1  1  1
+ a2  1  1  1  1  1  1  1
+  C  1  1  1  1  1  1  1
+ S1  1  1  1  1  1  1  1
+"""
 ONE_CHUNK = """
     V0 v1 v2 a1 a2
  V0  1  1  1  1  1
@@ -143,7 +153,7 @@ ONE_CHUNK = """
 """
 THREE = {"video": 3, "actions": 2, "understanding": 1}
 MASKS |= {
-    "motus": Mask(2, WITH_CONTEXT, "tri_tower", THREE, "V0 v1 v2 a1 a2 C", full=True),
+    "motus": Mask(2, WITH_STATE, "tri_tower", THREE | {"actions": 3}, "V0 v1 v2 S1 a1 a2 C", full=True),
     "uwm": Mask(2, WITH_CONTEXT, "tri_tower", THREE, "V0 v1 v2 a1 a2 C", full=True),
     "pad": Mask(2, ONE_CHUNK, "tri_tower", THREE | {"understanding": 0}, "V0 v1 v2 a1 a2", full=True),
     "x_wam": Mask(2, ONE_CHUNK, "tri_tower", THREE | {"understanding": 0}, "V0 v1 v2 a1 a2", full=True),

@@ -129,14 +129,14 @@ def test_a_step_of_a_rollout_is_that_of_a_dense_attention(name):
     c, data = model.config, batch(model, 1, torch.float64)
     assert c.full_attention
     once = {"steps": 1, "video": {}, "action": {}, "chunk_size": mask.chunk}
-    episode = RolloutEngine(model.eval().requires_grad_(False), replace(config(name).default_rollout(), **once)).start(
-        data["video"][:, :, :1], data["text"]
-    )
+    engine = RolloutEngine(model.eval().requires_grad_(False), replace(config(name).default_rollout(), **once))
+    state = data["state"][:, :1] if c.state_tokens else None
+    episode = engine.start(data["video"][:, :, :1], data["text"], state=state)
     candidate = episode.propose(video_noise=data["video"][:, :, 1:], action_noise=data["action"][:, 1:])
-    names = copies(c.actions_per_frame, context_tokens(c), True)
+    names = copies(c.actions_per_frame, context_tokens(c), True, mask.chunk * c.state_tokens)
     level = torch.tensor([[0.0, 1000.0, 1000.0]], dtype=torch.float64)
     video, action = Densely(model, packed(mask, names), names, False)(
-        data["video"], None, data["action"], None, level, level, data["text"], None, impl=None
+        data["video"], None, data["action"], None, level, level, data["text"], None, impl=None, state=state
     )
     torch.testing.assert_close(candidate.video, (data["video"] - video)[:, :, 1:], rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(candidate.action, (data["action"] - action)[:, 1:], rtol=1e-10, atol=1e-10)
@@ -280,7 +280,7 @@ REAL = {
     "lingbot_va": (WAN_2_2_5B, 67_058_718, 0),
     # 641.5 M and 253.5 M, its README: there the two experts do not cross-attend to the text, 30 x 4 matrices of 3072 x
     # 1024 and 3072 x 512, 377 M and 189 M; and the text of neither has a projection
-    "motus": (WAN_2_2_5B, 1_019_852_814, 443_684_352),
+    "motus": (WAN_2_2_5B, 1_019_852_814, 443_684_352 + 14 * 1024 + 1024),
     # Wan 2.1 14B; its MLPs of each robot and the cross-attention to CLIP tokens are not here; states are of 64 numbers
     "dreamzero": (WAN_2_1_14B, 185_185_312, 64 * 5120 + 5120),
 }
