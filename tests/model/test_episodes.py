@@ -10,6 +10,7 @@ from torch.distributed.fsdp import fully_shard
 
 from wam_models import RolloutConfig, RolloutEngine, training_step
 from wam_models.rollout import episode as episode_module
+from wam_models.rollout import requests
 
 from .test_rollout import GRID, B, C, noises, poisoned, randn, real, small_model, started  # noqa: F401
 from .test_training import batch, generator
@@ -227,7 +228,8 @@ def test_numbers_that_are_not_finite_are_refused_on_their_way_in_and_out():
 @pytest.mark.parametrize("program,cache", [("joint", "persistent"), ("action_then_video", "recomputed")])
 def test_what_is_not_finite_stays_in_its_rollout(program, cache, monkeypatch):
     """On a GPU nobody looks; the other robots of the batch do not notice."""
-    monkeypatch.setattr(episode_module, "check_finite", lambda *args, **options: None)
+    for module in (episode_module, requests):
+        monkeypatch.setattr(module, "check_finite", lambda *args, **options: None)
     episode, twin = (started(program, torch.float32, cache=cache, window=4) for _ in range(2))
     for i in range(5):
         a, b = (e.propose(**noises(2, i, torch.float32)) for e in (episode, twin))
