@@ -14,7 +14,7 @@ operator, attention's scores above all, or is found by it, as the index of rows,
 
 - operators: those that launch a kernel on a GPU; views and bookkeeping do not count.
 - bytes: elements of their tensor arguments and results, an expanded element once. A lookup counts its whole table.
-- Python calls: functions entered, a kernel's backend not included: on a CPU that is Python, on a GPU a launch.
+- Python calls: functions entered, those of a kernel's backend, which on a GPU is a launch, and of this file excepted.
 - peak: storages that were born in the step and are still referenced (weak references), at the most after an operator.
 """
 
@@ -122,14 +122,15 @@ def no_collection() -> Iterator[None]:
 
 
 def python_calls(call: Callable[[], object]) -> int:
-    """Python functions that ``call`` enters, without those of a registered op's kernel."""
+    """Python functions that ``call`` enters, without those of a registered op's kernel and of this file."""
     count = inside = 0
 
     def look(frame, event: str, arg: object) -> None:
         nonlocal count, inside
         if event in ("call", "return"):
-            is_kernel = KERNEL.search(frame.f_code.co_filename) is not None
-            count += event == "call" and not inside and not is_kernel
+            file = frame.f_code.co_filename
+            is_kernel = KERNEL.search(file) is not None
+            count += event == "call" and not inside and not is_kernel and file != __file__
             inside += is_kernel * (1 if event == "call" else -1)
 
     with no_collection():

@@ -101,9 +101,12 @@ def test_recorded_counts(step, system):
         assert after["python_calls"] <= 1.05 * recorded[1]["python_calls"]
 
 
-def test_a_denoising_step_enters_no_more_functions():
-    """Of Fast-WAM, whose stand-in has the functions of its source. The others are terser: their counts are rows."""
-    before, after = counts.rows("denoising", "Fast-WAM")
+@pytest.mark.parametrize(
+    "step, system", [("training", "Fast-WAM uncond"), ("training", "DreamZero"), ("denoising", "Fast-WAM")]
+)
+def test_a_step_enters_no_more_functions(step, system):
+    """Where that is so. The other stand-ins are terser than their sources: their counts are rows."""
+    before, after = counts.rows(step, system)
     assert after["python_calls"] <= before["python_calls"]
 
 

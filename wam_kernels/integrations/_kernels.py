@@ -244,7 +244,9 @@ def attend_under_mask(
         Unsupported: no kernel, a mask of another kind or size, or one that no plan can express. Under
             ``torch.compile`` what only the mask's values tell is raised where the compiled model runs.
     """
-    _require_qkv(system, q, k, v)
+    D = q.shape[-1]
+    if D % 8 or D > MAX_D or not q.is_cpu or not q.dtype == k.dtype == v.dtype:
+        _require_qkv(system, q, k, v)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim not in (2, 3):
         mask = required_mask(mask)
     if mask.shape[-2] != q.shape[1] or mask.shape[-1] != k.shape[1]:
@@ -314,9 +316,7 @@ def of_heads(t: Tensor, heads: int) -> Tensor:
 
 
 def _require_qkv(system: str, q: Tensor, k: Tensor, v: Tensor) -> None:
-    D = q.shape[-1]
-    if D % 8 or not 8 <= D <= MAX_D or q.device.type == "cuda":
-        require_kernel(system, q)
+    require_kernel(system, q)
     if not q.dtype == k.dtype == v.dtype:
         raise Unsupported(f"patch: {system}'s q, k and v must have one dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
 
