@@ -234,7 +234,8 @@ class Episode:
             clean_video: ``[B, C, chunk, y, x]``, the frames that the actions should reach; for inverse dynamics alone.
             clean_action: ``[B, chunk, n, A]``, the actions whose outcome is asked for; for forward dynamics alone.
             generator: Draws the noise that is not given; both streams' always, so ``want`` does not change the numbers.
-            full: Leave no forward out, whatever ``reuse_flow`` and ``reuse_chunk`` say: what their error is against.
+            full: Leave nothing out, whatever ``reuse_flow``, ``reuse_chunk`` and ``reuse_keys`` say: what their error
+                is against.
             committed: ``[B, m, A]``, actions that are executed already or will be before this chunk is there, the first
                 ones of it. They come out as they are, and the others follow from them: at every noise level they are
                 what the denoising would have made of them, ``(1 - s) action + s noise``.
