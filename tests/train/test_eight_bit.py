@@ -127,3 +127,25 @@ def test_from_the_command_line(folder, root, tmp_path, capsys):
     assert "must change by at most 1e-07" in capsys.readouterr().err
     assert cli.main([*without, "--eight-bit-keep", "packed"]) == 2
     assert "--eight-bit-keep must be left out without --eight-bit" in capsys.readouterr().err
+
+
+def test_the_other_commands_take_it_too(folder, root, tmp_path, capsys, monkeypatch):
+    """An evaluation with 8-bit weights is another one than without; a server serves them or does not start."""
+    words = ["eval", "--checkpoint", str(folder), "--out", str(tmp_path), "--data", str(root), "--episodes", "1"]
+    words += ["--chunk", "1", "--steps", "1"]
+    assert cli.main(words) == 0
+    full = json.loads((tmp_path / "summary.json").read_text())["recorded"]
+    capsys.readouterr()
+    assert cli.main([*words, "--overwrite", "--eight-bit", str(root)]) == 0
+    assert "8-bit weights  int8" in capsys.readouterr().out and (tmp_path / "eight_bit.json").exists()
+    found = json.loads((tmp_path / "summary.json").read_text())
+    assert found["recorded"] != full and found["settings"]["eight_bit"] == [str(root), None]
+
+    serve = pytest.importorskip("wam_models.serve", reason="websockets and msgpack are in requirements/test.txt")
+    served = []
+    monkeypatch.setattr(serve.PolicyServer, "run", lambda server: served.append(server.robots.policy))
+    words = ["serve", "--checkpoint", str(folder), "--port", "0", "--eight-bit", str(root)]
+    assert cli.main([*words, "--eight-bit-error", "1e-7"]) == 2
+    assert "must change by at most 1e-07" in capsys.readouterr().err and not served
+    assert cli.main(words) == 0
+    assert any(is_quantised(layer) for layer in served[0].model.modules())

@@ -24,6 +24,7 @@ from ..runtime.threads import restores_threads, set_threads
 from ..simulator.evaluate import EpisodeResult, Rate, Task, evaluate, summary
 from ..simulator.named import file_name
 from ..simulator.process import Description, SimulatorFailure, SimulatorPool
+from .eight_bit import check_eight_bit_flags, with_eight_bits
 from .live import drawing
 from .parser import UserError
 
@@ -36,6 +37,7 @@ def run(args) -> int:
         raise ValueError("--simulator or --data must say what to evaluate on; give --simulator metaworld/reach-v3, say")
     if args.films is not None and not names:
         raise ValueError("--films needs --simulator: what is recorded has a film by wam rollout --data")
+    check_eight_bit_flags(args)
     device = check_device(args.device)
     if args.program is not None:
         choice("--program", args.program, MODEL_PROGRAMS)
@@ -52,8 +54,11 @@ def run(args) -> int:
         "checkpoint": saved and saved[0], "simulators": names, "episodes": args.episodes, "seed": args.seed,
         "rollout": asdict(config), "horizon": args.horizon,
     }  # fmt: skip
+    if args.eight_bit is not None:
+        settings["eight_bit"] = [str(args.eight_bit), args.eight_bit_keep]
     clips = [] if args.data is None else _held_out(policy, args.data, args.episodes)
     rows = _read_rows(out, settings, overwrite=args.overwrite)
+    policy = with_eight_bits(args, policy, config, out)
     if device.type == "cpu":
         set_threads(1)  # the simulators have the other cores
     print(f"program        {config.program}, chunks of {config.chunk_size}, {config.steps} denoising steps")

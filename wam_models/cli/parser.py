@@ -153,12 +153,7 @@ def _rollout(parser: argparse.ArgumentParser) -> None:
         "--set", action="append", default=[], metavar="NAME=VALUE",
         help="of the rollout, as video.steps=2, action.solver=unipc or reuse_flow=0.98; repeat it",
     )  # fmt: skip
-    parser.add_argument("--eight-bit", type=Path, metavar="DIR", help="8-bit weights, calibrated on this data set")
-    parser.add_argument(
-        "--eight-bit-keep", action="append", metavar="NAME", help="linear maps that keep their weights; repeatable"
-    )
-    error = "of a decision on its held-out episodes, above which 8 bits are refused; default: 0.05"
-    parser.add_argument("--eight-bit-error", type=float, metavar="X", help=error)
+    _eight_bit(parser)
     parser.add_argument("--open-loop", action="store_true", help="continue from predictions, not from recorded frames")
     parser.add_argument(
         "--realtime", action="store_true", help="of a simulator: it does not wait, and plans are made while it acts"
@@ -171,6 +166,15 @@ def _rollout(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=at_least(0), default=0)
 
 
+def _eight_bit(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--eight-bit", type=Path, metavar="DIR", help="8-bit weights, calibrated on this data set")
+    parser.add_argument(
+        "--eight-bit-keep", action="append", metavar="NAME", help="linear maps that keep their weights; repeatable"
+    )
+    error = "of a decision on its held-out episodes, above which 8 bits are refused; default: 0.05"
+    parser.add_argument("--eight-bit-error", type=float, metavar="X", help=error)
+
+
 def _serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
     parser.add_argument("--robots", type=at_least(1), default=1, metavar="N", help="at a time; default: %(default)s")
@@ -180,6 +184,7 @@ def _serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE", help="of the rollout, as video.steps=2; repeat it"
     )
+    _eight_bit(parser)
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of the noise where a robot gives no seed")
 
@@ -234,6 +239,7 @@ def _eval(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chunk", type=at_least(1), metavar="N", help="frames of a chunk; default: the checkpoint's")
     parser.add_argument("--steps", type=at_least(1), metavar="N", help="denoising steps; default: the checkpoint's")
     parser.add_argument("--window", type=at_least(2), metavar="N", help="in half chunks; default: the checkpoint's")
+    _eight_bit(parser)
     parser.add_argument("--horizon", type=at_least(1), metavar="N", help="actions of an episode; default: its own")
     parser.add_argument("--batch", type=at_least(1), default=16, metavar="N", help="episodes at once; %(default)s")
     parser.add_argument("--timeout", type=positive_seconds, default=120.0, metavar="S", help="of a simulator's answer")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,10 +12,8 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from ..data.clips import TRAINED
 from ..data.latents import pictures_of
 from ..draw.charts import labelled, save_film
-from ..eight_bit import DECISION_ERROR, eight_bit
 from ..evaluate import Chunk, join, mean_psnr, rmse, stream
 from ..objectives import GJD, MODEL_PROGRAMS, OBJECTIVES
 from ..rollout import RolloutConfig, RolloutEngine
@@ -30,11 +27,10 @@ from ..runtime.threads import pick_threads, restores_threads
 from ..simulator import control_freq, load, play
 from ..simulator.closed_loop import imagined_of_frames
 from ..simulator.named import file_name
+from .eight_bit import check_eight_bit_flags, with_eight_bits
 from .estimate import check_estimate_flags, rollout_estimate, rollout_sizes
 from .live import drawing, window
 from .realtime import SIMULATED_CHUNKS, roll_out_in_real_time
-
-CALIBRATION = 4  # episodes at most to calibrate 8-bit weights on, and to judge them on
 
 
 @restores_threads
@@ -49,9 +45,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--program must be one of {tuple(MODEL_PROGRAMS)}, got {args.program!r}")
     if denoised.conditional and args.program not in (None, GJD):
         raise ValueError(f"--program must be {GJD} for --objective {objective}, got {args.program}; leave it out")
-    for flag in ("eight_bit_keep", "eight_bit_error"):
-        if getattr(args, flag) is not None and args.eight_bit is None:
-            raise ValueError(f"--{flag.replace('_', '-')} must be left out without --eight-bit")
+    check_eight_bit_flags(args)
     if args.estimate:
         sizes, config = rollout_sizes(args)
         if args.eight_bit is not None:
@@ -69,8 +63,7 @@ def run(args: argparse.Namespace) -> int:
     writable_folder("--out, by default the checkpoint,", _out(args))
     config = _with_flags(args, policy.rollout, objective)
     name = f"{objective}_{config.program}"
-    if args.eight_bit is not None:
-        policy = _with_eight_bits(args, policy, config)
+    policy = with_eight_bits(args, policy, config, _out(args))
     if args.simulator is not None:
         recorded = (("--camera", args.camera), ("--episode", args.episode), ("--open-loop", args.open_loop or None))
         for flag, value in recorded:
@@ -82,26 +75,6 @@ def run(args: argparse.Namespace) -> int:
             return roll_out_in_real_time(args, policy, config)
         return roll_out_in_simulator(args, policy, config, name)
     return _recorded(args, policy, config, objective, name)
-
-
-def _with_eight_bits(args: argparse.Namespace, policy: Policy, config: RolloutConfig) -> Policy:
-    """The policy with 8-bit weights; prints and writes what they change."""
-    dataset = policy.dataset(args.eight_bit)
-    trained = [e.index for e in dataset.episodes if e.split == "train"][:CALIBRATION]
-    held_out = [e.index for e in dataset.episodes if e.split not in ("train", *TRAINED)][:CALIBRATION]
-    if not trained or not held_out:
-        raise ValueError(f"--eight-bit {args.eight_bit} must have episodes in split 'train' and held-out ones")
-    calibration, others = ([policy.clip(dataset, i) for i in episodes] for episodes in (trained, held_out))
-    error = DECISION_ERROR if args.eight_bit_error is None else args.eight_bit_error
-    policy, table = eight_bit(
-        policy, calibration, others, config, keep=args.eight_bit_keep or (), decision_error=error, seed=args.seed
-    )
-    print(table)
-    path = _out(args) / "eight_bit.json"
-    with new_file(path) as part, part.open("w") as file:
-        json.dump(table.to_dict(), file, indent=1)
-    print(f"written        {path}")
-    return policy
 
 
 def _with_flags(args: argparse.Namespace, config: RolloutConfig, objective: str) -> RolloutConfig:

@@ -13,6 +13,7 @@ from ..runtime.checks import check_device, whole
 from ..runtime.config_files import with_settings
 from ..runtime.json_fields import from_fields
 from ..runtime.threads import pick_threads, restores_threads
+from .eight_bit import check_eight_bit_flags, with_eight_bits
 
 
 @restores_threads
@@ -21,9 +22,11 @@ def run(args: argparse.Namespace) -> int:
     from ..serve import PolicyServer  # needs websockets and msgpack: named before a checkpoint is read
 
     whole("--port", args.port, 0, 65535)
+    check_eight_bit_flags(args)
     device = check_device(args.device)
     policy, _ = Policy.load(args.checkpoint, device, training=False)
     config = from_fields(RolloutConfig, with_settings(asdict(policy.rollout), args.set), "--set")
+    policy = with_eight_bits(args, policy, config, None)
     robots = RobotBatch(policy, config, places=args.robots, seed=args.seed)
     if device.type == "cpu":
         pick_threads(robots.warm_up)
