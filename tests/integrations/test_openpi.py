@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.integrations.checks import CLOSE, check_patch
-from tests.integrations.stand_ins import openpi
+from tests.integrations.stand_ins import lerobot_pi0, openpi
 from tests.integrations.stand_ins.openpi import PaliGemmaWithExpertModel, PI0Pytorch
 from wam_kernels import RULE_PROGRAMS, compile_plan
 from wam_kernels.integrations import Unsupported, _kernels, patch, unpatch
@@ -170,9 +170,9 @@ def test_refusals():
 # ---- the model around them, whose masks stay two vectors ----
 
 
-def whole(states: int = 1, **options) -> PI0Pytorch:
+def whole(states: int = 1, port=openpi, **options) -> PI0Pytorch:
     torch.manual_seed(0)
-    return PI0Pytorch(states, **options)
+    return port.PI0Pytorch(states, **options)
 
 
 def batch(states: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -209,11 +209,12 @@ class Squares(TorchDispatchMode):
         return out
 
 
-def test_nothing_of_s_times_s_and_one_plan_a_batch(monkeypatch):
+@pytest.mark.parametrize("port", [openpi, lerobot_pi0], ids=["openpi", "lerobot"])
+def test_nothing_of_s_times_s_and_one_plan_a_batch(monkeypatch, port):
     monkeypatch.setattr(_kernels, "PLANS", MaskPlans())
     plans, make = [], _kernels.plan_of_ranges
     monkeypatch.setattr(_kernels, "plan_of_ranges", lambda samples, shape: plans.append(shape) or make(samples, shape))
-    pi, (prefix, pads, suffix) = whole(), batch()
+    pi, (prefix, pads, suffix) = whole(port=port), batch()
     S = prefix.shape[1] + suffix.shape[1]
 
     def step(pads) -> list:
@@ -227,6 +228,7 @@ def test_nothing_of_s_times_s_and_one_plan_a_batch(monkeypatch):
     assert step(pads.flip(0)) == [] and len(plans) == 2
     assert step(pads.clone()) == [] and len(plans) == 2, "known by the digest of the two vectors"
     assert len(_kernels.PLANS) == 2
+    unpatch(pi)
 
 
 def test_masks_are_what_the_original_makes():
@@ -250,6 +252,28 @@ def test_masks_are_what_the_original_makes():
         openpi.make_att_2d_masks(torch.ones(1, 4), torch.ones(1, 4))
     unpatch(pi)
     assert openpi.make_att_2d_masks is MASKS
+
+
+def test_the_function_that_makes_a_mask_additive_is_lent():
+    """lerobot's has a dtype, serves models that are not patched, and is given back with the last patch."""
+    own = lerobot_pi0.prepare_attention_masks_4d
+    first, second, other = (whole(port=lerobot_pi0) for _ in range(3))
+    expected = [first(*batch()), first.sample_actions(*batch())]
+    patches = [patch(first), patch(second)]
+    torch.testing.assert_close([first(*batch()), first.sample_actions(*batch())], expected, **CLOSE)
+    assert all(sum(done.calls.values()) for done in patches[1:]), "calls count for the model that was patched last"
+    torch.testing.assert_close(other(*batch()), expected[0], **CLOSE)
+    dense = torch.eye(5, dtype=torch.bool)[None]
+    assert torch.equal(lerobot_pi0.prepare_attention_masks_4d(dense, torch.bfloat16), own(dense, torch.bfloat16))
+    vectors = torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 5)
+    mask = lerobot_pi0.prepare_attention_masks_4d(lerobot_pi0.make_att_2d_masks(*vectors), torch.bfloat16)
+    assert isinstance(mask, PaddedBlocks) and mask.dtype == torch.bfloat16
+    assert torch.equal(mask + 0, own(MASKS(*vectors), torch.bfloat16))
+    unpatch(second)
+    assert lerobot_pi0.prepare_attention_masks_4d is not own
+    torch.testing.assert_close(first(*batch()), expected[0], **CLOSE)
+    unpatch(first)
+    assert lerobot_pi0.prepare_attention_masks_4d is own and lerobot_pi0.make_att_2d_masks is MASKS
 
 
 def test_masks_that_are_made_in_another_way_stay_the_model_s_own(monkeypatch):

@@ -5,9 +5,10 @@ scores, their float32 softmax and the repeated key head as whole tensors. It is 
 this model only: 8 query heads read 1 key head of 256 channels under the program ``prefix_suffix`` (the prefix blind to
 the suffix), padding included, in training and over the prefix cache.
 
-The whole model, ``PI0Pytorch``, makes that mask anew for every batch, from two vectors ``[B, S]``. Where it is what is
-patched, the mask stays those two vectors up to the attention, so nothing of S x S is made or kept, and a batch has one
-plan. Short calls, a traced graph and whatever else reads the mask get it as it was.
+The whole model, ``PI0Pytorch``, makes that mask anew for every batch, from two vectors ``[B, S]``: openpi in a method,
+lerobot in a function. Where it is what is patched, the mask stays those two vectors up to the attention, so nothing
+of S x S is made or kept, and a batch has one plan. Short calls, a traced graph and whatever else reads the mask get it
+as it was.
 
 Padding tokens, which nothing attends to, come out as 0, where the original's are a mean of all values. Heads of 256
 channels have a GPU kernel in bfloat16 and float16, not in float32.
@@ -16,6 +17,7 @@ channels have a GPU kernel in bfloat16 and float16, not in float32.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -48,7 +50,14 @@ def apply(patch: Patch, pairs: list[Foreign]) -> None:
     for owner in of_class(patch.model, "PI0Pytorch") if patch.model is not None else ():
         try:
             patch.function(_module_of(owner, _MASKS), _MASKS, owner, _make_masks, replacement=SharedFunctionReplacement)
-            patch.method(owner, _ADDITIVE, _additive)
+            if hasattr(owner, _ADDITIVE):
+                patch.method(owner, _ADDITIVE, _additive)
+            else:
+                name = _ADDITIVE.removeprefix("_")
+                module = _module_of(owner, name)
+                own = getattr(sys.modules[module], name)
+                own = getattr(own, "original", own)  # another model's patch stands there
+                patch.function(module, name, owner, _additive_of, owner, own, replacement=SharedFunctionReplacement)
         except Unsupported as refused:  # attention is served in either case
             patch.leave_alone(owner, f"masks of S x S: {refused}")
 
@@ -82,11 +91,17 @@ def _make_masks(pad_masks: Tensor, att_masks: Tensor) -> Tensor:
 
 def _additive(owner: Foreign, att_2d_masks: Tensor) -> Tensor:
     """the additive mask, still as two vectors."""
-    own, mask, pair = getattr(type(owner), _ADDITIVE), att_2d_masks, owner.paligemma_with_expert
+    return _additive_of(owner, lambda mask, dtype: getattr(type(owner), _ADDITIVE)(owner, mask), att_2d_masks)
+
+
+def _additive_of(owner: Foreign, own: Callable, att_2d_masks: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """the additive mask, still as two vectors."""
+    mask, pair = att_2d_masks, owner.paligemma_with_expert
     # a graph takes no other kind of tensor
     if not isinstance(mask, PaddedBlocks) or pair._compiled_call_impl is not None or hasattr(pair, "_orig_mod"):
-        return own(owner, mask)
-    return PaddedBlocks(mask.pads, mask.blocks, lambda: own(owner, mask.spelled()), torch.get_default_dtype())
+        return own(mask, dtype)
+    kind = torch.get_default_dtype() if dtype is None else dtype
+    return PaddedBlocks(mask.pads, mask.blocks, lambda: own(mask.spelled(), dtype), kind)
 
 
 def _attention(

@@ -104,6 +104,9 @@ class PI0Pytorch(nn.Module):
     def _prepare_attention_masks_4d(self, att_2d_masks):
         return torch.where(att_2d_masks[:, None, :, :], 0.0, -2.3819763e38)
 
+    def masks(self, pad_masks, att_masks):
+        return make_att_2d_masks(pad_masks, att_masks)
+
     def additive(self, att_2d_masks):
         return self._prepare_attention_masks_4d(att_2d_masks)
 
@@ -117,7 +120,7 @@ class PI0Pytorch(nn.Module):
         suffix_pads, suffix_blocks = self._suffix(suffix)
         pad_masks = torch.cat([pads, suffix_pads], dim=1)
         att_masks = torch.cat([torch.zeros_like(pads), suffix_blocks], dim=1)
-        mask = self.additive(make_att_2d_masks(pad_masks, att_masks))
+        mask = self.additive(self.masks(pad_masks, att_masks))
         call = lambda prefix, suffix, mask: self.paligemma_with_expert((prefix, suffix), mask)[1]  # noqa: E731
         if self.checkpointing:
             return checkpoint(call, prefix, suffix, mask, use_reentrant=False)
@@ -125,7 +128,7 @@ class PI0Pytorch(nn.Module):
 
     @torch.no_grad()
     def sample_actions(self, prefix, pads, x, steps=2):
-        mask = self.additive(make_att_2d_masks(pads, torch.zeros_like(pads)))
+        mask = self.additive(self.masks(pads, torch.zeros_like(pads)))
         _, cache = self.paligemma_with_expert((prefix, None), mask)
         for _ in range(steps):
             x = x - self.denoise_step(pads, cache, x) / steps
@@ -133,5 +136,5 @@ class PI0Pytorch(nn.Module):
 
     def denoise_step(self, pads, cache, x):
         prefix = pads[:, None, :].expand(-1, x.shape[1], -1)
-        mask = torch.cat([prefix, make_att_2d_masks(*self._suffix(x))], dim=2)
+        mask = torch.cat([prefix, self.masks(*self._suffix(x))], dim=2)
         return self.paligemma_with_expert((None, x), self.additive(mask), past=cache)
