@@ -82,7 +82,7 @@ def try_out(python: str, wheel: Path) -> None:
         if "none-any" not in wheel.name:
             run([f"{binaries}/python", "-c", EXTENSION], Path(folder))
     shutil.rmtree(place)
-    print(f"{wheel.name}: {wheel.stat().st_size:,} bytes, {len(TRIALS)} trials under {Path(python).name}", flush=True)
+    print(f"{wheel.name}: {wheel.stat().st_size:,} bytes, {len(TRIALS)} trials under {python}", flush=True)
 
 
 def main(argv: list[str] | None = None) -> None:

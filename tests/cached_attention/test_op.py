@@ -11,6 +11,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from tests.budget import assert_within_budget
 from tests.cached_attention import checks
 from tests.cached_attention.checks import WRAPPED, Case, run
+from tests.integrations import counts
+from tests.integrations.counts import python_calls
 from wam_kernels.cached_attention import cached_attention
 
 
@@ -119,6 +121,22 @@ def test_lse_only_on_request():
     case = Case([[WRAPPED]], (5,), 80)
     out = cached_attention(*case.inputs(), case.ranges(), group_rows=case.rows)
     assert torch.equal(out, run(case, case.inputs(), None)[0])
+
+
+def test_a_plain_call_goes_around_the_checks_and_the_op():
+    """A denoising step makes one for every layer. Calls into Python are the same on every machine."""
+    case = Case([[WRAPPED, [(64, 73)]], [[(0, 30)], [(64, 73)]]], (6, 2), 80)
+    arguments = *case.inputs(), case.ranges()
+    with torch.no_grad():
+        plain = cached_attention(*arguments, group_rows=case.rows)
+        assert torch.equal(plain, cached_attention(*arguments, group_rows=case.rows, impl="cpu"))
+        calls = [
+            python_calls(lambda r=r: cached_attention(*arguments, group_rows=r)) for r in (case.rows, [*case.rows])
+        ]
+        assert calls[0] <= 10 and calls[1] > 30, calls
+        with counts.Launches() as mode:  # what watches is told of the op as it is registered
+            cached_attention(*arguments, group_rows=case.rows)
+        assert mode.of["cached_attention"] == 1
 
 
 # ---- registration ----

@@ -12,11 +12,12 @@ from ..ops import OPS
 from ..runtime import autograd
 from ..runtime.backends import launchers, select_backend
 from ..runtime.checks import are_tensors, bind_dims, heads_first, integers, number, same_kind
-from . import reference
+from . import cpu, reference
 from .config import MAX_D, MAX_GROUPS, MAX_KERNEL_D
 
 _OP = "cached_attention"
 _ROW = OPS[_OP]
+_CPU_DTYPES = _ROW.backends["cpu"].dtypes
 
 
 def _forward(
@@ -74,6 +75,33 @@ def _check(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, group_ro
             f"{_OP}: is for inference and has no gradient, but an input requires one; use torch.no_grad(), or "
             "block_attention to train"
         )
+
+
+def _is_plain(q: Tensor, k_cache: Tensor, v_cache: Tensor, ranges: Tensor, group_rows: tuple[int, ...]) -> bool:
+    """One quick look says that all is as :func:`_check` wants it, on a CPU, with nothing that watches or traces.
+
+    The checks and the registered op take a tenth of a millisecond of a chunk's call, whose attention takes one. What
+    this does not take goes that way, with its errors.
+    """
+    if torch.compiler.is_compiling() or type(group_rows) is not tuple or not {int}.issuperset(map(type, group_rows)):
+        return False
+    for t in (q, k_cache, v_cache):
+        # no subclass: a fake tensor has a kernel of its own
+        if type(t) is not Tensor or not t.is_cpu or t.dtype not in _CPU_DTYPES or t.ndim != 4 or t.stride(-1) != 1:
+            return False
+    if type(ranges) is not Tensor or not ranges.is_cpu or ranges.dtype is not torch.int32 or ranges.ndim != 4:
+        return False
+    (B, S, H, D), (C, _, heads, width), (of, G, R, two) = q.shape, k_cache.shape, ranges.shape
+    return (
+        k_cache.shape == v_cache.shape
+        and q.dtype is k_cache.dtype is v_cache.dtype
+        and (heads, width, of, two) == (H, D, B, 2)
+        and (B > 0 and C > 0 and B % C == 0)
+        and (G > 0 and R > 0 and len(group_rows) == G and min(group_rows) >= 0 and sum(group_rows) == S)
+        and (D % 8 == 0 and 8 <= D <= MAX_D)
+        and ranges.is_contiguous()
+        and autograd.nothing_watches(q, k_cache, v_cache)
+    )
 
 
 @overload
@@ -151,6 +179,9 @@ def cached_attention(
 
     Source: Vaswani et al. 2017; splitting the keys: Dao et al. 2023, "Flash-Decoding for long-context inference".
     """
+    if impl is None and scale is None and _is_plain(q, k_cache, v_cache, ranges, group_rows):
+        out, lse = cpu.forward(q, k_cache, v_cache, ranges, group_rows, q.shape[-1] ** -0.5)
+        return (out, lse) if return_lse else out
     group_rows = integers(_OP, "group_rows", group_rows)
     _check(q, k_cache, v_cache, ranges, group_rows)
     D, groups, beyond = q.shape[-1], len(group_rows), None

@@ -88,6 +88,17 @@ def call(overload: Any, *inputs):
         return run(*inputs)
 
 
+def nothing_watches(*inputs: Tensor) -> bool:
+    """Whether an eager call may go around the registered op: no gradient, transform or dispatch mode asks for it."""
+    return not (
+        torch.is_grad_enabled()
+        and _any_requires_grad(*inputs)
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._len_torch_dispatch_stack()
+    )
+
+
 def _overload(name: str) -> Any:
     namespace, _, op_name = name.partition("::")
     return getattr(getattr(torch.ops, namespace), op_name).default
