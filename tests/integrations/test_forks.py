@@ -7,9 +7,10 @@ from torch import nn
 from tests.integrations import test_dreamzero as dreamzero
 from tests.integrations import test_fast_wam as fast_wam
 from tests.integrations import test_lingbot_va as lingbot
+from tests.integrations import test_openpi as openpi
 from tests.integrations.checks import CLOSE, check_patch, numbers
 from tests.integrations.stand_ins import fast_wam as fast_wam_stand_in
-from tests.integrations.stand_ins import vpp2
+from tests.integrations.stand_ins import rlinf, vpp2
 from wam_kernels.integrations import Unsupported, patch
 
 # ---- VPP 2 ----
@@ -138,6 +139,34 @@ def test_loongforge_lingbot_va():
         del block.attn1.attn_caches
     with pytest.raises(Unsupported, match="LingBot-VA's WanAttention must have attn_caches, but it has none"):
         patch(model)
+
+
+# ---- RLinf ----
+
+
+def test_rlinf_dreamzero(monkeypatch):
+    model = dreamzero.model()
+    monkeypatch.setattr(type(model), "forward", rlinf.forward_train)
+    check_patch(model, lambda: dreamzero.train(model, 2), dreamzero.REPLACED)
+
+
+def test_rlinf_openpi():
+    """Its policy derives from ``PI0Pytorch``: the masks that its module makes stay two vectors as well."""
+    torch.manual_seed(0)
+    pi, make = rlinf.OpenPi0ForRLActionPrediction(), rlinf.make_att_2d_masks
+    names = {f"{type(pi).__name__}.{name}" for name in ("make_att_2d_masks", "_prepare_attention_masks_4d")}
+    check_patch(pi, lambda: pi(*openpi.batch()), openpi.REPLACED | names)
+    assert rlinf.make_att_2d_masks is make
+    patch(pi)
+    prefix, pads, suffix = openpi.batch()
+    with openpi.Squares(prefix.shape[1] + suffix.shape[1]) as squares:
+        pi(prefix, pads, suffix)
+    assert squares.found == []
+
+
+def test_rlinf_s_own_pi0():
+    with pytest.raises(Unsupported, match="model must be one of Fast-WAM, .*, OpenWAM, got Pi0"):
+        patch(rlinf.Pi0())
 
 
 # ---- others ----
