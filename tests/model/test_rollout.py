@@ -121,18 +121,27 @@ def dense_forward(episode, now, clean, levels, clean_level, attend):
     at_level[:, past:] = 1000 * clean_level
     for k, level in levels.items():
         t[k][:, past:] = 1000 * level
-    video, action = episode.model(
-        torch.cat([junk_video, now["video"]], 2),
-        torch.cat([past_video[:, :, -past:], clean["video"]], 2),
-        torch.cat([junk_action, now["action"]], 1),
-        torch.cat([past_action[:, -past:], clean["action"]], 1),
-        t["video"],
-        t["action"],
-        torch.zeros_like(text) if episode.objective.conditional else text,
-        clean_video_timesteps=at_level,
-        attend=attend,
-        frame_start=episode.next_frame[0] - past,
-    )
+    strength = {k: episode.config.guidance_of(i) for i, k in enumerate(now)}
+    conditional = episode.objective.conditional
+    texts = [torch.zeros_like(text)] if conditional else [text] + [torch.zeros_like(text)] * episode.layout.guided
+    both = [
+        episode.model(
+            torch.cat([junk_video, now["video"]], 2),
+            torch.cat([past_video[:, :, -past:], clean["video"]], 2),
+            torch.cat([junk_action, now["action"]], 1),
+            torch.cat([past_action[:, -past:], clean["action"]], 1),
+            t["video"],
+            t["action"],
+            told,
+            clean_video_timesteps=at_level,
+            attend=attend,
+            frame_start=episode.next_frame[0] - past,
+        )
+        for told in texts
+    ]
+    (video, action), (blind_video, blind_action) = both[0], both[-1]
+    video = blind_video + strength["video"] * (video - blind_video)
+    action = blind_action + strength["action"] * (action - blind_action)
     return {"video": video[:, :, past:], "action": action[:, past:]}
 
 

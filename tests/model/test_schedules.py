@@ -93,29 +93,65 @@ def test_solvers_of_higher_order_are_nearer():
 
 
 @st.composite
-def schedules(draw, action=False):
-    steps = draw(st.integers(int(action), 3))
-    start = draw(st.sampled_from((1.0, 0.7)))
-    stop = 0.0 if action or not steps else draw(st.sampled_from((0.0, 0.3)))
-    return Schedule(steps=steps, solver=draw(st.sampled_from(("euler", "heun", "unipc"))), start=start, stop=stop)
+def schedules(draw, to_the_end=False):
+    steps = draw(st.integers(int(to_the_end), 3))
+    stop = 0.0 if to_the_end or not steps else draw(st.sampled_from((0.0, 0.3)))
+    return Schedule(
+        steps=steps, solver=draw(st.sampled_from(("euler", "heun", "unipc"))), start=draw(st.sampled_from((1.0, 0.7))),
+        stop=stop, guidance=draw(st.sampled_from((None, 2.5))),
+    )  # fmt: skip
 
 
+def assert_dense(episode, found, noise, committed=None):
+    """Each of these candidates is what packed forwards over what the episode holds give."""
+    for n, candidate in zip(noise, found, strict=True):
+        video, action = dense_chunk(episode, *n.values(), committed=committed)
+        assert_same(candidate.action, action)
+        if candidate.video is not None:
+            assert_same(candidate.video, video)
+
+
+@pytest.mark.parametrize("past", ["observed", "predicted", "late", "fork"])
 @settings(
-    max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck),
+    max_examples=8, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck),
     phases=(Phase.explicit, Phase.generate),
 )  # fmt: skip
 @given(data=st.data())
-def test_any_schedules_equal_packed_forwards(data):
-    """Every approximation off: a chunk and each of many candidates is what packed forwards over the window give."""
+def test_any_schedules_equal_packed_forwards(past, data):
+    """Every approximation off: a chunk and each of many candidates is what packed forwards over the window give.
+
+    After observations alone, a prediction that is kept or that a late observation replaces, in a fork and after it.
+    """
     program = data.draw(st.sampled_from([p for p in ROLLED_OUT if p != GJD]), "program")
-    config = {"video": data.draw(schedules(), "video"), "action": data.draw(schedules(action=True), "action")}
+    # what was not denoised to the end is no history
+    config = {"video": data.draw(schedules(to_the_end=past != "observed"), "video")}
+    config |= {"action": data.draw(schedules(to_the_end=True), "action")}
     config |= {"history": data.draw(st.sampled_from(("full", "video_only")), "history"), "chunk_size": 2}
-    config |= {"window": data.draw(st.integers(2, 5), "window"), "cache": "recomputed"}
+    config |= {"cache": data.draw(st.sampled_from(("recomputed", "persistent")), "cache"), "lookahead": 2}
+    # keys that are kept are those of packed forwards until they leave the window, and in whole chunks
+    kept = config["cache"] == "persistent"
+    config |= {"window": 8 if kept else data.draw(st.integers(2, 5), "window")}
     config |= {"interleave": data.draw(st.booleans(), "interleave")}
+    config |= {f"{s}_shift": data.draw(st.sampled_from((5.0, 2.0)), f"{s} shift") for s in ("video", "action")}
     want = data.draw(st.sampled_from(("both", "action")), "want")
     count = data.draw(st.sampled_from((1, 2)), "candidates")
     episode = started(program, candidates=count, **config)
-    episode.observe(*real(data.draw(st.integers(1, 4), "frames"), 3))
+    episode.observe(*real(data.draw(st.sampled_from((2, 4) if kept else (1, 2, 3, 4)), "frames"), 3))
+    before = episode.next_frame[0]
+    ahead = episode.propose(**noises(2, 7))
+    if past in ("predicted", "late"):
+        episode.accept(ahead)
+    if past == "late":
+        video, action = real(2 if kept else data.draw(st.integers(1, 3), "late"), 8)
+        episode.observe(video, action, first_frame=before)
+        assert torch.equal(episode.accepted(0)[0][:, -video.shape[2] :], video[0])
+        assert torch.equal(episode.accepted(0)[1][-video.shape[2] :], action[0])
+    if past == "fork":
+        with episode.fork():
+            episode.accept(ahead)
+            assert_dense(episode, [episode.propose(**noises(2, 6))], [noises(2, 6)])
+    assert past in ("predicted", "late") or episode.next_frame[0] == before
+    assert past == "predicted" or episode.next_frame == episode.observed
     noise = [noises(2, i) for i in range(count)]
     held = data.draw(st.integers(0, 4), "committed") if count == 1 else 0
     committed = real(2, 5)[1].flatten(1, 2)[:, :held] if held else None
@@ -123,16 +159,13 @@ def test_any_schedules_equal_packed_forwards(data):
         found = [episode.propose(want=want, committed=committed, **noise[0])]
     else:
         found = episode.propose_many(want=want, **{k: [n[k] for n in noise] for k in noise[0]})
-    assert len(found) == count
-    for n, candidate in zip(noise, found, strict=True):
-        video, action = dense_chunk(episode, *n.values(), committed=committed)
+    assert_dense(episode, found, noise, committed)
+    for candidate in found:
         if held:
             assert torch.equal(candidate.action.flatten(1, 2)[:, :held], committed)
-        assert_same(candidate.action, action)
         if want == "both":
             assert (candidate.video is None) == (config["video"].steps == 0)
         if candidate.video is not None:
-            assert_same(candidate.video, video)
             assert candidate.video_level == pytest.approx(config["video"].stop)
 
 
