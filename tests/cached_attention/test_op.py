@@ -133,7 +133,7 @@ def test_a_plain_call_goes_around_the_checks_and_the_op():
         calls = [
             python_calls(lambda r=r: cached_attention(*arguments, group_rows=r)) for r in (case.rows, [*case.rows])
         ]
-        assert calls[0] <= 10 and calls[1] > 30, calls
+        assert calls[0] <= 10 < calls[1], calls
         with counts.Launches() as mode:  # what watches is told of the op as it is registered
             cached_attention(*arguments, group_rows=case.rows)
         assert mode.of["cached_attention"] == 1
