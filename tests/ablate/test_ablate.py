@@ -3,8 +3,10 @@
 import gzip
 import json
 import shutil
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
+from threading import Timer
 
 import numpy as np
 import pytest
@@ -226,8 +228,6 @@ def test_between_seeds_is_where_the_uncertainty_is():
 
 def test_what_waits_for_the_weights_of_another_arm():
     """With several processes, the shuffled language begins after the baseline is trained."""
-    from concurrent.futures import Future
-
     todo = units(tiny())
     finished: list[str] = []
 
@@ -240,6 +240,26 @@ def test_what_waits_for_the_weights_of_another_arm():
 
     run_everywhere(todo, submit, 3, lambda unit, line: finished.append(unit.arm))
     assert len(finished) == len(todo)
+
+
+def test_units_of_one_folder_run_in_turn():
+    """An arm whose further settings are evaluated later is not trained twice at once where processes abound."""
+    todo = units(replace(tiny(), tracks=(replace(tiny().tracks[0], early=1),)))
+    finished, at_work = list[tuple[str, int]](), set[tuple[str, int]]()
+
+    def submit(unit):
+        assert (unit.arm, unit.seed) not in at_work
+        at_work.add((unit.arm, unit.seed))
+        future: Future[str] = Future()
+        Timer(0.01, future.set_result, [""]).start()
+        return future
+
+    def done(unit, line):
+        at_work.remove((unit.arm, unit.seed))
+        finished.append((unit.arm, unit.seed))
+
+    run_everywhere(todo, submit, len(todo), done)
+    assert len(finished) == len(todo) and finished.count(("gjd", 1)) == 2
 
 
 @pytest.mark.slow

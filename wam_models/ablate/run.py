@@ -209,15 +209,16 @@ def run_everywhere(
     most: int,
     done: Callable[[Unit, str], None],
 ) -> None:
-    """Keep ``most`` units running; those that need the policy of another wait for it."""
+    """Keep ``most`` units running; those that need the policy of another, or share its folder, wait for it."""
     waiting, running = list(todo), dict[Future[str], Unit]()
     while waiting or running:
-        busy = {(u.track, u.arm, u.seed) for u in [*waiting, *running.values()]}
+        ahead = {(u.track, u.arm, u.seed) for u in running.values()}
         for unit in [*waiting]:
-            needs = unit.arm in (SHUFFLED, AGAIN) and (unit.track, BASELINE, unit.seed) in busy
-            if len(running) < most and not needs:
+            needed = BASELINE if unit.arm == SHUFFLED else unit.arm
+            if len(running) < most and (unit.track, needed, unit.seed) not in ahead:
                 waiting.remove(unit)
                 running[submit(unit)] = unit
+            ahead.add((unit.track, unit.arm, unit.seed))
         for future in wait(running, return_when=FIRST_COMPLETED).done:
             done(running.pop(future), future.result())
 
