@@ -128,7 +128,7 @@ def test_what_a_robot_lacks_has_no_part_in_its_loss(tokens, both):
         both._weights = kept
 
 
-def test_a_training_of_two_robots_by_its_config(sets, tmp_path, capsys):
+def test_a_training_of_two_robots_by_its_config(sets, tmp_path, capsys, monkeypatch):
     config, out = tmp_path / "config.json", tmp_path / "run"
     values = CONFIG.to_dict() | {"data": [one.to_dict() for one in sets], "out": str(out)}
     config.write_text(json.dumps(values))
@@ -140,6 +140,11 @@ def test_a_training_of_two_robots_by_its_config(sets, tmp_path, capsys):
     assert narrow.state_units[0].shape == (3,) and narrow.action_std[0] > 5 * wide.action_std[0]
     flags = ["rollout", "--checkpoint", str(checkpoint), "--data", sets[1].path, "--chunks", "1"]
     assert cli.main([*flags, "--robot", "narrow"]) == 0
+    server, served = pytest.importorskip("wam_models.serve", reason="an extra of wam serve").PolicyServer, []
+    monkeypatch.setattr(server, "run", lambda server: served.append(server.robots.policy))
+    for robot in (["--robot", "narrow"], []):
+        assert cli.main(["serve", "--checkpoint", str(checkpoint), "--port", "0", *robot]) == 0
+    assert [len(policy.action_mean) for policy in served] == [4, 7]
     for wrong, message in ((["--robot", "none"], "must be one of"), ([], "actions have 4 numbers, those of the")):
         assert cli.main([*flags, *wrong]) == 2
         assert message in capsys.readouterr().err

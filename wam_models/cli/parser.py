@@ -178,6 +178,7 @@ def _eight_bit(parser: argparse.ArgumentParser) -> None:
 def _serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
     parser.add_argument("--robots", type=at_least(1), default=1, metavar="N", help="at a time; default: %(default)s")
+    parser.add_argument("--robot", metavar="NAME", help="of several that it was trained on; default: the first")
     where = "address to listen on; whoever reaches it can use the policy; default: %(default)s, this machine alone"
     parser.add_argument("--host", default="127.0.0.1", help=where)
     parser.add_argument("--port", type=at_least(0), default=8000, help="0: a free one; default: %(default)s")

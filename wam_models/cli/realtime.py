@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
 from ..control import ControlConfig, Controller, run_in_real_time
-from ..control.runner import planner
+from ..control.controller import PlanRequest
+from ..control.runner import Ran, planner
 from ..rollout.config import RolloutConfig
 from ..rollout.policy import Policy
 from ..rollout.robots import RobotBatch
@@ -42,25 +44,54 @@ class _Robot:
         return outcome.success or outcome.failure is not None or self.actions >= self.simulator.horizon
 
 
-def roll_out_in_real_time(args: argparse.Namespace, policy: Policy, config: RolloutConfig) -> int:
-    simulator = load(args.simulator, policy.cameras)
+def play_in_real_time(
+    policy: Policy, config: RolloutConfig, name: str, *, settings: Sequence[str] = (), chunks: int = SIMULATED_CHUNKS,
+    seed: int = 0, delay: float = 0.0,
+) -> tuple[Controller[Observation], _Robot, Ran, RobotBatch]:  # fmt: skip
+    """An episode of a simulator that acts at its own rate, whether there is a plan or not.
+
+    Args:
+        policy: Whose plans are executed.
+        config: Of its rollout.
+        name: As of ``--simulator``.
+        settings: As of ``--control``.
+        chunks: At most.
+        seed: Of the initial state and of the noise.
+        delay: Seconds that each plan takes longer than it does, as of a larger model.
+
+    Raises:
+        ValueError: an adapter of two methods, or settings that there are not.
+    """
+    simulator = load(name, policy.cameras)
     if is_adapter(simulator):
         raise ValueError("--realtime must have a simulator that acts action by action, got an adapter of two methods")
-    values = with_settings({"kind": "relative", "rate": control_freq(simulator)}, args.control)
+    values = with_settings({"kind": "relative", "rate": control_freq(simulator)}, settings)
     control = from_fields(ControlConfig, values, "--control", defaults=True)
-    robots = RobotBatch(policy, config, seed=args.seed)
+    robots = RobotBatch(policy, config, seed=seed)
     if policy.model.device.type == "cpu":
         pick_threads(robots.warm_up)
     began = time.perf_counter()
     robots.warm_up()  # two plans
-    expected = math.ceil((time.perf_counter() - began) / 2 * control.rate)
+    expected = math.ceil(((time.perf_counter() - began) / 2 + delay) * control.rate)
     controller: Controller[Observation] = Controller(
         control, width=len(policy.action_mean), actions_per_frame=policy.actions_per_frame, horizon=robots.horizon,
         actions_per_token=policy.actions_per_token, expected=expected,
     )  # fmt: skip
-    robot = _Robot(simulator, args.simulator, args.seed)
-    ticks = (args.chunks or SIMULATED_CHUNKS) * config.chunk_size * controller.ticks_per_frame
-    ran = run_in_real_time(controller, robot, planner(robots, simulator.instruction, seed=args.seed), ticks=ticks)
+    robot, plan = _Robot(simulator, name, seed), planner(robots, simulator.instruction, seed=seed)
+
+    def delayed(request: PlanRequest[Observation]) -> np.ndarray:
+        time.sleep(delay)
+        return plan(request)
+
+    ticks = chunks * config.chunk_size * controller.ticks_per_frame
+    return controller, robot, run_in_real_time(controller, robot, delayed, ticks=ticks), robots
+
+
+def roll_out_in_real_time(args: argparse.Namespace, policy: Policy, config: RolloutConfig) -> int:
+    controller, robot, ran, robots = play_in_real_time(
+        policy, config, args.simulator, settings=args.control, chunks=args.chunks or SIMULATED_CHUNKS, seed=args.seed
+    )
+    simulator, control = robot.simulator, controller.config
     counts, seconds = controller.counts, ran.plan_seconds
     why = f": {robot.failure}" if robot.failure else ""
     print(f'simulator      {args.simulator}: "{simulator.instruction}"')

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     whole("--port", args.port, 0, 65535)
     check_eight_bit_flags(args)
     device = check_device(args.device)
-    policy, _ = Policy.load(args.checkpoint, device, training=False)
+    policy, _ = Policy.load(args.checkpoint, device, training=False, robot=args.robot)
     config = from_fields(RolloutConfig, with_settings(asdict(policy.rollout), args.set), "--set")
     policy = with_eight_bits(args, policy, config, None)
     robots = RobotBatch(policy, config, places=args.robots, seed=args.seed)
