@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.integrations.checks import CLOSE, check_patch
-from tests.integrations.stand_ins import lerobot_pi0, openpi
+from tests.integrations.stand_ins import lerobot_pi05, openpi
 from tests.integrations.stand_ins.openpi import PaliGemmaWithExpertModel, PI0Pytorch
 from wam_kernels import RULE_PROGRAMS, compile_plan
 from wam_kernels.integrations import Unsupported, _kernels, patch, unpatch
@@ -170,9 +170,9 @@ def test_refusals():
 # ---- the model around them, whose masks stay two vectors ----
 
 
-def whole(states: int = 1, port=openpi, **options) -> PI0Pytorch:
+def whole(states: int = 1, made=PI0Pytorch, **options) -> PI0Pytorch:
     torch.manual_seed(0)
-    return port.PI0Pytorch(states, **options)
+    return made(states, **options)
 
 
 def batch(states: int = 1) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -209,12 +209,12 @@ class Squares(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("port", [openpi, lerobot_pi0], ids=["openpi", "lerobot"])
-def test_nothing_of_s_times_s_and_one_plan_a_batch(monkeypatch, port):
+@pytest.mark.parametrize("made", [PI0Pytorch, lerobot_pi05.PI05Pytorch], ids=["openpi", "lerobot"])
+def test_nothing_of_s_times_s_and_one_plan_a_batch(monkeypatch, made):
     monkeypatch.setattr(_kernels, "PLANS", MaskPlans())
     plans, make = [], _kernels.plan_of_ranges
     monkeypatch.setattr(_kernels, "plan_of_ranges", lambda samples, shape: plans.append(shape) or make(samples, shape))
-    pi, (prefix, pads, suffix) = whole(port=port), batch()
+    pi, (prefix, pads, suffix) = whole(made=made), batch()
     S = prefix.shape[1] + suffix.shape[1]
 
     def step(pads) -> list:
@@ -256,24 +256,24 @@ def test_masks_are_what_the_original_makes():
 
 def test_the_function_that_makes_a_mask_additive_is_lent():
     """lerobot's has a dtype, serves models that are not patched, and is given back with the last patch."""
-    own = lerobot_pi0.prepare_attention_masks_4d
-    first, second, other = (whole(port=lerobot_pi0) for _ in range(3))
+    own = lerobot_pi05.prepare_attention_masks_4d
+    first, second, other = (whole(made=lerobot_pi05.PI05Pytorch) for _ in range(3))
     expected = [first(*batch()), first.sample_actions(*batch())]
     patches = [patch(first), patch(second)]
     torch.testing.assert_close([first(*batch()), first.sample_actions(*batch())], expected, **CLOSE)
     assert all(sum(done.calls.values()) for done in patches[1:]), "calls count for the model that was patched last"
     torch.testing.assert_close(other(*batch()), expected[0], **CLOSE)
     dense = torch.eye(5, dtype=torch.bool)[None]
-    assert torch.equal(lerobot_pi0.prepare_attention_masks_4d(dense, torch.bfloat16), own(dense, torch.bfloat16))
+    assert torch.equal(lerobot_pi05.prepare_attention_masks_4d(dense, torch.bfloat16), own(dense, torch.bfloat16))
     vectors = torch.ones(2, 5, dtype=torch.bool), torch.ones(2, 5)
-    mask = lerobot_pi0.prepare_attention_masks_4d(lerobot_pi0.make_att_2d_masks(*vectors), torch.bfloat16)
+    mask = lerobot_pi05.prepare_attention_masks_4d(lerobot_pi05.make_att_2d_masks(*vectors), torch.bfloat16)
     assert isinstance(mask, PaddedBlocks) and mask.dtype == torch.bfloat16
     assert torch.equal(mask + 0, own(MASKS(*vectors), torch.bfloat16))
     unpatch(second)
-    assert lerobot_pi0.prepare_attention_masks_4d is not own
+    assert lerobot_pi05.prepare_attention_masks_4d is not own
     torch.testing.assert_close(first(*batch()), expected[0], **CLOSE)
     unpatch(first)
-    assert lerobot_pi0.prepare_attention_masks_4d is own and lerobot_pi0.make_att_2d_masks is MASKS
+    assert lerobot_pi05.prepare_attention_masks_4d is own and lerobot_pi05.make_att_2d_masks is MASKS
 
 
 def test_masks_that_are_made_in_another_way_stay_the_model_s_own(monkeypatch):

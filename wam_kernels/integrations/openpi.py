@@ -27,6 +27,7 @@ from ._patching import Foreign, Patch, SharedFunctionReplacement, Unsupported, o
 
 SYSTEM = "openpi"
 _PAIR = "PaliGemmaWithExpertModel"
+_WHOLE = "PI0Pytorch", "PI05Pytorch"  # openpi has the first for both; the second is lerobot's
 _ATTENTION, _MASKS, _ADDITIVE = "eager_attention_forward", "make_att_2d_masks", "_prepare_attention_masks_4d"
 
 
@@ -47,7 +48,8 @@ def apply(patch: Patch, pairs: list[Foreign]) -> None:
                 require_parts(SYSTEM, attn, ("q_proj", "head_dim"))
                 require_kernel(SYSTEM, attn.q_proj.weight.new_empty(attn.head_dim))
                 patch.function(_module_of(attn, _ATTENTION), _ATTENTION, attn, _attention)
-    for owner in of_class(patch.model, "PI0Pytorch") if patch.model is not None else ():
+    wholes = [] if patch.model is None else [m for name in _WHOLE for m in of_class(patch.model, name)]
+    for owner in wholes:
         try:
             patch.function(_module_of(owner, _MASKS), _MASKS, owner, _make_masks, replacement=SharedFunctionReplacement)
             if hasattr(owner, _ADDITIVE):

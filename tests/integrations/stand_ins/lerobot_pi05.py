@@ -1,4 +1,4 @@
-"""lerobot's port of pi-0 in small: openpi's model, whose additive mask a function of the module makes."""
+"""lerobot's port of pi-0.5 in small: openpi's model, whose additive mask a function of the module makes."""
 
 import torch
 
@@ -11,7 +11,7 @@ def prepare_attention_masks_4d(att_2d_masks, dtype=None):
     return mask if dtype is None else mask.to(dtype=dtype)
 
 
-class PI0Pytorch(openpi.PI0Pytorch):
+class PI05Pytorch(openpi.PI0Pytorch):
     _prepare_attention_masks_4d = property()  # there is none
 
     def masks(self, pad_masks, att_masks):
