@@ -40,7 +40,7 @@ def test_one_step_of_one_is_the_teacher_itself(teacher, data):
     """From noise one Euler step ends at level 0, where f is x: the student begins at its target."""
     once = DistillConfig(teacher_steps=1, steps=1, batch=2, recorded=0)
     student, losses = distill(teacher, data, once, progress=False)
-    assert losses == [0.0]
+    assert losses == [pytest.approx(0, abs=1e-12)]  # with a graph, norms round in another order than without
     of_clip = [distill(teacher, data, replace(once, recorded=r), progress=False)[1][0] for r in (0.5, 1.0)]
     assert 0 < of_clip[0] == pytest.approx(of_clip[1] / 4, rel=1e-5)  # a share of the way to the clip
     assert student.rollout == replace(teacher.rollout, steps=1, video=Schedule(), action=Schedule())

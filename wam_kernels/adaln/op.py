@@ -300,7 +300,7 @@ def uniform_gate_residual_norm(
     inputs = x, y, gate, shift, scale, gate_table, shift_table, scale_table, weight, bias
     S = x.shape[1]
     even = S % rows == 0
-    if x.is_cpu and even and _is_plain(inputs, S, rows, eps):
+    if even and x.device.type == "cpu" and _is_plain(inputs, S, rows, eps):
         r, h = plain.forward(inputs, None, S // rows, eps)
         return r, r if h is None else h
     impl = select_backend("gate_residual_ada_layer_norm", _ROW, None, x=x)

@@ -245,7 +245,7 @@ def attend_under_mask(
             ``torch.compile`` what only the mask's values tell is raised where the compiled model runs.
     """
     D = q.shape[-1]
-    if D % 8 or D > MAX_D or not q.is_cpu or not q.dtype == k.dtype == v.dtype:
+    if D % 8 or D > MAX_D or q.device.type != "cpu" or not q.dtype == k.dtype == v.dtype:
         _require_qkv(system, q, k, v)
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.ndim not in (2, 3):
         mask = required_mask(mask)
