@@ -11,7 +11,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 IMPORTED_AS = {"pillow": "PIL"}
 # imported where it is there, and reported by name where it is not
 OPTIONAL = {"triton", "openwam", "open_wam", "diffusers", "transformers", "accelerate", "metaworld", "mujoco", "libero"}
-OPTIONAL |= {"peft", "websockets", "msgpack", "torchao"}
+OPTIONAL |= {"peft", "ray", "websockets", "msgpack", "torchao"}
 
 ALONE = """
 import sys

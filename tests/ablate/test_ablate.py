@@ -3,6 +3,7 @@
 import gzip
 import json
 import shutil
+import sys
 from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
@@ -14,8 +15,9 @@ import pytest
 from wam_models import cli
 from wam_models.ablate.protocol import Arm, Protocol, Track, metaworld, quick
 from wam_models.ablate.report import write_report
-from wam_models.ablate.run import EXPERT, SHUFFLED, collect, is_done, open_folder, run_all, run_everywhere, units
+from wam_models.ablate.run import collect, open_folder, run_all, run_everywhere
 from wam_models.ablate.statistics import difference, permuted_differences, rates, relative_video_error
+from wam_models.ablate.units import EXPERT, SHUFFLED, is_done, units
 from wam_models.objectives import GJD
 from wam_models.simulator import load
 
@@ -242,24 +244,44 @@ def test_what_waits_for_the_weights_of_another_arm():
     assert len(finished) == len(todo)
 
 
-def test_units_of_one_folder_run_in_turn():
-    """An arm whose further settings are evaluated later is not trained twice at once where processes abound."""
-    todo = units(replace(tiny(), tracks=(replace(tiny().tracks[0], early=1),)))
-    finished, at_work = list[tuple[str, int]](), set[tuple[str, int]]()
+def test_units_of_lost_processes():
+    """The others are made; what was lost, and what needs its policy, is named. Units of one folder take turns."""
+    protocol = tiny()
+    protocol = replace(protocol, tracks=(replace(protocol.tracks[0], early=1),))
+    todo = units(protocol)
+    finished, at_work = list[tuple[str, int]](), dict[tuple[str, int], Future[str]]()
 
     def submit(unit):
-        assert (unit.arm, unit.seed) not in at_work
-        at_work.add((unit.arm, unit.seed))
-        future: Future[str] = Future()
-        Timer(0.01, future.set_result, [""]).start()
+        key = unit.arm, unit.seed
+        assert key not in at_work or at_work[key].done()
+        future = at_work[key] = Future()
+
+        def end():
+            if key == ("joint", 0):
+                future.set_exception(ChildProcessError("its machine was lost"))
+            else:
+                future.set_result("")
+
+        Timer(0.01, end).start()
         return future
 
-    def done(unit, line):
-        at_work.remove((unit.arm, unit.seed))
-        finished.append((unit.arm, unit.seed))
+    with pytest.raises(ChildProcessError) as raised:
+        run_everywhere(todo, submit, len(todo), lambda unit, line: finished.append((unit.arm, unit.seed)))
+    message = str(raised.value)
+    assert message.startswith("3 arms are missing") and "state joint seed 0: its machine was lost" in message
+    assert f"state {SHUFFLED} seed 0: it needs what was lost of joint" in message
+    assert len(finished) == len(todo) - 3 and finished.count(("joint", 1)) == 2
 
-    run_everywhere(todo, submit, len(todo), done)
-    assert len(finished) == len(todo) and finished.count(("gjd", 1)) == 2
+
+def test_without_ray_its_package_is_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "point_simulator.py").write_text((EXAMPLES / "point_simulator.py").read_text())
+    (tmp_path / "protocol.json").write_text(json.dumps(tiny().to_dict()))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sys.modules, "ray", None)
+    command = ["ablate", "--protocol", "protocol.json", "--ray", "auto", "--out", "run"]
+    assert cli.main(command) == 2
+    assert "'ray' is not installed; pip install it, or 'wam-kernels[models,ray]'" in capsys.readouterr().err
+    assert not (tmp_path / "run/state/data").exists()
 
 
 @pytest.mark.slow

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from tests.ablate.test_ablate import EXAMPLES, ROOT, tiny
-from wam_models.ablate.run import collect, is_done, run_all, units
+from wam_models.ablate.run import collect, run_all
+from wam_models.ablate.units import is_done, units
 from wam_models.simulator.record import RecordConfig, record
 
 pytestmark = pytest.mark.slow

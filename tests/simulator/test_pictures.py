@@ -10,7 +10,8 @@ from PIL import Image
 
 from wam_models import cli
 from wam_models.ablate.protocol import Arm, Protocol, Track
-from wam_models.ablate.run import EXPERT, SANITY, collect, read_track, run_all
+from wam_models.ablate.run import collect, read_track, run_all
+from wam_models.ablate.units import EXPERT, SANITY
 from wam_models.cli.pictures_demo import make_pictures_demo
 from wam_models.data import ClipDataset, LeRobotDataset
 from wam_models.simulator import load

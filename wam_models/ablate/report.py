@@ -11,8 +11,9 @@ import numpy as np
 from ..draw.charts import intervals
 from ..runtime.files import new_file
 from .protocol import BASELINE, Protocol, Track
-from .run import AGAIN, EXPERT, SHUFFLED, UNTRAINED, collect
+from .run import collect
 from .statistics import Row, difference, permuted_differences, rates, relative_video_error
+from .units import AGAIN, EXPERT, SHUFFLED, UNTRAINED
 
 REFERENCE = {
     "video_then_action": 99.0, "joint": 97.8, "action_noisy_to_video": 92.6, "video_noisy_to_action": 92.4,

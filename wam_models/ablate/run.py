@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import UTC, datetime
 from multiprocessing import get_context
 from pathlib import Path
@@ -46,54 +46,10 @@ from ..simulator.record import RecordConfig, record
 from ..train.log import loss_ends
 from ..train.trainer import Trainer, train
 from .protocol import BASELINE, Arm, Protocol, Track
+from .ray_cluster import ray_calls
+from .units import EXPERT, SANITY, SHUFFLED, UNTRAINED, Unit, evaluation_file, is_done, units
 
-# sanity arms: what is played with the first seed under the first setting, beside the arms
-EXPERT, UNTRAINED, SHUFFLED, AGAIN = "sanity_expert", "sanity_untrained", "sanity_shuffled_language", "sanity_again"
-SANITY = (EXPERT, UNTRAINED, SHUFFLED, AGAIN)
 LATENCY_CHUNKS = 20
-
-
-@dataclass(frozen=True)
-class Unit:
-    """What one process makes: an arm, or a sanity arm, with one seed."""
-
-    track: str
-    arm: str
-    seed: int
-    settings: tuple[tuple[int, int], ...]  # that it is evaluated under
-
-    def folder(self, out: Path) -> Path:
-        return out / self.track / self.arm / f"seed{self.seed}"
-
-
-def units(protocol: Protocol) -> list[Unit]:
-    """In the order in which they are made: all arms of a seed before the next, so that a part of them is balanced; the
-    settings after ``track.early`` once every seed is trained."""
-    found = []
-    for track in protocol.tracks:
-        first, early, late = track.seeds[0], track.settings[: track.early], track.settings[track.early :]
-        found += [Unit(track.name, name, first, track.settings[:1]) for name in (EXPERT, UNTRAINED)]
-        for seed in track.seeds:
-            found += [Unit(track.name, arm.name, seed, early) for arm in protocol.arms]
-            if seed == first:
-                found += [Unit(track.name, name, first, track.settings[:1]) for name in (SHUFFLED, AGAIN)]
-        found += [Unit(track.name, arm.name, seed, late) for seed in track.seeds for arm in protocol.arms if late]
-    return found
-
-
-def evaluation_file(folder: Path, setting: Sequence[int]) -> Path:
-    """Where the episodes of a setting are."""
-    return folder / f"eval-chunk{setting[0]}-steps{setting[1]}.jsonl"
-
-
-def is_done(out: Path, unit: Unit) -> bool:
-    """Whether everything of a unit is there."""
-    folder = unit.folder(out)
-    held = folder / "train.json"
-    if not held.exists():
-        return False
-    failed = read_json(held).get("failure") is not None
-    return failed or all(evaluation_file(folder, setting).exists() for setting in unit.settings)
 
 
 def _file(out: Path) -> Path:
@@ -139,6 +95,7 @@ def run_all(
     protocol: Protocol,
     *,
     processes: int = 1,
+    ray: str | None = None,
     device: str = "cpu",
     say: Callable[[str], None] = print,
     after: Callable[[], None] = lambda: None,
@@ -149,6 +106,8 @@ def run_all(
         out: The folder.
         protocol: What is run.
         processes: Arms at a time, each in a process of its own; with 1, in this one.
+        ray: Address of a Ray cluster, as :func:`ray_calls` takes it: as many arms at a time as it has CPUs, or GPUs,
+            for, on machines that share the folder. A process that is lost there costs its arm alone.
         device: Where models are trained and act.
         say: Gets a line for each thing that is done.
         after: Called after each arm.
@@ -157,15 +116,18 @@ def run_all(
         ValueError: a folder of another protocol, or one in which another process runs; simulators that do not fit.
         SimulatorFailure: a simulator that cannot be made.
         ChildProcessError: a process with an arm was killed.
+        ModuleNotFoundError: Ray is not installed.
     """
+    out = out.resolve()  # other machines of a cluster know no working folder of this process
     open_folder(out, protocol)
     try:
-        with locked_folder(out, wait=False):
+        with locked_folder(out, wait=False), ExitStack() as stack:
+            submit = None if ray is None else stack.enter_context(ray_calls(ray, device, out))
             for track in protocol.tracks:
                 _record(out, track, say)
             todo = [unit for unit in units(protocol) if not is_done(out, unit)]
             say(f"{len(todo)} of {len(units(protocol))} arms and seeds are left")
-            _run_units(out, todo, processes, device, say, after)
+            _run_units(out, todo, processes, submit, device, say, after)
     except BlockingIOError as error:
         raise ValueError(f"--out: another process runs the ablation of {out}; wait for its end") from error
 
@@ -174,6 +136,7 @@ def _run_units(
     out: Path,
     todo: list[Unit],
     processes: int,
+    submit: Callable[..., Future[str]] | None,
     device: str,
     say: Callable[[str], None],
     after: Callable[[], None],
@@ -183,6 +146,9 @@ def _run_units(
         collect(out)
         after()
 
+    if submit is not None:
+        run_everywhere(todo, lambda unit: submit(run_unit, out, unit, None, device), len(todo), done)
+        return
     if processes == 1:
         pools: dict[str, SimulatorPool] = {}
         with ExitStack() as stack:
@@ -209,18 +175,39 @@ def run_everywhere(
     most: int,
     done: Callable[[Unit, str], None],
 ) -> None:
-    """Keep ``most`` units running; those that need the policy of another, or share its folder, wait for it."""
-    waiting, running = list(todo), dict[Future[str], Unit]()
+    """Keep ``most`` units running; those that need the policy of another wait for it.
+
+    Raises:
+        ChildProcessError: futures raised it, as a process was lost; after all others, with the units that are missing.
+    """
+    waiting, running, lost = list(todo), dict[Future[str], Unit](), list[tuple[Unit, str]]()
     while waiting or running:
-        ahead = {(u.track, u.arm, u.seed) for u in running.values()}
+        gone, ahead = {_key(unit) for unit, _ in lost}, {_key(unit) for unit in running.values()}
         for unit in [*waiting]:
-            needed = BASELINE if unit.arm == SHUFFLED else unit.arm
-            if len(running) < most and (unit.track, needed, unit.seed) not in ahead:
+            # a second unit of the same arm and seed evaluates what the first trained
+            needed = _key(replace(unit, arm=BASELINE) if unit.arm == SHUFFLED else unit)
+            if needed in gone:
+                waiting.remove(unit)
+                lost.append((unit, f"it needs what was lost of {needed[1]}"))
+            elif len(running) < most and needed not in ahead:
                 waiting.remove(unit)
                 running[submit(unit)] = unit
-            ahead.add((unit.track, unit.arm, unit.seed))
+            ahead.add(_key(unit))
         for future in wait(running, return_when=FIRST_COMPLETED).done:
-            done(running.pop(future), future.result())
+            unit = running.pop(future)
+            try:
+                line = future.result()
+            except ChildProcessError as error:
+                lost.append((unit, str(error)))
+            else:
+                done(unit, line)
+    if lost:
+        names = "; ".join(f"{unit.track} {unit.arm} seed {unit.seed}: {reason}" for unit, reason in lost)
+        raise ChildProcessError(f"{len(lost)} arms are missing, which the same command makes: {names}")
+
+
+def _key(unit: Unit) -> tuple[str, str, int]:
+    return unit.track, unit.arm, unit.seed
 
 
 def _record(out: Path, track: Track, say: Callable[[str], None]) -> None:

@@ -80,7 +80,8 @@ def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     if isinstance(error, ModuleNotFoundError):
-        extras = "models,serve" if error.name in ("msgpack", "websockets") else "models"
+        own = {"msgpack": ",serve", "websockets": ",serve", "ray": ",ray"}
+        extras = f"models{own.get(error.name or '', '')}"
         way_out = f"pip install it, or 'wam-kernels[{extras}]' for all that wam needs"
         return f"the Python package {error.name!r} is not installed; {way_out}"
     if _out_of_memory(error):

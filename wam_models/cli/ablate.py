@@ -32,7 +32,8 @@ def run(args: argparse.Namespace) -> int:
 
     try:
         run_all(
-            args.out, _protocol(args), processes=args.processes, device=str(check_device(args.device)),
+            args.out, _protocol(args), processes=args.processes, ray=args.ray,
+            device=args.device if args.ray else str(check_device(args.device)),  # that of other machines with Ray
             after=report_so_far,
             say=lambda line: print(line, flush=True),
         )  # fmt: skip

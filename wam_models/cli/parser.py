@@ -258,7 +258,9 @@ def _ablate(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--track", choices=("state", "pixels", "both"), default="state", help="default: %(default)s")
     parser.add_argument("--quick", action="store_true", help="minutes: two programs, two tasks, few steps")
     parser.add_argument("--full", action="store_true", help="also three seeds of pixels, and five denoising steps")
-    parser.add_argument("--processes", type=at_least(1), default=1, metavar="N", help="trainings at once; %(default)s")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--processes", type=at_least(1), default=1, metavar="N", help="trainings at once; %(default)s")
+    where.add_argument("--ray", metavar="ADDRESS", help="on the machines of a Ray cluster, HOST:PORT of its head")
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N; default: %(default)s")
 
 
