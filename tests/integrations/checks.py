@@ -43,7 +43,8 @@ def check_patch(model: nn.Module, call: Callable[[], object], replaced: set[str]
     after = outputs_and_gradients(model, call)
     assert list(model.state_dict()) == keys
     for a, b in zip(after, before, strict=True):
-        torch.testing.assert_close(a, b, **CLOSE)
+        # a small element of a gradient is what is left of large ones, whose rounding it has
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5 + 1e-6 * b.abs().amax().item())
     # the same numbers would also come from a patch that does nothing
     assert any(not torch.equal(a, b) for a, b in zip(after, before, strict=True))
     unpatch(model)

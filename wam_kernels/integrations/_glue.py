@@ -33,7 +33,10 @@ _rows = partial(tuple.__new__, Rows)  # as Rows(*values), without a Python funct
 def split_rows(rows: Tensor, table: Tensor | None, dtype: torch.dtype) -> list[Rows]:
     """``[B, F, n, D]`` and ``[n, D]``, one by one; ``dtype`` is that of their sum in the model."""
     tables = [None] * rows.shape[2] if table is None else table.unbind(0)
-    return [_rows((row, of_row, dtype)) for row, of_row in zip(rows.unbind(2), tables, strict=True)]
+    pairs = zip(rows.unbind(2), tables, strict=True)
+    if torch.compiler.is_dynamo_compiling():  # PyTorch 2.7 does not trace the other
+        return [Rows(row, of_row, dtype) for row, of_row in pairs]
+    return [_rows((row, of_row, dtype)) for row, of_row in pairs]
 
 
 def why_not(width: int, norms: Sequence[nn.Module], affine: Sequence[nn.Module] = ()) -> str | None:
