@@ -32,7 +32,8 @@ class Ranks:
 
     Attributes:
         rank, count: This process's number, and how many there are.
-        group: Of all of them, to write and read checkpoints; None where there is one.
+        group: Of all of them, on the CPU; None where there is one.
+        writers: Another one, for threads that write checkpoints: of two threads in one group, collectives could mix.
         part, parts: Which part of a step's samples it computes, and how many parts there are.
 
     Raises:
@@ -49,8 +50,9 @@ class Ranks:
                     f"TrainConfig: engine.{name} must divide the {self.count} processes of this run, got "
                     f"{getattr(engine, name)}; start another number with torchrun --nproc-per-node, or change it"
                 )
-        # of the CPU, for checkpoints, which are written beside the steps
+        # of the CPU: one for what is agreed on between steps, one for checkpoints, which a thread writes beside them
         self.group = dist.new_group(backend="gloo") if self.count > 1 else None
+        self.writers = dist.new_group(backend="gloo") if self.count > 1 else None
         together = engine.context_parallel
         self.part, self.parts = self.rank // together, self.count // together
 

@@ -435,7 +435,7 @@ class Trainer:
             training["evaluation"] = dict(self.evaluation.settings)
             training["best"] = self.best
         tensors = state_tensors(self.learner, self.average, self.optimizers, self.generator)
-        state = TrainingState(tensors, {"step": self.step, "planned": self.planned_end}, self.ranks.group)
+        state = TrainingState(tensors, {"step": self.step, "planned": self.planned_end}, self.ranks.writers)
         save = self.ranks.of_first(lambda: Save(folder.checkpoint, secrets.token_hex(8), state))
         training_folder = self.ranks.agreed(None if save is None else str(save.training))
         if save is None:
