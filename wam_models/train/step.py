@@ -222,9 +222,8 @@ def _draw(
         imagines = torch.rand(B, generator=generator, device=draws) < config.imagined_history
         imagination_noise = torch.randn(video.shape, generator=generator, dtype=torch.float32, device=draws)
     video_sigma = video_sigma.to(device).masked_fill(video_marginal, 1.0) * denoises_video
-    if (
-        model.config.full_attention
-    ):  # the observed frame is one of the chunk, at the level that its clean copy would have
+    if model.config.full_attention:
+        # the observed frame is one of the chunk, at the level that its clean copy would have
         video_sigma = torch.cat([history_sigma[:, :1], video_sigma[:, 1:]], 1)
     return (
         chunk_size,
